@@ -1,0 +1,1 @@
+"""Text in and out: tokenize, chat templates, detokenize, stop strings."""

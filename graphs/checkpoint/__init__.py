@@ -1,0 +1,1 @@
+"""Readers of checkpoints: Hugging Face folders, GGUF files, dummy weights."""
