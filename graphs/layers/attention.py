@@ -1,0 +1,87 @@
+"""Self-attention over the paged cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from makeready.graphs.layers.dense import Linear
+from makeready.graphs.layers.inputs import Inputs
+from makeready.graphs.layers.parameter import parameter
+from makeready.graphs.spec import KVPart
+from makeready.kernels import norm, rope
+from makeready.kernels.attention import paged
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions, optional head norms and sliding window.
+
+    Args:
+        source: checkpoint prefix, ``model.layers.3.self_attn``.
+        name: prefix of its cache tensors, ``layers.3``.
+        window: tokens that a token sees, itself included; 0 for all.
+        norm_eps: epsilon of the per-head query and key norms, or None where the model has none.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        name: str,
+        *,
+        hidden: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        qkv_bias: bool,
+        output_bias: bool,
+        window: int = 0,
+        norm_eps: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.window = window
+        self.norm_eps = norm_eps
+        self.q = Linear(f"{source}.q_proj", heads * head_dim, hidden, bias=qkv_bias, shard=0)
+        self.k = Linear(f"{source}.k_proj", kv_heads * head_dim, hidden, bias=qkv_bias, shard=0)
+        self.v = Linear(f"{source}.v_proj", kv_heads * head_dim, hidden, bias=qkv_bias, shard=0)
+        self.o = Linear(f"{source}.o_proj", hidden, heads * head_dim, bias=output_bias, shard=1)
+        if norm_eps is not None:
+            self.q_norm = parameter((head_dim,), f"{source}.q_norm.weight")
+            self.k_norm = parameter((head_dim,), f"{source}.k_norm.weight")
+
+    def kv_parts(self, page_size: int, dtype: str) -> tuple[KVPart, KVPart]:
+        """The layer's two cache tensors."""
+        shape = (page_size, self.kv_heads, self.head_dim)
+        return KVPart(f"{self.name}.k", shape, dtype), KVPart(f"{self.name}.v", shape, dtype)
+
+    def forward(self, x_TC: torch.Tensor, rows_TQ: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+        q, k, v = self.q(x_TC), self.k(x_TC), self.v(x_TC)
+        if self.norm_eps is not None:
+            q = norm.head_rms_norm(
+                q, self.q_norm, eps=self.norm_eps, heads=self.heads, head_dim=self.head_dim
+            )
+            k = norm.head_rms_norm(
+                k, self.k_norm, eps=self.norm_eps, heads=self.kv_heads, head_dim=self.head_dim
+            )
+        q = rope.rope(q, rows_TQ, heads=self.heads, head_dim=self.head_dim)
+        k = rope.rope(k, rows_TQ, heads=self.kv_heads, head_dim=self.head_dim)
+        k_cache, v_cache = inputs.kv(f"{self.name}.k"), inputs.kv(f"{self.name}.v")
+        paged.kv_write(
+            k, v, inputs.kv_slot, k_cache, v_cache, kv_heads=self.kv_heads, head_dim=self.head_dim
+        )
+        y = paged.extend_attention(
+            q,
+            k_cache,
+            v_cache,
+            inputs.page_table,
+            inputs.query_start,
+            inputs.query_len,
+            inputs.context_len,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            scale=self.head_dim**-0.5,
+            window=self.window,
+        )
+        return self.o(y)

@@ -1,0 +1,28 @@
+"""What a model's forward is given besides token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+
+class Inputs:
+    """Step, slot and KV values by name: ``inputs.positions``, ``inputs.kv("layers.0.k")``.
+
+    The names are those of ``graphs.spec.step_fields``, ``slot_fields`` and the model's KV parts.
+    """
+
+    def __init__(self, fields: Mapping[str, torch.Tensor], kv: Mapping[str, torch.Tensor]) -> None:
+        self._fields = fields
+        self._kv = kv
+
+    def __getattr__(self, name: str) -> torch.Tensor:
+        try:
+            return self._fields[name]
+        except KeyError:
+            raise AttributeError(f"a step has no field {name!r}") from None
+
+    def kv(self, name: str) -> torch.Tensor:
+        """The cache tensor called ``name``."""
+        return self._kv[name]

@@ -1,0 +1,152 @@
+"""From a model to a program: FX records the contract calls, then shapes are inferred from contracts.
+
+The model runs once on proxies, so its Python is free to loop and to branch on its config, but everything
+that touches a tensor must be a contract; any other call is reported with the line that made it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from makeready.graphs.ir import KV, PARAM, SLOT, STEP, TEMP, Call, Program, Value
+from makeready.graphs.layers.inputs import Inputs
+from makeready.graphs.layers.parameter import Parameter
+from makeready.graphs.models.decoder import Decoder
+from makeready.graphs.recipe import Generated, Param, Piece
+from makeready.graphs.spec import EXTEND, KVPart, Limits, slot_fields, step_fields
+from makeready.kernels import embedding
+from makeready.kernels.contract import Contract, ContractError
+from makeready.kernels.sample import logprobs
+from makeready.kernels.sample import sample as sampling
+from makeready.kernels.spec import TensorSpec
+
+
+class TraceError(TypeError):
+    """The model's code does something that a program cannot hold."""
+
+
+def trace(
+    model: Decoder, limits: Limits, *, kv_parts: tuple[KVPart, ...], weight_dtype: str, vector_dtype: str
+) -> Program:
+    """The whole step as a program: load tokens, the model, sampling, log-probabilities.
+
+    Args:
+        model: on the meta device.
+        limits: sizes of the slot table.
+        kv_parts: the model's cache tensors, in the order of its layers.
+        weight_dtype: dtype that matrices are stored in.
+        vector_dtype: dtype that norms and biases are stored in; generated constants are float32.
+
+    Returns:
+        A program of the phase ``extend``, the general one; ``passes/specialize.py`` derives the others.
+    """
+    values = {f.name: Value(f.name, f.spec, STEP) for f in step_fields(limits)}
+    values |= {f.name: Value(f.name, f.spec, SLOT) for f in slot_fields(limits)}
+    fields = list(values)
+    values |= {part.name: Value(part.name, part.spec, KV) for part in kv_parts}
+    params = {
+        name: _param(name, tensor, weight_dtype, vector_dtype) for name, tensor in model.named_parameters()
+    }
+    values |= {name: Value(name, param.spec, PARAM) for name, param in params.items()}
+
+    tracer = _Tracer(model)
+    inputs = Inputs(
+        {name: tracer.input(name) for name in fields}, {part.name: tracer.input(part.name) for part in kv_parts}
+    )
+    results = _step(model, inputs, limits)
+    named = {name: proxy.node.name for name, proxy in results.items()}  # type: ignore[attr-defined]
+    return _program(tracer, values, params, named)
+
+
+def _step(model: Decoder, i: Inputs, limits: Limits) -> dict[str, torch.Tensor]:
+    """One step of the engine, as the contracts that it is made of."""
+    ids = embedding.load_tokens(i.token_ids, i.token_slot, i.positions, i.history)
+    logits = model(ids, i)
+    tokens = sampling.sample(
+        logits, i.row_slot, i.context_len, i.history, i.prompt_len,
+        i.temperature, i.top_k, i.top_p, i.min_p,
+        i.presence_penalty, i.frequency_penalty, i.repetition_penalty,
+        i.seed, i.min_new_tokens, i.stop_ids, i.bias_ids, i.bias_values,
+    )  # fmt: skip
+    logprob, top_ids, top_values = logprobs.token_logprobs(
+        logits, tokens, i.row_slot, i.top_logprobs, max_top=limits.max_top_logprobs
+    )
+    return {"tokens": tokens, "logprob": logprob, "top_ids": top_ids, "top_values": top_values}
+
+
+class _Tracer(fx.Tracer):
+    """An FX tracer that keeps dots in the names of inputs and knows our parameters."""
+
+    def __init__(self, model: Decoder) -> None:
+        super().__init__()
+        self.root = model
+        self.graph = fx.Graph(tracer_cls=_Tracer)
+        self.tensor_attrs = {}
+        self.parameter_names = {id(p): name for name, p in model.named_parameters()}
+        self.targets: dict[str, str] = {}
+
+    def input(self, name: str) -> Any:
+        """A proxy for the value called ``name``."""
+        proxy = self.create_proxy("placeholder", name.replace(".", "_"), (), {})
+        self.targets[proxy.node.name] = name
+        return proxy
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, Parameter):
+            node = self.create_node("get_attr", self.parameter_names[id(a)], (), {})
+            self.targets[node.name] = self.parameter_names[id(a)]
+            return node
+        return super().create_arg(a)
+
+
+def _param(name: str, tensor: torch.nn.Parameter, weight_dtype: str, vector_dtype: str) -> Param:
+    assert isinstance(tensor, Parameter)
+    said, shape = tensor.declaration, tuple(tensor.shape)
+    if isinstance(said.source, Generated):
+        return Param(name, TensorSpec(shape, "float32"), generated=said.source)
+    return Param(
+        name,
+        TensorSpec(shape, weight_dtype if len(shape) > 1 else vector_dtype),
+        pieces=(Piece(said.source, 0, shape[0], 0),),
+        shard=said.shard,
+        quantizable=said.quantizable,
+    )
+
+
+def _program(
+    tracer: _Tracer, values: dict[str, Value], params: Mapping[str, Param], results: Mapping[str, str]
+) -> Program:
+    names = dict(tracer.targets)  # FX node → value
+    made: dict[str, Call] = {}  # FX node → its call
+    for node in tracer.graph.nodes:
+        if node.op in ("placeholder", "get_attr"):
+            continue
+        if node.target is operator.getitem:
+            owner, index = node.args
+            names[node.name] = list(made[owner.name].results.values())[index]
+            continue
+        if not isinstance(node.target, Contract):
+            raise TraceError(f"model code calls {node.target}, which is no op contract\n{node.stack_trace or ''}")
+        call = made[node.name] = _call(node, node.target, names, values)
+        if len(call.results) == 1:
+            names[node.name] = call.result
+    calls = list(made.values())
+    returned = {result: names[node] for result, node in results.items()}
+    return Program(EXTEND, values, params, tuple(calls), returned).with_calls(calls)
+
+
+def _call(node: fx.Node, op: Contract, names: Mapping[str, str], values: dict[str, Value]) -> Call:
+    operands, attrs = op.bind(node.args, node.kwargs)
+    bound = {operand: names[arg.name] for operand, arg in operands.items()}
+    try:
+        specs = op.infer({k: values[v].spec for k, v in bound.items()}, attrs)
+    except ContractError as error:
+        raise TraceError(f"{node.name}: {error}") from error
+    results = {k: node.name if len(specs) == 1 else f"{node.name}.{k}" for k in specs}
+    values |= {results[k]: Value(results[k], spec, TEMP) for k, spec in specs.items()}
+    return Call(op.name, bound, results, attrs)

@@ -1,0 +1,163 @@
+"""Paged KV cache: writing and attending.
+
+A layer's cache is two tensors ``[P, S, G, D]``: pages, slots of a page, KV heads, head size. Token ``i``
+of a row lies in page ``page_table[r, i // S]``, slot ``i % S``. Page 0 belongs to nobody: padding tokens
+write there, and nothing reads it.
+
+    T tokens, R rows, H query heads, G KV heads, D head size, B pages of a row at most, L tokens of context
+"""
+
+from __future__ import annotations
+
+import torch
+
+from makeready.kernels.contract import Tolerance, contract
+from makeready.kernels.norm import rms_norm
+from makeready.kernels.numeric import widen
+from makeready.kernels.rope import rotate
+
+_CACHE = "k_cache{mark}[P,S,kv_heads,head_dim]:C v_cache{mark}[P,S,kv_heads,head_dim]:C"
+_READ = {"k_cache": "R*context*kv_heads*head_dim", "v_cache": "R*context*kv_heads*head_dim"}
+_WRITE = {"k_cache": "T*kv_heads*head_dim", "v_cache": "T*kv_heads*head_dim"}
+
+
+def _store(cache: torch.Tensor, kv_slot: torch.Tensor, x_TGD: torch.Tensor) -> None:
+    cache.flatten(0, 1)[kv_slot.long()] = x_TGD.to(cache.dtype)
+
+
+@contract(
+    f"k[T,kv_heads*head_dim]:A v[T,kv_heads*head_dim]:A kv_slot[T]:int32 {_CACHE.format(mark='!')} -> ",
+    traffic=_WRITE,
+)
+def kv_write(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kv_slot: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    *,
+    kv_heads: int,
+    head_dim: int,
+) -> None:
+    """Store token t's key and value at ``kv_slot[t]`` (page * S + slot), in the cache's dtype."""
+    _store(k_cache, kv_slot, k.unflatten(-1, (kv_heads, head_dim)))
+    _store(v_cache, kv_slot, v.unflatten(-1, (kv_heads, head_dim)))
+
+
+@contract(
+    "qkv[T,(heads+2*kv_heads)*head_dim]:A rows[T,Q]:float32 q_norm?[head_dim]:W k_norm?[head_dim]:W "
+    f"kv_slot[T]:int32 {_CACHE.format(mark='!')} -> q[T,heads*head_dim]:A",
+    flops="8*T*(heads+kv_heads)*head_dim",
+    traffic=_WRITE,
+)
+def norm_rope_kv_write(
+    qkv: torch.Tensor,
+    rows: torch.Tensor,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    kv_slot: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    eps: float,
+) -> torch.Tensor:
+    """Everything between the q/k/v projection and attention: head norms, rotation, cache write.
+
+    Without ``q_norm`` and ``k_norm`` the heads are rotated as they are.
+    """
+    q, k, v = qkv.unflatten(-1, (-1, head_dim)).split((heads, kv_heads, kv_heads), dim=1)
+    if q_norm is not None and k_norm is not None:
+        q, k = rms_norm(q, q_norm, eps=eps), rms_norm(k, k_norm, eps=eps)
+    _store(k_cache, kv_slot, rotate(k, rows))
+    _store(v_cache, kv_slot, v)
+    return rotate(q, rows).flatten(1)
+
+
+def _attend(
+    q_NHD: torch.Tensor, k_LGD: torch.Tensor, v_LGD: torch.Tensor, *, scale: float, window: int
+) -> torch.Tensor:
+    """Causal attention of the last N of L tokens, grouped-query, in fp32 or wider."""
+    queries, length, group = len(q_NHD), len(k_LGD), q_NHD.shape[1] // k_LGD.shape[1]
+    wide = widen(q_NHD)
+    k_LHD, v_LHD = (x.to(wide.dtype).repeat_interleave(group, dim=1) for x in (k_LGD, v_LGD))
+    score_HNL = torch.einsum("nhd,lhd->hnl", wide, k_LHD) * scale
+    at, key = torch.arange(length - queries, length).unsqueeze(-1), torch.arange(length)
+    visible = key <= at
+    if window:
+        visible &= key > at - window
+    score_HNL = score_HNL.masked_fill(~visible, float("-inf"))
+    return torch.einsum("hnl,lhd->nhd", score_HNL.softmax(-1), v_LHD).to(q_NHD.dtype)
+
+
+@contract(
+    f"q[T,heads*head_dim]:A {_CACHE.format(mark='')} page_table[R,B]:int32 "
+    "query_start[R]:int32 query_len[R]:int32 context_len[R]:int32 -> y[T,heads*head_dim]:A",
+    tolerance=Tolerance(bfloat16=1.5e-2),
+    flops="4*T*context*heads*head_dim",
+    traffic=_READ,
+)
+def extend_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    page_table: torch.Tensor,
+    query_start: torch.Tensor,
+    query_len: torch.Tensor,
+    context_len: torch.Tensor,
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    scale: float,
+    window: int = 0,
+) -> torch.Tensor:
+    """Causal attention of variable-length rows over their cached context.
+
+    Row r's queries are tokens ``query_start[r] : query_start[r] + query_len[r]``, the last ones of its
+    ``context_len[r]`` tokens, whose keys and values (the queries' own too) lie in the cache.
+    ``window`` > 0 lets a token see itself and the ``window - 1`` before it. Tokens of no row give zeros.
+    """
+    y = torch.zeros_like(q)
+    for r, (start, count, length) in enumerate(
+        zip(query_start.tolist(), query_len.tolist(), context_len.tolist(), strict=True)
+    ):
+        if count == 0:
+            continue
+        pages = page_table[r, : -(-length // k_cache.shape[1])].long()
+        k_LGD, v_LGD = (c[pages].flatten(0, 1)[:length] for c in (k_cache, v_cache))
+        rows = slice(start, start + count)
+        q_NHD = q[rows].unflatten(-1, (heads, head_dim))
+        y[rows] = _attend(q_NHD, k_LGD, v_LGD, scale=scale, window=window).flatten(1)
+    return y
+
+
+@contract(
+    f"q[R,heads*head_dim]:A {_CACHE.format(mark='')} page_table[R,B]:int32 "
+    "context_len[R]:int32 -> y[R,heads*head_dim]:A",
+    tolerance=Tolerance(bfloat16=1.5e-2),
+    flops="4*R*context*heads*head_dim",
+    traffic=_READ,
+)
+def decode_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    page_table: torch.Tensor,
+    context_len: torch.Tensor,
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    scale: float,
+    window: int = 0,
+) -> torch.Tensor:
+    """:func:`extend_attention` with one query a row: its last token. ``context_len`` 0 gives zeros."""
+    one = (context_len > 0).to(torch.int32)
+    start = torch.arange(len(q), dtype=torch.int32)
+    return extend_attention.reference(
+        q, k_cache, v_cache, page_table, start, one, context_len,
+        heads=heads, kv_heads=kv_heads, head_dim=head_dim, scale=scale, window=window,
+    )  # fmt: skip

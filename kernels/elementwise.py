@@ -1,0 +1,53 @@
+"""Element-by-element ops, and the row selections around them."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from makeready.kernels.contract import Tolerance, contract
+from makeready.kernels.numeric import widen
+
+
+@contract("x[T,C]:A y[T,C]:A -> z[T,C]:A", rowwise="T", flops="T*C")
+def add(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """``x + y``."""
+    return (widen(x) + widen(y)).to(x.dtype)
+
+
+@contract("x[T,C]:A y[T,C]:A -> z[T,C]:A", rowwise="T", flops="T*C")
+def multiply(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """``x * y``."""
+    return (widen(x) * widen(y)).to(x.dtype)
+
+
+@contract("x[T,C]:A -> y[T,C]:A", rowwise="T", flops="4*T*C")
+def silu(x: torch.Tensor) -> torch.Tensor:
+    """``x * sigmoid(x)``."""
+    return functional.silu(widen(x)).to(x.dtype)
+
+
+@contract("gate_up[T,J]:A -> y[T,J//2]:A", rowwise="T", flops="5*T*J/2")
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """``silu(gate) * up`` where ``gate_up`` holds the gate's columns, then up's."""
+    gate, up = widen(gate_up).chunk(2, dim=-1)
+    return (functional.silu(gate) * up).to(gate_up.dtype)
+
+
+@contract("x[T,C]:A -> y[T,stop-start]:A", rowwise="T", tolerance=Tolerance(exact=True))
+def columns(x: torch.Tensor, *, start: int, stop: int) -> torch.Tensor:
+    """Columns ``start:stop`` of ``x``: a view, which lowering turns into an offset and a stride."""
+    return x[:, start:stop]
+
+
+@contract(
+    "x[T,C]:A query_start[R]:int32 query_len[R]:int32 -> y[R,C]:A",
+    tolerance=Tolerance(exact=True),
+    traffic={"x": "R*C"},
+)
+def gather_last(x: torch.Tensor, query_start: torch.Tensor, query_len: torch.Tensor) -> torch.Tensor:
+    """Every row's last token: ``y[r] = x[query_start[r] + query_len[r] - 1]``.
+
+    A padding row (``query_len`` 0) gives a copy of token 0, which nobody reads.
+    """
+    return x[(query_start + query_len - 1).clamp_min(0).long()]
