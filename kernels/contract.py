@@ -61,7 +61,7 @@ class Tolerance:
     exact: bool = False  # integers and pure data movement: every element equal
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Contract:
     """An op: operands, attributes, reference and cost. See the module's docstring."""
 

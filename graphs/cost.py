@@ -1,0 +1,92 @@
+"""What a call costs: bytes, floating-point operations, and the roofline bound on a target."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from makeready.graphs.ir import Call, Program
+from makeready.graphs.spec import Bucket
+from makeready.graphs.targets import Target
+from makeready.kernels.contract import evaluate
+from makeready.kernels.spec import DTYPE_BYTES
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one call or of many.
+
+    Attributes:
+        nbytes: moved between memory and the cores, each operand once.
+        flops: floating-point operations.
+        seconds: the larger of the two over the target's rates, plus what a launch costs.
+    """
+
+    nbytes: float = 0.0
+    flops: float = 0.0
+    seconds: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.nbytes + other.nbytes, self.flops + other.flops, self.seconds + other.seconds)
+
+
+def call_cost(program: Program, call: Call, bucket: Bucket, context: int, target: Target) -> Cost:
+    """Cost of ``call`` in ``bucket`` where rows have ``context`` tokens of context."""
+    contract = call.contract
+    specs = program.operand_specs(call)
+    sizes = bucket.sizes
+    dims = contract.dims(specs, call.attrs)
+    names = {k: sizes.get(v, 0) if isinstance(v, str) else v for k, v in dims.items()}
+    names |= {**sizes, "context": context}
+    nbytes = 0.0
+    for operand in contract.inputs:
+        if operand.name not in specs:
+            continue
+        spec = specs[operand.name]
+        if operand.name in contract.traffic:
+            nbytes += evaluate(contract.traffic[operand.name], names) * DTYPE_BYTES[spec.dtype]
+        else:
+            nbytes += spec.nbytes({**sizes, "P": 0})
+    nbytes += sum(program.spec(value).nbytes(sizes) for value in call.results.values())
+    flops = float(evaluate(contract.flops, names))
+    weight = specs.get("weight")
+    rate = target.flops.get(weight.dtype if weight else "float32", target.flops["float32"])
+    bound = max(nbytes / target.bandwidth, flops / rate)
+    return Cost(nbytes, flops, bound + target.launch_seconds)
+
+
+def program_cost(program: Program, bucket: Bucket, context: int, target: Target) -> Cost:
+    """Cost of one step in ``bucket``; column views cost nothing."""
+    calls = [c for c in program.calls if c.op != "columns"]
+    return sum((call_cost(program, c, bucket, context, target) for c in calls), Cost())
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Step time of a phase's program as a function of the bucket, cheap enough to search with.
+
+    A program repeats the same few calls in every layer, so calls are grouped by what they cost.
+    """
+
+    program: Program
+    target: Target
+    context: int
+
+    def __call__(self, bucket: Bucket) -> float:
+        seen: dict[tuple, float] = {}
+        total = 0.0
+        for call in self.program.calls:
+            if call.op == "columns":
+                continue
+            key = (call.op, *(self.program.spec(v) for v in (*call.operands.values(), *call.results.values())))
+            if key not in seen:
+                seen[key] = call_cost(self.program, call, bucket, self.context, self.target).seconds
+            total += seen[key]
+        assert math.isfinite(total)
+        return total
+
+
+def summarise(costs: Mapping[str, list[Cost]]) -> dict[str, Cost]:
+    """Costs added up by key."""
+    return {key: sum(group, Cost()) for key, group in costs.items()}

@@ -1,0 +1,109 @@
+"""From programs to launches: kernels chosen, views resolved, temps placed in one arena."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from makeready.graphs.ir import PARAM, TEMP, Program
+from makeready.graphs.memory import Interval, align, assign
+from makeready.graphs.plan import Buffer, Launch, LoweredProgram, PlanError, Weight
+from makeready.graphs.recipe import Param
+from makeready.graphs.spec import Bucket
+from makeready.graphs.targets import Target
+from makeready.kernels import registry
+from makeready.kernels.spec import DTYPE_BYTES
+
+VIEW = "columns"  # the one op that moves nothing: an offset and a stride into its operand
+
+
+@dataclass(frozen=True)
+class _View:
+    """A value as columns ``start:`` of the rows of ``base``."""
+
+    base: str
+    start: int
+
+
+def lower(
+    program: Program, target: Target, largest: Bucket, layouts: dict[tuple[str, str], Param]
+) -> tuple[LoweredProgram, int]:
+    """Launches of ``program`` and the arena bytes they need at its ``largest`` bucket.
+
+    ``layouts`` collects the parameters in the layouts that the chosen kernels want, by (parameter, layout);
+    programs that share it share parameters.
+    """
+    views = _views(program)
+    launches = []
+    for call in program.calls:
+        if call.op == VIEW:
+            continue
+        chosen = registry.choose(call.op, target.name, program.operand_specs(call), call.attrs)
+        operands = dict(call.operands)
+        for operand, value in call.operands.items():
+            if program.values[value].kind == PARAM:
+                operands[operand] = _stored(
+                    program.params[value], chosen.layouts.get(operand, "rows"), layouts
+                )
+        # A program's results are written where the host reads them, not into the arena.
+        names = {value: result for result, value in program.results.items()}
+        results = {k: names.get(v, v) for k, v in call.results.items()}
+        operands = {k: names.get(v, v) for k, v in operands.items()}
+        launches.append(Launch(call.op, chosen.name, operands, results, dict(call.attrs)))
+    buffers, nbytes = _place(program, launches, views, largest)
+    return LoweredProgram(program.phase, tuple(launches), buffers), nbytes
+
+
+def place_weights(params: Sequence[Param]) -> tuple[tuple[Weight, ...], int]:
+    """Parameters one after the other in the weights region, and its bytes."""
+    weights, end = [], 0
+    for param in params:
+        nbytes = param.spec.nbytes({})
+        weights.append(Weight(param, end, nbytes))
+        end += align(nbytes)
+    return tuple(weights), end
+
+
+def _stored(param: Param, layout: str, layouts: dict[tuple[str, str], Param]) -> str:
+    """Name of ``param`` in ``layout``: its own, with the layout behind it where that is not ``rows``."""
+    name = param.name if layout == "rows" else f"{param.name}@{layout}"
+    return layouts.setdefault((param.name, layout), replace(param, name=name, layout=layout)).name
+
+
+def _views(program: Program) -> dict[str, _View]:
+    views: dict[str, _View] = {}
+    for call in program.calls:
+        if call.op == VIEW:
+            source, start = call.operands["x"], call.attrs["start"]
+            outer = views.get(source, _View(source, 0))
+            views[call.result] = _View(outer.base, outer.start + start)
+    return views
+
+
+def _place(
+    program: Program, launches: Sequence[Launch], views: Mapping[str, _View], largest: Bucket
+) -> tuple[dict[str, Buffer], int]:
+    """Arena buffers of all temps and views that the launches name."""
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
+    for at, launch in enumerate(launches):
+        for name in (*launch.operands.values(), *launch.results.values()):
+            base = views[name].base if name in views else name
+            first.setdefault(base, at)
+            last[base] = at
+    temps = {n for n, v in program.values.items() if v.kind == TEMP} - set(program.results.values())
+    bases = sorted(n for n in first if n in temps)
+    outside = {v.base for v in views.values()} - temps
+    if outside:
+        raise PlanError(f"columns of {min(outside)} are taken, which is not a temporary value")
+    offsets, nbytes = assign(
+        [Interval(n, program.spec(n).nbytes(largest.sizes), first[n], last[n]) for n in bases]
+    )
+    buffers = {n: Buffer(program.spec(n), offsets[n], None, first[n], last[n]) for n in bases}
+    for name, view in views.items():
+        if view.base in buffers:
+            base = buffers[view.base]
+            width = int(base.spec.shape[-1])
+            offset = base.offset + view.start * DTYPE_BYTES[base.spec.dtype]
+            buffers[name] = replace(base, spec=program.spec(name), offset=offset, row_stride=width)
+    return buffers, nbytes

@@ -1,0 +1,87 @@
+"""Everything between the q/k/v projection and attention becomes one op."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from makeready.graphs.ir import Call, Program
+
+
+@dataclass(frozen=True)
+class _Head:
+    """How one of q, k, v comes out of the projection: its columns and what is done to them."""
+
+    columns: Call
+    norm: Call | None
+    rope: Call | None
+
+
+def fuse_qkv(program: Program) -> Program:
+    """Head norms, rotation and cache write of one layer → ``norm_rope_kv_write``.
+
+    Applies where q, k and v are neighbouring columns of one value (see ``merge_linears``), q and k are
+    rotated by the same rows, and either both or neither are normalised. One launch instead of up to five,
+    and k and v go straight to their pages.
+    """
+    producers = program.producers()
+    rotated = {c.operands["rows"]: [] for c in program.calls if c.op == "rope"}
+    for call in program.calls:
+        if call.op == "rope":
+            rotated[call.operands["rows"]].append(call)
+    fused: dict[int, Call] = {}  # position of the kv_write → what takes its place
+    gone: set[str] = set()
+    for at, call in enumerate(program.calls):
+        if call.op == "kv_write":
+            found = _match(program, call, producers, rotated)
+            if found is not None:
+                fused[at] = found
+                gone.add(found.result)
+    calls = [
+        fused.get(at, call)
+        for at, call in enumerate(program.calls)
+        if not (call.op == "rope" and call.result in gone)
+    ]
+    return program.with_calls(calls)
+
+
+def _match(
+    program: Program, write: Call, producers: dict[str, Call], rotated: dict[str, list[Call]]
+) -> Call | None:
+    k, v = _head(write.operands["k"], producers), _head(write.operands["v"], producers)
+    if k is None or v is None or k.rope is None or v.rope or v.norm:
+        return None
+    qkv, rows = k.columns.operands["x"], k.rope.operands["rows"]
+    for rope in rotated[rows]:
+        q = _head(rope.result, producers)
+        if q is None or q.columns.operands["x"] != qkv or q.columns.attrs["start"] != 0:
+            continue
+        stops = [h.columns.attrs["stop"] for h in (q, k, v)]
+        starts = [h.columns.attrs["start"] for h in (k, v)]
+        if starts == stops[:2] and stops[2] == program.spec(qkv).shape[-1]:
+            return _fused(write, q, k, qkv, rope)
+    return None
+
+
+def _head(value: str, producers: dict[str, Call]) -> _Head | None:
+    rope = norm = None
+    call = producers.get(value)
+    if call is not None and call.op == "rope":
+        rope, call = call, producers.get(call.operands["x"])
+    if call is not None and call.op == "head_rms_norm":
+        norm, call = call, producers.get(call.operands["x"])
+    return _Head(call, norm, rope) if call is not None and call.op == "columns" else None
+
+
+def _fused(write: Call, q: _Head, k: _Head, qkv: str, rope: Call) -> Call | None:
+    operands = {"qkv": qkv, "rows": rope.operands["rows"]}
+    eps = 0.0
+    if q.norm is not None and k.norm is not None:
+        if q.norm.attrs["eps"] != k.norm.attrs["eps"]:
+            return None
+        eps = q.norm.attrs["eps"]
+        operands |= {"q_norm": q.norm.operands["weight"], "k_norm": k.norm.operands["weight"]}
+    elif q.norm is not None or k.norm is not None:
+        return None
+    operands |= {name: write.operands[name] for name in ("kv_slot", "k_cache", "v_cache")}
+    attrs = {**write.attrs, "heads": rope.attrs["heads"], "eps": eps}
+    return Call("norm_rope_kv_write", operands, {"q": rope.result}, attrs)

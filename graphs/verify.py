@@ -1,0 +1,101 @@
+"""What makes a program legal, as rules; run after tracing and after every pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from makeready.graphs.ir import KV, PARAM, SLOT, TEMP, Program
+from makeready.kernels.contract import CONTRACTS, ContractError
+
+
+class VerificationError(AssertionError):
+    """A pass broke a program: a defect of the pass, never of the user's input."""
+
+
+def verify(program: Program, *, after: str) -> Program:
+    """Return ``program`` if every rule holds of it.
+
+    Raises:
+        VerificationError: naming the pass that ran last (``after``), the rule and the call.
+    """
+    for rule in RULES:
+        for complaint in rule(program):
+            raise VerificationError(f"after {after}, {rule.__name__}: {complaint}")
+    return program
+
+
+def every_op_has_a_contract(program: Program) -> Iterator[str]:
+    for call in program.calls:
+        if call.op not in CONTRACTS:
+            yield f"{call.op} is none"
+
+
+def calls_meet_their_contracts(program: Program) -> Iterator[str]:
+    for call in program.calls:
+        try:
+            given, attrs = call.contract.bind((), {**call.operands, **call.attrs})
+            specs = call.contract.infer({k: program.spec(v) for k, v in given.items()}, attrs)
+        except (ContractError, KeyError) as error:
+            yield f"{call.op} gives {call.results}: {error}"
+            continue
+        declared = {k: program.spec(v) for k, v in call.results.items()}
+        if declared != specs:
+            yield f"{call.op} gives {specs}, the program says {declared}"
+
+
+def temps_are_defined_once_and_before_use(program: Program) -> Iterator[str]:
+    defined = {name for name, value in program.values.items() if value.kind != TEMP}
+    for call in program.calls:
+        for operand, value in call.operands.items():
+            if value not in defined:
+                yield f"{call.op} reads {operand}={value} before anything defines it"
+        for value in call.results.values():
+            if value in defined:
+                yield f"{call.op} defines {value} again"
+            defined.add(value)
+    for result, value in program.results.items():
+        if value not in defined:
+            yield f"result {result}={value} is never defined"
+
+
+def only_slots_and_caches_are_written(program: Program) -> Iterator[str]:
+    for call in program.calls:
+        for operand in call.contract.writes:
+            value = program.values[call.operands[operand]]
+            if value.kind not in (SLOT, KV):
+                yield f"{call.op} writes {value.name}, which is a {value.kind} value"
+
+
+def caches_are_written_before_they_are_read(program: Program) -> Iterator[str]:
+    written: set[str] = set()
+    for call in program.calls:
+        for operand, value in call.operands.items():
+            if program.values[value].kind != KV:
+                continue
+            if operand in call.contract.writes:
+                written.add(value)
+            elif value not in written:
+                yield f"{call.op} reads {value} before this step's keys and values are in it"
+
+
+def params_have_recipes(program: Program) -> Iterator[str]:
+    for name, value in program.values.items():
+        if value.kind == PARAM and name not in program.params:
+            yield f"{name} has none"
+    for param in program.params.values():
+        if bool(param.pieces) == bool(param.generated):
+            yield f"{param.name} needs either pieces or a generator"
+        rows = sorted((p.at, p.at + p.stop - p.start) for p in param.pieces)
+        ends = [0, *(stop for _, stop in rows)]
+        if param.pieces and ([at for at, _ in rows] != ends[:-1] or ends[-1] != param.spec.shape[0]):
+            yield f"the pieces of {param.name} do not tile its {param.spec.shape[0]} rows"
+
+
+RULES: tuple[Callable[[Program], Iterator[str]], ...] = (
+    every_op_has_a_contract,
+    temps_are_defined_once_and_before_use,
+    calls_meet_their_contracts,
+    only_slots_and_caches_are_written,
+    caches_are_written_before_they_are_read,
+    params_have_recipes,
+)
