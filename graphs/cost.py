@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from makeready.graphs.ir import Call, Program
 from makeready.graphs.spec import Bucket
 from makeready.graphs.targets import Target
-from makeready.kernels.contract import evaluate
-from makeready.kernels.spec import DTYPE_BYTES
+from makeready.kernels.contract import Contract, evaluate
+from makeready.kernels.spec import DTYPE_BYTES, PAGES, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -31,29 +31,37 @@ class Cost:
         return Cost(self.nbytes + other.nbytes, self.flops + other.flops, self.seconds + other.seconds)
 
 
-def call_cost(program: Program, call: Call, bucket: Bucket, context: int, target: Target) -> Cost:
-    """Cost of ``call`` in ``bucket`` where rows have ``context`` tokens of context."""
-    contract = call.contract
-    specs = program.operand_specs(call)
-    sizes = bucket.sizes
-    dims = contract.dims(specs, call.attrs)
-    names = {k: sizes.get(v, 0) if isinstance(v, str) else v for k, v in dims.items()}
-    names |= {**sizes, "context": context}
-    nbytes = 0.0
-    for operand in contract.inputs:
-        if operand.name not in specs:
-            continue
-        spec = specs[operand.name]
-        if operand.name in contract.traffic:
-            nbytes += evaluate(contract.traffic[operand.name], names) * DTYPE_BYTES[spec.dtype]
+def op_cost(
+    contract: Contract,
+    operands: Mapping[str, TensorSpec],
+    results: Iterable[TensorSpec],
+    attrs: Mapping[str, Any],
+    bucket: Bucket,
+    context: int,
+    target: Target,
+) -> Cost:
+    """Cost of one op in ``bucket`` where rows have ``context`` tokens of context."""
+    sizes = {**bucket.sizes, PAGES: 0}
+    dims = contract.dims(operands, attrs)
+    names = {k: sizes[v] if isinstance(v, str) else v for k, v in dims.items()}
+    names |= {**bucket.sizes, "context": context}
+    nbytes = float(sum(spec.nbytes(sizes) for spec in results))
+    for name, spec in operands.items():
+        if name in contract.traffic:
+            nbytes += evaluate(contract.traffic[name], names) * DTYPE_BYTES[spec.dtype]
         else:
-            nbytes += spec.nbytes({**sizes, "P": 0})
-    nbytes += sum(program.spec(value).nbytes(sizes) for value in call.results.values())
+            nbytes += spec.nbytes(sizes)
     flops = float(evaluate(contract.flops, names))
-    weight = specs.get("weight")
+    weight = operands.get("weight")
     rate = target.flops.get(weight.dtype if weight else "float32", target.flops["float32"])
     bound = max(nbytes / target.bandwidth, flops / rate)
     return Cost(nbytes, flops, bound + target.launch_seconds)
+
+
+def call_cost(program: Program, call: Call, bucket: Bucket, context: int, target: Target) -> Cost:
+    """:func:`op_cost` of a call of ``program``."""
+    results = [program.spec(value) for value in call.results.values()]
+    return op_cost(call.contract, program.operand_specs(call), results, call.attrs, bucket, context, target)
 
 
 def program_cost(program: Program, bucket: Bucket, context: int, target: Target) -> Cost:
@@ -83,10 +91,4 @@ class StepTime:
             if key not in seen:
                 seen[key] = call_cost(self.program, call, bucket, self.context, self.target).seconds
             total += seen[key]
-        assert math.isfinite(total)
         return total
-
-
-def summarise(costs: Mapping[str, list[Cost]]) -> dict[str, Cost]:
-    """Costs added up by key."""
-    return {key: sum(group, Cost()) for key, group in costs.items()}

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from makeready.graphs.recipe import Param
-from makeready.graphs.spec import Bucket, KVSpec, Limits
+from makeready.graphs.spec import Bucket, KVSpec, Limits, result_fields, slot_fields, step_fields
 from makeready.kernels.spec import TensorSpec
 
 SCHEMA = 1
@@ -129,3 +130,30 @@ class Plan:
     memory: Memory
     weights: tuple[Weight, ...]
     programs: Mapping[str, LoweredProgram]
+
+    @cached_property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Spec of every value that launches of any phase may name, arena buffers excepted."""
+        fields = (*step_fields(self.limits), *slot_fields(self.limits), *result_fields(self.limits))
+        named = {f.name: f.spec for f in fields}
+        named |= {part.name: part.spec for part in self.kv.parts}
+        return named | {w.param.name: w.param.spec for w in self.weights}
+
+    def spec(self, phase: str, name: str) -> TensorSpec:
+        """Spec of the value that launches of ``phase`` call ``name``."""
+        buffer = self.programs[phase].buffers.get(name)
+        return buffer.spec if buffer is not None else self.specs[name]
+
+    def pages_in(self, nbytes: int) -> int:
+        """KV pages, the null page included, that ``nbytes`` of memory leave room for.
+
+        Raises:
+            PlanError: not even one page that a request could use fits.
+        """
+        pages = (nbytes - self.memory.fixed) // self.kv.page_bytes
+        if pages < 2:
+            raise PlanError(
+                f"{nbytes / 2**30:.2f} GiB of memory are too little: the plan's fixed memory takes "
+                f"{self.memory.fixed / 2**30:.2f} GiB and two KV pages {2 * self.kv.page_bytes / 2**30:.3f} GiB"
+            )
+        return pages

@@ -35,7 +35,8 @@ class Bucket:
         return rows <= self.rows and tokens <= self.tokens
 
     def __str__(self) -> str:
-        return f"{self.phase}-{self.rows}" if self.phase == DECODE else f"{self.phase}-{self.rows}x{self.tokens}"
+        shape = f"{self.rows}" if self.phase == DECODE else f"{self.rows}x{self.tokens}"
+        return f"{self.phase}-{shape}"
 
 
 @dataclass(frozen=True)

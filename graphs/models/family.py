@@ -57,11 +57,11 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unnamed")
         raise UnsupportedModelError(
-            f"checkpoints quantized with {method} are not supported yet; use the model's bf16, fp16 or GGUF files"
+            f"checkpoints quantized with {method} are not supported; use the model's bf16, fp16 or GGUF files"
         )
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
-        raise UnsupportedModelError(f"hidden_act {activation!r} is not supported; dense decoders here use 'silu'")
+        raise UnsupportedModelError(f"hidden_act {activation!r} is not supported; dense decoders use 'silu'")
     return read(config)
 
 

@@ -1,0 +1,259 @@
+"""From a checkpoint to a plan, in stages that can each be printed, costed and measured.
+
+    trace_checkpoint(...) → Traced ─ lower() → Lowered ─ compile() → Plan
+    compile_plan(...) does all of it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from makeready.graphs import memory
+from makeready.graphs.buckets import Traffic, choose_buckets, prove_coverage
+from makeready.graphs.checkpoint.base import Checkpoint, open_checkpoint
+from makeready.graphs.codec import to_json
+from makeready.graphs.cost import Cost, StepTime, program_cost
+from makeready.graphs.ir import Program
+from makeready.graphs.lower import lower, place_weights
+from makeready.graphs.models import family
+from makeready.graphs.passes import rewrite
+from makeready.graphs.passes.specialize import specialize
+from makeready.graphs.plan import SCHEMA, LoweredProgram, Memory, Options, Plan, PlanError
+from makeready.graphs.recipe import Param
+from makeready.graphs.spec import PHASES, Bucket, KVSpec, Limits, result_fields, slot_fields, step_fields
+from makeready.graphs.targets import Target, find_target
+from makeready.graphs.tokenizer_reference import tokenizer_reference
+from makeready.graphs.trace import trace
+from makeready.graphs.verify import verify
+from makeready.kernels import registry
+
+WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a plan is asked for; None leaves the choice to the model or the target.
+
+    Attributes:
+        target: a name of graphs/targets.py.
+        max_rows, max_tokens, context_len, page_size: see :class:`~makeready.graphs.spec.Limits`.
+        weight_dtype: ``float32``, ``bfloat16`` or ``float16``; None takes the checkpoint's.
+        kv_dtype: dtype of the cache; None takes the activations'.
+        disabled_passes: rewrites to leave out.
+        max_decode_buckets, max_extend_buckets: bounds on the number of programs.
+        traffic: expected batches.
+    """
+
+    target: str = "cpu"
+    max_rows: int = 8
+    max_tokens: int | None = None
+    context_len: int | None = None
+    page_size: int | None = None
+    weight_dtype: str | None = None
+    kv_dtype: str | None = None
+    disabled_passes: tuple[str, ...] = ()
+    max_decode_buckets: int = 16
+    max_extend_buckets: int = 24
+    traffic: Traffic = field(default_factory=Traffic)
+
+
+@dataclass(frozen=True)
+class Traced:
+    """The model's step as one general program, before any rewrite."""
+
+    program: Program
+    checkpoint: Checkpoint
+    target: Target
+    limits: Limits
+    options: Options
+    kv: KVSpec
+    traffic: Traffic
+
+    def as_text(self) -> str:
+        """The program, one line a call."""
+        return self.program.as_text()
+
+    def lower(self) -> Lowered:
+        """Make each phase's program and rewrite it."""
+        programs = {}
+        for phase in PHASES:
+            special = verify(specialize(self.program, phase), after="specialize")
+            programs[phase] = rewrite(special, disabled=self.options.disabled_passes)
+        return Lowered(self, programs)
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A rewritten program for every phase."""
+
+    traced: Traced
+    programs: Mapping[str, Program]
+
+    def as_text(self) -> str:
+        """All programs, one line a call."""
+        return "\n\n".join(program.as_text() for program in self.programs.values())
+
+    def cost_analysis(self, bucket: Bucket) -> Cost:
+        """Bytes, operations and roofline seconds of one step in ``bucket``."""
+        t = self.traced
+        return program_cost(self.programs[bucket.phase], bucket, t.traffic.context, t.target)
+
+    def compile(self) -> Plan:
+        """Choose buckets and kernels, place every byte, and prove coverage."""
+        t = self.traced
+        context = min(t.traffic.context, t.limits.context_len)
+        buckets = choose_buckets(
+            t.limits,
+            t.traffic,
+            {phase: StepTime(program, t.target, context) for phase, program in self.programs.items()},
+            max_decode=t.options.max_decode_buckets,
+            max_extend=t.options.max_extend_buckets,
+        )
+        prove_coverage(buckets, t.limits)
+        stored: dict[tuple[str, str], Param] = {}
+        programs: dict[str, LoweredProgram] = {}
+        arena = 0
+        for phase, program in self.programs.items():
+            largest = max((b for b in buckets if b.phase == phase), key=lambda b: (b.tokens, b.rows))
+            programs[phase], nbytes = lower(program, t.target, largest, stored)
+            arena = max(arena, nbytes)
+        weights, weight_bytes = place_weights(list(stored.values()))
+        checkpoint = t.checkpoint
+        return Plan(
+            schema=SCHEMA,
+            target=t.target.name,
+            architecture=checkpoint.config["architectures"][0],
+            checkpoint=checkpoint.fingerprint(),
+            tokenizer=tokenizer_reference(checkpoint),
+            config=checkpoint.config,
+            limits=t.limits,
+            options=t.options,
+            kv=t.kv,
+            buckets=buckets,
+            memory=_memory(t.limits, weight_bytes, arena),
+            weights=weights,
+            programs=programs,
+        )
+
+
+def trace_checkpoint(checkpoint: Checkpoint | str | Path, request: Request) -> Traced:
+    """Trace the model that ``checkpoint`` holds under what ``request`` asks for.
+
+    Raises:
+        PlanError: a limit is not positive or beyond what the model allows.
+        UnsupportedModelError, CheckpointError: the checkpoint cannot be planned for.
+    """
+    registry.discover()
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = open_checkpoint(checkpoint)
+    target = find_target(request.target)
+    model_config = family.read_config(checkpoint.config)
+    limits = _limits(request, target, _longest_context(model_config.rope, model_config.context_len))
+    weight_dtype = request.weight_dtype or checkpoint.config.get("dtype") or "bfloat16"
+    _known("plan.weight_dtype", weight_dtype, WEIGHT_DTYPES)
+    kv_dtype = request.kv_dtype or target.activation_dtype
+    _known("kv.dtype", kv_dtype, WEIGHT_DTYPES)
+    model = family.build(
+        checkpoint.config, context_len=limits.context_len, activation=target.activation_dtype
+    )
+    kv = KVSpec(limits.page_size, model.kv_parts(limits.page_size, kv_dtype))
+    program = trace(
+        model, limits, kv_parts=kv.parts, weight_dtype=weight_dtype, vector_dtype=target.activation_dtype
+    )
+    _check_sources(program.params.values(), checkpoint)
+    options = Options(
+        weight_dtype=weight_dtype,
+        activation_dtype=target.activation_dtype,
+        kv_dtype=kv_dtype,
+        disabled_passes=tuple(sorted(set(request.disabled_passes))),
+        max_decode_buckets=request.max_decode_buckets,
+        max_extend_buckets=request.max_extend_buckets,
+        traffic=to_json(request.traffic),
+    )
+    program = verify(program, after="trace")
+    return Traced(program, checkpoint, target, limits, options, kv, request.traffic)
+
+
+def compile_plan(
+    checkpoint: Checkpoint | str | Path,
+    request: Request | None = None,
+    *,
+    progress: Progress = lambda stage: None,
+    **fields: Any,
+) -> Plan:
+    """Trace, lower and compile: ``compile_plan(path, target="cpu", max_rows=8)``.
+
+    Args:
+        checkpoint: a checkpoint, or the path of one.
+        request: what to ask for; ``fields`` of :class:`Request` may be given instead or on top.
+        progress: called with the name of each stage as it begins.
+    """
+    request = replace(request or Request(), **fields)
+    progress("trace")
+    traced = trace_checkpoint(checkpoint, request)
+    progress("lower")
+    lowered = traced.lower()
+    progress("compile")
+    return lowered.compile()
+
+
+def _limits(request: Request, target: Target, longest: int) -> Limits:
+    context = request.context_len or longest
+    limits = Limits(
+        max_rows=request.max_rows,
+        max_tokens=request.max_tokens or max(target.max_tokens, request.max_rows),
+        context_len=context,
+        page_size=request.page_size or target.page_size,
+    )
+    for name in ("max_rows", "max_tokens", "context_len", "page_size"):
+        asked = getattr(request, name)
+        if asked is not None and (not isinstance(asked, int) or asked < 1):
+            raise PlanError(f"plan.{name}={asked} must be a whole number of at least 1")
+    if context > longest:
+        raise PlanError(
+            f"plan.context_len={context} is beyond the {longest} tokens that the model's positions allow; "
+            f"lower it to {longest}"
+        )
+    for name in ("max_decode_buckets", "max_extend_buckets"):
+        if getattr(request, name) < 1:
+            raise PlanError(f"plan.{name}={getattr(request, name)} must be at least 1")
+    return limits
+
+
+def _longest_context(rope: Mapping[str, Any], positions: int) -> int:
+    """Dynamic scaling goes beyond the config's positions, by its factor."""
+    return int(positions * rope["factor"]) if rope["rope_type"] == "dynamic" else positions
+
+
+def _known(name: str, value: str, allowed: Collection[str]) -> None:
+    if value not in allowed:
+        raise PlanError(f"{name}={value} is not supported; choose one of {', '.join(allowed)}")
+
+
+def _check_sources(params: Collection[Param], checkpoint: Checkpoint) -> None:
+    """Every parameter's source exists in the checkpoint, in the shape that the config implies."""
+    shapes = {p.pieces[0].source: p.spec.shape for p in params if p.pieces}
+    if checkpoint.format == "dummy":
+        checkpoint.declare(shapes)  # type: ignore[attr-defined]
+    for source, shape in shapes.items():
+        info = checkpoint.tensors.get(source)
+        if info is None:
+            raise PlanError(f"the checkpoint {checkpoint.path} lacks the tensor {source}; is it complete?")
+        if info.shape != shape:
+            raise PlanError(
+                f"tensor {source} of {checkpoint.path} is {list(info.shape)}, the config implies {list(shape)}; "
+                "config.json belongs to another checkpoint"
+            )
+
+
+def _memory(limits: Limits, weights: int, arena: int) -> Memory:
+    sizes = {"R": limits.max_rows, "T": limits.max_tokens}
+    step, slot, result = (
+        memory.layout(fields(limits), sizes)[1] for fields in (step_fields, slot_fields, result_fields)
+    )
+    return Memory(weights=weights, arena=arena, step=step, slot=slot, result=result)

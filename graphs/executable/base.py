@@ -1,0 +1,48 @@
+"""What the engine sees of a backend: batches go in, tokens come out. No torch, no layer, no kernel name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from makeready.graphs.plan import Plan
+from makeready.graphs.spec import Bucket
+
+
+class Pending(Protocol):
+    """A launched step whose results may not be there yet."""
+
+    def wait(self) -> Mapping[str, np.ndarray]:
+        """Arrays of ``graphs.spec.result_fields``, first axis the bucket's rows; blocks until written."""
+        ...
+
+
+class Executable(Protocol):
+    """A loaded plan with its weights and its KV pages.
+
+    Attributes:
+        plan: what was loaded.
+        pages: KV pages, page 0 (which belongs to nobody) included.
+    """
+
+    plan: Plan
+    pages: int
+
+    def write_slot(self, slot: int, values: Mapping[str, Any]) -> None:
+        """Set fields of ``graphs.spec.slot_fields`` for one slot; fields not named take their default.
+
+        ``history`` is left as it is: every step records the tokens that it runs.
+        """
+        ...
+
+    def launch(self, bucket: Bucket, step: Mapping[str, np.ndarray]) -> Pending:
+        """Start the program of ``bucket``.
+
+        Args:
+            bucket: one of the plan's.
+            step: an array of the bucket's shape for every one of ``graphs.spec.step_fields``. They may be
+                reused as soon as this returns.
+        """
+        ...

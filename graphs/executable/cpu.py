@@ -1,0 +1,167 @@
+"""The CPU executable: interprets a plan's launches over its arena with PyTorch.
+
+It runs the very launch list that a GPU would, at the same arena offsets, with the op references or the
+CPU implementations that the plan names. It is the oracle for every other backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from makeready.graphs import memory
+from makeready.graphs.checkpoint.base import Checkpoint
+from makeready.graphs.executable.cpu_weights import Progress, load_weights
+from makeready.graphs.executable.match import check_checkpoint
+from makeready.graphs.plan import Launch, Plan, PlanError
+from makeready.graphs.spec import Bucket, Field, result_fields, slot_fields, step_fields
+from makeready.kernels import registry
+from makeready.kernels.contract import CONTRACTS
+from makeready.kernels.spec import PAGES, TensorSpec
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """A launch with everything looked up: ``results[i].copy_(run(*operands, **attrs)[i])``."""
+
+    run: Callable[..., Any]
+    operands: tuple[torch.Tensor | None, ...]
+    attrs: Mapping[str, Any]
+    results: tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class _Program:
+    """A bucket's launches, and the step and result tensors that they read and write."""
+
+    launches: tuple[_Bound, ...]
+    step: Mapping[str, torch.Tensor]
+    results: Mapping[str, np.ndarray]
+
+
+class _Done:
+    """Results of a step that has already run."""
+
+    def __init__(self, results: Mapping[str, np.ndarray]) -> None:
+        self._results = results
+
+    def wait(self) -> Mapping[str, np.ndarray]:
+        return self._results
+
+
+class CpuExecutable:
+    """A plan for target ``cpu``, loaded. See :class:`makeready.graphs.executable.base.Executable`.
+
+    Args:
+        plan: what to run.
+        checkpoint: the weights; must be the one that the plan was made for.
+        pages: KV pages to allocate, the null page included.
+        progress: told how many of how many parameters are loaded.
+
+    Raises:
+        PlanError: another target's plan, another checkpoint's plan, or a plan of other kernels.
+    """
+
+    def __init__(
+        self, plan: Plan, checkpoint: Checkpoint, *, pages: int, progress: Progress = lambda done, total: None
+    ) -> None:
+        if plan.target != "cpu":
+            raise PlanError(f"the plan is for target {plan.target}, this machine runs it as cpu; recompile it")
+        check_checkpoint(plan, checkpoint)
+        registry.discover()
+        self.plan = plan
+        self.pages = pages
+        self._arena = torch.empty(plan.memory.arena, dtype=torch.uint8)
+        self._tensors: dict[str, Any] = dict(load_weights(plan, checkpoint, progress))
+        for part in plan.kv.parts:  # zeroed: a page is read up to its last written token only
+            self._tensors[part.name] = _zeros(part.spec, {PAGES: pages})
+        self._slots = {f.name: _zeros(f.spec, {}) for f in slot_fields(plan.limits)}
+        self._tensors |= self._slots
+        self._slot_fields = {f.name: f for f in slot_fields(plan.limits) if f.name != "history"}
+        for slot in range(plan.limits.slots):
+            self.write_slot(slot, {})
+        self._step = torch.empty(plan.memory.step, dtype=torch.uint8)
+        self._result = torch.empty(plan.memory.result, dtype=torch.uint8)
+        self._programs: dict[Bucket, _Program] = {}
+
+    def write_slot(self, slot: int, values: Mapping[str, Any]) -> None:
+        unknown = set(values) - set(self._slot_fields)
+        assert not unknown, f"slots have no field {unknown}"
+        for name, field in self._slot_fields.items():
+            row = self._slots[name][slot]
+            row.fill_(field.default)
+            if name in values:
+                value = torch.as_tensor(values[name], dtype=row.dtype)
+                if row.dim():
+                    row[: len(value)] = value
+                else:
+                    row.copy_(value)
+
+    @torch.inference_mode()
+    def launch(self, bucket: Bucket, step: Mapping[str, np.ndarray]) -> _Done:
+        program = self._programs.get(bucket)
+        if program is None:
+            program = self._programs[bucket] = self._bind(bucket)
+        for name, tensor in program.step.items():
+            tensor.copy_(torch.from_numpy(step[name]))
+        for launch in program.launches:
+            made = launch.run(*launch.operands, **launch.attrs)
+            if len(launch.results) == 1:
+                launch.results[0].copy_(made)
+            elif launch.results:
+                for result, value in zip(launch.results, made, strict=True):
+                    result.copy_(value)
+        return _Done({name: array.copy() for name, array in program.results.items()})
+
+    def poison(self) -> None:
+        """Fill arena, results and the null page with NaN patterns: what a step reads, it must have written."""
+        self._arena.fill_(0xFF)
+        self._result.fill_(0xFF)
+        for part in self.plan.kv.parts:
+            self._tensors[part.name][0].fill_(float("nan"))
+
+    def _bind(self, bucket: Bucket) -> _Program:
+        """Look up every tensor of the bucket's program once."""
+        plan = self.plan
+        step = _views(self._step, step_fields(plan.limits), bucket)
+        results = _views(self._result, result_fields(plan.limits), bucket)
+        names = {**self._tensors, **step, **results}
+        lowered = plan.programs[bucket.phase]
+        for name, buffer in lowered.buffers.items():
+            names[name] = _view(self._arena, buffer.offset, buffer.spec, bucket.sizes, buffer.row_stride)
+        launches = tuple(self._bound(launch, names) for launch in lowered.launches)
+        return _Program(launches, step, {name: view.numpy() for name, view in results.items()})
+
+    def _bound(self, launch: Launch, names: Mapping[str, Any]) -> _Bound:
+        contract = CONTRACTS[launch.op]
+        try:
+            run = registry.find(launch.op, launch.kernel, self.plan.target).run
+        except KeyError as error:
+            raise PlanError(f"{error.args[0]}; compile the plan again with this version") from None
+        operands = tuple(names[launch.operands[o.name]] if o.name in launch.operands else None for o in contract.inputs)
+        return _Bound(run, operands, launch.attrs, tuple(names[launch.results[o.name]] for o in contract.outputs))
+
+
+def _zeros(spec: TensorSpec, sizes: Mapping[str, int]) -> torch.Tensor:
+    return torch.zeros(spec.at(sizes), dtype=getattr(torch, spec.dtype))
+
+
+def _view(
+    region: torch.Tensor, offset: int, spec: TensorSpec, sizes: Mapping[str, int], row_stride: int | None = None
+) -> torch.Tensor:
+    """A tensor over bytes ``offset:`` of a region."""
+    shape, dtype = spec.at(sizes), getattr(torch, spec.dtype)
+    if row_stride is None:
+        return region[offset : offset + spec.nbytes(sizes)].view(dtype).view(shape)
+    rows, columns = shape
+    nbytes = ((rows - 1) * row_stride + columns) * dtype.itemsize
+    return region[offset : offset + nbytes].view(dtype).as_strided((rows, columns), (row_stride, 1))
+
+
+def _views(region: torch.Tensor, fields: tuple[Field, ...], bucket: Bucket) -> dict[str, torch.Tensor]:
+    offsets, _ = memory.layout(fields, bucket.sizes)
+    return {f.name: _view(region, offsets[f.name], f.spec, bucket.sizes) for f in fields}

@@ -1,0 +1,71 @@
+"""Parameters into memory, by a plan's recipe, in the layouts that the CPU's kernels want."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+
+from makeready.graphs.checkpoint.base import Checkpoint
+from makeready.graphs.constants import GENERATORS
+from makeready.graphs.plan import Plan, Weight
+from makeready.graphs.recipe import Piece
+from makeready.kernels.gemm.linear_cpu import PACKED, pack
+
+# Arrays of a mapped file are read-only; they are only copied from.
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+
+Progress = Callable[[int, int], None]
+
+LAYOUTS: Mapping[str, Callable[[torch.Tensor], Any]] = {"rows": lambda x: x, PACKED: pack}
+
+
+def load_weights(plan: Plan, checkpoint: Checkpoint, progress: Progress) -> dict[str, Any]:
+    """Every parameter by name, as the tensor or the packed object that kernels take.
+
+    Parameters are converted side by side in a few threads: reading, dequantizing and packing release the
+    interpreter, and none of them uses all cores by itself.
+    """
+    region = torch.empty(plan.memory.weights, dtype=torch.uint8)
+    lock, done = threading.Lock(), 0
+
+    def load(weight: Weight) -> Any:
+        nonlocal done
+        view = region[weight.offset : weight.offset + weight.nbytes]
+        loaded = _load(weight, checkpoint, view)
+        with lock:
+            done += 1
+            progress(done, len(plan.weights))
+        return loaded
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return dict(zip((w.param.name for w in plan.weights), pool.map(load, plan.weights), strict=True))
+
+
+def _load(weight: Weight, checkpoint: Checkpoint, place: torch.Tensor) -> Any:
+    param = weight.param
+    shape, dtype = param.spec.at({}), getattr(torch, param.spec.dtype)
+    # A packed parameter passes through memory of its own; its place in the region stays untouched.
+    target = place.view(dtype).view(shape) if param.layout == "rows" else torch.empty(shape, dtype=dtype)
+    if param.generated is not None:
+        target.copy_(torch.from_numpy(GENERATORS[param.generated.function](**param.generated.arguments)))
+    for piece in param.pieces:
+        _copy(piece, checkpoint, target)
+    return LAYOUTS[param.layout](target)
+
+
+def _copy(piece: Piece, checkpoint: Checkpoint, target: torch.Tensor) -> None:
+    rows = slice(piece.start, piece.stop)
+    source = as_tensor(checkpoint.read(piece.source, rows), checkpoint.tensors[piece.source].dtype)
+    target[piece.at : piece.at + piece.stop - piece.start].copy_(source)
+
+
+def as_tensor(array: np.ndarray, dtype: str) -> torch.Tensor:
+    """A tensor over what :meth:`Checkpoint.read` gave, whose 16-bit patterns may be bfloat16."""
+    tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor

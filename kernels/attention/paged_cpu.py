@@ -1,0 +1,145 @@
+"""Paged KV cache on the CPU: the references without loops over rows or temporary copies.
+
+    T tokens, R rows, H query heads, G KV heads, N = H / G, D head size, L tokens of context, B pages
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from makeready.kernels.attention.paged import decode_attention, extend_attention, norm_rope_kv_write
+from makeready.kernels.norm_cpu import normalise
+from makeready.kernels.registry import kernel
+from makeready.kernels.spec import TensorSpec
+
+
+def _activations_float32(specs: Mapping[str, TensorSpec], attrs: Mapping[str, Any]) -> bool:
+    return all(specs[name].dtype == "float32" for name in ("qkv", "q_norm", "k_norm", "q") if name in specs)
+
+
+@kernel(norm_rope_kv_write, "fused", target="cpu", applies=_activations_float32)
+def norm_rope_kv_write_cpu(
+    qkv: torch.Tensor,
+    rows: torch.Tensor,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    kv_slot: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    eps: float,
+) -> torch.Tensor:
+    """Queries and keys are rotated side by side, since the rotation is the same for all heads."""
+    x_THD = qkv.unflatten(-1, (-1, head_dim))
+    turned = heads + kv_heads
+    qk, v = x_THD[:, :turned], x_THD[:, turned:]
+    if q_norm is not None and k_norm is not None:
+        qk = torch.cat((normalise(qk[:, :heads], q_norm, eps), normalise(qk[:, heads:], k_norm, eps)), dim=1)
+    half = rows.shape[-1] // 2
+    cos, sin = rows.unsqueeze(1).split(half, dim=-1)
+    first, second = qk[..., :half], qk[..., half : 2 * half]
+    out = torch.empty_like(qk, memory_format=torch.contiguous_format)
+    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=out[..., half : 2 * half]).addcmul_(first, sin)
+    if head_dim > 2 * half:
+        out[..., 2 * half :] = qk[..., 2 * half :]
+    slot = kv_slot.long()
+    k_cache.flatten(0, 1)[slot] = out[:, heads:].to(k_cache.dtype)
+    v_cache.flatten(0, 1)[slot] = v.to(v_cache.dtype)
+    return out[:, :heads].flatten(1)
+
+
+def _context(cache: torch.Tensor, pages: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Keys or values of the pages ``[R, B]``, as ``[R, G, B * S, D]``."""
+    found = cache.index_select(0, pages.reshape(-1)).to(dtype)
+    return found.view(len(pages), -1, *cache.shape[2:]).transpose(1, 2)
+
+
+@kernel(decode_attention, "batched", target="cpu", applies=_activations_float32)
+def decode_attention_cpu(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    page_table: torch.Tensor,
+    context_len: torch.Tensor,
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    scale: float,
+    window: int = 0,
+) -> torch.Tensor:
+    """All rows at once, each padded to the pages of the longest; a KV head's N query heads are its rows."""
+    longest = int(context_len.max())
+    if longest == 0:
+        return torch.zeros_like(q)
+    page_size = k_cache.shape[1]
+    pages = page_table[:, : -(-longest // page_size)]
+    k_RGLD, v_RGLD = (_context(cache, pages, q.dtype) for cache in (k_cache, v_cache))
+    key, length = torch.arange(k_RGLD.shape[2]), context_len.unsqueeze(-1)
+    visible = key < length
+    if window:
+        visible &= key >= length - window
+    # Page tails and unused table entries may hold anything, so their values must not meet a zero weight.
+    hidden = ~visible
+    score = (q.view(-1, kv_heads, heads // kv_heads, head_dim) * scale) @ k_RGLD.transpose(-1, -2)
+    score.masked_fill_(hidden[:, None, None, :], float("-inf"))
+    weight = score.softmax(-1)
+    if hidden.any():
+        v_RGLD = v_RGLD.masked_fill(hidden[:, None, :, None], 0.0)
+    y = (weight @ v_RGLD).flatten(1)
+    return y.masked_fill_((context_len == 0).unsqueeze(-1), 0.0)
+
+
+@kernel(extend_attention, "rowwise", target="cpu", applies=_activations_float32)
+def extend_attention_cpu(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    page_table: torch.Tensor,
+    query_start: torch.Tensor,
+    query_len: torch.Tensor,
+    context_len: torch.Tensor,
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    scale: float,
+    window: int = 0,
+) -> torch.Tensor:
+    """Row by row through PyTorch's flash attention, which handles grouped heads and the causal mask."""
+    y = torch.zeros_like(q)
+    page_size = k_cache.shape[1]
+    for r, (start, count, length) in enumerate(
+        zip(query_start.tolist(), query_len.tolist(), context_len.tolist(), strict=True)
+    ):
+        if count == 0:
+            continue
+        pages = page_table[r : r + 1, : -(-length // page_size)]
+        k_1GLD, v_1GLD = (_context(cache, pages, q.dtype)[:, :, :length] for cache in (k_cache, v_cache))
+        q_1HND = q[start : start + count].view(1, count, heads, head_dim).transpose(1, 2)
+        whole = count == length and not window
+        made = functional.scaled_dot_product_attention(
+            q_1HND,
+            k_1GLD,
+            v_1GLD,
+            attn_mask=None if whole else _visible(count, length, window),
+            is_causal=whole,
+            scale=scale,
+            enable_gqa=heads != kv_heads,
+        )
+        y[start : start + count] = made.transpose(1, 2).reshape(count, -1)
+    return y
+
+
+def _visible(count: int, length: int, window: int) -> torch.Tensor:
+    """Which of ``length`` tokens the last ``count`` see: ``[count, length]`` bool."""
+    at, key = torch.arange(length - count, length).unsqueeze(-1), torch.arange(length)
+    return (key <= at) & (key > at - window) if window else key <= at
