@@ -29,6 +29,7 @@ from makeready.graphs.tokenizer_reference import tokenizer_reference
 from makeready.graphs.trace import trace
 from makeready.graphs.verify import verify
 from makeready.kernels import registry
+from makeready.kernels.spec import DTYPE_BYTES
 
 WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -42,7 +43,8 @@ class Request:
     Attributes:
         target: a name of graphs/targets.py.
         max_rows, max_tokens, context_len, page_size: see :class:`~makeready.graphs.spec.Limits`.
-        weight_dtype: ``float32``, ``bfloat16`` or ``float16``; None takes the checkpoint's.
+        weight_dtype: ``float32``, ``bfloat16`` or ``float16``; None takes the checkpoint's, fp16 for GGUF
+            blocks.
         kv_dtype: dtype of the cache; None takes the activations'.
         disabled_passes: rewrites to leave out.
         max_decode_buckets, max_extend_buckets: bounds on the number of programs.
@@ -154,7 +156,7 @@ def trace_checkpoint(checkpoint: Checkpoint | str | Path, request: Request) -> T
     target = find_target(request.target)
     model_config = family.read_config(checkpoint.config)
     limits = _limits(request, target, _longest_context(model_config.rope, model_config.context_len))
-    weight_dtype = request.weight_dtype or checkpoint.config.get("dtype") or "bfloat16"
+    weight_dtype = request.weight_dtype or _stored_dtype(checkpoint)
     _known("plan.weight_dtype", weight_dtype, WEIGHT_DTYPES)
     kv_dtype = request.kv_dtype or target.activation_dtype
     _known("kv.dtype", kv_dtype, WEIGHT_DTYPES)
@@ -228,6 +230,13 @@ def _limits(request: Request, target: Target, longest: int) -> Limits:
 def _longest_context(rope: Mapping[str, Any], positions: int) -> int:
     """Dynamic scaling goes beyond the config's positions, by its factor."""
     return int(positions * rope["factor"]) if rope["rope_type"] == "dynamic" else positions
+
+
+def _stored_dtype(checkpoint: Checkpoint) -> str:
+    """The config's dtype; fp16 for block-quantized files, whose values are products of fp16 scales."""
+    if any(info.dtype not in DTYPE_BYTES for info in checkpoint.tensors.values()):
+        return "float16"
+    return checkpoint.config.get("dtype") or "bfloat16"
 
 
 def _known(name: str, value: str, allowed: Collection[str]) -> None:

@@ -1,0 +1,266 @@
+"""Offline generation: prompts in, outputs out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+from makeready.engine.errors import RequestError
+from makeready.engine.loop import Engine
+from makeready.engine.request import Output, Request, TokenLogprob
+from makeready.engine.sampling import SamplingParams
+from makeready.engine.text.chat import render_chat
+from makeready.engine.text.detokenize import StreamDetokenizer
+from makeready.engine.text.parts import TextError
+from makeready.engine.text.tokenizer import Tokenizer, load_tokenizer
+from makeready.graphs import artifact
+from makeready.graphs.checkpoint.base import Checkpoint, open_checkpoint
+from makeready.graphs.executable.load import load_executable
+from makeready.graphs.plan import Plan
+
+__all__ = ["LLM", "Output", "RequestError", "SamplingParams", "TokenLogprob"]
+
+Report = Callable[[str], None]
+
+
+class LLM:
+    """A model ready to generate.
+
+    >>> llm = LLM("path/to/folder_or.gguf", target="cpu")
+    >>> llm.generate(["The capital of France is"], SamplingParams(temperature=0, max_new_tokens=16))[0].text
+
+    Args:
+        checkpoint: a Hugging Face folder, a GGUF file, or an opened checkpoint.
+        plan: a plan, or the folder of one; without it, one is compiled or found in the local cache.
+        kv_memory_gib: memory for KV pages; None gives every row its full context, up to 4 GiB.
+        report: told in a sentence what is going on while the model loads.
+        progress: told how many of how many parameters are loaded.
+        options: fields of :class:`makeready.graphs.compile.Request` for the plan to compile, such as
+            ``target``, ``max_rows`` or ``weight_dtype``; none may be given beside ``plan``.
+
+    Raises:
+        CheckpointError, PlanError, UnsupportedModelError, TextError: a sentence that says what is wrong.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | Path | Checkpoint,
+        plan: Plan | str | Path | None = None,
+        *,
+        kv_memory_gib: float | None = None,
+        report: Report = lambda sentence: None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        **options: Any,
+    ) -> None:
+        self.checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+        self.plan = _plan(self.checkpoint, plan, options, report)
+        self.tokenizer: Tokenizer | None = load_tokenizer(self.checkpoint)
+        self.engine = Engine(
+            load_executable(
+                self.plan,
+                self.checkpoint,
+                kv_bytes=None if kv_memory_gib is None else int(kv_memory_gib * 2**30),
+                progress=progress,
+            )
+        )
+
+    @overload
+    def generate(
+        self, prompts: str, sampling: SamplingParams | None = None
+    ) -> Output: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: Sequence[str] | None = None,
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        token_ids: Sequence[Sequence[int]] | None = None,
+        on_finish: Callable[[int, Output], None] | None = None,
+    ) -> list[Output]: ...
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | None = None,
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        token_ids: Sequence[Sequence[int]] | None = None,
+        on_finish: Callable[[int, Output], None] | None = None,
+    ) -> Output | list[Output]:
+        """Generate for every prompt.
+
+        Args:
+            prompts: texts; or
+            token_ids: prompts as token ids. Exactly one of the two.
+            sampling: for all prompts, or one for each.
+            on_finish: called with the place in the returned list and the output as each finishes.
+
+        Returns:
+            Outputs in the order of the prompts, the ``n`` samples of one next to each other; for a single
+            string with ``n=1``, its output alone. A request that cannot be served comes back with
+            ``finish_reason`` "error" and the reason in ``error``; the others run.
+        """
+        if (prompts is None) == (token_ids is None):
+            raise RequestError("give either prompts or token_ids")
+        single = isinstance(prompts, str)
+        given: Sequence[Any] = [prompts] if single else (prompts if prompts is not None else token_ids or ())
+        each = _spread(sampling, len(given))
+        outputs: list[Output | None] = []
+        places: dict[int, int] = {}  # id of a request → its place in outputs
+        for prompt, params in zip(given, each, strict=True):
+            try:
+                made = self.requests(prompt, params)
+                for request in made:
+                    self.engine.submit(request)
+            except (RequestError, TextError) as error:
+                places_of_error = range(len(outputs), len(outputs) + params.n)
+                outputs += [Output.refused(str(error))] * params.n
+                for place in places_of_error:
+                    _tell(on_finish, place, outputs[place])
+                continue
+            for request in made:
+                places[id(request)] = len(outputs)
+                outputs.append(None)
+        while self.engine.busy:
+            for request in self.engine.step():
+                place = places[id(request)]
+                outputs[place] = request.result()
+                _tell(on_finish, place, outputs[place])
+        done = [output for output in outputs if output is not None]
+        return done[0] if single and len(done) == 1 else done
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        sampling: SamplingParams | None = None,
+        **template: Any,
+    ) -> Output | list[Output]:
+        """Generate the assistant's answer to one conversation, or to each of several.
+
+        Args:
+            messages: ``{"role": ..., "content": ...}`` each.
+            sampling: for all of them.
+            template: further variables of the chat template, such as ``tools`` or ``enable_thinking``.
+        """
+        if messages and isinstance(messages[0], Mapping):
+            ids = self.render(messages, **template)  # type: ignore[arg-type]
+            outputs = self.generate(token_ids=[ids], sampling=sampling)
+            return outputs[0] if len(outputs) == 1 else outputs
+        return self.generate(token_ids=[self.render(m, **template) for m in messages], sampling=sampling)  # type: ignore[arg-type]
+
+    def stream(self, prompt: str | Sequence[int], sampling: SamplingParams | None = None) -> Iterator[str]:
+        """Yield the text of one sample as it becomes final; the generator's value is the output."""
+        pieces: list[str] = []
+        params = sampling or SamplingParams()
+        if params.n != 1:
+            raise RequestError("a stream is of one sample; use n=1")
+        (request,) = self.requests(prompt, params)
+        request.on_text = pieces.append
+        self.engine.submit(request)
+        try:
+            while not request.done:
+                self.engine.step()
+                yield from pieces
+                pieces.clear()
+        finally:
+            self.engine.abort(request)
+        return request.result()
+
+    def render(self, messages: Sequence[Mapping[str, Any]], **template: Any) -> list[int]:
+        """Token ids of a conversation under the model's chat template."""
+        tokenizer = self._tokenizer("chat")
+        special = tokenizer.special_tokens
+        text = render_chat(
+            tokenizer.chat_template,
+            messages,
+            bos_token=special.get("bos_token"),
+            eos_token=special.get("eos_token"),
+            **template,
+        )
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    def requests(self, prompt: str | Sequence[int], sampling: SamplingParams) -> list[Request]:
+        """The ``n`` requests of one prompt, checked but not queued.
+
+        Raises:
+            RequestError, TextError: the prompt or the parameters are beyond what the plan allows.
+        """
+        vocabulary = self.plan.config["vocab_size"]
+        ids = self._tokenizer("text").encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if not ids:
+            raise RequestError("the prompt is empty; give at least one token")
+        for token in ids:
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocabulary:
+                raise RequestError(f"token id {token!r} of the prompt is not from 0 to {vocabulary - 1}")
+        sampling.check(self.plan.limits, vocabulary)
+        if self.tokenizer is None and (sampling.stop or sampling.stop_regex):
+            raise RequestError("stop strings need a tokenizer, and the checkpoint has none; use stop_token_ids")
+        ends = frozenset(sampling.stop_token_ids)
+        if not sampling.ignore_eos:
+            ends |= frozenset(self.end_ids)
+        if sampling.min_new_tokens and len(ends) > self.plan.limits.max_stop_ids:
+            raise RequestError(
+                f"min_new_tokens holds back {len(ends)} end tokens, the plan allows "
+                f"{self.plan.limits.max_stop_ids}; give fewer stop_token_ids"
+            )
+        return [
+            Request(ids, sampling, sampling.seed(i), ends, self._detokenizer(sampling)) for i in range(sampling.n)
+        ]
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The model's own end tokens: the tokenizer's, or the config's where there is none."""
+        if self.tokenizer is not None:
+            return self.tokenizer.eos_ids
+        named = self.checkpoint.generation_config.get("eos_token_id", self.plan.config.get("eos_token_id"))
+        if named is None:
+            return ()
+        return tuple(named) if isinstance(named, list) else (named,)
+
+    def _detokenizer(self, sampling: SamplingParams) -> StreamDetokenizer | None:
+        if self.tokenizer is None:
+            return None
+        return StreamDetokenizer(self.tokenizer, sampling.skip_special_tokens)
+
+    def _tokenizer(self, purpose: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise RequestError(
+                f"{purpose} needs a tokenizer, and {self.checkpoint.path} has none; give prompts as token_ids"
+            )
+        return self.tokenizer
+
+
+def _plan(checkpoint: Checkpoint, plan: Plan | str | Path | None, options: dict[str, Any], report: Report) -> Plan:
+    if plan is not None:
+        if options:
+            raise RequestError(
+                f"{', '.join(sorted(options))} cannot be chosen for a plan that is already compiled; "
+                "leave them out, or leave out plan"
+            )
+        return plan if isinstance(plan, Plan) else artifact.load(plan)
+    # The planner needs torch; a plan that is ready does not.
+    from makeready.graphs.compile import Request as PlanRequest
+    from makeready.graphs.compile import compile_plan
+    from makeready.graphs.plan_cache import cached_plan
+
+    try:
+        request = PlanRequest(**options)
+    except TypeError as error:
+        raise RequestError(f"there is no such plan option: {error}") from None
+    made, folder, found = cached_plan(checkpoint, request, lambda: compile_plan(checkpoint, request))
+    report(f"plan {'found in' if found else 'compiled to'} {folder}")
+    return made
+
+
+def _spread(sampling: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    if sampling is None or isinstance(sampling, SamplingParams):
+        return [sampling or SamplingParams()] * count
+    if len(sampling) != count:
+        raise RequestError(f"{len(sampling)} sampling parameters were given for {count} prompts; give one for each")
+    return list(sampling)
+
+
+def _tell(on_finish: Callable[[int, Output], None] | None, place: int, output: Output | None) -> None:
+    if on_finish is not None and output is not None:
+        on_finish(place, output)

@@ -1,0 +1,49 @@
+"""The backend that runs a plan, loaded. Imports it only when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from makeready.graphs.checkpoint.base import Checkpoint
+from makeready.graphs.executable.base import Executable
+from makeready.graphs.plan import Plan, PlanError
+
+# On the CPU memory that is not touched costs nothing, so the default is what a full house needs up to this.
+DEFAULT_KV_BYTES = 4 * 2**30
+
+
+def load_executable(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    *,
+    kv_bytes: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Executable:
+    """Load ``plan`` with the weights of ``checkpoint``.
+
+    Args:
+        plan: what to run.
+        checkpoint: the one that the plan was made for.
+        kv_bytes: memory for KV pages; None gives every row its full context, up to 4 GiB.
+        progress: told how many of how many parameters are loaded.
+
+    Raises:
+        PlanError: the plan and the checkpoint or the machine do not fit, or the memory holds no page.
+    """
+    from makeready.graphs.executable.cpu import CpuExecutable
+
+    return CpuExecutable(plan, checkpoint, pages=kv_pages(plan, kv_bytes), progress=progress)
+
+
+def kv_pages(plan: Plan, kv_bytes: int | None) -> int:
+    """Pages that ``kv_bytes`` hold, the null page included."""
+    everything = plan.limits.max_rows * plan.limits.pages_per_row + 1
+    if kv_bytes is None:
+        return max(2, min(everything, DEFAULT_KV_BYTES // plan.kv.page_bytes))
+    pages = kv_bytes // plan.kv.page_bytes
+    if pages < 2:
+        raise PlanError(
+            f"{kv_bytes} bytes of KV memory hold {pages} pages of {plan.kv.page_bytes} bytes, two are the least; "
+            "raise kv.memory_gib"
+        )
+    return min(pages, everything)

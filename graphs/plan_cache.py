@@ -1,0 +1,67 @@
+"""Plans made before, on this machine: the same request for the same checkpoint is compiled once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from makeready.graphs import artifact
+from makeready.graphs.checkpoint.base import Checkpoint
+from makeready.graphs.codec import canonical, to_json
+from makeready.graphs.plan import Plan, PlanError
+from makeready.graphs.tokenizer_reference import tokenizer_reference
+
+if TYPE_CHECKING:
+    from makeready.graphs.compile import Request
+
+SOURCES = Path(__file__).resolve().parents[1]
+
+
+def cache_folder() -> Path:
+    """``$MAKEREADY_CACHE`` or ``~/.cache/makeready``; where it lies enters no key."""
+    return Path(os.environ.get("MAKEREADY_CACHE") or Path.home() / ".cache" / "makeready")
+
+
+def cached_plan(
+    checkpoint: Checkpoint, request: Request, make: Callable[[], Plan]
+) -> tuple[Plan, Path, bool]:
+    """The plan of ``request`` for ``checkpoint``: from the cache, or made and put there.
+
+    Returns:
+        The plan, its folder, and whether it was there already. A damaged entry is made anew.
+    """
+    folder = cache_folder() / "plans" / plan_key(checkpoint, request)
+    if folder.exists():
+        try:
+            return artifact.load(folder), folder, True
+        except PlanError:
+            pass
+    plan = make()
+    artifact.save(plan, folder)
+    return plan, folder, False
+
+
+def plan_key(checkpoint: Checkpoint, request: Request) -> str:
+    """SHA-256 over everything a plan depends on: the checkpoint, all of the request, and the planner's code."""
+    parts = {
+        "checkpoint": checkpoint.fingerprint(),
+        "tokenizer": tokenizer_reference(checkpoint),
+        "request": to_json(request),
+        "code": code_fingerprint(),
+    }
+    return hashlib.sha256(canonical(parts)).hexdigest()
+
+
+@lru_cache
+def code_fingerprint() -> str:
+    """SHA-256 over the sources of graphs/ and kernels/: a plan of other code is never taken from the cache."""
+    total = hashlib.sha256()
+    for layer in ("graphs", "kernels"):
+        for path in sorted((SOURCES / layer).rglob("*.py")):
+            total.update(str(path.relative_to(SOURCES)).encode())
+            total.update(hashlib.sha256(path.read_bytes()).digest())
+    return total.hexdigest()
