@@ -66,9 +66,7 @@ class LLM:
         )
 
     @overload
-    def generate(
-        self, prompts: str, sampling: SamplingParams | None = None
-    ) -> Output: ...
+    def generate(self, prompts: str, sampling: SamplingParams | None = None) -> Output: ...
 
     @overload
     def generate(
@@ -195,7 +193,9 @@ class LLM:
                 raise RequestError(f"token id {token!r} of the prompt is not from 0 to {vocabulary - 1}")
         sampling.check(self.plan.limits, vocabulary)
         if self.tokenizer is None and (sampling.stop or sampling.stop_regex):
-            raise RequestError("stop strings need a tokenizer, and the checkpoint has none; use stop_token_ids")
+            raise RequestError(
+                "stop strings need a tokenizer, and the checkpoint has none; use stop_token_ids"
+            )
         ends = frozenset(sampling.stop_token_ids)
         if not sampling.ignore_eos:
             ends |= frozenset(self.end_ids)
@@ -205,7 +205,8 @@ class LLM:
                 f"{self.plan.limits.max_stop_ids}; give fewer stop_token_ids"
             )
         return [
-            Request(ids, sampling, sampling.seed(i), ends, self._detokenizer(sampling)) for i in range(sampling.n)
+            Request(ids, sampling, sampling.seed(i), ends, self._detokenizer(sampling))
+            for i in range(sampling.n)
         ]
 
     @property
@@ -231,7 +232,9 @@ class LLM:
         return self.tokenizer
 
 
-def _plan(checkpoint: Checkpoint, plan: Plan | str | Path | None, options: dict[str, Any], report: Report) -> Plan:
+def _plan(
+    checkpoint: Checkpoint, plan: Plan | str | Path | None, options: dict[str, Any], report: Report
+) -> Plan:
     if plan is not None:
         if options:
             raise RequestError(
@@ -257,7 +260,9 @@ def _spread(sampling: SamplingParams | Sequence[SamplingParams] | None, count: i
     if sampling is None or isinstance(sampling, SamplingParams):
         return [sampling or SamplingParams()] * count
     if len(sampling) != count:
-        raise RequestError(f"{len(sampling)} sampling parameters were given for {count} prompts; give one for each")
+        raise RequestError(
+            f"{len(sampling)} sampling parameters were given for {count} prompts; give one for each"
+        )
     return list(sampling)
 
 

@@ -79,4 +79,3 @@ def _logprob(request: Request, results: Mapping[str, np.ndarray], row: int) -> T
     ids, values = results["top_ids"][row, :count], results["top_values"][row, :count]
     top = tuple((i, v) for i, v in zip(ids.tolist(), values.tolist(), strict=True) if i >= 0)
     return TokenLogprob(int(results["tokens"][row]), float(results["logprob"][row]), top)
-

@@ -56,7 +56,11 @@ class Output:
     @classmethod
     def refused(cls, reason: str) -> Output:
         """A request that never ran."""
-        meta = {"finish_reason": {"type": ERROR, "message": reason}, "prompt_tokens": 0, "completion_tokens": 0}
+        meta = {
+            "finish_reason": {"type": ERROR, "message": reason},
+            "prompt_tokens": 0,
+            "completion_tokens": 0,
+        }
         return cls("", (), ERROR, 0, error=reason, meta_info=meta)
 
 

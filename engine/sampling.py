@@ -78,7 +78,9 @@ class SamplingParams:
         if self.sampling_seed is not None and (
             not isinstance(self.sampling_seed, int) or not 0 <= self.sampling_seed < 2**63
         ):
-            raise RequestError(f"sampling_seed={self.sampling_seed!r} must be a whole number from 0 to 2**63 - 1")
+            raise RequestError(
+                f"sampling_seed={self.sampling_seed!r} must be a whole number from 0 to 2**63 - 1"
+            )
         if self.min_new_tokens > self.max_new_tokens:
             raise RequestError(
                 f"min_new_tokens={self.min_new_tokens} is above max_new_tokens={self.max_new_tokens}; lower it"
@@ -105,7 +107,9 @@ class SamplingParams:
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(fields) - known)
         if unknown:
-            raise RequestError(f"there is no sampling field {unknown[0]!r}; fields are {', '.join(sorted(known))}")
+            raise RequestError(
+                f"there is no sampling field {unknown[0]!r}; fields are {', '.join(sorted(known))}"
+            )
         try:
             return cls(**fields)
         except (TypeError, AttributeError) as error:
@@ -127,7 +131,9 @@ class SamplingParams:
         for name, ids in (("stop_token_ids", self.stop_token_ids), ("logit_bias", self.logit_bias)):
             for token in ids:
                 if not 0 <= token < vocabulary:
-                    raise RequestError(f"{name} has token id {token}; the vocabulary ends at {vocabulary - 1}")
+                    raise RequestError(
+                        f"{name} has token id {token}; the vocabulary ends at {vocabulary - 1}"
+                    )
 
     def seed(self, sample: int) -> int:
         """Seed of the i-th sample: the request's own for the first, others far from it."""

@@ -45,7 +45,9 @@ def save(plan: Plan, folder: str | Path) -> Path:
         PlanError: ``folder`` exists and holds no plan.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / MANIFEST).exists())):
+    if folder.exists() and (
+        not folder.is_dir() or (any(folder.iterdir()) and not (folder / MANIFEST).exists())
+    ):
         raise PlanError(f"{folder} exists and is no plan; choose another output folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))

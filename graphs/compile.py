@@ -1,7 +1,7 @@
 """From a checkpoint to a plan, in stages that can each be printed, costed and measured.
 
-    trace_checkpoint(...) → Traced ─ lower() → Lowered ─ compile() → Plan
-    compile_plan(...) does all of it
+trace_checkpoint(...) → Traced ─ lower() → Lowered ─ compile() → Plan
+compile_plan(...) does all of it
 """
 
 from __future__ import annotations

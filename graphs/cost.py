@@ -87,7 +87,10 @@ class StepTime:
         for call in self.program.calls:
             if call.op == "columns":
                 continue
-            key = (call.op, *(self.program.spec(v) for v in (*call.operands.values(), *call.results.values())))
+            key = (
+                call.op,
+                *(self.program.spec(v) for v in (*call.operands.values(), *call.results.values())),
+            )
             if key not in seen:
                 seen[key] = call_cost(self.program, call, bucket, self.context, self.target).seconds
             total += seen[key]

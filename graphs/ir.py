@@ -89,7 +89,9 @@ class Program:
                 found[value].append(call)
         return found
 
-    def with_calls(self, calls: Iterator[Call] | list[Call], params: Mapping[str, Param] | None = None) -> Program:
+    def with_calls(
+        self, calls: Iterator[Call] | list[Call], params: Mapping[str, Param] | None = None
+    ) -> Program:
         """The program with other calls: result specs inferred anew, what nobody uses any more left out."""
         kept = _live(list(calls), set(self.results.values()))
         params = {**self.params, **(params or {})}

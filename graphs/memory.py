@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from makeready.graphs.spec import Field
 
-ALIGNMENT = 256  # bytes; what cudaMalloc gives and TMA descriptors, vector loads and cache lines are happy with
+ALIGNMENT = (
+    256  # bytes; what cudaMalloc gives and TMA descriptors, vector loads and cache lines are happy with
+)
 
 
 def align(nbytes: int) -> int:

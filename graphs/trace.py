@@ -56,7 +56,8 @@ def trace(
 
     tracer = _Tracer(model)
     inputs = Inputs(
-        {name: tracer.input(name) for name in fields}, {part.name: tracer.input(part.name) for part in kv_parts}
+        {name: tracer.input(name) for name in fields},
+        {part.name: tracer.input(part.name) for part in kv_parts},
     )
     results = _step(model, inputs, limits)
     named = {name: proxy.node.name for name, proxy in results.items()}  # type: ignore[attr-defined]
@@ -131,7 +132,9 @@ def _program(
             names[node.name] = list(made[owner.name].results.values())[index]
             continue
         if not isinstance(node.target, Contract):
-            raise TraceError(f"model code calls {node.target}, which is no op contract\n{node.stack_trace or ''}")
+            raise TraceError(
+                f"model code calls {node.target}, which is no op contract\n{node.stack_trace or ''}"
+            )
         call = made[node.name] = _call(node, node.target, names, values)
         if len(call.results) == 1:
             names[node.name] = call.result

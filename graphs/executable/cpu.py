@@ -70,7 +70,9 @@ class CpuExecutable:
         self, plan: Plan, checkpoint: Checkpoint, *, pages: int, progress: Progress = lambda done, total: None
     ) -> None:
         if plan.target != "cpu":
-            raise PlanError(f"the plan is for target {plan.target}, this machine runs it as cpu; recompile it")
+            raise PlanError(
+                f"the plan is for target {plan.target}, this machine runs it as cpu; recompile it"
+            )
         check_checkpoint(plan, checkpoint)
         registry.discover()
         self.plan = plan
@@ -142,8 +144,12 @@ class CpuExecutable:
             run = registry.find(launch.op, launch.kernel, self.plan.target).run
         except KeyError as error:
             raise PlanError(f"{error.args[0]}; compile the plan again with this version") from None
-        operands = tuple(names[launch.operands[o.name]] if o.name in launch.operands else None for o in contract.inputs)
-        return _Bound(run, operands, launch.attrs, tuple(names[launch.results[o.name]] for o in contract.outputs))
+        operands = tuple(
+            names[launch.operands[o.name]] if o.name in launch.operands else None for o in contract.inputs
+        )
+        return _Bound(
+            run, operands, launch.attrs, tuple(names[launch.results[o.name]] for o in contract.outputs)
+        )
 
 
 def _zeros(spec: TensorSpec, sizes: Mapping[str, int]) -> torch.Tensor:
@@ -151,7 +157,11 @@ def _zeros(spec: TensorSpec, sizes: Mapping[str, int]) -> torch.Tensor:
 
 
 def _view(
-    region: torch.Tensor, offset: int, spec: TensorSpec, sizes: Mapping[str, int], row_stride: int | None = None
+    region: torch.Tensor,
+    offset: int,
+    spec: TensorSpec,
+    sizes: Mapping[str, int],
+    row_stride: int | None = None,
 ) -> torch.Tensor:
     """A tensor over bytes ``offset:`` of a region."""
     shape, dtype = spec.at(sizes), getattr(torch, spec.dtype)

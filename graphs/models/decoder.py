@@ -101,7 +101,9 @@ class Decoder(nn.Module):
     def kv_parts(self, page_size: int, dtype: str) -> tuple[KVPart, ...]:
         """Cache tensors of all layers, in layer order."""
         return tuple(
-            part for layer in self.layers for part in layer.attention.kv_parts(page_size, dtype)  # type: ignore[union-attr]
+            part
+            for layer in self.layers
+            for part in layer.attention.kv_parts(page_size, dtype)  # type: ignore[union-attr]
         )
 
     def forward(self, ids_T: torch.Tensor, inputs: Inputs) -> torch.Tensor:

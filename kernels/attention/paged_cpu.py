@@ -1,6 +1,6 @@
 """Paged KV cache on the CPU: the references without loops over rows or temporary copies.
 
-    T tokens, R rows, H query heads, G KV heads, N = H / G, D head size, L tokens of context, B pages
+T tokens, R rows, H query heads, G KV heads, N = H / G, D head size, L tokens of context, B pages
 """
 
 from __future__ import annotations
