@@ -126,6 +126,18 @@ class CpuExecutable:
         for part in self.plan.kv.parts:
             self._tensors[part.name][0].fill_(float("nan"))
 
+    def operand(self, bucket: Bucket, op: str, operand: str) -> np.ndarray:
+        """A copy of what the first launch of ``op`` in ``bucket`` reads as ``operand``, for comparisons.
+
+        After a step this is what that launch saw, unless a later launch reused the place.
+        """
+        lowered = self.plan.programs[bucket.phase]
+        at = next(i for i, launch in enumerate(lowered.launches) if launch.op == op)
+        place = [o.name for o in CONTRACTS[op].inputs].index(operand)
+        tensor = self._programs[bucket].launches[at].operands[place]
+        assert tensor is not None, f"{op} was launched without {operand}"
+        return tensor.float().numpy().copy()
+
     def _bind(self, bucket: Bucket) -> _Program:
         """Look up every tensor of the bucket's program once."""
         plan = self.plan
