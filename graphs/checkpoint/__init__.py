@@ -1,1 +1,5 @@
-"""Readers of checkpoints: Hugging Face folders, GGUF files, dummy weights."""
+"""Readers of checkpoints: Hugging Face folders, GGUF files, dummy weights; numpy only."""
+
+from makeready.graphs.checkpoint.base import Checkpoint, CheckpointError, TensorInfo, open_checkpoint
+
+__all__ = ["Checkpoint", "CheckpointError", "TensorInfo", "open_checkpoint"]

@@ -1,0 +1,217 @@
+"""What every checkpoint offers, whatever its format: a config, a tensor table, and reads by name.
+
+Tensor names are Hugging Face's. Shapes are row-major, outermost axis first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# Every config field enters the fingerprint except these, which cannot change what is computed:
+# where the config was loaded from, at which commit, and which library version wrote it.
+FINGERPRINT_EXEMPT = frozenset({"_name_or_path", "_commit_hash", "transformers_version"})
+
+# How a tensor's dtype reads into numpy. numpy has no bfloat16 or 8-bit floats: those come as raw bits.
+NUMPY_DTYPES: dict[str, np.dtype] = {
+    "float64": np.dtype("<f8"),
+    "float32": np.dtype("<f4"),
+    "float16": np.dtype("<f2"),
+    "bfloat16": np.dtype("<u2"),
+    "float8_e4m3fn": np.dtype("u1"),
+    "float8_e5m2": np.dtype("u1"),
+    "float8_e8m0fnu": np.dtype("u1"),
+    "int64": np.dtype("<i8"),
+    "int32": np.dtype("<i4"),
+    "int16": np.dtype("<i2"),
+    "int8": np.dtype("i1"),
+    "uint64": np.dtype("<u8"),
+    "uint32": np.dtype("<u4"),
+    "uint16": np.dtype("<u2"),
+    "uint8": np.dtype("u1"),
+    "bool": np.dtype("?"),
+}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used; one sentence names the file or field and the remedy."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One row of the tensor table.
+
+    Attributes:
+        name: Hugging Face name, e.g. `model.layers.0.self_attn.q_proj.weight`.
+        dtype: a key of `NUMPY_DTYPES`, or a GGUF block type in lower case such as `q4_1`.
+        shape: row-major shape in elements.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Checkpoint(ABC):
+    """Weights, config and tokenizer reference of one model, opened but not yet read.
+
+    Attributes:
+        path: the folder or file it was opened from (`dummy` for dummy weights).
+        format: `safetensors`, `gguf` or `dummy`.
+        config: Hugging Face `config.json` in the normal form of `config.normalise_config`.
+        generation_config: `generation_config.json` (ids of end tokens, sampling defaults); `{}` if none.
+    """
+
+    path: Path
+    format: str
+    config: dict[str, Any]
+    generation_config: dict[str, Any]
+
+    @property
+    @abstractmethod
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """The tensor table, by Hugging Face name."""
+
+    @abstractmethod
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        """Read one tensor, or a contiguous range of its axis 0 without touching the rest.
+
+        Args:
+            name: a key of `tensors`.
+            rows: `slice(start, stop)` of axis 0; None reads everything.
+
+        Returns:
+            Plain dtypes: an array of `NUMPY_DTYPES[dtype]`, where the file allows a read-only view of
+            the mapped file (bfloat16 as its 16 bits, 8-bit floats as theirs). GGUF block types:
+            dequantized float32.
+
+        Raises:
+            CheckpointError: no such tensor, or rows out of range.
+        """
+
+    def tokenizer_files(self) -> dict[str, Path]:
+        """Files that describe the tokenizer, by file name (`gguf` for a GGUF file); {} if none."""
+        return {}
+
+    def fingerprint(self) -> str:
+        """Hash what a plan depends on: the config and the tensor table, but no weights.
+
+        Returns:
+            sha256 in hex over the normalised config without `FINGERPRINT_EXEMPT` and the sorted
+            (name, dtype, shape) table. Paths, times and data bytes do not enter: the same model in
+            another folder has the same fingerprint.
+        """
+        config = {key: value for key, value in self.config.items() if key not in FINGERPRINT_EXEMPT}
+        table = sorted((info.name, info.dtype, info.shape) for info in self.tensors.values())
+        text = json.dumps([config, table], sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _find(self, name: str) -> TensorInfo:
+        info = self.tensors.get(name)
+        if info is None:
+            raise CheckpointError(
+                f"{self.path} has no tensor {name!r}; check that the model definition fits the checkpoint"
+            )
+        return info
+
+
+def row_range(info: TensorInfo, rows: slice | None) -> tuple[int, int]:
+    """Resolve `rows` to (start, stop) within axis 0 of a tensor.
+
+    Raises:
+        CheckpointError: a scalar tensor, a step other than 1, or a range that leaves the tensor.
+    """
+    count = info.shape[0] if info.shape else 1
+    if rows is None:
+        return 0, count
+    start = 0 if rows.start is None else rows.start
+    stop = count if rows.stop is None else rows.stop
+    if not info.shape or rows.step not in (None, 1) or not 0 <= start <= stop <= count:
+        raise CheckpointError(
+            f"rows {rows} do not fit tensor {info.name!r} of shape {info.shape}; "
+            f"ask for slice(start, stop) with 0 <= start <= stop <= {count}"
+        )
+    return start, stop
+
+
+def map_file(path: Path) -> np.ndarray:
+    """Map a file read-only.
+
+    Returns:
+        uint8 [bytes]; pages are read when touched and shared between processes.
+
+    Raises:
+        CheckpointError: the file cannot be read or is empty.
+    """
+    try:
+        return np.memmap(path, np.uint8, mode="r").view(np.ndarray)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); check the checkpoint") from None
+    except ValueError:  # numpy's answer to an empty file
+        raise CheckpointError(f"{path} is empty; download it again") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file.
+
+    Raises:
+        CheckpointError: unreadable, not JSON, or not an object.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror}); check the checkpoint folder"
+        ) from None
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{path} is not valid JSON; download the file again") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"{path} must hold a JSON object, not {type(value).__name__}; download it again"
+        )
+    return value
+
+
+def open_checkpoint(path: str | Path, *, config: dict[str, Any] | None = None, seed: int = 0) -> Checkpoint:
+    """Open a checkpoint for reading; weights are mapped, not read.
+
+    Args:
+        path: a folder with `config.json` and safetensors files, a GGUF file, or the word `dummy`.
+        config: a Hugging Face config, for `dummy` only.
+        seed: seed of the weights, for `dummy` only.
+
+    Raises:
+        CheckpointError: nothing usable at `path`; the message says what is missing.
+    """
+    # Imported here because each reader imports this module; under the second name that the type checker
+    # then sees it by, Checkpoint is another class to it: hence Any.
+    from makeready.graphs.checkpoint.dummy import DummyCheckpoint
+    from makeready.graphs.checkpoint.gguf_checkpoint import GGUFCheckpoint
+    from makeready.graphs.checkpoint.huggingface import HuggingFaceCheckpoint
+
+    opened: Any
+    if str(path) == "dummy":
+        if config is None:
+            raise CheckpointError("checkpoint=dummy needs a config; pass the model's config.json as config")
+        opened = DummyCheckpoint(config, None, seed)
+        return opened
+    if config is not None:
+        raise CheckpointError(
+            f"config is for checkpoint=dummy only, but the checkpoint is {path}; drop one of them"
+        )
+    path = Path(path).expanduser()
+    if not os.path.exists(path):  # False, too, for names that no file can have
+        raise CheckpointError(
+            f"{path} does not exist; "
+            "pass a folder with config.json and safetensors files, a .gguf file, or the word dummy"
+        )
+    opened = HuggingFaceCheckpoint(path) if path.is_dir() else GGUFCheckpoint(path)
+    return opened

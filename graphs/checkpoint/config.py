@@ -1,0 +1,240 @@
+"""One normal form for Hugging Face `config.json`, whichever transformers release wrote it.
+
+transformers 4 writes `torch_dtype`, `rope_theta` and `rope_scaling`; transformers 5 writes `dtype` and
+`rope_parameters`. Fields that a config may leave out take the values that transformers' config classes
+give them. Unknown fields are kept: the model definition decides what they mean.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from makeready.graphs.checkpoint.base import CheckpointError
+from makeready.graphs.checkpoint.rope import normalise_rope
+
+DTYPES = ("float32", "float16", "bfloat16")  # what a model's weights are computed in
+MAX_LAYERS = 10_000  # far above any model; a damaged file that says 2**31 must not become a list as long
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+REQUIRED_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+
+# What transformers' config classes assume for an absent field, where that differs from `_COMMON_DEFAULTS`.
+_QWEN_DEFAULTS = {
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 32,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    # Qwen2 has no such field: its q, k and v projections always have a bias and its o_proj never has.
+    "qwen2": {**_QWEN_DEFAULTS, "attention_bias": True},
+    "qwen3": {**_QWEN_DEFAULTS, "head_dim": 128},
+    "gemma": {"tie_word_embeddings": True},
+    "gemma2": {"tie_word_embeddings": True},
+    "gemma3_text": {"tie_word_embeddings": True},
+    "cohere": {"tie_word_embeddings": True},
+    "cohere2": {"tie_word_embeddings": True},
+    "smollm3": {"tie_word_embeddings": True},
+    "starcoder2": {"tie_word_embeddings": True},
+}
+_COMMON_DEFAULTS: dict[str, Any] = {
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+}
+
+
+def normalise_config(
+    raw: dict[str, Any], *, source: str = "config.json", default_dtype: str = "float32"
+) -> dict[str, Any]:
+    """Bring a Hugging Face config of transformers 4 or 5 into one form.
+
+    Args:
+        raw: the parsed `config.json`; not changed.
+        source: what to call it in errors.
+        default_dtype: the dtype if the config states none.
+
+    Returns:
+        A JSON-able dict, equal for equal models: every field of `raw`, with `dtype` (one of `DTYPES`),
+        `rope_parameters` (see `rope.normalise_rope`), `head_dim`, `num_key_value_heads`,
+        `max_position_embeddings`, `rms_norm_eps`, `hidden_act`, `tie_word_embeddings`, `attention_bias`
+        and `mlp_bias` filled in, and without `torch_dtype`, `rope_theta` and `rope_scaling`. For the
+        families in `ARCHITECTURES` also `architectures`, `layer_types` (one entry per layer) and
+        `sliding_window` (None unless a layer uses it).
+
+    Raises:
+        CheckpointError: a field is missing, malformed or contradicts another.
+    """
+    if raw.get("text_config") is not None:
+        raise CheckpointError(
+            f"{source}: multimodal configs (field text_config) are not supported; use a text model"
+        )
+    config = dict(raw)
+    model_type = _model_type(config, source)
+    for key, value in {**_COMMON_DEFAULTS, **_DEFAULTS.get(model_type, {})}.items():
+        config.setdefault(key, value)
+    config["dtype"] = _dtype(config, default_dtype, source)
+    for field in (*REQUIRED_SIZES, "max_position_embeddings"):
+        positive_int(config, field, source)
+    if config["num_hidden_layers"] > MAX_LAYERS:
+        raise CheckpointError(
+            f"{source}: num_hidden_layers {config['num_hidden_layers']} exceeds the limit of {MAX_LAYERS}; "
+            "correct the config"
+        )
+    _check_heads(config, source)
+    _check_scalars(config, source)
+    config["rope_parameters"] = normalise_rope(config, source)
+    for field in ("torch_dtype", "rope_theta", "rope_scaling"):
+        config.pop(field, None)
+    if model_type in ARCHITECTURES:
+        config.setdefault("architectures", [ARCHITECTURES[model_type]])
+        _fill_windows(config, model_type, source)
+    return config
+
+
+def positive_int(config: dict[str, Any], field: str, source: str) -> int:
+    """Return an integer field that must be present and at least 1.
+
+    Raises:
+        CheckpointError: it is missing, not an integer or below 1.
+    """
+    value = config.get(field)
+    if value is None:
+        raise CheckpointError(f"{source} lacks {field}; add it to the config")
+    if type(value) is not int or value < 1:
+        raise CheckpointError(
+            f"{source}: {field} must be a positive integer, not {value!r}; correct the config"
+        )
+    return value
+
+
+def _model_type(config: dict[str, Any], source: str) -> str:
+    model_type = config.get("model_type")
+    if model_type is None:
+        named = config.get("architectures") or []
+        model_type = next((key for key, name in ARCHITECTURES.items() if [name] == named), None)
+    if not isinstance(model_type, str) or not model_type:
+        raise CheckpointError(
+            f"{source} lacks model_type; add it to the config, e.g. {', '.join(ARCHITECTURES)}"
+        )
+    config["model_type"] = model_type
+    return model_type
+
+
+def _dtype(config: dict[str, Any], default: str, source: str) -> str:
+    stated = [config[key] for key in ("dtype", "torch_dtype") if config.get(key) not in (None, "auto")]
+    names = {str(value).removeprefix("torch.") for value in stated} or {default}
+    if len(names) > 1:
+        raise CheckpointError(
+            f"{source}: dtype and torch_dtype differ ({', '.join(sorted(names))}); keep one"
+        )
+    name = names.pop()
+    if name not in DTYPES:
+        raise CheckpointError(f"{source}: dtype {name!r} is not supported; use one of {', '.join(DTYPES)}")
+    return name
+
+
+def _check_heads(config: dict[str, Any], source: str) -> None:
+    """Fill `num_key_value_heads` and `head_dim`, and check that heads divide."""
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    if config.get("num_key_value_heads") is None:
+        config["num_key_value_heads"] = heads
+    kv_heads = positive_int(config, "num_key_value_heads", source)
+    if heads % kv_heads:
+        raise CheckpointError(
+            f"{source}: num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({kv_heads}); "
+            "correct the config"
+        )
+    if config.get("head_dim") is None:
+        if hidden % heads:
+            raise CheckpointError(
+                f"{source}: hidden_size {hidden} is not a multiple of {heads} attention heads; state head_dim"
+            )
+        config["head_dim"] = hidden // heads
+    if positive_int(config, "head_dim", source) % 2:
+        raise CheckpointError(
+            f"{source}: head_dim must be even for rotary embeddings, not {config['head_dim']}; correct it"
+        )
+
+
+def _check_scalars(config: dict[str, Any], source: str) -> None:
+    def require(field: str, allowed: Callable[[Any], bool], wanted: str) -> None:
+        if not allowed(config.get(field)):
+            raise CheckpointError(
+                f"{source}: {field} must be {wanted}, not {config.get(field)!r}; correct the config"
+            )
+
+    def is_token(value: Any) -> bool:
+        return value is None or type(value) is int
+
+    eps = config["rms_norm_eps"]
+    require(
+        "rms_norm_eps",
+        lambda _: type(eps) in (int, float) and math.isfinite(eps) and eps > 0,
+        "a positive number",
+    )
+    config["rms_norm_eps"] = float(eps)
+    for field in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
+        require(field, lambda value: type(value) is bool, "true or false")
+    require("hidden_act", lambda value: isinstance(value, str), "a string")
+    require("bos_token_id", is_token, "an integer or null")
+    require(
+        "eos_token_id",
+        lambda value: (
+            is_token(value) or (isinstance(value, list) and all(type(item) is int for item in value))
+        ),
+        "an integer, a list of integers or null",
+    )
+
+
+def _fill_windows(config: dict[str, Any], model_type: str, source: str) -> None:
+    """Fill `layer_types` and `sliding_window` as transformers derives them for this family."""
+    layers = config["num_hidden_layers"]
+    if model_type == "llama" or not config.get("use_sliding_window", True):
+        config["sliding_window"] = None  # these ignore the field
+    window = config.get("sliding_window")
+    if window is not None:
+        positive_int(config, "sliding_window", source)
+    if config.get("layer_types") is None:
+        first = 0 if window is not None else layers
+        if window is not None and "use_sliding_window" in config:
+            first = config.get("max_window_layers")
+            if type(first) is not int or first < 0:
+                raise CheckpointError(
+                    f"{source}: max_window_layers must be an integer of at least 0, not {first!r}; correct it"
+                )
+        config["layer_types"] = [LAYER_TYPES[layer >= first] for layer in range(layers)]
+    types = config["layer_types"]
+    if not isinstance(types, list) or len(types) != layers or any(kind not in LAYER_TYPES for kind in types):
+        raise CheckpointError(
+            f"{source}: layer_types must name one of {', '.join(LAYER_TYPES)} for each of the "
+            f"{layers} layers; correct it"
+        )
+    slides = LAYER_TYPES[1] in types
+    if slides and window is None:
+        raise CheckpointError(
+            f"{source}: layer_types has {LAYER_TYPES[1]} but no sliding_window is in use; "
+            "set sliding_window (and use_sliding_window for Qwen) or change layer_types"
+        )
+    if not slides:
+        config["sliding_window"] = None

@@ -1,0 +1,109 @@
+"""Seeded random weights at a config's shapes: for tests and measurements without a download."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from makeready.graphs.checkpoint.base import NUMPY_DTYPES, Checkpoint, CheckpointError, TensorInfo, row_range
+from makeready.graphs.checkpoint.config import DTYPES, normalise_config
+
+SCALE = 0.02  # the usual initializer_range: activations neither vanish nor overflow over 100 layers
+
+# Big tensors repeat one random block, as a million normals take 30 ms. A prime length shares no factor with
+# a row, so no two rows of a matrix with fewer rows than this are alike.
+PERIOD = 2**20 - 3
+
+
+class DummyCheckpoint(Checkpoint):
+    """Random weights that depend on (seed, tensor name) only.
+
+    Args:
+        config: a Hugging Face config in any accepted spelling.
+        shapes: shape of each tensor by Hugging Face name, where already known; see `declare`.
+        seed: any integer.
+        dtype: `float32`, `float16` or `bfloat16`; None takes the config's.
+
+    Raises:
+        CheckpointError: an invalid config, dtype or shape.
+    """
+
+    format = "dummy"
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+        seed: int = 0,
+        dtype: str | None = None,
+    ) -> None:
+        self.path = Path("dummy")
+        self.config = normalise_config(config, source="the dummy config")
+        self.generation_config: dict[str, Any] = {}
+        self.dtype = self.config["dtype"] if dtype is None else dtype
+        if self.dtype not in DTYPES:
+            raise CheckpointError(
+                f"dummy weights cannot have dtype {self.dtype!r}; use one of {', '.join(DTYPES)}"
+            )
+        self._seed = seed
+        self._tensors: dict[str, TensorInfo] = {}
+        self.declare(shapes or {})
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """The tensors declared so far, by Hugging Face name."""
+        return self._tensors
+
+    def declare(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Add tensors to the table; the planner knows them, the config does not list them.
+
+        Raises:
+            CheckpointError: a size below 1, or a tensor declared before with another shape.
+        """
+        for name, shape in shapes.items():
+            info = TensorInfo(name, self.dtype, tuple(shape))
+            if any(size < 1 for size in info.shape):
+                raise CheckpointError(
+                    f"dummy tensor {name!r} has shape {info.shape}; every size must be at least 1"
+                )
+            if self._tensors.setdefault(name, info) != info:
+                raise CheckpointError(
+                    f"dummy tensor {name!r} was declared with shape {self._tensors[name].shape} "
+                    f"and again with {info.shape}; declare each tensor once"
+                )
+
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        """Make one tensor, or a range of its rows; see `Checkpoint.read`."""
+        info = self._find(name)
+        start, stop = row_range(info, rows)
+        row = math.prod(info.shape[1:])
+        block = self._block(info)
+        flat = np.empty((stop - start) * row, block.dtype)
+        filled, source = 0, start * row % len(block)
+        while filled < len(flat):
+            part = block[source : source + len(flat) - filled]
+            flat[filled : filled + len(part)] = part
+            filled, source = filled + len(part), 0
+        return flat.reshape((stop - start, *info.shape[1:]) if info.shape else ())
+
+    def _block(self, info: TensorInfo) -> np.ndarray:
+        key = hashlib.sha256(f"{self._seed}/{info.name}".encode()).digest()[:16]
+        generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
+        values = generator.standard_normal(min(math.prod(info.shape), PERIOD), np.float32)
+        values *= np.float32(SCALE)
+        if len(info.shape) == 1 and "norm" in info.name and not info.name.endswith(".bias"):
+            values += np.float32(1)
+        if info.dtype == "bfloat16":
+            return bfloat16_bits(values)
+        return values.astype(NUMPY_DTYPES[info.dtype], copy=False)
+
+
+def bfloat16_bits(values: np.ndarray) -> np.ndarray:
+    """Round finite float32 values to bfloat16, ties to even; returns the uint16 bits, same shape."""
+    bits = values.view(np.uint32)
+    return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)

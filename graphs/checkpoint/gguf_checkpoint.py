@@ -1,0 +1,172 @@
+"""A GGUF file read as if it were a Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from makeready.graphs.checkpoint.base import NUMPY_DTYPES, Checkpoint, CheckpointError, TensorInfo, row_range
+from makeready.graphs.checkpoint.config import normalise_config
+from makeready.graphs.checkpoint.gguf import GGUFFile
+from makeready.graphs.checkpoint.gguf_config import hugging_face_config, llama3_rope
+from makeready.graphs.checkpoint.gguf_dequantize import PLAIN_TYPES, dequantize
+from makeready.graphs.checkpoint.gguf_names import (
+    ROPE_FACTORS,
+    Fields,
+    architecture_of,
+    hugging_face_name,
+    interleaved_heads,
+    interleaved_rows,
+    special_tokens,
+)
+
+_PLAIN_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+
+
+class GGUFCheckpoint(Checkpoint):
+    """Tensors under Hugging Face names and in Hugging Face's row order; block types read as float32.
+
+    Args:
+        path: a `.gguf` file of an architecture in `gguf_names.ARCHITECTURES`.
+
+    Attributes:
+        metadata: every metadata pair of the file, decoded on access (`tokenizer.ggml.tokens`, ...).
+
+    Raises:
+        CheckpointError: not a GGUF file, damaged, or not supported; the message says which.
+    """
+
+    format = "gguf"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = GGUFFile(path)
+        self.metadata: Mapping[str, Any] = self._file.metadata
+        fields = Fields(self.metadata, str(path))
+        self._architecture = architecture_of(fields, str(path))
+        self._gguf_names = self._translate()
+        self._tensors = {name: self._info(name) for name in sorted(self._gguf_names)}
+        self.config = self._build_config(fields)
+        self.generation_config: dict[str, Any] = special_tokens(fields)
+        self._check_interleaved()
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """The tensor table, by Hugging Face name."""
+        return self._tensors
+
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        """Read one tensor or a range of its rows; see `Checkpoint.read`."""
+        info = self._find(name)
+        start, stop = row_range(info, rows)
+        shape = (stop - start, *info.shape[1:])
+        if info.dtype in NUMPY_DTYPES:
+            return self._stored(info, start, stop).reshape(shape)
+        out = np.empty(shape, np.float32)
+        self.read_into(name, out, rows)
+        return out
+
+    def read_into(self, name: str, out: np.ndarray, rows: slice | None = None) -> None:
+        """Dequantize into memory that is there already, which saves touching fresh pages.
+
+        Args:
+            name: a tensor of a block type.
+            out: float32, contiguous, of the rows' shape; overwritten.
+            rows: as in `read`.
+
+        Raises:
+            CheckpointError: not a block type, or `out` does not fit.
+        """
+        info = self._find(name)
+        start, stop = row_range(info, rows)
+        shape = (stop - start, *info.shape[1:])
+        if (
+            info.dtype in NUMPY_DTYPES
+            or out.shape != shape
+            or out.dtype != np.float32
+            or not out.flags.c_contiguous
+        ):
+            raise CheckpointError(
+                f"tensor {name!r} ({info.dtype}) cannot be dequantized into {out.dtype} {out.shape}; "
+                f"pass a contiguous float32 array of shape {shape} and a tensor of a block type"
+            )
+        if out.size:
+            dequantize(info.dtype, self._stored(info, start, stop), out, self._pool)
+
+    def tokenizer_files(self) -> dict[str, Path]:
+        """The file itself, which holds the tokenizer in its metadata."""
+        return {"gguf": self.path}
+
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        return ThreadPoolExecutor(cores, thread_name_prefix="dequantize")
+
+    def _translate(self) -> dict[str, str]:
+        """Map Hugging Face names to GGUF names; a tensor without counterpart is an error."""
+        names: dict[str, str] = {}
+        for stored in self._file.tensors:
+            if stored == ROPE_FACTORS:
+                continue  # becomes rope_parameters
+            name = hugging_face_name(stored)
+            if name is None:
+                raise CheckpointError(
+                    f"{self.path}: tensor {stored!r} has no counterpart in {self._architecture} models; "
+                    "use the Hugging Face folder of this model"
+                )
+            names[name] = stored
+        return names
+
+    def _info(self, name: str) -> TensorInfo:
+        tensor = self._file.tensors[self._gguf_names[name]]
+        return TensorInfo(name, _PLAIN_DTYPES.get(tensor.kind, tensor.kind), tensor.shape)
+
+    def _build_config(self, fields: Fields) -> dict[str, Any]:
+        embedding = self._tensors.get("model.embed_tokens.weight")
+        if embedding is None:
+            raise CheckpointError(f"{self.path} lacks tensor 'token_embd.weight'; download the file again")
+        source = str(self.path)
+        config = hugging_face_config(self._architecture, fields, self._tensors, embedding.shape[0], source)
+        normal = normalise_config(config, source=source)
+        factors = self._file.tensors.get(ROPE_FACTORS)
+        if factors is None:
+            return normal
+        rope = normal["rope_parameters"]
+        if (
+            rope["rope_type"] != "default"
+            or factors.kind != "f32"
+            or factors.shape != (normal["head_dim"] // 2,)
+        ):
+            raise CheckpointError(
+                f"{self.path}: {ROPE_FACTORS} must be float32, half the head size long and the only rotary "
+                "scaling; convert the model again"
+            )
+        values = self._file.rows(ROPE_FACTORS).view("<f4")[0]
+        normal["rope_parameters"] = llama3_rope(values, rope["rope_theta"], source)
+        return normal
+
+    def _check_interleaved(self) -> None:
+        for name, info in self._tensors.items():
+            heads = interleaved_heads(self._architecture, name, self.config)
+            if heads is not None and info.shape[0] != heads * self.config["head_dim"]:
+                raise CheckpointError(
+                    f"{self.path}: tensor {self._gguf_names[name]!r} has {info.shape[0]} rows where "
+                    f"{heads} heads of {self.config['head_dim']} are described; download the file again"
+                )
+
+    def _stored(self, info: TensorInfo, start: int, stop: int) -> np.ndarray:
+        """Rows of a tensor in Hugging Face order: raw bytes of block types, values of plain ones."""
+        tensor = self._file.tensors[self._gguf_names[info.name]]
+        data = self._file.rows(tensor.name).reshape(info.shape[0], -1)
+        heads = interleaved_heads(self._architecture, info.name, self.config)
+        if heads is None:
+            data = data[start:stop]
+        else:
+            data = data[interleaved_rows(self.config["head_dim"], start, stop)]
+        return data.view(PLAIN_TYPES[tensor.kind]) if tensor.kind in PLAIN_TYPES else data

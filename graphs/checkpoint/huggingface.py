@@ -1,0 +1,135 @@
+"""A Hugging Face folder: config.json, safetensors weights (sharded or not), tokenizer files."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from makeready.graphs.checkpoint.base import Checkpoint, CheckpointError, TensorInfo, read_json
+from makeready.graphs.checkpoint.config import DTYPES, normalise_config
+from makeready.graphs.checkpoint.safetensors_file import SafetensorsFile
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+class HuggingFaceCheckpoint(Checkpoint):
+    """A folder as `save_pretrained` of transformers 4 or 5 writes it.
+
+    Args:
+        path: folder that holds `config.json` and the weights.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or contradicts another one.
+    """
+
+    format = "safetensors"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        config_path = path / "config.json"
+        if not config_path.is_file():
+            raise CheckpointError(_without_config(path))
+        raw = read_json(config_path)
+        self._sources = _open_weights(path)
+        self._tensors = {name: file.infos[name] for name, file in sorted(self._sources.items())}
+        self.config = normalise_config(
+            raw, source=str(config_path), default_dtype=_stored_dtype(self._tensors)
+        )
+        generation = path / "generation_config.json"
+        self.generation_config: dict[str, Any] = read_json(generation) if generation.is_file() else {}
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """The tensor table, by Hugging Face name."""
+        return self._tensors
+
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        """Read one tensor or a range of its rows; see `Checkpoint.read`."""
+        self._find(name)
+        return self._sources[name].read(name, rows)
+
+    def tokenizer_files(self) -> dict[str, Path]:
+        """The files of `TOKENIZER_FILES` that exist, by name."""
+        return {name: self.path / name for name in TOKENIZER_FILES if (self.path / name).is_file()}
+
+
+def _without_config(path: Path) -> str:
+    ggufs = sorted(path.glob("*.gguf"))
+    if ggufs:
+        return f"{path} has no config.json but GGUF files; pass the file itself, e.g. {ggufs[0]}"
+    return f"{path} has no config.json; pass the folder that save_pretrained wrote or a .gguf file"
+
+
+def _open_weights(path: Path) -> dict[str, SafetensorsFile]:
+    """Find which file holds which tensor: one file, the shards of an index, or any safetensors files."""
+    if (path / WEIGHTS).is_file():
+        return _merge([SafetensorsFile(path / WEIGHTS)])
+    if (path / INDEX).is_file():
+        return _open_shards(path)
+    files = sorted(path.glob("*.safetensors"))
+    if files:
+        return _merge([SafetensorsFile(file) for file in files])
+    if any(path.glob("*.bin")) or any(path.glob("*.pth")) or any(path.glob("*.pt")):
+        raise CheckpointError(
+            f"{path} has pickled weights only, which are not read because unpickling runs code; "
+            "convert them with save_pretrained(..., safe_serialization=True)"
+        )
+    raise CheckpointError(f"{path} has no weights; download {WEIGHTS} or {INDEX} with its shards")
+
+
+def _merge(files: list[SafetensorsFile]) -> dict[str, SafetensorsFile]:
+    sources: dict[str, SafetensorsFile] = {}
+    for file in files:
+        for name in file.infos:
+            if name in sources:
+                raise CheckpointError(
+                    f"tensor {name!r} is in both {sources[name].path} and {file.path}; "
+                    f"remove one of them or add {INDEX}"
+                )
+            sources[name] = file
+    return sources
+
+
+def _open_shards(path: Path) -> dict[str, SafetensorsFile]:
+    index = path / INDEX
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map; download it again")
+    shards: dict[str, SafetensorsFile] = {}
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not shard or Path(shard).name != shard:
+            raise CheckpointError(
+                f"{index} maps tensor {name!r} to {shard!r}, which is not a file name; download it again"
+            )
+        if shard not in shards:
+            if not os.path.isfile(path / shard):  # False, too, for names that no file can have
+                raise CheckpointError(
+                    f"{path / shard} is missing, though {INDEX} names it; download this shard"
+                )
+            shards[shard] = SafetensorsFile(path / shard)
+        if name not in shards[shard].infos:
+            raise CheckpointError(
+                f"{path / shard} lacks tensor {name!r}, which {INDEX} places there; download both again"
+            )
+    return {name: shards[shard] for name, shard in weight_map.items()}
+
+
+def _stored_dtype(tensors: Mapping[str, TensorInfo]) -> str:
+    """The commonest floating dtype of the weights, for configs that state none."""
+    counts = Counter(info.dtype for info in tensors.values() if info.dtype in DTYPES)
+    return counts.most_common(1)[0][0] if counts else "float32"
