@@ -1,0 +1,34 @@
+"""What a tokenizer is read into, whatever file it came from, and the error this package raises."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import tokenizers
+
+# The named special tokens of a Hugging Face tokenizer, in the order in which missing ones are added.
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class TextError(ValueError):
+    """Text, or a file that describes text, cannot be used; one sentence names the cause and the remedy."""
+
+
+@dataclass(frozen=True)
+class TokenizerParts:
+    """A tokenizer as read from a checkpoint.
+
+    Attributes:
+        backend: vocabulary, pre-tokenizer, post-processor (bos and eos) and decoder.
+        special_tokens: named special tokens that are set, e.g. `{"bos_token": "<s>"}`.
+        eos_ids: ids that end a sequence, as far as the tokenizer's own files know.
+        chat_template: one jinja template, several by name, or None.
+        clean_up: remove spaces before punctuation after decoding (tokenizers that are not BPE only).
+    """
+
+    backend: tokenizers.Tokenizer
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    eos_ids: tuple[int, ...] = ()
+    chat_template: str | Mapping[str, str] | None = None
+    clean_up: bool = False

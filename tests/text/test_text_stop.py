@@ -1,0 +1,148 @@
+"""Stop strings and patterns in pieces, against a search of the whole text."""
+
+import re
+from itertools import pairwise
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from makeready.engine.text import stop as stop_module
+from makeready.engine.text.parts import TextError
+from makeready.engine.text.stop import REGEX_WINDOW, StopMatcher
+
+
+def search(text, strings, regexes, include, window=REGEX_WINDOW):
+    """What the matcher promises, from its docstring, on the whole text at once: (shown, matched)."""
+    hits = [(text.find(string), -len(string), string) for string in strings if string in text]
+    string = min(hits, default=None)
+    seen = len(text) if string is None else string[0] - string[1]
+    regex = None
+    for end in range(1, seen + 1):
+        found = [re.compile(pattern).search(text, max(0, end - window), end) for pattern in regexes]
+        spans = [(m.start(), m.start() - m.end(), m.re.pattern) for m in found if m]
+        if spans:
+            regex = min(spans, key=lambda span: span[:2])
+            break
+    candidates = [hit for hit in (string, regex) if hit is not None]
+    if not candidates:
+        return text, None
+    start, length, matched = min(candidates, key=lambda hit: hit[:2])
+    return text[: start - length if include else start], matched
+
+
+def run(matcher, pieces):
+    """Feed pieces until a stop: (shown, matched), checking that nothing comes after the stop."""
+    shown = ""
+    for piece in pieces:
+        emit, stopped, matched = matcher.push(piece)
+        shown += emit
+        if stopped:
+            assert matched is not None
+            assert matcher.push("more") == ("", True, matched)
+            return shown, matched
+    emit, stopped, matched = matcher.flush()
+    assert stopped == (matched is not None)
+    return shown + emit, matched
+
+
+LETTERS = st.text(alphabet="abc", max_size=40)
+STRINGS = st.lists(st.text(alphabet="abc", min_size=1, max_size=5), max_size=4)
+PATTERNS = ["ab+c", "a.?b|cc", "b$", r"\bca", "^c", r"(?<=b)c", r"a(?!b)", "(?:abc){2,}", r"c\Z|\Aba", r"\b"]
+
+
+@st.composite
+def cut(draw, text):
+    places = sorted(draw(st.lists(st.integers(0, len(text)), max_size=len(text))))
+    return [text[start:end] for start, end in pairwise([0, *places, len(text)])]
+
+
+@settings(deadline=None)
+@given(st.data(), LETTERS, STRINGS, st.booleans())
+def test_strings_as_a_search_of_the_whole_text(data, text, strings, include):
+    found = run(StopMatcher(strings, include=include), data.draw(cut(text)))
+    assert found == search(text, strings, (), include)
+
+
+@pytest.mark.parametrize("window", [4, REGEX_WINDOW])
+@settings(deadline=None)
+@given(data=st.data(), text=LETTERS, strings=STRINGS, include=st.booleans())
+def test_patterns_as_a_search_of_the_whole_text(window, data, text, strings, include):
+    regexes = data.draw(st.lists(st.sampled_from(PATTERNS), max_size=3, unique=True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stop_module, "REGEX_WINDOW", window)
+        found = run(StopMatcher(strings, regexes, include), data.draw(cut(text)))
+    assert found == search(text, strings, regexes, include, window)
+
+
+@settings(deadline=None)
+@given(LETTERS, STRINGS)
+@example("abcabx", ["abcabc", "bca"])
+def test_only_what_may_be_a_stop_is_held_back(text, strings):
+    matcher = StopMatcher(strings)
+    shown = ""
+    for place, char in enumerate(text):
+        emit, stopped, _ = matcher.push(char)
+        shown += emit
+        if stopped:
+            return
+        held = text[len(shown) : place + 1]
+        assert any(string.startswith(held) or held.startswith(string) for string in strings) or not held
+
+
+def test_pieces_across_tokens():
+    matcher = StopMatcher(["</answer>", "\n\n"])
+    assert matcher.push("42</ans") == ("42", False, None)
+    assert matcher.push("w") == ("", False, None)
+    assert matcher.push("\n") == ("</answ", False, None)
+    assert matcher.push("\nmore") == ("", True, "\n\n")
+
+
+def test_longest_of_those_that_begin_together():
+    matcher = StopMatcher(["stop", "stop!!"], include=True)
+    assert matcher.push("x stop!") == ("x ", False, None)
+    assert matcher.push("?") == ("stop", True, "stop")
+    matcher = StopMatcher(["stop", "stop!!"])
+    assert matcher.push("x stop") == ("x ", False, None)
+    assert matcher.flush() == ("", True, "stop")
+
+
+def test_a_pattern_holds_back_one_window_and_no_more():
+    matcher = StopMatcher([], [r"END\d"])
+    text = "x" * 1000
+    emit, stopped, _ = matcher.push(text)
+    assert (len(emit), stopped) == (1000 - REGEX_WINDOW + 1, False)
+    assert matcher.push("END7 and more") == ("x" * (REGEX_WINDOW - 1), True, r"END\d")
+
+
+def test_a_match_longer_than_the_window_is_not_found():
+    inside, outside = REGEX_WINDOW - 2, REGEX_WINDOW - 1
+    assert run(StopMatcher([], ["<x*>"]), ["<" + "x" * inside + ">"]) == ("", "<x*>")
+    text = "<" + "x" * outside + ">"
+    assert run(StopMatcher([], ["<x*>"]), [text]) == (text, None)
+
+
+def test_an_included_pattern_holds_nothing_back():
+    matcher = StopMatcher([], [r"\d+\."], include=True)
+    assert matcher.push("at 12") == ("at 12", False, None)
+    assert matcher.push("5. then") == ("5.", True, r"\d+\.")
+
+
+def test_no_stops_pass_everything():
+    assert run(StopMatcher([]), ["a", "", "bc"]) == ("abc", None)
+
+
+@pytest.mark.parametrize(
+    ("strings", "regexes", "message"),
+    [
+        ([""], [], "must be non-empty texts"),
+        (["a", 3], [], "must be non-empty texts"),
+        ("stop", [], "must come as lists"),
+        ([], ["("], r"stop pattern '\(' is no regular expression"),
+        ([], ["a*"], r"'a\*' matches the empty text"),
+        ([], [3], "is no regular expression"),
+    ],
+)
+def test_bad_stops(strings, regexes, message):
+    with pytest.raises(TextError, match=message):
+        StopMatcher(strings, regexes)
