@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 from makeready.engine.errors import RequestError
 from makeready.engine.loop import Engine
@@ -65,19 +65,6 @@ class LLM:
             )
         )
 
-    @overload
-    def generate(self, prompts: str, sampling: SamplingParams | None = None) -> Output: ...
-
-    @overload
-    def generate(
-        self,
-        prompts: Sequence[str] | None = None,
-        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        token_ids: Sequence[Sequence[int]] | None = None,
-        on_finish: Callable[[int, Output], None] | None = None,
-    ) -> list[Output]: ...
-
     def generate(
         self,
         prompts: str | Sequence[str] | None = None,
@@ -85,24 +72,25 @@ class LLM:
         *,
         token_ids: Sequence[Sequence[int]] | None = None,
         on_finish: Callable[[int, Output], None] | None = None,
-    ) -> Output | list[Output]:
+    ) -> list[Output]:
         """Generate for every prompt.
 
         Args:
-            prompts: texts; or
+            prompts: a text, or several; or
             token_ids: prompts as token ids. Exactly one of the two.
             sampling: for all prompts, or one for each.
             on_finish: called with the place in the returned list and the output as each finishes.
 
         Returns:
-            Outputs in the order of the prompts, the ``n`` samples of one next to each other; for a single
-            string with ``n=1``, its output alone. A request that cannot be served comes back with
+            Outputs in the order of the prompts, the ``n`` samples of one next to each other. A request that
+            cannot be served comes back with
             ``finish_reason`` "error" and the reason in ``error``; the others run.
         """
         if (prompts is None) == (token_ids is None):
             raise RequestError("give either prompts or token_ids")
-        single = isinstance(prompts, str)
-        given: Sequence[Any] = [prompts] if single else (prompts if prompts is not None else token_ids or ())
+        given: Sequence[Any] = (
+            token_ids or () if prompts is None else [prompts] if isinstance(prompts, str) else prompts
+        )
         each = _spread(sampling, len(given))
         outputs: list[Output | None] = []
         places: dict[int, int] = {}  # id of a request → its place in outputs
@@ -112,10 +100,9 @@ class LLM:
                 for request in made:
                     self.engine.submit(request)
             except (RequestError, TextError) as error:
-                places_of_error = range(len(outputs), len(outputs) + params.n)
-                outputs += [Output.refused(str(error))] * params.n
-                for place in places_of_error:
-                    _tell(on_finish, place, outputs[place])
+                for _ in range(params.n):
+                    outputs.append(Output.refused(str(error)))
+                    _tell(on_finish, len(outputs) - 1, outputs[-1])
                 continue
             for request in made:
                 places[id(request)] = len(outputs)
@@ -125,27 +112,23 @@ class LLM:
                 place = places[id(request)]
                 outputs[place] = request.result()
                 _tell(on_finish, place, outputs[place])
-        done = [output for output in outputs if output is not None]
-        return done[0] if single and len(done) == 1 else done
+        return [output for output in outputs if output is not None]
 
     def chat(
         self,
         messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
         sampling: SamplingParams | None = None,
         **template: Any,
-    ) -> Output | list[Output]:
-        """Generate the assistant's answer to one conversation, or to each of several.
+    ) -> list[Output]:
+        """Generate the assistant's answer to a conversation, or to each of several.
 
         Args:
-            messages: ``{"role": ..., "content": ...}`` each.
+            messages: ``{"role": ..., "content": ...}`` each, or a list of such conversations.
             sampling: for all of them.
             template: further variables of the chat template, such as ``tools`` or ``enable_thinking``.
         """
-        if messages and isinstance(messages[0], Mapping):
-            ids = self.render(messages, **template)  # type: ignore[arg-type]
-            outputs = self.generate(token_ids=[ids], sampling=sampling)
-            return outputs[0] if len(outputs) == 1 else outputs
-        return self.generate(token_ids=[self.render(m, **template) for m in messages], sampling=sampling)  # type: ignore[arg-type]
+        several = messages if messages and not isinstance(messages[0], Mapping) else [messages]
+        return self.generate(token_ids=[self.render(m, **template) for m in several], sampling=sampling)  # type: ignore[arg-type]
 
     def stream(self, prompt: str | Sequence[int], sampling: SamplingParams | None = None) -> Iterator[str]:
         """Yield the text of one sample as it becomes final; the generator's value is the output."""

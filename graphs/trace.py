@@ -128,8 +128,8 @@ def _program(
         if node.op in ("placeholder", "get_attr"):
             continue
         if node.target is operator.getitem:
-            owner, index = node.args
-            names[node.name] = list(made[owner.name].results.values())[index]
+            owner, index = node.args[0], node.args[1]  # type: ignore[misc]
+            names[node.name] = list(made[owner.name].results.values())[index]  # type: ignore[union-attr,index]
             continue
         if not isinstance(node.target, Contract):
             raise TraceError(

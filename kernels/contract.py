@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -82,7 +83,7 @@ class Contract:
         proxy = tracer.create_proxy("call_function", self, args, kwargs, name=self.name)
         if len(self.outputs) == 1:
             return proxy
-        return tuple(proxy[i] for i in range(len(self.outputs)))
+        return tuple(operator.getitem(proxy, i) for i in range(len(self.outputs)))  # type: ignore[arg-type]
 
     @property
     def __name__(self) -> str:  # torch.fx names nodes after their target

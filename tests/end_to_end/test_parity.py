@@ -111,7 +111,6 @@ def test_padding_never_leaks(tmp_path: Path) -> None:
         return launch(bucket, step)
 
     llm.engine.executable.launch = poisoned  # type: ignore[method-assign]
-    for length in (1, 7, 30):
-        prompt = prompt_of(length, 131)
-        (ours,) = recorder.generate([prompt], 6)
+    prompts = [prompt_of(length, 131) for length in (1, 7, 30)]
+    for prompt, ours in zip(prompts, recorder.generate(prompts, 6), strict=True):
         compare(ours, expected(model, prompt, 6))
