@@ -165,7 +165,9 @@ class CpuExecutable:
 
 
 def _zeros(spec: TensorSpec, sizes: Mapping[str, int]) -> torch.Tensor:
-    return torch.zeros(spec.at(sizes), dtype=getattr(torch, spec.dtype))
+    """Zeros that take memory only where they are touched: numpy leaves the clearing to the system."""
+    region = torch.from_numpy(np.zeros(spec.nbytes(sizes), np.uint8))
+    return region.view(getattr(torch, spec.dtype)).view(spec.at(sizes))
 
 
 def _view(
