@@ -1,0 +1,1 @@
+"""Measurements; see scripts/bench.py."""

@@ -1,0 +1,55 @@
+"""What every result says of itself, and how it is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+LIBRARIES = ("torch", "transformers", "tokenizers", "numpy")
+
+
+def describe(command: Sequence[str]) -> dict[str, Any]:
+    """Machine, versions, commit and command of a run."""
+    commit = subprocess.run(
+        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {
+        "device": f"{_processor()}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in LIBRARIES},
+        "commit": commit or "unknown",
+        "command": " ".join(command),
+    }
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """Median, least and most of repeated measurements."""
+    return {
+        "median": statistics.median(values),
+        "min": min(values),
+        "max": max(values),
+        "runs": len(values),
+    }
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Write a result as JSON, its keys in the order that they were given."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown processor"
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else "unknown processor"
