@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -77,6 +78,12 @@ def _filled(distribution: Distribution, most: int) -> Distribution:
     unknown = [size for size in distribution if not 1 <= size <= most]
     if unknown:
         raise PlanError(f"the traffic profile expects a size of {unknown[0]}; sizes go from 1 to {most}")
+    negative = [size for size, weight in distribution.items() if not 0 <= weight < math.inf]
+    if negative:
+        raise PlanError(
+            f"the traffic profile gives size {negative[0]} the weight {distribution[negative[0]]}; "
+            "weights are numbers of at least 0"
+        )
     return distribution or {size: 1 / size for size in range(1, most + 1)}
 
 

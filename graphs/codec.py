@@ -77,7 +77,7 @@ def _read(kind: Any, data: Any, path: str) -> Any:
     if origin is not None and issubclass(origin, Mapping):
         _expect(isinstance(data, dict), path, "an object", data)
         key, item = typing.get_args(kind)
-        return {key(k): _read(item, v, f"{path}.{k}") for k, v in data.items()}
+        return {_read_key(key, k, path): _read(item, v, f"{path}.{k}") for k, v in data.items()}
     if kind is float:
         _expect(isinstance(data, int | float) and not isinstance(data, bool), path, "a number", data)
         return float(data)
@@ -100,7 +100,17 @@ def _read_dataclass(kind: type, data: Any, path: str) -> Any:
             made[name] = _read(hint, data[name], f"{path}.{name}" if path else name)
         elif required:
             raise CodecError(f"{path or kind.__name__} lacks the field {name!r}")
-    return kind(**made)
+    try:
+        return kind(**made)
+    except ValueError as error:  # the type's own checks
+        raise CodecError(f"{path or kind.__name__}: {error}") from None
+
+
+def _read_key(kind: type, data: str, path: str) -> Any:
+    try:
+        return kind(data)
+    except ValueError:
+        raise CodecError(f"{path}.{data} must be {kind.__name__}, not {data!r}") from None
 
 
 def _read_union(kinds: tuple[Any, ...], data: Any, path: str) -> Any:

@@ -205,26 +205,25 @@ def compile_plan(
 
 
 def _limits(request: Request, target: Target, longest: int) -> Limits:
-    context = request.context_len or longest
-    limits = Limits(
-        max_rows=request.max_rows,
-        max_tokens=request.max_tokens or max(target.max_tokens, request.max_rows),
-        context_len=context,
-        page_size=request.page_size or target.page_size,
-    )
-    for name in ("max_rows", "max_tokens", "context_len", "page_size"):
+    for name in (
+        *("max_rows", "max_tokens", "context_len", "page_size"),
+        *("max_decode_buckets", "max_extend_buckets"),
+    ):
         asked = getattr(request, name)
-        if asked is not None and (not isinstance(asked, int) or asked < 1):
+        if asked is not None and (type(asked) is not int or asked < 1):
             raise PlanError(f"plan.{name}={asked} must be a whole number of at least 1")
+    context = request.context_len or longest
     if context > longest:
         raise PlanError(
             f"plan.context_len={context} is beyond the {longest} tokens that the model's positions allow; "
             f"lower it to {longest}"
         )
-    for name in ("max_decode_buckets", "max_extend_buckets"):
-        if getattr(request, name) < 1:
-            raise PlanError(f"plan.{name}={getattr(request, name)} must be at least 1")
-    return limits
+    return Limits(
+        max_rows=request.max_rows,
+        max_tokens=request.max_tokens or max(target.max_tokens, request.max_rows),
+        context_len=context,
+        page_size=request.page_size or target.page_size,
+    )
 
 
 def _longest_context(rope: Mapping[str, Any], positions: int) -> int:

@@ -54,6 +54,10 @@ def _swap(program: Program, source: Call, selection: tuple[tuple[str, str], ...]
     axis = source.contract.rowwise
     renamed: dict[str, str] = {}  # result of an old gather → the row-wise op's own, now of R rows
     calls: list[Call] = []
+
+    def defined(value: str) -> bool:
+        return any(value in c.results.values() for c in calls)
+
     for call in program.calls:
         if call is source:
             operands = dict(source.operands)
@@ -61,11 +65,13 @@ def _swap(program: Program, source: Call, selection: tuple[tuple[str, str], ...]
                 if operand.axes[0] == axis and operand.name in operands:
                     wide = operands[operand.name]
                     operands[operand.name] = narrow = f"{wide}.last"
-                    if all(narrow not in c.results.values() for c in calls):
+                    if not defined(narrow):
                         calls.append(Call("gather_last", {"x": wide, **dict(selection)}, {"y": narrow}))
             calls.append(Call(source.op, operands, source.results, source.attrs))
         elif call.op == "gather_last" and call.operands["x"] in source.results.values():
             renamed[call.result] = call.operands["x"]
+        elif call.op == "gather_last" and defined(call.result):
+            continue  # an earlier reader of the same value has just gathered it
         else:
             calls.append(call.renamed(renamed))
     results = {k: renamed.get(v, v) for k, v in program.results.items()}

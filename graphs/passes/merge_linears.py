@@ -14,14 +14,17 @@ def merge_linears(program: Program) -> Program:
 
     q, k and v (and gate and up) are read in one sweep by a matrix product with more rows, which fills a
     GPU better and costs one launch instead of three. Only parameters that this program reads once are
-    merged, so no weight is stored twice.
+    merged, so no weight is stored twice; and only those stored alike, in dtype and shard axis.
     """
     uses = program.uses()
-    groups: dict[tuple[str, bool, str], list[Call]] = {}
+    groups: dict[tuple, list[Call]] = {}
     for call in program.calls:
-        if call.op == "linear" and all(len(uses[v]) == 1 for k, v in call.operands.items() if k != "x"):
-            key = (call.operands["x"], "bias" in call.operands, call.attrs["out_dtype"])
-            groups.setdefault(key, []).append(call)
+        if call.op != "linear":
+            continue
+        operands = {k: program.params.get(v) for k, v in call.operands.items() if k != "x"}
+        if all(p is not None and p.pieces and len(uses[p.name]) == 1 for p in operands.values()):
+            stored = tuple((k, p.spec.dtype, p.shard, p.quantizable) for k, p in operands.items() if p)
+            groups.setdefault((call.operands["x"], call.attrs["out_dtype"], stored), []).append(call)
     params: dict[str, Param] = {}
     replaced: dict[str, list[Call]] = {}
     for group in groups.values():
@@ -64,5 +67,8 @@ def concatenate(params: list[Param]) -> Param:
 
 
 def _joined(names: list[str]) -> str:
-    columns = zip(*(name.split(".") for name in names), strict=True)
+    paths = [name.split(".") for name in names]
+    if len({len(path) for path in paths}) > 1:
+        return "+".join(names)
+    columns = zip(*paths, strict=True)
     return ".".join(parts[0] if len(set(parts)) == 1 else "+".join(parts) for parts in columns)

@@ -1,0 +1,213 @@
+"""Buckets: the coverage proof and the look-up against enumeration, the choice against exhaustive search."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+
+from makeready.graphs import buckets as module
+from makeready.graphs.buckets import BucketTable, Traffic, choose_buckets, prove_coverage, uncovered
+from makeready.graphs.plan import PlanError
+from makeready.graphs.spec import DECODE, EXTEND, PHASES, Bucket, Limits
+
+
+def limits_of(rows: int, tokens: int) -> Limits:
+    return Limits(max_rows=rows, max_tokens=tokens, context_len=64, page_size=8)
+
+
+LIMITS = (
+    st.tuples(st.integers(1, 6), st.integers(1, 9))
+    .filter(lambda p: p[0] <= p[1])
+    .map(lambda p: limits_of(*p))
+)
+ANY_BUCKET = st.builds(Bucket, st.sampled_from(PHASES), st.integers(1, 8), st.integers(1, 11))
+LEGAL_BUCKET = ANY_BUCKET.map(
+    lambda b: (
+        Bucket(b.phase, b.rows, b.rows)
+        if b.phase == DECODE
+        else Bucket(b.phase, b.rows, max(b.rows, b.tokens))
+    )
+)
+
+
+def legal(limits: Limits, phase: str) -> list[tuple[int, int]]:
+    """Every batch that the limits allow, smallest row counts first."""
+    if phase == DECODE:
+        return [(r, r) for r in range(1, limits.max_rows + 1)]
+    return [(r, t) for r in range(1, limits.max_rows + 1) for t in range(r, limits.max_tokens + 1)]
+
+
+def missing(buckets: Sequence[Bucket], limits: Limits, phase: str) -> list[tuple[int, int]]:
+    mine = [b for b in buckets if b.phase == phase]
+    return [batch for batch in legal(limits, phase) if not any(b.covers(*batch) for b in mine)]
+
+
+@settings(max_examples=400)
+@given(st.lists(LEGAL_BUCKET, max_size=7), LIMITS)
+def test_the_proof_finds_the_smallest_uncovered_batch(buckets, limits):
+    for phase in PHASES:
+        wrong = missing(buckets, limits, phase)
+        found = list(uncovered(buckets, limits, phase))
+        assert set(found) <= set(wrong)
+        assert found[:1] == wrong[:1]
+
+
+@settings(max_examples=400)
+@given(st.lists(ANY_BUCKET, max_size=7), LIMITS)
+@example([Bucket(DECODE, 8, 2)], limits_of(5, 5))
+def test_the_proof_holds_for_illegal_buckets_too(buckets, limits):
+    for phase in PHASES:
+        wrong = missing(buckets, limits, phase)
+        found = list(uncovered(buckets, limits, phase))
+        assert set(found) <= set(wrong)
+        assert bool(found) == bool(wrong)
+
+
+@settings(max_examples=400)
+@given(st.lists(st.one_of(LEGAL_BUCKET, ANY_BUCKET), max_size=6), LIMITS)
+def test_a_set_is_accepted_if_and_only_if_it_covers_everything(buckets, limits):
+    most = [
+        Bucket(DECODE, limits.max_rows, limits.max_rows),
+        Bucket(EXTEND, limits.max_rows, limits.max_tokens),
+    ]
+    for given_set in (buckets, [*buckets, *most], most):
+        sound = (
+            len(set(given_set)) == len(given_set)
+            and all(b.rows <= limits.max_rows and b.tokens <= limits.max_tokens for b in given_set)
+            and all(b.rows <= b.tokens if b.phase == EXTEND else b.rows == b.tokens for b in given_set)
+            and not any(missing(given_set, limits, phase) for phase in PHASES)
+        )
+        if sound:
+            prove_coverage(given_set, limits)
+        else:
+            with pytest.raises(PlanError):
+                prove_coverage(given_set, limits)
+
+
+def test_errors_name_the_batch_and_the_remedy():
+    limits = limits_of(4, 8)
+    decode, extend = Bucket(DECODE, 4, 4), Bucket(EXTEND, 4, 8)
+    prove_coverage([decode, extend], limits)
+    with pytest.raises(PlanError, match=r"no extend bucket covers 3 rows with 7 tokens.*plan\.max_rows"):
+        prove_coverage([decode, Bucket(EXTEND, 2, 8), Bucket(EXTEND, 4, 6)], limits)
+    with pytest.raises(PlanError, match="no decode bucket covers 1 rows with 1 tokens"):
+        prove_coverage([extend], limits)
+    with pytest.raises(PlanError, match="bucket decode-5 is outside the limits"):
+        prove_coverage([decode, extend, Bucket(DECODE, 5, 5)], limits)
+    with pytest.raises(PlanError, match="bucket extend-4x3 is outside"):
+        prove_coverage([decode, extend, Bucket(EXTEND, 4, 3)], limits)
+    with pytest.raises(PlanError, match="listed twice"):
+        prove_coverage([decode, extend, extend], limits)
+    with pytest.raises(PlanError, match=r"max_tokens=3 is below max_rows=4.*raise plan\.max_tokens"):
+        prove_coverage([decode, extend], limits_of(4, 3))
+
+
+@settings(max_examples=300)
+@given(st.lists(LEGAL_BUCKET, min_size=1, max_size=8, unique=True))
+def test_the_look_up_gives_the_smallest_that_covers(buckets):
+    table = BucketTable(buckets)
+    for phase in {b.phase for b in buckets}:
+        for rows, tokens in itertools.product(range(1, 10), range(1, 13)):
+            fits = [b for b in buckets if b.phase == phase and b.covers(rows, tokens)]
+            if fits:
+                assert table.covering(phase, rows, tokens) == min(fits, key=lambda b: (b.tokens, b.rows))
+            else:
+                with pytest.raises(
+                    PlanError, match=rf"{rows} rows with {tokens} tokens exceed .*recompile with"
+                ):
+                    table.covering(phase, rows, tokens)
+
+
+def expected_time(sizes: Sequence[int], distribution: dict[int, float], seconds) -> float:
+    return sum(w * seconds(min(s for s in sizes if s >= size)) for size, w in distribution.items())
+
+
+@settings(max_examples=200)
+@given(
+    most=st.integers(1, 12),
+    count=st.integers(1, 5),
+    weights=st.lists(st.floats(0, 10), min_size=12, max_size=12),
+    fixed=st.floats(0.1, 100),
+    steps=st.lists(st.floats(0, 10), min_size=12, max_size=12),
+)
+def test_the_choice_is_the_best_of_all(most, count, weights, fixed, steps):
+    distribution = dict(zip(range(1, most + 1), weights, strict=False))
+    assume(any(distribution.values()))
+
+    def seconds(size: int) -> float:  # grows with the size, in any steps
+        return fixed + sum(steps[:size])
+
+    chosen = module._cut(distribution, most, count, seconds)
+    assert chosen == sorted(set(chosen))
+    assert chosen[-1] == most
+    assert len(chosen) <= count
+    choices = [
+        (*some, most)
+        for n in range(count)
+        for some in itertools.combinations(range(1, most), min(n, most - 1))
+    ]
+    best = min(expected_time(sizes, distribution, seconds) for sizes in choices)
+    assert expected_time(chosen, distribution, seconds) <= best * (1 + 1e-6)
+
+
+@given(st.integers(1, 5000))
+def test_candidates_are_dense_and_end_in_the_most(most):
+    sizes = module._candidates(most)
+    assert sizes == sorted(set(sizes))
+    assert sizes[0] == 1
+    assert sizes[-1] == most
+    assert all(b - a <= max(1, a // 8) for a, b in itertools.pairwise(sizes))
+    assert set(range(1, min(most, 16) + 1)) <= set(sizes)
+
+
+@settings(max_examples=60)
+@given(
+    rows=st.integers(1, 40), extra=st.integers(0, 300), decode=st.integers(1, 9), extend=st.integers(1, 12)
+)
+def test_chosen_buckets_cover_every_batch(rows, extra, decode, extend):
+    limits = limits_of(rows, rows + extra)
+
+    def seconds(bucket: Bucket) -> float:
+        return 1e-3 + 1e-5 * bucket.tokens + 1e-6 * bucket.rows
+
+    chosen = choose_buckets(
+        limits, Traffic(), dict.fromkeys(PHASES, seconds), max_decode=decode, max_extend=extend
+    )
+    prove_coverage(chosen, limits)
+    assert chosen == tuple(sorted(chosen))
+    assert Bucket(DECODE, rows, rows) in chosen
+    assert Bucket(EXTEND, rows, rows + extra) in chosen
+    assert sum(b.phase == DECODE for b in chosen) <= decode
+    assert sum(b.phase == EXTEND for b in chosen) <= extend
+
+
+def test_buckets_are_dense_where_traffic_is():
+    limits = limits_of(64, 64)
+
+    def seconds(bucket: Bucket) -> float:
+        return 1e-4 * bucket.tokens
+
+    def decode(rows: dict[int, float]) -> list[int]:
+        chosen = choose_buckets(
+            limits, Traffic(decode_rows=rows), dict.fromkeys(PHASES, seconds), max_decode=3, max_extend=2
+        )
+        return [b.rows for b in chosen if b.phase == DECODE]
+
+    assert decode({5: 1.0, 12: 1.0}) == [5, 12, 64]
+    assert decode({40: 1.0}) == [40, 64]
+
+
+@pytest.mark.parametrize("size", [0, -1, 65])
+def test_traffic_beyond_the_limits_is_refused(size):
+    with pytest.raises(PlanError, match=rf"a size of {size}; sizes go from 1 to 64"):
+        choose_buckets(
+            limits_of(64, 64),
+            Traffic(decode_rows={size: 1.0}),
+            dict.fromkeys(PHASES, lambda b: 1.0),
+            max_decode=2,
+            max_extend=2,
+        )

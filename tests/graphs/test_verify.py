@@ -1,0 +1,165 @@
+"""Every rule of the verifier against a defect planted in a real program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+
+import pytest
+from tiny_programs import traced
+
+from makeready.graphs.ir import STEP, Call, Program
+from makeready.graphs.passes import rewrite
+from makeready.graphs.recipe import Generated, Piece
+from makeready.graphs.verify import RULES, VerificationError, verify
+from makeready.kernels.spec import TensorSpec
+
+
+@cache
+def sound() -> Program:
+    return rewrite(traced().program)
+
+
+def at(program: Program, op: str) -> int:
+    return next(i for i, call in enumerate(program.calls) if call.op == op)
+
+
+def with_call(program: Program, op: str, change: Callable[[Call], Call]) -> Program:
+    calls = list(program.calls)
+    calls[at(program, op)] = change(calls[at(program, op)])
+    return replace(program, calls=tuple(calls))
+
+
+def moved(program: Program, op: str, behind: str) -> Program:
+    """The first call of ``op`` behind the first of ``behind``."""
+    calls = list(program.calls)
+    call = calls.pop(at(program, op))
+    calls.insert(at(replace(program, calls=tuple(calls)), behind) + 1, call)
+    return replace(program, calls=tuple(calls))
+
+
+def operand(name: str, value: str) -> Callable[[Call], Call]:
+    return lambda call: replace(call, operands={**call.operands, name: value})
+
+
+def param(program: Program, **changes) -> Program:
+    name = "layers.0.attention.q+k+v.weight"
+    return replace(program, params={**program.params, name: replace(program.params[name], **changes)})
+
+
+def spec(program: Program, value: str, made: TensorSpec) -> Program:
+    return replace(program, values={**program.values, value: replace(program.values[value], spec=made)})
+
+
+def kind(program: Program, value: str) -> Program:
+    return replace(program, values={**program.values, value: replace(program.values[value], kind=STEP)})
+
+
+def without(mapping, key):
+    return {k: v for k, v in mapping.items() if k != key}
+
+
+DEFECTS: dict[str, tuple[str, Callable[[Program], Program]]] = {
+    "op without a contract": (
+        "every_op_has_a_contract: warp is none",
+        lambda p: with_call(p, "silu_mul", lambda c: replace(c, op="warp")),
+    ),
+    "use before definition": (
+        "temps_are_defined_once_and_before_use: linear reads x=",
+        lambda p: moved(p, "rms_norm", "linear"),
+    ),
+    "call left out": (
+        "temps_are_defined_once_and_before_use: .* before anything defines it",
+        lambda p: replace(p, calls=tuple(c for c in p.calls if c.op != "silu_mul")),
+    ),
+    "defined twice": (
+        "temps_are_defined_once_and_before_use: silu_mul defines silu_mul.* again|.* again",
+        lambda p: replace(p, calls=(*p.calls, p.calls[at(p, "silu_mul")])),
+    ),
+    "a parameter overwritten": (
+        "temps_are_defined_once_and_before_use: silu_mul defines norm.weight again",
+        lambda p: with_call(p, "silu_mul", lambda c: replace(c, results={"y": "norm.weight"})),
+    ),
+    "result of nothing": (
+        "temps_are_defined_once_and_before_use: result tokens=dreams is never defined",
+        lambda p: replace(p, results={**p.results, "tokens": "dreams"}),
+    ),
+    "operand missing": (
+        "calls_meet_their_contracts: linear .* lacks operand 'weight'",
+        lambda p: with_call(p, "linear", lambda c: replace(c, operands=without(c.operands, "weight"))),
+    ),
+    "operand unknown": (
+        "calls_meet_their_contracts: rms_norm .* no operand or attribute 'colour'",
+        lambda p: with_call(p, "rms_norm", operand("colour", "norm.weight")),
+    ),
+    "attribute missing": (
+        "calls_meet_their_contracts: rms_norm .* lacks attribute 'eps'",
+        lambda p: with_call(p, "rms_norm", lambda c: replace(c, attrs={})),
+    ),
+    "operand of another shape": (
+        "calls_meet_their_contracts: linear .* axis K of weight",
+        lambda p: with_call(p, "linear", operand("weight", "layers.0.mlp.down.weight")),
+    ),
+    "operand of another dtype": (
+        "calls_meet_their_contracts: embedding .* ids is float32",
+        lambda p: with_call(p, "embedding", operand("ids", "temperature")),
+    ),
+    "result declared otherwise": (
+        "calls_meet_their_contracts: rms_norm gives .*, the program says",
+        lambda p: spec(p, p.calls[at(p, "rms_norm")].result, TensorSpec(("T", 23), "float32")),
+    ),
+    "write to a step field": (
+        "only_slots_and_caches_are_written: norm_rope_kv_write writes layers.0.k, which is a step value",
+        lambda p: kind(p, "layers.0.k"),
+    ),
+    "read before this step's write": (
+        "caches_are_written_before_they_are_read: extend_attention reads layers.0.k before",
+        lambda p: stale_cache(p),
+    ),
+    "parameter without a recipe": (
+        "params_have_recipes: norm.weight has none",
+        lambda p: replace(p, params=without(p.params, "norm.weight")),
+    ),
+    "parameter with no rows": (
+        "params_have_recipes: .* needs either pieces or a generator",
+        lambda p: param(p, pieces=()),
+    ),
+    "parameter with both": (
+        "params_have_recipes: .* needs either pieces or a generator",
+        lambda p: param(p, generated=Generated("rope_table")),
+    ),
+    "a gap in a parameter": (
+        "params_have_recipes: the pieces of .* do not tile its 40 rows",
+        lambda p: param(p, pieces=(Piece("a", 0, 24, 0), Piece("b", 0, 8, 32))),
+    ),
+    "an overlap in a parameter": (
+        "params_have_recipes: the pieces of .* do not tile its 40 rows",
+        lambda p: param(p, pieces=(Piece("a", 0, 24, 0), Piece("b", 0, 16, 23))),
+    ),
+    "a parameter's last row missing": (
+        "params_have_recipes: the pieces of .* do not tile its 40 rows",
+        lambda p: param(p, pieces=(Piece("a", 0, 39, 0),)),
+    ),
+}
+
+
+def stale_cache(program: Program) -> Program:
+    """Unfused: kv_write defines nothing, so nothing but the rule sees that it comes too late."""
+    plain = rewrite(traced().program, disabled=("fuse_qkv",))
+    return moved(plain, "kv_write", "extend_attention")
+
+
+def test_sound_programs_pass():
+    assert verify(sound(), after="trace") is sound()
+
+
+@pytest.mark.parametrize("name", DEFECTS)
+def test_defect_is_found_and_named(name):
+    message, plant = DEFECTS[name]
+    with pytest.raises(VerificationError, match=f"^after a_pass, {message}"):
+        verify(plant(sound()), after="a_pass")
+
+
+def test_every_rule_has_a_defect():
+    assert {message.split(":")[0] for message, _ in DEFECTS.values()} == {rule.__name__ for rule in RULES}

@@ -1,0 +1,168 @@
+"""Tiny decoders as programs, and an interpreter of programs that knows nothing but the contracts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from makeready.graphs.checkpoint.base import Checkpoint, open_checkpoint
+from makeready.graphs.compile import Request, Traced, trace_checkpoint
+from makeready.graphs.constants import GENERATORS
+from makeready.graphs.ir import KV, STEP, Call, Program, Value
+from makeready.graphs.recipe import Param, Piece
+from makeready.graphs.spec import DECODE, EXTEND, Bucket, Limits, slot_fields, step_fields
+from makeready.kernels.spec import TensorSpec
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 61,
+    "hidden_size": 24,
+    "intermediate_size": 36,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "dtype": "float32",
+}
+QWEN2 = LLAMA | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True}
+QWEN3 = LLAMA | {
+    "model_type": "qwen3",
+    "architectures": ["Qwen3ForCausalLM"],
+    "num_hidden_layers": 1,
+    "num_key_value_heads": 3,
+    "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+}
+CONFIGS = {"llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3}
+LIMITS: dict[str, Any] = {"max_rows": 4, "max_tokens": 16, "page_size": 4, "weight_dtype": "float32"}
+
+
+def dummy(config: Mapping[str, Any] = LLAMA) -> Checkpoint:
+    return open_checkpoint("dummy", config=dict(config))
+
+
+def traced(config: Mapping[str, Any] = LLAMA, **request: Any) -> Traced:
+    return trace_checkpoint(dummy(config), Request(**(LIMITS | request)))
+
+
+def ops(program: Program) -> list[str]:
+    """Names of the program's ops in order."""
+    return [call.op for call in program.calls]
+
+
+class Weights:
+    """Random checkpoint tensors by name, made when first asked for, and parameters put together of them."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+        self.sources: dict[str, torch.Tensor] = {}
+
+    def source(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if name not in self.sources:
+            generator = np.random.default_rng([self.seed, *name.encode()])
+            mean = 1.0 if "norm" in name else 0.0
+            self.sources[name] = torch.from_numpy(generator.normal(mean, 0.3, shape).astype(np.float32))
+        return self.sources[name]
+
+    def param(self, param: Param) -> torch.Tensor:
+        """The parameter, by its recipe."""
+        if param.generated:
+            return torch.from_numpy(GENERATORS[param.generated.function](**param.generated.arguments))
+        made = torch.full(param.spec.at({}), float("nan"))
+        for piece in param.pieces:
+            rows = self.source(piece.source, (piece.stop, *made.shape[1:]))[piece.start : piece.stop]
+            made[piece.at : piece.at + len(rows)] = rows
+        return made
+
+
+@dataclass
+class Machine:
+    """Slots, caches and weights; runs programs step by step through the contracts' references."""
+
+    traced: Traced
+    weights: Weights
+    pages: int = 24
+
+    def __post_init__(self) -> None:
+        limits = self.traced.limits
+        self.memory = {
+            f.name: torch.full(f.spec.at({}), f.default, dtype=getattr(torch, f.spec.dtype))
+            for f in slot_fields(limits)
+        }
+        self.memory["top_logprobs"][:-1] = 2
+        for part in self.traced.kv.parts:
+            self.memory[part.name] = torch.full(part.spec.at({"P": self.pages}), float("nan"))
+
+    def run(self, program: Program, step: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Results of one step by name, and ``logits``."""
+        values: dict[str, Any] = {**self.memory, **step}
+        values |= {name: self.weights.param(param) for name, param in program.params.items()}
+        for call in program.calls:
+            arguments = [values[call.operands[o.name]] if o.name in call.operands else None
+                         for o in call.contract.inputs]  # fmt: skip
+            made = call.contract.reference(*arguments, **call.attrs)
+            made = made if isinstance(made, tuple) else (made,)
+            for output, value in zip(call.contract.outputs, made, strict=False):
+                values[call.results[output.name]] = value
+        (sampler,) = (c for c in program.calls if c.op == "sample")
+        made = {name: values[value] for name, value in program.results.items()}
+        return made | {"logits": values[sampler.operands["logits"]]}
+
+
+def steps(limits: Limits) -> list[tuple[str, dict[str, torch.Tensor]]]:
+    """An extend step, one that goes on with a chunk of row 0 and starts a row, then two decode steps.
+
+    Every bucket has a padding row and padding tokens. The decode steps take the tokens just sampled.
+    """
+    tokens = np.random.default_rng(0).integers(0, 61, (limits.slots, limits.context_len))
+    return [
+        (EXTEND, _step(limits, Bucket(EXTEND, 4, 14), tokens, [(0, 0, 5), (2, 0, 1), (1, 0, 4)])),
+        (EXTEND, _step(limits, Bucket(EXTEND, 4, 8), tokens, [(0, 5, 4), (3, 0, 3)])),
+        (DECODE, _step(limits, Bucket(DECODE, 4, 4), None, [(3, 3, 1), (0, 9, 1), (1, 4, 1)])),
+        (DECODE, _step(limits, Bucket(DECODE, 4, 4), None, [(0, 10, 1), (3, 4, 1)])),
+    ]
+
+
+def _step(
+    limits: Limits, bucket: Bucket, tokens: np.ndarray | None, rows: list[tuple[int, int, int]]
+) -> dict[str, torch.Tensor]:
+    """Staged fields of a batch of (slot, tokens computed before, new tokens); a slot owns five pages."""
+    step = {
+        f.name: torch.full(f.spec.at(bucket.sizes), f.default, dtype=getattr(torch, f.spec.dtype))
+        for f in step_fields(limits)
+    }
+    at = 0
+    for row, (slot, done, count) in enumerate(rows):
+        pages = torch.arange(limits.pages_per_row).remainder(5) + 1 + 5 * slot
+        positions = torch.arange(done, done + count)
+        span = slice(at, at + count)
+        step["token_ids"][span] = (
+            torch.from_numpy(tokens[slot, done : done + count]) if tokens is not None else -1
+        )
+        step["positions"][span] = positions
+        step["token_slot"][span] = slot
+        step["kv_slot"][span] = (
+            pages[positions // limits.page_size] * limits.page_size + positions % limits.page_size
+        )
+        step["query_start"][row], step["query_len"][row], step["context_len"][row] = at, count, done + count
+        step["row_slot"][row] = slot
+        step["page_table"][row] = pages
+        at += count
+    return step
+
+
+def handmade(
+    calls: list[Call], *, step: Mapping[str, TensorSpec], params: Mapping[str, TensorSpec], results: list[str]
+) -> Program:
+    """A program of the given calls; its parameters read whole tensors of their own names."""
+    recipes = {
+        name: Param(name, spec, pieces=(Piece(f"source.{name}", 0, int(spec.shape[0]), 0),))
+        for name, spec in params.items()
+    }
+    values = {name: Value(name, spec, KV if name.endswith("_cache") else STEP) for name, spec in step.items()}
+    return Program(EXTEND, values, recipes, (), {name: name for name in results}).with_calls(calls)

@@ -1,0 +1,168 @@
+"""Every CPU implementation against its reference computed in float64, at awkward shapes.
+
+The references of attention are themselves held to PyTorch's attention with explicit masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from inputs import Case, cases
+from torch.nn import functional
+
+from makeready.graphs.executable.cpu_weights import LAYOUTS
+from makeready.kernels import registry
+from makeready.kernels.contract import CONTRACTS, Tolerance
+from makeready.kernels.registry import REFERENCE, Kernel
+
+registry.discover()
+# An exact op's reference is the specification bit for bit: there is nothing to hold it to here.
+IMPLEMENTATIONS = [
+    k
+    for op in sorted(CONTRACTS)
+    for k in registry.kernels(op, "cpu")
+    if not (k.name == REFERENCE and CONTRACTS[op].tolerance.exact)
+]
+ATTENTION = ("decode_attention", "extend_attention")
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    return x.double() if x.is_floating_point() else x
+
+
+def applicable(kernel: Kernel) -> Iterator[tuple[Case, Case]]:
+    """Cases that the kernel handles: as they are, and with parameters stored as the kernel wants them."""
+    for case in cases(kernel.op):
+        if kernel.applies(case.specs(), case.attrs):
+            stored = {k: LAYOUTS[kernel.layouts.get(k, "rows")](x) for k, x in case.operands.items()}
+            yield case, Case(case.op, case.label, stored, case.attrs)
+
+
+def compare(made: torch.Tensor, wanted: torch.Tensor, tolerance: Tolerance, label: str) -> None:
+    """NaN in the same places, and the rest within the contract's tolerance."""
+    assert made.shape == wanted.shape, label
+    if tolerance.exact or not made.is_floating_point():
+        torch.testing.assert_close(made, wanted.to(made.dtype), rtol=0, atol=0, equal_nan=True, msg=label)
+        return
+    assert torch.equal(made.isnan(), wanted.isnan()), f"{label}: NaN in other places"
+    allowed = getattr(tolerance, str(made.dtype).removeprefix("torch."))
+    difference = (made.double() - wanted.double()).nan_to_num(0.0, float("inf"), float("inf")).norm()
+    error = difference / wanted.double().nan_to_num(0.0).norm().clamp_min(1e-30)
+    assert error <= allowed, f"{label}: {error:.2e} > {allowed}"
+
+
+@pytest.mark.parametrize("kernel", IMPLEMENTATIONS, ids=lambda k: f"{k.op}-{k.name}")
+def test_implementation_agrees_with_the_reference_in_float64(kernel):
+    tried = 0
+    for case, stored in applicable(kernel):
+        made = stored.run(kernel.run)
+        tolerance = case.contract.tolerance
+        wanted = (case if tolerance.exact else case.mapped(wide)).run()
+        inferred = case.contract.infer(case.specs(), case.attrs)
+        for name, result in made.items():
+            dtype = inferred[name].dtype if name in inferred else case.specs()[name].dtype
+            assert str(result.dtype) == f"torch.{dtype}", f"{name} of {case.label}"
+            compare(result, wanted[name], tolerance, f"{name} of {case.label}")
+        tried += 1
+    assert tried >= 2, "no case fits the kernel; give its op's builder one that does"
+
+
+def test_tolerances_are_checked():
+    x, off = torch.ones(4), torch.tensor([1.0, 1.0, 1.0, 1.001])
+    with pytest.raises(AssertionError, match=r"5\.00e-04"):
+        compare(off, x, Tolerance(), "x")
+    with pytest.raises(AssertionError, match="NaN"):
+        compare(torch.tensor([1.0, float("nan")]), torch.ones(2), Tolerance(), "x")
+    with pytest.raises(AssertionError, match="exactly"):
+        compare(off, x, Tolerance(exact=True), "exactly")
+
+
+@pytest.mark.parametrize("op", ATTENTION)
+def test_nothing_unwritten_leaks_into_attention(op):
+    """Unused pages, page tails and queries of nobody are NaN; padding rows and tokens give zeros."""
+    for kernel in registry.kernels(op, "cpu"):
+        for case, stored in applicable(kernel):
+            y = stored.run(kernel.run)["y"]
+            assert not y.isnan().any(), f"{kernel.name} {case.label}"
+            owned = set(owners(case))
+            for token in range(len(y)):
+                assert token in owned or not y[token].any(), f"{kernel.name} {case.label}: token {token}"
+
+
+def owners(case: Case) -> dict[int, tuple[int, int]]:
+    """Token of the batch → its row and its position."""
+    o = case.operands
+    lengths = o["context_len"].tolist()
+    counts = o["query_len"].tolist() if "query_len" in o else [int(n > 0) for n in lengths]
+    starts = o["query_start"].tolist() if "query_start" in o else range(len(lengths))
+    return {
+        start + i: (r, length - count + i)
+        for r, (start, count, length) in enumerate(zip(starts, counts, lengths, strict=True))
+        for i in range(count)
+    }
+
+
+def attention_by_hand(case: Case) -> torch.Tensor:
+    """PyTorch's attention in float64, one query at a time, over keys looked up one by one."""
+    o, a = case.operands, case.attrs
+    page = o["k_cache"].shape[1]
+    q = o["q"].double().view(len(o["q"]), a["heads"], a["head_dim"])
+    y = torch.zeros_like(q)
+    for token, (row, position) in owners(case).items():
+        oldest = max(0, position - a["window"] + 1) if a["window"] else 0
+        where = [(int(o["page_table"][row, i // page]), i % page) for i in range(oldest, position + 1)]
+        k, v = (
+            torch.stack([o[c][p, s] for p, s in where]).double().transpose(0, 1)
+            for c in ("k_cache", "v_cache")
+        )
+        group = a["heads"] // a["kv_heads"]
+        k, v = (torch.stack([x[h // group] for h in range(a["heads"])]) for x in (k, v))
+        y[token] = functional.scaled_dot_product_attention(q[token][:, None], k, v, scale=a["scale"])[:, 0]
+    return y.flatten(1)
+
+
+@pytest.mark.parametrize("op", ATTENTION)
+def test_attention_references_are_attention(op):
+    for case in cases(op):
+        if case.operands["q"].dtype == torch.float32:
+            made = case.mapped(wide).run()["y"]
+            torch.testing.assert_close(made, attention_by_hand(case), rtol=1e-10, atol=1e-12, msg=case.label)
+
+
+def test_a_decode_step_is_the_last_token_of_an_extend_step():
+    for case in cases("decode_attention"):
+        lengths = case.operands["context_len"]
+        rows = {
+            "query_start": torch.arange(len(lengths), dtype=torch.int32),
+            "query_len": (lengths > 0).int(),
+        }
+        extend = Case("extend_attention", case.label, case.operands | rows, case.attrs)
+        assert torch.equal(extend.run()["y"], case.run()["y"])
+
+
+@pytest.mark.parametrize(
+    "kernel", [k for k in IMPLEMENTATIONS if CONTRACTS[k.op].rowwise], ids=lambda k: f"{k.op}-{k.name}"
+)
+def test_a_row_of_nan_stays_alone(kernel):
+    """What padding rows hold reaches no other row."""
+    for case, stored in applicable(kernel):
+        by_row = {o.name for o in case.contract.inputs if o.axes[0] == case.contract.rowwise}
+        floats = [n for n in by_row & set(case.operands) if case.operands[n].is_floating_point()]
+        rows = len(case.operands[min(by_row & set(case.operands))])
+        if not floats or rows < 2:
+            continue
+        whole = stored.run(kernel.run)
+        for name in floats:
+            stored.operands[name] = stored.operands[name].clone()
+            stored.operands[name][-1] = float("nan")
+        for name, made in stored.run(kernel.run).items():
+            compare(made[:-1], whole[name][:-1], Tolerance(), f"{name} of {case.label}")
+
+
+def test_weights_beyond_fp16_are_refused():
+    with pytest.raises(ValueError, match=r"70000 does not fit fp16 .* plan\.weight_dtype=float32"):
+        LAYOUTS["fbgemm_fp16"](torch.full((2, 4), 70000.0))
+    with pytest.raises(ValueError, match="does not fit fp16"):
+        LAYOUTS["fbgemm_fp16"](torch.tensor([[1.0, float("nan")]]))
