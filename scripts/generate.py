@@ -1,0 +1,20 @@
+"""Generate text with a checkpoint; see --help."""
+
+import os
+import sys
+
+# The folder of a script leads Python's path, and its inspect.py would be taken for the standard library's.
+sys.path.sort(key=os.path.dirname(os.path.realpath(__file__)).__eq__)  # to the end
+
+from makeready.engine.entrypoints.cli import launch
+from makeready.engine.entrypoints.generate import generate_job
+from makeready.engine.entrypoints.options import GenerateJob
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run with ``arguments``, or the process's; returns the exit code."""
+    return launch(__file__, GenerateJob, generate_job, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
