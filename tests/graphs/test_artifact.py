@@ -108,7 +108,7 @@ def test_the_same_request_gives_the_same_bytes_in_any_process(tmp_path):
     check_checkpoint(artifact.load(runs[0][1]), open_checkpoint(second))
 
 
-@settings(max_examples=250)
+@settings(max_examples=150)
 @given(st.data())
 def test_every_damaged_byte_is_found(saved, tmp_path_factory, data):
     intact = files(saved)

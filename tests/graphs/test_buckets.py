@@ -46,7 +46,7 @@ def missing(buckets: Sequence[Bucket], limits: Limits, phase: str) -> list[tuple
     return [batch for batch in legal(limits, phase) if not any(b.covers(*batch) for b in mine)]
 
 
-@settings(max_examples=400)
+@settings(max_examples=200)
 @given(st.lists(LEGAL_BUCKET, max_size=7), LIMITS)
 def test_the_proof_finds_the_smallest_uncovered_batch(buckets, limits):
     for phase in PHASES:
@@ -56,7 +56,7 @@ def test_the_proof_finds_the_smallest_uncovered_batch(buckets, limits):
         assert found[:1] == wrong[:1]
 
 
-@settings(max_examples=400)
+@settings(max_examples=200)
 @given(st.lists(ANY_BUCKET, max_size=7), LIMITS)
 @example([Bucket(DECODE, 8, 2)], limits_of(5, 5))
 def test_the_proof_holds_for_illegal_buckets_too(buckets, limits):
@@ -67,7 +67,7 @@ def test_the_proof_holds_for_illegal_buckets_too(buckets, limits):
         assert bool(found) == bool(wrong)
 
 
-@settings(max_examples=400)
+@settings(max_examples=200)
 @given(st.lists(st.one_of(LEGAL_BUCKET, ANY_BUCKET), max_size=6), LIMITS)
 def test_a_set_is_accepted_if_and_only_if_it_covers_everything(buckets, limits):
     most = [
@@ -106,7 +106,7 @@ def test_errors_name_the_batch_and_the_remedy():
         prove_coverage([decode, extend], limits_of(4, 3))
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.lists(LEGAL_BUCKET, min_size=1, max_size=8, unique=True))
 def test_the_look_up_gives_the_smallest_that_covers(buckets):
     table = BucketTable(buckets)

@@ -34,7 +34,7 @@ def owners(intervals: Sequence[Interval], offsets: dict[str, int], total: int) -
             painted[start:stop] = True
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(INTERVALS)
 def test_live_buffers_never_overlap(intervals):
     offsets, total = assign(intervals)
