@@ -364,3 +364,36 @@ class BenchJob:
         ):
             if value < 1:
                 raise UsageError(f"{name}={value} must be at least 1")
+
+
+@dataclass
+class BenchJob:
+    """Options of scripts/bench.py.
+
+    Attributes:
+        checkpoint: a Hugging Face folder or a .gguf file.
+        suite: what to measure: decode, startup, or both.
+        rows: batch sizes of the decode suite.
+        tokens: decode steps of one measurement.
+        repeats: measurements of each kind; the median is what counts.
+        weight_dtype: float32, bfloat16 or float16, in both engines.
+        threads: threads of PyTorch. null: one a core.
+        output: JSON file for the result.
+    """
+
+    checkpoint: str = literal(MISSING)
+    suite: list[str] = MISSING
+    rows: list[int] = MISSING
+    tokens: int = MISSING
+    repeats: int = MISSING
+    weight_dtype: str = MISSING
+    threads: int | None = MISSING
+    output: str | None = literal()
+
+    def check(self, given: Collection[str]) -> None:
+        """See :meth:`Job.check`."""
+        unknown = [name for name in self.suite if name not in ("decode", "startup")]
+        if unknown or not self.suite:
+            raise UsageError(f"suite={self.suite} must list decode, startup or both")
+        if min([self.tokens, self.repeats, self.threads or 1, *self.rows], default=0) < 1 or not self.rows:
+            raise UsageError("rows, tokens, repeats and threads must be at least 1")

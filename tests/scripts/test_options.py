@@ -1,0 +1,165 @@
+"""What can be said on a command line, what is refused, and what --help tells."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+import yaml
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from scripts_in_process import JOBS, TINY, script
+
+from makeready.engine.entrypoints.cli import arranged
+from makeready.engine.sampling import SamplingParams
+from makeready.graphs.compile import Request
+
+TEXT = st.text(st.characters(codec="utf-8"), max_size=12) | st.text("\\${}'\"a,=:[] \n", max_size=12)
+
+
+def keys(node: Any, prefix: str = "") -> Iterator[str]:
+    """Full name of every option in composed YAML."""
+    for key, value in node.items():
+        name = f"{prefix}{key}"
+        yield from keys(value, name + ".") if isinstance(value, dict) and value else [name]
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_help_tells_every_option_and_config_prints_it(name, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        script(name)("--help")
+    text = capsys.readouterr().out
+    table = text.partition("\nOptions (")[2]
+    assert script(name)("--cfg", "job") == 0
+    options = list(keys(yaml.safe_load(capsys.readouterr().out)))
+    assert options
+    for option in options:
+        meaning = table.partition(f"\n  {option}=")[2].partition("\n")[2]
+        assert meaning.startswith("      "), f"--help says nothing about {option}"
+    assert f"python scripts/{name}.py" in text
+    assert not list(Path().iterdir()), "reading options leaves files behind"
+
+
+@hypothesis.given(TEXT)
+@hypothesis.settings(max_examples=300)
+def test_text_and_paths_are_taken_as_they_stand(text):
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    hypothesis.assume(text != "???")  # OmegaConf's word for a missing value, which nothing escapes
+    (argument,) = arranged([f"prompt={text}"], frozenset({"prompt"}), frozenset(), None)
+    config = OmegaConf.create({"prompt": None})
+    config.prompt = OverridesParser.create().parse_override(argument).value()
+    assert OmegaConf.to_object(config) == {"prompt": text}
+
+
+@pytest.mark.parametrize(
+    ("argument", "seen"),
+    [
+        ("plan=plans/x", "plan.path='plans/x'"),
+        ("plan=/a b/x=1,y", "plan.path='/a b/x=1,y'"),
+        ("plan=default", "plan=default"),
+        ("plan=./default", "plan.path='./default'"),
+        ("plan.max_rows=8", "plan.max_rows=8"),
+        ("prompt=What's {up}, ${x}?", r"prompt='What\'s {up}, \${x}?'"),
+        ("prompt=null", "prompt='null'"),
+        ("free.x=1", "++free.x=1"),
+        ("free={x: 1}", "++free={x: 1}"),
+        ("freedom=1", "freedom=1"),
+        ("--cfg", "--cfg"),
+        ("--config-dir=a", "--config-dir=a"),
+    ],
+)
+def test_command_lines_are_arranged_for_hydra(argument, seen):
+    verbatim, free = frozenset({"plan.path", "prompt"}), frozenset({"free"})
+    assert arranged([argument], verbatim, free, {"default"}) == [seen]
+    if argument.startswith("plan="):
+        assert arranged([argument], verbatim, free, None) == [argument]
+
+
+def test_sweeps_keep_their_commas():
+    arguments = ["-m", "prompt=a,b", "plan=default"]
+    assert arranged(arguments, frozenset({"prompt"}), frozenset(), {"default"}) == arguments
+
+
+def test_defaults_are_those_of_the_python_interface(capsys):
+    """conf/ states every default once more, where users look; the two may not drift apart."""
+    assert script("generate")("--cfg", "job") == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    params = dataclasses.asdict(SamplingParams())
+    assert {k: tuple(v) if isinstance(v, list) else v for k, v in config["sampling"].items()} == params
+    request = dataclasses.asdict(Request())
+    del config["plan"]["path"]
+    stated = config["plan"] | {"target": config["target"], "kv_dtype": config["kv"]["dtype"]}
+    assert {k: tuple(v) if isinstance(v, list) else v for k, v in stated.items()} == request
+
+
+REFUSED = [
+    ("generate", [], 2, "checkpoint= is missing"),
+    ("generate", ["checkpoint=x"], 2, "give one of prompt=TEXT, chat=TEXT and prompts=FILE"),
+    ("generate", ["checkpoint=x", "prompt=a", "chat=b"], 2, "prompt= and chat= were given together"),
+    ("generate", ["checkpoint=x", "prompt=a", "prompts=b"], 2, "prompt= and prompts= were given together"),
+    ("generate", ["checkpoint=x", "prompt=a", "output=b"], 2, "output= is for the answers to prompts="),
+    ("generate", ["checkpoint=x", "prompts=rows"], 2, "prompts= needs output="),
+    ("generate", ["checkpoint=x", "prompts=gone", "output=b"], 2, "prompts=gone is no file"),
+    ("generate", ["checkpoint=x", "prompts=rows", "output=rows"], 2, "is the file of prompts"),
+    ("generate", ["checkpoint=x", "prompts=rows", "output=taken"], 2, "add overwrite=true"),
+    ("generate", ["checkpoint=x", "prompts=rows", "output=no/where"], 2, "there is no folder no"),
+    ("generate", ["checkpoint=x", "prompt="], 2, "prompt= is empty"),
+    ("generate", ["checkpoint=x", "prompt=a", "temperature=0"], 2, "did you mean sampling.temperature"),
+    ("generate", ["checkpoint=x", "prompt=a", "plan.max_row=1"], 2, "did you mean plan.max_rows"),
+    ("generate", ["checkpoint=x", "prompt=a", "sampling.temperature=hot"], 2, "sampling.temperature=hot: "),
+    ("generate", ["checkpoint=x", "prompt=a", "sampling.top_k=1.5"], 2, "sampling.top_k=1.5: "),
+    (
+        "generate",
+        ["checkpoint=x", "prompt=a", "sampling.max_new_tokens=0"],
+        2,
+        "sampling.max_new_tokens=0 is",
+    ),
+    ("generate", ["checkpoint=x", "prompt=a", "sampling.top_p=-1"], 2, "sampling.top_p=-1.0 is out of range"),
+    ("generate", ["checkpoint=x", "prompt=a", "sampling.n=2"], 2, "give prompts= and output="),
+    ("generate", ["checkpoint=x", "prompt=a", "sampling=bold"], 2, "choose one of default, greedy"),
+    ("generate", ["checkpoint=x", "prompt=a", "plan=p", "plan.max_rows=8"], 2, "plan.max_rows cannot be"),
+    ("generate", ["checkpoint=x", "prompt=a", "plan=p", "target=cpu"], 2, "target cannot be chosen"),
+    ("generate", ["checkpoint=x", "prompt=a", "plan=p", "kv.dtype=float32"], 2, "kv.dtype cannot be"),
+    ("generate", ["checkpoint=x", "prompt=a", "plan=p", "plan.traffic.context=9"], 2, "plan.traffic.context"),
+    ("generate", ["checkpoint=x", "prompt=a", "target=sm_1"], 2, "targets are cpu"),
+    ("generate", ["checkpoint=x", "prompt=a", "kv.memory_gib=-1"], 2, "kv.memory_gib=-1.0 must be above 0"),
+    ("generate", ["checkpoint=x", "prompt=a", "model=qwen3_8b"], 2, "drop one of them"),
+    ("generate", ["checkpoint=x", "prompt=a"], 1, "x does not exist"),
+    ("generate", ["checkpoint=x", "prompt=a", "stop"], 2, "'stop' cannot be read as OPTION=VALUE"),
+    ("generate", ["checkpoint=x", "prompt=a", "sampling.stop=[a"], 2, "cannot be read as OPTION=VALUE"),
+    ("generate", ["checkpoint=x", "prompt=a", "sampling.top_k=1,2"], 2, "--multirun"),
+    ("generate", ["checkpoint=x", "prompt=a", "chat_template_kwargs.x=1"], 2, "is for chat= and prompts="),
+    ("compile", ["checkpoint=dummy"], 2, "add model="),
+    ("compile", ["checkpoint=dummy", "model=gpt5"], 2, "choose one of llama3_1_8b, mistral_7b"),
+    ("compile", [*TINY, "plan=plans/x"], 2, "plan=plans/x is no choice"),
+    ("compile", [*TINY, "plan.path=x"], 2, "there is no option plan.path"),
+    ("compile", [*TINY, "plan.max_rows=-3"], 1, "plan.max_rows=-3"),
+    ("compile", [*TINY, "plan.max_rows=null"], 2, "plan.max_rows=null"),
+    ("compile", [*TINY, "plan.context_len=65"], 1, "plan.context_len=65"),
+    ("compile", [*TINY, "plan.weight_dtype=int3"], 1, "plan.weight_dtype=int3"),
+    ("compile", [*TINY, "plan.disabled_passes=[fuse]"], 2, "there is no pass fuse"),
+    ("compile", [*TINY, "model.num_key_value_heads=3"], 1, "num_key_value_heads"),
+    ("inspect", [], 2, "plan= is missing"),
+    ("inspect", ["plan=."], 1, "holds no plan"),
+    ("inspect", ["plan=x", "context=0"], 2, "context=0 must be at least 1"),
+    ("inspect", ["plan=x", "page=1"], 2, "there is no option page"),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments", "code", "reason"), REFUSED)
+def test_what_cannot_be_is_refused_in_a_sentence(name, arguments, code, reason, capsys):
+    Path("rows").write_text('{"prompt": "a"}\n')
+    Path("taken").write_text("old\n")
+    assert script(name)(*arguments) == code
+    printed = capsys.readouterr()
+    last = printed.err.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert reason in last
+    assert "Traceback" not in printed.err
+    assert not printed.out
+    assert Path("taken").read_text() == "old\n"

@@ -1,0 +1,65 @@
+"""The models of conf/model: complete enough to plan for, and as large as their makers say."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import yaml
+from scripts_in_process import CONF, script
+
+from makeready.graphs.checkpoint.base import open_checkpoint
+from makeready.graphs.compile import compile_plan
+from makeready.graphs.plan import Plan
+
+# Parameters as the model cards and their safetensors metadata count them (tied embeddings once).
+PARAMETERS = {
+    "smollm2_135m": 134_515_008,
+    "qwen2_5_0_5b": 494_032_768,
+    "qwen3_0_6b": 596_049_920,
+    "qwen3_8b": 8_190_735_360,
+    "llama3_1_8b": 8_030_261_248,
+    "mistral_7b": 7_248_023_552,
+}
+CONTEXT = {
+    "smollm2_135m": 8192,
+    "qwen2_5_0_5b": 32768,
+    "qwen3_0_6b": 40960,
+    "qwen3_8b": 40960,
+    "llama3_1_8b": 131072,
+    "mistral_7b": 32768,
+}
+
+
+def parameters(plan: Plan) -> int:
+    """Elements of every checkpoint tensor that the plan's recipe reads."""
+    elements: dict[str, int] = {}
+    for weight in plan.weights:
+        for piece in weight.param.pieces:
+            rows = piece.stop * math.prod(weight.param.spec.shape[1:])
+            elements[piece.source] = max(rows, elements.get(piece.source, 0))
+    return sum(elements.values())
+
+
+def test_every_preset_is_checked_here():
+    assert {path.stem for path in (CONF / "model").glob("*.yaml")} == set(PARAMETERS)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_presets_compile_to_the_size_that_their_makers_give(name):
+    config = yaml.safe_load((CONF / "model" / f"{name}.yaml").read_text())
+    plan = compile_plan(open_checkpoint("dummy", config=config), max_rows=2)
+    assert parameters(plan) == PARAMETERS[name]
+    assert plan.limits.context_len == CONTEXT[name]
+    assert plan.options.weight_dtype == "bfloat16"
+
+
+def test_a_preset_can_be_changed_on_the_command_line(capsys):
+    options = ("checkpoint=dummy", "model=qwen3_8b", "plan.max_rows=1", "plan.max_tokens=16")
+    assert script("compile")(*options, "model.num_hidden_layers=2", "plan.traffic.decode_rows={1: 2}") == 0
+    printed = capsys.readouterr()
+    assert "Qwen3ForCausalLM" in printed.out
+    assert "decode     1 buckets: 1\n" in printed.out
+    assert all(f" s  {stage}\n" in printed.err for stage in ("trace", "lower", "compile"))
+    assert script("compile")(*options, "model.num_hidden_layers=2", "plan.traffic.decode_rows={1: 2}") == 0
+    assert "from the local cache" in capsys.readouterr().out

@@ -1,0 +1,82 @@
+"""What a line of a batch file may say."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from makeready.engine.entrypoints import rows
+from makeready.engine.request import Output, TokenLogprob
+
+BAD_LINES = [
+    (b"not json", "the row is not JSON"),
+    (b'{"prompt": "a"', "the row is not JSON"),
+    (b'["prompt"]', "the row is no object"),
+    (b"\xff\xfe{}", "not UTF-8 .byte 1."),
+    (b'{"prompt": "a", "prompt": "b"}', "prompt is given twice"),
+    (b'{"prompt": "a", "top_p": NaN}', "NaN is no number"),
+    (b'{"n": ' + b"9" * 5000 + b"}", "thousands of digits"),
+    (b"[" * 100_000, "nested too deeply"),
+]
+BAD_FIELDS = [
+    ({}, "this one has none of them"),
+    ({"prompt": "a", "messages": []}, "this one has prompt and messages"),
+    ({"prompt": "a", "token_ids": [1]}, "this one has prompt and token_ids"),
+    ({"prompt": "a", "temprature": 1}, "there is no field 'temprature'"),
+    (
+        {"prompt": "a", "sampling": {"top_k": 1}, "top_k": 1},
+        "top_k is given both in the row and under sampling",
+    ),
+    ({"prompt": 1}, "prompt must be a string, not number"),
+    ({"prompt": None}, "prompt must be a string, not null"),
+    ({"messages": "hi"}, "messages must be a list, not string"),
+    ({"token_ids": {}}, "token_ids must be a list, not object"),
+    ({"prompt": "a", "sampling": 1}, "sampling must be an object"),
+    ({"prompt": "a", "chat_template_kwargs": {"x": 1}}, "is for messages"),
+    ({"messages": [], "chat_template_kwargs": {"messages": 1}}, "cannot set messages"),
+    ({"messages": [], "chat_template_kwargs": {"tools": 1}}, "tools .* must be a list"),
+]
+
+
+@pytest.mark.parametrize(("line", "reason"), BAD_LINES)
+def test_lines_that_are_no_objects(line, reason):
+    with pytest.raises(rows.RowError, match=reason):
+        rows.parse(line)
+
+
+@pytest.mark.parametrize(("fields", "reason"), BAD_FIELDS)
+def test_fields_that_make_no_request(fields, reason):
+    with pytest.raises(rows.RowError, match=reason):
+        rows.read(fields)
+
+
+def test_a_row_is_read_with_its_sampling_fields_from_both_places():
+    fields = rows.parse(b'\xef\xbb\xbf{"id": 7, "prompt": "a", "top_k": 3, "sampling": {"n": 2}}\r\n')
+    row = rows.read(fields)
+    assert (row.kind, row.prompt, row.sampling) == ("prompt", "a", {"top_k": 3, "n": 2})
+    assert rows.passed_through(fields) == {"id": 7}
+
+
+def output(text: str, *values: float) -> Output:
+    logprobs = tuple(TokenLogprob(i, v, ((i, v),)) for i, v in enumerate(values)) or None
+    return Output(text, (5, 6), "stop", 3, logprobs, meta_info={"seed": 11})
+
+
+def test_answers_are_json_without_infinities_and_one_line_each():
+    made = rows.answer([output("a\u2028b\nc", float("-inf"), -1.5)], with_text=True, with_seed=False)
+    line = rows.encode({"id": "\ud800"} | made)
+    assert line.count(b"\n") == 1
+    read = json.loads(line, parse_constant=pytest.fail)
+    assert read["text"] == "a\u2028b\nc"
+    assert [entry["logprob"] for entry in read["logprobs"]] == [None, -1.5]
+    assert read["completion_tokens"] == 2
+    assert "seed" not in read
+
+
+def test_several_samples_lie_under_their_own_name():
+    made = rows.answer([output("a"), output("b")], with_text=False, with_seed=True)
+    assert [sample["token_ids"] for sample in made["samples"]] == [[5, 6], [5, 6]]
+    assert made["samples"][0]["seed"] == 11
+    assert made["prompt_tokens"] == 3
+    assert "text" not in made

