@@ -333,44 +333,6 @@ class BenchJob:
     """Options of scripts/bench.py.
 
     Attributes:
-        checkpoint: a Hugging Face folder or a .gguf file, with its tokenizer.
-        output: JSON file for the figures and what they were measured on.
-        suite: what to measure: decode, startup or both.
-        rows: requests that are decoded at once, one measurement for each.
-        tokens: tokens that each request generates.
-        repeats: measurements of each figure, of which the median counts.
-        weight_dtype: float32, bfloat16 or float16, for both sides.
-        threads: threads of PyTorch. null: one for every CPU.
-    """
-
-    checkpoint: str = literal(MISSING)
-    output: str | None = literal()
-    suite: list[str] = MISSING
-    rows: list[int] = MISSING
-    tokens: int = MISSING
-    repeats: int = MISSING
-    weight_dtype: str = MISSING
-    threads: int | None = MISSING
-
-    def check(self, given: Collection[str]) -> None:
-        """See :meth:`Job.check`."""
-        unknown = sorted(set(self.suite) - {"decode", "startup"})
-        if unknown or not self.suite:
-            raise UsageError(f"suite={self.suite} must name decode, startup or both")
-        for name, value in (
-            *(("rows", r) for r in self.rows),
-            ("tokens", self.tokens),
-            ("repeats", self.repeats),
-        ):
-            if value < 1:
-                raise UsageError(f"{name}={value} must be at least 1")
-
-
-@dataclass
-class BenchJob:
-    """Options of scripts/bench.py.
-
-    Attributes:
         checkpoint: a Hugging Face folder or a .gguf file.
         suite: what to measure: decode, startup, or both.
         rows: batch sizes of the decode suite.

@@ -8,11 +8,9 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-from makeready.engine.entrypoints.options import CompileJob, GenerateJob, InspectJob
-
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
-JOBS = {"compile": CompileJob, "generate": GenerateJob, "inspect": InspectJob}
+SCRIPTS = ("compile", "generate", "inspect", "bench")
 
 # A checkpoint of 40 kB that needs no file and has no tokenizer.
 TINY = (

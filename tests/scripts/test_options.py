@@ -12,7 +12,7 @@ import pytest
 import yaml
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
-from scripts_in_process import JOBS, TINY, script
+from scripts_in_process import SCRIPTS, TINY, script
 
 from makeready.engine.entrypoints.cli import arranged
 from makeready.engine.sampling import SamplingParams
@@ -28,7 +28,7 @@ def keys(node: Any, prefix: str = "") -> Iterator[str]:
         yield from keys(value, name + ".") if isinstance(value, dict) and value else [name]
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_help_tells_every_option_and_config_prints_it(name, capsys):
     with pytest.raises(SystemExit, match="0"):
         script(name)("--help")
