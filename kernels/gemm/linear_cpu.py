@@ -44,7 +44,8 @@ def pack(weight: torch.Tensor) -> Any:
 
 
 def _applies(specs: Mapping[str, TensorSpec], attrs: Mapping[str, Any]) -> bool:
-    return specs["x"].dtype == "float32" and specs["weight"].dtype in ("bfloat16", "float16")
+    wide = specs["x"].dtype == "float32" and attrs["out_dtype"] in ("", "float32")
+    return wide and specs["weight"].dtype in ("bfloat16", "float16")
 
 
 @kernel(linear, "packed_fp16", target="cpu", layouts={"weight": PACKED}, applies=_applies)
