@@ -93,8 +93,9 @@ class SamplingParams:
         object.__setattr__(self, "stop_regex", _strings("stop_regex", self.stop_regex))
         object.__setattr__(self, "stop_token_ids", tuple(_ids("stop_token_ids", self.stop_token_ids)))
         bias = {_id("logit_bias", key): value for key, value in self.logit_bias.items()}
-        if any(isinstance(v, bool) or not isinstance(v, int | float) or math.isnan(v) for v in bias.values()):
-            raise RequestError("logit_bias must map token ids to numbers")
+        for value in bias.values():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _MOST_BIAS:
+                raise RequestError(f"logit_bias={value!r} must be a number from {-_MOST_BIAS:g} to {_MOST_BIAS:g}")
         object.__setattr__(self, "logit_bias", bias)
 
     @classmethod
@@ -142,11 +143,12 @@ class SamplingParams:
 
 
 _INF = math.inf
+_MOST_BIAS = 1e6  # decides any choice, and is far from the end of float32
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("max_new_tokens", 1, _INF),
     ("min_new_tokens", 0, _INF),
-    ("temperature", 0, _INF),
-    ("top_k", -1, _INF),
+    ("temperature", 0, 1e4),
+    ("top_k", -1, 2**31 - 1),
     ("top_p", 0, 1),
     ("min_p", 0, 1),
     ("frequency_penalty", -2, 2),
@@ -170,10 +172,13 @@ def _strings(name: str, value: Any) -> tuple[str, ...]:
 
 
 def _id(name: str, value: Any) -> int:
+    """A token id; JSON objects have theirs as text."""
     try:
-        return int(value)
-    except (TypeError, ValueError):
-        raise RequestError(f"{name} has {value!r}, which is no token id") from None
+        if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
+            return int(value)
+    except ValueError:
+        pass
+    raise RequestError(f"{name} has {value!r}, which is no token id")
 
 
 def _ids(name: str, values: Any) -> list[int]:
