@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from makeready.graphs.plan import PlanError
+
 
 @dataclass(frozen=True)
 class Target:
@@ -50,9 +52,9 @@ def find_target(name: str) -> Target:
     """The target called ``name``.
 
     Raises:
-        ValueError: there is none.
+        PlanError: there is none.
     """
     try:
         return TARGETS[name]
     except KeyError:
-        raise ValueError(f"target {name!r} is not built yet; targets are {', '.join(TARGETS)}") from None
+        raise PlanError(f"target {name!r} is not built yet; targets are {', '.join(TARGETS)}") from None
