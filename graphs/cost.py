@@ -43,8 +43,8 @@ def op_cost(
     """Cost of one op in ``bucket`` where rows have ``context`` tokens of context."""
     sizes = {**bucket.sizes, PAGES: 0}
     dims = contract.dims(operands, attrs)
-    names = {k: sizes[v] if isinstance(v, str) else v for k, v in dims.items()}
-    names |= {**bucket.sizes, "context": context}
+    # The contract's axis T may stand for the bucket's R: what the call binds it to decides.
+    names = {"context": context} | {k: sizes[v] if isinstance(v, str) else v for k, v in dims.items()}
     nbytes = float(sum(spec.nbytes(sizes) for spec in results))
     for name, spec in operands.items():
         if name in contract.traffic:

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from makeready.graphs.recipe import Param
@@ -143,6 +144,37 @@ class Plan:
         """Spec of the value that launches of ``phase`` call ``name``."""
         buffer = self.programs[phase].buffers.get(name)
         return buffer.spec if buffer is not None else self.specs[name]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of everything the plan says, as 64 hexadecimal digits."""
+        from makeready.graphs import artifact
+
+        return artifact.digest(self)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the plan to ``folder``; see :func:`makeready.graphs.artifact.save`."""
+        from makeready.graphs import artifact
+
+        return artifact.save(self, folder)
+
+    def as_text(self) -> str:
+        """The plan explained, in 110 columns; see :mod:`makeready.graphs.inspect.text`."""
+        from makeready.graphs.inspect.text import plan_text
+
+        return plan_text(self)
+
+    def memory_analysis(self) -> dict[str, Any]:
+        """Bytes of every region and KV capacity; see :mod:`makeready.graphs.inspect.analysis`."""
+        from makeready.graphs.inspect.analysis import memory_analysis
+
+        return memory_analysis(self)
+
+    def cost_analysis(self, context: int = 1024) -> dict[Bucket, dict[str, float]]:
+        """Bytes, operations and roofline time by bucket; see :mod:`makeready.graphs.inspect.analysis`."""
+        from makeready.graphs.inspect.analysis import cost_analysis
+
+        return cost_analysis(self, context)
 
     def pages_in(self, nbytes: int) -> int:
         """KV pages, the null page included, that ``nbytes`` of memory leave room for.

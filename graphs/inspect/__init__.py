@@ -1,0 +1,1 @@
+"""What a plan says, for people: figures (analysis, padding), text, and one HTML page."""

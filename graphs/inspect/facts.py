@@ -1,0 +1,53 @@
+"""What a plan is, in a few labelled lines: shared by the text and the page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from makeready.graphs import artifact
+from makeready.graphs.inspect import units
+from makeready.graphs.plan import Plan
+from makeready.graphs.targets import find_target
+
+
+def facts(plan: Plan, memory: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Label and value of every fact; ``memory`` is the plan's memory analysis."""
+    options, limits = plan.options, plan.limits
+    target = find_target(plan.target)
+    launches = ", ".join(f"{phase} {len(p.launches)}" for phase, p in plan.programs.items())
+    peak = units.rate(target.flops.get(options.weight_dtype, target.flops["float32"]), "FLOP")
+    return [
+        ("architecture", plan.architecture),
+        ("parameters", f"{units.count(memory['parameters'])} ({memory['parameters']:,})"),
+        ("dtypes", dtypes(plan)),
+        (
+            "target",
+            f"{plan.target}: {units.rate(target.bandwidth, 'B')}, {peak} at {units.dtype(options.weight_dtype)}, "
+            f"{units.seconds(target.launch_seconds)} a launch",
+        ),
+        ("limits", f"{limits.max_rows} rows, {limits.max_tokens:,} tokens a step, context {limits.context_len:,}"),
+        ("launches", launches),
+        ("plan", artifact.digest(plan)),
+        ("checkpoint", plan.checkpoint),
+    ]  # fmt: skip
+
+
+def dtypes(plan: Plan) -> str:
+    """Dtypes of weights, activations and cache: one name where all agree."""
+    options = plan.options
+    named = {
+        "weights": options.weight_dtype,
+        "activations": options.activation_dtype,
+        "KV": options.kv_dtype,
+    }
+    if len(set(named.values())) == 1:
+        return f"{units.dtype(options.weight_dtype)} throughout"
+    return ", ".join(f"{what} {units.dtype(name)}" for what, name in named.items())
+
+
+def passes(plan: Plan) -> dict[str, bool]:
+    """Every optional rewrite, in the order they run, and whether the plan was made with it."""
+    from makeready.graphs.passes import REWRITES
+
+    return {name: name not in plan.options.disabled_passes for name in REWRITES}

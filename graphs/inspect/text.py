@@ -1,0 +1,169 @@
+"""A plan as text of at most 110 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from makeready.graphs.inspect import units
+from makeready.graphs.inspect.analysis import (
+    by_kernel,
+    cost_analysis,
+    largest_bucket,
+    launch_costs,
+    memory_analysis,
+)
+from makeready.graphs.inspect.facts import facts, passes
+from makeready.graphs.inspect.padding import padding_waste, phase_waste
+from makeready.graphs.inspect.segments import SegmentGroup, groups, local, value_spec
+from makeready.graphs.plan import Launch, Plan
+from makeready.graphs.spec import PHASES
+from makeready.kernels.spec import TensorSpec
+
+WIDTH = 110
+
+
+def plan_text(plan: Plan, context: int = 1024) -> str:
+    """Everything worth knowing about a plan before it runs.
+
+    Args:
+        plan: what to explain.
+        context: tokens of context a row that step times assume.
+    """
+    memory = memory_analysis(plan)
+    context = min(context, plan.limits.context_len)
+    sections = [_head(plan, memory), _memory(memory), _capacity(plan, memory), _buckets(plan, context)]
+    sections += [_kernels(plan, phase, context) for phase in PHASES]
+    sections += [_layer(plan, phase) for phase in PHASES]
+    return "\n\n".join("\n".join(line.rstrip() for line in section) for section in sections) + "\n"
+
+
+def _head(plan: Plan, memory: Mapping[str, Any]) -> Iterator[str]:
+    for label, value in facts(plan, memory):
+        yield from _wrapped(f"{label:<13}", value.split(" "))
+    on = [name for name, active in passes(plan).items() if active]
+    off = [name for name, active in passes(plan).items() if not active]
+    yield from _wrapped(f"{'passes on':<13}", on or ["none"])
+    yield from _wrapped(f"{'passes off':<13}", off or ["none"])
+
+
+def _memory(memory: Mapping[str, Any]) -> Iterator[str]:
+    yield "Memory"
+    rows = [(name, units.nbytes(size), f"{size:,}") for name, size in memory["regions"].items()]
+    rows.append(("fixed", units.nbytes(memory["fixed"]), f"{memory['fixed']:,}"))
+    notes = {
+        "weights": ", ".join(f"{units.dtype(d)} {units.nbytes(b)}" for d, b in memory["weights_by_dtype"].items()),
+        "arena": ", ".join(f"{p} reaches {units.nbytes(b)}" for p, b in memory["arena_by_phase"].items()),
+        "step": "what the host writes for every step",
+        "slot": "what the device keeps for every running request",
+        "result": "what the host reads after every step",
+    }  # fmt: skip
+    if memory["stored_twice"]:
+        notes["weights"] += f"; {units.nbytes(memory['stored_twice'])} of it stored a second time"
+    yield from _table(("region", "size", "bytes", ""), [(*r, notes.get(r[0], "")) for r in rows], "<>><")
+
+
+def _capacity(plan: Plan, memory: Mapping[str, Any]) -> Iterator[str]:
+    kv = memory["kv"]
+    made = ", ".join(f"{units.dtype(d)} {units.nbytes(b)}" for d, b in kv["dtypes"].items())
+    yield "KV cache"
+    yield (
+        f"  page of {kv['page_size']} tokens: {units.nbytes(kv['page_bytes'])} ({made}); "
+        f"token: {units.nbytes(kv['token_bytes'])}"
+    )
+    yield (
+        f"  {plan.limits.max_rows} rows of {plan.limits.context_len:,} tokens: "
+        f"{units.nbytes(kv['full_bytes'])} in {kv['full_pages']:,} pages, the null page included"
+    )
+    rows = [
+        (f"{gib} GiB", f"{c['pages']:,}", f"{c['tokens']:,}", f"{c['rows']:,}")
+        for gib, c in memory["capacity"].items()
+    ]
+    yield from _table(("memory in all", "pages", "tokens", "rows of full context"), rows, ">>>>")
+
+
+def _buckets(plan: Plan, context: int) -> Iterator[str]:
+    costs, waste = cost_analysis(plan, context), padding_waste(plan)
+    yield f"Buckets: step time and tokens/s are roofline bounds at {context:,} tokens of context a row;"
+    yield "padding is the worst and the expected share of tokens and of step time under the plan's traffic"
+    rows = []
+    for bucket in plan.buckets:
+        w, cost = waste[bucket], costs[bucket]
+        rows.append((
+            str(bucket), units.span(*w.rows), units.span(*w.tokens), units.percent(w.weight),
+            units.seconds(cost["seconds"]), units.digits(cost["tokens_per_second"]),
+            *(units.percent(s) for s in (w.token.worst, w.token.expected, w.time.worst, w.time.expected)),
+        ))  # fmt: skip
+    for phase in PHASES:
+        w = phase_waste(plan, phase)
+        shares = (w.token.worst, w.token.expected, w.time.worst, w.time.expected)
+        rows.append((f"all {phase}", units.span(*w.rows), units.span(*w.tokens), "", "", "",
+                     *(units.percent(s) for s in shares)))  # fmt: skip
+    head = ("bucket", "rows", "tokens", "steps", "step time", "tokens/s",
+            "tokens≤", "tokens~", "time≤", "time~")  # fmt: skip
+    yield from _table(head, rows, "<>>>>>>>>>")
+    yield "  ≤ worst case, ~ expected"
+
+
+def _kernels(plan: Plan, phase: str, context: int) -> Iterator[str]:
+    bucket = largest_bucket(plan, phase)
+    merged = by_kernel(launch_costs(plan, bucket, context))
+    whole = sum(c.seconds for c in merged)
+    yield f"Kernels of {bucket}, {context:,} tokens of context a row: {units.seconds(whole)} a step"
+    rows = [
+        (f"{c.op}/{c.kernel}", f"{c.launches:,}", units.nbytes(c.nbytes), units.flops(c.flops), c.bound,
+         units.seconds(c.seconds), units.percent(c.seconds / whole))
+        for c in merged
+    ]  # fmt: skip
+    head = ("op/kernel", "launches", "moved", "computed", "bound by", "time", "share")
+    yield from _table(head, rows, "<>>><>>")
+
+
+def _layer(plan: Plan, phase: str) -> Iterator[str]:
+    """The launches of the layers that most layers are like."""
+    group = _typical(groups(plan, phase))
+    segment, program = group.example, plan.programs[phase]
+    stands_for = "" if len(group.members) == 1 else f", launch for launch the same in {group.label}"
+    yield f"Launches of {segment.name}, {phase}{stands_for}"
+    for at in range(segment.start, segment.stop):
+        launch = program.launches[at]
+        results = ", ".join(f"{local(v)}: {_shape(plan, phase, v)}" for v in launch.results.values())
+        yield f"  {at:>4}  {launch.op}/{launch.kernel}{' → ' if results else ''}{results}"
+        operands = [f"{role}={local(v)}: {_shape(plan, phase, v)}" for role, v in _operands(launch)]
+        yield from _wrapped(" " * 10, [f"{o}," for o in operands[:-1]] + operands[-1:])
+
+
+def _typical(found: Sequence[SegmentGroup]) -> SegmentGroup:
+    layers = [g for g in found if g.example.layer] or list(found)
+    return max(layers, key=lambda g: len(g.members))
+
+
+def _operands(launch: Launch) -> Iterable[tuple[str, str]]:
+    return sorted(launch.operands.items())
+
+
+def _shape(plan: Plan, phase: str, value: str) -> str:
+    return shape_text(value_spec(plan, phase, value))
+
+
+def shape_text(spec: TensorSpec) -> str:
+    """``f32[R, 576]``."""
+    return f"{units.dtype(spec.dtype)}[{', '.join(map(str, spec.shape))}]"
+
+
+def _wrapped(lead: str, words: Sequence[str]) -> Iterator[str]:
+    """Words in lines of at most :data:`WIDTH` columns, the first behind ``lead``, the others below it."""
+    line = lead
+    for word in words:
+        if len(line) + len(word) + 1 > WIDTH and line.strip():
+            yield line
+            line = " " * len(lead)
+        line += word if len(line) == len(lead) else f" {word}"
+    yield line
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], sides: str) -> Iterator[str]:
+    """Columns two spaces apart, each as wide as its longest cell and aligned to its side."""
+    widths = [max(len(cell) for cell in column) for column in zip(head, *rows, strict=True)]
+    for row in (head, *rows):
+        yield "  " + "  ".join(f"{c:{s}{w}}" for c, s, w in zip(row, sides, widths, strict=True))
