@@ -7,7 +7,7 @@ taken by transformers for Hugging Face's `kernels`.
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 ROOT = Path(__file__).parent
 LAYERS = ("engine", "graphs", "kernels")
@@ -24,5 +24,14 @@ def packages() -> dict[str, str]:
     return found
 
 
+# A plain library for ctypes, without Python.h. Optional: where there is no C compiler the install goes on
+# and kernels/native.py leaves the work to PyTorch. No -ffast-math: NaN and infinity must stay what they are.
+CPU_OPS = Extension(
+    "makeready.kernels._cpu_ops",
+    ["kernels/csrc/cpu_ops.c"],
+    extra_compile_args=["-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"],
+    optional=True,
+)
+
 PACKAGES = packages()
-setup(packages=list(PACKAGES), package_dir=PACKAGES)
+setup(packages=list(PACKAGES), package_dir=PACKAGES, ext_modules=[CPU_OPS])

@@ -1,14 +1,15 @@
-"""Root-mean-square norms on the CPU: the references in fewer sweeps, written in place where they can be."""
+"""Root-mean-square norms on the CPU: compiled for few tokens, else the references in fewer sweeps."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from makeready.kernels import native
 from makeready.kernels.norm import add_rms_norm, rms_norm
-from makeready.kernels.registry import kernel
+from makeready.kernels.registry import Operands, kernel
 from makeready.kernels.spec import TensorSpec
 
 
@@ -22,13 +23,34 @@ def normalise(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor
     return (x * power.add_(eps).rsqrt_()).mul_(weight)
 
 
-@kernel(rms_norm, "fused", target="cpu", applies=_all_float32)
+def _bind_rms_norm(
+    operands: Operands, results: Sequence[torch.Tensor], attrs: Mapping[str, Any]
+) -> Callable[[], None] | None:
+    (x, weight), (y,) = operands, results
+    if len(x) > native.MOST_TOKENS:
+        return None
+    return native.prepare("rms_norm", x, x.stride(0), weight, y, y.stride(0), *x.shape, float(attrs["eps"]))
+
+
+def _bind_add_rms_norm(
+    operands: Operands, results: Sequence[torch.Tensor], attrs: Mapping[str, Any]
+) -> Callable[[], None] | None:
+    (x, residual, weight), (y, total) = operands, results
+    if len(x) > native.MOST_TOKENS:
+        return None
+    return native.prepare(
+        "add_rms_norm", x, x.stride(0), residual, residual.stride(0), weight, y, y.stride(0),
+        total, total.stride(0), *x.shape, float(attrs["eps"]),
+    )  # fmt: skip
+
+
+@kernel(rms_norm, "fused", target="cpu", applies=_all_float32, bind=_bind_rms_norm)
 def rms_norm_cpu(x: torch.Tensor, weight: torch.Tensor, *, eps: float) -> torch.Tensor:
     """See :func:`normalise`."""
     return normalise(x, weight, eps)
 
 
-@kernel(add_rms_norm, "fused", target="cpu", applies=_all_float32)
+@kernel(add_rms_norm, "fused", target="cpu", applies=_all_float32, bind=_bind_add_rms_norm)
 def add_rms_norm_cpu(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, *, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:

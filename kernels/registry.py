@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
+
+import torch
 
 import makeready.kernels
 from makeready.kernels.contract import CONTRACTS, Contract
@@ -21,6 +23,10 @@ REFERENCE = "reference"
 Applies: TypeAlias = Callable[[Mapping[str, TensorSpec], Mapping[str, Any]], bool]
 
 
+Operands: TypeAlias = Sequence[Any]  # tensors, packed parameters, None for absent optionals
+Bind: TypeAlias = Callable[[Operands, Sequence[torch.Tensor], Mapping[str, Any]], Callable[[], None] | None]
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One implementation of an op.
@@ -29,6 +35,8 @@ class Kernel:
         run: same operands, attributes and results as the contract's reference.
         layouts: operands that are parameters and must be stored in another layout than ``rows``.
         applies: whether it handles given operand specs and attributes.
+        bind: given the operands and results of a launch, whose places stay, a call that writes the results
+            in place; None where ``run`` and a copy of what it makes are to be used instead.
     """
 
     op: str
@@ -37,6 +45,26 @@ class Kernel:
     run: Callable[..., Any] = field(repr=False)
     layouts: Mapping[str, str] = field(default_factory=dict)
     applies: Applies = field(default=lambda specs, attrs: True, repr=False)
+    bind: Bind = field(default=lambda operands, results, attrs: None, repr=False)
+
+    def bound(
+        self, operands: Operands, results: Sequence[torch.Tensor], attrs: Mapping[str, Any]
+    ) -> Callable[[], None]:
+        """A call that reads ``operands`` and writes ``results``, as often as it is made."""
+        return self.bind(operands, results, attrs) or self._copying(operands, results, attrs)
+
+    def _copying(
+        self, operands: Operands, results: Sequence[torch.Tensor], attrs: Mapping[str, Any]
+    ) -> Callable[[], None]:
+        def call() -> None:
+            made = self.run(*operands, **attrs)
+            if len(results) == 1:
+                results[0].copy_(made)
+            elif results:
+                for result, value in zip(results, made, strict=True):
+                    result.copy_(value)
+
+        return call
 
 
 _KERNELS: dict[tuple[str, str], list[Kernel]] = {}
@@ -49,11 +77,14 @@ def kernel(
     target: str,
     layouts: Mapping[str, str] | None = None,
     applies: Applies | None = None,
+    bind: Bind | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the decorated function as an implementation of ``contract`` for ``target``."""
 
     def register(run: Callable[..., Any]) -> Callable[..., Any]:
-        made = Kernel(contract.name, name, target, run, layouts or {}, applies or (lambda specs, attrs: True))
+        given = {"applies": applies, "bind": bind}
+        optional: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        made = Kernel(contract.name, name, target, run, layouts or {}, **optional)
         _KERNELS.setdefault((target, contract.name), []).append(made)
         return run
 
@@ -63,6 +94,8 @@ def kernel(
 def discover() -> None:
     """Import every module of kernels/, so that all contracts and implementations are registered."""
     for module in pkgutil.walk_packages(makeready.kernels.__path__, "makeready.kernels."):
+        if module.name == "makeready.kernels._cpu_ops":  # a plain library, see native.py
+            continue
         importlib.import_module(module.name)
 
 

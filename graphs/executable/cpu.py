@@ -26,12 +26,11 @@ from makeready.kernels.spec import PAGES, TensorSpec
 
 @dataclass(frozen=True)
 class _Bound:
-    """A launch with everything looked up: ``results[i].copy_(run(*operands, **attrs)[i])``."""
+    """A launch with everything looked up: ``call`` reads the operands and writes the results."""
 
-    run: Callable[..., Any]
+    call: Callable[[], None]
     operands: tuple[torch.Tensor | None, ...]
-    attrs: Mapping[str, Any]
-    results: tuple[torch.Tensor, ...]
+    results: tuple[torch.Tensor, ...]  # kept for ``call``, which may hold bare addresses
 
 
 @dataclass(frozen=True)
@@ -111,12 +110,7 @@ class CpuExecutable:
         for name, tensor in program.step.items():
             tensor.copy_(torch.from_numpy(step[name]))
         for launch in program.launches:
-            made = launch.run(*launch.operands, **launch.attrs)
-            if len(launch.results) == 1:
-                launch.results[0].copy_(made)
-            elif launch.results:
-                for result, value in zip(launch.results, made, strict=True):
-                    result.copy_(value)
+            launch.call()
         return _Done({name: array.copy() for name, array in program.results.items()})
 
     def poison(self) -> None:
@@ -153,15 +147,14 @@ class CpuExecutable:
     def _bound(self, launch: Launch, names: Mapping[str, Any]) -> _Bound:
         contract = CONTRACTS[launch.op]
         try:
-            run = registry.find(launch.op, launch.kernel, self.plan.target).run
+            kernel = registry.find(launch.op, launch.kernel, self.plan.target)
         except KeyError as error:
             raise PlanError(f"{error.args[0]}; compile the plan again with this version") from None
         operands = tuple(
             names[launch.operands[o.name]] if o.name in launch.operands else None for o in contract.inputs
         )
-        return _Bound(
-            run, operands, launch.attrs, tuple(names[launch.results[o.name]] for o in contract.outputs)
-        )
+        results = tuple(names[launch.results[o.name]] for o in contract.outputs)
+        return _Bound(kernel.bound(operands, results, launch.attrs), operands, results)
 
 
 def _zeros(spec: TensorSpec, sizes: Mapping[str, int]) -> torch.Tensor:

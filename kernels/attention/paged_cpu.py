@@ -5,15 +5,16 @@ T tokens, R rows, H query heads, G KV heads, N = H / G, D head size, L tokens of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.nn import functional
 
+from makeready.kernels import native
 from makeready.kernels.attention.paged import decode_attention, extend_attention, norm_rope_kv_write
 from makeready.kernels.norm_cpu import normalise
-from makeready.kernels.registry import kernel
+from makeready.kernels.registry import Operands, kernel
 from makeready.kernels.spec import TensorSpec
 
 
@@ -21,7 +22,42 @@ def _activations_float32(specs: Mapping[str, TensorSpec], attrs: Mapping[str, An
     return all(specs[name].dtype == "float32" for name in ("qkv", "q_norm", "k_norm", "q") if name in specs)
 
 
-@kernel(norm_rope_kv_write, "fused", target="cpu", applies=_activations_float32)
+def _bind_norm_rope_kv_write(
+    operands: Operands, results: Sequence[torch.Tensor], attrs: Mapping[str, Any]
+) -> Callable[[], None] | None:
+    (qkv, rows, q_norm, k_norm, kv_slot, k_cache, v_cache), (q,) = operands, results
+    if len(qkv) > native.MOST_TOKENS or not _fits(k_cache, attrs):
+        return None
+    if q_norm is None or k_norm is None:
+        q_norm = k_norm = None
+    return native.prepare(
+        "norm_rope_kv_write", qkv, qkv.stride(0), rows, rows.stride(0), q_norm, k_norm, kv_slot, k_cache, v_cache,
+        q, q.stride(0), len(qkv), attrs["heads"], attrs["kv_heads"], attrs["head_dim"], rows.shape[-1],
+        native.DTYPES[k_cache.dtype], float(attrs["eps"]),
+    )  # fmt: skip
+
+
+def _bind_decode_attention(
+    operands: Operands, results: Sequence[torch.Tensor], attrs: Mapping[str, Any]
+) -> Callable[[], None] | None:
+    (q, k_cache, v_cache, page_table, context_len), (y,) = operands, results
+    if not _fits(k_cache, attrs):
+        return None
+    return native.prepare(
+        "decode_attention", q, q.stride(0), k_cache, v_cache, page_table, page_table.stride(0), context_len,
+        y, y.stride(0), len(q), attrs["heads"], attrs["kv_heads"], attrs["head_dim"], k_cache.shape[1],
+        attrs["window"], native.DTYPES[k_cache.dtype], float(attrs["scale"]),
+    )  # fmt: skip
+
+
+def _fits(cache: torch.Tensor, attrs: Mapping[str, Any]) -> bool:
+    group = attrs["heads"] // attrs["kv_heads"]
+    return cache.dtype in native.DTYPES and attrs["head_dim"] <= native.MAX_HEAD and group <= native.MAX_GROUP
+
+
+@kernel(
+    norm_rope_kv_write, "fused", target="cpu", applies=_activations_float32, bind=_bind_norm_rope_kv_write
+)
 def norm_rope_kv_write_cpu(
     qkv: torch.Tensor,
     rows: torch.Tensor,
@@ -62,7 +98,7 @@ def _context(cache: torch.Tensor, pages: torch.Tensor, dtype: torch.dtype) -> to
     return found.view(len(pages), -1, *cache.shape[2:])
 
 
-@kernel(decode_attention, "batched", target="cpu", applies=_activations_float32)
+@kernel(decode_attention, "batched", target="cpu", applies=_activations_float32, bind=_bind_decode_attention)
 def decode_attention_cpu(
     q: torch.Tensor,
     k_cache: torch.Tensor,

@@ -7,14 +7,14 @@ twice the bytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from makeready.kernels.contract import Contract
 from makeready.kernels.gemm.linear import linear
-from makeready.kernels.registry import kernel
+from makeready.kernels.registry import Operands, kernel
 from makeready.kernels.spec import TensorSpec
 
 assert isinstance(linear, Contract)
@@ -48,7 +48,25 @@ def _applies(specs: Mapping[str, TensorSpec], attrs: Mapping[str, Any]) -> bool:
     return wide and specs["weight"].dtype in ("bfloat16", "float16")
 
 
-@kernel(linear, "packed_fp16", target="cpu", layouts={"weight": PACKED}, applies=_applies)
+def _bind(
+    operands: Operands, results: Sequence[torch.Tensor], attrs: Mapping[str, Any]
+) -> Callable[[], None] | None:
+    """FBGEMM has no form that writes where it is told; only the lookups are saved."""
+    x, weight, bias = operands
+    if isinstance(weight, torch.Tensor):
+        return None
+    multiply, (y,) = torch.ops.quantized.linear_dynamic_fp16.default, results
+
+    def call() -> None:
+        y.copy_(multiply(x, weight))
+
+    def call_with_bias() -> None:
+        torch.add(multiply(x, weight), bias, out=y)
+
+    return call if bias is None else call_with_bias
+
+
+@kernel(linear, "packed_fp16", target="cpu", layouts={"weight": PACKED}, applies=_applies, bind=_bind)
 def linear_packed(
     x: torch.Tensor, weight: Any, bias: torch.Tensor | None = None, *, out_dtype: str = ""
 ) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """Every CPU implementation against its reference computed in float64, at awkward shapes.
 
+Each is run as a function and as a bound call, the latter with the compiled library and without it.
+
 The references of attention are themselves held to PyTorch's attention with explicit masks.
 """
 
@@ -9,11 +11,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from inputs import Case, cases
+from inputs import Case, cases, copy, in_columns
 from torch.nn import functional
 
 from makeready.graphs.executable.cpu_weights import LAYOUTS
-from makeready.kernels import registry
+from makeready.kernels import native, registry
 from makeready.kernels.contract import CONTRACTS, Tolerance
 from makeready.kernels.registry import REFERENCE, Kernel
 
@@ -53,11 +55,54 @@ def compare(made: torch.Tensor, wanted: torch.Tensor, tolerance: Tolerance, labe
     assert error <= allowed, f"{label}: {error:.2e} > {allowed}"
 
 
+def as_function(kernel: Kernel, case: Case) -> dict[str, torch.Tensor]:
+    return case.run(kernel.run)
+
+
+def as_bound_call(kernel: Kernel, case: Case) -> dict[str, torch.Tensor]:
+    """Results of a bound call made twice, in columns of poisoned buffers whose other columns must stay."""
+    specs = {k: x for k, x in case.operands.items() if isinstance(x, torch.Tensor)}
+    operands = {k: copy(x) for k, x in case.operands.items()}
+    results = {name: poisoned(x) for name, x in case.run(kernel.run).items() if name not in specs}
+    arguments = [operands.get(o.name) for o in case.contract.inputs]
+    call = kernel.bound(arguments, [results[o.name] for o in case.contract.outputs], case.attrs)
+    for _ in range(2):
+        for name in case.contract.writes:
+            operands[name].copy_(case.operands[name])
+        call()
+    for name, x in results.items():
+        if x.dim() == 2 and x.is_floating_point():
+            wide = x._base
+            assert wide is not None
+            assert int(wide.isnan().sum() - x.isnan().sum()) == wide.numel() - x.numel(), f"beside {name}"
+    return results | {name: operands[name] for name in case.contract.writes}
+
+
+def poisoned(like: torch.Tensor) -> torch.Tensor:
+    """A result's place as lowering may lay it: columns of a wider buffer."""
+    if not like.is_floating_point():
+        return torch.full_like(like, 0x7FFF)
+    bad = torch.full(like.shape, float("nan"), dtype=like.dtype)
+    return in_columns(bad) if like.dim() == 2 else bad
+
+
+WAYS = {"function": as_function, "bound": as_bound_call, "bound-without-library": as_bound_call}
+
+
+@pytest.fixture(params=WAYS)
+def run(request, monkeypatch):
+    if request.param == "bound" and not native.available():
+        pytest.skip("the library was not compiled")
+    if request.param == "bound-without-library":
+        monkeypatch.setattr(native, "_library", lambda: None)
+    return WAYS[request.param]
+
+
 @pytest.mark.parametrize("kernel", IMPLEMENTATIONS, ids=lambda k: f"{k.op}-{k.name}")
-def test_implementation_agrees_with_the_reference_in_float64(kernel):
+def test_implementation_agrees_with_the_reference_in_float64(kernel, run):
     tried = 0
     for case, stored in applicable(kernel):
-        made = stored.run(kernel.run)
+        made = run(kernel, stored)
         tolerance = case.contract.tolerance
         wanted = (case if tolerance.exact else case.mapped(wide)).run()
         inferred = case.contract.infer(case.specs(), case.attrs)
@@ -80,11 +125,11 @@ def test_tolerances_are_checked():
 
 
 @pytest.mark.parametrize("op", ATTENTION)
-def test_nothing_unwritten_leaks_into_attention(op):
+def test_nothing_unwritten_leaks_into_attention(op, run):
     """Unused pages, page tails and queries of nobody are NaN; padding rows and tokens give zeros."""
     for kernel in registry.kernels(op, "cpu"):
         for case, stored in applicable(kernel):
-            y = stored.run(kernel.run)["y"]
+            y = run(kernel, stored)["y"]
             assert not y.isnan().any(), f"{kernel.name} {case.label}"
             owned = set(owners(case))
             for token in range(len(y)):
@@ -145,7 +190,7 @@ def test_a_decode_step_is_the_last_token_of_an_extend_step():
 @pytest.mark.parametrize(
     "kernel", [k for k in IMPLEMENTATIONS if CONTRACTS[k.op].rowwise], ids=lambda k: f"{k.op}-{k.name}"
 )
-def test_a_row_of_nan_stays_alone(kernel):
+def test_a_row_of_nan_stays_alone(kernel, run):
     """What padding rows hold reaches no other row."""
     for case, stored in applicable(kernel):
         by_row = {o.name for o in case.contract.inputs if o.axes[0] == case.contract.rowwise}
@@ -153,11 +198,11 @@ def test_a_row_of_nan_stays_alone(kernel):
         rows = len(case.operands[min(by_row & set(case.operands))])
         if not floats or rows < 2:
             continue
-        whole = stored.run(kernel.run)
+        whole = run(kernel, stored)
         for name in floats:
             stored.operands[name] = stored.operands[name].clone()
             stored.operands[name][-1] = float("nan")
-        for name, made in stored.run(kernel.run).items():
+        for name, made in run(kernel, stored).items():
             compare(made[:-1], whole[name][:-1], Tolerance(), f"{name} of {case.label}")
 
 

@@ -1,0 +1,66 @@
+"""The compiled CPU ops of ``csrc/cpu_ops.c``, called through ctypes with everything looked up before.
+
+setup.py compiles them when the package is installed. Where there was no compiler, or the library is of
+another version of the code, :func:`prepare` gives None and the PyTorch implementations run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+from collections.abc import Callable
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+
+LAYOUT = 1  # of the argument structs; the same number in cpu_ops.c
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+MAX_HEAD, MAX_GROUP = 1024, 64
+# One thread runs an op; with more tokens than this PyTorch's threads are as fast (2 cores).
+MOST_TOKENS = 64
+
+
+@functools.cache
+def _library() -> ctypes.PyDLL | None:
+    # PyDLL: calls last microseconds, less than what releasing the interpreter can cost.
+    for suffix in EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_cpu_ops{suffix}")
+        if path.exists():
+            try:
+                library = ctypes.PyDLL(str(path))
+            except OSError:  # of another machine
+                return None
+            library.layout.restype = ctypes.c_int64
+            return library if library.layout() == LAYOUT else None
+    return None
+
+
+def available() -> bool:
+    """Whether the compiled ops are there."""
+    return _library() is not None
+
+
+def prepare(op: str, *fields: torch.Tensor | int | float | None) -> Callable[[], None] | None:
+    """A call of ``op`` with these fields, in the order of its struct; None without the library.
+
+    Args:
+        op: function of cpu_ops.c.
+        fields: tensors pass their address; the caller keeps them while the call is in use.
+    """
+    library = _library()
+    if library is None:
+        return None
+    layout, values = "", []
+    for field in fields:
+        if isinstance(field, float):
+            layout, value = layout + "d", field
+        elif isinstance(field, int):
+            layout, value = layout + "q", field
+        else:
+            layout, value = layout + "P", 0 if field is None else field.data_ptr()
+        values.append(value)
+    function = library[op]  # an instance of its own, unlike the attribute
+    function.argtypes, function.restype = (ctypes.c_void_p,), None
+    return functools.partial(function, ctypes.create_string_buffer(struct.pack(f"@{layout}", *values)))
