@@ -38,10 +38,17 @@ class Scratch:
 
 @dataclass(frozen=True)
 class Scalar:
-    """A number passed at launch, such as how many rows the bucket has."""
+    """A number passed at launch, such as how many rows the bucket has.
+
+    Attributes:
+        specialize: whether the kernel is compiled anew for multiples of 16, so that addresses computed from
+            the value keep wide loads. Right for strides, wrong for what varies between buckets and enters
+            no address, since every kernel would come twice.
+    """
 
     value: int | float
     dtype: str  # int32, int64 or float32
+    specialize: bool = True
 
 
 @dataclass(frozen=True)
@@ -70,21 +77,24 @@ class DeviceLaunch:
 
     Attributes:
         function: a ``@triton.jit`` function as ``module:name``.
-        constants: its constexpr parameters.
+        constants: parameters that are known when it is compiled (None too: an absent optional operand).
         arguments: its other parameters, by name.
         grid: blocks along x, y, z.
         num_warps, num_stages: compile options.
         dependent: the kernel calls ``gdc_wait`` before it touches what earlier kernels wrote, so it may be
             started before they end (a programmatic edge).
+        local_bytes: local memory that a thread may use; a plan is refused when the compiled kernel spills
+            more.
     """
 
     function: str
-    constants: Mapping[str, int | float | bool | str]
+    constants: Mapping[str, int | float | bool | str | None]
     arguments: Mapping[str, Argument]
     grid: tuple[int, int, int]
     num_warps: int = 4
     num_stages: int = 3
     dependent: bool = False
+    local_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,8 @@
 """Triton kernels to machine code, with no GPU and no cache of Triton's own.
 
 A :class:`Kernel` is all that the machine code depends on: function, constants, parameter types, which
-addresses are known to be multiples of 16, options and architecture. Two launches with the same kernel
-share one binary. Scalars are never specialised on their value: a kernel that profits from knowing a size
-takes it as a constant.
+parameters are known to be multiples of 16, options and architecture. Two launches with the same kernel
+share one binary.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ TRITON_TYPES: Mapping[str, str] = {
 # Triton numbers the element types of tensor maps as the device does; three differ from the driver's.
 _DRIVER_ELEMENT_TYPE = {8: 10, 9: 8, 10: 9}
 
-_ALIGNED = 16  # bytes: the one alignment that Triton's pointer analysis asks for
+_ALIGNED = 16  # the one divisor that Triton's analysis of addresses starts from
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Kernel:
         function: a ``@triton.jit`` function as ``module:name``.
         constants: values of constexpr parameters.
         signature: Triton types of the other parameters, in the function's order.
-        aligned: pointer parameters that are multiples of 16 bytes.
+        aligned: addresses and integers that are multiples of 16.
         arch: compute capability times ten.
     """
 
@@ -94,7 +93,7 @@ class Compiled:
         spill_bytes: of local memory a thread has.
         waits: whether it waits for the kernels before it (``griddepcontrol.wait``).
         maps: of parameters that are tensor maps.
-        ptx: what the machine code was assembled from.
+        ptx: what the machine code was assembled from; empty where it comes from the cache.
     """
 
     cubin: bytes
@@ -106,7 +105,7 @@ class Compiled:
     spill_bytes: int
     waits: bool
     maps: Mapping[str, MapLayout]
-    ptx: str
+    ptx: str = ""
 
 
 def compile_launch(launch: DeviceLaunch, call: OpCall, arch: int = 90) -> Compiled:
@@ -159,6 +158,8 @@ def _is_aligned(launch: DeviceLaunch, name: str, call: OpCall) -> bool:
     argument = launch.arguments[name]
     if isinstance(argument, Pointer):
         return call.tensors[argument.operand].alignment % _ALIGNED == 0
+    if isinstance(argument, Scalar):
+        return argument.specialize and isinstance(argument.value, int) and argument.value % _ALIGNED == 0
     return isinstance(argument, Scratch) and argument.offset % _ALIGNED == 0
 
 
