@@ -1,0 +1,183 @@
+"""From a plan's nodes to CUDA graphs, node by node.
+
+Calls of one op class differ in addresses alone. So the parameters of a class's nodes are laid out once per
+bucket, with everything but addresses filled in (:class:`_Node`), and each launch writes its addresses
+there and adds the nodes; the driver copies the parameters when a node is added. Adding a node takes about
+5 µs that way, most of it in the driver.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from makeready.graphs.executable.cuda_driver import Driver, Function
+from makeready.graphs.plan import Choice, Launch, Node, NodeArgument, Plan, PlanError, tuned_key
+from makeready.graphs.spec import Bucket
+from makeready.kernels.spec import DTYPE_BYTES, PAGES
+
+MAP_BYTES = 128  # of a CUtensorMap, which is aligned to 64
+_MAP_ALIGNMENT = 64
+_SCALARS: Mapping[str, Any] = {"int32": np.int32, "int64": np.int64, "float32": np.float32}
+
+
+class GraphBuilder:
+    """Builds the graph of each bucket.
+
+    Args:
+        functions: loaded kernels by their key in ``Plan.binaries``.
+        scratch: address of the scratch region.
+        pages: KV pages, what the symbol P in a tensor map's shape stands for.
+        device: name of the GPU, under which measured choices are kept.
+    """
+
+    def __init__(
+        self,
+        driver: Driver,
+        plan: Plan,
+        functions: Mapping[str, Function],
+        *,
+        scratch: int,
+        pages: int,
+        device: str,
+    ) -> None:
+        self._driver = driver
+        self._plan = plan
+        self._functions = functions
+        self._scratch = scratch
+        self._pages = pages
+        self._tuned = plan.tuned.get(device, {})
+        self._maps: dict[tuple[NodeArgument, int], np.ndarray] = {}
+
+    def build(self, bucket: Bucket, addresses: Mapping[str, int], stream: Any) -> Any:
+        """The executable graph of ``bucket``, a chain of nodes in the order of launches.
+
+        Args:
+            addresses: of every value that the launches name.
+            stream: where the graph is sent to the device.
+
+        Raises:
+            PlanError: the plan has no kernels for the bucket.
+            DriverError: the driver refuses a node.
+        """
+        program = self._plan.programs[bucket.phase]
+        prepared: dict[int, list[_Node]] = {}
+        graph, last = self._driver.graph(), None
+        try:
+            for launch in program.launches:
+                nodes = prepared.get(launch.op_class)
+                if nodes is None:
+                    chosen = self._choose(bucket, launch)
+                    nodes = [self._prepare(node) for node in chosen.nodes]
+                    prepared[launch.op_class] = nodes
+                names = {**launch.operands, **launch.results}
+                for node in nodes:
+                    parameters = node.bind(names, addresses, self._map)
+                    last = self._driver.add_kernel(
+                        graph, node.function, node.grid, parameters, last, node.dependent
+                    )
+            return self._driver.instantiate(graph, stream)
+        finally:
+            self._driver.destroy_graph(graph)
+
+    def _choose(self, bucket: Bucket, launch: Launch) -> Choice:
+        """The candidate that measured best on this device, else the planner's first."""
+        classes = self._plan.programs[bucket.phase].classes
+        found: tuple[Choice, ...] = ()
+        if 0 <= launch.op_class < len(classes):
+            found = classes[launch.op_class].candidates.get(str(bucket), ())
+        if not found:
+            raise PlanError(f"the plan has no kernel for {launch.op} in bucket {bucket}; compile it again")
+        best = self._tuned.get(tuned_key(bucket.phase, launch.op_class, bucket))
+        return next((c for c in found if c.name == best), found[0])
+
+    def _prepare(self, node: Node) -> _Node:
+        return _Node(node, self._functions[node.binary], self._scratch, self._pages)
+
+    def _map(self, argument: NodeArgument, address: int) -> np.ndarray:
+        """The tensor map of ``argument`` over ``address``; activations' are the same in every layer."""
+        found = self._maps.get((argument, address))
+        if found is None:
+            size = DTYPE_BYTES[argument.dtype]
+            encoded = self._driver.tensor_map(
+                address,
+                argument.element_type,
+                _shape(argument, self._pages)[::-1],
+                [stride * size for stride in argument.strides[-2::-1]],
+                argument.block[::-1],
+                argument.swizzle,
+            )
+            found = self._maps[argument, address] = np.frombuffer(encoded, np.uint64)
+        return found
+
+
+class _Node:
+    """The parameters of one kernel node in memory, and where its addresses go.
+
+    Attributes:
+        function, grid, dependent: what to launch, and whether it may start early.
+    """
+
+    def __init__(self, node: Node, function: Function, scratch: int, pages: int) -> None:
+        self.function = function
+        self.grid = node.grid
+        self.dependent = node.dependent
+        self._pointers: list[tuple[int, str]] = []  # word of the values, operand
+        self._maps: list[tuple[int, NodeArgument]] = []  # first word of the values, argument
+        fixed: list[tuple[int, np.ndarray]] = []
+        offsets: list[int] = []
+        end = 0
+
+        def place(nbytes: int, alignment: int) -> int:
+            nonlocal end
+            start = -(-end // alignment) * alignment
+            offsets.append(start)
+            end = start + nbytes
+            return start
+
+        for argument in node.arguments:
+            if argument.kind == "pointer":
+                self._pointers.append((place(8, 8) // 8, argument.operand))
+            elif argument.kind == "scratch":
+                fixed.append((place(8, 8), np.uint64(scratch + argument.offset)))
+            elif argument.kind == "scalar":
+                value = _SCALARS[argument.dtype](argument.value)
+                fixed.append((place(value.nbytes, value.nbytes), value))
+            elif argument.kind == "descriptor":
+                self._maps.append((place(MAP_BYTES, _MAP_ALIGNMENT) // 8, argument))
+                fixed += [(place(4, 4), np.int32(n)) for n in _shape(argument, pages)]
+                fixed += [(place(8, 8), np.int64(n)) for n in argument.strides]
+            else:
+                raise PlanError(
+                    f"the plan has an argument of unknown kind {argument.kind!r}; compile it again"
+                )
+        for _ in range(2):  # Triton's scratch pointers, which our kernels do not use
+            fixed.append((place(8, 8), np.uint64(0)))
+        memory = np.zeros(math.ceil(end / 8) * 8 + _MAP_ALIGNMENT, np.uint8)
+        start = -memory.ctypes.data % _MAP_ALIGNMENT
+        values = memory[start : start + math.ceil(end / 8) * 8]
+        for offset, value in fixed:
+            values[offset : offset + value.nbytes] = np.frombuffer(value.tobytes(), np.uint8)
+        self._words = values.view(np.uint64)
+        self._parameters = np.asarray(offsets, np.uint64) + np.uint64(values.ctypes.data)
+
+    def bind(self, names: Mapping[str, str], addresses: Mapping[str, int], tensor_map: Any) -> int:
+        """Write the addresses of one launch; returns the address of the array of parameter addresses.
+
+        Args:
+            names: value of each operand and result.
+            tensor_map: gives the 16 words of a map from its argument and an address.
+        """
+        words = self._words
+        for word, operand in self._pointers:
+            words[word] = addresses[names[operand]]
+        for word, argument in self._maps:
+            words[word : word + 16] = tensor_map(argument, addresses[names[argument.operand]])
+        return self._parameters.ctypes.data
+
+
+def _shape(argument: NodeArgument, pages: int) -> list[int]:
+    return [pages if n == PAGES else int(n) for n in argument.shape]
