@@ -1,0 +1,163 @@
+"""Attention kernels for the GPU without one: interpreted against the references, and cross-compiled.
+
+Triton decides when a kernel is decorated whether it is interpreted, so that those tests run in a process of
+their own. The interpreter has no bf16 and no programmatic launches; fp16 stands in.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from makeready.kernels import registry
+from makeready.kernels.attention.paged import decode_attention, extend_attention, kv_write, norm_rope_kv_write
+from makeready.kernels.contract import Contract
+from makeready.kernels.device import Candidate, OpCall, Pointer, Scalar, Scratch, Tensor
+from makeready.kernels.spec import TensorSpec
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_interpreted in its own process")
+compiled = pytest.mark.skipif(INTERPRETED, reason="interpreted functions cannot be compiled")
+
+
+@pytest.fixture(autouse=True)
+def _numpy_2_4(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NumPy 2.4 no longer takes arrays of one element for an index, as the interpreter's scalars are."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
+
+
+def _emit(contract: Contract, call: OpCall) -> Sequence[Candidate]:
+    for module in ("decode",):
+        importlib.import_module(f"makeready.kernels.attention.{module}_triton")
+    return [c for k in registry.cuda_kernels(contract.name) for c in k.candidates(call)]
+
+
+def _call(contract: Contract, tensors: Mapping[str, torch.Tensor], attrs: Mapping[str, Any], features: str) -> OpCall:
+    """The call on these operands, for two small multiprocessors when interpreted, so that blocks share items."""
+    attrs = {**contract.attrs, **attrs}
+    specs = {k: TensorSpec(tuple(v.shape), str(v.dtype).removeprefix("torch.")) for k, v in tensors.items()}
+    dims = dict(contract.dims(specs, attrs))
+    made = {
+        k: Tensor(v.shape, v.dtype, math.prod(int(d) for d in v.shape[1:]), 256)
+        for k, v in contract.infer(specs, attrs).items()
+    }
+    for name, tensor in tensors.items():
+        shape = ("P", *tensor.shape[1:]) if name.endswith("_cache") else tuple(tensor.shape)
+        made[name] = Tensor(shape, specs[name].dtype, tensor.stride(0), math.gcd(tensor.data_ptr(), 256))
+    rows = dims.get("R", dims.get("T"))
+    return OpCall(
+        contract.name, made, attrs, dims, rows, dims.get("T", rows),
+        multiprocessors=3 if INTERPRETED else 132, features=frozenset(features.split()),
+    )  # fmt: skip
+
+
+def _interpret(candidate: Candidate, call: OpCall, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Run ``candidate``; results start as NaN, scratch as garbage behind its counters."""
+    full = dict(tensors)
+    for name, tensor in call.tensors.items():
+        if name not in full:
+            full[name] = torch.full(tensor.shape, float("nan"), dtype=getattr(torch, tensor.dtype))  # type: ignore[arg-type]
+    scratch = torch.full((max(1, candidate.scratch),), 0xFF, dtype=torch.uint8)
+    scratch[: candidate.zeroed] = 0
+    for launch in candidate.launches:
+        module, name = launch.function.split(":")
+        values: dict[str, Any] = dict(launch.constants)
+        for key, argument in launch.arguments.items():
+            if isinstance(argument, Pointer):
+                values[key] = full[argument.operand]
+            elif isinstance(argument, Scratch):
+                values[key] = scratch[argument.offset :].view(getattr(torch, argument.dtype))
+            else:
+                assert isinstance(argument, Scalar), "the interpreter runs no tensor maps"
+                values[key] = argument.value
+        getattr(importlib.import_module(module), name)[launch.grid](**values)
+    assert not scratch[: candidate.zeroed].any()
+    return full
+
+
+def _check(contract: Contract, tensors: Mapping[str, torch.Tensor], attrs: Mapping[str, Any]) -> None:
+    call = _call(contract, tensors, attrs, "")
+    wide = {k: v.double() if v.is_floating_point() else v.clone() for k, v in tensors.items()}
+    expected = contract.reference(*(wide.get(o.name) for o in contract.inputs), **call.attrs)
+    wanted = {o.name: expected for o in contract.outputs} | {name: wide[name] for name in contract.writes}
+    candidates = _emit(contract, call)
+    assert candidates
+    for candidate in candidates:
+        written = {k: v.clone() if k in contract.writes else v for k, v in tensors.items()}
+        got = _interpret(candidate, call, written)
+        for name, want in wanted.items():
+            keep = ~want.isnan()
+            error = (got[name].double() - want)[keep].norm() / want[keep].norm().clamp_min(1e-30)
+            assert torch.equal(got[name].isnan(), want.isnan()), f"{candidate.name}: {name} has NaN"
+            assert error <= contract.tolerance.float16, f"{candidate.name}: {name} is off by {error:.1e}"
+
+
+def _paged(
+    lengths: Sequence[int], *, page: int, kv_heads: int, head_dim: int, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """Caches of fp16 with NaN in every slot that holds no token, shuffled pages, and their table."""
+    g = torch.Generator().manual_seed(seed)
+    a_row = [-(-length // page) for length in lengths]
+    total = 1 + sum(a_row)
+    order = (1 + torch.randperm(total - 1, generator=g)).tolist()
+    table = torch.zeros(len(lengths), max(a_row) + 1, dtype=torch.int32)
+    caches = [torch.full((total, page, kv_heads, head_dim), float("nan"), dtype=torch.float16) for _ in "kv"]
+    for r, (length, count) in enumerate(zip(lengths, a_row, strict=True)):
+        mine, order = order[:count], order[count:]
+        table[r, :count] = torch.tensor(mine, dtype=torch.int32)
+        for cache in caches:
+            for i, p in enumerate(mine):
+                used = min(page, length - i * page)
+                cache[p, :used] = torch.randn(used, kv_heads, head_dim, generator=g).half()
+    return {
+        "k_cache": caches[0],
+        "v_cache": caches[1],
+        "page_table": table,
+        "context_len": torch.tensor(lengths, dtype=torch.int32),
+    }
+
+
+@compiled
+def test_interpreted() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    made = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert made.returncode == 0, made.stdout + made.stderr
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "page", "window", "lengths"),
+    [
+        (4, 4, 32, 16, 0, (1, 15, 16, 17, 0, 300)),
+        (3, 1, 64, 64, 0, (64, 63, 65)),
+        (8, 1, 80, 1, 0, (5, 129)),
+        (8, 2, 128, 64, 70, (1, 0, 70, 71, 200)),
+        (4, 2, 64, 24, 9, (100,)),
+        (2, 1, 256, 128, 0, (1, 400)),
+        (4, 1, 64, 64, 0, (0, 0)),
+    ],
+)
+def test_decode(heads: int, kv_heads: int, head_dim: int, page: int, window: int, lengths: tuple[int, ...]) -> None:
+    tensors = _paged(lengths, page=page, kv_heads=kv_heads, head_dim=head_dim)
+    tensors["q"] = torch.randn(len(lengths), heads * head_dim).half()
+    tensors["q"][[n == 0 for n in lengths]] = float("nan")
+    attrs = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "scale": head_dim**-0.5, "window": window}
+    _check(decode_attention, tensors, attrs)
