@@ -30,14 +30,13 @@ def linear_persistent(
     BK: tl.constexpr,
     GROUP: tl.constexpr,
     HALVES: tl.constexpr,
-    BIAS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """``y[T, N] = x[T, K] @ weight[N, K].T + bias[N]``.
 
     Args:
         x, weight, y: TMA descriptors with blocks ``[BT, BK]``, ``[BN, BK]`` and ``[BT, BN // HALVES]``.
-        bias: pointer, read where ``BIAS``.
+        bias: pointer or None.
         HALVES: 1, or 2 to write a tile in two copies through half the shared memory.
         PDL: this launch may start before the one ahead of it ends.
     """
@@ -58,7 +57,7 @@ def linear_persistent(
             x_TK = x.load([t0, step * BK])
             w_NK = weight.load([n0, step * BK])
             acc_TN = tl.dot(x_TK, w_NK.T, acc_TN)
-        if BIAS:
+        if bias is not None:
             n = n0 + tl.arange(0, BN)
             acc_TN += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
         if HALVES == 2:

@@ -52,8 +52,6 @@ def linear_stream(
     BK: tl.constexpr,
     SPLIT: tl.constexpr,
     AHEAD: tl.constexpr,
-    UNIT: tl.constexpr,
-    BIAS: tl.constexpr,
     TMA: tl.constexpr,
     WIDEN: tl.constexpr,
     PDL: tl.constexpr,
@@ -66,19 +64,14 @@ def linear_stream(
     Args:
         x, weight: TMA descriptors with blocks ``[BT, BK]`` and ``[BN, BK]`` where ``TMA``, else pointers.
         weight_start: pointer to the weights.
-        partial: fp32 scratch, ``[tiles, SPLIT, BT, BN]``; unused where SPLIT is 1.
-        arrived: int32 zeros, ``[tiles]``, zeros again at the end; unused where SPLIT is 1.
+        bias: pointer or None.
+        partial: fp32 scratch, ``[tiles, SPLIT, BT, BN]``; None where SPLIT is 1.
+        arrived: int32 zeros, ``[tiles]``, zeros again at the end; None where SPLIT is 1.
         x_stride, y_stride: elements from one row to the next.
-        UNIT: N, K and the strides are multiples of it, so that accesses of as many elements are aligned.
         AHEAD: bytes of each weight row to bring to L2 while the kernel before still runs.
         WIDEN: multiply in fp32 (operands of fp32, or of different dtypes).
         PDL: this launch may start before the one ahead of it ends.
     """
-    # The compiler reads off these products what it needs to know for wide loads and stores.
-    N = N // UNIT * UNIT
-    K = K // UNIT * UNIT
-    x_stride = x_stride // UNIT * UNIT
-    y_stride = y_stride // UNIT * UNIT
     tiles_t = tl.cdiv(T, BT)
     pid = tl.program_id(0)
     tile_t = pid % tiles_t
@@ -100,7 +93,7 @@ def linear_stream(
             nbytes = tl.minimum((end - begin) * 2, AHEAD)
             if nbytes > 0:
                 _prefetch(weight_start + row * K + begin, nbytes)
-    if BIAS:
+    if bias is not None:
         bias_N = tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
     if PDL:
         gdc_wait()
@@ -125,7 +118,7 @@ def linear_stream(
     acc_TN = acc_NT.T
 
     if SPLIT == 1:
-        if BIAS:
+        if bias is not None:
             acc_TN += bias_N[None, :]
         valid = (t < T)[:, None] & (n < N)[None, :]
         out = y + t.to(tl.int64)[:, None] * y_stride + n[None, :]
@@ -153,7 +146,7 @@ def linear_stream(
                 sum_TN = tl.zeros((ROWS, BN), tl.float32)
                 for s in tl.static_range(SPLIT):
                     sum_TN += tl.load(cells + s * (BT * BN), mask=valid, other=0.0, cache_modifier=".cg")
-                if BIAS:
+                if bias is not None:
                     sum_TN += bias_N[None, :]
                 out = y + (t0 + r).to(tl.int64)[:, None] * y_stride + n[None, :]
                 tl.store(out, sum_TN.to(y.dtype.element_ty), mask=valid)

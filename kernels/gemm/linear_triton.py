@@ -7,9 +7,10 @@ every bucket.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from typing import Any
 
+from makeready.kernels.contract import Contract
 from makeready.kernels.device import (
     Argument,
     Candidate,
@@ -21,26 +22,32 @@ from makeready.kernels.device import (
     Scratch,
     Tensor,
 )
+from makeready.kernels.gemm.linear import linear
 from makeready.kernels.gemm.linear_tiling import PERSISTENT, Product, Tiling, tilings
+from makeready.kernels.registry import cuda_kernel
 from makeready.kernels.spec import DTYPE_BYTES
+
+assert isinstance(linear, Contract)
 
 _BEST = 3
 _GROUP = 8  # tiles along the tokens that share a wave's weights; 8 x 128 rows of K = 4096 are 8 MB of L2
 
 
-def linear_cuda(call: OpCall) -> tuple[Candidate, ...]:
+@cuda_kernel(linear, "tiled")
+def linear_cuda(call: OpCall) -> Sequence[Candidate]:
     """The best few ways to run ``linear``, best first by the cost model of ``linear_tiling``."""
     return candidates(call)[:_BEST]
 
 
-def candidates(call: OpCall) -> tuple[Candidate, ...]:
+def candidates(call: OpCall) -> list[Candidate]:
     """Every way to run ``linear``, the cheapest first."""
     product = describe(call)
-    ways: Sequence[Tiling] = tilings(product)
-    return tuple(
-        _persistent(call, way, product) if way.kind == PERSISTENT else _stream(call, way, product)
-        for way in ways
-    )
+    return [emit(call, way, product) for way in tilings(product)]
+
+
+def emit(call: OpCall, way: Tiling, product: Product) -> Candidate:
+    """The launch of ``call`` cut in this ``way``."""
+    return _persistent(call, way, product) if way.kind == PERSISTENT else _stream(call, way, product)
 
 
 def describe(call: OpCall) -> Product:
@@ -66,48 +73,42 @@ def _addressable(tensor: Tensor) -> bool:
     return tensor.alignment % 16 == 0 and tensor.row_stride * DTYPE_BYTES[tensor.dtype] % 16 == 0
 
 
-def _unit(call: OpCall) -> int:
-    """Largest of 8, 4, 2, 1 elements that N, K and the row strides are multiples of."""
-    strides = (call.tensors["x"].row_stride, call.tensors["y"].row_stride)
-    return math.gcd(8, call.dims["N"], call.dims["K"], *strides)
-
-
 def _stream(call: OpCall, way: Tiling, product: Product) -> Candidate:
-    tiles = way.tiles(product)
     dependent = "pdl" in call.features
-    counters = 0 if way.split == 1 else -(-4 * tiles // 256) * 256
-    sums = 0 if way.split == 1 else 4 * tiles * way.split * way.t * way.n
-    unused = Pointer("y")
-    # Bulk prefetch wants 16-byte aligned rows and lengths, as tensor maps do.
-    ahead = way.stages * way.k * 2 if dependent and product.tma else 0
+    constants: dict[str, Any] = {
+        "BT": way.t,
+        "BN": way.n,
+        "BK": way.k,
+        "SPLIT": way.split,
+        # Bulk prefetch wants 16-byte aligned rows and lengths, as tensor maps do.
+        "AHEAD": way.stages * way.k * 2 if dependent and product.tma else 0,
+        "TMA": product.tma,
+        "WIDEN": not product.tensor_cores,
+        "PDL": dependent,
+    }
+    arguments: dict[str, Argument] = {
+        "x": _tile(call, "x", way.t, way.k) if product.tma else Pointer("x"),
+        "weight": _tile(call, "weight", way.n, way.k) if product.tma else Pointer("weight"),
+        "weight_start": Pointer("weight"),
+        "y": Pointer("y"),
+        "T": Scalar(product.T, "int32", specialize=False),
+        "N": Scalar(product.N, "int32"),
+        "K": Scalar(product.K, "int32"),
+        "x_stride": Scalar(call.tensors["x"].row_stride, "int32"),
+        "y_stride": Scalar(call.tensors["y"].row_stride, "int32"),
+    }
+    counters = sums = 0
+    if way.split > 1:
+        tiles = way.tiles(product)
+        counters = -(-4 * tiles // 256) * 256
+        sums = 4 * tiles * way.split * way.t * way.n
+        arguments |= {"partial": Scratch(counters, "float32"), "arrived": Scratch(0, "int32")}
+    else:
+        constants |= {"partial": None, "arrived": None}
     launch = DeviceLaunch(
         function="makeready.kernels.gemm.linear_stream_triton:linear_stream",
-        constants={
-            "BT": way.t,
-            "BN": way.n,
-            "BK": way.k,
-            "SPLIT": way.split,
-            "AHEAD": ahead,
-            "UNIT": _unit(call),
-            "BIAS": "bias" in call.tensors,
-            "TMA": product.tma,
-            "WIDEN": not product.tensor_cores,
-            "PDL": dependent,
-        },
-        arguments={
-            "x": _tile(call, "x", way.t, way.k) if product.tma else Pointer("x"),
-            "weight": _tile(call, "weight", way.n, way.k) if product.tma else Pointer("weight"),
-            "weight_start": Pointer("weight"),
-            "bias": Pointer("bias") if "bias" in call.tensors else unused,
-            "y": Pointer("y"),
-            "partial": Scratch(counters, "float32") if sums else unused,
-            "arrived": Scratch(0, "int32") if sums else unused,
-            "T": Scalar(product.T, "int32"),
-            "N": Scalar(product.N, "int32"),
-            "K": Scalar(product.K, "int32"),
-            "x_stride": Scalar(call.tensors["x"].row_stride, "int32"),
-            "y_stride": Scalar(call.tensors["y"].row_stride, "int32"),
-        },
+        constants={**constants, **_absent_bias(call)},
+        arguments={**arguments, **_bias(call)},
         grid=(way.blocks(product), 1, 1),
         num_warps=way.warps,
         num_stages=way.stages,
@@ -126,17 +127,17 @@ def _persistent(call: OpCall, way: Tiling, product: Product) -> Candidate:
             "BK": way.k,
             "GROUP": _GROUP,
             "HALVES": way.halves,
-            "BIAS": "bias" in call.tensors,
             "PDL": dependent,
+            **_absent_bias(call),
         },
         arguments={
             "x": _tile(call, "x", way.t, way.k),
             "weight": _tile(call, "weight", way.n, way.k),
-            "bias": Pointer("bias" if "bias" in call.tensors else "y"),
             "y": _tile(call, "y", way.t, way.n // way.halves),
-            "T": Scalar(product.T, "int32"),
+            "T": Scalar(product.T, "int32", specialize=False),
             "N": Scalar(product.N, "int32"),
             "K": Scalar(product.K, "int32"),
+            **_bias(call),
         },
         grid=(way.blocks(product), 1, 1),
         num_warps=way.warps,
@@ -144,6 +145,14 @@ def _persistent(call: OpCall, way: Tiling, product: Product) -> Candidate:
         dependent=dependent,
     )
     return Candidate(way.name, (launch,))
+
+
+def _bias(call: OpCall) -> dict[str, Argument]:
+    return {"bias": Pointer("bias")} if "bias" in call.tensors else {}
+
+
+def _absent_bias(call: OpCall) -> dict[str, None]:
+    return {} if "bias" in call.tensors else {"bias": None}
 
 
 def _tile(call: OpCall, operand: str, rows: int, columns: int) -> Argument:

@@ -162,12 +162,11 @@ def interpret() -> None:
             *(tensors[k].double() if k in tensors else None for k in ("x", "weight", "bias"))
         )
         tried: set[tuple[int, int]] = set()
-        for candidate in candidates(call):
-            (launch,) = candidate.launches
-            shape = (int(launch.constants["BT"]), int(launch.constants["SPLIT"]))
-            if shape in tried or shape[0] > 64:
+        for way, candidate in zip(tilings(describe(call)), candidates(call), strict=True):
+            if (way.t, way.split) in tried or way.t > 64:
                 continue
-            tried.add(shape)
+            tried.add((way.t, way.split))
+            (launch,) = candidate.launches
             tensors["y"].fill_(float("nan"))
             _run_interpreted(launch, tensors, candidate.scratch, candidate.zeroed)
             error = (tensors["y"].double() - want).norm() / want.norm()
