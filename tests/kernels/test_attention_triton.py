@@ -44,7 +44,7 @@ def _numpy_2_4(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _emit(contract: Contract, call: OpCall) -> Sequence[Candidate]:
-    for module in ("decode",):
+    for module in ("decode", "extend"):
         importlib.import_module(f"makeready.kernels.attention.{module}_triton")
     return [c for k in registry.cuda_kernels(contract.name) for c in k.candidates(call)]
 
@@ -161,3 +161,29 @@ def test_decode(heads: int, kv_heads: int, head_dim: int, page: int, window: int
     tensors["q"][[n == 0 for n in lengths]] = float("nan")
     attrs = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "scale": head_dim**-0.5, "window": window}
     _check(decode_attention, tensors, attrs)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "page", "window", "rows"),
+    [
+        (4, 4, 32, 16, 0, ((1, 1), (17, 17), (3, 90), (0, 0), (1, 64))),
+        (3, 1, 64, 64, 0, ((64, 64), (65, 129))),
+        (8, 1, 80, 1, 0, ((5, 40), (1, 33))),
+        (8, 2, 128, 64, 70, ((150, 150), (1, 200), (2, 72))),
+        (4, 2, 64, 24, 9, ((40, 100), (30, 30))),
+        (2, 1, 256, 128, 0, ((70, 140),)),
+    ],
+)
+def test_extend(
+    heads: int, kv_heads: int, head_dim: int, page: int, window: int, rows: tuple[tuple[int, int], ...]
+) -> None:
+    """``rows`` are (queries, context); a gap before the first row and padding behind the last."""
+    tensors = _paged([context for _, context in rows], page=page, kv_heads=kv_heads, head_dim=head_dim)
+    count = torch.tensor([queries for queries, _ in rows], dtype=torch.int32)
+    tokens = 2 + int(count.sum()) + 5
+    start = (2 + count.cumsum(0) - count).to(torch.int32)
+    q = torch.full((tokens, heads * head_dim), float("nan"), dtype=torch.float16)
+    q[2:-5] = torch.randn(tokens - 7, heads * head_dim).half()
+    attrs = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "scale": head_dim**-0.5, "window": window}
+    _check(extend_attention, {**tensors, "q": q, "query_start": start, "query_len": count}, attrs)
