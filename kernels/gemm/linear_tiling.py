@@ -21,7 +21,8 @@ STREAM, PERSISTENT = "stream", "persistent"
 _MEMORY = 3.0e12  # bytes/s
 _MATRIX = 779e12 / 132  # operations/s of one multiprocessor
 _L2 = 7.0e12  # bytes/s, all multiprocessors together
-_IN_FLIGHT = 32 << 10  # bytes that one multiprocessor must have under way to keep its share of _MEMORY
+_IN_FLIGHT = 2 << 10  # bytes under way in one multiprocessor that would give half of its share of _MEMORY
+_ONE_SM = 40e9  # bytes/s that one multiprocessor can take from memory at most
 _LAUNCH = 2.0e-6  # from the end of the kernel before to the first matrix instruction, with early launch
 _REDUCE = 1.5e-6  # arrival, and the first sums back from L2
 _REDUCE_RATE = 80e9  # bytes/s at which one block reads sums
@@ -155,7 +156,7 @@ def _stream_seconds(product: Product, way: Tiling) -> float:
     resident = min(blocks, a_sm * sms)
     tail = 1.0 if blocks <= resident else 1 + 0.5 * resident / blocks
     flying = resident * way.stages * way.n * way.k * 2
-    rate = _MEMORY * min(1.0, flying / (sms * _IN_FLIGHT))
+    rate = min(_MEMORY * flying / (flying + sms * _IN_FLIGHT), _ONE_SM * min(blocks, sms))
     moved = product.weight_bytes + 2 * product.T * product.K + product.out_bytes * product.T * product.N
     memory = moved / rate * tail
     cached = blocks * (way.t + way.n) * depth * 2 / _L2

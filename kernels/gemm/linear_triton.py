@@ -8,6 +8,7 @@ every bucket.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 from makeready.kernels.contract import Contract
@@ -35,8 +36,15 @@ _GROUP = 8  # tiles along the tokens that share a wave's weights; 8 x 128 rows o
 
 @cuda_kernel(linear, "tiled")
 def linear_cuda(call: OpCall) -> Sequence[Candidate]:
-    """The best few ways to run ``linear``, best first by the cost model of ``linear_tiling``."""
-    return candidates(call)[:_BEST]
+    """The best few ways to run ``linear``, best first by the cost model of ``linear_tiling``.
+
+    They differ in more than pipeline depth, so that one of them is right where the model is not.
+    """
+    product = describe(call)
+    distinct: dict[tuple[str, int, int, int], Tiling] = {}
+    for way in tilings(product):
+        distinct.setdefault((way.kind, way.t, way.n, way.split), way)
+    return [emit(call, way, product) for way in islice(distinct.values(), _BEST)]
 
 
 def candidates(call: OpCall) -> list[Candidate]:
