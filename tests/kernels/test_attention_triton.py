@@ -44,7 +44,7 @@ def _numpy_2_4(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _emit(contract: Contract, call: OpCall) -> Sequence[Candidate]:
-    for module in ("decode", "extend"):
+    for module in ("decode", "extend", "qkv"):
         importlib.import_module(f"makeready.kernels.attention.{module}_triton")
     return [c for k in registry.cuda_kernels(contract.name) for c in k.candidates(call)]
 
@@ -187,3 +187,41 @@ def test_extend(
     q[2:-5] = torch.randn(tokens - 7, heads * head_dim).half()
     attrs = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "scale": head_dim**-0.5, "window": window}
     _check(extend_attention, {**tensors, "q": q, "query_start": start, "query_len": count}, attrs)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "rotary", "tokens", "normed"),
+    [
+        (32, 8, 128, 128, 3, True),
+        (9, 3, 64, 64, 21, False),
+        (4, 1, 80, 32, 5, True),
+        (4, 4, 32, 24, 1, False),
+        (2, 2, 256, 256, 2, True),
+    ],
+)
+def test_norm_rope_kv_write(
+    heads: int, kv_heads: int, head_dim: int, rotary: int, tokens: int, normed: bool
+) -> None:
+    g = torch.Generator().manual_seed(0)
+    width = (heads + 2 * kv_heads) * head_dim
+    tensors = {
+        "qkv": torch.randn(tokens, width + 16, generator=g).half()[:, :width],
+        "rows": torch.randn(tokens, rotary, generator=g),
+        "kv_slot": torch.randperm(5 * 7, generator=g)[:tokens].to(torch.int32),
+        "k_cache": torch.randn(5, 7, kv_heads, head_dim, generator=g).half(),
+        "v_cache": torch.randn(5, 7, kv_heads, head_dim, generator=g).half(),
+    }
+    if normed:
+        tensors |= {name: torch.randn(head_dim, generator=g).half() for name in ("q_norm", "k_norm")}
+    attrs = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "eps": 1e-6}
+    _check(norm_rope_kv_write, tensors, attrs)
+
+
+@interpreted
+def test_kv_write() -> None:
+    g = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(6, 3 * 80, generator=g).half() for name in ("k", "v")}
+    tensors["kv_slot"] = torch.randperm(5 * 7, generator=g)[:6].to(torch.int32)
+    tensors |= {name: torch.randn(5, 7, 3, 80, generator=g).half() for name in ("k_cache", "v_cache")}
+    _check(kv_write, tensors, {"kv_heads": 3, "head_dim": 80})
