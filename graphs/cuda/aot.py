@@ -14,7 +14,6 @@ import subprocess
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +37,7 @@ TRITON_TYPES: Mapping[str, str] = {
     "uint8": "u8",
 }
 
-# Triton numbers the element types of tensor maps as the device does; three differ from the driver's.
-_DRIVER_ELEMENT_TYPE = {8: 10, 9: 8, 10: 9}
+_CUOBJDUMP = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 _ALIGNED = 16  # the one divisor that Triton's analysis of addresses starts from
 
@@ -236,20 +234,20 @@ def _map_layouts(kernel: Kernel, metadata: Any) -> dict[str, MapLayout]:
         name: MapLayout(
             tuple(layout["block_size"]),
             layout["swizzle"],
-            _DRIVER_ELEMENT_TYPE.get(layout["elem_type"], layout["elem_type"]),
+            _driver_element_type(layout["elem_type"]),
         )
         for name, layout in zip(names, layouts, strict=True)
     }
 
 
+def _driver_element_type(number: int) -> int:
+    """Triton numbers the element types of tensor maps as the device does; three differ from the driver's."""
+    return {8: 10, 9: 8, 10: 9}.get(number, number)
+
+
 def _label(kernel: Kernel) -> str:
     constants = ", ".join(f"{k}={v}" for k, v in kernel.constants)
     return f"{kernel.function} ({constants}) for compute capability {kernel.arch}"
-
-
-@lru_cache
-def _disassembler() -> str:
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
 
 
 def _resources(cubin: bytes, function: str) -> tuple[int, int]:
@@ -258,7 +256,7 @@ def _resources(cubin: bytes, function: str) -> tuple[int, int]:
         file.write(cubin)
         file.flush()
         text = subprocess.run(
-            [_disassembler(), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+            [_CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
     match = re.search(rf"Function {re.escape(function)}:\s*REG:(\d+) STACK:(\d+)", text)
     if match is None:

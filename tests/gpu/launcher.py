@@ -11,14 +11,17 @@ from __future__ import annotations
 import ctypes
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from cuda.bindings import driver
 
-from makeready.graphs.cuda.aot import Compiled, MapLayout, compile_kernel, kernel_of
+from makeready.graphs.cuda.aot import Compiled, Kernel, MapLayout, compile_kernel, kernel_of
+from makeready.graphs.cuda.pool import compile_all
 from makeready.kernels.contract import Contract
 from makeready.kernels.device import (
     Candidate,
@@ -35,6 +38,8 @@ from makeready.kernels.spec import TensorSpec
 _C_TYPES = {"int32": ctypes.c_int32, "int64": ctypes.c_int64, "float32": ctypes.c_float}
 
 Emit = Callable[[OpCall], Sequence[Candidate]]
+
+_PREPARED: dict[Kernel, Compiled] = {}
 
 
 def op_call(
@@ -68,12 +73,21 @@ def op_call(
             shape = ("P", *shape[1:])
         address = tensor.data_ptr()
         made[operand.name] = Tensor(shape, _name(tensor.dtype), tensor.stride(0), math.gcd(address, 256))
-    rows = dims.get("R", dims.get("T", 1)) if rows is None else rows
-    tokens = dims.get("T", rows) if tokens is None else tokens
+    row_count = int(dims.get("R", dims.get("T", 1))) if rows is None else rows
+    token_count = int(dims.get("T", row_count)) if tokens is None else tokens
     if pages and "P" in dims:
         dims["P"] = "P"
     features = frozenset({"tma", "wgmma", "pdl", "fp8"})
-    return OpCall(contract.name, made, attrs, dims, rows, tokens, context, features=features)
+    return OpCall(contract.name, made, attrs, dims, row_count, token_count, context, features=features)
+
+
+def prepare(work: Iterable[tuple[OpCall, Sequence[Candidate]]]) -> None:
+    """Compile what :func:`run` and :func:`time` are about to need at once, on all cores."""
+    kernels = [
+        kernel_of(launch, call, _arch()) for call, ways in work for way in ways for launch in way.launches
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        _PREPARED.update(compile_all(kernels, Path(folder)))
 
 
 def run(
@@ -204,6 +218,8 @@ def _launch_all(
 ) -> None:
     for launch in candidate.launches:
         compiled, function = _loaded(kernel_of(launch, call, _arch()))
+        spilled = compiled.spill_bytes
+        assert spilled <= launch.local_bytes, f"{launch.function}: {spilled} bytes spilled ({launch})"
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = launch.grid
         config.blockDimX, config.blockDimY, config.blockDimZ = 32 * compiled.warps, 1, 1
@@ -265,9 +281,8 @@ def _tensor_map(argument: Descriptor, tensor: torch.Tensor, shape: list[int], la
 
 
 @cache
-def _loaded(kernel: Any) -> tuple[Compiled, Any]:
-    compiled = compile_kernel(kernel)
-    assert compiled.spill_bytes == 0, f"{kernel}: {compiled.spill_bytes} bytes spilled"
+def _loaded(kernel: Kernel) -> tuple[Compiled, Any]:
+    compiled = _PREPARED.get(kernel) or compile_kernel(kernel)
     torch.cuda.current_stream()  # torch's context is the current one
     library = _ok(driver.cuLibraryLoadData(compiled.cubin, None, None, 0, None, None, 0))
     entry = _ok(driver.cuLibraryGetKernel(library, compiled.function.encode()))
