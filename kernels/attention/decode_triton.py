@@ -128,7 +128,16 @@ def decode_attention_tiles(
                 # Of the oldest block it is the last part of a share, of all others the first.
                 slot = 2 * oldest + (begin > oldest * share).to(tl.int32)
                 _combine(
-                    sums, stats, out + head * (GROUP * HEAD_DIM), slot, oldest, parts, GROUP, HEAD_DIM, D, PARTS
+                    sums,
+                    stats,
+                    out + head * (GROUP * HEAD_DIM),
+                    slot,
+                    oldest,
+                    parts,
+                    GROUP,
+                    HEAD_DIM,
+                    D,
+                    PARTS,
                 )
                 tl.store(item, 0)
         at = upto

@@ -49,7 +49,9 @@ def _emit(contract: Contract, call: OpCall) -> Sequence[Candidate]:
     return [c for k in registry.cuda_kernels(contract.name) for c in k.candidates(call)]
 
 
-def _call(contract: Contract, tensors: Mapping[str, torch.Tensor], attrs: Mapping[str, Any], features: str) -> OpCall:
+def _call(
+    contract: Contract, tensors: Mapping[str, torch.Tensor], attrs: Mapping[str, Any], features: str
+) -> OpCall:
     """The call on these operands, for two small multiprocessors when interpreted, so that blocks share items."""
     attrs = {**contract.attrs, **attrs}
     specs = {k: TensorSpec(tuple(v.shape), str(v.dtype).removeprefix("torch.")) for k, v in tensors.items()}
@@ -68,7 +70,9 @@ def _call(contract: Contract, tensors: Mapping[str, torch.Tensor], attrs: Mappin
     )  # fmt: skip
 
 
-def _interpret(candidate: Candidate, call: OpCall, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _interpret(
+    candidate: Candidate, call: OpCall, tensors: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """Run ``candidate``; results start as NaN, scratch as garbage behind its counters."""
     full = dict(tensors)
     for name, tensor in call.tensors.items():
@@ -155,11 +159,19 @@ def test_interpreted() -> None:
         (4, 1, 64, 64, 0, (0, 0)),
     ],
 )
-def test_decode(heads: int, kv_heads: int, head_dim: int, page: int, window: int, lengths: tuple[int, ...]) -> None:
+def test_decode(
+    heads: int, kv_heads: int, head_dim: int, page: int, window: int, lengths: tuple[int, ...]
+) -> None:
     tensors = _paged(lengths, page=page, kv_heads=kv_heads, head_dim=head_dim)
     tensors["q"] = torch.randn(len(lengths), heads * head_dim).half()
     tensors["q"][[n == 0 for n in lengths]] = float("nan")
-    attrs = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "scale": head_dim**-0.5, "window": window}
+    attrs = {
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "scale": head_dim**-0.5,
+        "window": window,
+    }
     _check(decode_attention, tensors, attrs)
 
 
@@ -185,7 +197,13 @@ def test_extend(
     start = (2 + count.cumsum(0) - count).to(torch.int32)
     q = torch.full((tokens, heads * head_dim), float("nan"), dtype=torch.float16)
     q[2:-5] = torch.randn(tokens - 7, heads * head_dim).half()
-    attrs = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "scale": head_dim**-0.5, "window": window}
+    attrs = {
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "scale": head_dim**-0.5,
+        "window": window,
+    }
     _check(extend_attention, {**tensors, "q": q, "query_start": start, "query_len": count}, attrs)
 
 
