@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 BINDINGS = "cuda.bindings.driver"
 
 
@@ -31,6 +33,11 @@ def load_bindings() -> Any:
         raise DriverError(
             f"{BINDINGS} cannot be imported ({error}); install cuda-bindings to run on a GPU"
         ) from None
+
+
+def host_bytes(address: int, nbytes: int) -> np.ndarray:
+    """Host memory as an array of bytes; whoever owns the memory must outlive it."""
+    return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
 
 
 @dataclass(frozen=True)

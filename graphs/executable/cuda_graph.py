@@ -8,7 +8,7 @@ there and adds the nodes; the driver copies the parameters when a node is added.
 
 from __future__ import annotations
 
-import math
+import struct
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,9 +19,8 @@ from makeready.graphs.plan import Choice, Launch, Node, NodeArgument, Plan, Plan
 from makeready.graphs.spec import Bucket
 from makeready.kernels.spec import DTYPE_BYTES, PAGES
 
-MAP_BYTES = 128  # of a CUtensorMap, which is aligned to 64
-_MAP_ALIGNMENT = 64
-_SCALARS: Mapping[str, Any] = {"int32": np.int32, "int64": np.int64, "float32": np.float32}
+_MAP_BYTES, _MAP_ALIGNMENT = 128, 64  # of a CUtensorMap
+_SCALARS = {"int32": "<i", "int64": "<q", "float32": "<f"}  # as struct has them
 
 
 class GraphBuilder:
@@ -127,42 +126,39 @@ class _Node:
         self.dependent = node.dependent
         self._pointers: list[tuple[int, str]] = []  # word of the values, operand
         self._maps: list[tuple[int, NodeArgument]] = []  # first word of the values, argument
-        fixed: list[tuple[int, np.ndarray]] = []
-        offsets: list[int] = []
-        end = 0
+        values, offsets = bytearray(), []
 
-        def place(nbytes: int, alignment: int) -> int:
-            nonlocal end
-            start = -(-end // alignment) * alignment
-            offsets.append(start)
-            end = start + nbytes
-            return start
+        def add(raw: bytes, alignment: int) -> int:
+            values.extend(bytes(-len(values) % alignment))
+            offsets.append(len(values))
+            values.extend(raw)
+            return offsets[-1]
 
         for argument in node.arguments:
             if argument.kind == "pointer":
-                self._pointers.append((place(8, 8) // 8, argument.operand))
+                self._pointers.append((add(bytes(8), 8) // 8, argument.operand))
             elif argument.kind == "scratch":
-                fixed.append((place(8, 8), np.uint64(scratch + argument.offset)))
+                add(struct.pack("<Q", scratch + argument.offset), 8)
             elif argument.kind == "scalar":
-                value = _SCALARS[argument.dtype](argument.value)
-                fixed.append((place(value.nbytes, value.nbytes), value))
+                raw = struct.pack(_SCALARS[argument.dtype], argument.value)
+                add(raw, len(raw))
             elif argument.kind == "descriptor":
-                self._maps.append((place(MAP_BYTES, _MAP_ALIGNMENT) // 8, argument))
-                fixed += [(place(4, 4), np.int32(n)) for n in _shape(argument, pages)]
-                fixed += [(place(8, 8), np.int64(n)) for n in argument.strides]
+                self._maps.append((add(bytes(_MAP_BYTES), _MAP_ALIGNMENT) // 8, argument))
+                for size in _shape(argument, pages):
+                    add(struct.pack("<i", size), 4)
+                for stride in argument.strides:
+                    add(struct.pack("<q", stride), 8)
             else:
                 raise PlanError(
                     f"the plan has an argument of unknown kind {argument.kind!r}; compile it again"
                 )
         for _ in range(2):  # Triton's scratch pointers, which our kernels do not use
-            fixed.append((place(8, 8), np.uint64(0)))
-        memory = np.zeros(math.ceil(end / 8) * 8 + _MAP_ALIGNMENT, np.uint8)
+            add(bytes(8), 8)
+        memory = np.zeros(len(values) + _MAP_ALIGNMENT, np.uint8)
         start = -memory.ctypes.data % _MAP_ALIGNMENT
-        values = memory[start : start + math.ceil(end / 8) * 8]
-        for offset, value in fixed:
-            values[offset : offset + value.nbytes] = np.frombuffer(value.tobytes(), np.uint8)
-        self._words = values.view(np.uint64)
-        self._parameters = np.asarray(offsets, np.uint64) + np.uint64(values.ctypes.data)
+        memory[start : start + len(values)] = values
+        self._words = memory[start : start + len(values)].view(np.uint64)
+        self._parameters = np.asarray(offsets, np.uint64) + np.uint64(self._words.ctypes.data)
 
     def bind(self, names: Mapping[str, str], addresses: Mapping[str, int], tensor_map: Any) -> int:
         """Write the addresses of one launch; returns the address of the array of parameter addresses.

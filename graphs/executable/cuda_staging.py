@@ -4,14 +4,13 @@ reads the other, and the slot table.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from makeready.graphs import memory
-from makeready.graphs.executable.cuda_driver import Driver
+from makeready.graphs.executable.cuda_driver import Driver, host_bytes
 from makeready.graphs.plan import Plan
 from makeready.graphs.spec import Bucket, Field, result_fields, slot_fields, step_fields
 
@@ -138,7 +137,7 @@ def _arrays(
 ) -> tuple[dict[str, np.ndarray], int]:
     """Fields at ``address`` as arrays, and their bytes."""
     offsets, nbytes = memory.layout(fields, sizes)
-    region = np.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), np.uint8)
+    region = host_bytes(address, nbytes)
     made = {}
     for field in fields:
         start = offsets[field.name]

@@ -9,7 +9,6 @@ that one is filled while the other is copied.
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
 import threading
@@ -24,7 +23,7 @@ import numpy as np
 from makeready.graphs.checkpoint.base import Checkpoint
 from makeready.graphs.constants import GENERATORS
 from makeready.graphs.executable.cuda_convert import convert, stored_dtype
-from makeready.graphs.executable.cuda_driver import Device, Driver, DriverError
+from makeready.graphs.executable.cuda_driver import Device, Driver, DriverError, host_bytes
 from makeready.graphs.plan import Plan, PlanError, Weight
 from makeready.graphs.recipe import Piece
 from makeready.kernels.spec import DTYPE_BYTES
@@ -151,7 +150,7 @@ class Upload:
         pinned = self._pin(window) if self._pinnable else None
         if pinned is None:
             for span in window.spans:
-                lane.push(_bytes_at(span.source, span.nbytes), span.target)
+                lane.push(host_bytes(span.source, span.nbytes), span.target)
             return
         try:
             for span in window.spans:
@@ -211,7 +210,7 @@ class _Lane:
         self._turn ^= 1
         if len(self._buffers) < 2:
             address = self._driver.allocate_host(CHUNK)
-            self._buffers.append((_bytes_at(address, CHUNK), self._driver.event()))
+            self._buffers.append((host_bytes(address, CHUNK), self._driver.event()))
             return self._buffers[-1]
         buffer, event = self._buffers[self._turn]
         self._driver.wait(event)
@@ -295,11 +294,6 @@ def _add(windows: dict[tuple[int, int], _Window], file: int, span: _Span, weight
         window.spans.append(_Span(start, span.target + start - span.source, stop - start))
         window.weights.append(weight)
         start = stop
-
-
-def _bytes_at(address: int, nbytes: int) -> np.ndarray:
-    """Host memory as an array of bytes."""
-    return np.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), np.uint8)
 
 
 def _cores() -> int:
