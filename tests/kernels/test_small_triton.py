@@ -11,6 +11,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,11 +21,25 @@ from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.device import OpCall, Pointer, Scalar, Scratch, Tensor
 from makeready.kernels.spec import TensorSpec
 
+sys.path.append(str(Path(__file__).parents[1] / "gpu"))
+from sample_rows import MARGIN, margin, requests  # noqa: E402
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in test_interpreted's process")
 compiled = pytest.mark.skipif(INTERPRETED, reason="needs Triton's compiler")
 
 aot = None if INTERPRETED else pytest.importorskip("makeready.graphs.cuda.aot")
+if INTERPRETED:
+    from triton.runtime import interpreter
+
+    _patch = interpreter._patch_lang_tensor
+
+    def _patch_index(tensor, scope):
+        """Loop bounds that are tensors of one element, which numpy 2.4 no longer takes for numbers."""
+        _patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = _patch_index
 if INTERPRETED or aot:
     registry.discover("sm_90a")
 
@@ -205,3 +220,39 @@ def test_dynamic_rope_rows():
             # A last-bit difference of a frequency turns a pair by position * 2**-23.
             margin = 2e-7 * (8 + operands["positions"].unsqueeze(1))
             assert ((got - want).abs() <= margin).all()
+
+
+@interpreted
+@pytest.mark.parametrize(("rows", "vocabulary", "spread"), [(12, 131, 2.5), (20, 5000, 2.5), (7, 9000, 0.5)])
+def test_sample(rows, vocabulary, spread):
+    operands = requests(rows, vocabulary, spread=spread)
+    call = op_call("sample", operands, {})
+    want_history = operands["history"].clone()
+    want = CONTRACTS["sample"].reference(**{**operands, "history": want_history})
+    clear = [r for r in range(rows) if margin(operands, r) > MARGIN]
+    assert len(clear) > rows * 0.8
+    for kernel in registry.cuda_kernels("sample"):
+        for candidate in kernel.candidates(call):
+            got = launch_interpreted(candidate, call, {**operands, "history": operands["history"].clone()})
+            differ = [r for r in clear if got["tokens"][r] != want[r]]
+            assert not differ, (differ, got["tokens"][differ], want[differ])
+            assert (got["tokens"][rows:] == 0).all()
+            slots = operands["row_slot"][clear].long()
+            assert got["history"][slots].equal(want_history[slots])
+
+
+@interpreted
+@pytest.mark.parametrize(("vocabulary", "most"), [(7, 20), (131, 3), (9000, 20)])
+def test_token_logprobs(vocabulary, most):
+    rows = 6
+    logits = (random(rows, vocabulary) * 8).round() / 2  # many equals
+    logits[1] = -60.0
+    logits[1, 5] = 40.0  # a probability of 1
+    logits[2, 2:4] = -math.inf
+    operands = {
+        "logits": columns_of(logits),
+        "tokens": torch.tensor([0, 5, 1, 6, 2, 0], dtype=torch.int32),
+        "row_slot": torch.tensor([3, 0, 2, 1, 4, 7], dtype=torch.int32),
+        "top_logprobs": torch.tensor([20, -1, 5, 0, 20, 0, 0, -1], dtype=torch.int32),
+    }
+    check_interpreted("token_logprobs", operands, max_top=most)
