@@ -15,12 +15,16 @@ of them.
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import itertools
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +33,9 @@ from makeready.graphs.codec import CodecError, canonical, from_json, to_json
 from makeready.graphs.plan import SCHEMA, Plan, PlanError
 
 MANIFEST = "plan.json"
+NAMES = re.compile(
+    r"(plan|weights|config|tuned|binaries|programs/[^/]+)\.json|programs|kernels|kernels/[^/]+\.cubin"
+)
 
 
 def digest(plan: Plan) -> str:
@@ -48,13 +55,10 @@ def save(plan: Plan, folder: str | Path) -> Path:
     An older plan in ``folder`` is replaced. A folder that holds anything else is left alone.
 
     Raises:
-        PlanError: ``folder`` exists and holds no plan.
+        PlanError: ``folder`` exists and holds no plan, or something beside one.
     """
     folder = Path(folder)
-    if folder.exists() and (
-        not folder.is_dir() or (any(folder.iterdir()) and not (folder / MANIFEST).exists())
-    ):
-        raise PlanError(f"{folder} exists and is no plan; choose another output folder")
+    _check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -80,13 +84,16 @@ def load(folder: str | Path) -> Plan:
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
         raise PlanError(f"{folder} holds no plan (no {MANIFEST}); make one with scripts/compile.py")
-    manifest = _parse(folder / MANIFEST, _bytes(folder / MANIFEST))
-    if manifest.get("schema") != SCHEMA:
+    raw = _bytes(folder / MANIFEST)
+    manifest = _parse(folder / MANIFEST, raw)
+    schema = manifest.get("schema") if isinstance(manifest, dict) else None
+    if schema != SCHEMA:
         raise PlanError(
-            f"{folder}: schema is {manifest.get('schema')!r}, this version reads {SCHEMA}; compile the plan again"
+            f"{folder / MANIFEST}: schema is {schema!r}, this version reads {SCHEMA}; compile the plan again"
         )
+    written = _is_canonical(raw, manifest)
     claimed = manifest.pop("digest", None)
-    if claimed != _sha(canonical(manifest)):
+    if not written or claimed != _sha(canonical(manifest)):
         raise PlanError(f"{folder / MANIFEST}: digest does not match its content; compile the plan again")
     data = {k: v for k, v in manifest.items() if k != "files"}
     for name, expected in manifest["files"].items():
@@ -148,19 +155,56 @@ def _bytes(path: Path) -> bytes:
 def _parse(path: Path, raw: bytes) -> Any:
     try:
         data = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise PlanError(f"{path} is not JSON; compile the plan again") from None
     if not isinstance(data, Mapping | list):
         raise PlanError(f"{path} is not a JSON object; compile the plan again")
     return data
 
 
+def _is_canonical(raw: bytes, data: Any) -> bool:
+    """Whether ``raw`` is what :func:`canonical` writes: a damaged blank or digit may still parse."""
+    try:
+        return raw == canonical(data)
+    except ValueError:  # a number that became infinite
+        return False
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Raise unless ``folder`` is absent, empty, or holds the files of a plan and nothing else.
+
+    One walk, which passes over what vanishes meanwhile: another process may be replacing the same plan.
+    """
+    found = [
+        Path(at, name).relative_to(folder).as_posix()
+        for at, folders, files in os.walk(folder)
+        for name in (*folders, *files)
+    ]
+    if folder.is_file() or (found and MANIFEST not in found):
+        raise PlanError(f"{folder} exists and is no plan; choose another output folder")
+    foreign = sorted(name for name in found if not NAMES.fullmatch(name))
+    if foreign:
+        raise PlanError(
+            f"{folder} holds {foreign[0]}, which is no part of a plan; "
+            "move it away or choose another output folder"
+        )
+
+
 def _replace(staging: Path, folder: Path) -> None:
-    """Move ``staging`` to ``folder``; an older plan there is moved aside first and removed last."""
-    if folder.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-        os.replace(folder, old / "plan")
-        os.replace(staging, folder)
-        shutil.rmtree(old)
-    else:
-        os.replace(staging, folder)
+    """Move ``staging`` to ``folder``; a plan there is moved aside first and removed last.
+
+    That holds of a plan, too, that another process puts there at the same moment: the last one stays.
+    """
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+    try:
+        for attempt in itertools.count():
+            try:
+                os.replace(staging, folder)
+                return
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise
+            with suppress(FileNotFoundError):
+                os.replace(folder, aside / str(attempt))
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

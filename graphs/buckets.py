@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,7 @@ def choose_buckets(
     *,
     max_decode: int,
     max_extend: int,
+    row_counts: int = 3,
 ) -> tuple[Bucket, ...]:
     """Buckets of both phases that minimise the expected step time, within the given counts.
 
@@ -50,12 +52,14 @@ def choose_buckets(
         seconds: step time of a bucket, by phase.
         max_decode: at most so many decode buckets.
         max_extend: at most so many extend buckets, a grid of rows × tokens.
+        row_counts: of which at most so many differ in rows; few where padding rows cost little, which
+            leaves more for tokens.
     """
     rows, tokens = limits.max_rows, limits.max_tokens
     decode = _cut(
         _filled(traffic.decode_rows, rows), rows, max_decode, lambda r: seconds[DECODE](Bucket(DECODE, r, r))
     )
-    row_counts = 1 if rows == 1 else min(3, max_extend)
+    row_counts = 1 if rows == 1 else min(row_counts, max_extend)
     by_rows = _cut(
         _filled(traffic.extend_rows, rows),
         rows,
@@ -69,7 +73,7 @@ def choose_buckets(
         lambda t: seconds[EXTEND](Bucket(EXTEND, min(t, rows), t)),
     )
     buckets = [Bucket(DECODE, r, r) for r in decode]
-    buckets += [Bucket(EXTEND, r, t) for r in by_rows for t in by_tokens if r <= t]
+    buckets += {Bucket(EXTEND, min(r, t), t) for r in by_rows for t in by_tokens}
     return tuple(sorted(buckets))
 
 
@@ -77,6 +81,12 @@ def _filled(distribution: Distribution, most: int) -> Distribution:
     unknown = [size for size in distribution if not 1 <= size <= most]
     if unknown:
         raise PlanError(f"the traffic profile expects a size of {unknown[0]}; sizes go from 1 to {most}")
+    negative = [size for size, weight in distribution.items() if not 0 <= weight < math.inf]
+    if negative:
+        raise PlanError(
+            f"the traffic profile gives size {negative[0]} the weight {distribution[negative[0]]}; "
+            "weights are numbers of at least 0"
+        )
     return distribution or {size: 1 / size for size in range(1, most + 1)}
 
 

@@ -122,6 +122,7 @@ class Lowered:
             {phase: StepTime(program, t.target, context) for phase, program in self.programs.items()},
             max_decode=t.options.max_decode_buckets,
             max_extend=t.options.max_extend_buckets,
+            row_counts=t.target.row_counts,
         )
         prove_coverage(buckets, t.limits)
         stored: dict[tuple[str, str], Param] = {}
@@ -203,6 +204,8 @@ def trace_checkpoint(checkpoint: Checkpoint | str | Path, request: Request) -> T
     limits = _limits(request, target, _longest_context(model_config.rope, model_config.context_len))
     weight_dtype = request.weight_dtype or ("bfloat16" if target.is_cuda else _stored_dtype(checkpoint))
     _known("plan.weight_dtype", weight_dtype, WEIGHT_DTYPES)
+    if request.candidates < 1:
+        raise PlanError(f"plan.candidates={request.candidates} must be a whole number of at least 1")
     kv_dtype = request.kv_dtype or target.activation_dtype
     _known("kv.dtype", kv_dtype, WEIGHT_DTYPES)
     model = family.build(
@@ -251,26 +254,25 @@ def compile_plan(
 
 
 def _limits(request: Request, target: Target, longest: int) -> Limits:
-    context = request.context_len or longest
-    limits = Limits(
-        max_rows=request.max_rows,
-        max_tokens=request.max_tokens or max(target.max_tokens, request.max_rows),
-        context_len=context,
-        page_size=request.page_size or target.page_size,
-    )
-    for name in ("max_rows", "max_tokens", "context_len", "page_size"):
+    for name in (
+        *("max_rows", "max_tokens", "context_len", "page_size"),
+        *("max_decode_buckets", "max_extend_buckets"),
+    ):
         asked = getattr(request, name)
-        if asked is not None and (not isinstance(asked, int) or asked < 1):
+        if asked is not None and (type(asked) is not int or asked < 1):
             raise PlanError(f"plan.{name}={asked} must be a whole number of at least 1")
+    context = request.context_len or longest
     if context > longest:
         raise PlanError(
             f"plan.context_len={context} is beyond the {longest} tokens that the model's positions allow; "
             f"lower it to {longest}"
         )
-    for name in ("max_decode_buckets", "max_extend_buckets", "candidates"):
-        if getattr(request, name) < 1:
-            raise PlanError(f"plan.{name}={getattr(request, name)} must be at least 1")
-    return limits
+    return Limits(
+        max_rows=request.max_rows,
+        max_tokens=request.max_tokens or max(target.max_tokens, request.max_rows),
+        context_len=context,
+        page_size=request.page_size or target.page_size,
+    )
 
 
 def _longest_context(rope: Mapping[str, Any], positions: int) -> int:

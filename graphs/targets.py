@@ -21,6 +21,8 @@ class Target:
         activation_dtype: what flows between kernels unless the plan says otherwise.
         page_size: tokens of a KV page unless the plan says otherwise.
         max_tokens: tokens of one step unless the plan says otherwise.
+        row_counts: how many row counts extend buckets differ in. One on a GPU: beside 1,024 tokens of an 8B
+            model the logits of 255 padding rows cost under 1 %, a bucket that is 10 % too long 10 %.
         arch: CUDA compute capability times ten; 0 for the CPU.
         multiprocessors: of the GPU.
         shared_bytes: shared memory that one block can have.
@@ -35,6 +37,7 @@ class Target:
     activation_dtype: str
     page_size: int
     max_tokens: int
+    row_counts: int = 3
     arch: int = 0
     multiprocessors: int = 0
     shared_bytes: int = 0
@@ -74,6 +77,7 @@ def _cuda(
         activation_dtype="bfloat16",
         page_size=64,
         max_tokens=8192,
+        row_counts=1,
         arch=arch,
         multiprocessors=multiprocessors,
         shared_bytes=shared * 1024,
@@ -106,4 +110,4 @@ def find_target(name: str) -> Target:
     try:
         return TARGETS[name]
     except KeyError:
-        raise ValueError(f"no target {name!r}; targets are {', '.join(TARGETS)}") from None
+        raise ValueError(f"target {name!r} is not built yet; targets are {', '.join(TARGETS)}") from None

@@ -206,7 +206,7 @@ def compile_kernel(kernel: Kernel) -> Compiled:
         try:
             made = triton.compile(source, target=GPUTarget("cuda", kernel.arch, 32), options=options)
         except Exception as error:  # Triton's errors have no common base
-            raise PlanError(f"{_label(kernel)} does not compile: {error}") from error
+            raise PlanError(f"{_label(kernel)} does not compile: {_reasons(error)}") from error
         cubin, ptx, metadata = made.asm["cubin"], made.asm["ptx"], made.metadata
     if metadata.global_scratch_size or metadata.profile_scratch_size:
         raise PlanError(f"{_label(kernel)} makes descriptors on the device; pass it Descriptors instead")
@@ -223,6 +223,15 @@ def compile_kernel(kernel: Kernel) -> Compiled:
         maps=_map_layouts(kernel, metadata),
         ptx=ptx,
     )
+
+
+def _reasons(error: BaseException) -> str:
+    """Messages from the call in the outermost function to what is wrong in the innermost."""
+    found = [str(error)]
+    while (cause := error.__cause__) is not None:
+        found.append(str(cause))
+        error = cause
+    return "\n".join(found)
 
 
 def _map_layouts(kernel: Kernel, metadata: Any) -> dict[str, MapLayout]:
