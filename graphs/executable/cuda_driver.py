@@ -80,6 +80,7 @@ class Driver:
         cu = self.cu
         self._node = cu.CUgraphNodeParams()
         self._node.type = cu.CUgraphNodeType.CU_GRAPH_NODE_TYPE_KERNEL
+        self._plain = cu.CUgraphEdgeData()  # all zeros: the node before must have ended
         self._programmatic = cu.CUgraphEdgeData()
         self._programmatic.type = cu.CUgraphDependencyType.CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC
         # Port 1 of a kernel node fires when all its blocks called griddepcontrol.launch_dependents or ended.
@@ -307,10 +308,12 @@ class Driver:
         kernel.blockDimX, kernel.blockDimY, kernel.blockDimZ = function.threads, 1, 1
         kernel.sharedMemBytes = function.shared
         kernel.kernelParams = parameters
-        before = None if after is None else [after]
-        edges = [self._programmatic] if programmatic and before else None
-        count = 0 if before is None else 1
-        return self._check("cuGraphAddNode", self.cu.cuGraphAddNode(graph, before, edges, count, self._node))
+        if after is None:
+            added = self.cu.cuGraphAddNode(graph, None, None, 0, self._node)
+        else:
+            edge = self._programmatic if programmatic else self._plain
+            added = self.cu.cuGraphAddNode(graph, [after], [edge], 1, self._node)
+        return self._check("cuGraphAddNode", added)
 
     def instantiate(self, graph: Any, stream: Any) -> Any:
         """An executable graph, its launch data on the device when the stream gets here."""
