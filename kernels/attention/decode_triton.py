@@ -27,7 +27,7 @@ from makeready.kernels.device import Candidate, DeviceLaunch, OpCall, Pointer, S
 from makeready.kernels.registry import cuda_kernel
 from makeready.kernels.spec import DTYPE_BYTES
 
-_COMBINE = 8  # parts that the last block of an item reads at once
+_COMBINE = 4096  # sums that the last block of an item reads at once: 32 registers of a thread
 
 
 @triton.jit
@@ -267,7 +267,11 @@ def _combine(
     tl.store(out + n[:, None] * HEAD_DIM + d[None, :], y_ND.to(out.dtype.element_ty), mask=is_q)
 
 
-@cuda_kernel(decode_attention, "tiles")
+def _sixteen_bits(call: OpCall) -> bool:
+    return DTYPE_BYTES[call.tensors["q"].dtype] == 2
+
+
+@cuda_kernel(decode_attention, "tiles", applies=_sixteen_bits)
 def decode_attention_cuda(call: OpCall) -> Sequence[Candidate]:
     """Blocks of different sizes and numbers; all walk over equal shares of tiles."""
     D = triton.next_power_of_2(max(call.attrs["head_dim"], 16))
@@ -302,7 +306,7 @@ def _candidate(call: OpCall, D: int, L: int, warps: int, stages: int, a_multipro
             "N": max(16, triton.next_power_of_2(group)),
             "D": D,
             "L": L,
-            "PARTS": _COMBINE,
+            "PARTS": max(1, min(16, _COMBINE // (triton.next_power_of_2(group) * D))),
             "PDL": dependent,
         },
         arguments={

@@ -59,6 +59,7 @@ def extend_attention_tiles(
     M: tl.constexpr,
     D: tl.constexpr,
     L: tl.constexpr,
+    EDGE: tl.constexpr,
     PAIR: tl.constexpr,
     TMA: tl.constexpr,
     PDL: tl.constexpr,
@@ -70,6 +71,7 @@ def extend_attention_tiles(
         scale: of scores, times log2(e); positive.
         R: ``rows`` or more, a power of two.
         D: ``HEAD_DIM`` or more, a power of two.
+        EDGE: keys of a step where there are masks; a divisor of L.
         PAIR: two steps of keys share one update of the running maximum; needs ``PAGE % L == 0``.
     """
     TOKENS: tl.constexpr = M // GROUP
@@ -127,7 +129,7 @@ def extend_attention_tiles(
         if WINDOW > 0:
             max_M, sum_M, acc_MD = _attend_some(
                 q_MD, k_cache, v_cache, pages, head, position_M, scale, max_M, sum_M, acc_MD,
-                low, open, high, KV_HEADS, HEAD_DIM, PAGE, WINDOW, D, L,
+                low, open, high, KV_HEADS, HEAD_DIM, PAGE, WINDOW, D, EDGE,
             )  # fmt: skip
         max_M, sum_M, acc_MD = _attend_all(
             q_MD, k_cache, v_cache, k_tiles, v_tiles, pages, head, scale, max_M, sum_M, acc_MD,
@@ -135,8 +137,15 @@ def extend_attention_tiles(
         )  # fmt: skip
         max_M, sum_M, acc_MD = _attend_some(
             q_MD, k_cache, v_cache, pages, head, position_M, scale, max_M, sum_M, acc_MD,
-            shut, high, high, KV_HEADS, HEAD_DIM, PAGE, WINDOW, D, L,
+            shut, high, high, KV_HEADS, HEAD_DIM, PAGE, WINDOW, D, EDGE,
         )  # fmt: skip
+        # The addresses of q again. Adding a zero that the compiler cannot see through keeps it from holding
+        # them in 40 registers of a thread through the loops.
+        m += tl.load(query_len + row, volatile=True) - count
+        token_M = first + m // GROUP
+        own_MD = ((token_M < count) & (m < TOKENS * GROUP))[:, None] & (d < HEAD_DIM)[None, :]
+        token_MD = (start + token_M).to(tl.int64)[:, None]
+        head_MD = (head * GROUP + m % GROUP)[:, None] * HEAD_DIM + d[None, :]
         y_MD = acc_MD * (1.0 / sum_M)[:, None]
         tl.store(y + token_MD * y_stride + head_MD, y_MD.to(y.dtype.element_ty), mask=own_MD)
 
@@ -310,39 +319,56 @@ class _Way:
         return f"{kind}_{self.m}x{self.keys}{pair}_w{self.warps}_s{self.stages}"
 
 
-@cuda_kernel(extend_attention, "tiles")
+def _sixteen_bits(call: OpCall) -> bool:
+    return DTYPE_BYTES[call.tensors["q"].dtype] == 2 and call.attrs["scale"] > 0
+
+
+@cuda_kernel(extend_attention, "tiles", applies=_sixteen_bits)
 def extend_attention_cuda(call: OpCall) -> Sequence[Candidate]:
-    """Tiles of different sides, through tensor maps where a step's keys lie in one page."""
+    """Tiles of different sides, through tensor maps where a step's keys lie in one page.
+
+    Two blocks of 4 warps on a multiprocessor come first: one computes maxima and exponentials while the
+    other multiplies. With 8 warps a block has a multiprocessor to itself.
+    """
     D = triton.next_power_of_2(max(call.attrs["head_dim"], 16))
     page = int(call.tensors["k_cache"].shape[1])
     group = call.attrs["heads"] // call.attrs["kv_heads"]
-    keys = max(32, min(128, 8192 // D))
+    tma = _addressable(call, D) and page % 32 == 0
+    keys = min(64, 8192 // D)
+    if tma:
+        keys = max(n for n in (32, 64) if n <= keys and page % n == 0)
     m = max(128 if D <= 128 else 64, triton.next_power_of_2(group))
-    ways = [_Way(m, keys, False, False, m // 16, 3), _Way(m, keys, False, False, m // 16, 2)]
-    if _addressable(call, D):
-        fitting = [n for n in (128, 64, 32) if n <= max(keys, 64) * 2 and page % n == 0]
-        if fitting:
-            n = fitting[0]
-            pairs = [True, False] if n <= keys else [False]
-            ways = [_Way(m, n, pair, True, m // 16, stages) for pair in pairs for stages in (3, 2)] + ways
-    element = DTYPE_BYTES[call.tensors["k_cache"].dtype]
-    return [_candidate(call, D, way) for way in ways if _shared(way, D, element) <= call.shared_bytes]
+    ways = [
+        _Way(m, keys, False, tma, 4, 2),
+        _Way(m, 32, False, tma, 4, 3),
+        _Way(m, keys, tma, tma, 8, 2),
+        _Way(m, keys, False, tma, 8, 3),
+        _Way(64, keys, False, tma, 4, 2),
+    ]
+    plain = tma and call.attrs["window"] == 0  # leaves registers for 192 sums and scores, else 144
+    element = DTYPE_BYTES[call.tensors["q"].dtype]
+    return [
+        _candidate(call, D, way)
+        for way in dict.fromkeys(ways)
+        if way.m >= max(16 * way.warps, group)
+        and way.m * (D + way.keys) <= (192 if plain else 144) * 32 * way.warps
+        and _shared(way, D, element) <= call.shared_bytes
+    ]
 
 
 def _addressable(call: OpCall, D: int) -> bool:
-    """Whether tensor maps can describe the caches."""
+    """Whether tensor maps can describe the caches and feed the tensor cores with what they hold."""
     caches = [call.tensors[name] for name in ("k_cache", "v_cache")]
     return (
         "tma" in call.features
         and call.attrs["head_dim"] == D
-        and all(cache.alignment % 16 == 0 for cache in caches)
+        and all(c.alignment % 16 == 0 and c.dtype == call.tensors["q"].dtype for c in caches)
     )
 
 
 def _shared(way: _Way, D: int, element: int) -> int:
     """Bytes of shared memory: queries, and the keys and values that are on their way."""
-    steps = (way.stages if way.tma else way.stages - 1) * (1 + way.pair)
-    return way.m * D * element + 2 * steps * way.keys * D * element + 2048
+    return (way.m + 2 * way.stages * (1 + way.pair) * way.keys) * D * element + 1024
 
 
 def _candidate(call: OpCall, D: int, way: _Way) -> Candidate:
@@ -372,6 +398,7 @@ def _candidate(call: OpCall, D: int, way: _Way) -> Candidate:
             "M": way.m,
             "D": D,
             "L": way.keys,
+            "EDGE": min(way.keys, 32),
             "PAIR": way.pair,
             "TMA": way.tma,
             "PDL": dependent,
@@ -392,5 +419,6 @@ def _candidate(call: OpCall, D: int, way: _Way) -> Candidate:
         num_warps=way.warps,
         num_stages=way.stages,
         dependent=dependent,
+        local_bytes=64,  # 48 are used at 4 warps of 128 x 64, none of them inside a loop
     )
     return Candidate(way.name, (launch,))

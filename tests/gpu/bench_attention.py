@@ -18,7 +18,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).parent))
 
 import launcher
-from bench_gemm import precompile
 
 from makeready.kernels.attention import paged
 from makeready.kernels.attention.decode_triton import decode_attention_cuda
@@ -40,7 +39,7 @@ KV_BYTES = 4 * KV_HEADS * HEAD_DIM  # of a token
 Tensors = dict[str, torch.Tensor]
 Row = tuple[int, int]  # queries, context
 
-DECODES = tuple([(1, 1024)] * n for n in (1, 4, 16, 64, 256)) + ([(1, 32_768)], [(1, 4096)] * 16)
+DECODES = (*([(1, 1024)] * n for n in (1, 4, 16, 64, 256)), [(1, 32_768)], [(1, 4096)] * 16)
 MIXED_LENGTHS = [(1, 64 * (i + 1)) for i in range(64)]
 EXTENDS = (
     [(1024, 1024)],
@@ -86,7 +85,7 @@ def operations(rows: Sequence[Row]) -> float:
 
 
 def sdpa(rows: Sequence[Row], copies: int) -> tuple[float, str]:
-    """Least seconds of PyTorch's attention over dense tensors of equal rows, and the backend; inf where rows differ."""
+    """Least seconds of PyTorch's attention over dense equal rows, and the backend; inf where rows differ."""
     queries, context = rows[0]
     if any(row != rows[0] for row in rows) or queries not in (1, context):
         return float("inf"), ""
@@ -158,9 +157,9 @@ def bench() -> None:
         launcher.op_call(contract, _operands(rows, decode=contract is decode), ATTRS)
         for contract, _, rows in work
     ]
-    precompile((call, emit(call)) for call, (_, emit, _) in zip(calls, work, strict=True))
+    launcher.prepare((call, emit(call)) for call, (_, emit, _) in zip(calls, work, strict=True))
     print(
-        "rows x (queries, context)        chosen                         µs  floor  TB/s TFLOP/s  SDPA µs         others"
+        "rows x (queries, context)        chosen                         µs  floor  TB/s TFLOP/s  SDPA µs      others"
     )
     for contract, emit, rows in work:
         _bench_rows(contract, emit, rows)

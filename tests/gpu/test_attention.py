@@ -15,7 +15,6 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 import launcher
-from bench_gemm import precompile
 
 from makeready.kernels.attention import paged
 from makeready.kernels.attention.decode_triton import decode_attention_cuda
@@ -163,7 +162,7 @@ def kernels() -> None:
         contract, emit, tensors, attrs = make()
         call = launcher.op_call(contract, tensors, attrs)
         work.append((call, _emit(name, emit)(call)))
-    precompile(work)
+    launcher.prepare(work)
 
 
 @pytest.mark.parametrize("name", _CASES)
@@ -186,7 +185,7 @@ def test_caches_beyond_two_billion_elements() -> None:
     _same(contract, extend_attention_cuda, near, far, attrs)
     unused = ("query_start", "query_len")
     one = [{k: v for k, v in s.items() if k not in unused} | {"q": s["q"][4:6]} for s in (near, far)]
-    _same(paged.decode_attention, decode_attention_cuda, *one, attrs)
+    _same(paged.decode_attention, decode_attention_cuda, one[0], one[1], attrs)
 
     contract, emit, written, attrs = _qkv_case(32, 8, 128, 128, 64, True, pages)
     call = launcher.op_call(contract, written, attrs)

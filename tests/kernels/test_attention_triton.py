@@ -63,9 +63,9 @@ def _call(
     for name, tensor in tensors.items():
         shape = ("P", *tensor.shape[1:]) if name.endswith("_cache") else tuple(tensor.shape)
         made[name] = Tensor(shape, specs[name].dtype, tensor.stride(0), math.gcd(tensor.data_ptr(), 256))
-    rows = dims.get("R", dims.get("T"))
+    rows = int(dims["R"] if "R" in dims else dims["T"])
     return OpCall(
-        contract.name, made, attrs, dims, rows, dims.get("T", rows),
+        contract.name, made, attrs, dims, rows, int(dims.get("T", rows)),
         multiprocessors=3 if INTERPRETED else 132, features=frozenset(features.split()),
     )  # fmt: skip
 
@@ -243,3 +243,76 @@ def test_kv_write() -> None:
     tensors["kv_slot"] = torch.randperm(5 * 7, generator=g)[:6].to(torch.int32)
     tensors |= {name: torch.randn(5, 7, 3, 80, generator=g).half() for name in ("k_cache", "v_cache")}
     _check(kv_write, tensors, {"kv_heads": 3, "head_dim": 80})
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("geometry", "rows", "wanted"),
+    [
+        ((32, 8, 128, 64, 0), 64, "cp.async.bulk.tensor"),
+        ((9, 3, 64, 16, 100), 256, "cp.async.cg"),
+        ((8, 1, 80, 128, 0), 1, "cp.async.cg"),
+    ],
+)
+def test_machine_code(geometry: tuple[int, int, int, int, int], rows: int, wanted: str) -> None:
+    """No spills, shared memory within a block's, tensor cores and asynchronous copies, the wait for a launch."""
+    aot = pytest.importorskip("makeready.graphs.cuda.aot")
+    heads, kv_heads, head_dim, page, window = geometry
+    shapes = {
+        "q": ((rows, heads * head_dim), torch.bfloat16),
+        "k_cache": ((9, page, kv_heads, head_dim), torch.bfloat16),
+        "v_cache": ((9, page, kv_heads, head_dim), torch.bfloat16),
+        "page_table": ((rows, 64), torch.int32),
+        "context_len": ((rows,), torch.int32),
+    }
+    tensors = {
+        name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes.items()
+    }
+    attrs = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "scale": 0.1, "window": window}
+    extra = {n: torch.empty(rows, dtype=torch.int32, device="meta") for n in ("query_start", "query_len")}
+    for contract, operands, instruction, copies in (
+        (decode_attention, tensors, "mma.sync", "cp.async.cg"),
+        (extend_attention, {**tensors, **extra}, "wgmma.mma_async", wanted),
+    ):
+        call = _call(contract, operands, attrs, "tma wgmma pdl")
+        (launch,) = _emit(contract, call)[0].launches
+        made = aot.compile_launch(launch, call)
+        assert made.spill_bytes <= launch.local_bytes
+        assert made.shared <= call.shared_bytes
+        assert launch.dependent
+        assert made.waits
+        assert instruction in made.ptx
+        assert copies in made.ptx
+
+
+@compiled
+def test_scratch_and_grids_follow_the_bucket() -> None:
+    """Scratch of decode holds its parts; extend's grid holds the most tiles that any rows can make."""
+    table = torch.empty(5, 16, dtype=torch.int32, device="meta")
+    caches = {
+        n: torch.empty(9, 64, 2, 64, dtype=torch.float16, device="meta") for n in ("k_cache", "v_cache")
+    }
+    ints = {
+        n: torch.empty(5, dtype=torch.int32, device="meta")
+        for n in ("query_start", "query_len", "context_len")
+    }
+    q = torch.empty(200, 8 * 64, dtype=torch.float16, device="meta")
+    attrs = {"heads": 8, "kv_heads": 2, "head_dim": 64, "scale": 0.1}
+    call = _call(extend_attention, {"q": q, **caches, "page_table": table, **ints}, attrs, "")
+    for candidate in _emit(extend_attention, call):
+        (launch,) = candidate.launches
+        a_tile = int(launch.constants["M"]) // 4
+        worst = max(sum(-(-n // a_tile) for n in rows) for rows in ((196, 1, 1, 1, 1), (33, 33, 33, 33, 68)))
+        assert launch.grid[0] == 2
+        assert launch.grid[1] >= worst
+    call = _call(
+        decode_attention,
+        {"q": q[:5], **caches, "page_table": table, "context_len": ints["context_len"]},
+        attrs,
+        "",
+    )
+    for candidate in _emit(decode_attention, call):
+        (launch,) = candidate.launches
+        counters, parts = 5 * 2 * 4, 2 * launch.grid[0] * 4 * (64 + 2) * 4
+        assert candidate.zeroed >= counters
+        assert candidate.scratch >= candidate.zeroed + parts
