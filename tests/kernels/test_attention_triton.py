@@ -63,7 +63,7 @@ def _call(
     for name, tensor in tensors.items():
         shape = ("P", *tensor.shape[1:]) if name.endswith("_cache") else tuple(tensor.shape)
         made[name] = Tensor(shape, specs[name].dtype, tensor.stride(0), math.gcd(tensor.data_ptr(), 256))
-    rows = int(dims["R"] if "R" in dims else dims["T"])
+    rows = int(dims["R" if "R" in dims else "T"])
     return OpCall(
         contract.name, made, attrs, dims, rows, int(dims.get("T", rows)),
         multiprocessors=3 if INTERPRETED else 132, features=frozenset(features.split()),
@@ -301,7 +301,7 @@ def test_scratch_and_grids_follow_the_bucket() -> None:
     call = _call(extend_attention, {"q": q, **caches, "page_table": table, **ints}, attrs, "")
     for candidate in _emit(extend_attention, call):
         (launch,) = candidate.launches
-        a_tile = int(launch.constants["M"]) // 4
+        a_tile = int(launch.constants["M"] or 0) // 4
         worst = max(sum(-(-n // a_tile) for n in rows) for rows in ((196, 1, 1, 1, 1), (33, 33, 33, 33, 68)))
         assert launch.grid[0] == 2
         assert launch.grid[1] >= worst
