@@ -2,11 +2,15 @@
 
     plan.json               target, limits, options, KV geometry, buckets, memory, and the digests below
     weights.json            recipe and place of every parameter
-    programs/<phase>.json   launches and arena buffers
+    programs/<phase>.json   launches and arena buffers; on a GPU the kernel nodes of each bucket
     config.json             the checkpoint's config, normalised
+    tuned.json              choices that measured best, by device, where there are any
+    binaries.json           compiled kernels, and
+    kernels/<key>.cubin     the machine code of each, where the target is a GPU
 
-``plan.json`` carries the SHA-256 of every other file and one over its own remaining content, the plan's
-digest. No path, host, time or environment enters any of them.
+``plan.json`` carries the SHA-256 of every other JSON file and one over its own remaining content, the
+plan's digest; ``binaries.json`` carries that of each kernel. No path, host, time or environment enters any
+of them.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +33,9 @@ from makeready.graphs.codec import CodecError, canonical, from_json, to_json
 from makeready.graphs.plan import SCHEMA, Plan, PlanError
 
 MANIFEST = "plan.json"
-NAMES = re.compile(r"(plan|weights|config|programs/[^/]+)\.json|programs")
+NAMES = re.compile(
+    r"(plan|weights|config|tuned|binaries|programs/[^/]+)\.json|programs|kernels|kernels/[^/]+\.cubin"
+)
 
 
 def digest(plan: Plan) -> str:
@@ -38,7 +45,8 @@ def digest(plan: Plan) -> str:
 
 def encode(plan: Plan) -> dict[str, bytes]:
     """The plan's files by relative path; the same plan gives the same bytes anywhere."""
-    return {name: canonical(data) for name, data in _split(plan).items()}
+    files = {name: canonical(data) for name, data in _split(plan).items()}
+    return files | {_cubin(key): plan.cubins[key] for key in sorted(plan.binaries)}
 
 
 def save(plan: Plan, folder: str | Path) -> Path:
@@ -94,16 +102,29 @@ def load(folder: str | Path) -> Plan:
             raise PlanError(f"{folder / name}: content does not match its digest; compile the plan again")
         _insert(data, name, _parse(folder / name, raw))
     try:
-        return from_json(Plan, data)
+        plan = from_json(Plan, data)
     except CodecError as error:
         raise PlanError(f"{folder}: {error}; compile the plan again") from None
+    return replace(plan, cubins={key: _machine_code(plan, key, folder) for key in plan.binaries})
+
+
+def _machine_code(plan: Plan, key: str, folder: Path) -> bytes:
+    raw = _bytes(folder / _cubin(key))
+    if _sha(raw) != plan.binaries[key].sha256:
+        raise PlanError(f"{folder / _cubin(key)}: content does not match its digest; compile the plan again")
+    return raw
+
+
+def _cubin(key: str) -> str:
+    return f"kernels/{key}.cubin"
 
 
 def _split(plan: Plan) -> dict[str, Any]:
-    manifest = to_json(plan)
+    manifest = to_json(replace(plan, cubins={}))
     files: dict[str, Any] = {
-        "weights.json": manifest.pop("weights"),
-        "config.json": manifest.pop("config"),
+        f"{name}.json": manifest.pop(name)
+        for name in ("weights", "config", "binaries", "tuned")
+        if name in manifest
     }
     files |= {f"programs/{phase}.json": program for phase, program in manifest.pop("programs").items()}
     manifest["files"] = {name: _sha(canonical(data)) for name, data in sorted(files.items())}

@@ -42,6 +42,7 @@ def choose_buckets(
     *,
     max_decode: int,
     max_extend: int,
+    row_counts: int = 3,
 ) -> tuple[Bucket, ...]:
     """Buckets of both phases that minimise the expected step time, within the given counts.
 
@@ -51,12 +52,14 @@ def choose_buckets(
         seconds: step time of a bucket, by phase.
         max_decode: at most so many decode buckets.
         max_extend: at most so many extend buckets, a grid of rows × tokens.
+        row_counts: of which at most so many differ in rows; few where padding rows cost little, which
+            leaves more for tokens.
     """
     rows, tokens = limits.max_rows, limits.max_tokens
     decode = _cut(
         _filled(traffic.decode_rows, rows), rows, max_decode, lambda r: seconds[DECODE](Bucket(DECODE, r, r))
     )
-    row_counts = 1 if rows == 1 else min(3, max_extend)
+    row_counts = 1 if rows == 1 else min(row_counts, max_extend)
     by_rows = _cut(
         _filled(traffic.extend_rows, rows),
         rows,
@@ -70,7 +73,7 @@ def choose_buckets(
         lambda t: seconds[EXTEND](Bucket(EXTEND, min(t, rows), t)),
     )
     buckets = [Bucket(DECODE, r, r) for r in decode]
-    buckets += [Bucket(EXTEND, r, t) for r in by_rows for t in by_tokens if r <= t]
+    buckets += {Bucket(EXTEND, min(r, t), t) for r in by_rows for t in by_tokens}
     return tuple(sorted(buckets))
 
 

@@ -22,6 +22,7 @@ from makeready.graphs.models import family
 from makeready.graphs.passes import rewrite
 from makeready.graphs.passes.specialize import specialize
 from makeready.graphs.plan import SCHEMA, LoweredProgram, Memory, Options, Plan, PlanError
+from makeready.graphs.plan_cache import cache_folder
 from makeready.graphs.recipe import Param
 from makeready.graphs.spec import PHASES, Bucket, KVSpec, Limits, result_fields, slot_fields, step_fields
 from makeready.graphs.targets import Target, find_target
@@ -43,11 +44,12 @@ class Request:
     Attributes:
         target: a name of graphs/targets.py.
         max_rows, max_tokens, context_len, page_size: see :class:`~makeready.graphs.spec.Limits`.
-        weight_dtype: ``float32``, ``bfloat16`` or ``float16``; None takes the checkpoint's, fp16 for GGUF
-            blocks.
+        weight_dtype: ``float32``, ``bfloat16`` or ``float16``; None takes bf16 on CUDA, else the
+            checkpoint's, fp16 for GGUF blocks.
         kv_dtype: dtype of the cache; None takes the activations'.
         disabled_passes: rewrites to leave out.
         max_decode_buckets, max_extend_buckets: bounds on the number of programs.
+        candidates: at most so many ways to run a call are compiled, for scripts/tune to choose from.
         traffic: expected batches.
     """
 
@@ -61,6 +63,7 @@ class Request:
     disabled_passes: tuple[str, ...] = ()
     max_decode_buckets: int = 16
     max_extend_buckets: int = 24
+    candidates: int = 1
     traffic: Traffic = field(default_factory=Traffic)
 
 
@@ -105,8 +108,12 @@ class Lowered:
         t = self.traced
         return program_cost(self.programs[bucket.phase], bucket, t.traffic.context, t.target)
 
-    def compile(self) -> Plan:
-        """Choose buckets and kernels, place every byte, and prove coverage."""
+    def compile(self, progress: Progress = lambda stage: None) -> Plan:
+        """Choose buckets and kernels, place every byte, and prove coverage.
+
+        Raises:
+            PlanError: a batch has no bucket, or an op no kernel on the target that passes its checks.
+        """
         t = self.traced
         context = min(t.traffic.context, t.limits.context_len)
         buckets = choose_buckets(
@@ -115,6 +122,7 @@ class Lowered:
             {phase: StepTime(program, t.target, context) for phase, program in self.programs.items()},
             max_decode=t.options.max_decode_buckets,
             max_extend=t.options.max_extend_buckets,
+            row_counts=t.target.row_counts,
         )
         prove_coverage(buckets, t.limits)
         stored: dict[tuple[str, str], Param] = {}
@@ -126,7 +134,7 @@ class Lowered:
             arena = max(arena, nbytes)
         weights, weight_bytes = place_weights(list(stored.values()))
         checkpoint = t.checkpoint
-        return Plan(
+        plan = Plan(
             schema=SCHEMA,
             target=t.target.name,
             architecture=checkpoint.config["architectures"][0],
@@ -141,6 +149,44 @@ class Lowered:
             weights=weights,
             programs=programs,
         )
+        return _with_kernels(plan, t.target, context, progress) if t.target.is_cuda else plan
+
+
+def _with_kernels(plan: Plan, target: Target, context: int, progress: Progress) -> Plan:
+    """``plan`` with what its launches run on a GPU."""
+    from makeready.graphs.cuda.emit import emit  # imports triton
+
+    emitted = emit(
+        plan.programs,
+        plan.specs,
+        plan.buckets,
+        target,
+        context=context,
+        keep=plan.options.candidates,
+        cache=cache_folder() / "kernels",
+        progress=lambda done, total: progress(f"compile kernels {done}/{total}"),
+    )
+    return replace(
+        plan,
+        programs=emitted.programs,
+        binaries=emitted.binaries,
+        cubins=emitted.cubins,
+        memory=replace(plan.memory, scratch=emitted.scratch),
+    )
+
+
+def _discover(target: Target) -> None:
+    """Register all kernels for ``target``.
+
+    Raises:
+        PlanError: the target needs Triton, which is not installed.
+    """
+    try:
+        registry.discover(target.name)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "triton":
+            raise
+        raise PlanError(f"a plan for {target.name} needs Triton: pip install triton==3.6.0") from None
 
 
 def trace_checkpoint(checkpoint: Checkpoint | str | Path, request: Request) -> Traced:
@@ -150,14 +196,16 @@ def trace_checkpoint(checkpoint: Checkpoint | str | Path, request: Request) -> T
         PlanError: a limit is not positive or beyond what the model allows.
         UnsupportedModelError, CheckpointError: the checkpoint cannot be planned for.
     """
-    registry.discover()
+    target = find_target(request.target)
+    _discover(target)
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = open_checkpoint(checkpoint)
-    target = find_target(request.target)
     model_config = family.read_config(checkpoint.config)
     limits = _limits(request, target, _longest_context(model_config.rope, model_config.context_len))
-    weight_dtype = request.weight_dtype or _stored_dtype(checkpoint)
+    weight_dtype = request.weight_dtype or ("bfloat16" if target.is_cuda else _stored_dtype(checkpoint))
     _known("plan.weight_dtype", weight_dtype, WEIGHT_DTYPES)
+    if request.candidates < 1:
+        raise PlanError(f"plan.candidates={request.candidates} must be a whole number of at least 1")
     kv_dtype = request.kv_dtype or target.activation_dtype
     _known("kv.dtype", kv_dtype, WEIGHT_DTYPES)
     model = family.build(
@@ -175,6 +223,7 @@ def trace_checkpoint(checkpoint: Checkpoint | str | Path, request: Request) -> T
         disabled_passes=tuple(sorted(set(request.disabled_passes))),
         max_decode_buckets=request.max_decode_buckets,
         max_extend_buckets=request.max_extend_buckets,
+        candidates=request.candidates,
         traffic=to_json(request.traffic),
     )
     program = verify(program, after="trace")
@@ -193,7 +242,7 @@ def compile_plan(
     Args:
         checkpoint: a checkpoint, or the path of one.
         request: what to ask for; ``fields`` of :class:`Request` may be given instead or on top.
-        progress: called with the name of each stage as it begins.
+        progress: called with the name of each stage as it begins, for kernels with how many are compiled.
     """
     request = replace(request or Request(), **fields)
     progress("trace")
@@ -201,7 +250,7 @@ def compile_plan(
     progress("lower")
     lowered = traced.lower()
     progress("compile")
-    return lowered.compile()
+    return lowered.compile(progress)
 
 
 def _limits(request: Request, target: Target, longest: int) -> Limits:

@@ -3,7 +3,8 @@
     Plan
       limits, kv, buckets          what the runtime may ask for and how pages look
       weights                      recipe and place of every parameter
-      programs[phase]              launches over named buffers
+      programs[phase]              launches over named buffers; on a GPU the kernel nodes of each
+      binaries                     compiled kernels that nodes name
       memory                       bytes of every region
 
 A launch names its operands; a name is looked up in the program's arena buffers, then among the plan's
@@ -49,22 +50,116 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel call: operand and result names → value names, attributes, and which implementation."""
+    """One kernel call: operand and result names → value names, attributes, and which implementation.
+
+    On a GPU ``kernel`` is the reference, which the CPU interpreter runs as the oracle of the plan, and
+    ``op_class`` indexes :attr:`LoweredProgram.classes`, which says what the GPU runs.
+    """
 
     op: str
     kernel: str
     operands: Mapping[str, str]
     results: Mapping[str, str]
     attrs: Mapping[str, Any]
+    op_class: int = -1
+
+
+@dataclass(frozen=True)
+class Binary:
+    """One compiled kernel, whose machine code is ``Plan.cubins`` under the same key.
+
+    Attributes:
+        function: its entry point.
+        sha256: of the machine code.
+        warps: threads of a block over 32.
+        shared: bytes of dynamic shared memory.
+        registers: of a thread.
+        spill_bytes: of local memory a thread has, for spilled registers and arrays.
+        dependent: it waits on the device for the kernels before it, so it may be launched early.
+
+    Its parameters are a node's arguments in order, then two null pointers (Triton's scratch pointers).
+    """
+
+    function: str
+    sha256: str
+    warps: int
+    shared: int
+    registers: int
+    spill_bytes: int
+    dependent: bool
+
+
+@dataclass(frozen=True)
+class NodeArgument:
+    """One argument of a kernel node, by ``kind``:
+
+    ``pointer``     the address of ``operand``: 8 bytes
+    ``scratch``     the address of the plan's scratch region plus ``offset``: 8 bytes
+    ``scalar``      ``value`` as ``dtype`` (int32, int64 or float32): 4 or 8 bytes
+    ``descriptor``  a tensor map over ``operand``, which fills rank + rank + 1 parameters: the CUtensorMap
+                    (128 bytes by value, 64-byte aligned), then ``shape`` as int32 each, then ``strides``
+                    as int64 each
+
+    Attributes:
+        operand: an operand or result of the contract; the launch says which value it stands for.
+        dtype: of what is pointed at, of the scalar, or of the map's elements.
+        shape, strides: of a map, in elements, outermost axis first; the shape may hold the symbol P.
+        block: elements of each axis that one copy moves, as the kernel was compiled: the box of the map.
+        swizzle, element_type: the map's, as numbers of CUtensorMapSwizzle and CUtensorMapDataType.
+
+    Maps have no interleave, element strides of 1, 128-byte L2 promotion, and zeros beyond their bounds.
+    """
+
+    kind: str
+    operand: str = ""
+    offset: int = 0
+    value: int | float = 0
+    dtype: str = ""
+    shape: tuple[int | str, ...] = ()
+    strides: tuple[int, ...] = ()
+    block: tuple[int, ...] = ()
+    swizzle: int = 0
+    element_type: int = 0
+
+
+@dataclass(frozen=True)
+class Node:
+    """One kernel node: which binary, its blocks along x, y, z, its arguments in the binary's order."""
+
+    binary: str
+    grid: tuple[int, int, int]
+    arguments: tuple[NodeArgument, ...]
+    dependent: bool = False
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to run a call: nodes in order."""
+
+    name: str
+    nodes: tuple[Node, ...]
+
+
+@dataclass(frozen=True)
+class OpClass:
+    """What calls that are alike but for names run on the GPU.
+
+    Attributes:
+        candidates: by ``str(bucket)``, best first; the first is run unless :attr:`Plan.tuned` says otherwise.
+    """
+
+    op: str
+    candidates: Mapping[str, tuple[Choice, ...]]
 
 
 @dataclass(frozen=True)
 class LoweredProgram:
-    """A phase's launches in order, the arena buffers they use, and where results end up."""
+    """A phase's launches in order, the arena buffers they use, and the classes that launches index."""
 
     phase: str
     launches: tuple[Launch, ...]
     buffers: Mapping[str, Buffer]
+    classes: tuple[OpClass, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,18 +173,23 @@ class Weight:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of every region; KV takes ``kv.page_bytes`` for each page that fits into what is left."""
+    """Bytes of every region; KV takes ``kv.page_bytes`` for each page that fits into what is left.
+
+    ``scratch`` is shared by all kernels of a plan and must be zero when the plan is loaded; afterwards the
+    kernels leave their counters in it at zero.
+    """
 
     weights: int
     arena: int
     step: int
     slot: int
     result: int
+    scratch: int = 0
 
     @property
     def fixed(self) -> int:
         """All that is needed before the first KV page."""
-        return self.weights + self.arena + self.step + self.slot + self.result
+        return self.weights + self.arena + self.step + self.slot + self.result + self.scratch
 
 
 @dataclass(frozen=True)
@@ -102,7 +202,8 @@ class Options:
         kv_dtype: dtype of cached keys and values.
         disabled_passes: rewrites that were left out.
         max_decode_buckets, max_extend_buckets: bounds on how many programs a phase is cut into.
-        traffic: expected batches; see graphs/traffic.py.
+        candidates: at most so many ways to run a call are kept for tuning.
+        traffic: expected batches; see graphs/buckets.py.
     """
 
     weight_dtype: str
@@ -111,12 +212,20 @@ class Options:
     disabled_passes: tuple[str, ...] = ()
     max_decode_buckets: int = 16
     max_extend_buckets: int = 24
+    candidates: int = 1
     traffic: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is decided before the first request. Made by graphs/compile.py."""
+    """Everything that is decided before the first request. Made by graphs/compile.py.
+
+    Attributes:
+        binaries: compiled kernels by key; empty for the CPU.
+        cubins: their machine code by the same keys. Its bytes are files of their own, which
+            :attr:`Binary.sha256` ties to the plan's digest; planning and the CPU work without them.
+        tuned: by device name and :func:`tuned_key`, the name of the choice that measured best there.
+    """
 
     schema: int
     target: str
@@ -131,6 +240,9 @@ class Plan:
     memory: Memory
     weights: tuple[Weight, ...]
     programs: Mapping[str, LoweredProgram]
+    binaries: Mapping[str, Binary] = field(default_factory=dict)
+    tuned: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    cubins: Mapping[str, bytes] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -189,3 +301,8 @@ class Plan:
                 f"{self.memory.fixed / 2**30:.2f} GiB and two KV pages {2 * self.kv.page_bytes / 2**30:.3f} GiB"
             )
         return pages
+
+
+def tuned_key(phase: str, op_class: int, bucket: Bucket) -> str:
+    """Where :attr:`Plan.tuned` keeps the choice for calls of a class in a bucket."""
+    return f"{phase}/{op_class}/{bucket}"

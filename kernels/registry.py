@@ -1,7 +1,9 @@
 """Implementations of op contracts, and the choice among them.
 
 Every op has its reference on every target. A module named ``*_cpu.py`` holds implementations for the CPU,
-registered by :func:`kernel`; the parity tests find them here and hold them to the reference.
+registered by :func:`kernel`; the parity tests find them here and hold them to the reference. A module named
+``*_triton.py`` holds implementations for CUDA targets, registered by :func:`cuda_kernel`: functions that
+run when a plan is made and say what the GPU shall launch.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import torch
 
 import makeready.kernels
 from makeready.kernels.contract import CONTRACTS, Contract
+from makeready.kernels.device import Candidate, OpCall
 from makeready.kernels.spec import TensorSpec
 
 REFERENCE = "reference"
@@ -67,7 +70,32 @@ class Kernel:
         return call
 
 
+Emit: TypeAlias = Callable[[OpCall], Sequence[Candidate]]
+
+
+@dataclass(frozen=True)
+class CudaKernel:
+    """One implementation of an op for CUDA targets.
+
+    Attributes:
+        emit: ways to run a call, best first by its own model of cost; none where it cannot.
+        features: what the target must have, of ``OpCall.features``.
+        applies: whether it handles a call.
+    """
+
+    op: str
+    name: str
+    emit: Emit = field(repr=False)
+    features: frozenset[str]
+    applies: Callable[[OpCall], bool] = field(repr=False)
+
+    def candidates(self, call: OpCall) -> Sequence[Candidate]:
+        """Ways to run ``call``, best first; none where the target or the call is not for it."""
+        return self.emit(call) if self.features <= call.features and self.applies(call) else ()
+
+
 _KERNELS: dict[tuple[str, str], list[Kernel]] = {}
+_CUDA_KERNELS: dict[str, list[CudaKernel]] = {}
 
 
 def kernel(
@@ -91,12 +119,45 @@ def kernel(
     return register
 
 
-def discover() -> None:
-    """Import every module of kernels/, so that all contracts and implementations are registered."""
+def cuda_kernel(
+    contract: Contract,
+    name: str,
+    *,
+    features: Sequence[str] = (),
+    applies: Callable[[OpCall], bool] | None = None,
+) -> Callable[[Emit], Emit]:
+    """Register the decorated function as an implementation of ``contract`` for CUDA targets.
+
+    Among implementations that apply the one registered first is preferred; ``applies`` keeps them apart.
+    """
+
+    def register(emit: Emit) -> Emit:
+        known = _CUDA_KERNELS.setdefault(contract.name, [])
+        if any(k.name == name for k in known):
+            raise TypeError(f"CUDA kernel {contract.name}/{name} is registered twice")
+        known.append(
+            CudaKernel(contract.name, name, emit, frozenset(features), applies or (lambda call: True))
+        )
+        return emit
+
+    return register
+
+
+def discover(target: str = "cpu") -> None:
+    """Import every module of kernels/, so that all contracts and implementations for ``target`` are registered.
+
+    Modules named ``*_triton`` import Triton and are left out for the CPU.
+    """
     for module in pkgutil.walk_packages(makeready.kernels.__path__, "makeready.kernels."):
         if module.name == "makeready.kernels._cpu_ops":  # a plain library, see native.py
             continue
-        importlib.import_module(module.name)
+        if target != "cpu" or not module.name.endswith("_triton"):
+            importlib.import_module(module.name)
+
+
+def cuda_kernels(op: str) -> tuple[CudaKernel, ...]:
+    """All discovered implementations of ``op`` for CUDA targets, in the order of their registration."""
+    return tuple(_CUDA_KERNELS.get(op, ()))
 
 
 def kernels(op: str, target: str) -> tuple[Kernel, ...]:

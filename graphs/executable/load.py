@@ -24,12 +24,19 @@ def load_executable(
     Args:
         plan: what to run.
         checkpoint: the one that the plan was made for.
-        kv_bytes: memory for KV pages; None gives every row its full context, up to 4 GiB.
+        kv_bytes: memory for KV pages; None gives every row its full context, up to 4 GiB on a CPU and up to
+            what is free on a GPU.
         progress: told how many of how many parameters are loaded.
 
     Raises:
         PlanError: the plan and the checkpoint or the machine do not fit, or the memory holds no page.
+        DriverError: the plan is for a GPU, and there is none that works.
     """
+    if plan.target != "cpu":
+        from makeready.graphs.executable.cuda import CudaExecutable
+
+        return CudaExecutable(plan, checkpoint, kv_bytes=kv_bytes, progress=progress)
+
     from makeready.graphs.executable.cpu import CpuExecutable
 
     return CpuExecutable(plan, checkpoint, pages=kv_pages(plan, kv_bytes), progress=progress)

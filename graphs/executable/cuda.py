@@ -1,0 +1,258 @@
+"""The CUDA executable: a plan's graphs on one GPU. Neither torch nor triton, and nothing is compiled here.
+
+Loading goes by the plan's arithmetic: kernels, one allocation for each region, the weights on their way in
+threads while the graphs are built. A step is then one copy in, one graph launch, one copy out, all in one
+stream: the host returns at once, prepares the next step in the other pinned buffer, and reads the results
+when it wants them.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from makeready.graphs.checkpoint.base import NUMPY_DTYPES, Checkpoint
+from makeready.graphs.executable import cuda_memory
+from makeready.graphs.executable.cuda_convert import convert
+from makeready.graphs.executable.cuda_driver import Device, Driver, DriverError, Function
+from makeready.graphs.executable.cuda_graph import GraphBuilder
+from makeready.graphs.executable.cuda_staging import Flight, PendingStep, SlotTable
+from makeready.graphs.executable.cuda_weights import Progress, Upload
+from makeready.graphs.executable.match import check_checkpoint
+from makeready.graphs.plan import Plan, PlanError
+from makeready.graphs.spec import Bucket
+from makeready.kernels.spec import DTYPE_BYTES, PAGES
+
+# CUDA 12.3 brought graph nodes with edge data. Machine code runs on any driver of the toolkit's major version
+# that knows the architecture: Blackwell's came with 12.8, its second generation's with 12.9.
+_LEAST_CUDA = 12030
+_LEAST_CUDA_FOR = {"sm_100a": 12080, "sm_120a": 12080, "sm_103a": 12090}
+
+
+class CudaExecutable:
+    """A plan for an NVIDIA GPU, loaded. See :class:`makeready.graphs.executable.base.Executable`.
+
+    Args:
+        plan: what to run.
+        checkpoint: the weights; must be the one that the plan was made for.
+        kv_bytes: memory for KV pages; None gives every row its full context, or what there is.
+        ordinal: which GPU.
+        driver: the driver to call; None takes this machine's.
+        progress: told how many of how many parameters are loaded.
+
+    Attributes:
+        startup: seconds of each phase of loading. Weights are loaded while graphs are built.
+        graph_bytes: device memory that the driver took for all graphs.
+
+    Raises:
+        PlanError: another checkpoint's plan, or the GPU, its driver or its memory do not fit the plan.
+        DriverError: there is no GPU, or the driver refuses something else.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        checkpoint: Checkpoint,
+        *,
+        kv_bytes: int | None = None,
+        ordinal: int = 0,
+        driver: Driver | None = None,
+        progress: Progress = lambda done, total: None,
+    ) -> None:
+        self.plan = plan
+        self.startup: dict[str, float] = {}
+        capability = _capability(plan.target)
+        check_checkpoint(plan, checkpoint)
+        with self._phase("imports"):
+            self._driver = driver = driver or Driver()
+        with self._phase("context"):
+            _check_version(plan.target, driver.initialise())
+            self._device = device = driver.open(ordinal)
+        # What is made from here on is given back in reverse, on close or with the executable.
+        self._undo: list[Callable[[], None]] = [partial(driver.release, device)]
+        self._finalizer = weakref.finalize(self, _undo_all, driver, device, self._undo)
+        self._finalizer.atexit = False  # the driver cleans up behind a process
+        try:
+            _check_capability(plan.target, capability, device)
+            self._load(checkpoint, kv_bytes, progress)
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self, checkpoint: Checkpoint, kv_bytes: int | None, progress: Progress) -> None:
+        plan, driver, device = self.plan, self._driver, self._device
+        with self._phase("cubins"):
+            functions = self._load_kernels()
+        with self._phase("memory"):
+            self.pages = cuda_memory.kv_pages(plan, driver.memory()[0], kv_bytes)
+            self._regions = regions = cuda_memory.allocate(driver, plan, self.pages)
+            self._keep(partial(cuda_memory.release, driver, regions.allocations))
+            self._stream = stream = driver.stream()
+            self._keep(partial(driver.destroy_stream, stream))
+            self._clear()
+            self._flights = tuple(Flight(driver, plan) for _ in range(2))
+            for flight in self._flights:
+                self._keep(flight.close)
+            self._slots = SlotTable(driver, plan, regions.slot, stream)
+        with self._phase("weights"):
+            upload = Upload(driver, device, plan, checkpoint, regions.weights, progress)
+            try:
+                with self._phase("graphs"):
+                    self._graphs = self._build_graphs(functions)
+            except BaseException:
+                upload.cancel()
+                raise
+            upload.wait()
+        self._turn = 0
+        self._keep(partial(driver.synchronize, stream))
+
+    def write_slot(self, slot: int, values: Mapping[str, Any]) -> None:
+        self._driver.use(self._device)
+        self._slots.write(slot, values)
+
+    def launch(self, bucket: Bucket, step: Mapping[str, np.ndarray]) -> PendingStep:
+        driver, regions, stream = self._driver, self._regions, self._stream
+        driver.use(self._device)
+        self._turn ^= 1
+        flight = self._flights[self._turn]
+        step_bytes, result_bytes = flight.take(bucket, step)
+        driver.to_device(regions.step, flight.step, step_bytes, stream)
+        driver.launch(self._graphs[bucket], stream)
+        driver.to_host(flight.result, regions.result, result_bytes, stream)
+        driver.record(flight.event, stream)
+        return flight.pending
+
+    def poison(self) -> None:
+        """Fill arena, results and the null page with NaN patterns: what a step reads, it must have written."""
+        driver, regions = self._driver, self._regions
+        driver.use(self._device)
+        driver.fill(regions.arena, 0xFF, self.plan.memory.arena, self._stream)
+        driver.fill(regions.result, 0xFF, self.plan.memory.result, self._stream)
+        for part in self.plan.kv.parts:
+            driver.fill(self._lasting[part.name], 0xFF, part.page_bytes, self._stream)
+
+    def operand(self, bucket: Bucket, op: str, operand: str) -> np.ndarray:
+        """A copy of what the first launch of ``op`` in ``bucket`` reads as ``operand``, for comparisons.
+
+        After a step this is what that launch saw, unless a later launch reused the place. Floating dtypes
+        come as float32, 8-bit ones as their bits.
+        """
+        program = self.plan.programs[bucket.phase]
+        name = next(launch.operands[operand] for launch in program.launches if launch.op == op)
+        spec, buffer = self.plan.spec(bucket.phase, name), program.buffers.get(name)
+        shape = spec.at({**bucket.sizes, PAGES: self.pages})
+        size, row = DTYPE_BYTES[spec.dtype], int(np.prod(shape[1:], dtype=np.int64))
+        stride = row if buffer is None or buffer.row_stride is None else buffer.row_stride
+        bits = np.empty(max((shape[0] - 1) * stride + row, 0), np.dtype(f"u{size}"))
+        address = cuda_memory.bucket_addresses(self.plan, self._regions, self._lasting, bucket)[name]
+        self._driver.use(self._device)
+        self._driver.to_host(bits.ctypes.data, address, bits.nbytes, self._stream)
+        self._driver.synchronize(self._stream)
+        rows = np.lib.stride_tricks.as_strided(bits, (shape[0], row), (stride * size, size)).reshape(shape)
+        if spec.dtype in ("float16", "bfloat16"):
+            stored = rows if spec.dtype == "bfloat16" else rows.view(np.float16)
+            return convert(stored, spec.dtype, "float32")
+        return rows.view(NUMPY_DTYPES[spec.dtype]).copy()
+
+    def close(self) -> None:
+        """Give everything on the GPU back; the executable cannot be used any more."""
+        self._finalizer()
+
+    def _load_kernels(self) -> dict[str, Function]:
+        functions, driver = {}, self._driver
+        for key, binary in self.plan.binaries.items():
+            what = f"kernel {binary.function} of the plan for {self.plan.target}"
+            image = self.plan.cubins.get(key)
+            if image is None:
+                raise PlanError(f"the machine code of {what} is missing; carry the plan's whole folder here")
+            try:
+                library = driver.load(image)
+                self._keep(partial(driver.unload, library))
+                functions[key] = driver.function(library, binary.function, 32 * binary.warps, binary.shared)
+            except DriverError as error:
+                raise PlanError(
+                    f"{what} does not load on {self._device.name}: {error}; compile the plan again"
+                ) from None
+        return functions
+
+    def _clear(self) -> None:
+        """Counters in scratch start at zero, and a page is read up to its last written token only."""
+        kv = cuda_memory.kv_offsets(self.plan, self.pages)[1]
+        self._driver.fill(self._regions.scratch, 0, self.plan.memory.scratch, self._stream)
+        self._driver.fill(self._regions.kv, 0, kv, self._stream)
+
+    def _build_graphs(self, functions: Mapping[str, Function]) -> dict[Bucket, Any]:
+        plan, driver, regions = self.plan, self._driver, self._regions
+        builder = GraphBuilder(
+            driver,
+            plan,
+            functions,
+            scratch=regions.scratch,
+            pages=self.pages,
+            device=self._device.name,
+        )
+        self._lasting = cuda_memory.lasting_addresses(plan, regions, self.pages)
+        before = driver.memory()[0]
+        graphs = {}
+        for bucket in plan.buckets:
+            addresses = cuda_memory.bucket_addresses(plan, regions, self._lasting, bucket)
+            graph = graphs[bucket] = builder.build(bucket, addresses, self._stream)
+            self._keep(partial(driver.destroy_executable, graph))
+        driver.synchronize(self._stream)
+        self.graph_bytes = before - driver.memory()[0]
+        return graphs
+
+    def _keep(self, undo: Callable[[], None]) -> None:
+        self._undo.append(undo)
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.startup[name] = time.perf_counter() - start
+
+
+def _undo_all(driver: Driver, device: Device, undo: list[Callable[[], None]]) -> None:
+    driver.use(device)
+    while undo:
+        undo.pop()()
+
+
+def _capability(target: str) -> tuple[int, int]:
+    """Compute capability of a target such as ``sm_90a``."""
+    match = re.fullmatch(r"sm_(\d+)(\d)a?", target)
+    if match is None:
+        raise PlanError(f"the plan is for target {target}, this backend runs sm_80, sm_90a and the like")
+    return int(match[1]), int(match[2])
+
+
+def _check_version(target: str, version: int) -> None:
+    least = _LEAST_CUDA_FOR.get(target, _LEAST_CUDA)
+    if version < least:
+        raise PlanError(
+            f"the NVIDIA driver supports CUDA {_dotted(version)}, a plan for {target} needs {_dotted(least)}; "
+            "update the driver"
+        )
+
+
+def _check_capability(target: str, made_for: tuple[int, int], device: Device) -> None:
+    found = device.capability
+    # Code with architecture-specific features (…a) runs on that very capability, other code on later minors.
+    fits = found == made_for if target.endswith("a") else found[0] == made_for[0] and found >= made_for
+    if not fits:
+        wanted = f"{made_for[0]}.{made_for[1]}" + ("" if target.endswith("a") else " or a later minor")
+        raise PlanError(
+            f"the plan is for target {target} (compute capability {wanted}), GPU {device.ordinal} is "
+            f"{device.name} with {found[0]}.{found[1]}; compile a plan for it"
+        )
+
+
+def _dotted(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"

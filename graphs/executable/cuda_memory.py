@@ -1,0 +1,134 @@
+"""Device memory by the plan's arithmetic, and the address of every value that a launch may name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from makeready.graphs import memory
+from makeready.graphs.executable.cuda_driver import Driver
+from makeready.graphs.plan import Plan, PlanError
+from makeready.graphs.spec import Bucket, result_fields, slot_fields, step_fields
+from makeready.kernels.spec import PAGES
+
+# What the driver takes beside our allocations, a bound over what was seen on an H100 with driver 580:
+# 0.6 MiB a graph of 400 nodes, and kernels' code, pinned staging and copies' bookkeeping.
+RESERVED = 192 * 2**20
+RESERVED_PER_GRAPH = 2 * 2**20
+
+
+@dataclass(frozen=True)
+class Regions:
+    """Addresses of the plan's regions, one allocation each; step and result are the io region's two parts."""
+
+    weights: int
+    arena: int
+    io: int
+    slot: int
+    scratch: int
+    kv: int
+    result: int
+
+    @property
+    def step(self) -> int:
+        """Address of the step fields."""
+        return self.io
+
+    @property
+    def allocations(self) -> tuple[int, ...]:
+        """What was allocated."""
+        return self.weights, self.arena, self.io, self.slot, self.scratch, self.kv
+
+
+def kv_pages(plan: Plan, free: int, kv_bytes: int | None) -> int:
+    """KV pages to allocate, the null page included.
+
+    Args:
+        free: bytes that the device has free.
+        kv_bytes: memory for pages; None takes what a full house needs, or what there is.
+
+    Raises:
+        PlanError: the memory is too little for the plan, two pages, or what was asked for.
+    """
+    # Each part of the cache begins at an aligned address.
+    reserved = RESERVED + RESERVED_PER_GRAPH * len(plan.buckets) + memory.ALIGNMENT * len(plan.kv.parts)
+    fixed, page = plan.memory.fixed, plan.kv.page_bytes
+    everything = plan.limits.max_rows * plan.limits.pages_per_row + 1
+    wanted = 2 if kv_bytes is None else min(kv_bytes // page, everything)
+    if wanted < 2:
+        raise PlanError(
+            f"{kv_bytes} bytes of KV memory hold {wanted} pages of {page} bytes, two are the least; "
+            "raise kv.memory_gib"
+        )
+    if free < fixed + reserved + wanted * page:
+        raise PlanError(
+            f"the GPU has {_gib(free)} GiB free, and {_gib(fixed + reserved + wanted * page)} GiB are needed: "
+            f"{_gib(fixed)} for weights and buffers, {_gib(reserved)} for the driver and {_gib(wanted * page)} "
+            "for KV pages; free memory, lower kv.memory_gib or compile with fewer tokens or smaller weights"
+        )
+    return wanted if kv_bytes is not None else min(plan.pages_in(free - reserved), everything)
+
+
+def kv_offsets(plan: Plan, pages: int) -> tuple[dict[str, int], int]:
+    """Byte offset of each part of the cache in the KV region, and the bytes of all."""
+    offsets, end = {}, 0
+    for part in plan.kv.parts:
+        offsets[part.name] = end
+        end += memory.align(part.spec.nbytes({PAGES: pages}))
+    return offsets, end
+
+
+def allocate(driver: Driver, plan: Plan, pages: int) -> Regions:
+    """One allocation for each region, with undefined content.
+
+    Raises:
+        PlanError: the device has not that much in one piece; nothing stays allocated.
+    """
+    sizes = plan.memory
+    step = memory.align(sizes.step)
+    wanted = {
+        "weights": sizes.weights,
+        "arena": sizes.arena,
+        "io": step + sizes.result,
+        "slot": sizes.slot,
+        "scratch": sizes.scratch,
+        "kv": kv_offsets(plan, pages)[1],
+    }
+    made: dict[str, int] = {}
+    try:
+        for name, nbytes in wanted.items():
+            made[name] = driver.allocate(nbytes)
+    except Exception as error:
+        release(driver, made.values())
+        raise PlanError(f"no memory for the plan's {_gib(sum(wanted.values()))} GiB: {error}") from None
+    return Regions(**made, result=made["io"] + step)
+
+
+def release(driver: Driver, addresses: Iterable[int]) -> None:
+    """Free allocations."""
+    for address in addresses:
+        driver.free(address)
+
+
+def lasting_addresses(plan: Plan, regions: Regions, pages: int) -> dict[str, int]:
+    """Addresses of the values that are in the same place for every bucket: weights, slots, cache."""
+    named = {w.param.name: regions.weights + w.offset for w in plan.weights}
+    offsets, _ = memory.layout(slot_fields(plan.limits), {})
+    named |= {name: regions.slot + offset for name, offset in offsets.items()}
+    return named | {name: regions.kv + offset for name, offset in kv_offsets(plan, pages)[0].items()}
+
+
+def bucket_addresses(
+    plan: Plan, regions: Regions, lasting: Mapping[str, int], bucket: Bucket
+) -> dict[str, int]:
+    """Address of every value that launches in ``bucket`` may name."""
+    named = dict(lasting)
+    for base, fields in ((regions.step, step_fields), (regions.result, result_fields)):
+        offsets, _ = memory.layout(fields(plan.limits), bucket.sizes)
+        named |= {name: base + offset for name, offset in offsets.items()}
+    buffers = plan.programs[bucket.phase].buffers
+    return named | {name: regions.arena + buffer.offset for name, buffer in buffers.items()}
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.2f}"

@@ -1,0 +1,146 @@
+"""What passes between host and GPU around a step: two pinned buffers, so that one is filled while the GPU
+reads the other, and the slot table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from makeready.graphs import memory
+from makeready.graphs.executable.cuda_driver import Driver, host_bytes
+from makeready.graphs.plan import Plan
+from makeready.graphs.spec import Bucket, Field, result_fields, slot_fields, step_fields
+
+Arrays = Mapping[str, np.ndarray]
+
+
+class Flight:
+    """A pinned buffer for a step's fields and results, and the event after which both are free again."""
+
+    def __init__(self, driver: Driver, plan: Plan) -> None:
+        self._driver = driver
+        self._limits = plan.limits
+        self._step = memory.align(plan.memory.step)
+        self.step = driver.allocate_host(self._step + plan.memory.result)
+        self.result = self.step + self._step
+        self.event = driver.event()
+        self._views: dict[Bucket, tuple[Arrays, Arrays, int, int]] = {}
+        self._pending: PendingStep | None = None
+
+    def take(self, bucket: Bucket, step: Arrays) -> tuple[int, int]:
+        """Fill in a step once the one before has left; returns the bytes of its fields and of its results."""
+        if self._pending is not None:
+            self._pending.collect()
+        inputs, results, step_bytes, result_bytes = self._view(bucket)
+        for name, place in inputs.items():
+            given = step[name]
+            assert given.shape == place.shape, f"{name} is {given.shape}, {bucket} has {place.shape}"
+            place[...] = given
+        self._pending = PendingStep(self._driver, self.event, results)
+        return step_bytes, result_bytes
+
+    @property
+    def pending(self) -> PendingStep:
+        """The step that was taken last."""
+        assert self._pending is not None, "no step was launched"
+        return self._pending
+
+    def close(self) -> None:
+        """Free buffer and event; nothing may be under way."""
+        self._driver.free_host(self.step)
+        self._driver.destroy_event(self.event)
+
+    def _view(self, bucket: Bucket) -> tuple[Arrays, Arrays, int, int]:
+        found = self._views.get(bucket)
+        if found is None:
+            inputs, step_bytes = _arrays(self.step, step_fields(self._limits), bucket.sizes)
+            results, result_bytes = _arrays(self.result, result_fields(self._limits), bucket.sizes)
+            found = self._views[bucket] = (inputs, results, step_bytes, result_bytes)
+        return found
+
+
+class PendingStep:
+    """A launched step. See :class:`makeready.graphs.executable.base.Pending`."""
+
+    def __init__(self, driver: Driver, event: Any, results: Arrays) -> None:
+        self._driver = driver
+        self._event = event
+        self._pinned: Arrays | None = results
+        self._copied: Arrays = {}
+
+    def wait(self) -> Arrays:
+        self.collect()
+        return self._copied
+
+    def collect(self) -> None:
+        """Wait for the results and copy them out of the pinned buffer, which is used again."""
+        if self._pinned is not None:
+            self._driver.wait(self._event)
+            self._copied = {name: array.copy() for name, array in self._pinned.items()}
+            self._pinned = None
+
+
+class SlotTable:
+    """The slot fields on the device, written from a copy on the host.
+
+    Only fields whose bytes change are sent: a request differs from the slot's last one in a few numbers.
+    Rows are far below the 64 KiB up to which the driver keeps its own copy of what is sent.
+
+    Args:
+        address: of the slot region, whose content is undefined so far.
+    """
+
+    def __init__(self, driver: Driver, plan: Plan, address: int, stream: Any) -> None:
+        self._driver = driver
+        self._stream = stream
+        fields = slot_fields(plan.limits)
+        offsets, _ = memory.layout(fields, {})
+        self._fields = {f.name: f for f in fields if f.name != "history"}
+        self._places = {name: address + offset for name, offset in offsets.items()}
+        self._host = {f.name: np.full(f.spec.at({}), f.default, f.spec.dtype) for f in self._fields.values()}
+        driver.fill(self._places["history"], 0, fields[0].spec.nbytes({}), stream)
+        for name, array in self._host.items():
+            driver.to_device(self._places[name], array.ctypes.data, array.nbytes, stream)
+        driver.synchronize(stream)  # the copies above may be larger than what the driver keeps
+
+    def write(self, slot: int, values: Mapping[str, Any]) -> None:
+        """Set one slot's fields, in the stream's order; those not named take their default."""
+        unknown = set(values) - set(self._fields)
+        assert not unknown, f"slots have no field {unknown}"
+        for name, field in self._fields.items():
+            self._write(name, slot, _row(field, values.get(name)))
+
+    def _write(self, name: str, slot: int, row: np.ndarray) -> None:
+        table = self._host[name]
+        if table[slot].tobytes() == row.tobytes():
+            return
+        table[slot] = row
+        at = slot * row.nbytes
+        self._driver.to_device(self._places[name] + at, table.ctypes.data + at, row.nbytes, self._stream)
+
+
+def _row(field: Field, value: Any) -> np.ndarray:
+    """One slot's entry of a field: what is given, then defaults."""
+    made = np.full(field.spec.at({})[1:], field.default, field.spec.dtype)
+    if value is not None and made.ndim:
+        made[: len(value)] = value
+    elif value is not None:
+        made[...] = value
+    return made
+
+
+def _arrays(
+    address: int, fields: tuple[Field, ...], sizes: Mapping[str, int]
+) -> tuple[dict[str, np.ndarray], int]:
+    """Fields at ``address`` as arrays, and their bytes."""
+    offsets, nbytes = memory.layout(fields, sizes)
+    region = host_bytes(address, nbytes)
+    made = {}
+    for field in fields:
+        start = offsets[field.name]
+        part = region[start : start + field.spec.nbytes(sizes)]
+        made[field.name] = part.view(field.spec.dtype).reshape(field.spec.at(sizes))
+    return made, nbytes

@@ -1,0 +1,334 @@
+"""Decode attention on the GPU: one query token a row, its cached context streamed once.
+
+The work of a step is all (row, KV head) *items*, each cut into tiles of ``BN`` keys. All tiles lie in one
+line, item after item, and every block takes an equal share of that line, whatever the rows' lengths: one row
+of 32,000 tokens and 256 rows of 100 keep all multiprocessors busy to the end, with a launch that depends on
+the bucket alone. A block whose share covers an item entirely writes its result; where a boundary cuts an
+item, each block leaves its part (unscaled sums, maxima, denominators) in scratch and the last to arrive adds
+the parts in the order of their tiles, so the result does not depend on who was last.
+
+# R rows, G KV heads, N query heads a KV head (padded to 16, the tensor core's height), D head size
+# (padded to a power of two), B pages of a row, S tokens of a page, L tokens of a tile
+"""
+# pyright: reportIndexIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from makeready.kernels.attention.paged import decode_attention
+from makeready.kernels.device import Candidate, DeviceLaunch, OpCall, Pointer, Scalar, Scratch
+from makeready.kernels.registry import cuda_kernel
+from makeready.kernels.spec import DTYPE_BYTES
+
+_COMBINE = 4096  # sums that the last block of an item reads at once: 32 registers of a thread
+
+
+@triton.jit
+def decode_attention_tiles(
+    q,
+    k_cache,
+    v_cache,
+    page_table,
+    context_len,
+    y,
+    sums,
+    stats,
+    arrived,
+    rows,
+    table_stride,
+    q_stride,
+    y_stride,
+    scale,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    R: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    L: tl.constexpr,
+    PARTS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """See the module. Any number of blocks works.
+
+    Args:
+        sums: fp32 scratch ``[2 * blocks, GROUP, HEAD_DIM]``.
+        stats: fp32 scratch ``[2 * blocks, 2, GROUP]``: maxima of the scaled scores, denominators.
+        arrived: int32 zeros ``[rows * KV_HEADS]``, zeros again at the end.
+        scale: of scores, times log2(e).
+        R: ``rows`` or more, a power of two.
+        N, D: ``GROUP``, ``HEAD_DIM`` or more, powers of two; N at least 16.
+    """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    block = tl.program_id(0)
+    n = tl.arange(0, N)
+    d = tl.arange(0, D)
+    row_R = tl.arange(0, R)
+    length_R = tl.load(context_len + row_R, mask=row_R < rows, other=0)
+    first_R = length_R * 0
+    if WINDOW > 0:
+        first_R = tl.maximum(length_R - WINDOW, 0) // L
+    tiles_R = tl.cdiv(length_R, L) - first_R
+    end_R = tl.cumsum(tiles_R, 0) * KV_HEADS
+    total = tl.max(end_R, 0)
+    share = tl.maximum(tl.cdiv(total, tl.num_programs(0)), 1)
+    mine = block * share
+    at = mine
+    stop = tl.minimum(mine + share, total)
+
+    while at < stop:
+        row = tl.sum((end_R <= at).to(tl.int32), 0)
+        length = tl.load(context_len + row)
+        first = 0
+        if WINDOW > 0:
+            first = tl.maximum(length - WINDOW, 0) // L
+        tiles = tl.cdiv(length, L) - first
+        begin = tl.sum(tl.where(row_R == row, end_R, 0), 0) - tiles * KV_HEADS
+        head = (at - begin) // tiles
+        begin += head * tiles
+        end = begin + tiles
+        upto = tl.minimum(end, stop)
+
+        is_q = (n < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
+        head_ND = (head * GROUP + n)[:, None] * HEAD_DIM + d[None, :]
+        q_ND = tl.load(q + row.to(tl.int64) * q_stride + head_ND, mask=is_q, other=0.0)
+        max_N, sum_N, acc_ND = _attend(
+            q_ND, k_cache, v_cache, page_table + row.to(tl.int64) * table_stride, head, length, scale,
+            first + at - begin, first + upto - begin, KV_HEADS, HEAD_DIM, PAGE, WINDOW, N, D, L,
+        )  # fmt: skip
+
+        out = y + row.to(tl.int64) * y_stride
+        if upto - at == tiles:
+            tl.store(out + head_ND, (acc_ND / sum_N[:, None]).to(y.dtype.element_ty), mask=is_q)
+        else:
+            # The first part of a share has slot 0, a later one (only the last can be a part) slot 1.
+            slot = 2 * block + (at > mine).to(tl.int32)
+            part_ND = n[:, None] * HEAD_DIM + d[None, :]
+            tl.store(sums + slot * (GROUP * HEAD_DIM) + part_ND, acc_ND, mask=is_q, cache_modifier=".cg")
+            stat = stats + slot * (2 * GROUP) + n
+            tl.store(stat, max_N, mask=n < GROUP, cache_modifier=".cg")
+            tl.store(stat + GROUP, sum_N, mask=n < GROUP, cache_modifier=".cg")
+            # All stores of this block come before its arrival; one thread's release covers them after a barrier.
+            tl.debug_barrier()
+            item = arrived + row * KV_HEADS + head
+            oldest = begin // share
+            parts = (end - 1) // share - oldest + 1
+            if tl.atomic_add(item, 1, sem="acq_rel", scope="gpu") == parts - 1:
+                # Of the oldest block it is the last part of a share, of all others the first.
+                slot = 2 * oldest + (begin > oldest * share).to(tl.int32)
+                _combine(
+                    sums,
+                    stats,
+                    out + head * (GROUP * HEAD_DIM),
+                    slot,
+                    oldest,
+                    parts,
+                    GROUP,
+                    HEAD_DIM,
+                    D,
+                    PARTS,
+                )
+                tl.store(item, 0)
+        at = upto
+
+    idle = block
+    while idle < rows:
+        if tl.load(context_len + idle) == 0:
+            out = y + idle.to(tl.int64) * y_stride
+            for head in range(KV_HEADS):
+                is_q = (n < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
+                head_ND = (head * GROUP + n)[:, None] * HEAD_DIM + d[None, :]
+                tl.store(out + head_ND, tl.zeros((N, D), y.dtype.element_ty), mask=is_q)
+        idle += tl.num_programs(0)
+
+
+@triton.jit
+def _attend(
+    q_ND,
+    k_cache,
+    v_cache,
+    pages,
+    head,
+    length,
+    scale,
+    tile,
+    last,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    L: tl.constexpr,
+):
+    """Maxima, denominators and unscaled sums of the queries over tiles ``tile : last`` of one item."""
+    SLOT: tl.constexpr = KV_HEADS * HEAD_DIM
+    d = tl.arange(0, D)
+    l = tl.arange(0, L)  # noqa: E741
+    max_N = tl.full((N,), float("-inf"), tl.float32)
+    # A thread adds up its own columns; the sum over all of them waits until the end.
+    sum_NL = tl.zeros((N, L), tl.float32)
+    acc_ND = tl.zeros((N, D), tl.float32)
+    # Page numbers are read one tile ahead, or each tile would wait for two memory latencies in a row.
+    page = _pages(pages, tile * L, length, PAGE, L)
+    for i in range(tile, last):
+        start = i * L
+        if PAGE % L == 0:
+            slot_L = page.to(tl.int64) * PAGE + start % PAGE + l
+        else:
+            slot_L = page.to(tl.int64) * PAGE + (start + l) % PAGE
+        at_LD = (slot_L * SLOT + head * HEAD_DIM)[:, None] + d[None, :]
+        seen_L = start + l < length
+        if WINDOW > 0:
+            seen_L &= start + l >= length - WINDOW
+        # Slots that hold no token may hold NaN: they are not read.
+        read = seen_L[:, None]
+        if D != HEAD_DIM:
+            read &= (d < HEAD_DIM)[None, :]
+        k_LD = tl.load(k_cache + at_LD, mask=read, other=0.0)
+        v_LD = tl.load(v_cache + at_LD, mask=read, other=0.0)
+        page = _pages(pages, start + L, length, PAGE, L)
+        score_NL = tl.dot(q_ND, k_LD.to(q_ND.dtype).T) * scale
+        score_NL = tl.where(seen_L[None, :], score_NL, float("-inf"))
+        higher_N = tl.maximum(max_N, tl.max(score_NL, 1))
+        p_NL = tl.exp2(score_NL - higher_N[:, None])
+        shrink_N = tl.exp2(max_N - higher_N)
+        sum_NL = sum_NL * shrink_N[:, None] + p_NL
+        acc_ND = tl.dot(p_NL.to(q_ND.dtype), v_LD.to(q_ND.dtype), acc_ND * shrink_N[:, None])
+        max_N = higher_N
+    return max_N, tl.sum(sum_NL, 1), acc_ND
+
+
+@triton.jit
+def _pages(pages, start, length, PAGE: tl.constexpr, L: tl.constexpr):
+    """Pages of the tokens from ``start`` on: one where a tile lies in one, else one a token."""
+    if PAGE % L == 0:
+        page = tl.load(pages + tl.minimum(start, length - 1) // PAGE)
+    else:
+        page = tl.load(pages + tl.minimum(start + tl.arange(0, L), length - 1) // PAGE)
+    return page
+
+
+@triton.jit
+def _combine(
+    sums,
+    stats,
+    out,
+    slot,
+    oldest,
+    parts,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    D: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Write an item's result: the parts in ``slot`` and the slots 0 of the blocks after ``oldest``."""
+    N: tl.constexpr = triton.next_power_of_2(GROUP)
+    i = tl.arange(0, PARTS)
+    n = tl.arange(0, N)
+    d = tl.arange(0, D)
+    is_q = (n < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
+    max_N = tl.full((N,), float("-inf"), tl.float32)
+    sum_N = tl.zeros((N,), tl.float32)
+    acc_ND = tl.zeros((N, D), tl.float32)
+    for done in range(0, parts, PARTS):
+        slot_I = tl.where(done + i == 0, slot, 2 * (oldest + done + i))
+        there = (done + i < parts)[:, None] & (n < GROUP)[None, :]
+        stat_IN = stats + slot_I[:, None] * (2 * GROUP) + n[None, :]
+        max_IN = tl.load(stat_IN, mask=there, other=float("-inf"), cache_modifier=".cg")
+        sum_IN = tl.load(stat_IN + GROUP, mask=there, other=0.0, cache_modifier=".cg")
+        part_ND = n[:, None] * HEAD_DIM + d[None, :]
+        acc_IND = tl.load(
+            sums + slot_I[:, None, None] * (GROUP * HEAD_DIM) + part_ND[None, :, :],
+            mask=(done + i < parts)[:, None, None] & is_q[None, :, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        higher_N = tl.maximum(max_N, tl.max(max_IN, 0))
+        # Query heads that are padding have no maximum.
+        base_N = tl.where(n < GROUP, higher_N, 0.0)
+        weight_IN = tl.exp2(max_IN - base_N[None, :])
+        shrink_N = tl.exp2(max_N - base_N)
+        sum_N = sum_N * shrink_N + tl.sum(weight_IN * sum_IN, 0)
+        acc_ND = acc_ND * shrink_N[:, None] + tl.sum(acc_IND * weight_IN[:, :, None], 0)
+        max_N = higher_N
+    y_ND = acc_ND / sum_N[:, None]
+    tl.store(out + n[:, None] * HEAD_DIM + d[None, :], y_ND.to(out.dtype.element_ty), mask=is_q)
+
+
+def _sixteen_bits(call: OpCall) -> bool:
+    return DTYPE_BYTES[call.tensors["q"].dtype] == 2
+
+
+@cuda_kernel(decode_attention, "tiles", applies=_sixteen_bits)
+def decode_attention_cuda(call: OpCall) -> Sequence[Candidate]:
+    """Blocks of different sizes and numbers; all walk over equal shares of tiles."""
+    D = triton.next_power_of_2(max(call.attrs["head_dim"], 16))
+    tile = min(128, max(16, 8192 // D))
+    ways = ((tile, 4, 4, 2), (tile, 4, 3, 2), (max(16, tile // 2), 4, 4, 3), (max(16, tile // 2), 4, 6, 2))
+    room = call.shared_bytes - 4096
+    element = DTYPE_BYTES[call.tensors["k_cache"].dtype]
+    return [
+        _candidate(call, D, *way) for way in ways if 2 * way[0] * D * element * (way[2] - 1) * way[3] <= room
+    ]
+
+
+def _candidate(call: OpCall, D: int, L: int, warps: int, stages: int, a_multiprocessor: int) -> Candidate:
+    heads, kv_heads, head_dim = (call.attrs[name] for name in ("heads", "kv_heads", "head_dim"))
+    page = int(call.tensors["k_cache"].shape[1])
+    rows, pages = (int(d) for d in call.tensors["page_table"].shape)
+    group = heads // kv_heads
+    most = rows * kv_heads * triton.cdiv(pages * page, L)  # more blocks than tiles would have nothing to do
+    blocks = min(most, call.multiprocessors * a_multiprocessor)
+    counters = triton.cdiv(4 * rows * kv_heads, 256) * 256
+    stats = triton.cdiv(2 * blocks * 2 * group * 4, 256) * 256
+    dependent = "pdl" in call.features
+    launch = DeviceLaunch(
+        function=f"{__name__}:decode_attention_tiles",
+        constants={
+            "KV_HEADS": kv_heads,
+            "GROUP": group,
+            "HEAD_DIM": head_dim,
+            "PAGE": page,
+            "WINDOW": call.attrs["window"],
+            "R": max(64, triton.next_power_of_2(rows)),
+            "N": max(16, triton.next_power_of_2(group)),
+            "D": D,
+            "L": L,
+            "PARTS": max(1, min(16, _COMBINE // (triton.next_power_of_2(group) * D))),
+            "PDL": dependent,
+        },
+        arguments={
+            "q": Pointer("q"),
+            "k_cache": Pointer("k_cache"),
+            "v_cache": Pointer("v_cache"),
+            "page_table": Pointer("page_table"),
+            "context_len": Pointer("context_len"),
+            "y": Pointer("y"),
+            "arrived": Scratch(0, "int32"),
+            "stats": Scratch(counters, "float32"),
+            "sums": Scratch(counters + stats, "float32"),
+            "rows": Scalar(rows, "int32", specialize=False),
+            "table_stride": Scalar(call.tensors["page_table"].row_stride, "int32", specialize=False),
+            "q_stride": Scalar(call.tensors["q"].row_stride, "int32"),
+            "y_stride": Scalar(call.tensors["y"].row_stride, "int32"),
+            "scale": Scalar(call.attrs["scale"] * math.log2(math.e), "float32"),
+        },
+        grid=(blocks, 1, 1),
+        num_warps=warps,
+        num_stages=stages,
+        dependent=dependent,
+    )
+    scratch = counters + stats + 2 * blocks * group * head_dim * 4
+    return Candidate(f"tiles_{L}_w{warps}_s{stages}_b{a_multiprocessor}", (launch,), scratch, counters)

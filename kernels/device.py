@@ -1,0 +1,150 @@
+"""Device launches: what one op call becomes on a GPU, decided ahead of time. Imports no tensor library.
+
+A CUDA implementation of an op is a function from an :class:`OpCall` (everything known of the call when the
+plan is made: concrete sizes of the bucket, dtypes, strides, attributes) to :class:`Candidate` s, best
+first by its own model of cost. A candidate is a few :class:`DeviceLaunch` es in order and the scratch they
+share. Nothing of this runs on the GPU: the planner compiles the launches' kernels to cubins, and the
+runtime turns arguments into addresses and launches into graph nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from makeready.kernels.spec import Dim
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """Address of an operand or result of the contract, by its name there; column views included."""
+
+    operand: str
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Address of the call's scratch plus ``offset`` bytes.
+
+    Scratch is shared by all calls of a plan, so its content is undefined, except that its first
+    ``Candidate.zeroed`` bytes are zero when the call starts and must be zero again when it ends (counters
+    of blocks that wait for each other).
+    """
+
+    offset: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """A number passed at launch, such as how many rows the bucket has.
+
+    Attributes:
+        specialize: whether the kernel is compiled anew for multiples of 16, so that addresses computed from
+            the value keep wide loads. Right for strides, wrong for what varies between buckets and enters
+            no address, since every kernel would come twice.
+    """
+
+    value: int | float
+    dtype: str  # int32, int64 or float32
+    specialize: bool = True
+
+
+@dataclass(frozen=True)
+class Descriptor:
+    """A TMA tensor map over an operand, encoded when the plan is loaded; a host tensor descriptor in Triton.
+
+    Attributes:
+        operand: as in :class:`Pointer`.
+        shape: elements of each axis, outermost first; may hold the symbol P.
+        strides: elements between neighbours along each axis; the last is 1.
+        block: elements of each axis that one copy moves.
+    """
+
+    operand: str
+    shape: tuple[Dim, ...]
+    strides: tuple[int, ...]
+    block: tuple[int, ...]
+
+
+Argument: TypeAlias = Pointer | Scratch | Scalar | Descriptor
+
+
+@dataclass(frozen=True)
+class DeviceLaunch:
+    """One kernel node.
+
+    Attributes:
+        function: a ``@triton.jit`` function as ``module:name``.
+        constants: parameters that are known when it is compiled (None too: an absent optional operand).
+        arguments: its other parameters, by name.
+        grid: blocks along x, y, z.
+        num_warps, num_stages: compile options.
+        dependent: the kernel calls ``gdc_wait`` before it touches what earlier kernels wrote, so it may be
+            started before they end (a programmatic edge).
+        local_bytes: local memory that a thread may use; a plan is refused when the compiled kernel spills
+            more.
+    """
+
+    function: str
+    constants: Mapping[str, int | float | bool | str | None]
+    arguments: Mapping[str, Argument]
+    grid: tuple[int, int, int]
+    num_warps: int = 4
+    num_stages: int = 3
+    dependent: bool = False
+    local_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run a call: launches in order, and bytes of scratch (of which ``zeroed`` are counters)."""
+
+    name: str
+    launches: tuple[DeviceLaunch, ...]
+    scratch: int = 0
+    zeroed: int = 0
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An operand or result at concrete sizes.
+
+    Attributes:
+        shape: elements of each axis; the symbol P stays where memory decides.
+        dtype: a name of kernels/spec.py.
+        row_stride: elements from one row (axis 0) to the next; more than a row's where it is a column view.
+        alignment: bytes that its address is surely a multiple of.
+    """
+
+    shape: tuple[Dim, ...]
+    dtype: str
+    row_stride: int
+    alignment: int
+
+
+@dataclass(frozen=True)
+class OpCall:
+    """A call of a contract in one bucket, as implementations see it.
+
+    Attributes:
+        op: the contract's name.
+        tensors: operands and results by their names in the contract; absent optional ones are missing.
+        attrs: the contract's attributes.
+        dims: value of every axis name and numeric attribute (``{"T": 16, "N": 4096, ...}``).
+        rows, tokens: of the bucket.
+        context: tokens of context a row that the plan expects, for cost models alone.
+        multiprocessors, shared_bytes: of the target: how many, and shared memory that one block can have.
+    """
+
+    op: str
+    tensors: Mapping[str, Tensor]
+    attrs: Mapping[str, Any]
+    dims: Mapping[str, Any]
+    rows: int
+    tokens: int
+    context: int = 1024
+    multiprocessors: int = 132
+    shared_bytes: int = 232448
+    features: frozenset[str] = field(default_factory=frozenset)  # of the target: "tma", "wgmma", "pdl", "fp8"

@@ -1,0 +1,125 @@
+"""Element-by-element ops on GPUs.
+
+# C columns of a result
+"""
+# pyright: reportIndexIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from makeready.kernels.device import Argument, Candidate, DeviceLaunch, OpCall, Pointer, Scalar
+from makeready.kernels.elementwise import add, gather_last, multiply, silu, silu_mul
+from makeready.kernels.embedding_triton import gather_launch
+from makeready.kernels.registry import cuda_kernel
+from makeready.kernels.row_tiles import row_tiles
+
+
+@triton.jit
+def pointwise(
+    x,
+    y,
+    out,
+    rows,
+    OP: tl.constexpr,
+    C: tl.constexpr,
+    X_STRIDE: tl.constexpr,
+    Y_STRIDE: tl.constexpr,
+    OUT_STRIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """``out = OP(x, y)``; ``y`` is None for silu, and for silu_mul, whose other factor stands C behind x."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    tile = tl.program_id(0)
+    row = (tile // COLUMNS) * ROWS + tl.arange(0, ROWS)[:, None]
+    c = (tile % COLUMNS) * WIDTH + tl.arange(0, WIDTH)[None, :]
+    inside = (row < rows) & (c < C)
+    row = row.to(tl.int64)
+    a = tl.load(x + row * X_STRIDE + c, mask=inside, other=0.0).to(tl.float32)
+    if OP == "silu_mul":
+        b = tl.load(x + row * X_STRIDE + (C + c), mask=inside, other=0.0).to(tl.float32)
+    elif OP != "silu":
+        b = tl.load(y + row * Y_STRIDE + c, mask=inside, other=0.0).to(tl.float32)
+    if OP == "add":
+        a += b
+    elif OP == "multiply":
+        a *= b
+    else:
+        a *= tl.sigmoid(a)
+        if OP == "silu_mul":
+            a *= b
+    tl.store(out + row * OUT_STRIDE + c, a.to(out.dtype.element_ty), mask=inside)
+
+
+def _launch(call: OpCall, x: str, y: str | None, out: str) -> Sequence[Candidate]:
+    result = call.tensors[out]
+    rows, width = result.shape
+    assert isinstance(rows, int)
+    assert isinstance(width, int)
+    tiles = row_tiles(rows, width, multiprocessors=call.multiprocessors)
+    pdl = "pdl" in call.features
+    constants = {
+        "OP": call.op,
+        "C": width,
+        "X_STRIDE": call.tensors[x].row_stride,
+        "Y_STRIDE": call.tensors[y].row_stride if y else 0,
+        "OUT_STRIDE": result.row_stride,
+        "ROWS": tiles.rows,
+        "WIDTH": tiles.width,
+        "COLUMNS": tiles.columns,
+        "PDL": pdl,
+    }
+    arguments: dict[str, Argument] = {"x": Pointer(x), "out": Pointer(out), "rows": Scalar(rows, "int32")}
+    if y:
+        arguments["y"] = Pointer(y)
+    else:
+        constants["y"] = None
+    launch = DeviceLaunch(
+        function="makeready.kernels.elementwise_triton:pointwise",
+        constants=constants,
+        arguments=arguments,
+        grid=(tiles.blocks, 1, 1),
+        num_warps=tiles.num_warps,
+        dependent=pdl,
+    )
+    return (Candidate(f"{tiles.rows}x{tiles.width}", (launch,)),)
+
+
+@cuda_kernel(add, "tiles")
+def add_launches(call: OpCall) -> Sequence[Candidate]:
+    """See :func:`pointwise`."""
+    return _launch(call, "x", "y", "z")
+
+
+@cuda_kernel(multiply, "tiles")
+def multiply_launches(call: OpCall) -> Sequence[Candidate]:
+    """See :func:`pointwise`."""
+    return _launch(call, "x", "y", "z")
+
+
+@cuda_kernel(silu, "tiles")
+def silu_launches(call: OpCall) -> Sequence[Candidate]:
+    """See :func:`pointwise`."""
+    return _launch(call, "x", None, "y")
+
+
+@cuda_kernel(silu_mul, "tiles")
+def silu_mul_launches(call: OpCall) -> Sequence[Candidate]:
+    """See :func:`pointwise`."""
+    return _launch(call, "gate_up", None, "y")
+
+
+@cuda_kernel(gather_last, "tiles")
+def gather_last_launches(call: OpCall) -> Sequence[Candidate]:
+    """See :func:`~.embedding_triton.gather_rows`."""
+    return gather_launch(call, source="x", index="query_start", length="query_len", result="y")

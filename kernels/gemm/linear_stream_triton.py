@@ -1,0 +1,153 @@
+"""Dense projection for few rows: the weights are streamed once, which is all that such a product costs.
+
+A block owns ``BN`` outputs for ``BT`` rows over one of ``SPLIT`` ranges of K. The weights are the left side
+of the product, ``acc[BN, BT] = w[BN, BK] @ x[BT, BK].T``: one Hopper matrix instruction wants at least 64
+rows on the left and takes any multiple of 8 on the right, so few tokens waste nothing.
+
+Splitting K gives every multiprocessor the same bytes to stream where N / BN blocks would not. Each block
+leaves its sums in scratch; the last of a tile to arrive adds them in the order of K, so the result does not
+depend on who was last, and sets the tile's counter back to zero.
+
+# T tokens, N outputs, K inputs
+"""
+# pyright: reportIndexIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def _prefetch(starts, nbytes):
+    """Ask for ``nbytes`` (a multiple of 16) from each of the 16-byte aligned addresses to come to L2."""
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
+        "=r,l,r",
+        [starts.to(tl.int64), nbytes],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def linear_stream(
+    x,
+    weight,
+    weight_start,
+    bias,
+    y,
+    partial,
+    arrived,
+    T,
+    N,
+    K,
+    x_stride,
+    y_stride,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    AHEAD: tl.constexpr,
+    TMA: tl.constexpr,
+    WIDEN: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """``y[T, N] = x[T, K] @ weight[N, K].T + bias[N]``.
+
+    The grid is one axis of tiles(N) * SPLIT * tiles(T) blocks, tokens fastest: blocks that read the same
+    weights run together.
+
+    Args:
+        x, weight: TMA descriptors with blocks ``[BT, BK]`` and ``[BN, BK]`` where ``TMA``, else pointers.
+        weight_start: pointer to the weights.
+        bias: pointer or None.
+        partial: fp32 scratch, ``[tiles, SPLIT, BT, BN]``; None where SPLIT is 1.
+        arrived: int32 zeros, ``[tiles]``, zeros again at the end; None where SPLIT is 1.
+        x_stride, y_stride: elements from one row to the next.
+        AHEAD: bytes of each weight row to bring to L2 while the kernel before still runs.
+        WIDEN: multiply in fp32 (operands of fp32, or of different dtypes).
+        PDL: this launch may start before the one ahead of it ends.
+    """
+    tiles_t = tl.cdiv(T, BT)
+    pid = tl.program_id(0)
+    tile_t = pid % tiles_t
+    split = (pid // tiles_t) % SPLIT
+    tile_n = pid // (tiles_t * SPLIT)
+    t0 = tile_t * BT
+    n0 = tile_n * BN
+    t = t0 + tl.arange(0, BT)
+    n = n0 + tl.arange(0, BN)
+    span = tl.cdiv(tl.cdiv(K, BK), SPLIT) * BK
+    begin = split * span
+    end = tl.minimum(K, begin + span)
+
+    if PDL:
+        gdc_launch_dependents()
+        if AHEAD > 0:
+            # Rows past N repeat the last one; a range past K is empty and prefetches nothing.
+            row = tl.minimum(n, N - 1).to(tl.int64)
+            nbytes = tl.minimum((end - begin) * 2, AHEAD)
+            if nbytes > 0:
+                _prefetch(weight_start + row * K + begin, nbytes)
+    if bias is not None:
+        bias_N = tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_wait()
+
+    if not TMA:
+        k_of = tl.arange(0, BK)
+        x_rows = x + t.to(tl.int64)[:, None] * x_stride
+        w_rows = weight + n.to(tl.int64)[:, None] * K
+    acc_NT = tl.zeros((BN, BT), tl.float32)
+    for k in tl.range(begin, end, BK):
+        if TMA:
+            w_NK = weight.load([n0, k])
+            x_TK = x.load([t0, k])
+        else:
+            inside = (k + k_of)[None, :] < end
+            w_NK = tl.load(w_rows + (k + k_of)[None, :], mask=(n < N)[:, None] & inside, other=0.0)
+            x_TK = tl.load(x_rows + (k + k_of)[None, :], mask=(t < T)[:, None] & inside, other=0.0)
+        if WIDEN:
+            w_NK = w_NK.to(tl.float32)
+            x_TK = x_TK.to(tl.float32)
+        acc_NT = tl.dot(w_NK, x_TK.T, acc_NT, input_precision="ieee")
+    acc_TN = acc_NT.T
+
+    if SPLIT == 1:
+        if bias is not None:
+            acc_TN += bias_N[None, :]
+        valid = (t < T)[:, None] & (n < N)[None, :]
+        out = y + t.to(tl.int64)[:, None] * y_stride + n[None, :]
+        tl.store(out, acc_TN.to(y.dtype.element_ty), mask=valid)
+    else:
+        tile = tile_n * tiles_t + tile_t
+        sums = partial + tile.to(tl.int64) * (SPLIT * BT * BN)
+        i, j = tl.arange(0, BT), tl.arange(0, BN)
+        tl.store(
+            sums + split * (BT * BN) + i[:, None] * BN + j[None, :],
+            acc_TN,
+            mask=(t < T)[:, None] & (n < N)[None, :],
+            cache_modifier=".cg",
+        )
+        # All stores of this block come before its arrival; one thread's release covers them after a barrier.
+        tl.debug_barrier()
+        before = tl.atomic_add(arrived + tile, 1, sem="acq_rel", scope="gpu")
+        if before == SPLIT - 1:
+            # 64 rows at a time: 256 at once need more registers than there are.
+            ROWS: tl.constexpr = BT if BT < 64 else 64
+            for start in range(0, tl.minimum(T - t0, BT), ROWS):
+                r = start + tl.arange(0, ROWS)
+                valid = (t0 + r < T)[:, None] & (n < N)[None, :]
+                cells = sums + r[:, None] * BN + j[None, :]
+                sum_TN = tl.zeros((ROWS, BN), tl.float32)
+                for s in tl.static_range(SPLIT):
+                    sum_TN += tl.load(cells + s * (BT * BN), mask=valid, other=0.0, cache_modifier=".cg")
+                if bias is not None:
+                    sum_TN += bias_N[None, :]
+                out = y + (t0 + r).to(tl.int64)[:, None] * y_stride + n[None, :]
+                tl.store(out, sum_TN.to(y.dtype.element_ty), mask=valid)
+            tl.store(arrived + tile, 0)

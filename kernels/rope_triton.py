@@ -1,0 +1,197 @@
+"""Rotary position embedding on GPUs, where it is not fused into another kernel.
+
+# T tokens, D head dim, Q rotary features of a head
+"""
+# pyright: reportIndexIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from ctypes import c_float
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from makeready.kernels.device import Candidate, DeviceLaunch, OpCall, Pointer, Scalar
+from makeready.kernels.embedding_triton import gather_launch
+from makeready.kernels.registry import cuda_kernel
+from makeready.kernels.rope import rope, rope_rows, rope_rows_dynamic
+from makeready.kernels.row_tiles import power_of_two, row_tiles
+
+
+@triton.jit
+def rotate_heads(
+    x,
+    rows,
+    y,
+    count,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    Q: tl.constexpr,
+    X_STRIDE: tl.constexpr,
+    Q_STRIDE: tl.constexpr,
+    Y_STRIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    REST: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Rotate ``ROWS`` of ``count`` heads a block; WIDTH and REST are Q / 2 and D - Q in powers of two."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    token, column = (row // HEADS).to(tl.int64), (row % HEADS) * D
+    from_, to = x + token * X_STRIDE + column, y + token * Y_STRIDE + column
+    c = tl.arange(0, WIDTH)[None, :]
+    inside = (row < count) & (c < Q // 2)
+    cos = tl.load(rows + token * Q_STRIDE + c, mask=inside, other=0.0)
+    sin = tl.load(rows + token * Q_STRIDE + (Q // 2 + c), mask=inside, other=0.0)
+    first = tl.load(from_ + c, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(from_ + (Q // 2 + c), mask=inside, other=0.0).to(tl.float32)
+    tl.store(to + c, (first * cos - second * sin).to(y.dtype.element_ty), mask=inside)
+    tl.store(to + (Q // 2 + c), (second * cos + first * sin).to(y.dtype.element_ty), mask=inside)
+    if Q < D:
+        c = tl.arange(0, REST)[None, :]
+        inside = (row < count) & (c < D - Q)
+        tl.store(to + (Q + c), tl.load(from_ + (Q + c), mask=inside), mask=inside)
+
+
+@triton.jit
+def _cos_sin(angle):
+    """Cosine and sine of fp32 angles up to 10⁶, to fp32: reduced in fp64, then Taylor's series.
+
+    The device library's own need local memory for angles this large.
+    """
+    wide = angle.to(tl.float64)
+    quarter = tl.floor(wide * 0.6366197723675814 + 0.5)  # 2 / pi
+    r = (wide - quarter * 1.5707963267948966).to(tl.float32)
+    rr = r * r
+    sin = r + r * rr * (-1 / 6 + rr * (1 / 120 + rr * (-1 / 5040 + rr * (1 / 362880))))
+    cos = 1 + rr * (-1 / 2 + rr * (1 / 24 + rr * (-1 / 720 + rr * (1 / 40320 - rr * (1 / 3628800)))))
+    quarter = quarter.to(tl.int32)
+    odd, cos_below, sin_below = (quarter & 1) != 0, ((quarter + 1) & 2) != 0, (quarter & 2) != 0
+    turned_cos, turned_sin = tl.where(odd, sin, cos), tl.where(odd, cos, sin)
+    return tl.where(cos_below, -turned_cos, turned_cos), tl.where(sin_below, -turned_sin, turned_sin)
+
+
+@triton.jit
+def dynamic_rows(
+    positions,
+    token_slot,
+    prompt_len,
+    rows,
+    tokens,
+    THETA: tl.constexpr,
+    FACTOR: tl.constexpr,
+    ORIGINAL: tl.constexpr,
+    POWER: tl.constexpr,
+    Q: tl.constexpr,
+    Q_STRIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Rotary rows under dynamic NTK scaling, each step rounded to fp32 as the reference rounds it.
+
+    Angles reach 10⁵, where an error of one part in 10⁷ of a power turns the pair by 0.01: powers are
+    computed in fp64 and rounded, which is what a correctly rounded fp32 power gives.
+    """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    c = tl.arange(0, WIDTH)[None, :]
+    position = tl.load(positions + t, mask=t < tokens, other=0)
+    slot = tl.load(token_slot + t, mask=t < tokens, other=0)
+    length = tl.maximum(tl.load(prompt_len + slot, mask=t < tokens, other=0), position + 1)
+    length = tl.maximum(length, ORIGINAL).to(tl.float32)
+    # fp64 holds the products of fp32 numbers exactly, so that nothing is contracted.
+    grown = (length.to(tl.float64) * FACTOR).to(tl.float32)
+    stretch = tl.div_rn(grown, tl.full((ROWS, 1), ORIGINAL, tl.float32)) - (FACTOR - 1)
+    power = tl.exp2(tl.log2(stretch.to(tl.float64)) * POWER).to(tl.float32)
+    base = (power.to(tl.float64) * THETA).to(tl.float32)
+    exponent = tl.div_rn(2.0 * c.to(tl.float32), tl.full((1, WIDTH), Q, tl.float32))
+    period = tl.exp2(tl.log2(base.to(tl.float64)) * exponent.to(tl.float64)).to(tl.float32)
+    angle = position.to(tl.float32) * tl.div_rn(tl.full((ROWS, WIDTH), 1.0, tl.float32), period)
+    inside = (t < tokens) & (c < Q // 2)
+    to = rows + t.to(tl.int64) * Q_STRIDE + c
+    cos, sin = _cos_sin(angle)
+    tl.store(to, cos, mask=inside)
+    tl.store(to + Q // 2, sin, mask=inside)
+
+
+@cuda_kernel(rope, "tiles")
+def rope_launches(call: OpCall) -> Sequence[Candidate]:
+    """See :func:`rotate_heads`."""
+    tensors = call.tensors
+    heads, head_dim = call.attrs["heads"], call.attrs["head_dim"]
+    tokens, rotary = tensors["rows"].shape
+    assert isinstance(tokens, int)
+    assert isinstance(rotary, int)
+    tiles = row_tiles(tokens * heads, rotary // 2, multiprocessors=call.multiprocessors, whole_rows=True)
+    pdl = "pdl" in call.features
+    launch = DeviceLaunch(
+        function="makeready.kernels.rope_triton:rotate_heads",
+        constants={
+            "HEADS": heads,
+            "D": head_dim,
+            "Q": rotary,
+            "X_STRIDE": tensors["x"].row_stride,
+            "Q_STRIDE": tensors["rows"].row_stride,
+            "Y_STRIDE": tensors["y"].row_stride,
+            "ROWS": tiles.rows,
+            "WIDTH": tiles.width,
+            "REST": power_of_two(head_dim - rotary),
+            "PDL": pdl,
+        },
+        arguments={
+            **{name: Pointer(name) for name in ("x", "rows", "y")},
+            "count": Scalar(tokens * heads, "int32"),
+        },
+        grid=(tiles.blocks, 1, 1),
+        num_warps=tiles.num_warps,
+        dependent=pdl,
+    )
+    return (Candidate(f"{tiles.rows}x{tiles.width}", (launch,)),)
+
+
+@cuda_kernel(rope_rows, "tiles")
+def rope_rows_launches(call: OpCall) -> Sequence[Candidate]:
+    """See :func:`~.embedding_triton.gather_rows`."""
+    return gather_launch(call, source="table", index="positions", result="rows")
+
+
+@cuda_kernel(rope_rows_dynamic, "tiles")
+def rope_rows_dynamic_launches(call: OpCall) -> Sequence[Candidate]:
+    """See :func:`dynamic_rows`."""
+    result = call.tensors["rows"]
+    tokens, rotary = result.shape
+    assert isinstance(tokens, int)
+    assert isinstance(rotary, int)
+    tiles = row_tiles(tokens, rotary // 2, multiprocessors=call.multiprocessors, whole_rows=True)
+    pdl = "pdl" in call.features
+    launch = DeviceLaunch(
+        function="makeready.kernels.rope_triton:dynamic_rows",
+        constants={
+            "THETA": call.attrs["theta"],
+            "FACTOR": call.attrs["factor"],
+            "ORIGINAL": call.attrs["original_context"],
+            "POWER": c_float(rotary / (rotary - 2)).value,  # fp32, as the reference's
+            "Q": rotary,
+            "Q_STRIDE": result.row_stride,
+            "ROWS": tiles.rows,
+            "WIDTH": tiles.width,
+            "PDL": pdl,
+        },
+        arguments={
+            **{name: Pointer(name) for name in ("positions", "token_slot", "prompt_len", "rows")},
+            "tokens": Scalar(tokens, "int32"),
+        },
+        grid=(tiles.blocks, 1, 1),
+        num_warps=tiles.num_warps,
+        dependent=pdl,
+    )
+    return (Candidate(f"{tiles.rows}x{tiles.width}", (launch,)),)

@@ -1,0 +1,397 @@
+# ruff: noqa: N802 (names are the driver's)
+"""A CUDA driver without a GPU: stands in for ``cuda.bindings.driver`` and records what it is told.
+
+Device memory is host memory, so copies really copy. Streams are queues that run when somebody waits for
+them, so whoever overwrites a pinned buffer too early sees wrong bytes. A cubin is JSON that names its kernel
+and the sizes of its parameters; running a graph calls :attr:`FakeBindings.on_launch` with its nodes.
+Structures and enumerations are the package's own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+
+real = pytest.importorskip("cuda.bindings.driver")
+
+OK = (real.CUresult.CUDA_SUCCESS,)
+INVALID = (real.CUresult.CUDA_ERROR_INVALID_VALUE,)
+PAGE = 4096
+
+
+def cubin(name: str, sizes: list[int]) -> bytes:
+    """What the fake takes for machine code: a kernel and the bytes of each of its parameters."""
+    return json.dumps({"name": name, "sizes": sizes}).encode()
+
+
+@dataclass
+class FakeFunction:
+    """A loaded kernel."""
+
+    name: str
+    sizes: list[int]
+    dynamic_shared: int = 48 * 1024
+
+
+@dataclass
+class FakeNode:
+    """A kernel node as the driver got it: parameters as bytes, edge ``None``, "plain" or "programmatic"."""
+
+    function: FakeFunction
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared: int
+    parameters: list[bytes]
+    after: int | None
+    edge: str | None
+
+    def words(self) -> list[int]:
+        """Parameters as unsigned numbers, maps left out."""
+        return [int.from_bytes(p, "little") for p in self.parameters if len(p) <= 8]
+
+
+@dataclass
+class FakeMap:
+    """Arguments of one cuTensorMapEncodeTiled, in the driver's order: innermost axis first."""
+
+    element_type: int
+    rank: int
+    address: int
+    shape: list[int]
+    strides: list[int]
+    box: list[int]
+    element_strides: list[int]
+    options: tuple[int, int, int, int]  # interleave, swizzle, L2 promotion, out-of-bounds fill
+
+
+@dataclass
+class FakeBindings:
+    """The module. Fields that tests set come first, then what it recorded.
+
+    Attributes:
+        refuse: status that a call returns instead of doing anything, by the call's name.
+        on_launch: run when a graph's turn in its stream comes.
+    """
+
+    version: int = 13000
+    capability: tuple[int, int] = (9, 0)
+    devices: int = 1
+    memory: int = 2**30
+    registers_files: bool = True
+    refuse: dict[str, Any] = field(default_factory=dict)
+    on_launch: Callable[[list[FakeNode]], None] = lambda nodes: None
+
+    calls: list[str] = field(default_factory=list)
+    copies: list[tuple[str, int, int, int]] = field(default_factory=list)  # kind, target, source, bytes
+    graphs: list[list[FakeNode]] = field(default_factory=list)
+    launched: list[int] = field(default_factory=list)  # graphs, by their place in ``graphs``
+    maps: dict[bytes, FakeMap] = field(default_factory=dict)
+    registered: dict[int, int] = field(default_factory=dict)
+    allocations: dict[int, np.ndarray] = field(default_factory=dict)
+    pinned: dict[int, np.ndarray] = field(default_factory=dict)
+    freed: int = 0
+
+    def __post_init__(self) -> None:
+        self._lock = threading.RLock()
+        self._objects: dict[int, Any] = {}
+        self._next = 1
+        self._context = threading.local()
+        self.retained = 0
+
+    def __getattribute__(self, name: str) -> Any:
+        if not name.startswith("cu") or name in ("cuuint64_t", "cuuint32_t"):
+            return super().__getattribute__(name)
+        refused = self.refuse.get(name)
+        if refused is not None:
+            return lambda *args: (refused,) if isinstance(refused, real.CUresult) else refused(*args)
+        call = super().__getattribute__(name)
+
+        def recorded(*args: Any) -> Any:
+            with self._lock:
+                self.calls.append(name)
+                return call(*args)
+
+        return recorded
+
+    def __getattr__(self, name: str) -> Any:
+        """Structures, enumerations and constants of the package."""
+        return getattr(real, name)
+
+    def _made(self, thing: Any) -> int:
+        self._next += 1
+        self._objects[self._next] = thing
+        return self._next
+
+    @property
+    def used(self) -> int:
+        """Bytes of device memory that are allocated."""
+        return sum(len(a) for a in self.allocations.values())
+
+    # -- device
+
+    def cuInit(self, flags):
+        return OK
+
+    def cuGetErrorName(self, status):
+        return (*OK, status.name.encode())
+
+    def cuGetErrorString(self, status):
+        return (*OK, b"as the test wants")
+
+    def cuDriverGetVersion(self):
+        return (*OK, self.version)
+
+    def cuDeviceGetCount(self):
+        return (*OK, self.devices)
+
+    def cuDeviceGet(self, ordinal):
+        return (*OK, real.CUdevice(ordinal))
+
+    def cuDeviceGetName(self, length, device):
+        return (*OK, b"Fake GPU".ljust(length, b"\0"))
+
+    def cuDeviceGetAttribute(self, which, device):
+        minor = which == real.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR
+        return (*OK, self.capability[minor])
+
+    def cuDevicePrimaryCtxRetain(self, device):
+        self.retained += 1
+        return (*OK, real.CUcontext(77))
+
+    def cuDevicePrimaryCtxRelease(self, device):
+        self.retained -= 1
+        return OK
+
+    def cuCtxSetCurrent(self, context):
+        self._context.current = int(context)
+        return OK
+
+    # -- memory
+
+    def cuMemGetInfo(self):
+        return (*OK, self.memory - self.used, self.memory)
+
+    def cuMemAlloc(self, nbytes):
+        assert self._context.current == 77, "no context is current in this thread"
+        if self.used + nbytes > self.memory:
+            return (real.CUresult.CUDA_ERROR_OUT_OF_MEMORY, None)
+        memory = np.full(nbytes + 256, 0xAB, np.uint8)
+        start = -memory.ctypes.data % 256
+        memory = memory[start : start + nbytes]
+        self.allocations[memory.ctypes.data] = memory
+        return (*OK, real.CUdeviceptr(memory.ctypes.data))
+
+    def cuMemFree(self, address):
+        self.freed += 1
+        del self.allocations[int(address)]
+        return OK
+
+    def cuMemHostAlloc(self, nbytes, flags):
+        memory = np.full(nbytes, 0xCD, np.uint8)
+        self.pinned[memory.ctypes.data] = memory
+        return (*OK, memory.ctypes.data)
+
+    def cuMemFreeHost(self, address):
+        del self.pinned[address]
+        return OK
+
+    def cuMemHostRegister(self, address, nbytes, flags):
+        if not self.registers_files:
+            return (real.CUresult.CUDA_ERROR_NOT_SUPPORTED,)
+        assert flags == real.CU_MEMHOSTREGISTER_READ_ONLY
+        assert address % PAGE == 0
+        assert nbytes % PAGE == 0
+        for start, length in self.registered.items():
+            if address < start + length and start < address + nbytes:
+                return (real.CUresult.CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED,)
+        self.registered[address] = nbytes
+        return OK
+
+    def cuMemHostUnregister(self, address):
+        del self.registered[address]
+        return OK
+
+    def cuMemcpyHtoDAsync(self, target, source, nbytes, stream):
+        assert self._context.current == 77, "no context is current in this thread"
+        self._inside(target, nbytes)
+        self.copies.append(("in", target, source, nbytes))
+        if self._is_pinned(source, nbytes):
+            self._queue(stream).append(lambda: ctypes.memmove(target, source, nbytes))
+        else:
+            kept = ctypes.string_at(source, nbytes)
+            self._queue(stream).append(lambda: ctypes.memmove(target, kept, nbytes))
+        return OK
+
+    def cuMemcpyDtoHAsync(self, target, source, nbytes, stream):
+        self._inside(source, nbytes)
+        self.copies.append(("out", target, source, nbytes))
+        self._queue(stream).append(lambda: ctypes.memmove(target, source, nbytes))
+        return OK
+
+    def cuMemsetD8Async(self, target, byte, nbytes, stream):
+        self._inside(target, nbytes)
+        self._queue(stream).append(lambda: ctypes.memset(target, byte, nbytes))
+        return OK
+
+    def _inside(self, address, nbytes):
+        assert any(a <= address and address + nbytes <= a + len(m) for a, m in self.allocations.items())
+
+    def _is_pinned(self, address, nbytes):
+        pinned = {a: len(m) for a, m in self.pinned.items()} | self.registered
+        for start, length in pinned.items():
+            if start <= address < start + length:
+                assert address + nbytes <= start + length, "the copy leaves the pinned range"
+                return True
+        return False
+
+    # -- order
+
+    def cuStreamCreate(self, flags):
+        return (*OK, real.CUstream(self._made(deque())))
+
+    def cuStreamDestroy(self, stream):
+        assert not self._objects.pop(int(stream)), "the stream still has work"
+        return OK
+
+    def cuStreamSynchronize(self, stream):
+        queue = self._queue(stream)
+        while queue:
+            queue.popleft()()
+        return OK
+
+    def cuEventCreate(self, flags):
+        return (*OK, real.CUevent(self._made([])))
+
+    def cuEventDestroy(self, event):
+        del self._objects[int(event)]
+        return OK
+
+    def cuEventRecord(self, event, stream):
+        happened: list[bool] = []
+        self._objects[int(event)] = [happened, self._queue(stream)]
+        self._queue(stream).append(lambda: happened.append(True))
+        return OK
+
+    def cuEventSynchronize(self, event):
+        if self._objects[int(event)]:
+            happened, queue = self._objects[int(event)]
+            while not happened:
+                queue.popleft()()
+        return OK
+
+    def _queue(self, stream):
+        return self._objects[int(stream)]
+
+    # -- kernels
+
+    def cuLibraryLoadData(self, image, *options):
+        try:
+            made = json.loads(image)
+        except ValueError:
+            return (real.CUresult.CUDA_ERROR_INVALID_IMAGE, None)
+        return (*OK, real.CUlibrary(self._made(FakeFunction(made["name"], made["sizes"]))))
+
+    def cuLibraryUnload(self, library):
+        del self._objects[int(library)]
+        return OK
+
+    def cuLibraryGetKernel(self, library, name):
+        if self._objects[int(library)].name != name.decode():
+            return (real.CUresult.CUDA_ERROR_NOT_FOUND, None)
+        return (*OK, real.CUkernel(int(library)))
+
+    def cuKernelGetFunction(self, kernel):
+        return (*OK, real.CUfunction(int(kernel)))
+
+    def cuFuncSetAttribute(self, function, which, value):
+        assert which == real.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        self._objects[int(function)].dynamic_shared = value
+        return OK
+
+    def cuTensorMapEncodeTiled(self, kind, rank, address, shape, strides, box, steps, *options):
+        assert address % 16 == 0
+        assert all(int(s) % 16 == 0 for s in strides), "TMA strides are multiples of 16 bytes"
+        made = FakeMap(
+            int(kind),
+            rank,
+            address,
+            *([int(n) for n in numbers] for numbers in (shape, strides, box, steps)),
+            tuple(int(option) for option in options),
+        )
+        encoded = real.CUtensorMap()
+        encoded.opaque = [real.cuuint64_t((len(self.maps) + 1) * 1000 + i) for i in range(16)]
+        self.maps[ctypes.string_at(encoded.getPtr(), 128)] = made
+        return (*OK, encoded)
+
+    # -- graphs
+
+    def cuGraphCreate(self, flags):
+        return (*OK, real.CUgraph(self._made([])))
+
+    def cuGraphDestroy(self, graph):
+        del self._objects[int(graph)]
+        return OK
+
+    def cuGraphAddNode(self, graph, before, edges, count, params):
+        nodes = self._objects[int(graph)]
+        assert params.type == real.CUgraphNodeType.CU_GRAPH_NODE_TYPE_KERNEL
+        kernel = params.kernel
+        function = self._objects[int(kernel.func)]
+        if kernel.sharedMemBytes > function.dynamic_shared:
+            return (*INVALID, None)
+        table = (ctypes.c_uint64 * len(function.sizes)).from_address(int(kernel.kernelParams))
+        for address, size in zip(table, function.sizes, strict=True):
+            assert address % min(size, 64) == 0, "a parameter is not aligned"
+        edge, after = None, None
+        if count:
+            after = int(before[0]) - 1
+            programmatic = real.CUgraphDependencyType.CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC
+            edge = "plain"
+            if edges is not None and int(edges[0].type) == int(programmatic):
+                assert (edges[0].from_port, edges[0].to_port) == (1, 0)
+                edge = "programmatic"
+        nodes.append(
+            FakeNode(
+                function,
+                (kernel.gridDimX, kernel.gridDimY, kernel.gridDimZ),
+                (kernel.blockDimX, kernel.blockDimY, kernel.blockDimZ),
+                kernel.sharedMemBytes,
+                [ctypes.string_at(a, size) for a, size in zip(table, function.sizes, strict=True)],
+                after,
+                edge,
+            )
+        )
+        return (*OK, real.CUgraphNode(len(nodes)))
+
+    def cuGraphInstantiate(self, graph, flags):
+        self.graphs.append(list(self._objects[int(graph)]))
+        return (*OK, real.CUgraphExec(self._made(len(self.graphs) - 1)))
+
+    def cuGraphUpload(self, executable, stream):
+        return OK
+
+    def cuGraphExecDestroy(self, executable):
+        del self._objects[int(executable)]
+        return OK
+
+    def cuGraphLaunch(self, executable, stream):
+        index = self._objects[int(executable)]
+        self.launched.append(index)
+        self._queue(stream).append(lambda: self.on_launch(self.graphs[index]))
+        return OK
+
+    def check_released(self) -> None:
+        """Nothing is left of what was made."""
+        assert not self.allocations
+        assert not self.pinned
+        assert not self.registered
+        assert not self._objects
+        assert self.retained == 0

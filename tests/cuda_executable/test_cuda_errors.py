@@ -1,0 +1,172 @@
+"""Machines and plans that do not fit: a sentence with the numbers, and nothing left behind."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from fake_driver import FakeBindings, real
+from plans import CONFIG, dummy, tiny
+
+from makeready.graphs.checkpoint.dummy import DummyCheckpoint
+from makeready.graphs.executable.cuda import CudaExecutable
+from makeready.graphs.executable.cuda_driver import Driver, DriverError
+from makeready.graphs.executable.load import load_executable
+from makeready.graphs.plan import Plan, PlanError
+
+
+def refused(match: str, plan: Plan | None = None, bindings: FakeBindings | None = None, **options) -> None:
+    bindings = bindings or FakeBindings()
+    with pytest.raises((PlanError, DriverError), match=match):
+        CudaExecutable(plan or tiny(), dummy(), driver=Driver(bindings), **options)
+    bindings.check_released()
+
+
+@pytest.mark.parametrize(
+    ("target", "capability", "runs"),
+    [
+        ("sm_90a", (9, 0), True),
+        ("sm_90a", (10, 0), False),
+        ("sm_90a", (8, 9), False),
+        ("sm_80", (8, 0), True),
+        ("sm_80", (8, 6), True),
+        ("sm_80", (9, 0), False),
+        ("sm_89", (8, 6), False),
+        ("sm_100a", (10, 0), True),
+        ("sm_100a", (10, 3), False),
+        ("sm_120a", (12, 0), True),
+    ],
+)
+def test_plans_run_on_the_architecture_they_are_for(target, capability, runs):
+    bindings = FakeBindings(capability=capability)
+    plan = replace(tiny(), target=target)
+    if runs:
+        CudaExecutable(plan, dummy(), driver=Driver(bindings)).close()
+        bindings.check_released()
+    else:
+        found = f"{capability[0]}.{capability[1]}"
+        refused(rf"for target {target} \(compute capability .*Fake GPU with {found}", plan, bindings)
+
+
+def test_an_old_driver_is_refused():
+    refused(
+        r"driver supports CUDA 12.2, a plan for sm_90a needs 12.3; update",
+        bindings=FakeBindings(version=12020),
+    )
+    refused(
+        r"driver supports CUDA 12.4, a plan for sm_100a needs 12.8",
+        replace(tiny(), target="sm_100a"),
+        FakeBindings(version=12040, capability=(10, 0)),
+    )
+
+
+def test_no_gpu_and_no_driver_are_refused():
+    refused("GPU 2 was asked for, the driver sees 1", ordinal=2)
+    refused("GPU 0 was asked for, the driver sees 0", bindings=FakeBindings(devices=0))
+    bindings = FakeBindings(refuse={"cuInit": real.CUresult.CUDA_ERROR_NO_DEVICE})
+    refused("no NVIDIA driver can be used here: cuInit failed with CUDA_ERROR_NO_DEVICE", bindings=bindings)
+
+    def missing(flags):
+        raise RuntimeError("Failed to dlopen libcuda.so.1")
+
+    refused(
+        "no NVIDIA driver can be used here: Failed to dlopen",
+        bindings=FakeBindings(refuse={"cuInit": missing}),
+    )
+
+
+def test_too_little_memory_is_refused_with_the_numbers():
+    refused(
+        r"the GPU has 0.10 GiB free, and 0.2\d GiB are needed: 0.00 for weights and buffers, 0.2\d for the driver",
+        bindings=FakeBindings(memory=2**30 // 10),
+    )
+    page = tiny().kv.page_bytes
+    refused(rf"{page} bytes of KV memory hold 1 pages of {page} bytes, two are the least", kv_bytes=page)
+
+
+def test_pages_come_from_what_is_asked_for_or_what_is_there():
+    plan = tiny()
+    everything = plan.limits.max_rows * plan.limits.pages_per_row + 1
+    for kv_bytes, pages in ((None, everything), (7 * plan.kv.page_bytes + 1, 7), (2**60, everything)):
+        bindings = FakeBindings()
+        executable = CudaExecutable(plan, dummy(), driver=Driver(bindings), kv_bytes=kv_bytes)
+        assert executable.pages == pages
+        executable.close()
+    from makeready.graphs.executable import cuda_memory
+
+    reserved = (
+        cuda_memory.RESERVED + cuda_memory.RESERVED_PER_GRAPH * len(plan.buckets) + 256 * len(plan.kv.parts)
+    )
+    free = reserved + plan.memory.fixed + 5 * plan.kv.page_bytes + 3
+    assert cuda_memory.kv_pages(plan, free, None) == 5
+    with pytest.raises(PlanError, match="are needed"):
+        cuda_memory.kv_pages(plan, free, 6 * plan.kv.page_bytes)
+
+
+def test_memory_that_is_free_but_not_given_is_refused():
+    status = (real.CUresult.CUDA_ERROR_OUT_OF_MEMORY, None)
+    bindings = FakeBindings(refuse={"cuMemAlloc": lambda nbytes: status})
+    refused(
+        "no memory for the plan's 0.00 GiB: cuMemAlloc of .* failed with CUDA_ERROR_OUT_OF_MEMORY",
+        bindings=bindings,
+    )
+
+
+def test_machine_code_that_is_missing_or_does_not_load_is_refused():
+    plan = tiny()
+    key = next(iter(plan.binaries))
+    name = plan.binaries[key].function
+    rest = {k: v for k, v in plan.cubins.items() if k != key}
+    refused(f"machine code of kernel {name} .* is missing", replace(plan, cubins=rest))
+    refused(
+        f"kernel {name} of the plan for sm_90a does not load on Fake GPU: cuLibraryLoadData failed with "
+        "CUDA_ERROR_INVALID_IMAGE",
+        replace(plan, cubins={**plan.cubins, key: b"not machine code"}),
+    )
+    other = replace(plan.binaries[key], function="another")
+    refused(
+        "kernel another .* does not load .* CUDA_ERROR_NOT_FOUND",
+        replace(plan, binaries={**plan.binaries, key: other}),
+    )
+
+
+def test_a_node_that_the_driver_refuses_is_an_error():
+    bindings = FakeBindings(refuse={"cuGraphAddNode": real.CUresult.CUDA_ERROR_INVALID_VALUE})
+    refused("cuGraphAddNode failed with CUDA_ERROR_INVALID_VALUE", bindings=bindings)
+
+
+def test_another_checkpoints_plan_is_refused_before_the_gpu_is_touched():
+    bindings = FakeBindings()
+    other = DummyCheckpoint({**CONFIG, "rms_norm_eps": 1e-6}, None, 0)
+    with pytest.raises(PlanError, match="config has rms_norm_eps"):
+        CudaExecutable(tiny(), other, driver=Driver(bindings))
+    assert not bindings.calls
+
+
+def test_load_chooses_by_target(monkeypatch):
+    bindings = FakeBindings()
+    monkeypatch.setattr("makeready.graphs.executable.cuda_driver.load_bindings", lambda: bindings)
+    executable = load_executable(tiny(), dummy(), kv_bytes=4 * tiny().kv.page_bytes)
+    assert isinstance(executable, CudaExecutable)
+    assert executable.pages == 4
+    executable.close()
+    with pytest.raises(PlanError, match="target mips, this backend runs sm_80, sm_90a and the like"):
+        load_executable(replace(tiny(), target="mips"), dummy())
+
+
+def test_bindings_that_are_not_installed_are_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", None)
+    with pytest.raises(DriverError, match="install cuda-bindings"):
+        Driver()
+
+
+def test_the_runtime_imports_neither_torch_nor_triton():
+    code = (
+        "import sys; import makeready.graphs.executable.cuda, makeready.graphs.executable.load, "
+        "makeready.graphs.artifact, makeready.graphs.checkpoint.huggingface; "
+        "print(sorted({m.split('.')[0] for m in sys.modules} & {'torch', 'triton', 'transformers'}))"
+    )
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert made.stdout.strip() == "[]"

@@ -1,0 +1,234 @@
+"""Steps on the fake driver: what is copied when, results that wait for nobody, slots, poison."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+
+import numpy as np
+import pytest
+from fake_driver import FakeBindings
+from plans import dummy, make_plan, tiny
+
+from makeready.graphs import memory
+from makeready.graphs.executable.cuda import CudaExecutable
+from makeready.graphs.executable.cuda_driver import Driver
+from makeready.graphs.spec import Bucket, result_fields, slot_fields, step_fields
+
+
+@pytest.fixture
+def loaded():
+    bindings = FakeBindings()
+    executable = CudaExecutable(tiny(), dummy(), driver=Driver(bindings))
+    for recorded in (bindings.calls, bindings.copies, bindings.launched):
+        recorded.clear()
+    yield executable, bindings
+    executable.close()
+    bindings.check_released()
+
+
+def bucket_of(phase: str, largest: bool = True) -> Bucket:
+    found = [b for b in tiny().buckets if b.phase == phase]
+    return max(found) if largest else min(found)
+
+
+def make_step(bucket: Bucket, seed: int = 0) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(seed)
+    fields = step_fields(tiny().limits)
+    return {f.name: random.integers(0, 1000, f.spec.at(bucket.sizes)).astype(f.spec.dtype) for f in fields}
+
+
+def device(address: int, field, bucket: Bucket) -> np.ndarray:
+    """A field on the device."""
+    nbytes = field.spec.nbytes(bucket.sizes)
+    raw = np.frombuffer(ctypes.string_at(address, nbytes), field.spec.dtype)
+    return raw.reshape(field.spec.at(bucket.sizes))
+
+
+def addresses(executable: CudaExecutable, fields, base: int, bucket: Bucket) -> dict[str, int]:
+    found = {}
+    for field in fields:
+        found[field.name] = base
+        base += memory.align(field.spec.nbytes(bucket.sizes))
+    return found
+
+
+def answer(executable: CudaExecutable, bucket: Bucket):
+    """A device that adds one to each row's first context figure and calls it the sampled token."""
+    steps = {f.name: f for f in step_fields(executable.plan.limits)}
+    places = addresses(executable, steps.values(), executable._regions.step, bucket)
+
+    def run(nodes) -> None:
+        context = device(places["context_len"], steps["context_len"], bucket)
+        tokens = (context + 1).astype(np.int32)
+        ctypes.memmove(executable._regions.result, tokens.ctypes.data, tokens.nbytes)
+
+    return run
+
+
+@pytest.mark.parametrize("phase", ["decode", "extend"])
+@pytest.mark.parametrize("largest", [True, False])
+def test_a_step_is_one_copy_in_one_launch_and_one_copy_out(loaded, phase, largest):
+    executable, bindings = loaded
+    bucket = bucket_of(phase, largest)
+    step = make_step(bucket)
+    seen = {}
+
+    def run(nodes) -> None:
+        places = addresses(executable, step_fields(executable.plan.limits), executable._regions.step, bucket)
+        for field in step_fields(executable.plan.limits):
+            seen[field.name] = device(places[field.name], field, bucket)
+
+    bindings.on_launch = run
+    executable.launch(bucket, step).wait()
+    assert [kind for kind, *_ in bindings.copies] == ["in", "out"]
+    assert bindings.launched == [executable.plan.buckets.index(bucket)]
+    assert [c for c in bindings.calls if c not in ("cuCtxSetCurrent", "cuEventSynchronize")] == [
+        "cuMemcpyHtoDAsync",
+        "cuGraphLaunch",
+        "cuMemcpyDtoHAsync",
+        "cuEventRecord",
+    ]
+    assert bindings.copies[0][3] == memory.layout(step_fields(executable.plan.limits), bucket.sizes)[1]
+    assert bindings.copies[1][3] == memory.layout(result_fields(executable.plan.limits), bucket.sizes)[1]
+    for name, array in step.items():
+        assert np.array_equal(seen[name], array), name
+
+
+def test_a_launch_waits_for_nothing_and_arrays_may_be_reused_at_once(loaded):
+    executable, bindings = loaded
+    bucket = bucket_of("decode")
+    bindings.on_launch = answer(executable, bucket)
+    step = make_step(bucket)
+    expected, pending = [], []
+    for k in range(2):
+        step["context_len"][:] = 100 * k + np.arange(bucket.rows)
+        expected.append(step["context_len"] + 1)
+        pending.append(executable.launch(bucket, step))
+    assert "cuEventSynchronize" not in bindings.calls, "the host waited for the device"
+    step["context_len"][:] = -1
+    for k in (1, 0):
+        assert np.array_equal(pending[k].wait()["tokens"], expected[k])
+
+
+def test_results_outlive_later_steps(loaded):
+    executable, bindings = loaded
+    bucket = bucket_of("decode")
+    bindings.on_launch = answer(executable, bucket)
+    pending = []
+    for k in range(7):
+        step = make_step(bucket)
+        step["context_len"][:] = k
+        pending.append(executable.launch(bucket, step))
+    for k in (3, 6, 0, 5, 1, 2, 4):
+        first = pending[k].wait()
+        assert (first["tokens"] == k + 1).all()
+        assert first is pending[k].wait()
+        assert set(first) == {f.name for f in result_fields(executable.plan.limits)}
+
+
+def test_a_step_of_the_wrong_shape_is_refused(loaded):
+    executable, _ = loaded
+    bucket = bucket_of("decode")
+    step = make_step(bucket)
+    step["positions"] = step["positions"][:1]
+    with pytest.raises(AssertionError, match="positions is"):
+        executable.launch(bucket, step)
+
+
+def slot_bytes(executable: CudaExecutable) -> dict[str, np.ndarray]:
+    fields = slot_fields(executable.plan.limits)
+    bucket = bucket_of("decode")
+    places = addresses(executable, fields, executable._regions.slot, bucket)
+    executable._driver.synchronize(executable._stream)
+    return {f.name: device(places[f.name], f, bucket) for f in fields}
+
+
+def test_slots_get_what_is_named_and_defaults(loaded):
+    executable, bindings = loaded
+    defaults = slot_bytes(executable)
+    values = {"temperature": 0.5, "seed": 2**40, "stop_ids": [7, 8], "bias_ids": [3], "bias_values": [-1.5]}
+    executable.write_slot(2, values)
+    table = slot_bytes(executable)
+    assert table["temperature"].tolist() == [0, 0, 0.5, 0, 0]
+    assert table["seed"][2] == 2**40
+    assert table["stop_ids"][2].tolist() == [7, 8] + [-1] * 14
+    assert table["bias_ids"][2, :2].tolist() == [3, -1]
+    assert table["bias_values"][2, :2].tolist() == [-1.5, 0]
+    assert len(bindings.copies) == 5, "only what changed is sent"
+    executable.write_slot(2, values)
+    assert len(bindings.copies) == 5
+    executable.write_slot(2, {"top_k": 4})
+    table = slot_bytes(executable)
+    assert table["top_k"].tolist() == [0, 0, 4, 0, 0]
+    for name, array in defaults.items():
+        if name != "top_k":
+            assert np.array_equal(table[name], array), name
+    with pytest.raises(AssertionError, match="slots have no field"):
+        executable.write_slot(0, {"history": [1]})
+
+
+def test_slots_change_in_the_order_of_steps(loaded):
+    executable, bindings = loaded
+    bucket = bucket_of("decode")
+    place = addresses(executable, slot_fields(executable.plan.limits), executable._regions.slot, bucket)
+    field = next(f for f in slot_fields(executable.plan.limits) if f.name == "top_k")
+    seen = []
+    bindings.on_launch = lambda nodes: seen.append(device(place["top_k"], field, bucket)[1])
+    for k in (5, 6, 7):
+        executable.write_slot(1, {"top_k": k})
+        executable.launch(bucket, make_step(bucket))
+    executable.launch(bucket, make_step(bucket)).wait()
+    assert seen == [5, 6, 7, 7]
+
+
+def test_poison_fills_arena_results_and_the_null_page(loaded):
+    executable, bindings = loaded
+    executable.poison()
+    executable._driver.synchronize(executable._stream)
+    plan, regions = executable.plan, executable._regions
+    assert (bindings.allocations[regions.arena] == 0xFF).all()
+    io = bindings.allocations[regions.io]
+    assert (io[memory.align(plan.memory.step) :] == 0xFF).all()
+    kv = bindings.allocations[regions.kv]
+    start = 0
+    for part in plan.kv.parts:
+        assert (kv[start : start + part.page_bytes] == 0xFF).all()
+        assert not kv[start + part.page_bytes : start + executable.pages * part.page_bytes].any()
+        start += memory.align(executable.pages * part.page_bytes)
+
+
+def test_operands_are_read_back_as_float32():
+    bindings = FakeBindings()
+    plan = make_plan(disabled_passes=("fuse_qkv", "fuse_silu_mul"))  # which leaves columns of wider buffers
+    executable = CudaExecutable(plan, dummy(), driver=Driver(bindings))
+    bucket = bucket_of("extend")
+    program = executable.plan.programs["extend"]
+    random = np.random.default_rng(0)
+    arena = bindings.allocations[executable._regions.arena]
+    arena[:] = np.frombuffer(random.integers(0, 0x3F80, len(arena) // 2, np.uint16).tobytes(), np.uint8)
+    checked = set()
+    firsts = {launch.op: launch for launch in reversed(program.launches)}
+    for launch in firsts.values():
+        for name, value in launch.operands.items():
+            buffer = program.buffers.get(value)
+            if buffer is None or buffer.spec.dtype != "bfloat16":
+                continue
+            rows, columns = buffer.spec.at(bucket.sizes)
+            stride = buffer.row_stride or columns
+            words = arena[buffer.offset :].view(np.uint16)
+            expected = np.stack([words[r * stride : r * stride + columns] for r in range(rows)])
+            got = executable.operand(bucket, launch.op, name)
+            assert np.array_equal(got, (expected.astype(np.uint32) << 16).view(np.float32))
+            checked.add(buffer.row_stride is None)
+    assert checked == {True, False}, "dense buffers and columns of wider ones"
+    executable.close()
+
+
+def test_an_executable_that_is_dropped_gives_everything_back():
+    bindings = FakeBindings()
+    executable = CudaExecutable(tiny(), dummy(), driver=Driver(bindings))
+    executable.launch(bucket_of("decode"), make_step(bucket_of("decode")))
+    del executable
+    gc.collect()
+    bindings.check_released()

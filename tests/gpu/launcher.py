@@ -1,0 +1,348 @@
+"""Runs and times candidates of CUDA implementations on the present GPU, compiled as the planner does.
+
+call = op_call(rms_norm, {"x": x, "weight": w}, {"eps": 1e-6})
+y = run(candidate, call, {"x": x, "weight": w})["y"]          # one launch after the other
+seconds = time(candidate, call, [tensors, tensors2, ...])     # a CUDA graph that rotates over the sets
+check(rms_norm, emit, tensors, attrs)                         # every candidate against float64
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import statistics
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from cuda.bindings import driver
+
+from makeready.graphs.cuda.aot import Compiled, Kernel, MapLayout, compile_kernel, kernel_of
+from makeready.graphs.cuda.pool import compile_all
+from makeready.kernels.contract import Contract
+from makeready.kernels.device import (
+    Candidate,
+    Descriptor,
+    DeviceLaunch,
+    OpCall,
+    Pointer,
+    Scalar,
+    Scratch,
+    Tensor,
+)
+from makeready.kernels.spec import TensorSpec
+
+_C_TYPES = {"int32": ctypes.c_int32, "int64": ctypes.c_int64, "float32": ctypes.c_float}
+
+Emit = Callable[[OpCall], Sequence[Candidate]]
+
+_PREPARED: dict[Kernel, Compiled] = {}
+
+
+def op_call(
+    contract: Contract,
+    tensors: Mapping[str, torch.Tensor],
+    attrs: Mapping[str, Any] | None = None,
+    *,
+    rows: int | None = None,
+    tokens: int | None = None,
+    context: int = 1024,
+    pages: bool = True,
+) -> OpCall:
+    """The call of ``contract`` on ``tensors``; results are dense, addresses multiples of 256.
+
+    Args:
+        rows, tokens: of the bucket; by default what axes R and T are.
+        pages: whether axis P of caches is left as the symbol, as it is in a plan.
+    """
+    attrs = {**contract.attrs, **(attrs or {})}
+    specs = {k: TensorSpec(tuple(v.shape), _name(v.dtype)) for k, v in tensors.items()}
+    specs = {k: v for k, v in specs.items() if k in {o.name for o in contract.inputs}}
+    results = contract.infer(specs, attrs)
+    dims = dict(contract.dims(specs, attrs))
+    made = {k: Tensor(v.shape, v.dtype, _row(v.shape), 256) for k, v in results.items()}
+    for operand in contract.inputs:
+        if operand.name not in tensors:
+            continue
+        tensor = tensors[operand.name]
+        shape: tuple[Any, ...] = tuple(tensor.shape)
+        if pages and operand.axes[:1] == ("P",):
+            shape = ("P", *shape[1:])
+        address = tensor.data_ptr()
+        made[operand.name] = Tensor(shape, _name(tensor.dtype), tensor.stride(0), math.gcd(address, 256))
+    row_count = int(dims.get("R", dims.get("T", 1))) if rows is None else rows
+    token_count = int(dims.get("T", row_count)) if tokens is None else tokens
+    if pages and "P" in dims:
+        dims["P"] = "P"
+    features = frozenset({"tma", "wgmma", "pdl", "fp8"})
+    return OpCall(contract.name, made, attrs, dims, row_count, token_count, context, features=features)
+
+
+def prepare(work: Iterable[tuple[OpCall, Sequence[Candidate]]]) -> None:
+    """Compile what :func:`run` and :func:`time` are about to need at once, on all cores."""
+    kernels = [
+        kernel_of(launch, call, _arch()) for call, ways in work for way in ways for launch in way.launches
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        _PREPARED.update(compile_all(kernels, Path(folder)))
+
+
+def run(
+    candidate: Candidate,
+    call: OpCall,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    scratch: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
+    """Run ``candidate`` once and wait; gives ``tensors`` and the results.
+
+    Results that ``tensors`` lacks are allocated and poisoned with NaN (integers: the most negative value).
+    Scratch, unless given, holds garbage behind its zeroed counters, which must be zero again afterwards.
+    """
+    full = {**_results(call, tensors), **tensors}
+    if scratch is None:
+        scratch = new_scratch(candidate)
+    _launch_all(candidate, call, full, scratch, torch.cuda.current_stream())
+    torch.cuda.synchronize()
+    left = scratch[: candidate.zeroed].count_nonzero().item()
+    assert left == 0, f"{candidate.name}: {left} bytes of its counters are not zero after the call"
+    return full
+
+
+def time(
+    candidate: Candidate,
+    call: OpCall,
+    tensors_list: Sequence[Mapping[str, torch.Tensor]],
+    reps: int = 20,
+) -> float:
+    """Median seconds of one call in a CUDA graph of ``reps`` or more calls that rotate over ``tensors_list``.
+
+    Give enough sets to exceed the 50 MiB of L2 where the operands would be read from memory in a model.
+    """
+    sets = [{**_results(call, tensors), **tensors} for tensors in tensors_list]
+    scratch = new_scratch(candidate)
+
+    def calls() -> None:
+        for i in range(count):
+            stream = torch.cuda.current_stream()
+            _launch_all(candidate, call, sets[i % len(sets)], scratch, stream)
+
+    count = -(-max(reps, len(sets)) // len(sets)) * len(sets)
+    return time_graph(calls) / count
+
+
+def time_graph(calls: Callable[[], None], repeats: int = 7) -> float:
+    """Median seconds of ``calls`` (launches on the current stream), captured as a graph and replayed."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        calls()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        calls()
+    graph.replay()
+    seconds = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        seconds.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(seconds)
+
+
+def check(
+    contract: Contract,
+    emit: Emit,
+    tensors: Mapping[str, torch.Tensor],
+    attrs: Mapping[str, Any] | None = None,
+    *,
+    rows: int | None = None,
+    tokens: int | None = None,
+    context: int = 1024,
+) -> None:
+    """Hold every candidate to the contract's reference, run in float64 on the CPU; and to itself, run twice.
+
+    Results and operands that the op writes are compared by Frobenius norm under the contract's tolerance
+    (integers exactly); a NaN never passes.
+    """
+    call = op_call(contract, tensors, attrs, rows=rows, tokens=tokens, context=context)
+    names = {o.name for o in contract.inputs}
+    wide = {k: _widened(v) for k, v in tensors.items() if k in names}
+    operands = [wide.get(o.name) for o in contract.inputs]
+    expected = contract.reference(*operands, **call.attrs)
+    outputs = (expected,) if len(contract.outputs) == 1 else (expected or ())
+    wanted = {o.name: v for o, v in zip(contract.outputs, outputs, strict=True)}
+    wanted |= {name: wide[name] for name in contract.writes if name in wide}
+    candidates = emit(call)
+    assert candidates, f"{contract.name}: no candidate for {call}"
+    for candidate in candidates:
+        first, second = (
+            run(candidate, call, {k: _copy(v) if k in contract.writes else v for k, v in tensors.items()})
+            for _ in range(2)
+        )
+        for name, want in wanted.items():
+            where = f"{contract.name}/{candidate.name}: {name} of {_sizes(call)}"
+            assert torch.equal(_bits(first[name]), _bits(second[name])), f"{where} differs between two runs"
+            _compare(first[name], want, contract, where)
+
+
+def _compare(got: torch.Tensor, want: torch.Tensor, contract: Contract, where: str) -> None:
+    got_cpu = got.cpu()
+    if contract.tolerance.exact or not got.dtype.is_floating_point:
+        assert torch.equal(got_cpu.double(), want.double()), f"{where} is not equal"
+        return
+    kind = _name(got.dtype)
+    allowed = getattr(contract.tolerance, kind, 8e-2)  # fp8 keeps 3 bits of mantissa
+    error = (got_cpu.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30)
+    assert error.item() <= allowed, f"{where} is off by {error.item():.2e}, allowed are {allowed:.0e}"
+
+
+def new_scratch(candidate: Candidate) -> torch.Tensor:
+    """Scratch as a call may find it: counters at zero, garbage behind them."""
+    scratch = torch.full((max(candidate.scratch, candidate.zeroed, 1),), 0xFF, dtype=torch.uint8).cuda()
+    scratch[: candidate.zeroed] = 0
+    return scratch
+
+
+def _launch_all(
+    candidate: Candidate,
+    call: OpCall,
+    tensors: Mapping[str, torch.Tensor],
+    scratch: torch.Tensor,
+    stream: torch.cuda.Stream,
+) -> None:
+    for launch in candidate.launches:
+        compiled, function = _loaded(kernel_of(launch, call, _arch()))
+        spilled = compiled.spill_bytes
+        assert spilled <= launch.local_bytes, f"{launch.function}: {spilled} bytes spilled ({launch})"
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = launch.grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = 32 * compiled.warps, 1, 1
+        config.sharedMemBytes = compiled.shared
+        config.hStream = driver.CUstream(stream.cuda_stream)
+        if launch.dependent:
+            assert compiled.waits, f"{launch.function} is dependent but never calls gdc_wait"
+            early = driver.CUlaunchAttribute()
+            early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            early.value.programmaticStreamSerializationAllowed = 1
+            config.attrs, config.numAttrs = [early], 1
+        values = _parameters(launch, compiled, tensors, scratch)
+        table = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
+        _ok(driver.cuLaunchKernelEx(config, function, ctypes.addressof(table), 0))
+
+
+def _parameters(
+    launch: DeviceLaunch, compiled: Compiled, tensors: Mapping[str, torch.Tensor], scratch: torch.Tensor
+) -> list[Any]:
+    """C values of all parameters, in the order of the machine code, Triton's two null pointers last."""
+    values: list[Any] = []
+    for name in compiled.arguments:
+        argument = launch.arguments[name]
+        if isinstance(argument, Pointer):
+            values.append(ctypes.c_uint64(tensors[argument.operand].data_ptr()))
+        elif isinstance(argument, Scratch):
+            values.append(ctypes.c_uint64(scratch.data_ptr() + argument.offset))
+        elif isinstance(argument, Scalar):
+            values.append(_C_TYPES[argument.dtype](argument.value))
+        else:
+            tensor = tensors[argument.operand]
+            sizes = {"P": tensor.shape[0]}
+            shape = [sizes[d] if isinstance(d, str) else d for d in argument.shape]
+            values.append(_tensor_map(argument, tensor, shape, compiled.maps[name]))
+            values += [ctypes.c_int32(d) for d in shape]
+            values += [ctypes.c_int64(s) for s in argument.strides]
+    return [*values, ctypes.c_uint64(0), ctypes.c_uint64(0)]
+
+
+def _tensor_map(argument: Descriptor, tensor: torch.Tensor, shape: list[int], layout: MapLayout) -> Any:
+    """A CUtensorMap, innermost axis first as the driver has it, encoded as Triton's launcher would."""
+    size = tensor.element_size()
+    made = _ok(
+        driver.cuTensorMapEncodeTiled(
+            driver.CUtensorMapDataType(layout.element_type),
+            len(shape),
+            tensor.data_ptr(),
+            [driver.cuuint64_t(d) for d in reversed(shape)],
+            [driver.cuuint64_t(s * size) for s in reversed(argument.strides[:-1])],
+            [driver.cuuint32_t(b) for b in reversed(layout.block)],
+            [driver.cuuint32_t(1)] * len(shape),
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle(layout.swizzle),
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    )
+    return (ctypes.c_uint64 * 16).from_buffer_copy(ctypes.string_at(made.getPtr(), 128))
+
+
+@cache
+def _loaded(kernel: Kernel) -> tuple[Compiled, Any]:
+    compiled = _PREPARED.get(kernel) or compile_kernel(kernel)
+    torch.cuda.current_stream()  # torch's context is the current one
+    library = _ok(driver.cuLibraryLoadData(compiled.cubin, None, None, 0, None, None, 0))
+    entry = _ok(driver.cuLibraryGetKernel(library, compiled.function.encode()))
+    function = _ok(driver.cuKernelGetFunction(entry))
+    limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    _ok(driver.cuFuncSetAttribute(function, limit, compiled.shared))
+    return compiled, function
+
+
+@cache
+def _arch() -> int:
+    torch.cuda.init()
+    torch.zeros(1, device="cuda")  # makes the context
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
+def _results(call: OpCall, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    made = {}
+    for name, tensor in call.tensors.items():
+        if name in tensors:
+            continue
+        dtype = getattr(torch, tensor.dtype)
+        sizes = tuple(int(d) for d in tensor.shape)
+        poison = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
+        made[name] = torch.full(sizes, poison, dtype=torch.float32 if dtype.itemsize == 1 else dtype).to(
+            device="cuda", dtype=dtype
+        )
+    return made
+
+
+def _widened(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.cpu().double() if tensor.dtype.is_floating_point else tensor.cpu().clone()
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy with the same strides."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda").copy_(tensor)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
+def _row(shape: Sequence[Any]) -> int:
+    return math.prod(int(d) for d in shape[1:])
+
+
+def _sizes(call: OpCall) -> str:
+    return ", ".join(f"{k}={v}" for k, v in call.dims.items())
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _ok(answer: tuple[Any, ...]) -> Any:
+    """What a driver call gave, or its error as an exception."""
+    status, *values = answer
+    if int(status) != 0:
+        text = driver.cuGetErrorString(status)[1]
+        raise RuntimeError(f"CUDA: {text.decode() if text else status}")
+    return values[0] if values else None

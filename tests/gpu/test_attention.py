@@ -1,0 +1,209 @@
+"""Attention kernels on the GPU against the references in float64.
+
+Every cache slot that holds no token holds NaN, pages lie in random order, and padding rows and tokens are NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+
+import launcher
+
+from makeready.kernels.attention import paged
+from makeready.kernels.attention.decode_triton import decode_attention_cuda
+from makeready.kernels.attention.extend_triton import extend_attention_cuda
+from makeready.kernels.attention.qkv_triton import kv_write_cuda, norm_rope_kv_write_cuda
+from makeready.kernels.contract import Contract
+from makeready.kernels.registry import Emit
+
+assert isinstance(paged.decode_attention, Contract)
+assert isinstance(paged.extend_attention, Contract)
+assert isinstance(paged.norm_rope_kv_write, Contract)
+assert isinstance(paged.kv_write, Contract)
+
+Tensors = dict[str, torch.Tensor]
+
+
+def _paged(lengths: Sequence[int], page: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Tensors:
+    a_row = [-(-length // page) for length in lengths]
+    order = 1 + torch.randperm(sum(a_row)).cuda()
+    table = torch.zeros(len(lengths), max(a_row) + 1, dtype=torch.int32, device="cuda")
+    token = torch.cat(
+        [torch.arange(n) + page * sum(a_row[:r]) for r, n in enumerate(lengths)]
+    ).cuda()  # as if pages were in order
+    for r, count in enumerate(a_row):
+        table[r, :count] = order[sum(a_row[:r]) :][:count]
+    tensors = {"page_table": table, "context_len": torch.tensor(lengths, dtype=torch.int32, device="cuda")}
+    for name in ("k_cache", "v_cache"):
+        cache = torch.full(
+            (1 + sum(a_row), page, kv_heads, head_dim), float("nan"), dtype=dtype, device="cuda"
+        )
+        x = torch.randn(len(token), kv_heads, head_dim, device="cuda").to(dtype)
+        cache.flatten(0, 1)[order[token // page] * page + token % page] = x
+        tensors[name] = cache
+    return tensors
+
+
+def _attrs(heads: int, kv_heads: int, head_dim: int, window: int) -> dict[str, float]:
+    return {
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "scale": head_dim**-0.5,
+        "window": window,
+    }
+
+
+_GEOMETRIES = (  # heads, KV heads, head size, page, window
+    (4, 4, 32, 1, 0),
+    (9, 3, 64, 16, 0),
+    (8, 1, 80, 128, 0),
+    (8, 2, 128, 64, 100),
+    (16, 2, 128, 128, 0),
+    (4, 2, 256, 24, 0),
+)
+_LENGTHS = (1, 63, 64, 65, 0, 1000, 127, 128, 129, 15, 16, 17, 0)
+_ROWS = (  # (queries, context) of every row
+    ((1, 1), (64, 64), (1, 1000), (0, 0), (63, 191), (65, 65), (1, 64), (130, 1030), (300, 300), (0, 0)),
+    ((700, 700),),
+    ((1, 900), (1, 1), (1, 128), (1, 129)),
+)
+_HEADS = (  # heads, KV heads, head size, rotated features, tokens, whether normalised
+    (32, 8, 128, 128, 1, True),
+    (32, 8, 128, 128, 777, True),
+    (9, 3, 64, 64, 30, False),
+    (4, 1, 80, 32, 64, True),
+    (4, 4, 32, 24, 5, False),
+    (4, 2, 256, 256, 3, True),
+)
+
+Case = tuple[Contract, Emit, Tensors, dict[str, float]]
+
+
+def _decode_case(lengths: Sequence[int], dtype: torch.dtype, heads: int, *geometry: int) -> Case:
+    kv_heads, head_dim, page, window = geometry
+    tensors = _paged(lengths, page, kv_heads, head_dim, dtype)
+    tensors["q"] = torch.randn(len(lengths), heads * head_dim, device="cuda").to(dtype)
+    tensors["q"][tensors["context_len"] == 0] = float("nan")
+    return paged.decode_attention, decode_attention_cuda, tensors, _attrs(heads, kv_heads, head_dim, window)
+
+
+def _extend_case(rows: Sequence[tuple[int, int]], dtype: torch.dtype, heads: int, *geometry: int) -> Case:
+    """Padding tokens, NaN, before and after the rows."""
+    kv_heads, head_dim, page, window = geometry
+    tensors = _paged([context for _, context in rows], page, kv_heads, head_dim, dtype)
+    count = torch.tensor([queries for queries, _ in rows], dtype=torch.int32, device="cuda")
+    total = int(count.sum())
+    q = torch.full((total + 40, heads * head_dim), float("nan"), dtype=dtype, device="cuda")
+    q[3 : 3 + total] = torch.randn(total, heads * head_dim, device="cuda").to(dtype)
+    tensors |= {"q": q, "query_start": (3 + count.cumsum(0) - count).to(torch.int32), "query_len": count}
+    return paged.extend_attention, extend_attention_cuda, tensors, _attrs(heads, kv_heads, head_dim, window)
+
+
+def _qkv_case(
+    heads: int, kv_heads: int, head_dim: int, rotary: int, tokens: int, normed: bool, pages: int = 20
+) -> Case:
+    width = (heads + 2 * kv_heads) * head_dim
+    tensors = {
+        "qkv": torch.randn(tokens, width + 64, device="cuda").bfloat16()[:, :width],
+        "rows": torch.randn(tokens, rotary, device="cuda"),
+        "kv_slot": torch.randperm(pages * 64)[:tokens].to(torch.int32).cuda(),
+        "k_cache": torch.randn(pages, 64, kv_heads, head_dim, device="cuda").bfloat16(),
+        "v_cache": torch.randn(pages, 64, kv_heads, head_dim, device="cuda").bfloat16(),
+    }
+    if normed:
+        tensors |= {n: torch.randn(head_dim, device="cuda").bfloat16() for n in ("q_norm", "k_norm")}
+    attrs = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "eps": 1e-6}
+    return paged.norm_rope_kv_write, norm_rope_kv_write_cuda, tensors, attrs
+
+
+def _kv_case() -> Case:
+    _, _, tensors, _ = _qkv_case(3, 3, 80, 80, 77, False)
+    operands = {name: tensors[name] for name in ("kv_slot", "k_cache", "v_cache")}
+    operands |= {name: torch.randn(77, 3 * 80, device="cuda").bfloat16() for name in "kv"}
+    return paged.kv_write, kv_write_cuda, operands, {"kv_heads": 3, "head_dim": 80}
+
+
+_QWEN3_8B = (32, 8, 128, 64, 0)
+_CASES: dict[str, Callable[[], Case]] = {"kv_write": _kv_case}
+_CASES |= {
+    f"decode-{kind}-{len(lengths)}": partial(_decode_case, lengths, kind, *_QWEN3_8B)
+    for kind, lengths in (
+        (torch.bfloat16, _LENGTHS),
+        (torch.float16, _LENGTHS),
+        (torch.bfloat16, (3000,)),
+        (torch.bfloat16, (64,) * 70),
+        (torch.bfloat16, (0, 0)),
+    )
+}
+_CASES |= {f"decode-{g}": partial(_decode_case, _LENGTHS, torch.bfloat16, *g) for g in _GEOMETRIES}
+_CASES |= {f"extend-{rows}": partial(_extend_case, rows, torch.bfloat16, *_QWEN3_8B) for rows in _ROWS}
+_CASES |= {f"extend-{g}": partial(_extend_case, _ROWS[0], torch.bfloat16, *g) for g in _GEOMETRIES}
+_CASES |= {f"qkv-{heads}": partial(_qkv_case, *heads) for heads in _HEADS}
+
+
+def _emit(name: str, emit: Emit) -> Emit:
+    """All candidates where the geometry is that of Qwen3-8B, else the first."""
+    return emit if not any(name.endswith(str(g)) for g in _GEOMETRIES) else lambda call: emit(call)[:1]
+
+
+@pytest.fixture(scope="module")
+def kernels() -> None:
+    """Everything compiled on all cores, which takes a minute one after the other."""
+    work = []
+    for name, make in _CASES.items():
+        contract, emit, tensors, attrs = make()
+        call = launcher.op_call(contract, tensors, attrs)
+        work.append((call, _emit(name, emit)(call)))
+    launcher.prepare(work)
+
+
+@pytest.mark.parametrize("name", _CASES)
+@pytest.mark.usefixtures("kernels")
+def test_against_the_reference(name: str) -> None:
+    torch.manual_seed(0)
+    contract, emit, tensors, attrs = _CASES[name]()
+    launcher.check(contract, _emit(name, emit), tensors, attrs)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_caches_beyond_two_billion_elements() -> None:
+    """The same pages at the far end of a cache of 2.6e9 elements give the same bits."""
+    contract, _, near, attrs = _extend_case(((1, 500), (200, 300)), torch.bfloat16, *_QWEN3_8B)
+    pages, shift = len(near["k_cache"]), 40_000 - len(near["k_cache"])
+    far = {**near, "page_table": near["page_table"] + shift}
+    for name in ("k_cache", "v_cache"):
+        far[name] = torch.empty(40_000, 64, 8, 128, dtype=torch.bfloat16, device="cuda")
+        far[name][shift:] = near[name]
+    _same(contract, extend_attention_cuda, near, far, attrs)
+    unused = ("query_start", "query_len")
+    one = [{k: v for k, v in s.items() if k not in unused} | {"q": s["q"][4:6]} for s in (near, far)]
+    _same(paged.decode_attention, decode_attention_cuda, one[0], one[1], attrs)
+
+    contract, emit, written, attrs = _qkv_case(32, 8, 128, 128, 64, True, pages)
+    call = launcher.op_call(contract, written, attrs)
+    candidate = emit(call)[0]
+    launcher.run(candidate, call, written)
+    slot = written["kv_slot"].long()
+    moved = {**far, **written, "kv_slot": written["kv_slot"] + 64 * shift}
+    moved |= {name: far[name] for name in ("k_cache", "v_cache")}
+    launcher.run(candidate, call, moved)
+    for name in ("k_cache", "v_cache"):
+        a, b = (x[name].flatten(0, 1) for x in (written, moved))
+        assert torch.equal(a[slot], b[slot + 64 * shift])
+
+
+def _same(contract: Contract, emit: Emit, near: Tensors, far: Tensors, attrs: dict[str, float]) -> None:
+    made = []
+    for tensors in (near, far):
+        call = launcher.op_call(contract, tensors, attrs)
+        made.append([launcher.run(candidate, call, tensors)["y"] for candidate in emit(call)])
+    for a, b in zip(*made, strict=True):
+        assert torch.equal(a, b)

@@ -1,0 +1,318 @@
+"""Attention kernels for the GPU without one: interpreted against the references, and cross-compiled.
+
+Triton decides when a kernel is decorated whether it is interpreted, so that those tests run in a process of
+their own. The interpreter has no bf16 and no programmatic launches; fp16 stands in.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from makeready.kernels import registry
+from makeready.kernels.attention.paged import decode_attention, extend_attention, kv_write, norm_rope_kv_write
+from makeready.kernels.contract import Contract
+from makeready.kernels.device import Candidate, OpCall, Pointer, Scalar, Scratch, Tensor
+from makeready.kernels.spec import TensorSpec
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_interpreted in its own process")
+compiled = pytest.mark.skipif(INTERPRETED, reason="interpreted functions cannot be compiled")
+
+
+@pytest.fixture(autouse=True)
+def _numpy_2_4(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NumPy 2.4 no longer takes arrays of one element for an index, as the interpreter's scalars are."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
+
+
+def _emit(contract: Contract, call: OpCall) -> Sequence[Candidate]:
+    for module in ("decode", "extend", "qkv"):
+        importlib.import_module(f"makeready.kernels.attention.{module}_triton")
+    return [c for k in registry.cuda_kernels(contract.name) for c in k.candidates(call)]
+
+
+def _call(
+    contract: Contract, tensors: Mapping[str, torch.Tensor], attrs: Mapping[str, Any], features: str
+) -> OpCall:
+    """The call on these operands, for two small multiprocessors when interpreted, so that blocks share items."""
+    attrs = {**contract.attrs, **attrs}
+    specs = {k: TensorSpec(tuple(v.shape), str(v.dtype).removeprefix("torch.")) for k, v in tensors.items()}
+    dims = dict(contract.dims(specs, attrs))
+    made = {
+        k: Tensor(v.shape, v.dtype, math.prod(int(d) for d in v.shape[1:]), 256)
+        for k, v in contract.infer(specs, attrs).items()
+    }
+    for name, tensor in tensors.items():
+        shape = ("P", *tensor.shape[1:]) if name.endswith("_cache") else tuple(tensor.shape)
+        made[name] = Tensor(shape, specs[name].dtype, tensor.stride(0), math.gcd(tensor.data_ptr(), 256))
+    rows = int(dims["R" if "R" in dims else "T"])
+    return OpCall(
+        contract.name, made, attrs, dims, rows, int(dims.get("T", rows)),
+        multiprocessors=3 if INTERPRETED else 132, features=frozenset(features.split()),
+    )  # fmt: skip
+
+
+def _interpret(
+    candidate: Candidate, call: OpCall, tensors: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Run ``candidate``; results start as NaN, scratch as garbage behind its counters."""
+    full = dict(tensors)
+    for name, tensor in call.tensors.items():
+        if name not in full:
+            full[name] = torch.full(tensor.shape, float("nan"), dtype=getattr(torch, tensor.dtype))  # type: ignore[arg-type]
+    scratch = torch.full((max(1, candidate.scratch),), 0xFF, dtype=torch.uint8)
+    scratch[: candidate.zeroed] = 0
+    for launch in candidate.launches:
+        module, name = launch.function.split(":")
+        values: dict[str, Any] = dict(launch.constants)
+        for key, argument in launch.arguments.items():
+            if isinstance(argument, Pointer):
+                values[key] = full[argument.operand]
+            elif isinstance(argument, Scratch):
+                values[key] = scratch[argument.offset :].view(getattr(torch, argument.dtype))
+            else:
+                assert isinstance(argument, Scalar), "the interpreter runs no tensor maps"
+                values[key] = argument.value
+        getattr(importlib.import_module(module), name)[launch.grid](**values)
+    assert not scratch[: candidate.zeroed].any()
+    return full
+
+
+def _check(contract: Contract, tensors: Mapping[str, torch.Tensor], attrs: Mapping[str, Any]) -> None:
+    call = _call(contract, tensors, attrs, "")
+    wide = {k: v.double() if v.is_floating_point() else v.clone() for k, v in tensors.items()}
+    expected = contract.reference(*(wide.get(o.name) for o in contract.inputs), **call.attrs)
+    wanted = {o.name: expected for o in contract.outputs} | {name: wide[name] for name in contract.writes}
+    candidates = _emit(contract, call)
+    assert candidates
+    for candidate in candidates:
+        written = {k: v.clone() if k in contract.writes else v for k, v in tensors.items()}
+        got = _interpret(candidate, call, written)
+        for name, want in wanted.items():
+            keep = ~want.isnan()
+            error = (got[name].double() - want)[keep].norm() / want[keep].norm().clamp_min(1e-30)
+            assert torch.equal(got[name].isnan(), want.isnan()), f"{candidate.name}: {name} has NaN"
+            assert error <= contract.tolerance.float16, f"{candidate.name}: {name} is off by {error:.1e}"
+
+
+def _paged(
+    lengths: Sequence[int], *, page: int, kv_heads: int, head_dim: int, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """Caches of fp16 with NaN in every slot that holds no token, shuffled pages, and their table."""
+    g = torch.Generator().manual_seed(seed)
+    a_row = [-(-length // page) for length in lengths]
+    total = 1 + sum(a_row)
+    order = (1 + torch.randperm(total - 1, generator=g)).tolist()
+    table = torch.zeros(len(lengths), max(a_row) + 1, dtype=torch.int32)
+    caches = [torch.full((total, page, kv_heads, head_dim), float("nan"), dtype=torch.float16) for _ in "kv"]
+    for r, (length, count) in enumerate(zip(lengths, a_row, strict=True)):
+        mine, order = order[:count], order[count:]
+        table[r, :count] = torch.tensor(mine, dtype=torch.int32)
+        for cache in caches:
+            for i, p in enumerate(mine):
+                used = min(page, length - i * page)
+                cache[p, :used] = torch.randn(used, kv_heads, head_dim, generator=g).half()
+    return {
+        "k_cache": caches[0],
+        "v_cache": caches[1],
+        "page_table": table,
+        "context_len": torch.tensor(lengths, dtype=torch.int32),
+    }
+
+
+@compiled
+def test_interpreted() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    made = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert made.returncode == 0, made.stdout + made.stderr
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "page", "window", "lengths"),
+    [
+        (4, 4, 32, 16, 0, (1, 15, 16, 17, 0, 300)),
+        (3, 1, 64, 64, 0, (64, 63, 65)),
+        (8, 1, 80, 1, 0, (5, 129)),
+        (8, 2, 128, 64, 70, (1, 0, 70, 71, 200)),
+        (4, 2, 64, 24, 9, (100,)),
+        (2, 1, 256, 128, 0, (1, 400)),
+        (4, 1, 64, 64, 0, (0, 0)),
+    ],
+)
+def test_decode(
+    heads: int, kv_heads: int, head_dim: int, page: int, window: int, lengths: tuple[int, ...]
+) -> None:
+    tensors = _paged(lengths, page=page, kv_heads=kv_heads, head_dim=head_dim)
+    tensors["q"] = torch.randn(len(lengths), heads * head_dim).half()
+    tensors["q"][[n == 0 for n in lengths]] = float("nan")
+    attrs = {
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "scale": head_dim**-0.5,
+        "window": window,
+    }
+    _check(decode_attention, tensors, attrs)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "page", "window", "rows"),
+    [
+        (4, 4, 32, 16, 0, ((1, 1), (17, 17), (3, 90), (0, 0), (1, 64))),
+        (3, 1, 64, 64, 0, ((64, 64), (65, 129))),
+        (8, 1, 80, 1, 0, ((5, 40), (1, 33))),
+        (8, 2, 128, 64, 70, ((150, 150), (1, 200), (2, 72))),
+        (4, 2, 64, 24, 9, ((40, 100), (30, 30))),
+        (2, 1, 256, 128, 0, ((70, 140),)),
+    ],
+)
+def test_extend(
+    heads: int, kv_heads: int, head_dim: int, page: int, window: int, rows: tuple[tuple[int, int], ...]
+) -> None:
+    """``rows`` are (queries, context); a gap before the first row and padding behind the last."""
+    tensors = _paged([context for _, context in rows], page=page, kv_heads=kv_heads, head_dim=head_dim)
+    count = torch.tensor([queries for queries, _ in rows], dtype=torch.int32)
+    tokens = 2 + int(count.sum()) + 5
+    start = (2 + count.cumsum(0) - count).to(torch.int32)
+    q = torch.full((tokens, heads * head_dim), float("nan"), dtype=torch.float16)
+    q[2:-5] = torch.randn(tokens - 7, heads * head_dim).half()
+    attrs = {
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "scale": head_dim**-0.5,
+        "window": window,
+    }
+    _check(extend_attention, {**tensors, "q": q, "query_start": start, "query_len": count}, attrs)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "rotary", "tokens", "normed"),
+    [
+        (32, 8, 128, 128, 3, True),
+        (9, 3, 64, 64, 21, False),
+        (4, 1, 80, 32, 5, True),
+        (4, 4, 32, 24, 1, False),
+        (2, 2, 256, 256, 2, True),
+    ],
+)
+def test_norm_rope_kv_write(
+    heads: int, kv_heads: int, head_dim: int, rotary: int, tokens: int, normed: bool
+) -> None:
+    g = torch.Generator().manual_seed(0)
+    width = (heads + 2 * kv_heads) * head_dim
+    tensors = {
+        "qkv": torch.randn(tokens, width + 16, generator=g).half()[:, :width],
+        "rows": torch.randn(tokens, rotary, generator=g),
+        "kv_slot": torch.randperm(5 * 7, generator=g)[:tokens].to(torch.int32),
+        "k_cache": torch.randn(5, 7, kv_heads, head_dim, generator=g).half(),
+        "v_cache": torch.randn(5, 7, kv_heads, head_dim, generator=g).half(),
+    }
+    if normed:
+        tensors |= {name: torch.randn(head_dim, generator=g).half() for name in ("q_norm", "k_norm")}
+    attrs = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "eps": 1e-6}
+    _check(norm_rope_kv_write, tensors, attrs)
+
+
+@interpreted
+def test_kv_write() -> None:
+    g = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(6, 3 * 80, generator=g).half() for name in ("k", "v")}
+    tensors["kv_slot"] = torch.randperm(5 * 7, generator=g)[:6].to(torch.int32)
+    tensors |= {name: torch.randn(5, 7, 3, 80, generator=g).half() for name in ("k_cache", "v_cache")}
+    _check(kv_write, tensors, {"kv_heads": 3, "head_dim": 80})
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("geometry", "rows", "wanted"),
+    [
+        ((32, 8, 128, 64, 0), 64, "cp.async.bulk.tensor"),
+        ((9, 3, 64, 16, 100), 256, "cp.async.cg"),
+        ((8, 1, 80, 128, 0), 1, "cp.async.cg"),
+    ],
+)
+def test_machine_code(geometry: tuple[int, int, int, int, int], rows: int, wanted: str) -> None:
+    """No spills, shared memory within a block's, tensor cores and asynchronous copies, the wait for a launch."""
+    aot = pytest.importorskip("makeready.graphs.cuda.aot")
+    heads, kv_heads, head_dim, page, window = geometry
+    shapes = {
+        "q": ((rows, heads * head_dim), torch.bfloat16),
+        "k_cache": ((9, page, kv_heads, head_dim), torch.bfloat16),
+        "v_cache": ((9, page, kv_heads, head_dim), torch.bfloat16),
+        "page_table": ((rows, 64), torch.int32),
+        "context_len": ((rows,), torch.int32),
+    }
+    tensors = {
+        name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes.items()
+    }
+    attrs = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "scale": 0.1, "window": window}
+    extra = {n: torch.empty(rows, dtype=torch.int32, device="meta") for n in ("query_start", "query_len")}
+    for contract, operands, instruction, copies in (
+        (decode_attention, tensors, "mma.sync", "cp.async.cg"),
+        (extend_attention, {**tensors, **extra}, "wgmma.mma_async", wanted),
+    ):
+        call = _call(contract, operands, attrs, "tma wgmma pdl")
+        (launch,) = _emit(contract, call)[0].launches
+        made = aot.compile_launch(launch, call)
+        assert made.spill_bytes <= launch.local_bytes
+        assert made.shared <= call.shared_bytes
+        assert launch.dependent
+        assert made.waits
+        assert instruction in made.ptx
+        assert copies in made.ptx
+
+
+@compiled
+def test_scratch_and_grids_follow_the_bucket() -> None:
+    """Scratch of decode holds its parts; extend's grid holds the most tiles that any rows can make."""
+    table = torch.empty(5, 16, dtype=torch.int32, device="meta")
+    caches = {
+        n: torch.empty(9, 64, 2, 64, dtype=torch.float16, device="meta") for n in ("k_cache", "v_cache")
+    }
+    ints = {
+        n: torch.empty(5, dtype=torch.int32, device="meta")
+        for n in ("query_start", "query_len", "context_len")
+    }
+    q = torch.empty(200, 8 * 64, dtype=torch.float16, device="meta")
+    attrs = {"heads": 8, "kv_heads": 2, "head_dim": 64, "scale": 0.1}
+    call = _call(extend_attention, {"q": q, **caches, "page_table": table, **ints}, attrs, "")
+    for candidate in _emit(extend_attention, call):
+        (launch,) = candidate.launches
+        a_tile = int(launch.constants["M"] or 0) // 4
+        worst = max(sum(-(-n // a_tile) for n in rows) for rows in ((196, 1, 1, 1, 1), (33, 33, 33, 33, 68)))
+        assert launch.grid[0] == 2
+        assert launch.grid[1] >= worst
+    call = _call(
+        decode_attention,
+        {"q": q[:5], **caches, "page_table": table, "context_len": ints["context_len"]},
+        attrs,
+        "",
+    )
+    for candidate in _emit(decode_attention, call):
+        (launch,) = candidate.launches
+        counters, parts = 5 * 2 * 4, 2 * launch.grid[0] * 4 * (64 + 2) * 4
+        assert candidate.zeroed >= counters
+        assert candidate.scratch >= candidate.zeroed + parts

@@ -1,0 +1,258 @@
+"""Triton kernels of the small ops without a GPU: interpreted against the references, and cross-compiled.
+
+Triton decides at import whether kernels are interpreted, so the interpreted tests run in a process of their
+own, which ``test_interpreted`` starts.
+"""
+# pyright: reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from makeready.kernels import registry, rope
+from makeready.kernels.contract import CONTRACTS
+from makeready.kernels.device import OpCall, Pointer, Scalar, Scratch, Tensor
+from makeready.kernels.spec import TensorSpec
+
+sys.path.append(str(Path(__file__).parents[1] / "gpu"))
+from sample_rows import MARGIN, margin, requests  # noqa: E402
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in test_interpreted's process")
+compiled = pytest.mark.skipif(INTERPRETED, reason="needs Triton's compiler")
+
+aot = None if INTERPRETED else pytest.importorskip("makeready.graphs.cuda.aot")
+if INTERPRETED:
+    from triton.runtime import interpreter
+
+    _patch = interpreter._patch_lang_tensor
+
+    def _patch_index(tensor, scope):
+        """Loop bounds that are tensors of one element, which numpy 2.4 no longer takes for numbers."""
+        _patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = _patch_index
+if INTERPRETED or aot:
+    registry.discover("sm_90a")
+
+
+def _name(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def op_call(name, operands, attrs, **options):
+    """The call of contract ``name`` on CPU tensors (None: absent)."""
+    contract = CONTRACTS[name]
+    tensors = {k: v for k, v in operands.items() if v is not None}
+    specs = {k: TensorSpec(tuple(v.shape), _name(v.dtype)) for k, v in tensors.items()}
+    results = contract.infer(specs, attrs)
+    dims = contract.dims(specs, attrs)
+    made = {
+        k: Tensor(tuple(v.shape), _name(v.dtype), v.stride(0), math.gcd(v.data_ptr(), 16))
+        for k, v in tensors.items()
+    }
+    made |= {k: Tensor(s.shape, s.dtype, math.prod(map(int, s.shape[1:])), 16) for k, s in results.items()}
+    rows = dims.get("R", dims.get("T", 1))
+    return OpCall(name, made, attrs, dims, rows, dims.get("T", rows), **options)
+
+
+def launch_interpreted(candidate, call, operands):
+    """Run the launches on CPU tensors; gives the results by name."""
+    import importlib
+
+    memory = dict(operands)
+    for name, tensor in call.tensors.items():
+        if name not in memory:
+            dtype = getattr(torch, tensor.dtype)
+            poison = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
+            memory[name] = torch.full(tensor.shape, poison, dtype=dtype)
+    scratch = torch.full((candidate.scratch + 8,), 0xFF, dtype=torch.uint8)
+    for launch in candidate.launches:
+        module, _, function = launch.function.partition(":")
+        arguments = {}
+        for key, value in launch.arguments.items():
+            if isinstance(value, Pointer):
+                arguments[key] = memory[value.operand]
+            elif isinstance(value, Scratch):
+                room = scratch[value.offset :]
+                size = getattr(torch, value.dtype).itemsize
+                arguments[key] = room[: len(room) // size * size].view(getattr(torch, value.dtype))
+            else:
+                assert isinstance(value, Scalar)
+                arguments[key] = value.value
+        getattr(importlib.import_module(module), function)[launch.grid](**arguments, **launch.constants)
+    return memory
+
+
+def check_interpreted(name, operands, multiprocessors=132, **attrs):
+    contract = CONTRACTS[name]
+    attrs = {**contract.attrs, **attrs}
+    copies = {k: v.clone() for k, v in operands.items()}
+    want = contract.reference(**copies, **attrs)
+    want = (want,) if len(contract.outputs) == 1 else want
+    call = op_call(name, operands, attrs, multiprocessors=multiprocessors)
+    for kernel in registry.cuda_kernels(name):
+        for candidate in kernel.candidates(call):
+            own = {k: v.clone() if k in contract.writes else v for k, v in operands.items()}
+            got = launch_interpreted(candidate, call, own)
+            for output, value in zip(contract.outputs, want, strict=True):
+                kind = _name(value.dtype)
+                if contract.tolerance.exact or not value.is_floating_point():
+                    assert got[output.name].equal(value), output.name
+                    continue
+                error = (got[output.name].double() - value.double()).norm() / value.double().norm()
+                assert error <= getattr(contract.tolerance, kind), (output.name, error)
+            for written in contract.writes:
+                assert got[written].equal(copies[written]), written
+
+
+@compiled
+def test_interpreted():
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(
+        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "passed" in done.stdout
+
+
+SHAPES = [(1, 64), (3, 131), (8, 576), (5, 4096)]
+
+
+def random(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def columns_of(x, margin=16):
+    """``x`` as columns of a wider tensor."""
+    wide = torch.full((x.shape[0], x.shape[1] + margin), float("nan"), dtype=x.dtype)
+    view = wide[:, margin // 2 : margin // 2 + x.shape[1]]
+    return view.copy_(x)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=_name)
+@pytest.mark.parametrize(("tokens", "width"), SHAPES)
+def test_norms(tokens, width, dtype):
+    x, weight = columns_of(random(tokens, width, dtype=dtype)), random(width, seed=1)
+    check_interpreted("rms_norm", {"x": x, "weight": weight}, eps=1e-5)
+    residual = random(tokens, width, dtype=dtype, seed=2)
+    check_interpreted("add_rms_norm", {"x": x, "residual": residual, "weight": weight}, eps=1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize(("tokens", "heads", "head_dim"), [(1, 32, 128), (7, 3, 64), (43, 9, 80)])
+def test_head_norms(tokens, heads, head_dim):
+    x = columns_of(random(tokens, heads * head_dim))
+    operands = {"x": x, "weight": random(head_dim, seed=1)}
+    attrs = {"eps": 1e-6, "heads": heads, "head_dim": head_dim}
+    check_interpreted("head_rms_norm", operands, multiprocessors=1, **attrs)
+
+
+@interpreted
+@pytest.mark.parametrize(("tokens", "width"), [*SHAPES, (70, 300)])
+def test_pointwise(tokens, width):
+    x, y = columns_of(random(tokens, width)), random(tokens, width, seed=1)
+    check_interpreted("add", {"x": x, "y": y}, multiprocessors=1)
+    check_interpreted("multiply", {"x": y, "y": x})
+    check_interpreted("silu", {"x": x})
+    gate_up = columns_of(random(tokens, 2 * width, dtype=torch.float16))
+    check_interpreted("silu_mul", {"gate_up": gate_up}, multiprocessors=1)
+
+
+@interpreted
+def test_gathers():
+    start = torch.tensor([0, 2, 5, 0], dtype=torch.int32)
+    length = torch.tensor([2, 3, 1, 0], dtype=torch.int32)
+    operands = {"x": columns_of(random(6, 131)), "query_start": start, "query_len": length}
+    check_interpreted("gather_last", operands)
+    ids = torch.tensor([4, 0, 9, 9, 3], dtype=torch.int32)
+    for width in (64, 3000):
+        weight = random(10, width, dtype=torch.float16)
+        check_interpreted("embedding", {"ids": ids, "weight": weight}, out_dtype="float32")
+        check_interpreted("embedding", {"ids": ids, "weight": weight})
+    check_interpreted("rope_rows", {"positions": ids, "table": random(12, 80)})
+
+
+@interpreted
+def test_load_tokens():
+    generator = torch.Generator().manual_seed(0)
+    slots, context, tokens = 9, 40, 300
+    place = torch.randperm((slots - 1) * context, generator=generator)[:tokens].int()
+    ids = torch.randint(0, 1000, (tokens,), generator=generator).int()
+    ids[torch.rand(tokens, generator=generator) < 0.4] = -1
+    slot, position = place // context, place % context
+    slot[250:], position[250:], ids[250:] = slots - 1, 0, 0  # padding
+    history = torch.randint(0, 1000, (slots, context), generator=generator).int()
+    operands = {"token_ids": ids, "token_slot": slot, "positions": position, "history": history}
+    check_interpreted("load_tokens", operands)
+
+
+@interpreted
+@pytest.mark.parametrize(("heads", "head_dim", "rotary"), [(32, 128, 128), (3, 64, 64), (5, 80, 32)])
+def test_rope(heads, head_dim, rotary):
+    rows = torch.randn(7, rotary, generator=torch.Generator().manual_seed(3))
+    x = columns_of(random(7, heads * head_dim))
+    check_interpreted("rope", {"x": x, "rows": rows}, heads=heads, head_dim=head_dim)
+
+
+@interpreted
+def test_dynamic_rope_rows():
+    operands = {
+        "positions": torch.tensor([0, 1, 100, 5000, 9000, 32000], dtype=torch.int32),
+        "token_slot": torch.tensor([0, 0, 1, 1, 2, 2], dtype=torch.int32),
+        "prompt_len": torch.tensor([1, 9000, 3], dtype=torch.int32),
+    }
+    attrs = {"rotary_dim": 96, "theta": 10000.0, "factor": 4.0, "original_context": 4096}
+    call = op_call("rope_rows_dynamic", operands, attrs)
+    want = rope.rope_rows_dynamic.reference(**operands, **attrs)
+    for kernel in registry.cuda_kernels("rope_rows_dynamic"):
+        for candidate in kernel.candidates(call):
+            got = launch_interpreted(candidate, call, operands)["rows"]
+            # A last-bit difference of a frequency turns a pair by position * 2**-23.
+            margin = 2e-7 * (8 + operands["positions"].unsqueeze(1))
+            assert ((got - want).abs() <= margin).all()
+
+
+@interpreted
+@pytest.mark.parametrize(("rows", "vocabulary", "spread"), [(12, 131, 2.5), (20, 5000, 2.5), (7, 9000, 0.5)])
+def test_sample(rows, vocabulary, spread):
+    operands = requests(rows, vocabulary, spread=spread)
+    call = op_call("sample", operands, {})
+    want_history = operands["history"].clone()
+    want = CONTRACTS["sample"].reference(**{**operands, "history": want_history})
+    clear = [r for r in range(rows) if margin(operands, r) > MARGIN]
+    assert len(clear) > rows * 0.8
+    for kernel in registry.cuda_kernels("sample"):
+        for candidate in kernel.candidates(call):
+            got = launch_interpreted(candidate, call, {**operands, "history": operands["history"].clone()})
+            differ = [r for r in clear if got["tokens"][r] != want[r]]
+            assert not differ, (differ, got["tokens"][differ], want[differ])
+            assert (got["tokens"][rows:] == 0).all()
+            slots = operands["row_slot"][clear].long()
+            assert got["history"][slots].equal(want_history[slots])
+
+
+@interpreted
+@pytest.mark.parametrize(("vocabulary", "most"), [(7, 20), (131, 3), (9000, 20)])
+def test_token_logprobs(vocabulary, most):
+    rows = 6
+    logits = (random(rows, vocabulary) * 8).round() / 2  # many equals
+    logits[1] = -60.0
+    logits[1, 5] = 40.0  # a probability of 1
+    logits[2, 2:4] = -math.inf
+    operands = {
+        "logits": columns_of(logits),
+        "tokens": torch.tensor([0, 5, 1, 6, 2, 0], dtype=torch.int32),
+        "row_slot": torch.tensor([3, 0, 2, 1, 4, 7], dtype=torch.int32),
+        "top_logprobs": torch.tensor([20, -1, 5, 0, 20, 0, 0, -1], dtype=torch.int32),
+    }
+    check_interpreted("token_logprobs", operands, max_top=most)
