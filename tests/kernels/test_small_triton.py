@@ -22,7 +22,7 @@ from makeready.kernels.device import OpCall, Pointer, Scalar, Scratch, Tensor
 from makeready.kernels.spec import TensorSpec
 
 sys.path.append(str(Path(__file__).parents[1] / "gpu"))
-from sample_rows import MARGIN, margin, requests  # noqa: E402
+from sample_rows import MARGIN, margin, requests
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in test_interpreted's process")
