@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.record import summary
 
+from benchmarks.record import summary
 from makeready.engine.llm import LLM, SamplingParams
 from makeready.graphs.inspect.analysis import cost_analysis
 from makeready.graphs.spec import DECODE
@@ -22,7 +22,9 @@ PROMPT_TOKENS = 32
 Generate = Callable[[list[list[int]], int], None]
 
 
-def decode(checkpoint: Path, *, rows: Sequence[int], tokens: int, repeats: int, weight_dtype: str) -> dict[str, Any]:
+def decode(
+    checkpoint: Path, *, rows: Sequence[int], tokens: int, repeats: int, weight_dtype: str
+) -> dict[str, Any]:
     """Measure both engines at every number of rows.
 
     Args:
@@ -40,8 +42,9 @@ def decode(checkpoint: Path, *, rows: Sequence[int], tokens: int, repeats: int, 
     bounds = cost_analysis(llm.plan, context=PROMPT_TOKENS + tokens // 2)
     found = []
     for count in rows:
+        bucket = llm.engine.buckets.covering(DECODE, count, count)
         seconds: dict[str, list[float]] = {name: [] for name in engines}
-        for name, generate in engines.items():  # not counted: first calls allocate
+        for generate in engines.values():  # not counted: first calls allocate
             generate(prompts[:count], 2)
         for _ in range(repeats):
             for name, generate in engines.items():
@@ -52,7 +55,7 @@ def decode(checkpoint: Path, *, rows: Sequence[int], tokens: int, repeats: int, 
                 "rows": count,
                 "tokens_per_second": {n: summary([count / s for s in all_]) for n, all_ in seconds.items()},
                 "ratio": summary(ratios),
-                "roofline_tokens_per_second": count / bounds[llm.engine.buckets.covering(DECODE, count, count)]["seconds"],
+                "roofline_tokens_per_second": count / bounds[bucket]["seconds"],
             }
         )
     return {"model": llm.plan.architecture, "weight_dtype": weight_dtype, "tokens": tokens, "decode": found}

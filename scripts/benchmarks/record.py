@@ -19,7 +19,10 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "numpy")
 def describe(command: Sequence[str]) -> dict[str, Any]:
     """Machine, versions, commit and command of a run."""
     commit = subprocess.run(
-        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        check=False,
     ).stdout.strip()
     return {
         "device": f"{_processor()}, {os.cpu_count()} cores",
