@@ -18,7 +18,8 @@ import torch
 LAYOUT = 1  # of the argument structs; the same number in cpu_ops.c
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MAX_HEAD, MAX_GROUP = 1024, 64
-# One thread runs an op; with more tokens than this PyTorch's threads are as fast (2 cores).
+# One thread runs an op. Per thread PyTorch takes 2-5 times as long (64 tokens of 576 features: add_rms_norm
+# 63 µs for 14, silu_mul 132 for 73), so with more tokens than this its threads catch up.
 MOST_TOKENS = 64
 
 

@@ -39,7 +39,8 @@ class Kernel:
         layouts: operands that are parameters and must be stored in another layout than ``rows``.
         applies: whether it handles given operand specs and attributes.
         bind: given the operands and results of a launch, whose places stay, a call that writes the results
-            in place; None where ``run`` and a copy of what it makes are to be used instead.
+            in place; None where ``run`` and a copy of what it makes are to be used instead. The call may hold
+            bare addresses: whoever makes it keeps the tensors.
     """
 
     op: str
