@@ -140,7 +140,7 @@ def draw_tokens(
     B,
     null_slot,
     chunks,
-    LOGITS_STRIDE: tl.constexpr,
+    logits_stride,
     B_WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS_WIDTH: tl.constexpr,
@@ -173,7 +173,7 @@ def draw_tokens(
         )
         changed = changed | (length - prompt < tl.load(min_new_tokens + slot))
         changed = changed | is_biased(bias_ids, slot, B, B_WIDTH)
-        z_row = logits + row.to(tl.int64) * LOGITS_STRIDE
+        z_row = logits + row.to(tl.int64) * logits_stride
         if changed:
             z_row = adjusted + row.to(tl.int64) * (CHUNK * chunks)
         k, p, least = tl.load(top_k + slot), tl.load(top_p + slot), tl.load(min_p + slot)

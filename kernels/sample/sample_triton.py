@@ -44,10 +44,10 @@ def sample_launches(call: OpCall) -> Sequence[Candidate]:
         kept=(_SWEEP, "int32"),
         adjusted=(chunks * CHUNK, "float32"),
     )
+    stride = tensors["logits"].row_stride
     pdl = "pdl" in call.features
     constants = {
         "B_WIDTH": power_of_two(biases),
-        "LOGITS_STRIDE": tensors["logits"].row_stride,
         "CHUNK": CHUNK,
         "GROUP": group,
         "PDL": pdl,
@@ -62,7 +62,13 @@ def sample_launches(call: OpCall) -> Sequence[Candidate]:
     left: dict[str, Argument] = {k: places[k] for k in ("best", "mass", "drawn", "peaks", "adjusted")}
     first = DeviceLaunch(
         function="makeready.kernels.sample.chunks_triton:look_at_chunks",
-        constants={**constants, "V": vocabulary, "PART": _PART, "E_WIDTH": power_of_two(stops)},
+        constants={
+            **constants,
+            "V": vocabulary,
+            "LOGITS_STRIDE": stride,
+            "PART": _PART,
+            "E_WIDTH": power_of_two(stops),
+        },
         arguments={
             **operands,
             **left,
@@ -90,6 +96,7 @@ def sample_launches(call: OpCall) -> Sequence[Candidate]:
             **left,
             **sizes,
             "V": Scalar(vocabulary, "int32"),
+            "logits_stride": Scalar(stride, "int32"),
             "tokens": Pointer("tokens"),
             "groups": places["groups"],
             "kept": places["kept"],

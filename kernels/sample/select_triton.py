@@ -14,7 +14,7 @@ Pivots are order keys (numeric_triton.py) in int64, since one past the largest m
 # V vocabulary
 """
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
-# pyright: reportCallIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
