@@ -48,16 +48,12 @@ def pointwise(
     a = tl.load(x + row * X_STRIDE + c, mask=inside, other=0.0).to(tl.float32)
     if OP == "silu_mul":
         b = tl.load(x + row * X_STRIDE + (C + c), mask=inside, other=0.0).to(tl.float32)
-    elif OP != "silu":
-        b = tl.load(y + row * Y_STRIDE + c, mask=inside, other=0.0).to(tl.float32)
-    if OP == "add":
-        a += b
-    elif OP == "multiply":
-        a *= b
-    else:
+        a = a * tl.sigmoid(a) * b
+    elif OP == "silu":
         a *= tl.sigmoid(a)
-        if OP == "silu_mul":
-            a *= b
+    else:
+        b = tl.load(y + row * Y_STRIDE + c, mask=inside, other=0.0).to(tl.float32)
+        a = a + b if OP == "add" else a * b
     tl.store(out + row * OUT_STRIDE + c, a.to(out.dtype.element_ty), mask=inside)
 
 

@@ -3,7 +3,7 @@
 # T tokens, D head dim, Q rotary features of a head
 """
 # pyright: reportIndexIssue=false, reportArgumentType=false, reportOperatorIssue=false
-# pyright: reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 

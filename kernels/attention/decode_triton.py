@@ -276,7 +276,8 @@ def decode_attention_cuda(call: OpCall) -> Sequence[Candidate]:
     """Blocks of different sizes and numbers; all walk over equal shares of tiles."""
     D = triton.next_power_of_2(max(call.attrs["head_dim"], 16))
     tile = min(128, max(16, 8192 // D))
-    ways = ((tile, 4, 4, 2), (tile, 4, 3, 2), (max(16, tile // 2), 4, 4, 3), (max(16, tile // 2), 4, 6, 2))
+    half = max(16, tile // 2)  # 5 to 30 % slower on an H100, but fits where shared memory is small
+    ways = ((tile, 4, 4, 2), (tile, 4, 3, 2), (half, 4, 6, 2), (half, 4, 4, 2))
     room = call.shared_bytes - 4096
     element = DTYPE_BYTES[call.tensors["k_cache"].dtype]
     return [
@@ -329,6 +330,7 @@ def _candidate(call: OpCall, D: int, L: int, warps: int, stages: int, a_multipro
         num_warps=warps,
         num_stages=stages,
         dependent=dependent,
+        local_bytes=16,  # 8 at 256 rows and half tiles
     )
     scratch = counters + stats + 2 * blocks * group * head_dim * 4
     return Candidate(f"tiles_{L}_w{warps}_s{stages}_b{a_multiprocessor}", (launch,), scratch, counters)

@@ -6,7 +6,7 @@ What it leaves for the second launch depends on what the row asks for:
     temperature, alone  drawn   id of the chunk's winner, by gaps to the chunk's largest logit
     filters             peaks   largest adjusted logit of every GROUP tokens
     top-p without top-k mass    of the chunk, relative to its largest logit
-    temperature, and adjusted   the adjusted logits
+    adjustments         the adjusted logits
 
 Chunks do not depend on the batch, and sums are of integers: nor does any result.
 
@@ -22,16 +22,14 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from makeready.kernels.sample.numeric_triton import (
-    from_key,
     gaps,
     masses,
     noise_key,
     pack,
     packed_id,
-    packed_key,
     scores,
 )
-from makeready.kernels.sample.rows_triton import force, is_biased, is_penalised, penalise
+from makeready.kernels.sample.rows_triton import adjust_chunk, is_biased, is_penalised
 
 
 @triton.jit
@@ -59,16 +57,17 @@ def look_at_chunks(
     peaks,
     adjusted,
     counts,
+    L,
+    E,
+    B,
+    null_slot,
+    chunks,
     V: tl.constexpr,
-    L: tl.constexpr,
-    E: tl.constexpr,
     E_WIDTH: tl.constexpr,
-    B: tl.constexpr,
     B_WIDTH: tl.constexpr,
     LOGITS_STRIDE: tl.constexpr,
-    NULL_SLOT: tl.constexpr,
     CHUNK: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    PART: tl.constexpr,
     GROUP: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -76,12 +75,13 @@ def look_at_chunks(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    row, chunk = tl.program_id(0) // CHUNKS, tl.program_id(0) % CHUNKS
+    row, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     start = chunk * CHUNK
     ids = start + tl.arange(0, CHUNK)
-    z = tl.load(logits + row.to(tl.int64) * LOGITS_STRIDE + ids, mask=ids < V, other=float("-inf"))
+    z_row = logits + row.to(tl.int64) * LOGITS_STRIDE
+    z = tl.load(z_row + ids, mask=ids < V, other=float("-inf"))
     slot = tl.load(row_slot + row)
-    if slot == NULL_SLOT:
+    if slot == null_slot:
         return
     length = tl.load(context_len + row)
     prompt = tl.load(prompt_len + slot)
@@ -90,39 +90,47 @@ def look_at_chunks(
     frequency = tl.load(frequency_penalty + slot)
     repetition = tl.load(repetition_penalty + slot)
     muted = length - prompt < tl.load(min_new_tokens + slot)
-    forced = is_biased(bias_ids, slot, B, B_WIDTH) | muted
-    penalised = is_penalised(presence, frequency, repetition)
-
-    own = row.to(tl.int64) * (CHUNK * CHUNKS)
-    if forced:
-        z = force(
-            z, ids, start, adjusted + own, slot, muted, stop_ids, bias_ids, bias_values,
-            V, CHUNK, E, E_WIDTH, B, B_WIDTH,
+    changed = is_biased(bias_ids, slot, B, B_WIDTH) | is_penalised(presence, frequency, repetition) | muted
+    if changed:
+        own = adjusted + row.to(tl.int64) * (CHUNK * chunks)
+        adjust_chunk(
+            z_row, own, counts + row.to(tl.int64) * (CHUNK * chunks), start,
+            history + slot.to(tl.int64) * L, prompt, length, presence, frequency, repetition, muted,
+            stop_ids + slot * E, bias_ids + slot * B, bias_values + slot * B,
+            E, B, V, CHUNK, PART, E_WIDTH, B_WIDTH,
         )  # fmt: skip
-    if penalised:
-        z = penalise(
-            z, ids, start, counts + own, history + slot.to(tl.int64) * L, prompt, length,
-            presence, frequency, repetition, V, CHUNK,
-        )  # fmt: skip
-    packed = tl.max(pack(z, ids), 0)
-    place = row * CHUNKS + chunk
-    tl.store(best + place, packed)
+        z_row = own
+        z = tl.load(z_row + ids, mask=ids < V, other=float("-inf"), cache_modifier=".cg")
+    peak = tl.max(z, 0)
+    first = tl.min(tl.where(z == peak, ids, V - 1), 0)
+    place = row * chunks + chunk
+    tl.store(best + place, pack(peak, first))
 
     if heat > 0:
-        if forced | penalised:
-            tl.store(adjusted + own + ids, z)
         k, p = tl.load(top_k + slot), tl.load(top_p + slot)
         by_count = (k > 0) & (k < V)
-        peak = from_key(packed_key(packed))
-        gap = gaps(z, peak, heat)
-        if by_count | (p < 1) | (tl.load(min_p + slot) > 0):
-            groups: tl.constexpr = CHUNK // GROUP
-            peak_of = tl.max(tl.reshape(z, (groups, GROUP)), 1)
-            tl.store(peaks + place * groups + tl.arange(0, groups), peak_of)
-            if (p < 1) & (by_count == 0):
-                held = tl.where(ids < V, masses(gap), 0)
-                tl.store(mass + place, tl.sum(held, 0))
-        else:
-            key = noise_key(tl.load(seed + slot), length)
-            score = tl.where(ids < V, scores(gap, ids, key), float("-inf"))
-            tl.store(drawn + place, packed_id(tl.max(pack(score, ids), 0)))
+        filtered = by_count | (p < 1) | (tl.load(min_p + slot) > 0)
+        weighed = (p < 1) & (by_count == 0)
+        key = noise_key(tl.load(seed + slot), length)
+        # A part of the chunk at a time, read again: registers set how many blocks a multiprocessor holds.
+        held = tl.zeros((PART,), tl.int64)
+        winner = tl.full((PART,), -(2**63), tl.int64)
+        for at in range(start, tl.minimum(start + CHUNK, V), PART):
+            ids_part = at + tl.arange(0, PART)
+            z_part = tl.load(z_row + ids_part, mask=ids_part < V, other=float("-inf"))
+            gap = gaps(z_part, peak, heat)
+            if filtered:
+                groups: tl.constexpr = PART // GROUP
+                peak_of = tl.max(tl.reshape(z_part, (groups, GROUP)), 1)
+                tl.store(
+                    peaks + row * (chunks * (CHUNK // GROUP)) + at // GROUP + tl.arange(0, groups), peak_of
+                )
+                if weighed:
+                    held += tl.where(ids_part < V, masses(gap), 0)
+            else:
+                packed = pack(scores(gap, ids_part, key), ids_part)
+                winner = tl.maximum(winner, tl.where(ids_part < V, packed, -(2**63)))
+        if weighed:
+            tl.store(mass + place, tl.sum(held, 0))
+        if filtered == 0:
+            tl.store(drawn + place, packed_id(tl.max(winner, 0)))

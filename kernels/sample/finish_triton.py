@@ -36,20 +36,20 @@ _FIRST_LOOK = tl.constexpr(64)  # groups; then four times as many, until their t
 
 
 @triton.jit
-def _total_mass(best, mass, largest, heat, CHUNKS: tl.constexpr, WIDTH: tl.constexpr):
+def _total_mass(best, mass, chunks, largest, heat, WIDTH: tl.constexpr):
     """Mass of the row: its chunks', each scaled to the row's largest logit, which moves it by 1e-7 at most."""
     c = tl.arange(0, WIDTH)
-    chunk_peak = from_key(packed_key(tl.load(best + c, mask=c < CHUNKS, other=0)))
+    chunk_peak = from_key(packed_key(tl.load(best + c, mask=c < chunks, other=0)))
     share = exp_gap(gaps(chunk_peak, largest, heat)).to(tl.float64)
-    held = tl.load(mass + c, mask=c < CHUNKS, other=0).to(tl.float64)
+    held = tl.load(mass + c, mask=c < chunks, other=0).to(tl.float64)
     return tl.sum((share * held).to(tl.int64), 0)
 
 
 @triton.jit
 def _draw_filtered(
-    z_row, largest, heat, k, p, least, key, best, mass, peaks, groups, kept,
-    V: tl.constexpr, CHUNKS: tl.constexpr, CHUNKS_WIDTH: tl.constexpr, GROUP: tl.constexpr,
-    GROUPS: tl.constexpr, GROUPS_WIDTH: tl.constexpr, TILE: tl.constexpr, KEPT: tl.constexpr,
+    z_row, largest, heat, k, p, least, key, best, mass, peaks, groups, kept, V, chunks, all_groups,
+    CHUNKS_WIDTH: tl.constexpr, GROUP: tl.constexpr, GROUPS_WIDTH: tl.constexpr, TILE: tl.constexpr,
+    KEPT: tl.constexpr,
 ):  # fmt: skip
     """Packed winner among the survivors of top-k, top-p and min-p, all pointers at the row's own.
 
@@ -71,12 +71,12 @@ def _draw_filtered(
         by_count = stage == 0
         if tl.where(by_count, by_k, by_p | (by_k == 0)):
             # k groups that reach a pivot have k tokens that do. After top-k, all that it left is looked at.
-            wanted = tl.where(by_count, k, tl.where(by_k | (by_p == 0), GROUPS, _FIRST_LOOK))
+            wanted = tl.where(by_count, k, tl.where(by_k | (by_p == 0), all_groups, _FIRST_LOOK))
             needed = k.to(tl.float64)
             if by_count == 0:
                 needed = tl.full((), float("inf"), tl.float64)
                 if by_p & (by_k == 0):
-                    total = _total_mass(best, mass, largest, heat, CHUNKS, CHUNKS_WIDTH)
+                    total = _total_mass(best, mass, chunks, largest, heat, CHUNKS_WIDTH)
                     needed = p.to(tl.float64) * total.to(tl.float64)
             pivot, count, weight = top, no_tokens, no_mass
             high, count_high, weight_high = top, no_tokens, no_mass
@@ -84,9 +84,9 @@ def _draw_filtered(
             while looking:
                 high, count_high, weight_high = pivot, count, weight
                 pivot = low
-                if wanted < GROUPS:
-                    pivot = tl.maximum(group_pivot(peaks, wanted, GROUPS, GROUPS_WIDTH), low)
-                listed = list_groups(peaks, pivot, groups, GROUPS, GROUPS_WIDTH)
+                if wanted < all_groups:
+                    pivot = tl.maximum(group_pivot(peaks, all_groups, wanted, GROUPS_WIDTH), low)
+                listed = list_groups(peaks, all_groups, pivot, groups, KEPT)
                 count, weight = weigh(z_row, groups, listed, pivot, by_count, largest, heat, V, GROUP, TILE)
                 if by_p & by_k & (by_count == 0):
                     needed = p.to(tl.float64) * weight.to(tl.float64)
@@ -135,14 +135,14 @@ def draw_tokens(
     adjusted,
     groups,
     kept,
-    V: tl.constexpr,
-    L: tl.constexpr,
-    B: tl.constexpr,
+    V,
+    L,
+    B,
+    null_slot,
+    chunks,
+    logits_stride,
     B_WIDTH: tl.constexpr,
-    LOGITS_STRIDE: tl.constexpr,
-    NULL_SLOT: tl.constexpr,
     CHUNK: tl.constexpr,
-    CHUNKS: tl.constexpr,
     CHUNKS_WIDTH: tl.constexpr,
     GROUP: tl.constexpr,
     GROUPS_WIDTH: tl.constexpr,
@@ -156,13 +156,13 @@ def draw_tokens(
         gdc_wait()
     row = tl.program_id(0)
     slot = tl.load(row_slot + row)
-    if slot == NULL_SLOT:
+    if slot == null_slot:
         tl.store(tokens + row, 0)
         return
     length = tl.load(context_len + row)
     heat = tl.load(temperature + slot)
     c = tl.arange(0, CHUNKS_WIDTH)
-    winner = tl.max(tl.load(best + row * CHUNKS + c, mask=c < CHUNKS, other=-(2**63)), 0)
+    winner = tl.max(tl.load(best + row * chunks + c, mask=c < chunks, other=-(2**63)), 0)
     largest = from_key(packed_key(winner))
     if (heat > 0) & (largest == largest):
         prompt = tl.load(prompt_len + slot)
@@ -173,23 +173,23 @@ def draw_tokens(
         )
         changed = changed | (length - prompt < tl.load(min_new_tokens + slot))
         changed = changed | is_biased(bias_ids, slot, B, B_WIDTH)
-        z_row = logits + row.to(tl.int64) * LOGITS_STRIDE
+        z_row = logits + row.to(tl.int64) * logits_stride
         if changed:
-            z_row = adjusted + row.to(tl.int64) * (CHUNK * CHUNKS)
+            z_row = adjusted + row.to(tl.int64) * (CHUNK * chunks)
         k, p, least = tl.load(top_k + slot), tl.load(top_p + slot), tl.load(min_p + slot)
         key = noise_key(tl.load(seed + slot), length)
-        GROUPS: tl.constexpr = CHUNKS * (CHUNK // GROUP)
+        groups_row = row * chunks * (CHUNK // GROUP)
         if ((k > 0) & (k < V)) | (p < 1) | (least > 0):
             winner = _draw_filtered(
-                z_row, largest, heat, k, p, least, key, best + row * CHUNKS, mass + row * CHUNKS,
-                peaks + row * GROUPS, groups + row * GROUPS, kept + row * KEPT,
-                V, CHUNKS, CHUNKS_WIDTH, GROUP, GROUPS, GROUPS_WIDTH, TILE, KEPT,
+                z_row, largest, heat, k, p, least, key, best + row * chunks, mass + row * chunks,
+                peaks + groups_row, groups + groups_row, kept + row * KEPT, V, chunks, tl.cdiv(V, GROUP),
+                CHUNKS_WIDTH, GROUP, GROUPS_WIDTH, TILE, KEPT,
             )  # fmt: skip
         else:
-            ids = tl.load(drawn + row * CHUNKS + c, mask=c < CHUNKS, other=0)
-            z = tl.load(z_row + ids, mask=c < CHUNKS, other=float("-inf"))
+            ids = tl.load(drawn + row * chunks + c, mask=c < chunks, other=0)
+            z = tl.load(z_row + ids, mask=c < chunks, other=float("-inf"))
             score = scores(gaps(z, largest, heat), ids, key)
-            winner = tl.max(tl.where(c < CHUNKS, pack(score, ids), -(2**63)), 0)
+            winner = tl.max(tl.where(c < chunks, pack(score, ids), -(2**63)), 0)
     token = tl.minimum(packed_id(winner), V - 1)  # NaNs may order below the padding
     tl.store(tokens + row, token)
     if length < L:

@@ -11,11 +11,10 @@ import triton
 import triton.language as tl
 
 _PROMPT = tl.constexpr(1 << 30)  # marks a token of the prompt, beside its count as output
-_SCAN = tl.constexpr(1024)  # tokens of history a step
 
 
 @triton.jit
-def is_biased(bias_ids, slot, B: tl.constexpr, B_WIDTH: tl.constexpr):
+def is_biased(bias_ids, slot, B, B_WIDTH: tl.constexpr):
     """Whether the slot has a bias at all."""
     b = tl.arange(0, B_WIDTH)
     return tl.max(tl.load(bias_ids + slot * B + b, mask=b < B, other=-1), 0) >= 0
@@ -28,85 +27,89 @@ def is_penalised(presence, frequency, repetition):
 
 
 @triton.jit
-def force(
-    z,
-    ids,
-    start,
-    own,
-    slot,
-    muted,
-    stop_ids,
-    bias_ids,
-    bias_values,
-    V: tl.constexpr,
-    CHUNK: tl.constexpr,
-    E: tl.constexpr,
-    E_WIDTH: tl.constexpr,
-    B: tl.constexpr,
-    B_WIDTH: tl.constexpr,
-):
-    """``z`` of the chunk from ``start`` with the slot's bias added and, if ``muted``, its stop ids at -inf.
+def penalised(z, seen, presence, frequency, repetition):
+    """``z`` after the penalties of tokens ``seen`` as :func:`adjust_chunk` counts them.
 
-    ``own`` is the row's scratch: what is scattered goes through memory, and no other block touches the
-    chunk's part of it.
+    Products of two fp32 numbers are exact in fp64: rounded once, and never contracted with what follows.
     """
-    end = tl.minimum(start + CHUNK, V)
-    tl.store(own + ids, z)
-    tl.debug_barrier()
-    b = tl.arange(0, B_WIDTH)
-    biased = tl.load(bias_ids + slot * B + b, mask=b < B, other=-1)
-    here = (biased >= start) & (biased < end)
-    value = tl.load(bias_values + slot * B + b, mask=here, other=0.0)
-    value += tl.load(own + biased, mask=here, other=0.0, cache_modifier=".cg")
-    tl.debug_barrier()
-    tl.store(own + biased, value, mask=here)
-    tl.debug_barrier()
-    if muted:
-        e = tl.arange(0, E_WIDTH)
-        stop = tl.load(stop_ids + slot * E + e, mask=e < E, other=-1)
-        tl.store(own + stop, float("-inf"), mask=(stop >= start) & (stop < end))
-        tl.debug_barrier()
-    forced = tl.load(own + ids, cache_modifier=".cg")
-    tl.debug_barrier()
-    return forced
-
-
-@triton.jit
-def penalise(
-    z,
-    ids,
-    start,
-    own,
-    tokens,
-    prompt_len,
-    length,
-    presence,
-    frequency,
-    repetition,
-    V: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """``z`` of the chunk from ``start`` after the penalties of the ``length`` tokens at ``tokens``.
-
-    ``own`` is the row's scratch as int32, where the chunk's tokens are counted.
-    """
-    end = tl.minimum(start + CHUNK, V)
-    tl.store(own + ids, tl.zeros_like(ids))
-    tl.debug_barrier()
-    first = tl.where(repetition != 1.0, 0, prompt_len)  # only this penalty looks at the prompt
-    for at in range(first, length, _SCAN):
-        place = at + tl.arange(0, _SCAN)
-        token = tl.load(tokens + place, mask=place < length, other=-1)
-        here = (token >= start) & (token < end)
-        tl.atomic_or(own + token, _PROMPT, mask=here & (place < prompt_len), sem="relaxed")
-        tl.atomic_add(own + token, 1, mask=here & (place >= prompt_len), sem="relaxed")
-    tl.debug_barrier()
-    seen = tl.load(own + ids, cache_modifier=".cg")
-    tl.debug_barrier()
-    # Products of two fp32 numbers are exact in fp64: rounded once, and never contracted with what follows.
     if repetition != 1.0:
         scaled = (z.to(tl.float64) * repetition).to(tl.float32)
         z = tl.where(seen != 0, tl.where(z > 0, tl.div_rn(z, repetition), scaled), z)
     count = seen & (_PROMPT - 1)
     less = (count.to(tl.float64) * frequency).to(tl.float32) + presence
     return tl.where(count > 0, z - less, z)
+
+
+@triton.jit
+def adjust_chunk(
+    logits,
+    adjusted,
+    counts,
+    start,
+    tokens,
+    prompt_len,
+    length,
+    presence,
+    frequency,
+    repetition,
+    muted,
+    stop_ids,
+    bias_ids,
+    bias_values,
+    E,
+    B,
+    V: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PART: tl.constexpr,
+    E_WIDTH: tl.constexpr,
+    B_WIDTH: tl.constexpr,
+):
+    """Adjusted logits of the chunk from ``start``; see :func:`~.filters.adjust`.
+
+    What is scattered goes through the row's scratch, whose part for this chunk no other block touches: first
+    it holds the tokens' counts, then their logits. Work is cut into parts to spare registers.
+
+    Args:
+        logits, tokens, stop_ids, bias_ids, bias_values: of the row.
+        adjusted, counts: scratch of the row, the same memory.
+        muted: whether stop ids are still held back.
+    """
+    end = tl.minimum(start + CHUNK, V)
+    for at in range(start, end, PART):
+        tl.store(counts + at + tl.arange(0, PART), tl.zeros((PART,), tl.int32))
+    tl.debug_barrier()
+    if is_penalised(presence, frequency, repetition):
+        first = tl.where(repetition != 1.0, 0, prompt_len)  # only this penalty looks at the prompt
+        for at in range(first, length, PART):
+            place = at + tl.arange(0, PART)
+            token = tl.load(tokens + place, mask=place < length, other=-1)
+            here = (token >= start) & (token < end)
+            tl.atomic_or(counts + token, _PROMPT, mask=here & (place < prompt_len), sem="relaxed")
+            tl.atomic_add(counts + token, 1, mask=here & (place >= prompt_len), sem="relaxed")
+        tl.debug_barrier()
+
+    b, e = tl.arange(0, B_WIDTH), tl.arange(0, E_WIDTH)
+    biased = tl.load(bias_ids + b, mask=b < B, other=-1)
+    has_bias = (biased >= start) & (biased < end)
+    biased_z = tl.load(logits + biased, mask=has_bias, other=0.0)
+    biased_z += tl.load(bias_values + b, mask=has_bias, other=0.0)
+    biased_seen = tl.load(counts + biased, mask=has_bias, other=0, cache_modifier=".cg")
+    biased_z = penalised(biased_z, biased_seen, presence, frequency, repetition)
+    stop = tl.load(stop_ids + e, mask=e < E, other=-1)
+    stops = (stop >= start) & (stop < end) & muted
+    stop_seen = tl.load(counts + stop, mask=stops, other=0, cache_modifier=".cg")
+    stop_z = tl.full((E_WIDTH,), float("-inf"), tl.float32)
+    stop_z = penalised(stop_z, stop_seen, presence, frequency, repetition)
+    tl.debug_barrier()
+
+    for at in range(start, end, PART):
+        ids = at + tl.arange(0, PART)
+        z = tl.load(logits + ids, mask=ids < V, other=float("-inf"))
+        seen = tl.load(counts + ids, cache_modifier=".cg")
+        tl.debug_barrier()
+        tl.store(adjusted + ids, penalised(z, seen, presence, frequency, repetition))
+    tl.debug_barrier()
+    tl.store(adjusted + biased, biased_z, mask=has_bias)
+    tl.debug_barrier()
+    tl.store(adjusted + stop, stop_z, mask=stops)
+    tl.debug_barrier()

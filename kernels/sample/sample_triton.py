@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from makeready.kernels.device import Argument, Candidate, DeviceLaunch, OpCall, Pointer, Scratch
+from makeready.kernels.device import Argument, Candidate, DeviceLaunch, OpCall, Pointer, Scalar, Scratch
 from makeready.kernels.registry import cuda_kernel
 from makeready.kernels.row_tiles import power_of_two
 from makeready.kernels.sample.sample import sample
 
 CHUNK = 2048  # tokens a block of the first launch looks at, the same in every bucket
-_MIN_GROUP, _MAX_GROUPS = 16, 16384  # tokens a group has at least; groups that a block holds in registers
-_SWEEP = 4096  # tokens that a block of the second launch looks at together, and that it can hold
+_PART = 128  # of them at once, where more than the largest is asked for
+_MIN_GROUP, _MAX_GROUPS = 16, 8192  # tokens a group has at least; groups that a block holds in registers
+_SWEEP = 2048  # tokens that a block of the second launch looks at together, and that it can hold
 
 _KNOBS = (
     "row_slot", "context_len", "history", "prompt_len", "temperature", "top_k", "top_p", "min_p",
@@ -43,27 +44,36 @@ def sample_launches(call: OpCall) -> Sequence[Candidate]:
         kept=(_SWEEP, "int32"),
         adjusted=(chunks * CHUNK, "float32"),
     )
+    stride = tensors["logits"].row_stride
     pdl = "pdl" in call.features
-    common = {
-        "V": vocabulary,
-        "L": tensors["history"].row_stride,
-        "B": biases,
+    constants = {
         "B_WIDTH": power_of_two(biases),
-        "LOGITS_STRIDE": tensors["logits"].row_stride,
-        "NULL_SLOT": slots - 1,
         "CHUNK": CHUNK,
-        "CHUNKS": chunks,
         "GROUP": group,
         "PDL": pdl,
+    }
+    sizes: dict[str, Argument] = {
+        "L": Scalar(tensors["history"].row_stride, "int32"),
+        "B": Scalar(biases, "int32"),
+        "null_slot": Scalar(slots - 1, "int32"),
+        "chunks": Scalar(chunks, "int32"),
     }
     operands: dict[str, Argument] = {name: Pointer(name) for name in ("logits", *_KNOBS)}
     left: dict[str, Argument] = {k: places[k] for k in ("best", "mass", "drawn", "peaks", "adjusted")}
     first = DeviceLaunch(
         function="makeready.kernels.sample.chunks_triton:look_at_chunks",
-        constants={**common, "E": stops, "E_WIDTH": power_of_two(stops)},
+        constants={
+            **constants,
+            "V": vocabulary,
+            "LOGITS_STRIDE": stride,
+            "PART": _PART,
+            "E_WIDTH": power_of_two(stops),
+        },
         arguments={
             **operands,
             **left,
+            **sizes,
+            "E": Scalar(stops, "int32"),
             "stop_ids": Pointer("stop_ids"),
             "bias_values": Pointer("bias_values"),
             "counts": Scratch(places["adjusted"].offset, "int32"),
@@ -75,7 +85,7 @@ def sample_launches(call: OpCall) -> Sequence[Candidate]:
     second = DeviceLaunch(
         function="makeready.kernels.sample.finish_triton:draw_tokens",
         constants={
-            **common,
+            **constants,
             "CHUNKS_WIDTH": power_of_two(chunks),
             "GROUPS_WIDTH": power_of_two(groups),
             "TILE": _SWEEP // group,
@@ -84,12 +94,16 @@ def sample_launches(call: OpCall) -> Sequence[Candidate]:
         arguments={
             **operands,
             **left,
+            **sizes,
+            "V": Scalar(vocabulary, "int32"),
+            "logits_stride": Scalar(stride, "int32"),
             "tokens": Pointer("tokens"),
             "groups": places["groups"],
             "kept": places["kept"],
         },
         grid=(rows, 1, 1),
         num_warps=16,
+        local_bytes=64,  # a few scalars, spilled outside the loops
         dependent=pdl,
     )
     return (Candidate("chunks", (first, second), scratch=scratch),)

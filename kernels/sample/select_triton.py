@@ -14,7 +14,7 @@ Pivots are order keys (numeric_triton.py) in int64, since one past the largest m
 # V vocabulary
 """
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
-# pyright: reportCallIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
@@ -25,16 +25,17 @@ from makeready.kernels.sample.numeric_triton import LOWEST, from_key, gaps, mass
 
 
 @triton.jit
-def peak_keys(peaks, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
-    """Order keys of the peaks, LOWEST beyond the last group."""
-    g = tl.arange(0, WIDTH)
-    return tl.where(g < GROUPS, order_key(tl.load(peaks + g, mask=g < GROUPS, other=0.0)), LOWEST)
+def peak_keys(peaks, all_groups, at, WIDTH: tl.constexpr):
+    """Order keys of the ``WIDTH`` peaks from ``at`` on, LOWEST beyond the last group."""
+    g = at + tl.arange(0, WIDTH)
+    key = order_key(tl.load(peaks + g, mask=g < all_groups, other=0.0))
+    return tl.where(g < all_groups, key, LOWEST)
 
 
 @triton.jit
-def group_pivot(peaks, wanted, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
+def group_pivot(peaks, all_groups, wanted, WIDTH: tl.constexpr):
     """A pivot that at least ``wanted`` groups reach, and at most twice as many unless many are equal."""
-    keys = peak_keys(peaks, GROUPS, WIDTH)
+    keys = peak_keys(peaks, all_groups, 0, WIDTH)
     low = tl.full((), LOWEST, tl.int64)
     high = tl.max(keys, 0).to(tl.int64) + 1
     reached = 2 * wanted + 1
@@ -50,19 +51,22 @@ def group_pivot(peaks, wanted, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def list_groups(peaks, pivot, groups, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
+def list_groups(peaks, all_groups, pivot, groups, WIDTH: tl.constexpr):
     """Write the numbers of the groups that reach ``pivot`` to ``groups``; gives how many they are."""
-    g = tl.arange(0, WIDTH)
-    chosen = (peak_keys(peaks, GROUPS, WIDTH) >= pivot.to(tl.int32)) & (g < GROUPS)
-    place = tl.cumsum(chosen.to(tl.int32), 0) - 1
+    listed = 0
     tl.debug_barrier()  # nobody reads the former list any more
-    tl.store(groups + place, g, mask=chosen)
+    for at in range(0, all_groups, WIDTH):
+        g = at + tl.arange(0, WIDTH)
+        chosen = (peak_keys(peaks, all_groups, at, WIDTH) >= pivot.to(tl.int32)) & (g < all_groups)
+        place = tl.cumsum(chosen.to(tl.int32), 0)
+        tl.store(groups + listed + place - 1, g, mask=chosen)
+        listed += tl.max(place, 0)
     tl.debug_barrier()
-    return tl.sum(chosen.to(tl.int32), 0)
+    return listed
 
 
 @triton.jit
-def listed_logits(z_row, groups, listed, at, V: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr):
+def listed_logits(z_row, groups, listed, at, V, GROUP: tl.constexpr, TILE: tl.constexpr):
     """Logits, ids and presence of the tokens of ``TILE`` groups of the list from its place ``at`` on."""
     place = at + tl.arange(0, TILE)
     group = tl.load(groups + place, mask=place < listed, other=V)
@@ -73,8 +77,7 @@ def listed_logits(z_row, groups, listed, at, V: tl.constexpr, GROUP: tl.constexp
 
 @triton.jit
 def weigh(
-    z_row, groups, listed, pivot, by_count, largest, heat,
-    V: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr,
+    z_row, groups, listed, pivot, by_count, largest, heat, V, GROUP: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
     """Number of the listed tokens from ``pivot`` up, and their weight."""
     count = tl.zeros((TILE, GROUP), tl.int32)
@@ -90,8 +93,8 @@ def weigh(
 
 @triton.jit
 def threshold(
-    z_row, groups, listed, kept, low, count_low, high, count_high, weight_high, needed, by_count, largest, heat,
-    V: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, KEPT: tl.constexpr,
+    z_row, groups, listed, kept, low, count_low, high, count_high, weight_high, needed, by_count,
+    largest, heat, V, GROUP: tl.constexpr, TILE: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
     """The largest pivot whose weight is ``needed`` or more.
 
