@@ -95,7 +95,9 @@ class SamplingParams:
         bias = {_id("logit_bias", key): value for key, value in self.logit_bias.items()}
         for value in bias.values():
             if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _MOST_BIAS:
-                raise RequestError(f"logit_bias={value!r} must be a number from {-_MOST_BIAS:g} to {_MOST_BIAS:g}")
+                raise RequestError(
+                    f"logit_bias={value!r} must be a number from {-_MOST_BIAS:g} to {_MOST_BIAS:g}"
+                )
         object.__setattr__(self, "logit_bias", bias)
 
     @classmethod

@@ -28,7 +28,9 @@ def stage(batch: Batch, bucket: Bucket, limits: Limits) -> dict[str, np.ndarray]
         step["query_start"][row] = start
         step["query_len"][row] = count
         step["context_len"][row] = request.computed + count
-        if count == request.pending:  # else what is sampled after this chunk is nobody's: leave it to the null slot
+        if (
+            count == request.pending
+        ):  # else what is sampled after this chunk is nobody's: leave it to the null slot
             step["row_slot"][row] = request.slot
         step["page_table"][row, : len(pages)] = pages
         start += count

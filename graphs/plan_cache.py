@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from makeready.graphs import artifact
 from makeready.graphs.checkpoint.base import Checkpoint
 from makeready.graphs.codec import canonical, to_json
 from makeready.graphs.plan import Plan, PlanError
+from makeready.graphs.targets import find_target
 from makeready.graphs.tokenizer_reference import tokenizer_reference
 
 if TYPE_CHECKING:
@@ -46,12 +48,13 @@ def cached_plan(
 
 
 def plan_key(checkpoint: Checkpoint, request: Request) -> str:
-    """SHA-256 over everything a plan depends on: the checkpoint, all of the request, and the planner's code."""
+    """SHA-256 over everything a plan depends on: the checkpoint, the request, the planner's code and compiler."""
     parts = {
         "checkpoint": checkpoint.fingerprint(),
         "tokenizer": tokenizer_reference(checkpoint),
         "request": to_json(request),
         "code": code_fingerprint(),
+        "compiler": version("triton") if find_target(request.target).is_cuda else "",
     }
     return hashlib.sha256(canonical(parts)).hexdigest()
 

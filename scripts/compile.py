@@ -38,6 +38,10 @@ def compile_job(job: CompileJob) -> None:
             stages.begin("save")
             folder = artifact.save(plan, Path(job.output).expanduser())
     made = "from the local cache" if found else "compiled"
+    if plan.binaries:
+        from makeready.graphs.cuda.table import resource_table
+
+        print(resource_table(plan), end="\n\n")
     print(summary(plan, folder, kv_pages(plan, job.kv_bytes)))
     print(f"{'time':<11}{time.perf_counter() - began:.1f} s, {made}")
 

@@ -62,6 +62,7 @@ class PlanOptions:
         disabled_passes: rewrites of the program to leave out, by name.
         max_decode_buckets: most batch sizes that decode steps are compiled for.
         max_extend_buckets: most batch shapes that prefill steps are compiled for.
+        candidates: ways of running each call that a plan for a GPU carries, best first by the cost model.
         traffic: batches to expect; they decide where buckets are dense, never what is legal.
     """
 
@@ -73,6 +74,7 @@ class PlanOptions:
     disabled_passes: list[str] = MISSING
     max_decode_buckets: int = MISSING
     max_extend_buckets: int = MISSING
+    candidates: int = MISSING
     traffic: TrafficOptions = field(default_factory=TrafficOptions)
 
 
@@ -156,6 +158,11 @@ class Job:
                 "checkpoint=dummy needs the model that it stands for; add model=qwen3_8b or another of conf/model"
                 if self.model is None
                 else f"model= is for checkpoint=dummy, but the checkpoint is {self.checkpoint}; drop one of them"
+            )
+        if self.plan.candidates != 1 and not TARGETS[self.target].is_cuda:
+            raise UsageError(
+                f"plan.candidates={self.plan.candidates} is for GPU targets; target={self.target} has one way to "
+                "run a call"
             )
         if self.plan.disabled_passes:
             _check_passes(self.plan.disabled_passes)
