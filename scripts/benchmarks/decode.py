@@ -85,7 +85,7 @@ def _theirs(checkpoint: Path, weight_dtype: str) -> Generate:
     where = {"gguf_file": checkpoint.name} if checkpoint.is_file() else {}
     folder = checkpoint.parent if checkpoint.is_file() else checkpoint
     dtype = getattr(torch, weight_dtype)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **where).eval()
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **where).eval()
 
     def generate(prompts: list[list[int]], count: int) -> None:
         ids = torch.tensor(prompts)
