@@ -1,6 +1,6 @@
 """Loading and stepping: what the host and the copies cost beside the kernels.
 
-PYTHONPATH=... python tests/gpu/bench_executable.py [LAYERS [PLAN_FOLDER]]
+python tests/gpu/bench_executable.py [LAYERS [PLAN_FOLDER [RESULT_JSON]]]   (COMMIT names the code's commit)
 
 Loads a model of Qwen3-8B's shapes with LAYERS layers (12, 7 GB; 36 is the real one) in a process without
 torch, from safetensors in the page cache and from dummy weights.
@@ -9,10 +9,12 @@ torch, from safetensors in the page cache and from dummy weights.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +100,22 @@ def _show(name: str, made: dict[str, Any]) -> None:
         print(f"  {bucket:>20}  {milliseconds:8.3f} ms a step  {host:6.0f} µs of the host")
 
 
+def record(made: dict[str, Any], path: Path) -> None:
+    """Write the figures with the device, the versions and the command behind them."""
+    versions = {name: version(name) for name in ("torch", "triton", "cuda-bindings", "numpy")}
+    head = {
+        "device": torch.cuda.get_device_name(),
+        "versions": versions,
+        "commit": os.environ.get("COMMIT", "unknown"),
+        "command": " ".join(["python", *sys.argv]),
+    }
+    path.write_text(json.dumps({**head, "runs": made}, indent=1) + "\n")
+
+
 if __name__ == "__main__":
-    bench(
+    figures = bench(
         int(sys.argv[1]) if len(sys.argv) > 1 else 12,
         Path(sys.argv[2]) if len(sys.argv) > 2 else None,
     )
+    if len(sys.argv) > 3:
+        record(figures, Path(sys.argv[3]))
