@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from makeready.graphs.plan import PlanError
+
 BINDINGS = "cuda.bindings.driver"
 
 
-class DriverError(RuntimeError):
+class DriverError(PlanError):
     """The CUDA driver refused a call; the message names call, code and meaning."""
 
 
@@ -104,8 +106,11 @@ class Driver:
         """Start the driver and return the CUDA version it supports, such as 13000 for 13.0."""
         try:
             self._check("cuInit", self.cu.cuInit(0))
-        except RuntimeError as error:  # also what the bindings raise where there is no libcuda.so
-            raise DriverError(f"no NVIDIA driver can be used here: {error}") from None
+        except (RuntimeError, DriverError) as error:  # the former is what the bindings raise where there is no libcuda.so
+            raise DriverError(
+                f"no NVIDIA driver can be used here ({error}); run the plan on a machine with its GPU, "
+                "or compile one for target=cpu"
+            ) from None
         return self._check("cuDriverGetVersion", self.cu.cuDriverGetVersion())
 
     def open(self, ordinal: int) -> Device:

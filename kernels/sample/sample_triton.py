@@ -80,6 +80,7 @@ def sample_launches(call: OpCall) -> Sequence[Candidate]:
         },
         grid=(rows * chunks, 1, 1),
         num_warps=4,
+        local_bytes=16,  # 8 at some odd vocabularies
         dependent=pdl,
     )
     second = DeviceLaunch(

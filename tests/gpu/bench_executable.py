@@ -60,10 +60,11 @@ def bench(layers: int = 12, plan_folder: Path | None = None) -> dict[str, Any]:
             plan = compile_plan(
                 checkpoint,
                 target=target,
-                max_rows=64,
+                max_rows=256,
+                max_tokens=8192,
                 context_len=8192,
-                max_decode_buckets=4,
-                max_extend_buckets=4,
+                max_decode_buckets=16,
+                max_extend_buckets=16,
             )
             plan_folder = artifact.save(plan, Path(temporary) / "plan")
             print(f"compiled the plan in {time.perf_counter() - begin:.1f} s", flush=True)
