@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from makeready.graphs.inspect.segments import segments, value_spec
 from makeready.graphs.plan import Launch, Plan, PlanError, Weight
-from makeready.graphs.spec import DECODE, Bucket
+from makeready.graphs.spec import DECODE, PHASES, Bucket
 from makeready.graphs.targets import Target, find_target
 from makeready.kernels.spec import TensorSpec
 
@@ -28,7 +28,7 @@ class LaunchCost:
     """What one launch, or several of a kind together, take in one step.
 
     Attributes:
-        op, kernel: contract and implementation.
+        op, kernel: contract and implementation; on a GPU the first candidate of the bucket.
         layer: the layer's number in decimal, empty before and after the layers.
         weight: spec of the operand ``weight``, which tells projections apart; None without one.
         nbytes: moved between memory and the cores, each operand once.
@@ -91,11 +91,25 @@ def launch_costs(plan: Plan, bucket: Bucket, context: int) -> list[LaunchCost]:
     return costs
 
 
+def kernel_of(plan: Plan, launch: Launch, bucket: Bucket) -> str:
+    """Which implementation a launch runs in ``bucket``, before any tuning for one device."""
+    if launch.op_class < 0:
+        return launch.kernel
+    candidates = plan.programs[bucket.phase].classes[launch.op_class].candidates.get(str(bucket))
+    return candidates[0].name if candidates else launch.kernel
+
+
 def launch_key(plan: Plan, phase: str, launch: Launch) -> tuple[Any, ...]:
     """What the cost of a launch depends on, apart from bucket, context and target."""
     named = sorted((*launch.operands.items(), *launch.results.items()))
     specs = tuple((role, value_spec(plan, phase, value)) for role, value in named)
-    return launch.op, launch.kernel, specs, tuple(sorted((k, str(v)) for k, v in launch.attrs.items()))
+    return (
+        launch.op,
+        launch.kernel,
+        launch.op_class,
+        specs,
+        tuple(sorted((k, str(v)) for k, v in launch.attrs.items())),
+    )
 
 
 @cache
@@ -125,7 +139,7 @@ def _launch_cost(plan: Plan, launch: Launch, bucket: Bucket, context: int, targe
     weight = launch.operands.get("weight")
     return LaunchCost(
         op=launch.op,
-        kernel=launch.kernel,
+        kernel=kernel_of(plan, launch, bucket),
         layer="",
         weight=None if weight is None else value_spec(plan, bucket.phase, weight),
         nbytes=nbytes,
@@ -179,7 +193,7 @@ def memory_analysis(plan: Plan) -> dict[str, Any]:
     """Where the plan's bytes are.
 
     Returns:
-        ``regions``: bytes of weights, arena, step, slot and result. ``fixed``: their sum.
+        ``regions``: bytes of every field of :class:`~makeready.graphs.plan.Memory`. ``fixed``: their sum.
         ``weights_by_dtype``: bytes of parameters by the dtype they are stored in, padding between them
         left out. ``parameters``: numbers of the checkpoint that the plan reads, each counted once.
         ``stored_twice``: bytes of rows that are stored again, in another layout or for another use.
@@ -191,7 +205,7 @@ def memory_analysis(plan: Plan) -> dict[str, Any]:
         ``capacity``: by GiB of memory, the ``pages`` and ``tokens`` of KV (the null page left out) beside
         the fixed regions, and how many ``rows`` of full context they hold.
     """
-    regions = {name: getattr(plan.memory, name) for name in ("weights", "arena", "step", "slot", "result")}
+    regions = asdict(plan.memory)
     parameters, again = _distinct(plan.weights)
     full_pages = plan.limits.max_rows * plan.limits.pages_per_row + 1
     return {
@@ -201,7 +215,7 @@ def memory_analysis(plan: Plan) -> dict[str, Any]:
         "parameters": parameters,
         "stored_twice": again,
         "generated": sum(w.nbytes for w in plan.weights if w.param.generated),
-        "arena_by_phase": {phase: _reach(plan, phase) for phase in plan.programs},
+        "arena_by_phase": {phase: _reach(plan, phase) for phase in PHASES},
         "kv": {
             "dtypes": _sums((part.dtype, part.page_bytes) for part in plan.kv.parts),
             "page_size": plan.kv.page_size,

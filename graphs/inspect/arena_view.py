@@ -28,14 +28,14 @@ def live_bytes(plan: Plan, phase: str) -> list[int]:
 
 
 def arena_picture(plan: Plan, phase: str, colours: Colours) -> Markup:
-    """All launches of a phase."""
+    """All launches of a phase; a square root on the y axis, as logits dwarf what layers hand on."""
     program = plan.programs[phase]
     bucket = largest_bucket(plan, phase)
     owned = _owned(program)
     reach = max((b.offset + b.spec.nbytes(bucket.sizes) for b in owned.values()), default=1)
     height = 300.0
     x = Scale(0, len(program.launches), _LEFT, _WIDTH - 4)
-    y = Scale(0, reach, _TOP + height, _TOP)
+    y = Scale(0, reach, _TOP + height, _TOP, root=True)
     parts = [_frame(y, x, reach), *_segment_marks(segments(program), x, _TOP + height)]
     parts += [_rectangle(plan, phase, name, b, x, y, colours) for name, b in owned.items()]
     return svg(_WIDTH, height + _TOP + 24, joined(parts), label=f"arena over the launches of {phase}")
@@ -69,12 +69,12 @@ def segment_picture(plan: Plan, phase: str, segment: Segment, colours: Colours) 
 
 def _owned(program: LoweredProgram) -> dict[str, Buffer]:
     """Buffers that have their own bytes: columns of another one are part of it."""
-    return {name: b for name, b in program.buffers.items() if b.row_stride is None}
+    return {name: b for name, b in sorted(program.buffers.items()) if b.row_stride is None}
 
 
 def _frame(y: Scale, x: Scale, reach: float) -> Markup:
     ticks = []
-    for value in byte_ticks(reach):
+    for value in byte_ticks(reach, root=y.root):
         ticks.append(tag("line", x1=x.start, x2=x.stop, y1=y(value), y2=y(value), class_="grid"))
         ticks.append(text(x.start - 8, y(value) + 4, units.nbytes(value), class_="tick", text_anchor="end"))
     return joined(ticks)

@@ -7,12 +7,14 @@ STYLE = """
   --ground: #ffffff; --panel: #f6f7f9; --ink: #1c2127; --dim: #68727d; --line: #dfe3e8; --faint: #eceff2;
   --accent: #2f6fb3; --hot: #c4532d; --on: #ffffff;
   --c0: #4a78ad; --c1: #dd8a3e; --c2: #5b9d72; --c3: #a873a5; --c4: #4ea3a9; --c5: #cc5f63;
-  --c6: #c7a53a; --c7: #97765f; --c8: #8187c9; --c9: #7f8b95; --c10: #b5688a; --c11: #84994b; }
+  --c6: #c7a53a; --c7: #97765f; --c8: #8187c9; --c9: #7f8b95; --c10: #b5688a; --c11: #84994b;
+  --c12: #6d8f8a; --c13: #b07d4f; --c14: #7a6fb0; --c15: #9a9a5a; }
 @media (prefers-color-scheme: dark) { :root {
   --ground: #14171b; --panel: #1b1f25; --ink: #dde2e7; --dim: #8d98a4; --line: #323941; --faint: #242930;
   --accent: #6ea8e6; --hot: #e58460; --on: #0e1114;
   --c0: #6b9bd1; --c1: #e8a25f; --c2: #79ba8f; --c3: #c193be; --c4: #6cbfc5; --c5: #e0807f;
-  --c6: #d9bb5c; --c7: #b8977f; --c8: #a0a5e2; --c9: #98a4ae; --c10: #d488a8; --c11: #a4b968; } }
+  --c6: #d9bb5c; --c7: #b8977f; --c8: #a0a5e2; --c9: #98a4ae; --c10: #d488a8; --c11: #a4b968;
+  --c12: #93b8b2; --c13: #d0a276; --c14: #a096d8; --c15: #bdbd80; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--ground); color: var(--ink);
   font: 14px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
@@ -62,7 +64,7 @@ table.total, table.buckets { width: 100%; margin-top: 12px; }
 table.total td:last-child { width: 55%; white-space: normal; color: var(--dim); }
 table.total tr:last-child td, table.buckets tr:last-child td {
   border-bottom: 0; border-top: 1px solid var(--line); font-weight: 600; }
-table.kernels th, table.kernels td { padding-right: 11px; }
+table.kernels { width: 100%; margin-top: 18px; }
 tr[data-launch].lit td { background: var(--faint); }
 .columns { display: flex; flex-wrap: wrap; gap: 26px; align-items: flex-start; }
 .columns > * { min-width: 0; }

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from makeready.graphs.inspect import units
 from makeready.graphs.inspect.markup import Markup, joined, svg, table, tag, text, tip
-from makeready.graphs.inspect.padding import Cell, Share, Waste, cell_waste
+from makeready.graphs.inspect.padding import Cell, Padding, Share, Waste
 from makeready.graphs.inspect.scales import Scale
 from makeready.graphs.plan import Plan
 from makeready.graphs.spec import EXTEND, Bucket
@@ -16,17 +16,15 @@ _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 1200.0, 250.0, 74.0, 40.0
 _BAR = 74.0
 
 
-def bucket_table(
-    phase: str, costs: Mapping[Bucket, Mapping[str, float]], waste: Mapping[Bucket, Waste], whole: Waste
-) -> Markup:
+def bucket_table(phase: str, costs: Mapping[Bucket, Mapping[str, float]], padding: Padding) -> Markup:
     """Every bucket of a phase, and all of them together in the last row."""
     rows = []
     for bucket, cost in costs.items():
         if bucket.phase == phase:
-            w = waste[bucket]
+            w = padding.buckets[bucket]
             step = (units.seconds(cost["seconds"]), units.digits(cost["tokens_per_second"]))
             rows.append(_row(str(bucket), w, units.percent(w.weight), *step))
-    rows.append(_row(f"all {phase}", whole, "", "", ""))
+    rows.append(_row(f"all {phase}", padding.phases[phase], "", "", ""))
     head = (
         "bucket",
         "rows",
@@ -35,8 +33,8 @@ def bucket_table(
         "of steps",
         "step time",
         "tokens/s",
-        "padded tokens",
-        "padded time",
+        "padded tokens: expected, worst",
+        "padded time: expected, worst",
     )
     return table(head, rows, "<>>>>>><<", class_="buckets")
 
@@ -64,7 +62,7 @@ def _bar(share: Share) -> Markup:
     return tag("div", drawn, *figures, class_="waste")
 
 
-def bucket_map(plan: Plan) -> Markup:
+def bucket_map(plan: Plan, padding: Padding) -> Markup:
     """Rows against tokens: a field a group of extend batches with one bucket, darker where more is padding.
 
     A size n takes the strip from n - 1/2 to n + 1/2 of a logarithmic axis.
@@ -73,12 +71,13 @@ def bucket_map(plan: Plan) -> Markup:
     x = Scale(0.5, tokens + 0.5, _LEFT, _WIDTH - 4, log=True)
     y = Scale(0.5, rows + 0.5, _HEIGHT, 8, log=True)
     parts = [tag("rect", x=x.start, y=8, width=x.stop - x.start, height=_HEIGHT - 8, class_="illegal")]
-    for cell, waste in cell_waste(plan, EXTEND):
+    found = padding.cells[EXTEND]
+    for cell, waste in found:
         parts.append(_field(cell, waste, x, y))
     parts.append(_illegal(rows, tokens, x, y))
-    for value in sorted({c.tokens[1] for c, _ in cell_waste(plan, EXTEND)}):
+    for value in sorted({1, *(c.tokens[1] for c, _ in found)}):
         parts.append(text(x(value), _HEIGHT + 16, f"{value:,}", class_="tick", text_anchor="middle"))
-    for value in sorted({c.rows[1] for c, _ in cell_waste(plan, EXTEND)}):
+    for value in sorted({1, *(c.rows[1] for c, _ in found)}):
         parts.append(text(x.start - 8, y(value) + 4, f"{value:,}", class_="tick", text_anchor="end"))
     parts.append(
         text((x.start + x.stop) / 2, _HEIGHT + 34, "tokens of the step", class_="axis", text_anchor="middle")

@@ -8,7 +8,7 @@ from makeready.graphs.inspect.analysis import LaunchCost, by_kernel
 from makeready.graphs.inspect.markup import Markup, joined, tag
 from makeready.graphs.spec import PHASES
 
-COUNT = 12  # of the --c variables in assets.py
+COUNT = 16  # of the --c variables in assets.py
 
 
 class Colours:

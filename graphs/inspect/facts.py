@@ -8,6 +8,7 @@ from typing import Any
 from makeready.graphs import artifact
 from makeready.graphs.inspect import units
 from makeready.graphs.plan import Plan
+from makeready.graphs.spec import PHASES
 from makeready.graphs.targets import find_target
 
 
@@ -15,7 +16,7 @@ def facts(plan: Plan, memory: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Label and value of every fact; ``memory`` is the plan's memory analysis."""
     options, limits = plan.options, plan.limits
     target = find_target(plan.target)
-    launches = ", ".join(f"{phase} {len(p.launches)}" for phase, p in plan.programs.items())
+    launches = ", ".join(f"{phase} {len(plan.programs[phase].launches)}" for phase in PHASES)
     peak = units.rate(target.flops.get(options.weight_dtype, target.flops["float32"]), "FLOP")
     return [
         ("architecture", plan.architecture),

@@ -7,7 +7,7 @@ cache that is written before it is read makes a dashed edge.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -27,7 +27,9 @@ _CHAR, _ROW, _HEAD, _PAD = (
     24.0,
     9.0,
 )  # pixels: a monospace letter at 10.5 px, a row, a header, sides
+_BOLD = 7.6  # a letter of a title
 _MARGIN = 12.0
+_LABEL = 76.0  # room for a shape to the right of the last lane
 _MOST_ROWS = 8
 
 
@@ -55,7 +57,8 @@ class _Box:
     def size(self) -> tuple[float, float]:
         """Width and height in pixels."""
         widest = max((len(r.kind) + len(r.name) + len(r.shape) + 4 for r in self.rows), default=0)
-        letters = max(widest, len(self.title) + len(self.badge) + 3)
+        title = len(self.title) * (_BOLD / _CHAR if self.op else 1)
+        letters = max(widest, title + len(self.badge) + 3)
         height = _HEAD + (self.op != "") * (_ROW * len(self.rows) + (6 if self.rows else 0))
         return max(120.0 if self.op else 0.0, letters * _CHAR + 2 * _PAD), height
 
@@ -81,15 +84,19 @@ def segment_picture(
     )
     drawn = joined(_edges(plan, phase, boxes, edges, layout))
     drawn = joined([drawn, *(_box(box, *layout.places[key], colours) for key, box in boxes.items())])
+    beside = _LABEL if any(layout.lanes) else 0.0
     return svg(
-        layout.width + 2 * _MARGIN,
+        layout.width + 2 * _MARGIN + beside,
         layout.height + 2 * _MARGIN,
         tag("g", drawn, transform=f"translate({_MARGIN} {_MARGIN})"),
         label=f"launches of {segment.name}, {phase}",
     )
 
 
-def _collect(plan: Plan, phase: str, segment: Segment, costs: Sequence[LaunchCost]):
+def _collect(
+    plan: Plan, phase: str, segment: Segment, costs: Sequence[LaunchCost]
+) -> tuple[dict[str, _Box], list[_Edge], list[str], list[str]]:
+    """Boxes by key in an order in which edges go forward, edges, and the keys of what comes in and goes out."""
     program = plan.programs[phase]
     inside = range(segment.start, segment.stop)
     made = {v: f"#{at}" for at in inside for v in program.launches[at].results.values()}
@@ -103,12 +110,12 @@ def _collect(plan: Plan, phase: str, segment: Segment, costs: Sequence[LaunchCos
         launch = program.launches[at]
         box = _Box(
             launch.op,
-            launch.kernel,
+            costs[at].kernel,
             tip=_launch_tip(plan, phase, at, launch, costs[at]),
             op=launch.op,
             launch=at,
         )
-        for role, value in launch.operands.items():
+        for role, value in sorted(launch.operands.items()):
             if value in made:
                 edges.append(_Edge(made[value], f"#{at}", value))
             elif value in outside:
@@ -138,7 +145,9 @@ def _leaving(plan: Plan, phase: str, segment: Segment) -> list[str]:
     """Values of the segment that a later launch or the host reads."""
     program = plan.programs[phase]
     later = {v for launch in program.launches[segment.stop :] for v in launch.operands.values()}
-    results = [v for n in range(segment.start, segment.stop) for v in program.launches[n].results.values()]
+    results = [
+        v for n in range(segment.start, segment.stop) for _, v in sorted(program.launches[n].results.items())
+    ]
     return [v for v in results if v in later or v not in program.buffers]
 
 
@@ -166,10 +175,12 @@ def _shortened(rows: list[_Row]) -> list[_Row]:
 
 
 def _launch_tip(plan: Plan, phase: str, at: int, launch: Launch, cost: LaunchCost) -> str:
-    rows = [("kernel", f"{launch.op}/{launch.kernel}")]
+    rows = [("kernel", f"{launch.op}/{cost.kernel}")]
     for sign, named in (("← ", launch.operands), ("→ ", launch.results)):
-        rows += [(sign + r, f"{v}  {shape_text(value_spec(plan, phase, v))}") for r, v in named.items()]
-    rows += [(name, str(value)) for name, value in launch.attrs.items() if value not in ("", None)]
+        rows += [
+            (sign + r, f"{v}  {shape_text(value_spec(plan, phase, v))}") for r, v in sorted(named.items())
+        ]
+    rows += [(name, str(value)) for name, value in sorted(launch.attrs.items()) if value not in ("", None)]
     rows += [
         ("moved", units.nbytes(cost.nbytes)),
         ("computed", units.flops(cost.flops)),
@@ -199,46 +210,56 @@ def _box(box: _Box, x: float, y: float, colours: Colours) -> Markup:
     return tag("g", *parts, class_="launch", data_tip=box.tip, data_launch=box.launch)
 
 
-def _edges(plan: Plan, phase: str, boxes, edges: Sequence[_Edge], layout: Layout) -> Iterator[Markup]:
+def _edges(
+    plan: Plan, phase: str, boxes: Mapping[str, _Box], edges: Sequence[_Edge], layout: Layout
+) -> Iterator[Markup]:
     ports = _ports(boxes, edges, layout)
-    labelled: set[str] = set()
     for at, edge in enumerate(edges):
-        start, end = ports[at]
-        lanes = layout.lanes[at]
-        shape = shape_text(value_spec(plan, phase, edge.value))
+        (start, end), lanes = ports[at], layout.lanes[at]
         kind = "cache" if edge.cache else "skip" if lanes else "flow"
         line = tag("path", d=_path(start, lanes, end), class_=f"edge {kind}")
         head = tag("path", d=f"M{end[0] - 3.5:.1f} {end[1] - 7:.1f}h7l-3.5 7z", class_=f"head {kind}")
-        hit = tag(
-            "path", d=_path(start, lanes, end), class_="hit", data_tip=tip(edge.value, [("shape", shape)])
-        )
+        content = tip(edge.value, [("shape", shape_text(value_spec(plan, phase, edge.value)))])
+        hit = tag("path", d=_path(start, lanes, end), class_="hit", data_tip=content)
         yield tag("g", line, head, hit, class_="link")
-        if (
-            edge.cache
-            or edge.value in labelled
-            or not edge.source.startswith("#")
-            or edge.target.startswith("<")
-        ):
+    yield from _edge_labels(plan, phase, edges, layout, [start for start, _ in ports])
+
+
+def _edge_labels(
+    plan: Plan, phase: str, edges: Sequence[_Edge], layout: Layout, starts: Sequence[tuple[float, float]]
+) -> Iterator[Markup]:
+    """The shape of every value that a launch of the picture hands to another, once."""
+    labelled: set[str] = set()
+    for at, edge in enumerate(edges):
+        inner = edge.source.startswith("#") and edge.target.startswith("#")
+        if edge.cache or edge.value in labelled or not inner:
             continue
         labelled.add(edge.value)
-        # Two values that leave side by side are labelled to either side.
-        beside = [
-            p[0][0]
-            for e, p in zip(edges, ports, strict=True)
-            if e.source == edge.source and e.value != edge.value
-        ]
-        leftmost = bool(beside) and start[0] < min(beside)
-        offset, anchor = (-6, "end") if leftmost else (6, "start")
-        yield text(start[0] + offset, start[1] + 13, shape, class_=f"mono shape {kind}", text_anchor=anchor)
+        shape = shape_text(value_spec(plan, phase, edge.value))
+        if lanes := layout.lanes[at]:
+            x, top, bottom = lanes[0]
+            yield text(x + 6, (top + bottom) / 2 + 4, shape, class_="mono shape skip")
+            continue
+        # To the left where something else leaves to the right.
+        x, y = starts[at]
+        ways = [(layout.lanes[n], starts[n]) for n, e in enumerate(edges) if e.source == edge.source]
+        left = x < max(lanes[0][0] if lanes else start[0] for lanes, start in ways)
+        offset, anchor = (-6, "end") if left else (6, "start")
+        yield text(x + offset, y + 13, shape, class_="mono shape", text_anchor=anchor)
 
 
 def _ports(
-    boxes, edges: Sequence[_Edge], layout: Layout
+    boxes: Mapping[str, _Box], edges: Sequence[_Edge], layout: Layout
 ) -> list[tuple[tuple[float, float], tuple[float, float]]]:
     """Where each edge leaves and enters: one place a value at the bottom, one an edge at the top."""
 
     def centre(key: str) -> float:
         return layout.places[key][0] + boxes[key].size[0] / 2
+
+    def towards(numbers: Sequence[int]) -> float:
+        """Where edges of one value go, on average: the first lane or the target."""
+        places = [layout.lanes[n][0][0] if layout.lanes[n] else centre(edges[n].target) for n in numbers]
+        return sum(places) / len(places)
 
     starts: dict[int, float] = {}
     ends: dict[int, float] = {}
@@ -248,13 +269,8 @@ def _ports(
         for at, edge in enumerate(edges):
             if edge.source == key:
                 leaving.setdefault("cache" if edge.cache else edge.value, []).append(at)
-        towards = {
-            value: sum(layout.lanes[n][0][0] if layout.lanes[n] else centre(edges[n].target) for n in numbers)
-            / len(numbers)
-            for value, numbers in leaving.items()
-        }
-        for i, value in enumerate(sorted(leaving, key=lambda v: towards[v])):
-            starts |= dict.fromkeys(leaving[value], x + width * (i + 1) / (len(leaving) + 1))
+        for i, numbers in enumerate(sorted(leaving.values(), key=towards)):
+            starts.update((at, x + width * (i + 1) / (len(leaving) + 1)) for at in numbers)
         entering = [at for at, edge in enumerate(edges) if edge.target == key]
         entering.sort(key=lambda n: layout.lanes[n][-1][0] if layout.lanes[n] else centre(edges[n].source))
         for i, at in enumerate(entering):

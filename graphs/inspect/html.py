@@ -21,7 +21,7 @@ from makeready.graphs.inspect.assets import SCRIPT, STYLE
 from makeready.graphs.inspect.colours import Colours
 from makeready.graphs.inspect.facts import facts, passes
 from makeready.graphs.inspect.markup import Markup, buttons, joined, panes, tag
-from makeready.graphs.inspect.padding import Waste, padding_waste, phase_waste
+from makeready.graphs.inspect.padding import Padding, padding
 from makeready.graphs.inspect.segments import Segment, groups
 from makeready.graphs.plan import Plan
 from makeready.graphs.spec import DECODE, EXTEND, PHASES, Bucket
@@ -46,8 +46,8 @@ class _Page:
         return cost_analysis(self.plan, self.context)
 
     @cached_property
-    def waste(self) -> dict[Bucket, Waste]:
-        return padding_waste(self.plan)
+    def padding(self) -> Padding:
+        return padding(self.plan)
 
     @cached_property
     def launches(self) -> Mapping[str, list[LaunchCost]]:
@@ -141,16 +141,20 @@ def _memory(page: _Page) -> Markup:
 def _buckets(page: _Page) -> Markup:
     note = (
         f"Step time and tokens/s are roofline bounds at {page.context:,} tokens of context a row. Bars are the "
-        "expected share of padding under the plan's traffic profile, lines and the second figure the worst batch; "
+        "expected share of padding under the plan's traffic profile, ticks the worst batch; "
         "padded time is against a program made for the batch itself."
     )
     shown = {}
     for phase in PHASES:
-        listing = bucket_view.bucket_table(phase, page.buckets, page.waste, phase_waste(page.plan, phase))
+        listing = bucket_view.bucket_table(phase, page.buckets, page.padding)
         parts = [tag("div", listing, class_="scroll")]
         if phase == EXTEND:
             caption = "Which bucket runs which batch. Darker: more of the step is padding. Both axes are logarithmic."
-            parts = [tag("p", caption, class_="note"), bucket_view.bucket_map(page.plan), *parts]
+            parts = [
+                tag("p", caption, class_="note"),
+                bucket_view.bucket_map(page.plan, page.padding),
+                *parts,
+            ]
         shown[phase] = joined(parts)
     return _section("buckets", f"{len(page.plan.buckets)} buckets", note, _by_phase(shown))
 
@@ -173,9 +177,8 @@ def _kernels(page: _Page) -> Markup:
         )
         picture = roofline_view.roofline_picture(kernels, target, page.colours)
         listing = roofline_view.kernel_table(kernels, page.colours)
-        drawn = tag("div", picture, page.colours.legend(c.op for c in kernels), class_="half")
-        columns = tag("div", tag("div", listing, class_="scroll"), drawn, class_="columns")
-        shown[phase] = joined([tag("h3", title), columns])
+        legend = page.colours.legend(c.op for c in kernels)
+        shown[phase] = joined([tag("h3", title), picture, legend, tag("div", listing, class_="scroll")])
     return _section("kernels", "Kernels and roofline", note, _by_phase(shown))
 
 
@@ -199,7 +202,7 @@ def _phase_launches(page: _Page, phase: str) -> Markup:
     overview = (
         f"All {len(live)} launches of {largest_bucket(plan, phase)}: buffers reach to "
         f"{units.nbytes(page.memory['arena_by_phase'][phase])} of the arena's {units.nbytes(plan.memory.arena)}; "
-        f"at most {units.nbytes(max(live, default=0))} are alive at once."
+        f"at most {units.nbytes(max(live, default=0))} are alive at once. Square-root axis."
     )
     return joined([
         tag("div", tag("span", "segment", class_="dim"), picker, class_="pick"),

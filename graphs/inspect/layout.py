@@ -7,13 +7,14 @@ distance to the neighbours above and below, with the order and the gaps kept (is
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import TypeAlias
 
 GAP_X, GAP_Y = 28.0, 46.0
 _LANE = 14.0  # width that an edge takes where it passes a layer
-_ORDER_SWEEPS, _PLACE_SWEEPS = 16, 60
+_ORDER_SWEEPS, _PLACE_SWEEPS = 16, 120
 
 
 @dataclass(frozen=True)
@@ -29,16 +30,20 @@ class Layout:
     lanes: Sequence[Sequence[tuple[float, float, float]]]
 
 
+_Point: TypeAlias = str | tuple[int, int]
+"""A node by its name, or the place (edge, layer) where an edge passes a layer."""
+
+
 @dataclass
 class _Graph:
-    """Nodes and lane points by layer; lane points are keyed (edge, layer)."""
+    """Points by layer, their widths, and their links (point, weight) to the layers next to them."""
 
-    layers: list[list]
-    width: dict
-    above: dict = field(default_factory=dict)
-    below: dict = field(default_factory=dict)
+    layers: list[list[_Point]]
+    width: dict[_Point, float]
+    above: dict[_Point, list[tuple[_Point, float]]] = field(default_factory=dict)
+    below: dict[_Point, list[tuple[_Point, float]]] = field(default_factory=dict)
 
-    def link(self, upper, lower, weight: float) -> None:
+    def link(self, upper: _Point, lower: _Point, weight: float) -> None:
         self.below.setdefault(upper, []).append((lower, weight))
         self.above.setdefault(lower, []).append((upper, weight))
 
@@ -63,9 +68,11 @@ def arrange(
     for node, (width, _) in sizes.items():
         graph.layers[layer[node]].append(node)
         graph.width[node] = width
-    chains = [_chain(graph, layer, at, edge) for at, edge in enumerate(edges)]
+    chains = [_chain(graph, layer, at, edge, late) for at, edge in enumerate(edges)]
     _order(graph)
     centre = _place(graph)
+    for chain in chains:
+        _straighten(graph, chain, centre)
     heights = [max((sizes[n][1] for n in nodes if n in sizes), default=0.0) for nodes in graph.layers]
     tops = [sum(heights[:at]) + at * GAP_Y for at in range(len(heights))]
     left = min((centre[n] - graph.width[n] / 2 for n in centre), default=0.0)
@@ -77,7 +84,10 @@ def arrange(
     )
 
 
-def _layers(sizes, edges, late, last) -> dict[str, int]:
+def _layers(
+    sizes: Iterable[str], edges: Sequence[tuple[str, str]], late: Sequence[str], last: Sequence[str]
+) -> dict[str, int]:
+    """Layer of every node, counted from 0 at the top, none left empty."""
     layer = dict.fromkeys(sizes, 1)
     for node in sizes:
         for upper, lower in edges:
@@ -91,21 +101,24 @@ def _layers(sizes, edges, late, last) -> dict[str, int]:
     return {node: used[number] for node, number in layer.items()}
 
 
-def _chain(graph: _Graph, layer: Mapping[str, int], at: int, edge: tuple[str, str]) -> list:
+def _chain(
+    graph: _Graph, layer: Mapping[str, int], at: int, edge: tuple[str, str], late: Sequence[str]
+) -> list[tuple[int, int]]:
     """Lane points of an edge, added to the graph and linked."""
     upper, lower = edge
     points = [(at, number) for number in range(layer[upper] + 1, layer[lower])]
     for point in points:
         graph.layers[point[1]].append(point)
         graph.width[point] = _LANE
-    path = [upper, *points, lower]
+    path: list[_Point] = [upper, *points, lower]
     for a, b in pairwise(path):
-        # Lanes are kept straight first, then what leads into them, then edges between neighbours.
-        graph.link(a, b, 8.0 if a in points and b in points else 2.0 if points else 1.0)
+        # Nodes stay in line with the nodes they follow; lanes and what comes from outside make way.
+        graph.link(a, b, 1.0 if not points and upper not in late else 0.001)
     return points
 
 
 def _order(graph: _Graph) -> None:
+    """Sort every layer, by turns from above and from below; the order with the fewest crossings is kept."""
     best, fewest = [list(nodes) for nodes in graph.layers], _crossings(graph)
     for sweep in range(_ORDER_SWEEPS):
         down = sweep % 2 == 0
@@ -116,7 +129,7 @@ def _order(graph: _Graph) -> None:
             at = {node: i for i, node in enumerate(beside)}
             here = {node: i for i, node in enumerate(graph.layers[number])}
 
-            def mean(node, links=links, at=at, here=here) -> float:
+            def mean(node: _Point, links=links, at=at, here=here) -> float:
                 linked = [at[n] for n, _ in links.get(node, ())]
                 return sum(linked) / len(linked) if linked else float(here[node])
 
@@ -127,6 +140,7 @@ def _order(graph: _Graph) -> None:
 
 
 def _crossings(graph: _Graph) -> int:
+    """Pairs of links between neighbouring layers that cross."""
     total = 0
     for upper, lower in pairwise(graph.layers):
         at = {node: i for i, node in enumerate(lower)}
@@ -135,9 +149,9 @@ def _crossings(graph: _Graph) -> int:
     return total
 
 
-def _place(graph: _Graph) -> dict:
+def _place(graph: _Graph) -> dict[_Point, float]:
     """Centre of every node and lane point along its layer."""
-    centre: dict = {}
+    centre: dict[_Point, float] = {}
     for nodes in graph.layers:
         end = 0.0
         for node in nodes:
@@ -160,6 +174,15 @@ def _place(graph: _Graph) -> dict:
             for node, x, gap in zip(nodes, isotonic(wanted, weights), gaps, strict=True):
                 centre[node] = x + gap
     return centre
+
+
+def _straighten(graph: _Graph, chain: Sequence[tuple[int, int]], centre: dict[_Point, float]) -> None:
+    """Draw an edge that passes beside everything as one vertical line."""
+    places = [centre[point] for point in chain]
+    for end, outermost in ((-1, max), (0, min)):
+        if chain and all(graph.layers[point[1]][end] == point for point in chain):
+            centre.update(dict.fromkeys(chain, outermost(places)))
+            return
 
 
 def isotonic(values: Sequence[float], weights: Sequence[float]) -> list[float]:

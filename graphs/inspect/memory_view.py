@@ -10,14 +10,15 @@ from makeready.graphs.inspect import units
 from makeready.graphs.inspect.markup import Markup, joined, svg, table, tag, tip
 from makeready.graphs.plan import Plan
 
-_WIDTH, _BAR = 1200.0, 160.0
-_REGIONS = {"weights": 0, "arena": 1, "step": 6, "slot": 2, "result": 7, "KV": 3}
+_WIDTH, _BAR = 1200.0, 420.0
+_REGIONS = {"weights": 0, "arena": 1, "step": 6, "slot": 2, "result": 7, "scratch": 4, "KV": 3}
 
 
 def memory_map(plan: Plan, memory: Mapping[str, Any]) -> Markup:
     """All regions as one bar, to scale, KV as if every row used its full context; figures below."""
     kv = memory["kv"]
-    regions = {**memory["regions"], "KV": kv["full_bytes"]}
+    regions = {name: size for name, size in memory["regions"].items() if size}
+    regions["KV"] = kv["full_bytes"]
     whole = sum(regions.values())
     parts, at = [], 0.0
     for name, size in regions.items():
@@ -33,7 +34,7 @@ def memory_map(plan: Plan, memory: Mapping[str, Any]) -> Markup:
             parts.append(tag("text", label, x=at + 10, y=22, class_="onbar"))
         at += width
     notes = _notes(plan, memory)
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             tag("span", tag("i", style=f"background:var(--c{_REGIONS[name]})"), name, class_="swatch"),
             units.nbytes(size), f"{size:,}", units.percent(size / whole), notes[name],
@@ -60,6 +61,7 @@ def _notes(plan: Plan, memory: Mapping[str, Any]) -> dict[str, str]:
         "step": "what the host writes for every step",
         "slot": f"what the device keeps for each of {rows} running requests, and for padding",
         "result": "what the host reads after every step",
+        "scratch": "what kernels share among their blocks",
         "KV": f"{kv['full_pages']:,} pages: {rows} rows of {plan.limits.context_len:,} tokens, and the null page",
     }
 

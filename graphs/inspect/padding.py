@@ -14,8 +14,7 @@ phase ``expected`` is the padding of all steps over the whole of all steps, so l
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
 
@@ -24,8 +23,8 @@ import numpy as np
 from makeready.graphs.buckets import BucketTable, Distribution, Traffic
 from makeready.graphs.codec import from_json
 from makeready.graphs.inspect.analysis import launch_key, work
-from makeready.graphs.plan import Plan
-from makeready.graphs.spec import DECODE, EXTEND, Bucket
+from makeready.graphs.plan import Launch, Plan
+from makeready.graphs.spec import DECODE, PHASES, Bucket
 from makeready.graphs.targets import find_target
 
 
@@ -66,6 +65,15 @@ class Cell:
     bucket: Bucket
 
 
+@dataclass(frozen=True)
+class Padding:
+    """All that is said about padding; ``cells`` are the rectangles that hold a legal batch, by phase."""
+
+    buckets: Mapping[Bucket, Waste]
+    phases: Mapping[str, Waste]
+    cells: Mapping[str, tuple[tuple[Cell, Waste], ...]]
+
+
 def traffic_of(plan: Plan) -> Traffic:
     """The traffic profile that the plan was made for."""
     return from_json(Traffic, plan.options.traffic, "options.traffic")
@@ -85,28 +93,25 @@ def cells(plan: Plan, phase: str) -> tuple[Cell, ...]:
     return tuple(Cell(r, t, table.covering(phase, r[1], t[1])) for r, t in pairs if r[0] <= t[1])
 
 
+def padding(plan: Plan) -> Padding:
+    """Padding under the plan's own traffic profile; definitions above."""
+    traffic = traffic_of(plan)
+    buckets: dict[Bucket, Waste] = {}
+    phases: dict[str, Waste] = {}
+    held: dict[str, tuple[tuple[Cell, Waste], ...]] = {}
+    for phase in PHASES:
+        grid, found = _Grid(plan, phase, traffic), cells(plan, phase)
+        for bucket in (b for b in plan.buckets if b.phase == phase):
+            buckets[bucket] = grid.waste([c for c in found if c.bucket == bucket])
+        phases[phase] = grid.waste(found)
+        each = ((cell, grid.waste([cell])) for cell in found)
+        held[phase] = tuple((cell, waste) for cell, waste in each if waste.batches)
+    return Padding(buckets, phases, held)
+
+
 def padding_waste(plan: Plan) -> dict[Bucket, Waste]:
     """Padding of every bucket under the plan's own traffic profile; definitions above."""
-    traffic = traffic_of(plan)
-    waste: dict[Bucket, Waste] = {}
-    for phase in (DECODE, EXTEND):
-        grid = _Grid(plan, phase, traffic)
-        for bucket in (b for b in plan.buckets if b.phase == phase):
-            mine = [c for c in cells(plan, phase) if c.bucket == bucket]
-            waste[bucket] = grid.waste(mine)
-    return waste
-
-
-def phase_waste(plan: Plan, phase: str) -> Waste:
-    """Padding over all steps of a phase."""
-    return _Grid(plan, phase, traffic_of(plan)).waste(cells(plan, phase))
-
-
-def cell_waste(plan: Plan, phase: str) -> list[tuple[Cell, Waste]]:
-    """Every rectangle of :func:`cells` that holds a legal batch, with its own padding."""
-    grid = _Grid(plan, phase, traffic_of(plan))
-    found = [(cell, grid.waste([cell])) for cell in cells(plan, phase)]
-    return [(cell, waste) for cell, waste in found if waste.batches]
+    return dict(padding(plan).buckets)
 
 
 def _between(bounds: Sequence[int]) -> list[tuple[int, int]]:
@@ -123,111 +128,93 @@ class _Grid:
 
     def __init__(self, plan: Plan, phase: str, traffic: Traffic) -> None:
         self.decode = phase == DECODE
-        rows = np.arange(1, plan.limits.max_rows + 1)
-        tokens = np.arange(1, plan.limits.max_tokens + 1)
-        if self.decode:
-            self.tokens = rows[:, None]
-            self.legal = np.ones_like(self.tokens, bool)
-            weight = _weights(traffic.decode_rows, rows)[:, None]
-        else:
-            self.tokens = np.broadcast_to(tokens, (len(rows), len(tokens)))
-            self.legal = self.tokens >= rows[:, None]
-            weight = np.outer(_weights(traffic.extend_rows, rows), _weights(traffic.extend_tokens, tokens))
+        rows = np.arange(1, plan.limits.max_rows + 1)[:, None]
+        tokens = rows if self.decode else np.arange(1, plan.limits.max_tokens + 1)[None, :]
+        weight = _weights(traffic.decode_rows if self.decode else traffic.extend_rows, rows)
+        if not self.decode:
+            weight = weight * _weights(traffic.extend_tokens, tokens)
+        self.rows, self.tokens = np.broadcast_arrays(rows, tokens)
+        self.legal = self.tokens >= self.rows
         weight = weight * self.legal
         self.weight = weight / (weight.sum() or 1.0)
-        self.seconds = _step_seconds(plan, phase, traffic.context)
+        self.seconds = np.broadcast_to(_step_seconds(plan, phase, rows, tokens, traffic), self.rows.shape)
 
     def waste(self, chosen: Sequence[Cell]) -> Waste:
         """Padding over the legal batches of ``chosen``."""
-        parts = [self._part(cell) for cell in chosen]
-        batches = sum(p["batches"] for p in parts)
-        if not batches:
-            return Waste(0, (0, 0), (0, 0), 0.0, Share(None, None), Share(None, None))
-        parts = [p for p in parts if p["batches"]]
+        found = [np.zeros((6, 0)), *(self._batches(cell) for cell in chosen)]
+        rows, tokens, seconds, weight, all_tokens, all_seconds = np.concatenate(found, axis=1)
         return Waste(
-            batches=int(batches),
-            rows=(min(p["rows"][0] for p in parts), max(p["rows"][1] for p in parts)),
-            tokens=(min(p["tokens"][0] for p in parts), max(p["tokens"][1] for p in parts)),
-            weight=math.fsum(p["weight"] for p in parts),
-            token=_share(parts, "token"),
-            time=_share(parts, "time"),
+            batches=len(rows),
+            rows=_extent(rows),
+            tokens=_extent(tokens),
+            weight=float(weight.sum()),
+            token=_share(tokens, all_tokens, weight),
+            time=_share(seconds, all_seconds, weight),
         )
 
-    def _part(self, cell: Cell) -> dict:
-        """Sums over one rectangle."""
+    def _batches(self, cell: Cell) -> np.ndarray:
+        """[6, batches]: rows, tokens, seconds, weight of each, and the bucket's tokens and seconds."""
         (r0, r1), (t0, t1) = cell.rows, (1, 1) if self.decode else cell.tokens
-        at = (slice(r0 - 1, r1), slice(t0 - 1, t1))
-        legal, weight, tokens, time = (x[at] for x in (self.legal, self.weight, self.tokens, self.seconds))
-        if not legal.any():
-            return {"batches": 0}
-        rows = np.nonzero(legal.any(1))[0] + r0
-        full = cell.bucket.rows - 1, 0 if self.decode else cell.bucket.tokens - 1
-        part: dict = {
-            "batches": int(legal.sum()),
-            "rows": (int(rows[0]), int(rows[-1])),
-            "tokens": (int(tokens[legal].min()), int(tokens[legal].max())),
-            "weight": float(weight.sum()),
-        }
-        for name, used, whole in (
-            ("token", tokens, float(cell.bucket.tokens)),
-            ("time", time, float(self.seconds[full])),
-        ):
-            part[name] = {
-                "worst": 1 - float(used[legal].min()) / whole,
-                "used": float((weight * used).sum()),
-                "whole": float(weight.sum()) * whole,
-            }
-        return part
+        at = np.s_[r0 - 1 : r1, t0 - 1 : t1]
+        legal = self.legal[at]
+        own = [x[at][legal] for x in (self.rows, self.tokens, self.seconds, self.weight)]
+        full = self.seconds[cell.bucket.rows - 1, 0 if self.decode else cell.bucket.tokens - 1]
+        return np.stack([*own, *(np.full(len(own[0]), x, float) for x in (cell.bucket.tokens, full))])
 
 
-def _share(parts: Sequence[dict], name: str) -> Share:
-    whole = math.fsum(p[name]["whole"] for p in parts)
-    used = math.fsum(p[name]["used"] for p in parts)
-    # Sums of the same batches in another order may differ in the last digit.
-    return Share(max(p[name]["worst"] for p in parts), max(0.0, 1 - used / whole) if whole else None)
+def _extent(sizes: np.ndarray) -> tuple[int, int]:
+    return (int(sizes.min()), int(sizes.max())) if sizes.size else (0, 0)
+
+
+def _share(used: np.ndarray, whole: np.ndarray, weight: np.ndarray) -> Share:
+    if not used.size:
+        return Share(None, None)
+    expected = 1 - float(weight @ used) / float(weight @ whole) if weight.any() else None
+    return Share(float((1 - used / whole).max()), expected)
 
 
 def _weights(distribution: Distribution, sizes: np.ndarray) -> np.ndarray:
     if not distribution:
         return 1.0 / sizes
-    return np.array([distribution.get(int(size), 0.0) for size in sizes])
+    return np.vectorize(lambda size: distribution.get(int(size), 0.0), otypes=[float])(sizes)
 
 
-def _step_seconds(plan: Plan, phase: str, context: int) -> np.ndarray:
-    """Roofline time of a program made for each batch, [rows, tokens] ([rows, 1] for decode).
+def _step_seconds(
+    plan: Plan, phase: str, rows: np.ndarray, tokens: np.ndarray, traffic: Traffic
+) -> np.ndarray:
+    """Roofline time of a program made for each batch; broadcasts like ``rows`` and ``tokens``.
 
     Bytes and operations of a launch are polynomials of the rows and tokens, of degree two at most in
     either (attention among a step's own tokens). Nine evaluations of the cost model therefore give every
     batch's; the roofline's maximum is taken behind that.
     """
     program, target = plan.programs[phase], find_target(plan.target)
-    context = min(context, plan.limits.context_len)
-    counts: dict[tuple, list] = {}
+    context = min(traffic.context, plan.limits.context_len)
+    kinds: dict[tuple, list[Launch]] = {}
     for launch in program.launches:
-        counts.setdefault(launch_key(plan, phase, launch), [launch, 0])[1] += 1
-    rows = np.arange(1, plan.limits.max_rows + 1)
-    tokens = rows if phase == DECODE else np.arange(1, plan.limits.max_tokens + 1)
-    total: np.ndarray | float = 0.0
-    for launch, times in counts.values():
+        kinds.setdefault(launch_key(plan, phase, launch), []).append(launch)
+    total = np.zeros((1, 1))
+    for same in kinds.values():
+        known = [
+            [work(plan, same[0], Bucket(phase, r, t), context, target) for t in (1, 2, 3)] for r in (1, 2, 3)
+        ]
+        nbytes, flops = (
+            _spread(np.array([[cost[n] for cost in row] for row in known]), rows, tokens) for n in (0, 1)
+        )
+        _, largest, compute = known[-1][-1]
+        memory_time, compute_time = nbytes / target.bandwidth, flops * (compute / largest if largest else 0.0)
+        total = total + len(same) * (np.maximum(memory_time, compute_time) + target.launch_seconds)
+    return total
 
-        def of(r: int, t: int, launch=launch) -> tuple[float, ...]:
-            return work(plan, launch, Bucket(phase, r, t), context, target)
 
-        nbytes, _, compute = (_spread(of, part, rows, tokens, phase) for part in range(3))
-        total = total + times * (np.maximum(nbytes / target.bandwidth, compute) + target.launch_seconds)
-    return np.asarray(total)
+def _spread(known: np.ndarray, rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """A polynomial of degree two in each size, known at sizes 1 to 3, at all sizes.
 
-
-def _spread(
-    of: Callable[[int, int], tuple[float, ...]], part: int, rows: np.ndarray, tokens: np.ndarray, phase: str
-) -> np.ndarray:
-    """A polynomial of degree two in each size, known at sizes 1 to 3, at all sizes (Newton's differences)."""
-    known = np.array([[of(r, t)[part] for t in (1, 2, 3)] for r in (1, 2, 3)])
+    Newton's forward differences, exact for whole numbers; terms that are nought are left out, which keeps
+    what depends on one size alone a single row or column.
+    """
     differences = np.array([[1.0, 0, 0], [-1, 1, 0], [1, -2, 1]])
     coefficients = differences @ known @ differences.T
-    by_rows, by_tokens = (
-        np.stack([np.ones(len(x)), x - 1.0, (x - 1.0) * (x - 2.0) / 2]) for x in (rows, tokens)
-    )
-    if phase == DECODE:
-        return np.einsum("ir,ij,jr->r", by_rows, coefficients, by_tokens)[:, None]
-    return by_rows.T @ coefficients @ by_tokens
+    by_rows, by_tokens = ((1.0, x - 1.0, (x - 1.0) * (x - 2.0) / 2) for x in (rows, tokens))
+    terms = [coefficients[i, j] * by_rows[i] * by_tokens[j] for i, j in np.argwhere(coefficients)]
+    return np.asarray(sum(terms))

@@ -13,7 +13,8 @@ from makeready.graphs.inspect.scales import Scale, decades
 from makeready.graphs.inspect.text import shape_text
 from makeready.graphs.targets import Target
 
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 540.0, 380.0, 72.0, 44.0
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 1200.0, 320.0, 84.0, 44.0
+_BAR = 190.0
 
 
 def kernel_table(kernels: Sequence[LaunchCost], colours: Colours) -> Markup:
@@ -26,7 +27,7 @@ def kernel_table(kernels: Sequence[LaunchCost], colours: Colours) -> Markup:
             "span", tag("i", style=f"background:{colours.of(c.op)}"), tag("code", c.op), class_="swatch"
         )
         shape = tag("code", _weight(c), class_="dim")
-        bar = svg(64, 10, *_bar(c, 64 * c.seconds / longest), label=units.percent(c.seconds / whole))
+        bar = svg(_BAR, 10, *_bar(c, _BAR * c.seconds / longest), label=units.percent(c.seconds / whole))
         bound = tag("span", c.bound, class_=f"bound {c.bound}")
         rows.append((
             name, shape, f"{c.launches:,}", units.nbytes(c.nbytes), units.flops(c.flops), bound,

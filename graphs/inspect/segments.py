@@ -90,8 +90,8 @@ def groups(plan: Plan, phase: str) -> tuple[SegmentGroup, ...]:
 
 
 def _layer(launch: Launch) -> str:
-    """The layer whose value a launch names; the first operand that names one decides."""
-    matches = (_LAYER.match(value) for value in launch.operands.values())
+    """The layer whose weight or cache a launch names."""
+    matches = (_LAYER.match(value) for _, value in sorted(launch.operands.items()))
     return next((m[1] for m in matches if m), "")
 
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from makeready.graphs.inspect import units
 from makeready.graphs.inspect.analysis import (
     by_kernel,
     cost_analysis,
+    kernel_of,
     largest_bucket,
     launch_costs,
     memory_analysis,
 )
 from makeready.graphs.inspect.facts import facts, passes
-from makeready.graphs.inspect.padding import padding_waste, phase_waste
+from makeready.graphs.inspect.padding import padding
 from makeready.graphs.inspect.segments import SegmentGroup, groups, local, value_spec
-from makeready.graphs.plan import Launch, Plan
+from makeready.graphs.plan import Plan
 from makeready.graphs.spec import PHASES
 from makeready.kernels.spec import TensorSpec
 
@@ -49,7 +50,7 @@ def _head(plan: Plan, memory: Mapping[str, Any]) -> Iterator[str]:
 
 def _memory(memory: Mapping[str, Any]) -> Iterator[str]:
     yield "Memory"
-    rows = [(name, units.nbytes(size), f"{size:,}") for name, size in memory["regions"].items()]
+    rows = [(name, units.nbytes(size), f"{size:,}") for name, size in memory["regions"].items() if size]
     rows.append(("fixed", units.nbytes(memory["fixed"]), f"{memory['fixed']:,}"))
     notes = {
         "weights": ", ".join(f"{units.dtype(d)} {units.nbytes(b)}" for d, b in memory["weights_by_dtype"].items()),
@@ -57,6 +58,7 @@ def _memory(memory: Mapping[str, Any]) -> Iterator[str]:
         "step": "what the host writes for every step",
         "slot": "what the device keeps for every running request",
         "result": "what the host reads after every step",
+        "scratch": "what kernels share among their blocks",
     }  # fmt: skip
     if memory["stored_twice"]:
         notes["weights"] += f"; {units.nbytes(memory['stored_twice'])} of it stored a second time"
@@ -83,19 +85,19 @@ def _capacity(plan: Plan, memory: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _buckets(plan: Plan, context: int) -> Iterator[str]:
-    costs, waste = cost_analysis(plan, context), padding_waste(plan)
+    costs, waste = cost_analysis(plan, context), padding(plan)
     yield f"Buckets: step time and tokens/s are roofline bounds at {context:,} tokens of context a row;"
     yield "padding is the worst and the expected share of tokens and of step time under the plan's traffic"
     rows = []
     for bucket in plan.buckets:
-        w, cost = waste[bucket], costs[bucket]
+        w, cost = waste.buckets[bucket], costs[bucket]
         rows.append((
             str(bucket), units.span(*w.rows), units.span(*w.tokens), units.percent(w.weight),
             units.seconds(cost["seconds"]), units.digits(cost["tokens_per_second"]),
             *(units.percent(s) for s in (w.token.worst, w.token.expected, w.time.worst, w.time.expected)),
         ))  # fmt: skip
     for phase in PHASES:
-        w = phase_waste(plan, phase)
+        w = waste.phases[phase]
         shares = (w.token.worst, w.token.expected, w.time.worst, w.time.expected)
         rows.append((f"all {phase}", units.span(*w.rows), units.span(*w.tokens), "", "", "",
                      *(units.percent(s) for s in shares)))  # fmt: skip
@@ -127,9 +129,11 @@ def _layer(plan: Plan, phase: str) -> Iterator[str]:
     yield f"Launches of {segment.name}, {phase}{stands_for}"
     for at in range(segment.start, segment.stop):
         launch = program.launches[at]
-        results = ", ".join(f"{local(v)}: {_shape(plan, phase, v)}" for v in launch.results.values())
-        yield f"  {at:>4}  {launch.op}/{launch.kernel}{' → ' if results else ''}{results}"
-        operands = [f"{role}={local(v)}: {_shape(plan, phase, v)}" for role, v in _operands(launch)]
+        kernel = kernel_of(plan, launch, largest_bucket(plan, phase))
+        results = [f"{local(v)}: {_shape(plan, phase, v)}" for _, v in sorted(launch.results.items())]
+        made = [" → ".join((f"{launch.op}/{kernel}", *results[:1])), *results[1:]]
+        yield from _wrapped(f"  {at:>4}  ", [f"{word}," for word in made[:-1]] + made[-1:])
+        operands = [_operand(plan, phase, role, value) for role, value in sorted(launch.operands.items())]
         yield from _wrapped(" " * 10, [f"{o}," for o in operands[:-1]] + operands[-1:])
 
 
@@ -138,8 +142,9 @@ def _typical(found: Sequence[SegmentGroup]) -> SegmentGroup:
     return max(layers, key=lambda g: len(g.members))
 
 
-def _operands(launch: Launch) -> Iterable[tuple[str, str]]:
-    return sorted(launch.operands.items())
+def _operand(plan: Plan, phase: str, role: str, value: str) -> str:
+    name = local(value)
+    return f"{name if name == role else f'{role}={name}'}: {_shape(plan, phase, value)}"
 
 
 def _shape(plan: Plan, phase: str, value: str) -> str:

@@ -65,7 +65,7 @@ def dtype(name: str) -> str:
     """``float32`` as ``f32``, ``bfloat16`` as ``bf16``."""
     if name not in DTYPE_BYTES:
         return name
-    stem = name.rstrip("0123456789")
+    stem = name[: next(at for at, letter in enumerate(name) if letter.isdigit())]
     return _SHORT[stem] + name[len(stem) :] if stem in _SHORT else name
 
 

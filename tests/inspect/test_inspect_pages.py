@@ -1,0 +1,206 @@
+"""Text and page: they say what the plan says, stand alone, and let no name out of its quotes."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import replace
+from functools import cache
+from html.parser import HTMLParser
+
+import pytest
+from inspect_plans import make_plan, tiny
+
+from makeready.graphs.inspect import units
+from makeready.graphs.inspect.arena_view import live_bytes
+from makeready.graphs.inspect.html import plan_html
+from makeready.graphs.inspect.markup import Markup, tag
+from makeready.graphs.inspect.text import plan_text
+from makeready.graphs.passes import REWRITES
+from makeready.graphs.plan import Plan
+from makeready.graphs.spec import PHASES
+
+VOID = {"meta"}
+
+
+class Page(HTMLParser):
+    """Elements with their attributes and the text in them; fails on tags that do not match."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(source)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        assert len(dict(attrs)) == len(attrs), f"an attribute of {tag} is given twice"
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.texts.append(data)
+
+    def tips(self) -> list[str]:
+        return [a["data-tip"] for _, a in self.elements if a.get("data-tip")]
+
+
+@cache
+def page() -> Page:
+    return Page(plan_html(tiny()))
+
+
+@cache
+def unfused() -> Plan:
+    return make_plan(disabled_passes=tuple(REWRITES))
+
+
+def renamed(plan: Plan, old: str, new: str) -> Plan:
+    """The plan with another name for a weight."""
+
+    def names(mapping):
+        return {k: new if v == old else v for k, v in mapping.items()}
+
+    programs = {
+        phase: replace(p, launches=tuple(replace(x, operands=names(x.operands)) for x in p.launches))
+        for phase, p in plan.programs.items()
+    }
+    weights = tuple(
+        replace(w, param=replace(w.param, name=new)) if w.param.name == old else w for w in plan.weights
+    )
+    return replace(plan, programs=programs, weights=weights)
+
+
+@pytest.mark.parametrize("make", [tiny, unfused])
+def test_text_is_narrow_and_names_everything(make):
+    plan = make()
+    text = plan_text(plan, context=40)
+    assert max(len(line) for line in text.splitlines()) <= 110
+    words = set(text.replace(",", " ").split())
+    for phase in PHASES:
+        for launch in plan.programs[phase].launches:
+            assert f"{launch.op}/{launch.kernel}" in words
+    assert {str(b) for b in plan.buckets} <= words
+    assert {plan.digest, plan.checkpoint, plan.architecture} <= words
+    (off,) = (line for line in text.splitlines() if line.startswith("passes off"))
+    assert off.split()[2:] == (list(plan.options.disabled_passes and REWRITES) or ["none"])
+
+
+def test_the_page_names_every_launch_bucket_and_weight_shape():
+    plan, texts = tiny(), set(page().texts)
+    for phase in PHASES:
+        assert {launch.op for launch in plan.programs[phase].launches} <= texts
+        assert {launch.kernel for launch in plan.programs[phase].launches} <= texts
+    assert {str(b) for b in plan.buckets} <= texts
+    assert plan.digest in texts
+
+
+@pytest.mark.parametrize("make", [tiny, unfused])
+def test_the_page_stands_alone(make):
+    source = plan_html(make())
+    for name, attributes in Page(source).elements:
+        assert name not in ("link", "img", "iframe", "object", "base", "image", "use")
+        assert not {"src", "xlink:href", "action", "background"} & set(attributes)
+        assert attributes.get("href", "#").startswith("#")
+    assert not re.search(r"https?:|//[a-z]|url\(|@import|fetch\(|XMLHttpRequest", source)
+
+
+def test_the_same_plan_gives_the_same_page():
+    assert plan_html(tiny()) == plan_html(make_plan(max_decode_buckets=3, max_extend_buckets=9))
+
+
+def test_coordinates_are_numbers():
+    for name, attributes in page().elements:
+        for key in ("x", "y", "width", "height", "cx", "cy", "r", "x1", "x2", "y1", "y2"):
+            if key in attributes:
+                value = float(attributes[key] or "nan")
+                assert abs(value) < 10_000, (name, attributes)
+                assert value >= 0 or key not in ("width", "height", "r")
+        assert not re.search(r"nan|inf\b", attributes.get("d") or "")
+
+
+def test_every_buffer_is_drawn_where_it_lives():
+    plan = tiny()
+    tips = Counter(t for t in page().tips() if "\nalive\t" in t)
+    for phase in PHASES:
+        program = plan.programs[phase]
+        for name, buffer in program.buffers.items():
+            if buffer.row_stride is not None:
+                continue
+            alive = f"alive\tlaunch {buffer.first} ({program.launches[buffer.first].op}) to {buffer.last} "
+            assert any(
+                t.startswith(f"{name}\n") and f"offset\t{buffer.offset:,} to" in t and alive in t
+                for t in tips
+            )
+
+
+def test_live_bytes_by_counting():
+    plan = unfused()
+    for phase in PHASES:
+        program = plan.programs[phase]
+        sizes = max((b for b in plan.buckets if b.phase == phase), key=lambda b: (b.tokens, b.rows)).sizes
+        last = {v: at for at, x in enumerate(program.launches) for v in x.operands.values()}
+        first = {v: at for at, x in enumerate(program.launches) for v in x.results.values()}
+        for at, found in enumerate(live_bytes(plan, phase)):
+            names = [v for v in first if v in program.buffers and first[v] <= at <= last.get(v, first[v])]
+            assert found == sum(program.buffers[v].spec.nbytes(sizes) for v in names)
+
+
+def test_one_pane_of_each_group_is_shown_and_its_button_pressed():
+    groups: dict[str, list[str]] = {}
+    pressed: dict[str, list[str]] = {}
+    keys: dict[str, set[str]] = {}
+    for name, a in page().elements:
+        if a.get("class") == "pane" and "hidden" not in a:
+            groups.setdefault(a["data-group"], []).append(a["data-key"])
+        if name == "button":
+            keys.setdefault(a["data-group"], set()).add(a["data-key"])
+            if a["aria-pressed"] == "true":
+                pressed.setdefault(a["data-group"], []).append(a["data-key"])
+    assert {g: set(k) for g, k in groups.items()} == {g: set(k) for g, k in pressed.items()}
+    assert all(len(set(k)) == 1 for k in groups.values())
+    assert set(groups) == set(keys) == {"phase", "segment-decode", "segment-extend"}
+    assert keys["phase"] == set(PHASES)
+
+
+def test_names_stay_text():
+    hostile = "</script><img src=x onerror=\"alert('1')\">&amp;"
+    plan = renamed(replace(tiny(), architecture=hostile), "norm.weight", f"{hostile}.weight")
+    parsed = Page(plan_html(plan))
+    assert "img" not in {name for name, _ in parsed.elements}
+    assert Counter(n for n, _ in parsed.elements) == Counter(n for n, _ in page().elements)
+    assert hostile in parsed.texts
+    assert f"{hostile}.weight" in parsed.texts
+    assert any(f"{hostile}.weight" in t for t in parsed.tips())
+
+
+def test_tag_escapes_what_is_not_markup():
+    made = tag("p", "a<b", Markup("<i/>"), title='"&', hidden=True, id=None, data_x=1.25)
+    assert made == '<p title="&quot;&amp;" hidden data-x="1.2">a&lt;b<i/></p>'
+
+
+@pytest.mark.parametrize(
+    ("shown", "wanted"),
+    [
+        (units.nbytes(0), "0 B"), (units.nbytes(1023), "1,023 B"), (units.nbytes(1024), "1.00 KiB"),
+        (units.nbytes(10 * 2**20), "10.0 MiB"), (units.nbytes(2**50), "1,024 TiB"),
+        (units.count(9_999), "9,999"), (units.count(134_515_008), "135 M"), (units.count(8.19e9), "8.19 G"),
+        (units.flops(999), "999 FLOP"), (units.flops(143e9), "143 GFLOP"), (units.rate(3e12, "B"), "3.00 TB/s"),
+        (units.seconds(1.5), "1.50 s"), (units.seconds(0.9999), "1.00 s"), (units.seconds(15e-6), "15.0 µs"),
+        (units.seconds(3e-9), "3.00 ns"), (units.percent(0.125), "12.5 %"), (units.percent(None), "–"),
+        (units.dtype("bfloat16"), "bf16"), (units.dtype("float8_e4m3fn"), "f8_e4m3fn"), (units.dtype("uint8"), "u8"),
+        (units.ranges([0, 2, 3, 4, 9]), "0, 2–4, 9"), (units.ranges([]), ""), (units.span(3, 1200), "3–1,200"),
+    ],
+)  # fmt: skip
+def test_units(shown, wanted):
+    assert shown == wanted
