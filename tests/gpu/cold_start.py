@@ -22,14 +22,15 @@ CONTEXT = 1024  # tokens of a decoding row
 
 
 def arrays(executable: CudaExecutable, bucket: Bucket) -> dict[str, np.ndarray]:
-    """A full batch: rows that decode behind a context, or that share the bucket's tokens as prompts."""
+    """A full batch: rows that decode behind a context, or one prompt of the bucket's tokens."""
     limits = executable.plan.limits
     made = {f.name: np.full(f.spec.at(bucket.sizes), f.default, f.spec.dtype) for f in step_fields(limits)}
-    each = bucket.tokens // bucket.rows
+    rows = bucket.rows if bucket.phase == DECODE else 1
+    each = bucket.tokens // rows
     context = min(CONTEXT, limits.context_len) if bucket.phase == DECODE else each
     positions = np.arange(context - each, context)
     table = np.arange(limits.pages_per_row)
-    for row in range(bucket.rows):
+    for row in range(rows):
         pages = 1 + (row * limits.pages_per_row + table) % (executable.pages - 1)
         tokens = slice(row * each, (row + 1) * each)
         made["token_ids"][tokens] = np.random.default_rng(row).integers(0, 1000, each)
