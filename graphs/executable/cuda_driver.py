@@ -106,7 +106,7 @@ class Driver:
         """Start the driver and return the CUDA version it supports, such as 13000 for 13.0."""
         try:
             self._check("cuInit", self.cu.cuInit(0))
-        except (RuntimeError, DriverError) as error:  # the former is what the bindings raise where there is no libcuda.so
+        except (RuntimeError, DriverError) as error:  # the bindings raise the former without libcuda.so
             raise DriverError(
                 f"no NVIDIA driver can be used here ({error}); run the plan on a machine with its GPU, "
                 "or compile one for target=cpu"
