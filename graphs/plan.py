@@ -262,31 +262,31 @@ class Plan:
         """SHA-256 of everything the plan says, as 64 hexadecimal digits."""
         from makeready.graphs import artifact
 
-        return artifact.digest(self)
+        return artifact.digest(self)  # pyright: ignore[reportArgumentType]
 
     def save(self, folder: str | Path) -> Path:
         """Write the plan to ``folder``; see :func:`makeready.graphs.artifact.save`."""
         from makeready.graphs import artifact
 
-        return artifact.save(self, folder)
+        return artifact.save(self, folder)  # pyright: ignore[reportArgumentType]
 
     def as_text(self) -> str:
         """The plan explained, in 110 columns; see :mod:`makeready.graphs.inspect.text`."""
         from makeready.graphs.inspect.text import plan_text
 
-        return plan_text(self)
+        return plan_text(self)  # pyright: ignore[reportArgumentType]
 
     def memory_analysis(self) -> dict[str, Any]:
         """Bytes of every region and KV capacity; see :mod:`makeready.graphs.inspect.analysis`."""
         from makeready.graphs.inspect.analysis import memory_analysis
 
-        return memory_analysis(self)
+        return memory_analysis(self)  # pyright: ignore[reportArgumentType]
 
     def cost_analysis(self, context: int = 1024) -> dict[Bucket, dict[str, float]]:
         """Bytes, operations and roofline time by bucket; see :mod:`makeready.graphs.inspect.analysis`."""
         from makeready.graphs.inspect.analysis import cost_analysis
 
-        return cost_analysis(self, context)
+        return cost_analysis(self, context)  # pyright: ignore[reportArgumentType]
 
     def pages_in(self, nbytes: int) -> int:
         """KV pages, the null page included, that ``nbytes`` of memory leave room for.

@@ -107,7 +107,7 @@ class _Tracer(fx.Tracer):
 
 def _param(name: str, tensor: torch.nn.Parameter, weight_dtype: str, vector_dtype: str) -> Param:
     assert isinstance(tensor, Parameter)
-    said, shape = tensor.declaration, tuple(tensor.shape)
+    said, shape = tensor.declaration, tuple[int, ...](tensor.shape)
     if isinstance(said.source, Generated):
         return Param(name, TensorSpec(shape, "float32"), generated=said.source)
     return Param(

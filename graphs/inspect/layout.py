@@ -73,7 +73,7 @@ def arrange(
     centre = _place(graph)
     for chain in chains:
         _straighten(graph, chain, centre)
-    heights = [max((sizes[n][1] for n in nodes if n in sizes), default=0.0) for nodes in graph.layers]
+    heights = [max((sizes[n][1] for n in nodes if isinstance(n, str)), default=0.0) for nodes in graph.layers]
     tops = [sum(heights[:at]) + at * GAP_Y for at in range(len(heights))]
     left = min((centre[n] - graph.width[n] / 2 for n in centre), default=0.0)
     return Layout(
