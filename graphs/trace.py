@@ -107,12 +107,12 @@ class _Tracer(fx.Tracer):
 
 def _param(name: str, tensor: torch.nn.Parameter, weight_dtype: str, vector_dtype: str) -> Param:
     assert isinstance(tensor, Parameter)
-    said, shape = tensor.declaration, tuple[int, ...](tensor.shape)
+    said, shape = tensor.declaration, tuple(tensor.shape)
     if isinstance(said.source, Generated):
         return Param(name, TensorSpec(shape, "float32"), generated=said.source)
     return Param(
         name,
-        TensorSpec(shape, weight_dtype if len(shape) > 1 else vector_dtype),
+        TensorSpec(shape, weight_dtype if tensor.ndim > 1 else vector_dtype),
         pieces=(Piece(said.source, 0, shape[0], 0),),
         shard=said.shard,
         quantizable=said.quantizable,
