@@ -196,6 +196,68 @@ def _norm(op: str, *names: str) -> Iterator[Case]:
     yield Case(op, "columns", operands | {"weight": Random(5).uniform(9)}, {"eps": 1e-6})
 
 
+def _grouped(made: Iterator[Case], width_of: Callable[[Case], int]) -> Iterator[Case]:
+    """Cases of what is quantized, with one group a token, then with groups that divide its width."""
+    for case in made:
+        width = width_of(case)
+        for group in {width, *(g for g in (128, 64, 3) if width % g == 0)}:
+            yield Case(case.op, f"{case.label}-g{group}", case.operands, case.attrs | {"group": group})
+
+
+def _width(name: str, over: int = 1) -> Callable[[Case], int]:
+    return lambda case: case.operands[name].shape[1] // over
+
+
+def quantize_fp8_static(op: str) -> Iterator[Case]:
+    """The scale of the second half is so small that most values saturate."""
+    for case, scale in itertools.product(_pointwise(op, "x"), (0.02, 0.001)):
+        label = f"{case.label}-{scale}"
+        yield Case(op, label, case.operands | {"scale": torch.tensor([scale])})
+
+
+def quantize_fp8_block(op: str) -> Iterator[Case]:
+    shapes = [(6, 8, 4), (1, 1, 4), (128, 256, 128), (200, 384, 128), (37, 50, 16)]
+    for seed, ((rows, width, block), dtype) in enumerate(itertools.product(shapes, FLOATS)):
+        x = Random(seed).normal(rows, width, dtype=dtype)
+        yield Case(op, f"{rows}x{width}x{block}-{dtype}", {"x": x}, {"block": block})
+    yield Case(op, "zero", {"x": torch.zeros(5, 8)}, {"block": 4})
+
+
+def _fp8(random: Random, *shape: int) -> torch.Tensor:
+    """Every magnitude of the format, the largest included."""
+    return random.normal(*shape, scale=60).clamp(-448, 448).to(torch.float8_e4m3fn)
+
+
+LINEAR_OUT = (("bfloat16", None), ("bfloat16", "bfloat16"), ("float32", "float32"), ("float16", None))
+
+
+def linear_fp8(op: str) -> Iterator[Case]:
+    shapes = [(3, 16, 7), (1, 1, 1), (1, 576, 192), (17, 96, 33), (129, 64, 64), (5, 4096, 48)]
+    for seed, ((tokens, inputs, outputs), (out, bias)) in enumerate(itertools.product(shapes, LINEAR_OUT)):
+        random = Random(seed)
+        operands = {"x": _fp8(random, tokens, inputs), "x_scale": random.uniform(tokens, 1) / 100}
+        operands |= {"weight": _fp8(random, outputs, inputs), "weight_scale": random.uniform(outputs) / 500}
+        if bias:
+            operands["bias"] = random.normal(outputs, dtype=bias)
+        yield Case(op, f"{tokens}x{inputs}x{outputs}-{bias}-{out}", operands, {"out_dtype": out})
+
+
+def linear_fp8_block(op: str) -> Iterator[Case]:
+    shapes = [(3, 32, 7, 16), (1, 8, 1, 8), (1, 512, 192, 128), (17, 128, 128, 128), (9, 384, 300, 128)]
+    for seed, ((tokens, inputs, outputs, block), (out, bias)) in enumerate(
+        itertools.product(shapes, LINEAR_OUT)
+    ):
+        random = Random(seed)
+        groups, bands = inputs // block, -(-outputs // block)
+        operands = {"x": _fp8(random, tokens, inputs), "x_scale": random.uniform(tokens, groups) / 100}
+        operands |= {"weight": _fp8(random, outputs, inputs)}
+        operands |= {"weight_scale": random.uniform(bands, groups) / 500}
+        if bias:
+            operands["bias"] = random.normal(outputs, dtype=bias)
+        attrs = {"out_dtype": out, "block": block}
+        yield Case(op, f"{tokens}x{inputs}x{outputs}/{block}-{bias}-{out}", operands, attrs)
+
+
 def head_rms_norm(op: str) -> Iterator[Case]:
     for heads, size, act in itertools.product((3, 1), (32, 80), FLOATS):
         random = Random(heads)
@@ -451,6 +513,14 @@ BUILDERS: Mapping[str, Callable[[str], Iterator[Case]]] = {
     "linear": linear,
     "rms_norm": lambda op: _norm(op, "x"),
     "add_rms_norm": lambda op: _norm(op, "x", "residual"),
+    "quantize_fp8": lambda op: _grouped(_pointwise(op, "x"), _width("x")),
+    "quantize_fp8_static": quantize_fp8_static,
+    "quantize_fp8_block": quantize_fp8_block,
+    "rms_norm_quantize_fp8": lambda op: _grouped(_norm(op, "x"), _width("x")),
+    "add_rms_norm_quantize_fp8": lambda op: _grouped(_norm(op, "x", "residual"), _width("x")),
+    "silu_mul_quantize_fp8": lambda op: _grouped(_pointwise(op, "gate_up", even=True), _width("gate_up", 2)),
+    "linear_fp8": linear_fp8,
+    "linear_fp8_block": linear_fp8_block,
     "head_rms_norm": head_rms_norm,
     "rope_rows": rope_rows,
     "rope_rows_dynamic": rope_rows_dynamic,
