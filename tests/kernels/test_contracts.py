@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from inputs import BUILDERS, Case, cases, spec_of
+from case import Case, spec_of
+from inputs import BUILDERS, cases
 
 from makeready.kernels import contract as contracts
 from makeready.kernels import registry

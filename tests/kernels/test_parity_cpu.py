@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from inputs import Case, cases, copy, in_columns
+from case import Case, copy, in_columns
+from inputs import cases
 from torch.nn import functional
 
 from makeready.graphs.executable.cpu_weights import LAYOUTS
