@@ -6,11 +6,12 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Mapping
-from functools import lru_cache
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any, NoReturn, TypeAlias, TypeVar
 
 T = TypeVar("T")
+Reader: TypeAlias = Callable[[Any], Any]
 
 
 class CodecError(ValueError):
@@ -39,13 +40,16 @@ def to_json(value: Any) -> Any:
     return value
 
 
-def from_json(kind: type[T], data: Any, path: str = "") -> T:
+def from_json(kind: type[T], data: Any) -> T:
     """The value of dataclass ``kind`` that :func:`to_json` turned into ``data``.
 
     Raises:
         CodecError: ``data`` has another shape.
     """
-    return _read(kind, data, path)
+    try:
+        return _reader(kind)(data)
+    except _ShapeError as wrong:
+        raise CodecError(f"{wrong.path.removeprefix('.') or kind.__name__}{wrong}") from None
 
 
 def _default(f: dataclasses.Field) -> Any:
@@ -54,74 +58,145 @@ def _default(f: dataclasses.Field) -> Any:
     return f.default_factory() if f.default_factory is not dataclasses.MISSING else dataclasses.MISSING
 
 
-@lru_cache
-def _fields(kind: type) -> dict[str, tuple[Any, bool]]:
-    hints = typing.get_type_hints(kind)
-    return {f.name: (hints[f.name], _default(f) is dataclasses.MISSING) for f in dataclasses.fields(kind)}
+class _ShapeError(Exception):
+    """What is wrong with a value, said as what follows its path, which grows on the way up.
+
+    Most values are right and need no path.
+    """
+
+    path = ""
+
+    def under(self, place: str) -> _ShapeError:
+        self.path = place + self.path
+        return self
 
 
-def _read(kind: Any, data: Any, path: str) -> Any:
+def _refuse(wanted: str, data: Any) -> NoReturn:
+    raise _ShapeError(f" must be {wanted}, not {type(data).__name__}")
+
+
+@cache
+def _reader(kind: Any) -> Reader:
+    """The reader of a type, made once: looking at the type of each of 80,000 values took 0.2 s a plan."""
     origin = typing.get_origin(kind)
     if kind is Any:
-        return data
+        return lambda data: data
     if dataclasses.is_dataclass(kind):
-        return _read_dataclass(typing.cast(type, kind), data, path)
+        return _dataclass_reader(typing.cast(type, kind))
     if origin in (typing.Union, types.UnionType):
-        return _read_union(typing.get_args(kind), data, path)
+        return _union_reader(typing.get_args(kind))
     if origin is tuple:
-        _expect(isinstance(data, list), path, "a list", data)
-        item, *rest = typing.get_args(kind)
-        kinds = [item] * len(data) if rest == [...] else [item, *rest]
-        _expect(len(kinds) == len(data), path, f"{len(kinds)} entries", data)
-        return tuple(_read(k, v, f"{path}[{i}]") for i, (k, v) in enumerate(zip(kinds, data, strict=True)))
+        *items, last = typing.get_args(kind)
+        return _list_reader(items[0]) if last is ... else _tuple_reader((*items, last))
     if origin is not None and issubclass(origin, Mapping):
-        _expect(isinstance(data, dict), path, "an object", data)
-        key, item = typing.get_args(kind)
-        return {_read_key(key, k, path): _read(item, v, f"{path}.{k}") for k, v in data.items()}
-    if kind is float:
-        _expect(isinstance(data, int | float) and not isinstance(data, bool), path, "a number", data)
+        return _mapping_reader(*typing.get_args(kind))
+    return _plain_reader(kind)
+
+
+def _plain_reader(kind: type) -> Reader:
+    """Of a type that JSON has itself."""
+
+    def read_float(data: Any) -> float:
+        if type(data) is not float and type(data) is not int:
+            _refuse("a number", data)
         return float(data)
-    if kind is type(None):
-        _expect(data is None, path, "null", data)
-        return None
-    _expect(type(data) is kind, path, kind.__name__, data)
-    return data
+
+    def read(data: Any) -> Any:
+        if type(data) is not kind:
+            _refuse("null" if kind is types.NoneType else kind.__name__, data)
+        return data
+
+    return read_float if kind is float else read
 
 
-def _read_dataclass(kind: type, data: Any, path: str) -> Any:
-    _expect(isinstance(data, dict), path, "an object", data)
-    fields = _fields(kind)
-    for name in data:
-        if name not in fields:
-            raise CodecError(f"{path or kind.__name__} has an unknown field {name!r}")
-    made = {}
-    for name, (hint, required) in fields.items():
-        if name in data:
-            made[name] = _read(hint, data[name], f"{path}.{name}" if path else name)
-        elif required:
-            raise CodecError(f"{path or kind.__name__} lacks the field {name!r}")
-    try:
-        return kind(**made)
-    except ValueError as error:  # the type's own checks
-        raise CodecError(f"{path or kind.__name__}: {error}") from None
+def _list_reader(item: Any) -> Reader:
+    read_item = _reader(item)
 
-
-def _read_key(kind: type, data: str, path: str) -> Any:
-    try:
-        return kind(data)
-    except ValueError:
-        raise CodecError(f"{path}.{data} must be {kind.__name__}, not {data!r}") from None
-
-
-def _read_union(kinds: tuple[Any, ...], data: Any, path: str) -> Any:
-    for kind in kinds:
+    def read(data: Any) -> tuple[Any, ...]:
+        if not isinstance(data, list):
+            _refuse("a list", data)
         try:
-            return _read(kind, data, path)
-        except CodecError:
-            continue
-    raise CodecError(f"{path} is {data!r}, which is none of {', '.join(map(str, kinds))}")
+            return tuple(map(read_item, data))
+        except _ShapeError:
+            return _tuple_reader((item,) * len(data))(data)  # which says where
+
+    return read
 
 
-def _expect(holds: bool, path: str, wanted: str, data: Any) -> None:
-    if not holds:
-        raise CodecError(f"{path or 'the value'} must be {wanted}, not {type(data).__name__}")
+def _tuple_reader(items: tuple[Any, ...]) -> Reader:
+    readers = [_reader(item) for item in items]
+
+    def read(data: Any) -> tuple[Any, ...]:
+        if not isinstance(data, list):
+            _refuse("a list", data)
+        if len(data) != len(readers):
+            _refuse(f"{len(readers)} entries", data)
+        made = []
+        try:
+            for read_item, value in zip(readers, data, strict=True):
+                made.append(read_item(value))
+        except _ShapeError as wrong:
+            raise wrong.under(f"[{len(made)}]") from None
+        return tuple(made)
+
+    return read
+
+
+def _mapping_reader(key: type, item: Any) -> Reader:
+    read_item = _reader(item)
+
+    def read(data: Any) -> dict[Any, Any]:
+        if not isinstance(data, dict):
+            _refuse("an object", data)
+        made = {}
+        for name, value in data.items():
+            try:
+                made[name if key is str else key(name)] = read_item(value)
+            except _ShapeError as wrong:
+                raise wrong.under(f".{name}") from None
+            except ValueError:
+                raise _ShapeError(f" must be {key.__name__}, not {name!r}").under(f".{name}") from None
+        return made
+
+    return read
+
+
+def _union_reader(kinds: tuple[Any, ...]) -> Reader:
+    readers = [_reader(kind) for kind in kinds]
+
+    def read(data: Any) -> Any:
+        for read_kind in readers:
+            try:
+                return read_kind(data)
+            except _ShapeError:
+                continue
+        raise _ShapeError(f" is {data!r}, which is none of {', '.join(map(str, kinds))}")
+
+    return read
+
+
+def _dataclass_reader(kind: type) -> Reader:
+    hints, fields = typing.get_type_hints(kind), dataclasses.fields(kind)
+    readers = {f.name: _reader(hints[f.name]) for f in fields}
+    required = [f.name for f in fields if _default(f) is dataclasses.MISSING]
+
+    def read(data: Any) -> Any:
+        if not isinstance(data, dict):
+            _refuse("an object", data)
+        if not data.keys() <= readers.keys():
+            raise _ShapeError(f" has an unknown field {min(data.keys() - readers.keys())!r}")
+        made, name = {}, ""
+        try:
+            for name, value in data.items():
+                made[name] = readers[name](value)
+        except _ShapeError as wrong:
+            raise wrong.under(f".{name}") from None
+        for name in required:
+            if name not in made:
+                raise _ShapeError(f" lacks the field {name!r}")
+        try:
+            return kind(**made)
+        except ValueError as error:  # the type's own checks
+            raise _ShapeError(f": {error}") from None
+
+    return read
