@@ -4,6 +4,9 @@ A layer's cache is two tensors ``[P, S, G, D]``: pages, slots of a page, KV head
 of a row lies in page ``page_table[r, i // S]``, slot ``i % S``. Page 0 belongs to nobody: padding tokens
 write there, and nothing reads it.
 
+The cache may have fewer bits than the activations: values are rounded to nearest when they are written, and
+widened when they are read. In float8_e4m3fn they are kept as they are, with no scale, and saturate at 448.
+
     T tokens, R rows, H query heads, G KV heads, D head size, B pages of a row at most, L tokens of context
 """
 
@@ -14,6 +17,7 @@ import torch
 from makeready.kernels.contract import Tolerance, contract
 from makeready.kernels.norm import rms_norm
 from makeready.kernels.numeric import widen
+from makeready.kernels.quantize import FP8_MAX
 from makeready.kernels.rope import rotate
 
 _CACHE = "k_cache{mark}[P,S,kv_heads,head_dim]:C v_cache{mark}[P,S,kv_heads,head_dim]:C"
@@ -21,8 +25,15 @@ _READ = {"k_cache": "R*context*kv_heads*head_dim", "v_cache": "R*context*kv_head
 _WRITE = {"k_cache": "T*kv_heads*head_dim", "v_cache": "T*kv_heads*head_dim"}
 
 
+def cached(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``x`` as a cache of ``dtype`` holds it: rounded to nearest, saturated where 8 bits have no infinity."""
+    if dtype == torch.float8_e4m3fn:  # whether PyTorch saturates depends on its version
+        x = x.clamp(-FP8_MAX, FP8_MAX)
+    return x.to(dtype)
+
+
 def _store(cache: torch.Tensor, kv_slot: torch.Tensor, x_TGD: torch.Tensor) -> None:
-    cache.flatten(0, 1)[kv_slot.long()] = x_TGD.to(cache.dtype)
+    cache.flatten(0, 1)[kv_slot.long()] = cached(x_TGD, cache.dtype)
 
 
 @contract(

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from makeready.kernels import native
-from makeready.kernels.attention.paged import decode_attention, extend_attention, norm_rope_kv_write
+from makeready.kernels.attention.paged import cached, decode_attention, extend_attention, norm_rope_kv_write
 from makeready.kernels.norm_cpu import normalise
 from makeready.kernels.registry import Operands, kernel
 from makeready.kernels.spec import TensorSpec
@@ -87,8 +87,8 @@ def norm_rope_kv_write_cpu(
     if head_dim > 2 * half:
         out[..., 2 * half :] = qk[..., 2 * half :]
     slot = kv_slot.long()
-    k_cache.flatten(0, 1)[slot] = out[:, heads:].to(k_cache.dtype)
-    v_cache.flatten(0, 1)[slot] = v.to(v_cache.dtype)
+    k_cache.flatten(0, 1)[slot] = cached(out[:, heads:], k_cache.dtype)
+    v_cache.flatten(0, 1)[slot] = cached(v, v_cache.dtype)
     return out[:, :heads].flatten(1)
 
 

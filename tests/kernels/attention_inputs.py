@@ -36,7 +36,12 @@ GEOMETRIES = (
     Heads(8, 1, 128, page=1),
     Heads(16, 2, 32, page=5),
 )
-ACT_AND_CACHE = (("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16"))
+ACT_AND_CACHE = (
+    ("float32", "float32"),
+    ("float32", "bfloat16"),
+    ("bfloat16", "bfloat16"),
+    ("float32", "float8_e4m3fn"),
+)
 
 
 def _caches(random: Random, heads: Heads, pages: int, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -214,29 +214,34 @@ def test_weights_beyond_fp16_are_refused():
         LAYOUTS["fbgemm_fp16"](torch.tensor([[1.0, float("nan")]]))
 
 
-# fp16's ties, subnormals, smallest and largest numbers, and what lies beyond them.
-EDGES = [0.0, 2.0**-25, 2.0**-24 * 1.5, 2.0**-24 * 2.5, 6.09e-5, 2.0**-14, 1 + 2.0**-11, 1 + 3 * 2.0**-11]
+# fp16's ties, subnormals, smallest and largest numbers, what lies beyond them, and fp8's largest.
+EDGES = [0.0, 2.0**-25, 2.0**-24 * 1.5, 2.0**-24 * 2.5, 6.09e-5, 464.0, 1 + 2.0**-11, 1 + 3 * 2.0**-11]
 EDGES += [65504.0, 65519.0, 65520.0, 1e30, 1e-30, 3.4e38, float("inf"), float("nan")]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+CACHED = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn]
+
+
+@pytest.mark.parametrize("dtype", CACHED, ids=str)
 def test_values_are_cached_and_read_as_pytorch_rounds_them(dtype, run):
     """The write rounds like ``Tensor.to``; attention to a single token gives its value back exactly."""
     values = torch.tensor(EDGES + [-x for x in EDGES])
+    held = values.clamp(-448, 448) if dtype == torch.float8_e4m3fn else values
+    held = held.to(dtype).float()
     cache = torch.zeros(2, 1, 1, 32, dtype=dtype)
     attrs = {"heads": 1, "kv_heads": 1, "head_dim": 32}
     operands = {"qkv": torch.cat((torch.ones(64), values))[None], "rows": torch.ones(1, 32)}
     operands |= {"kv_slot": torch.tensor([1], dtype=torch.int32), "k_cache": cache, "v_cache": cache.clone()}
     write = Case("norm_rope_kv_write", "edges", operands, attrs | {"eps": 0.0})
     made = run(registry.find("norm_rope_kv_write", "fused", "cpu"), write)
-    torch.testing.assert_close(made["v_cache"][1, 0, 0], values.to(dtype), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(made["v_cache"][1, 0, 0].float(), held, rtol=0, atol=0, equal_nan=True)
 
     one = torch.ones(1, 1, dtype=torch.int32)
     operands = {"q": torch.ones(1, 32), "k_cache": torch.ones_like(cache), "v_cache": made["v_cache"]}
     operands |= {"page_table": one, "context_len": one[0]}
     read = Case("decode_attention", "edges", operands, attrs | {"scale": 1.0, "window": 0})
     y = run(registry.find("decode_attention", "batched", "cpu"), read)["y"][0]
-    torch.testing.assert_close(y, values.to(dtype).float(), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(y, held, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.skipif(not native.available(), reason="the library was not compiled")
