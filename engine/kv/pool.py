@@ -4,19 +4,33 @@
 and padding tokens write there.
 
     free     in no page table; its content means nothing
-    cached   in no page table; its content is a known prefix       (no page is, without a prefix cache)
-    held     in the page table of at least one running request
+    cached   in no page table; its content is a known prefix
+    held     in the page table of at least one running request:
+                 owned    of one request, which alone may write to it and gives it back by itself
+                 shared   a page of the prefix cache, held through a prefix; nobody writes to it
+
+           take             share             park              drop
+    free ───────▶ owned ───────────▶ shared ────────▶ cached ────────▶ free
+           ◀───────                         ◀────────
+           release                            hold
 """
 
 from __future__ import annotations
+
+import numpy as np
 
 from makeready.engine.errors import RequestError
 
 NULL_PAGE = 0
 
+_NOBODY, _FREE, _CACHED, _OWNED, _SHARED = range(5)
+
 
 class PagePool:
-    """Hands out page numbers ``1 .. pages - 1`` and takes them back."""
+    """Hands out page numbers ``1 .. pages - 1`` and takes them back.
+
+    ``take`` and ``release`` are for pages that one request owns; the other moves are the prefix cache's.
+    """
 
     def __init__(self, pages: int) -> None:
         if pages < 2:
@@ -24,17 +38,24 @@ class PagePool:
         self.pages = pages
         # Last freed is first reused: its lines are the likeliest to be in a cache.
         self._free = list(range(pages - 1, NULL_PAGE, -1))
-        self._held: set[int] = set()
+        self._cached = 0
+        self._state = np.full(pages, _FREE, np.uint8)
+        self._state[NULL_PAGE] = _NOBODY
 
     @property
     def free(self) -> int:
-        """Pages that :meth:`take` can still give."""
+        """Pages that :meth:`take` can give at once."""
         return len(self._free)
+
+    @property
+    def cached(self) -> int:
+        """Pages that the prefix cache keeps for nobody in particular, and would free on demand."""
+        return self._cached
 
     @property
     def held(self) -> int:
         """Pages in use."""
-        return len(self._held)
+        return self.usable - self.free - self.cached
 
     @property
     def usable(self) -> int:
@@ -42,20 +63,52 @@ class PagePool:
         return self.pages - 1
 
     def take(self, count: int) -> list[int]:
-        """Hold ``count`` free pages; the caller has made sure that there are as many."""
+        """Own ``count`` free pages; the caller has made sure that there are as many."""
         assert 0 <= count <= self.free, (count, self.free)
-        taken = [self._free.pop() for _ in range(count)]
-        self._held.update(taken)
+        rest = len(self._free) - count
+        taken = self._free[rest:][::-1]
+        del self._free[rest:]
+        self._move(taken, _FREE, _OWNED)
         return taken
 
     def release(self, pages: list[int]) -> None:
-        """Give held pages back."""
-        for page in pages:
-            assert page in self._held, f"page {page} is released but not held"
-            self._held.remove(page)
-            self._free.append(page)
+        """Free pages that one request owned."""
+        self._move(pages, _OWNED, _FREE)
+        self._free += pages
+
+    def share(self, pages: list[int]) -> None:
+        """Owned pages become pages of the prefix cache, which their owner still holds."""
+        self._move(pages, _OWNED, _SHARED)
+
+    def park(self, pages: list[int]) -> None:
+        """Nobody holds these shared pages any more: they are cached."""
+        self._move(pages, _SHARED, _CACHED)
+        self._cached += len(pages)
+
+    def hold(self, pages: list[int]) -> None:
+        """Somebody holds these cached pages again."""
+        self._move(pages, _CACHED, _SHARED)
+        self._cached -= len(pages)
+
+    def drop(self, pages: list[int]) -> None:
+        """Free cached pages."""
+        self._move(pages, _CACHED, _FREE)
+        self._cached -= len(pages)
+        self._free += pages
 
     def check(self) -> None:
-        """Assert that free and held pages are all pages but the null page, each once."""
-        everything = sorted([*self._free, *self._held])
-        assert everything == list(range(1, self.pages)), "a page is lost or owned twice"
+        """Assert that every page but the null page is exactly one of free, cached, held."""
+        assert self._state[NULL_PAGE] == _NOBODY, "the null page is in use"
+        free = np.sort(np.array(self._free, np.int64))
+        assert np.array_equal(free, np.flatnonzero(self._state == _FREE)), "a page is lost or owned twice"
+        assert self._cached == np.count_nonzero(self._state == _CACHED), "the count of cached pages is wrong"
+
+    def _move(self, pages: list[int], source: int, target: int) -> None:
+        if len(pages) == 1:  # most calls while decoding; indexing by a list costs ten times as much
+            (page,) = pages
+            assert self._state[page] == source, f"page {page} is not in the state that it should leave"
+            self._state[page] = target
+            return
+        at = np.array(pages, np.intp)
+        assert (self._state[at] == source).all(), "a page is not in the state that it should leave"
+        self._state[at] = target
