@@ -23,6 +23,9 @@ from makeready.graphs.passes import rewrite
 from makeready.graphs.passes.specialize import specialize
 from makeready.graphs.plan import SCHEMA, LoweredProgram, Memory, Options, Plan, PlanError
 from makeready.graphs.plan_cache import cache_folder
+from makeready.graphs.quant.fp8 import FP8, quantize_linears
+from makeready.graphs.quant.scheme import ON_LOAD, Scheme
+from makeready.graphs.quant.stored import stored_scheme
 from makeready.graphs.recipe import Param
 from makeready.graphs.spec import PHASES, Bucket, KVSpec, Limits, result_fields, slot_fields, step_fields
 from makeready.graphs.targets import Target, find_target
@@ -33,6 +36,7 @@ from makeready.kernels import registry
 from makeready.kernels.spec import DTYPE_BYTES
 
 WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
+FP8_CACHE = {"float8_e4m3fn": "float8_e4m3fn", "float8_e4m3": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn"}
 
 Progress = Callable[[str], None]
 
@@ -46,7 +50,11 @@ class Request:
         max_rows, max_tokens, context_len, page_size: see :class:`~makeready.graphs.spec.Limits`.
         weight_dtype: ``float32``, ``bfloat16`` or ``float16``; None takes bf16 on CUDA, else the
             checkpoint's, fp16 for GGUF blocks.
-        kv_dtype: dtype of the cache; None takes the activations'.
+        quant: ``fp8`` (a scale for each output and each token) or ``fp8_block`` (for each 128 by 128 weights
+            and each token's 128 inputs) quantizes the linears of a wide checkpoint when it is loaded; None
+            computes as the checkpoint stores them.
+        kv_dtype: dtype of the cache, ``float8_e4m3fn`` (or ``fp8_e4m3``) among them; None takes the
+            activations'.
         disabled_passes: rewrites to leave out.
         max_decode_buckets, max_extend_buckets: bounds on the number of programs.
         candidates: at most so many ways to run a call are compiled, for scripts/tune to choose from.
@@ -59,6 +67,7 @@ class Request:
     context_len: int | None = None
     page_size: int | None = None
     weight_dtype: str | None = None
+    quant: str | None = None
     kv_dtype: str | None = None
     disabled_passes: tuple[str, ...] = ()
     max_decode_buckets: int = 16
@@ -69,7 +78,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Traced:
-    """The model's step as one general program, before any rewrite."""
+    """The model's step as one general program: quantized as asked, before any rewrite that keeps numbers."""
 
     program: Program
     checkpoint: Checkpoint
@@ -206,8 +215,8 @@ def trace_checkpoint(checkpoint: Checkpoint | str | Path, request: Request) -> T
     _known("plan.weight_dtype", weight_dtype, WEIGHT_DTYPES)
     if request.candidates < 1:
         raise PlanError(f"plan.candidates={request.candidates} must be a whole number of at least 1")
-    kv_dtype = request.kv_dtype or target.activation_dtype
-    _known("kv.dtype", kv_dtype, WEIGHT_DTYPES)
+    kv_dtype = _kv_dtype(request, target)
+    scheme = _scheme(request, target, checkpoint)
     model = family.build(
         checkpoint.config, context_len=limits.context_len, activation=target.activation_dtype
     )
@@ -215,18 +224,21 @@ def trace_checkpoint(checkpoint: Checkpoint | str | Path, request: Request) -> T
     program = trace(
         model, limits, kv_parts=kv.parts, weight_dtype=weight_dtype, vector_dtype=target.activation_dtype
     )
+    program = verify(program, after="trace")
+    if scheme is not None:
+        program = verify(quantize_linears(program, scheme), after="quantize_linears")
     _check_sources(program.params.values(), checkpoint)
     options = Options(
         weight_dtype=weight_dtype,
         activation_dtype=target.activation_dtype,
         kv_dtype=kv_dtype,
+        quant=request.quant,
         disabled_passes=tuple(sorted(set(request.disabled_passes))),
         max_decode_buckets=request.max_decode_buckets,
         max_extend_buckets=request.max_extend_buckets,
         candidates=request.candidates,
         traffic=to_json(request.traffic),
     )
-    program = verify(program, after="trace")
     return Traced(program, checkpoint, target, limits, options, kv, request.traffic)
 
 
@@ -292,19 +304,69 @@ def _known(name: str, value: str, allowed: Collection[str]) -> None:
         raise PlanError(f"{name}={value} is not supported; choose one of {', '.join(allowed)}")
 
 
+def _kv_dtype(request: Request, target: Target) -> str:
+    """The cache's dtype.
+
+    Raises:
+        PlanError: it is unknown, or the target has no 8-bit floats.
+    """
+    asked = request.kv_dtype or target.activation_dtype
+    _known("kv.dtype", asked, (*WEIGHT_DTYPES, *FP8_CACHE))
+    if asked in FP8_CACHE:
+        _needs_fp8(target, f"kv.dtype={asked}")
+    return FP8_CACHE.get(asked, asked)
+
+
+def _scheme(request: Request, target: Target, checkpoint: Checkpoint) -> Scheme | None:
+    """How linears are quantized, in the checkpoint or when it is loaded; None where they are not.
+
+    Raises:
+        PlanError: an unknown scheme, a target without 8-bit floats, or both a stored one and one asked for.
+        UnsupportedModelError: the checkpoint stores something else.
+    """
+    stored = stored_scheme(checkpoint.config)
+    if request.quant is None:
+        if stored is not None:
+            _needs_fp8(target, "this quantized checkpoint")
+        return stored
+    _known("quant", request.quant, ON_LOAD)
+    if stored is not None:
+        raise PlanError(
+            f"quant={request.quant} was asked for, but {checkpoint.path} is quantized already; "
+            "leave quant out to run it as it is"
+        )
+    _needs_fp8(target, f"quant={request.quant}")
+    return ON_LOAD[request.quant]
+
+
+def _needs_fp8(target: Target, what: str) -> None:
+    if target.is_cuda and "fp8" not in target.features:
+        raise PlanError(
+            f"{what} needs 8-bit floats, which {target.name} does not compute with; "
+            "choose a target from sm_90a on, or 16-bit weights and cache"
+        )
+
+
 def _check_sources(params: Collection[Param], checkpoint: Checkpoint) -> None:
     """Every parameter's source exists in the checkpoint, in the shape that the config implies."""
-    shapes = {p.pieces[0].source: p.spec.shape for p in params if p.pieces}
+    sources = [(param, piece) for param in params for piece in param.pieces]
     if checkpoint.format == "dummy":
+        shapes = {piece.source: param.source_shape(piece) for param, piece in sources}
         checkpoint.declare(shapes)  # type: ignore[attr-defined]
-    for source, shape in shapes.items():
+    for param, piece in sources:
+        source, shape = piece.source, param.source_shape(piece)
         info = checkpoint.tensors.get(source)
         if info is None:
             raise PlanError(f"the checkpoint {checkpoint.path} lacks the tensor {source}; is it complete?")
-        if info.shape != shape:
+        if not param.fits(piece, info.shape) or (not piece.repeated and info.shape[0] != shape[0]):
             raise PlanError(
                 f"tensor {source} of {checkpoint.path} is {list(info.shape)}, the config implies {list(shape)}; "
                 "config.json belongs to another checkpoint"
+            )
+        if (info.dtype == FP8) != (param.assembled.dtype == FP8):
+            raise PlanError(
+                f"tensor {source} of {checkpoint.path} is {info.dtype}, its quantization_config implies "
+                f"{'' if param.assembled.dtype == FP8 else 'no '}{FP8}; config.json belongs to another checkpoint"
             )
 
 

@@ -200,6 +200,7 @@ class Options:
         weight_dtype: dtype that matrices are stored in.
         activation_dtype: dtype between kernels, and of norms and biases.
         kv_dtype: dtype of cached keys and values.
+        quant: what linears are quantized to when they are loaded; None leaves them as the checkpoint does.
         disabled_passes: rewrites that were left out.
         max_decode_buckets, max_extend_buckets: bounds on how many programs a phase is cut into.
         candidates: at most so many ways to run a call are kept for tuning.
@@ -209,6 +210,7 @@ class Options:
     weight_dtype: str
     activation_dtype: str
     kv_dtype: str
+    quant: str | None = None
     disabled_passes: tuple[str, ...] = ()
     max_decode_buckets: int = 16
     max_extend_buckets: int = 24

@@ -85,10 +85,12 @@ def params_have_recipes(program: Program) -> Iterator[str]:
     for param in program.params.values():
         if bool(param.pieces) == bool(param.generated):
             yield f"{param.name} needs either pieces or a generator"
+        if param.largest:
+            continue
         rows = sorted((p.at, p.at + p.stop - p.start) for p in param.pieces)
         ends = [0, *(stop for _, stop in rows)]
-        if param.pieces and ([at for at, _ in rows] != ends[:-1] or ends[-1] != param.spec.shape[0]):
-            yield f"the pieces of {param.name} do not tile its {param.spec.shape[0]} rows"
+        if param.pieces and ([at for at, _ in rows] != ends[:-1] or ends[-1] != param.assembled.shape[0]):
+            yield f"the pieces of {param.name} do not tile its {param.assembled.shape[0]} rows"
 
 
 RULES: tuple[Callable[[Program], Iterator[str]], ...] = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,18 @@ import numpy as np
 
 from makeready.graphs.checkpoint.base import NUMPY_DTYPES, Checkpoint, CheckpointError, TensorInfo, row_range
 from makeready.graphs.checkpoint.config import DTYPES, normalise_config
+from makeready.graphs.checkpoint.float8 import to_float8
 
 SCALE = 0.02  # the usual initializer_range: activations neither vanish nor overflow over 100 layers
+
+# 8-bit weights fill most of their range, and their scales bring them back to SCALE. The static scale of an
+# activation covers normed values, which seldom leave ±8.
+FLOAT8_SPREAD = 100.0
+SCALES = {
+    "weight_scale": SCALE / FLOAT8_SPREAD,
+    "weight_scale_inv": SCALE / FLOAT8_SPREAD,
+    "input_scale": 8 / 448,
+}
 
 # Big tensors repeat one random block, as a million normals take 30 ms. A prime length shares no factor with
 # a row, so no two rows of a matrix with fewer rows than this are alike.
@@ -22,6 +32,9 @@ PERIOD = 2**20 - 3
 
 class DummyCheckpoint(Checkpoint):
     """Random weights that depend on (seed, tensor name) only.
+
+    Scales (tensors called as in :data:`SCALES`) are float32, and a weight beside which a scale is declared is
+    made of 8-bit floats, as quantized checkpoints have them.
 
     Args:
         config: a Hugging Face config in any accepted spelling.
@@ -66,7 +79,7 @@ class DummyCheckpoint(Checkpoint):
             CheckpointError: a size below 1, or a tensor declared before with another shape.
         """
         for name, shape in shapes.items():
-            info = TensorInfo(name, self.dtype, tuple(shape))
+            info = TensorInfo(name, self._dtype(name, shapes), tuple(shape))
             if any(size < 1 for size in info.shape):
                 raise CheckpointError(
                     f"dummy tensor {name!r} has shape {info.shape}; every size must be at least 1"
@@ -76,6 +89,13 @@ class DummyCheckpoint(Checkpoint):
                     f"dummy tensor {name!r} was declared with shape {self._tensors[name].shape} "
                     f"and again with {info.shape}; declare each tensor once"
                 )
+
+    def _dtype(self, name: str, beside: Collection[str]) -> str:
+        module, _, kind = name.rpartition(".")
+        if kind in SCALES:
+            return "float32"
+        scaled = kind == "weight" and any(f"{module}.{scale}" in beside for scale in SCALES)
+        return "float8_e4m3fn" if scaled else self.dtype
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
         """Make one tensor, or a range of its rows; see `Checkpoint.read`."""
@@ -95,6 +115,11 @@ class DummyCheckpoint(Checkpoint):
         key = hashlib.sha256(f"{self._seed}/{info.name}".encode()).digest()[:16]
         generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
         values = generator.standard_normal(min(math.prod(info.shape), PERIOD), np.float32)
+        kind = info.name.rpartition(".")[2]
+        if kind in SCALES:  # between a half and one and a half of the usual
+            return ((np.abs(np.tanh(values)) + np.float32(0.5)) * np.float32(SCALES[kind])).astype(np.float32)
+        if info.dtype == "float8_e4m3fn":
+            return to_float8(values * np.float32(FLOAT8_SPREAD))
         values *= np.float32(SCALE)
         if len(info.shape) == 1 and "norm" in info.name and not info.name.endswith(".bias"):
             values += np.float32(1)

@@ -14,7 +14,8 @@ import torch
 from makeready.graphs.checkpoint.base import Checkpoint
 from makeready.graphs.constants import GENERATORS
 from makeready.graphs.plan import Plan, Weight
-from makeready.graphs.recipe import Piece
+from makeready.graphs.recipe import Derived, Param, Piece
+from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.gemm.linear_cpu import PACKED, pack
 
 # Arrays of a mapped file are read-only; they are only copied from.
@@ -54,18 +55,42 @@ def _load(weight: Weight, checkpoint: Checkpoint, place: torch.Tensor) -> Any:
     target = place.view(dtype).view(shape) if param.layout == "rows" else torch.empty(shape, dtype=dtype)
     if param.generated is not None:
         target.copy_(torch.from_numpy(GENERATORS[param.generated.function](**param.generated.arguments)))
-    for piece in param.pieces:
-        _copy(piece, checkpoint, target)
+    elif param.largest:
+        target.fill_(max(_number(piece, checkpoint) for piece in param.pieces))
+    elif param.derived is not None:
+        target.copy_(_derive(param, param.derived, checkpoint).view(shape))
+    else:
+        _assemble(param, checkpoint, target)
     return LAYOUTS[param.layout](target)
 
 
-def _copy(piece: Piece, checkpoint: Checkpoint, target: torch.Tensor) -> None:
-    rows = slice(piece.start, piece.stop)
-    source = as_tensor(checkpoint.read(piece.source, rows), checkpoint.tensors[piece.source].dtype)
-    target[piece.at : piece.at + piece.stop - piece.start].copy_(source)
+def _derive(param: Param, derived: Derived, checkpoint: Checkpoint) -> torch.Tensor:
+    """The result of the op over the assembled rows."""
+    spec, op = derived.operand, CONTRACTS[derived.op]
+    operand = torch.empty(spec.at({}), dtype=getattr(torch, spec.dtype))
+    _assemble(param, checkpoint, operand)
+    made = op.reference(operand, **derived.attrs)
+    return dict(zip((o.name for o in op.outputs), made, strict=True))[derived.result]
+
+
+def _assemble(param: Param, checkpoint: Checkpoint, target: torch.Tensor) -> None:
+    for piece in param.pieces:
+        place = target[piece.at : piece.at + piece.stop - piece.start]
+        if piece.repeated:
+            place.fill_(_number(piece, checkpoint))
+        else:
+            place.copy_(_read(piece, checkpoint, slice(piece.start, piece.stop)).view(place.shape))
+
+
+def _number(piece: Piece, checkpoint: Checkpoint) -> float:
+    return _read(piece, checkpoint, None).float().item()
+
+
+def _read(piece: Piece, checkpoint: Checkpoint, rows: slice | None) -> torch.Tensor:
+    return as_tensor(checkpoint.read(piece.source, rows), checkpoint.tensors[piece.source].dtype)
 
 
 def as_tensor(array: np.ndarray, dtype: str) -> torch.Tensor:
-    """A tensor over what :meth:`Checkpoint.read` gave, whose 16-bit patterns may be bfloat16."""
+    """A tensor over what :meth:`Checkpoint.read` gave, whose bits may be a float's that numpy lacks."""
     tensor = torch.from_numpy(array)
-    return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
+    return tensor.view(getattr(torch, dtype)) if dtype in ("bfloat16", "float8_e4m3fn") else tensor

@@ -14,7 +14,7 @@ def check_checkpoint(plan: Plan, checkpoint: Checkpoint) -> None:
     """
     if checkpoint.format == "dummy":
         checkpoint.declare(  # type: ignore[attr-defined]
-            {p.source: (p.stop, *w.param.spec.shape[1:]) for w in plan.weights for p in w.param.pieces}
+            {p.source: w.param.source_shape(p) for w in plan.weights for p in w.param.pieces}
         )
     if checkpoint.fingerprint() == plan.checkpoint:
         return
@@ -28,7 +28,7 @@ def check_checkpoint(plan: Plan, checkpoint: Checkpoint) -> None:
     for weight in plan.weights:
         for piece in weight.param.pieces:
             info = checkpoint.tensors.get(piece.source)
-            if info is None or info.shape[0] < piece.stop or info.shape[1:] != weight.param.spec.shape[1:]:
+            if info is None or not weight.param.fits(piece, info.shape):
                 found = "lacks it" if info is None else f"has it as {info.dtype}{list(info.shape)}"
                 raise PlanError(
                     f"the plan is for another checkpoint: it needs tensor {piece.source}, "

@@ -45,7 +45,7 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     """The model config of a normalised checkpoint config.
 
     Raises:
-        UnsupportedModelError: unknown architecture, activation function or quantization.
+        UnsupportedModelError: unknown architecture or activation function.
     """
     known = architectures()
     named = config.get("architectures") or ["(none)"]
@@ -53,11 +53,6 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     if read is None:
         raise UnsupportedModelError(
             f"architecture {', '.join(named)} is not supported; supported are {', '.join(known)}"
-        )
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unnamed")
-        raise UnsupportedModelError(
-            f"checkpoints quantized with {method} are not supported; use the model's bf16, fp16 or GGUF files"
         )
     activation = config.get("hidden_act", "silu")
     if activation != "silu":

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from makeready.graphs.ir import Program
 from makeready.graphs.passes.fuse_add_norm import fuse_add_norm
 from makeready.graphs.passes.fuse_qkv import fuse_qkv
+from makeready.graphs.passes.fuse_quantize import fuse_quantize
 from makeready.graphs.passes.fuse_silu_mul import fuse_silu_mul
 from makeready.graphs.passes.hoist_gather import hoist_gather
 from makeready.graphs.passes.merge_linears import merge_linears
@@ -19,7 +20,7 @@ from makeready.graphs.verify import verify
 
 REWRITES: Mapping[str, Callable[[Program], Program]] = {
     rewrite.__name__: rewrite
-    for rewrite in (merge_linears, fuse_add_norm, fuse_silu_mul, fuse_qkv, hoist_gather)
+    for rewrite in (merge_linears, fuse_add_norm, fuse_silu_mul, fuse_quantize, fuse_qkv, hoist_gather)
 }
 
 

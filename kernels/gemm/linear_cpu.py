@@ -34,13 +34,14 @@ def pack(weight: torch.Tensor) -> Any:
     """
     if "fbgemm" not in torch.backends.quantized.supported_engines:
         return weight
-    largest = weight.abs().max().item()
+    wide = weight.float()
+    largest = wide.abs().max().item()
     if not largest <= _FP16_MAX:
         raise ValueError(
             f"a weight of magnitude {largest:g} does not fit fp16 ({_FP16_MAX:g}); "
             "compile with plan.weight_dtype=float32"
         )
-    return torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
+    return torch.ops.quantized.linear_prepack_fp16(wide, None)
 
 
 def _applies(specs: Mapping[str, TensorSpec], attrs: Mapping[str, Any]) -> bool:

@@ -1,0 +1,1 @@
+"""Quantization: rewrites that change numbers, kept apart from those that do not (graphs/passes/)."""

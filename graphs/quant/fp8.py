@@ -1,0 +1,138 @@
+"""Linears of 8-bit floats in the place of wide ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from makeready.graphs.ir import Call, Program
+from makeready.graphs.plan import PlanError
+from makeready.graphs.quant.scheme import BLOCK, CHANNEL, TENSOR, Scheme
+from makeready.graphs.recipe import Derived, Param, Piece, joined
+from makeready.kernels.spec import TensorSpec
+
+FP8 = "float8_e4m3fn"
+
+
+def quantize_linears(program: Program, scheme: Scheme) -> Program:
+    """``linear(x, w)`` → ``linear_fp8(quantize_fp8(x), w, scales)`` wherever ``scheme`` covers the weight.
+
+    Values that several linears read are quantized once; with a static scale that is the largest of theirs,
+    so that merging them changes nothing. Weights take their place and their scale's from the checkpoint or,
+    where the scheme quantizes on load, from an op over the checkpoint's rows.
+
+    Raises:
+        PlanError: blocks do not divide a weight's inputs.
+    """
+    rewrite = _Rewrite(program, scheme)
+    calls: list[Call] = []
+    for call in program.calls:
+        calls += rewrite.linear(call) if rewrite.covers(call) else [call]
+    return program.with_calls(calls, rewrite.params)
+
+
+@dataclass
+class _Rewrite:
+    """One run over a program.
+
+    Attributes:
+        params: parameters made or changed so far.
+        quantized: what an input is as 8-bit values and scales, by its name.
+    """
+
+    program: Program
+    scheme: Scheme
+    params: dict[str, Param] = field(default_factory=dict)
+    quantized: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        p = self.program
+        embedded = [p.params[c.operands["weight"]] for c in p.calls if c.op == "embedding"]
+        self.embedded = {piece.source for param in embedded for piece in param.pieces}
+
+    def covers(self, call: Call) -> bool:
+        """Whether the call is a linear to quantize. Tied embeddings are looked up, too: they stay wide."""
+        param = self.program.params.get(call.operands.get("weight", ""))
+        if call.op != "linear" or param is None or not param.quantizable:
+            return False
+        return param.pieces[0].source not in self.embedded and self.scheme.covers(_module(param))
+
+    def linear(self, call: Call) -> list[Call]:
+        """The calls that take the place of ``call``."""
+        param = self.program.params[call.operands["weight"]]
+        self._check(param)
+        weight, scale = self._weight(param), self._scale(param)
+        self.params |= {weight.name: weight, scale.name: scale}
+        x = call.operands["x"]
+        before = [] if x in self.quantized else [self._activation(x)]
+        q, row_scale = self.quantized[x]
+        operands = {"x": q, "x_scale": row_scale, "weight": weight.name, "weight_scale": scale.name}
+        operands |= {k: v for k, v in call.operands.items() if k == "bias"}
+        attrs = {"out_dtype": call.attrs["out_dtype"] or self.program.spec(x).dtype}
+        if self.scheme.weights != BLOCK:
+            return [*before, Call("linear_fp8", operands, call.results, attrs)]
+        attrs["block"] = self.scheme.block
+        return [*before, Call("linear_fp8_block", operands, call.results, attrs)]
+
+    def _check(self, param: Param) -> None:
+        block, width = self.scheme.block, int(param.spec.shape[1])
+        if block and width % block:
+            raise PlanError(
+                f"{_module(param)} has {width} inputs, which are no multiple of its blocks of {block}; "
+                "use scales by channel (quant=fp8)"
+            )
+
+    def _weight(self, param: Param) -> Param:
+        spec = replace(param.spec, dtype=FP8)
+        return replace(param, spec=spec, derived=self._derived(param, "q"))
+
+    def _scale(self, param: Param) -> Param:
+        """One number an output, whatever stored scales stand for, or one a block."""
+        rows, width = (int(n) for n in param.spec.shape)
+        made = Param(
+            f"{param.name}_scale",
+            TensorSpec((rows,), "float32"),
+            pieces=param.pieces,
+            derived=self._derived(param, "scale"),
+            shard=0 if param.shard == 0 else None,
+        )
+        if self.scheme.weights == BLOCK:
+            size = self.scheme.block
+            rows = -(-rows // size)
+            made = replace(made, spec=TensorSpec((rows, width // size), "float32"), shard=param.shard)
+        if self.scheme.stored:
+            source = f"{_module(param)}.{self.scheme.scale}"
+            made = replace(made, pieces=(Piece(source, 0, rows, 0, repeated=self.scheme.weights == TENSOR),))
+        return made
+
+    def _derived(self, param: Param, result: str) -> Derived | None:
+        if self.scheme.stored:
+            return None
+        if self.scheme.weights == CHANNEL:
+            attrs, op = {"group": int(param.spec.shape[1])}, "quantize_fp8"
+        else:
+            attrs, op = {"block": self.scheme.block}, "quantize_fp8_block"
+        return Derived(op, attrs, result, param.spec)
+
+    def _activation(self, x: str) -> Call:
+        """The call that quantizes the input ``x``."""
+        self.quantized[x] = q, scale = f"{x}.fp8", f"{x}.fp8_scale"
+        if not self.scheme.static:
+            attrs = {"group": self.scheme.group(int(self.program.spec(x).shape[-1]))}
+            return Call("quantize_fp8", {"x": x}, {"q": q, "scale": scale}, attrs)
+        readers = [c for c in self.program.calls if c.operands.get("x") == x and self.covers(c)]
+        param = _static_scale([self.program.params[c.operands["weight"]] for c in readers])
+        self.params[param.name] = param
+        return Call("quantize_fp8_static", {"x": x, "scale": param.name}, {"q": q, "row_scale": scale})
+
+
+def _static_scale(weights: Sequence[Param]) -> Param:
+    """The scale of what all of ``weights`` are multiplied with."""
+    name = joined([w.name.removesuffix(".weight") + ".input_scale" for w in weights])
+    pieces = tuple(Piece(f"{_module(w)}.input_scale", 0, 1, 0, repeated=True) for w in weights)
+    return Param(name, TensorSpec((1,), "float32"), pieces=pieces, largest=True)
+
+
+def _module(param: Param) -> str:
+    """The module that a weight belongs to in the checkpoint."""
+    return param.pieces[0].source.removesuffix(".weight")

@@ -1,0 +1,53 @@
+"""What is quantized and how: read from a checkpoint, or asked for when a plan is compiled."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+CHANNEL, TENSOR, BLOCK = "channel", "tensor", "block"
+BLOCK_SIZE = 128  # rows and columns of a block where we choose: DeepSeek-V3's, which kernels are made for
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Linears whose weights and activations are 8-bit floats (e4m3) with scales.
+
+    Attributes:
+        weights: what shares a scale of the weights: an output ``channel``, the ``tensor``, or a ``block``.
+        block: rows and columns of a block, and columns of a token's group of activations; 0 without.
+        static: whether one scale of the activations comes with the checkpoint; else each token, or group,
+            gets its own while the model runs.
+        stored: whether the checkpoint holds 8-bit weights; else they are quantized when they are loaded.
+        scale: what a stored weight's scale is called in the place of ``weight``.
+        ignored: modules that stay as they are, with all below them: names, dotted parts of names
+            (``lm_head``, ``layers.0.mlp``), or ``re:`` and a pattern.
+    """
+
+    weights: str
+    block: int = 0
+    static: bool = False
+    stored: bool = False
+    scale: str = "weight_scale"
+    ignored: tuple[str, ...] = ("lm_head",)
+
+    def covers(self, module: str) -> bool:
+        """Whether the linear of the checkpoint called ``module`` is quantized."""
+        return not any(_matches(entry, module) for entry in self.ignored)
+
+    def group(self, width: int) -> int:
+        """Columns of an activation of ``width`` that share a scale."""
+        return self.block or width
+
+
+ON_LOAD = {
+    "fp8": Scheme(CHANNEL),
+    "fp8_block": Scheme(BLOCK, block=BLOCK_SIZE),
+}
+"""What ``quant=`` may ask for. The logits' projection keeps its dtype, as is the field's custom."""
+
+
+def _matches(entry: str, module: str) -> bool:
+    if entry.startswith("re:"):
+        return re.match(entry[3:], module) is not None
+    return f".{entry}." in f".{module}."

@@ -1,0 +1,119 @@
+"""Quantized checkpoints: what their ``quantization_config`` says, as a :class:`Scheme`.
+
+Known are ``fp8`` (as Qwen3 and DeepSeek store 128x128 blocks, and as AutoFP8 stores whole tensors) and
+``compressed-tensors`` with 8-bit floats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from makeready.graphs.models.family import UnsupportedModelError
+from makeready.graphs.quant.scheme import BLOCK, CHANNEL, TENSOR, Scheme
+
+
+def stored_scheme(config: Mapping[str, Any]) -> Scheme | None:
+    """How a checkpoint with this ``config.json`` stores its linears; None where it does not quantize.
+
+    Raises:
+        UnsupportedModelError: a method, or a setting of one, that nothing here computes.
+    """
+    said = config.get("quantization_config") or config.get("compression_config")
+    if not said:
+        return None
+    method = said.get("quant_method", "unnamed")
+    if method == "fp8":
+        return _fp8(said)
+    if method == "compressed-tensors":
+        return _compressed_tensors(said)
+    raise UnsupportedModelError(
+        f"checkpoints quantized with {method} are not supported; use the model's bf16, fp16, GGUF or fp8 files"
+    )
+
+
+def _fp8(said: Mapping[str, Any]) -> Scheme:
+    """``weight_scale_inv`` is what blocks' scales are called, though weights are multiplied by them too."""
+    _expect(said, "fmt", ("e4m3",))
+    _expect(said, "activation_scheme", ("dynamic", "static"))
+    _expect(said, "scale_fmt", ("float",))
+    static = said.get("activation_scheme") == "static"
+    # The vocabulary projection is left alone whether or not the list says so.
+    ignored = ("lm_head", *(said.get("modules_to_not_convert") or ()), *(said.get("ignored_layers") or ()))
+    size = said.get("weight_block_size")
+    if size is None:
+        return Scheme(TENSOR, static=static, stored=True, ignored=ignored)
+    if static:
+        raise UnsupportedModelError(
+            "quantization_config: weight_block_size with activation_scheme 'static' is not supported; "
+            "use a checkpoint with dynamic activations"
+        )
+    return Scheme(
+        BLOCK, _square(size, "weight_block_size"), stored=True, scale="weight_scale_inv", ignored=ignored
+    )
+
+
+def _compressed_tensors(said: Mapping[str, Any]) -> Scheme:
+    groups = list((said.get("config_groups") or {}).values())
+    if len(groups) != 1 or groups[0].get("targets") != ["Linear"]:
+        raise UnsupportedModelError(
+            "quantization_config: compressed-tensors needs one of config_groups with targets ['Linear']; "
+            "use a checkpoint whose linears are all quantized alike"
+        )
+    group = groups[0]
+    for holder in (said, group):
+        _expect(holder, "format", ("float-quantized", "naive-quantized"))
+    for field, found in (
+        ("output_activations", group.get("output_activations")),
+        ("transform_config", said.get("transform_config")),
+        ("sparsity_config", (said.get("sparsity_config") or {}).get("format", "dense") != "dense"),
+    ):
+        if found:
+            raise UnsupportedModelError(
+                f"quantization_config: {field} is not supported; use a checkpoint without it"
+            )
+    weights, activations = group.get("weights"), group.get("input_activations")
+    for name, part in (("weights", weights), ("input_activations", activations)):
+        if (
+            not part
+            or part.get("num_bits") != 8
+            or part.get("type") != "float"
+            or not part.get("symmetric", True)
+        ):
+            raise UnsupportedModelError(
+                f"quantization_config: {name} must be symmetric 8-bit floats; use a W8A8 FP8 checkpoint"
+            )
+    ignored = tuple(said.get("ignore") or ())
+    _expect(weights, "strategy", (CHANNEL, TENSOR, BLOCK))
+    if weights["strategy"] == BLOCK:
+        block = _square(weights.get("block_structure"), "block_structure")
+        if activations.get("strategy") != "group" or activations.get("group_size") != block:
+            raise UnsupportedModelError(
+                f"quantization_config: weights in blocks of {block} need input_activations in groups of as many; "
+                "use another checkpoint"
+            )
+        return Scheme(BLOCK, block, stored=True, ignored=ignored)
+    dynamic = bool(activations.get("dynamic"))
+    if activations.get("strategy") != ("token" if dynamic else "tensor"):
+        raise UnsupportedModelError(
+            "quantization_config: input_activations must be dynamic with strategy 'token' or static with "
+            "'tensor'; use another checkpoint"
+        )
+    return Scheme(weights["strategy"], static=not dynamic, stored=True, ignored=ignored)
+
+
+def _expect(said: Mapping[str, Any], field: str, known: tuple[str, ...]) -> None:
+    """Refuse a field that is there and holds something else than what is known."""
+    value = said.get(field)
+    if value is not None and value not in known:
+        raise UnsupportedModelError(
+            f"quantization_config: {field} {value!r} is not supported; use a checkpoint with {' or '.join(known)}"
+        )
+
+
+def _square(size: Any, field: str) -> int:
+    if not isinstance(size, list | tuple) or len(size) != 2 or size[0] != size[1] or type(size[0]) is not int:
+        raise UnsupportedModelError(
+            f"quantization_config: {field} {size!r} is not supported; blocks must be square, such as [128, 128]"
+        )
+    return size[0]
