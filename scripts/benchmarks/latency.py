@@ -1,0 +1,117 @@
+"""What a user waits for: the time between tokens and the time to the first one, through the whole engine.
+
+A token's time is (time of ``tokens + 1`` new tokens - time of 1) / ``tokens`` over a batch whose rows have
+``context`` tokens of prompt, so prefill and the fixed cost of a call cancel. The floor beside it is the
+plan's own arithmetic: every launch at the target's bandwidth or matrix rate, launches costing nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.record import summary
+from makeready.engine.llm import LLM, SamplingParams
+from makeready.graphs.inspect.analysis import launch_costs
+from makeready.graphs.spec import DECODE, EXTEND
+from makeready.graphs.targets import TARGETS
+
+
+def latency(
+    llm: LLM,
+    *,
+    rows: Sequence[int],
+    context: int,
+    tokens: int,
+    prompts: Sequence[int],
+    repeats: int,
+) -> dict[str, Any]:
+    """Measure ``llm``, greedy, on random token ids.
+
+    Args:
+        rows: batch sizes for the time between tokens.
+        context: prompt tokens a row there.
+        tokens: decode steps of a measurement.
+        prompts: lengths of single prompts for the time to the first token.
+        repeats: measurements of each.
+    """
+    generator = np.random.default_rng(0)
+    vocabulary = llm.plan.config["vocab_size"]
+
+    def ids(count: int, length: int) -> list[list[int]]:
+        return generator.integers(0, vocabulary, (count, length)).tolist()
+
+    generate(llm, ids(max(rows), 2), 2)  # not counted: first calls allocate
+    between = []
+    for count in rows:
+        seconds = []
+        for _ in range(repeats):
+            batch = ids(count, context)
+            once, all_ = (generate(llm, batch, n) for n in (1, tokens + 1))
+            seconds.append((all_ - once) / tokens)
+        bound = floor(llm, DECODE, count, count, context + tokens // 2)
+        between.append(
+            {
+                "rows": count,
+                "milliseconds": summary([1e3 * s for s in seconds]),
+                "floor_milliseconds": 1e3 * bound,
+                "ratio_to_floor": summary([s / bound for s in seconds]),
+            }
+        )
+    first = []
+    for length in prompts:
+        seconds = [generate(llm, ids(1, length), 1) for _ in range(repeats)]
+        bound = floor(llm, EXTEND, 1, length, length // 2)
+        first.append(
+            {
+                "prompt_tokens": length,
+                "milliseconds": summary([1e3 * s for s in seconds]),
+                "floor_milliseconds": 1e3 * bound,
+                "ratio_to_floor": summary([s / bound for s in seconds]),
+            }
+        )
+    return {
+        "context": context,
+        "tokens": tokens,
+        "time_between_tokens": between,
+        "time_to_first_token": first,
+    }
+
+
+def generate(llm: LLM, prompts: list[list[int]], count: int) -> float:
+    """Seconds of ``count`` new tokens for each prompt."""
+    params = SamplingParams(temperature=0, max_new_tokens=count, ignore_eos=True)
+    began = time.perf_counter()
+    outputs = llm.generate(token_ids=prompts, sampling=params)
+    took = time.perf_counter() - began
+    assert all(output.completion_tokens == count for output in outputs)
+    return took
+
+
+def floor(llm: LLM, phase: str, rows: int, tokens: int, context: int) -> float:
+    """Roofline seconds of a step that has exactly so many rows and tokens, padding left out."""
+    bucket = llm.engine.buckets.covering(phase, rows, tokens)
+    exact = type(bucket)(phase, rows, tokens)
+    launch = TARGETS[llm.plan.target].launch_seconds
+    return sum(cost.seconds - launch for cost in launch_costs(llm.plan, exact, context))
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """The figures as lines of text."""
+    lines = []
+    for row in result["time_between_tokens"]:
+        lines.append(f"{row['rows']:4d} rows of {result['context']}: {_figures(row)} a token")
+    for row in result["time_to_first_token"]:
+        lines.append(f"prompt of {row['prompt_tokens']} tokens: {_figures(row)} to the first token")
+    return lines
+
+
+def _figures(row: dict[str, Any]) -> str:
+    took = row["milliseconds"]
+    return (
+        f"{took['median']:.2f} ms ({took['min']:.2f}-{took['max']:.2f}), floor "
+        f"{row['floor_milliseconds']:.2f}, ratio {row['ratio_to_floor']['median']:.2f}"
+    )
