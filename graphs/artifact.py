@@ -3,6 +3,7 @@
     plan.json               target, limits, options, KV geometry, buckets, memory, and the digests below
     weights.json            recipe and place of every parameter
     programs/<phase>.json   launches and arena buffers; on a GPU the kernel nodes of each bucket
+    loading.json            launches that quantize weights while they are loaded, where there are any
     config.json             the checkpoint's config, normalised
     tuned.json              choices that measured best, by device, where there are any
     binaries.json           compiled kernels, and
@@ -34,7 +35,7 @@ from makeready.graphs.plan import SCHEMA, Plan, PlanError
 
 MANIFEST = "plan.json"
 NAMES = re.compile(
-    r"(plan|weights|config|tuned|binaries|programs/[^/]+)\.json|programs|kernels|kernels/[^/]+\.cubin"
+    r"(plan|weights|loading|config|tuned|binaries|programs/[^/]+)\.json|programs|kernels|kernels/[^/]+\.cubin"
 )
 
 
@@ -123,7 +124,7 @@ def _split(plan: Plan) -> dict[str, Any]:
     manifest = to_json(replace(plan, cubins={}))
     files: dict[str, Any] = {
         f"{name}.json": manifest.pop(name)
-        for name in ("weights", "config", "binaries", "tuned")
+        for name in ("weights", "loading", "config", "binaries", "tuned")
         if name in manifest
     }
     files |= {f"programs/{phase}.json": program for phase, program in manifest.pop("programs").items()}

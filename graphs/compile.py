@@ -21,9 +21,10 @@ from makeready.graphs.lower import lower, place_weights
 from makeready.graphs.models import family
 from makeready.graphs.passes import rewrite
 from makeready.graphs.passes.specialize import specialize
-from makeready.graphs.plan import SCHEMA, LoweredProgram, Memory, Options, Plan, PlanError
+from makeready.graphs.plan import LOAD, SCHEMA, LoweredProgram, Memory, Options, Plan, PlanError
 from makeready.graphs.plan_cache import cache_folder
 from makeready.graphs.quant.fp8 import FP8, quantize_linears
+from makeready.graphs.quant.loading import loading_of
 from makeready.graphs.quant.scheme import ON_LOAD, Scheme
 from makeready.graphs.quant.stored import stored_scheme
 from makeready.graphs.recipe import Param
@@ -142,6 +143,9 @@ class Lowered:
             programs[phase], nbytes = lower(program, t.target, largest, stored)
             arena = max(arena, nbytes)
         weights, weight_bytes = place_weights(list(stored.values()))
+        loading = loading_of(weights) if t.target.is_cuda else None
+        if loading is not None:
+            arena = max(arena, loading.slots * loading.slot_bytes)
         checkpoint = t.checkpoint
         plan = Plan(
             schema=SCHEMA,
@@ -157,6 +161,7 @@ class Lowered:
             memory=_memory(t.limits, weight_bytes, arena),
             weights=weights,
             programs=programs,
+            loading=loading,
         )
         return _with_kernels(plan, t.target, context, progress) if t.target.is_cuda else plan
 
@@ -165,23 +170,45 @@ def _with_kernels(plan: Plan, target: Target, context: int, progress: Progress) 
     """``plan`` with what its launches run on a GPU."""
     from makeready.graphs.cuda.emit import emit  # imports triton
 
+    programs, buckets, loading = dict(plan.programs), plan.buckets, plan.loading
+    if loading is not None:
+        programs[LOAD.phase], buckets = loading.program, (*buckets, LOAD)
     emitted = emit(
-        plan.programs,
+        programs,
         plan.specs,
-        plan.buckets,
+        buckets,
         target,
         context=context,
         keep=plan.options.candidates,
         cache=cache_folder() / "kernels",
         progress=lambda done, total: progress(f"compile kernels {done}/{total}"),
     )
+    programs = dict(emitted.programs)
+    if loading is not None:
+        loading = replace(loading, program=_without_scratch(programs.pop(LOAD.phase)))
     return replace(
         plan,
-        programs=emitted.programs,
+        programs=programs,
+        loading=loading,
         binaries=emitted.binaries,
         cubins=emitted.cubins,
         memory=replace(plan.memory, scratch=emitted.scratch),
     )
+
+
+def _without_scratch(program: LoweredProgram) -> LoweredProgram:
+    """``program`` if its kernels may run at once in different slots.
+
+    Raises:
+        PlanError: one of them has scratch, which all kernels of a plan share.
+    """
+    choices = (c for one in program.classes for ways in one.candidates.values() for c in ways)
+    for choice in choices:
+        if any(argument.kind == "scratch" for node in choice.nodes for argument in node.arguments):
+            raise PlanError(
+                f"{choice.name} uses scratch, which kernels that run while weights are loaded cannot have"
+            )
+    return program
 
 
 def _discover(target: Target) -> None:

@@ -4,6 +4,7 @@
       limits, kv, buckets          what the runtime may ask for and how pages look
       weights                      recipe and place of every parameter
       programs[phase]              launches over named buffers; on a GPU the kernel nodes of each
+      loading                      on a GPU, what quantizes weights on their way in
       binaries                     compiled kernels that nodes name
       memory                       bytes of every region
 
@@ -20,7 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from makeready.graphs.recipe import Param
+from makeready.graphs.recipe import Param, Piece
 from makeready.graphs.spec import Bucket, KVSpec, Limits, result_fields, slot_fields, step_fields
 from makeready.kernels.spec import TensorSpec
 
@@ -172,6 +173,47 @@ class Weight:
 
 
 @dataclass(frozen=True)
+class Conversion:
+    """How parameters are made of checkpoint rows on the GPU, a chunk of rows at a time.
+
+    Attributes:
+        pieces: the rows, in the order and at the places in which they make up the operand.
+        launches: for every chunk, in the order of rows, its launch in :attr:`Loading.program`: a chunk has
+            as many rows as that launch's operand, and its results follow those of the chunk before.
+        results: byte offset in the weights region at which each result begins, by its name in the contract.
+    """
+
+    pieces: tuple[Piece, ...]
+    launches: tuple[int, ...]
+    results: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Loading:
+    """What runs on the GPU while a plan is loaded, before its first step, in no particular order.
+
+    Rows of a chunk come to a slot, a launch reads them there and writes its results where parameters lie.
+    Slots lie one after the other from the start of the arena, which nothing uses yet; launches in different
+    slots may run at once, so none has scratch.
+
+    Attributes:
+        program: one launch for each shape of a chunk, under the bucket :data:`LOAD`. Its buffers are no
+            places: an offset says what the address is a multiple of.
+        conversions: all parameters that have :attr:`~makeready.graphs.recipe.Param.derived`.
+        slot_bytes: of a slot, at least a chunk's.
+        slots: how many there are.
+    """
+
+    program: LoweredProgram
+    conversions: tuple[Conversion, ...]
+    slot_bytes: int
+    slots: int
+
+
+LOAD = Bucket("load", 1, 1)
+
+
+@dataclass(frozen=True)
 class Memory:
     """Bytes of every region; KV takes ``kv.page_bytes`` for each page that fits into what is left.
 
@@ -223,6 +265,8 @@ class Plan:
     """Everything that is decided before the first request. Made by graphs/compile.py.
 
     Attributes:
+        loading: how parameters are quantized on the GPU; None where none is, and on the CPU, which follows
+            the recipe with the op references.
         binaries: compiled kernels by key; empty for the CPU.
         cubins: their machine code by the same keys. Its bytes are files of their own, which
             :attr:`Binary.sha256` ties to the plan's digest; planning and the CPU work without them.
@@ -242,6 +286,7 @@ class Plan:
     memory: Memory
     weights: tuple[Weight, ...]
     programs: Mapping[str, LoweredProgram]
+    loading: Loading | None = None
     binaries: Mapping[str, Binary] = field(default_factory=dict)
     tuned: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     cubins: Mapping[str, bytes] = field(default_factory=dict, repr=False, compare=False)

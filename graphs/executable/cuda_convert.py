@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from makeready.graphs.checkpoint.base import NUMPY_DTYPES
+from makeready.graphs.checkpoint.base import NUMPY_DTYPES, Checkpoint
 from makeready.graphs.plan import PlanError
 
 _QUIET_NAN = np.uint16(0x7FC0)
@@ -31,6 +31,16 @@ def convert(source: np.ndarray, stored: str, wanted: str) -> np.ndarray:
             "compile the plan with plan.weight_dtype as stored"
         )
     return _FROM_FLOAT32[wanted](_TO_FLOAT32[stored](source))
+
+
+def reader(checkpoint: Checkpoint, source: str, rows: slice, wanted: str) -> Callable[[], np.ndarray]:
+    """What reads rows of a tensor in the dtype ``wanted`` when it is called."""
+
+    def read() -> np.ndarray:
+        array = checkpoint.read(source, rows)
+        return convert(array, stored_dtype(array, checkpoint.tensors[source].dtype), wanted)
+
+    return read
 
 
 def stored_dtype(array: np.ndarray, declared: str) -> str:

@@ -282,6 +282,15 @@ class Driver:
         )
         return ctypes.string_at(encoded.getPtr(), 128)
 
+    def launch_kernel(
+        self, function: Function, grid: tuple[int, int, int], parameters: int, stream: Any
+    ) -> None:
+        """Run a kernel by itself, in the stream's order; ``parameters`` as in :meth:`add_kernel`."""
+        launched = self.cu.cuLaunchKernel(
+            function.handle, *grid, function.threads, 1, 1, function.shared, stream, parameters, 0
+        )
+        self._check("cuLaunchKernel", launched)
+
     # -- graphs -----------------------------------------------------------------------------------------
 
     def graph(self) -> Any:

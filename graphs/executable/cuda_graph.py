@@ -1,7 +1,7 @@
 """From a plan's nodes to CUDA graphs, node by node.
 
 Calls of one op class differ in addresses alone. So the parameters of a class's nodes are laid out once per
-bucket, with everything but addresses filled in (:class:`_Node`), and each launch writes its addresses
+bucket, with everything but addresses filled in (:class:`PreparedNode`), and each launch writes its addresses
 there and adds the nodes; the driver copies the parameters when a node is added. That leaves about 8 µs of
 Python a node on a slow core, so that 45 graphs of 260 nodes take 0.1 s beside what the driver needs.
 """
@@ -63,14 +63,14 @@ class GraphBuilder:
             DriverError: the driver refuses a node.
         """
         program = self._plan.programs[bucket.phase]
-        prepared: dict[int, list[_Node]] = {}
+        prepared: dict[int, list[PreparedNode]] = {}
         graph, last = self._driver.graph(), None
         try:
             for launch in program.launches:
                 nodes = prepared.get(launch.op_class)
                 if nodes is None:
                     chosen = self._choose(bucket, launch)
-                    nodes = [self._prepare(node) for node in chosen.nodes]
+                    nodes = [self.prepare(node) for node in chosen.nodes]
                     prepared[launch.op_class] = nodes
                 names = {**launch.operands, **launch.results}
                 for node in nodes:
@@ -93,8 +93,9 @@ class GraphBuilder:
         best = self._tuned.get(tuned_key(bucket.phase, launch.op_class, bucket))
         return next((c for c in found if c.name == best), found[0])
 
-    def _prepare(self, node: Node) -> _Node:
-        return _Node(node, self._functions[node.binary], self._scratch, self._pages, self._maps_of)
+    def prepare(self, node: Node) -> PreparedNode:
+        """What it takes to launch ``node`` again and again; not for several threads at once."""
+        return PreparedNode(node, self._functions[node.binary], self._scratch, self._pages, self._maps_of)
 
     def _maps_of(self, argument: NodeArgument) -> _Maps:
         """The maps of ``argument``, which buckets share: weights and caches do not move."""
@@ -131,7 +132,7 @@ class _Maps:
         return found
 
 
-class _Node:
+class PreparedNode:
     """The parameters of one kernel node in memory, and where its addresses go.
 
     Attributes:
