@@ -12,7 +12,9 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +32,11 @@ from makeready.engine.entrypoints.options import UsageError
 T = TypeVar("T")
 
 OK, FAILED, MISUSED, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 128 + signal.SIGINT, 128 + 13
+TERMINATED = 128 + signal.SIGTERM
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM arrived, as it does before a cluster's queue or a container ends a job."""
 
 
 def launch(
@@ -44,8 +51,9 @@ def launch(
         arguments: the command line; None takes the process's.
 
     Returns:
-        Exit code: 0; 1 for a job that failed, 2 for options that cannot be, 130 after Ctrl-C, 141 where
-        the reader of stdout went away. The reason is on stderr, in a sentence.
+        Exit code: 0; 1 for a job that failed, 2 for options that cannot be, 130 after Ctrl-C, 143 after
+        SIGTERM (both end a sweep), 141 where the reader of stdout went away. The reason is on stderr, in
+        a sentence.
     """
     name, conf = Path(script).stem, Path(script).resolve().parents[1] / "conf"
     ConfigStore.instance().store(name=f"{name}_options", node=kind)
@@ -57,6 +65,8 @@ def launch(
     codes = [OK]
 
     def task(config: DictConfig) -> None:
+        if not {INTERRUPTED, TERMINATED}.isdisjoint(codes):
+            return
         codes.append(_reported(lambda: run(_job(config, kind, HydraConfig.get().overrides.task))))
 
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -69,7 +79,8 @@ def launch(
     sys.argv = [str(script), *arranged(given, literals(kind), mappings(kind), folder)]
     try:
         main = hydra.main(version_base="1.3", config_path=str(conf), config_name=name)(task)
-        codes.append(_reported(main, meanings))
+        with _terminable():
+            codes.append(_reported(main, meanings))
     finally:
         sys.argv = before
     return max(codes)
@@ -122,6 +133,8 @@ def _reported(run: Callable[[], Any], options: Sequence[str] | dict[str, str] = 
     """Run and turn what goes wrong into a sentence on stderr and an exit code."""
     try:
         run()
+    except Terminated as interrupt:
+        return _say(f"terminated{_after(interrupt)}", TERMINATED)
     except KeyboardInterrupt as interrupt:
         return _say(f"interrupted{_after(interrupt)}", INTERRUPTED)
     except BrokenPipeError:
@@ -147,8 +160,25 @@ def _reported(run: Callable[[], Any], options: Sequence[str] | dict[str, str] = 
     return OK
 
 
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end a job as Ctrl-C does, with what it has to say; only the main thread may."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: Any) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _say(sentence: str, code: int) -> int:
-    print(sentence if code == INTERRUPTED else f"error: {sentence}", file=sys.stderr)
+    print(sentence if code in (INTERRUPTED, TERMINATED) else f"error: {sentence}", file=sys.stderr)
     return code
 
 

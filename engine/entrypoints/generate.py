@@ -7,28 +7,37 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from makeready.engine.entrypoints import rows
-from makeready.engine.entrypoints.batch import Batch, LineWriter, read_lines
+from makeready.engine.entrypoints.batch.identity import identity
+from makeready.engine.entrypoints.batch.job import Rows, open_input, run_local
+from makeready.engine.entrypoints.batch.journal import Journal
+from makeready.engine.entrypoints.batch.on_ray import EngineSpec, Fleet
+from makeready.engine.entrypoints.batch.output import Files, open_journal, publish
+from makeready.engine.entrypoints.batch.rows import check_template
+from makeready.engine.entrypoints.batch.worker import Worker
 from makeready.engine.entrypoints.options import GenerateJob
-from makeready.engine.entrypoints.status import RowProgress, Stages, count_rows, duration
+from makeready.engine.entrypoints.status import Stages, count_rows
 from makeready.engine.llm import LLM
+from makeready.graphs import artifact
+from makeready.graphs.plan import Plan
 
 
 def generate_job(job: GenerateJob) -> None:
-    """Load the model, then print a text or run a file; all but the text goes to stderr."""
-    rows.check_template(job.chat_template_kwargs)
-    llm = load(job)
+    """Print a text or run a file; all but the text goes to stderr."""
+    check_template(job.chat_template_kwargs)
+    plan = None if job.plan.path is None else artifact.load(Path(job.plan.path).expanduser())
     if job.prompts is not None and job.output is not None:
-        run_file(llm, job, Path(job.prompts).expanduser(), Path(job.output).expanduser())
-    elif job.chat is not None:
+        run_file(job, plan, Path(job.prompts).expanduser(), Path(job.output).expanduser())
+        return
+    llm = load(job, plan)
+    if job.chat is not None:
         messages = [{"role": "user", "content": job.chat}]
         print_text(llm, job, llm.render(messages, **job.chat_template_kwargs))
     else:
         print_text(llm, job, job.prompt or "")
 
 
-def load(job: GenerateJob) -> LLM:
-    """The model under the plan that the job names, or under one from the cache or the planner."""
+def load(job: GenerateJob, plan: Plan | None) -> LLM:
+    """The model under a plan, or under the one that the options ask for, from the cache or the planner."""
     with Stages() as stages:
 
         def report(sentence: str) -> None:
@@ -37,14 +46,14 @@ def load(job: GenerateJob) -> LLM:
 
         stages.begin("read the checkpoint")
         checkpoint = job.open()
-        stages.begin("load the model" if job.plan.path else "find or compile a plan")
+        stages.begin("find or compile a plan" if plan is None else "load the model")
         return LLM(
             checkpoint,
-            None if job.plan.path is None else Path(job.plan.path).expanduser(),
+            plan,
             kv_memory_gib=job.kv.memory_gib,
             report=report,
             progress=lambda done, total: stages.note(f"{done} of {total} weights"),
-            **(job.plan_fields() if job.plan.path is None else {}),
+            **(job.plan_fields() if plan is None else {}),
         )
 
 
@@ -70,26 +79,60 @@ def print_text(llm: LLM, job: GenerateJob, prompt: str | Sequence[int]) -> None:
     )
 
 
-def run_file(llm: LLM, job: GenerateJob, prompts: Path, output: Path) -> None:
-    """Answer a file of requests, and say how far it got if it is interrupted."""
-    with LineWriter(output, overwrite=job.overwrite) as writer, RowProgress() as progress:
-        batch = Batch(
-            llm,
-            read_lines(prompts),
-            writer.write,
-            sampling=job.params(),
-            template=job.chat_template_kwargs,
-            size=prompts.stat().st_size,
-            progress=progress.update,
-        )
-        try:
-            counts = batch.run()
-        except KeyboardInterrupt:
-            counts = batch.counts
-            held = f"the first {count_rows(counts.rows, counts.failed)}" if counts.rows else "no row yet"
-            raise KeyboardInterrupt(f"{output} holds the answers to {held}") from None
-    print(
-        f"{count_rows(counts.rows, counts.failed)} in {duration(progress.seconds)}, {counts.tokens:,} tokens "
-        f"({counts.tokens / progress.seconds:.1f} tokens/s), written to {output}",
-        file=sys.stderr,
+def run_file(job: GenerateJob, plan: Plan | None, prompts: Path, output: Path) -> None:
+    """Answer a file of requests, from where an earlier start of the same job was cut off."""
+    given = open_input(prompts, output, job.format)
+    named = identity(job, plan, given.identity)
+    files = Files(output)
+    journal = open_journal(files, named, given.survey, overwrite=job.overwrite)
+    if not isinstance(journal, Journal):
+        done = count_rows(journal.rows, journal.failed)
+        _say(f"{output} is complete: {done}; overwrite=true would run them again")
+        return
+    with journal, Rows(given, journal, files) as rows:
+        if journal.totals.rows:
+            done = f"{journal.totals.rows:,} of {count_rows(given.survey.count, 0)} are done"
+            _say(f"going on with {files.journal}: {done}")
+        if rows.left:
+            _run(job, plan, given.format, rows)
+        with rows.kept():
+            publish(files, journal, named, names=given.names)
+        _say(f"{rows.summary()}, written to {output}")
+
+
+def _run(job: GenerateJob, plan: Plan | None, format: str, rows: Rows) -> None:
+    if job.scale.runner == "local":
+        run_local(Worker(load(job, plan), format, job.params(), job.chat_template_kwargs), rows)
+        return
+    spec = EngineSpec(
+        job.checkpoint if job.model else str(Path(job.checkpoint).expanduser().resolve()),
+        job.model,
+        plan or _planned(job),
+        job.kv.memory_gib,
+        format,
+        job.params(),
+        job.chat_template_kwargs,
     )
+    with Stages() as stages:
+        stages.begin("load the model on every engine")
+        fleet = Fleet(spec, engines=job.scale.engines, cpus=job.scale.cpus, address=job.scale.address)
+    with fleet:
+        fleet.run(rows)
+
+
+def _planned(job: GenerateJob) -> Plan:
+    """The plan that the options ask for, made once and here for all engines."""
+    # The planner needs torch; a plan that is ready does not.
+    from makeready.graphs.compile import Request, compile_plan
+    from makeready.graphs.plan_cache import cached_plan
+
+    with Stages() as stages:
+        stages.begin("find or compile a plan")
+        checkpoint, request = job.open(), Request(**job.plan_fields())
+        plan, folder, found = cached_plan(checkpoint, request, lambda: compile_plan(checkpoint, request))
+        stages.say(f"plan {'found in' if found else 'compiled to'} {folder}")
+    return plan
+
+
+def _say(sentence: str) -> None:
+    print(sentence, file=sys.stderr)

@@ -21,6 +21,8 @@ from makeready.graphs.buckets import Traffic
 from makeready.graphs.checkpoint.base import Checkpoint, open_checkpoint
 from makeready.graphs.targets import TARGETS
 
+FORMATS = ("auto", "rows", "openai")  # of batch rows
+
 
 class UsageError(ValueError):
     """Options are missing, unknown or contradict each other; one sentence says which and what to write."""
@@ -211,17 +213,51 @@ class CompileJob(Job):
 
 
 @dataclass
+class ScaleOptions:
+    """Where a file of prompts runs.
+
+    Attributes:
+        runner: local, one engine in this process; or ray, many engines on a Ray cluster (scale=ray).
+        engines: engines on the cluster. null: one on each of its GPUs.
+        cpus: CPU cores that Ray sets aside for an engine.
+        address: of a running cluster. null: what RAY_ADDRESS names, else a cluster of this machine alone.
+    """
+
+    runner: str = MISSING
+    engines: int | None = MISSING
+    cpus: float = MISSING
+    address: str | None = MISSING
+
+    def check(self, given: Collection[str], prompts: str | None) -> None:
+        """See :meth:`Job.check`."""
+        if self.runner not in ("local", "ray"):
+            raise UsageError(f"scale.runner={self.runner} is no way to run; it is local or ray")
+        asked = sorted(name for name in given if name.startswith("scale."))
+        if self.runner == "local" and asked:
+            raise UsageError(f"{asked[0]} is for scale=ray; add that, or leave it out")
+        if self.runner == "ray" and prompts is None:
+            raise UsageError("scale=ray is for the rows of prompts=; a single text needs one engine")
+        if (self.engines is not None and self.engines < 1) or not 0 <= self.cpus < float("inf"):
+            raise UsageError(
+                f"scale.engines={self.engines} must be at least 1, and scale.cpus={self.cpus:g} at least 0"
+            )
+
+
+@dataclass
 class GenerateJob(Job):
     """Options of scripts/generate.py.
 
     Attributes:
         prompt: text to continue.
         chat: what a user says; answered under the model's chat template.
-        prompts: JSON lines file, a request a row: prompt, messages or token_ids, and where wanted id or
-            custom_id (handed through), chat_template_kwargs, and sampling fields, bare or under sampling.
-        output: JSON lines file for the answers to prompts=, a line a row in their order; a row that
-            cannot be served gets {"error": ...}.
-        overwrite: replace an existing output file.
+        prompts: file of requests: JSON lines, or Parquet by its name. A row has prompt, messages or
+            token_ids, and where wanted id or custom_id (handed through), chat_template_kwargs, and
+            sampling fields, bare or under sampling; or it is of OpenAI's batch format.
+        output: file for the answers to prompts=, a row each in their order; JSON lines, or Parquet by its
+            name. A row that cannot be served gets {"error": ...}. It appears when all rows are done;
+            until then OUTPUT.partial keeps them, and the same command goes on after any interruption.
+        overwrite: replace an existing output, and drop what is kept of another job.
+        format: how JSON rows are written: rows, openai, or auto, which looks at the first one.
         chat_template_kwargs: further variables of the chat template, such as
             chat_template_kwargs.enable_thinking=false.
     """
@@ -232,8 +268,10 @@ class GenerateJob(Job):
     prompts: str | None = literal()
     output: str | None = literal()
     overwrite: bool = False
+    format: str = "auto"
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)  # type: ignore[valid-type]
+    scale: ScaleOptions = field(default_factory=ScaleOptions)
 
     def check(self, given: Collection[str]) -> None:
         super().check(given)
@@ -261,15 +299,18 @@ class GenerateJob(Job):
         elif self.output is None:
             raise UsageError("prompts= needs output=, the file that the answers are written to")
         else:
-            check_files(Path(self.prompts).expanduser(), Path(self.output).expanduser(), self.overwrite)
+            check_files(Path(self.prompts).expanduser(), Path(self.output).expanduser())
+        if self.format not in FORMATS:
+            raise UsageError(f"format={self.format} is no format of rows; formats are {', '.join(FORMATS)}")
+        self.scale.check(given, self.prompts)
         try:
             self.params()
         except RequestError as error:
             raise UsageError(f"sampling.{error}") from None
 
     def _check_single(self) -> None:
-        if self.output is not None or self.overwrite:
-            name = "output=" if self.output is not None else "overwrite="
+        if self.output is not None or self.overwrite or self.format != "auto":
+            name = "output=" if self.output is not None else "overwrite=" if self.overwrite else "format="
             raise UsageError(f"{name} is for the answers to prompts=; without it the text is printed")
         if self.prompt == "":
             raise UsageError("prompt= is empty; give at least a word")
@@ -287,22 +328,24 @@ class GenerateJob(Job):
         return SamplingParams.from_mapping(dataclasses.asdict(self.sampling))  # type: ignore[call-overload]
 
 
-def check_files(prompts: Path, output: Path, overwrite: bool) -> None:
-    """Hold the files of a batch job against each other before a model is loaded for it.
+def check_files(prompts: Path, output: Path) -> None:
+    """Hold the files of a batch job against each other before anything is read.
 
     Raises:
-        UsageError: no file of prompts, the output exists, or both are the same file.
+        UsageError: no file of prompts, no place for the output, or both are the same file.
     """
     if not prompts.is_file():
-        raise UsageError(f"prompts={prompts} is no file; give a JSON lines file with a request a row")
+        raise UsageError(f"prompts={prompts} is no file; give a file with a request a row")
     if not output.parent.is_dir():
         raise UsageError(f"output={output} cannot be written: there is no folder {output.parent}")
     if output.is_dir():
         raise UsageError(f"output={output} is a folder; name a file")
     if output.exists() and output.samefile(prompts):
         raise UsageError(f"output={output} is the file of prompts; name another one")
-    if output.exists() and not overwrite:
-        raise UsageError(f"output={output} exists; name another file, or add overwrite=true to replace it")
+    if output.exists() and not output.is_file():
+        raise UsageError(
+            f"output={output} is a device or a pipe; name a file, which can be continued and replaced"
+        )
 
 
 @dataclass

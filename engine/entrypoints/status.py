@@ -64,16 +64,22 @@ class Stages:
 
 
 class RowProgress:
-    """Rows, tokens a second and time left of a batch job; use as a context manager."""
+    """Rows, tokens a second, cache hits and time left of a batch job; use as a context manager.
 
-    def __init__(self, stream: TextIO | None = None) -> None:
+    Args:
+        total: rows of the job.
+        before: rows that were final when it began; they count as done, not as speed.
+    """
+
+    def __init__(self, total: int, before: int = 0, stream: TextIO | None = None) -> None:
         console = Console(file=stream or sys.stderr, highlight=False, soft_wrap=True)
         self._console = console
+        self._total, self._before = total, before
         self._began = self._said = time.perf_counter()
         self._bar: Progress | None = None
         if console.is_terminal:
             bar = Progress(BarColumn(), TextColumn("{task.description}"), console=console, transient=True)
-            self._task = bar.add_task("", total=1.0)
+            self._task = bar.add_task("", total=total, completed=before)
             self._bar = bar
 
     def __enter__(self) -> RowProgress:
@@ -92,18 +98,38 @@ class RowProgress:
         """Seconds since it was made."""
         return time.perf_counter() - self._began
 
-    def update(self, rows: int, failed: int, tokens: int, share: float) -> None:
-        """Tell how many rows are final and tokens generated; ``share`` is the part of the input, 0 to 1."""
+    def update(self, rows: int, failed: int, tokens: int, hits: float) -> None:
+        """Show figures.
+
+        Args:
+            rows, failed: that are final, those of an earlier start included.
+            tokens: generated since this start.
+            hits: part of the prompt tokens that was found in the prefix cache, 0 to 1.
+        """
         if self._bar is None and time.perf_counter() - self._said < QUIET_SECONDS:
             return
-        sentence = f"{count_rows(rows, failed)}, {tokens / max(self.seconds, 1e-9):.1f} tokens/s"
-        if 0 < share < 1:
-            sentence += f", {duration(self.seconds * (1 - share) / share)} left"
+        sentence = self._sentence(rows, failed, tokens, hits)
         if self._bar is not None:
-            self._bar.update(self._task, completed=share, description=sentence)
+            self._bar.update(self._task, completed=rows, description=sentence)
         else:
             self._said = time.perf_counter()
-            self._console.print(Text(sentence))
+            self.say(sentence)
+
+    def say(self, sentence: str) -> None:
+        """Print a line of its own."""
+        self._console.print(Text(sentence))
+
+    def _sentence(self, rows: int, failed: int, tokens: int, hits: float) -> str:
+        parts = [
+            f"{rows:,} of {count_rows(self._total, failed)}",
+            f"{tokens / max(self.seconds, 1e-9):,.1f} tokens/s",
+        ]
+        if hits:
+            parts.append(f"{hits:.0%} of prompt tokens cached")
+        now = rows - self._before
+        if now > 0 and rows < self._total:
+            parts.append(f"{duration(self.seconds * (self._total - rows) / now)} left")
+        return ", ".join(parts)
 
 
 def count_rows(rows: int, failed: int) -> str:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 from collections.abc import Iterator
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
 import pytest
 import yaml
-from scripts_in_process import CONF, TINY, script
+from scripts_in_process import CONF, TINY
 
-from makeready.engine.entrypoints import batch as batch_module
-from makeready.engine.entrypoints.batch import Batch, LineWriter
+from makeready.engine.entrypoints.batch.worker import READ, Worker
+from makeready.engine.errors import RequestError
 from makeready.engine.llm import LLM
 from makeready.engine.sampling import SamplingParams
 from makeready.graphs.checkpoint.base import open_checkpoint
@@ -32,18 +30,24 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
 
 
 def answers(llm: LLM, lines: list[bytes], **options: Any) -> list[dict[str, Any]]:
-    written: list[bytes] = []
-    Batch(llm, lines, written.append, **({"sampling": GREEDY} | options)).run()
-    assert all(line.endswith(b"\n") and line.count(b"\n") == 1 for line in written)
-    return [json.loads(line) for line in written]
+    """Answers in the order of rows, which are given whenever the worker has room."""
+    worker = Worker(llm, **({"format": "rows", "sampling": GREEDY} | options))
+    rows = iter([(number, line) for number, line in enumerate(lines, start=1) if line.strip()])
+    made: dict[int, bytes] = {}
+    while True:
+        worker.put(islice(rows, worker.room))
+        if not worker.busy:
+            break
+        for done in worker.step():
+            assert done.number not in made
+            assert done.failed == ("error" in json.loads(done.answer))
+            made[done.number] = done.answer
+    llm.engine.pool.check()
+    return [json.loads(made[number]) for number in sorted(made)]
 
 
 def encoded(*rows: dict[str, Any]) -> list[bytes]:
     return [json.dumps(row).encode() + b"\n" for row in rows]
-
-
-def ids(path: Path) -> list[int]:
-    return [json.loads(line)["id"] for line in path.read_text().splitlines()]
 
 
 def test_answers_come_in_the_order_of_rows_and_equal_those_alone(llm):
@@ -123,91 +127,40 @@ def test_samples_of_a_row_stay_together_and_repeat_with_their_seed(llm):
         assert answers(llm, encoded(again))[0]["token_ids"] == sample["token_ids"]
 
 
-def test_rows_are_read_as_there_is_room_for_them(llm, monkeypatch):
-    """Neither the requests nor the rows that wait for an earlier one grow with the file."""
-    monkeypatch.setattr(batch_module, "READ_AHEAD", 20)
-    read = written = 0
-    most_ahead = most_waiting = 0
-
-    def lines() -> Iterator[bytes]:
-        nonlocal read, most_ahead, most_waiting
-        for i in range(300):
-            read += 1
-            most_ahead = max(most_ahead, read - written)
-            most_waiting = max(most_waiting, len(llm.engine.scheduler.waiting))
-            yield encoded({"token_ids": [i % 97], "max_new_tokens": 40 if i % 100 == 0 else 1})[0]
-
-    def write(line: bytes) -> None:
-        nonlocal written
-        written += 1
-
-    shares: list[float] = []
-    size = sum(map(len, lines()))
-    read = most_ahead = 0
-    batch = Batch(
-        llm, lines(), write, sampling=GREEDY, size=size, progress=lambda *told: shares.append(told[-1])
+def test_rows_are_taken_as_there_is_room_for_them(llm):
+    """Enough for every slot, and a few more a step; a long row holds nothing back."""
+    worker = Worker(llm, "rows", GREEDY)
+    rows = iter(
+        enumerate(
+            encoded(*({"token_ids": [i % 97], "max_new_tokens": 50 if not i else 1} for i in range(99)))
+        )
     )
-    assert batch.run().rows == written == 300
-    assert batch.counts.tokens == 3 * 40 + 297
-    assert 0 < most_ahead <= 20
-    assert most_waiting < llm.engine.limits.max_rows
-    assert shares == sorted(shares)
-    assert shares[-1] == 1.0
-    llm.engine.pool.check()
+    assert worker.room == max(llm.engine.limits.max_rows, READ)
+    order, most = [], 0
+    while True:
+        given = list(islice(rows, worker.room))
+        worker.put(given)
+        if not worker.busy:
+            break
+        order += [done.number for done in worker.step()]
+        most = max(most, len(given))
+    assert sorted(order) == list(range(99))
+    assert order.index(0) > 40
+    assert most <= READ
 
 
-def test_a_line_that_cannot_be_written_whole_is_taken_back(tmp_path, monkeypatch):
-    path, write, room = tmp_path / "out", os.write, 25
+def test_a_queue_that_is_full_costs_rows_and_leaves_nothing_behind(llm, monkeypatch):
+    """Where the engine refuses the second of a row's samples, the first is taken back."""
+    submit, room = llm.engine.submit, 4
 
-    def full_disk(file: int, data: Any) -> int:
+    def full(request: Any) -> None:
         nonlocal room
         if not room:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        taken = write(file, bytes(data)[:room])
-        room -= taken
-        return taken
+            raise RequestError("the queue is full")
+        room -= 1
+        submit(request)
 
-    with LineWriter(path) as writer:
-        monkeypatch.setattr(os, "write", full_disk)
-        writer.write(b"0123456789\n")
-        writer.write(b"abcdefghij\n")
-        with pytest.raises(OSError, match="No space"):
-            writer.write(b"ABCDEFGHIJ\n")
-        monkeypatch.undo()
-        assert path.read_bytes() == b"0123456789\nabcdefghij\n"
-        writer.write(b"next\n")
-    assert path.read_bytes().endswith(b"ij\nnext\n")
-    with pytest.raises(FileExistsError):
-        LineWriter(path)
-
-
-def test_an_interrupted_job_leaves_whole_answers_and_says_how_many(monkeypatch, capsys):
-    rows = encoded(*({"id": i, "token_ids": [i + 1]} for i in range(9)))
-    Path("in.jsonl").write_bytes(b"".join(rows))
-    options = (*TINY, "prompts=in.jsonl", "output=out.jsonl", "sampling=greedy", "sampling.max_new_tokens=2")
-    write = LineWriter.write
-
-    def interrupted(self: LineWriter, line: bytes) -> None:
-        if b'"id": 5' in line:
-            raise KeyboardInterrupt
-        write(self, line)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LineWriter, "write", interrupted)
-        assert script("generate")(*options) == 130
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said == "interrupted; out.jsonl holds the answers to the first 5 rows"
-    assert ids(Path("out.jsonl")) == list(range(5))
-
-    assert script("generate")(*options) == 2  # not over what is there
-    assert script("generate")(*options, "overwrite=true") == 0
-    assert ids(Path("out.jsonl")) == list(range(9))
-    assert "9 rows in" in capsys.readouterr().err
-
-
-def test_without_a_plan_one_is_compiled_once_and_said(capsys, own_cache):
-    Path("in.jsonl").write_text('{"token_ids": [1]}\n')
-    options = (*TINY, "prompts=in.jsonl", "overwrite=true", "output=out.jsonl", "sampling.max_new_tokens=2")
-    for said in ("compiled to", "found in"):
-        assert script("generate")(*options) == 0
-        assert f"plan {said} {own_cache}" in capsys.readouterr().err
+    monkeypatch.setattr(llm.engine, "submit", full)
+    made = answers(llm, encoded({"token_ids": [1], "n": 3}, {"token_ids": [1], "n": 3}, {"token_ids": [1]}))
+    assert [answer.get("error", {}).get("message") for answer in made] == [None] + ["the queue is full"] * 2
+    assert not llm.engine.busy

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from scripts_in_process import SCRIPTS, TINY, script
 
+from makeready.engine.entrypoints.batch.worker import FORMATS as READABLE
 from makeready.engine.entrypoints.cli import arranged
+from makeready.engine.entrypoints.options import FORMATS
 from makeready.engine.sampling import SamplingParams
 from makeready.graphs.compile import Request
 
@@ -97,6 +99,10 @@ def test_defaults_are_those_of_the_python_interface(capsys):
     assert {k: tuple(v) if isinstance(v, list) else v for k, v in stated.items()} == request
 
 
+def test_every_format_of_rows_can_be_named():
+    assert set(FORMATS) == {"auto", *READABLE}
+
+
 REFUSED = [
     ("generate", [], 2, "checkpoint= is missing"),
     ("generate", ["checkpoint=x"], 2, "give one of prompt=TEXT, chat=TEXT and prompts=FILE"),
@@ -106,7 +112,20 @@ REFUSED = [
     ("generate", ["checkpoint=x", "prompts=rows"], 2, "prompts= needs output="),
     ("generate", ["checkpoint=x", "prompts=gone", "output=b"], 2, "prompts=gone is no file"),
     ("generate", ["checkpoint=x", "prompts=rows", "output=rows"], 2, "is the file of prompts"),
-    ("generate", ["checkpoint=x", "prompts=rows", "output=taken"], 2, "add overwrite=true"),
+    ("generate", ["checkpoint=x", "prompts=rows", "output=taken"], 1, "add overwrite=true"),
+    ("generate", ["checkpoint=x", "prompts=rows", "output=/dev/null"], 2, "is a device or a pipe"),
+    ("generate", ["checkpoint=x", "prompts=rows", "output=o", "format=csv"], 2, "auto, rows, openai"),
+    ("generate", ["checkpoint=x", "prompts=empty", "output=o"], 1, "prompts=empty has no rows"),
+    ("generate", ["checkpoint=x", "prompt=a", "format=openai"], 2, "format= is for the answers to prompts="),
+    ("generate", ["checkpoint=x", "prompt=a", "scale=ray"], 2, "scale=ray is for the rows of prompts="),
+    ("generate", ["checkpoint=x", "prompt=a", "scale=slurm"], 2, "choose one of local, ray"),
+    ("generate", ["checkpoint=x", "prompt=a", "scale.engines=2"], 2, "scale.engines is for scale=ray"),
+    (
+        "generate",
+        ["checkpoint=x", "prompts=rows", "output=o", "scale=ray", "scale.engines=0"],
+        2,
+        "scale.engines=0 must be at least 1",
+    ),
     ("generate", ["checkpoint=x", "prompts=rows", "output=no/where"], 2, "there is no folder no"),
     ("generate", ["checkpoint=x", "prompt="], 2, "prompt= is empty"),
     ("generate", ["checkpoint=x", "prompt=a", "temperature=0"], 2, "did you mean sampling.temperature"),
@@ -155,6 +174,7 @@ REFUSED = [
 def test_what_cannot_be_is_refused_in_a_sentence(name, arguments, code, reason, capsys):
     Path("rows").write_text('{"prompt": "a"}\n')
     Path("taken").write_text("old\n")
+    Path("empty").write_text("\n")
     assert script(name)(*arguments) == code
     printed = capsys.readouterr()
     last = printed.err.strip().splitlines()[-1]
@@ -163,3 +183,4 @@ def test_what_cannot_be_is_refused_in_a_sentence(name, arguments, code, reason, 
     assert "Traceback" not in printed.err
     assert not printed.out
     assert Path("taken").read_text() == "old\n"
+    assert {path.name for path in Path().iterdir()} == {"rows", "taken", "empty"}

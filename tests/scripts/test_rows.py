@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
-from makeready.engine.entrypoints import rows
+from makeready.engine.entrypoints.batch import rows
+from makeready.engine.entrypoints.batch.base import RowError
+from makeready.engine.entrypoints.batch.rows import RowFormat
 from makeready.engine.request import Output, TokenLogprob
+from makeready.engine.sampling import SamplingParams
 
 BAD_LINES = [
     (b"not json", "the row is not JSON"),
@@ -41,21 +45,20 @@ BAD_FIELDS = [
 
 @pytest.mark.parametrize(("line", "reason"), BAD_LINES)
 def test_lines_that_are_no_objects(line, reason):
-    with pytest.raises(rows.RowError, match=reason):
+    with pytest.raises(RowError, match=reason):
         rows.parse(line)
 
 
 @pytest.mark.parametrize(("fields", "reason"), BAD_FIELDS)
 def test_fields_that_make_no_request(fields, reason):
-    with pytest.raises(rows.RowError, match=reason):
-        rows.read(fields)
+    with pytest.raises(RowError, match=reason):
+        RowFormat().read(fields)
 
 
 def test_a_row_is_read_with_its_sampling_fields_from_both_places():
     fields = rows.parse(b'\xef\xbb\xbf{"id": 7, "prompt": "a", "top_k": 3, "sampling": {"n": 2}}\r\n')
-    row = rows.read(fields)
-    assert (row.kind, row.prompt, row.sampling) == ("prompt", "a", {"top_k": 3, "n": 2})
-    assert rows.passed_through(fields) == {"id": 7}
+    ask = RowFormat().read(fields)
+    assert (ask.kind, ask.prompts, ask.sampling) == ("prompt", ("a",), {"top_k": 3, "n": 2})
 
 
 def output(text: str, *values: float) -> Output:
@@ -63,19 +66,27 @@ def output(text: str, *values: float) -> Output:
     return Output(text, (5, 6), "stop", 3, logprobs, meta_info={"seed": 11})
 
 
+def answer(
+    fields: dict[str, Any], outputs: list[Output], temperature: float, text: bool = True
+) -> dict[str, Any]:
+    tokenizer: Any = object() if text else None
+    return RowFormat().answer(fields, outputs, SamplingParams(temperature=temperature), tokenizer, 1)
+
+
 def test_answers_are_json_without_infinities_and_one_line_each():
-    made = rows.answer([output("a\u2028b\nc", float("-inf"), -1.5)], with_text=True, with_seed=False)
-    line = rows.encode({"id": "\ud800"} | made)
-    assert line.count(b"\n") == 1
+    outputs = [output("a\u2028b\nc", float("-inf"), -1.5)]
+    line = rows.encode(answer({"id": "\ud800", "prompt": "x"}, outputs, 0))
+    assert b"\n" not in line
     read = json.loads(line, parse_constant=pytest.fail)
-    assert read["text"] == "a\u2028b\nc"
+    assert (read["id"], read["text"]) == ("\ud800", "a\u2028b\nc")
     assert [entry["logprob"] for entry in read["logprobs"]] == [None, -1.5]
     assert read["completion_tokens"] == 2
     assert "seed" not in read
+    assert "prompt" not in read
 
 
 def test_several_samples_lie_under_their_own_name():
-    made = rows.answer([output("a"), output("b")], with_text=False, with_seed=True)
+    made = answer({}, [output("a"), output("b")], 1, text=False)
     assert [sample["token_ids"] for sample in made["samples"]] == [[5, 6], [5, 6]]
     assert made["samples"][0]["seed"] == 11
     assert made["prompt_tokens"] == 3

@@ -1,0 +1,113 @@
+"""What the parts of a batch job hand to each other."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from makeready.engine.request import Output
+from makeready.engine.sampling import SamplingParams
+from makeready.engine.text.tokenizer import Tokenizer
+
+# A row with its number, which counts from 1: the bytes of a line, or the fields of a table's row.
+Numbered = tuple[int, "bytes | dict[str, Any]"]
+
+
+class JobError(ValueError):
+    """A batch job cannot begin or go on; the message says what is left where, and the remedy."""
+
+
+class RowError(ValueError):
+    """One row cannot be read; the message names the field and the remedy.
+
+    Attributes:
+        field: the field, where it is one; a user's tools may look for it.
+    """
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a row asks for.
+
+    Attributes:
+        kind: what its prompts are: prompt (text), messages or token_ids.
+        prompts: one, or several that are answered together; not yet checked.
+        sampling: sampling fields that it sets.
+        template: variables of the chat template that it sets.
+        routing: what it tells the scheduler: ``priority`` and ``extra_key``.
+    """
+
+    kind: str
+    prompts: tuple[Any, ...]
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    template: Mapping[str, Any] = field(default_factory=dict)
+    routing: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Done:
+    """A row that is final.
+
+    Attributes:
+        number: the row's.
+        answer: a JSON object in one line, without its end.
+        failed: whether the answer is an error.
+        prompt_tokens: tokens of its prompts, each counted once a sample.
+        cached_tokens: those of them that were found in the prefix cache.
+        output_tokens: tokens generated.
+    """
+
+    number: int
+    answer: bytes
+    failed: bool
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+
+
+class Format(Protocol):
+    """How rows say what they ask for, and what they come to. Both work on parsed JSON objects."""
+
+    name: str
+
+    def read(self, fields: Mapping[str, Any]) -> Ask:
+        """The request of a row; raises :class:`RowError`."""
+        ...
+
+    def answer(
+        self,
+        fields: Mapping[str, Any],
+        outputs: Sequence[Output],
+        params: SamplingParams,
+        tokenizer: Tokenizer | None,
+        number: int,
+    ) -> dict[str, Any]:
+        """What its samples came to: those of the first prompt, then those of the next."""
+        ...
+
+    def refusal(
+        self, fields: Mapping[str, Any], message: str, field: str | None, number: int
+    ) -> dict[str, Any]:
+        """What a row that cannot be served comes to; ``fields`` is empty where it is no object."""
+        ...
+
+
+def optional(module: str, extra: str, purpose: str) -> Any:
+    """A module of an extra.
+
+    Raises:
+        JobError: it is not installed; names the extra.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = module.partition(".")[0]
+        raise JobError(
+            f"{purpose} needs {package}; install it with pip install 'makeready[{extra}]'"
+        ) from None

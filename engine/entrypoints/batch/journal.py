@@ -1,0 +1,190 @@
+"""Finished rows, kept as they come: an append-only file that knows which rows it holds.
+
+    {"makeready": 1, "identity": {...}}                                   what the job is
+    {"row": 7, "failed": false, "tokens": 12, "answer": {...}}            one finished row a line
+
+A record is written in one call as soon as its row is final, so a killed process loses none; every few
+seconds the file is synced, so a machine that loses power loses those seconds. A last line that is not
+whole was being written when the end came: it is cut off, and its row runs again.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import mmap
+import os
+import re
+import time
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from makeready.engine.entrypoints.batch.base import Done, JobError
+from makeready.engine.entrypoints.batch.rows import encode
+
+SCHEMA = 1
+SYNC_SECONDS = 5.0  # of work lost with the machine's power; a sync waits for the disk
+RECORD = re.compile(rb'\{"row": (\d+), "failed": (true|false), "tokens": (\d+), "answer": ')
+NOWHERE = -1
+
+
+@dataclass
+class Totals:
+    """What a journal holds: rows, those of them with errors, tokens generated for them."""
+
+    rows: int = 0
+    failed: int = 0
+    tokens: int = 0
+
+
+class Journal:
+    """The finished rows of one job; one process at a time has it.
+
+    Args:
+        path: the file; made where there is none.
+
+    Raises:
+        JobError: another process has it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.totals = Totals()
+        self._file = _locked(path)
+        self._end = 0
+        self._offsets = array("q")
+        self._synced = time.monotonic()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        os.close(self._file)
+
+    def identity(self) -> Mapping[str, Any] | None:
+        """What job the file is of; None where it is empty, or holds not even a whole first line."""
+        with open(self.path, "rb") as file:
+            line = file.readline()
+        if not line.endswith(b"\n"):
+            return None
+        try:
+            header = json.loads(line)
+        except ValueError:
+            header = None
+        if not isinstance(header, dict) or header.get("makeready") != SCHEMA or "identity" not in header:
+            raise JobError(f"{self.path} is no journal of a batch job; move it away")
+        return header["identity"]
+
+    def begin(self, identity: Mapping[str, Any], last: int) -> None:
+        """Empty the file, for rows from 1 to ``last``."""
+        os.ftruncate(self._file, 0)
+        self._end, self.totals = 0, Totals()
+        self._offsets = array("q", [NOWHERE]) * (last + 1)
+        self._write(encode({"makeready": SCHEMA, "identity": identity}) + b"\n")
+
+    def resume(self, last: int) -> None:
+        """Find what the file holds, for rows from 1 to ``last``, and cut off what is not whole."""
+        self._offsets = array("q", [NOWHERE]) * (last + 1)
+        with open(self.path, "rb") as file:
+            self._end = len(file.readline())
+            for line in file:
+                record = RECORD.match(line)
+                if record is None or not _is_whole(line) or not 0 < (number := int(record[1])) <= last:
+                    break
+                self._note(number, record[2] == b"true", int(record[3]), self._end)
+                self._end += len(line)
+        os.ftruncate(self._file, self._end)
+
+    def append(self, rows: Sequence[Done]) -> None:
+        """Add rows; where they cannot be written whole, none is and the file stays as it was."""
+        lines = [
+            b'{"row": %d, "failed": %s, "tokens": %d, "answer": %s}\n'
+            % (row.number, b"true" if row.failed else b"false", row.output_tokens, row.answer)
+            for row in rows
+        ]
+        offset = self._end
+        self._write(b"".join(lines))
+        for row, line in zip(rows, lines, strict=True):
+            self._note(row.number, row.failed, row.output_tokens, offset)
+            offset += len(line)
+        if time.monotonic() - self._synced > SYNC_SECONDS:
+            self.sync()
+
+    def sync(self) -> None:
+        """Wait until the disk has everything."""
+        os.fdatasync(self._file)
+        self._synced = time.monotonic()
+
+    def __contains__(self, number: int) -> bool:
+        return self._offsets[number] != NOWHERE
+
+    def answers(self) -> Iterator[bytes]:
+        """The answers in the order of their rows, each a JSON object without an end of line."""
+        if not self.totals.rows:
+            return
+        with mmap.mmap(self._file, self._end, prot=mmap.PROT_READ) as held:
+            for offset in self._offsets:
+                if offset != NOWHERE:
+                    record = RECORD.match(held, offset)
+                    assert record is not None, "a record was overwritten"
+                    yield held[record.end() : held.find(b"\n", record.end()) - 1]
+
+    def remove(self) -> None:
+        """Delete the file."""
+        os.unlink(self.path)
+
+    def _note(self, number: int, failed: bool, tokens: int, offset: int) -> None:
+        assert self._offsets[number] == NOWHERE, f"row {number} was answered twice"
+        self._offsets[number] = offset
+        self.totals.rows += 1
+        self.totals.failed += failed
+        self.totals.tokens += tokens
+
+    def _write(self, data: bytes) -> None:
+        left, at = memoryview(data), self._end
+        try:
+            while left:
+                written = os.pwrite(self._file, left, at)
+                left, at = left[written:], at + written
+        except BaseException:
+            with suppress(OSError):
+                os.ftruncate(self._file, self._end)
+            raise
+        self._end += len(data)
+
+
+def _is_whole(line: bytes) -> bool:
+    """Whether a record was written to its end; after a loss of power, blocks of zeros may lie in it."""
+    if not line.endswith(b"}\n"):
+        return False
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def _locked(path: Path) -> int:
+    """Open a file for this process alone. The lock ends with the process, however that ends."""
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # a file system without locks
+                os.close(file)
+                if error.errno in (errno.EAGAIN, errno.EACCES):
+                    raise JobError(
+                        f"another process is working on {path.name}; wait for it, or name another output"
+                    ) from None
+                raise
+        # Whoever had it before may have finished and removed it in between.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(path), os.fstat(file)):
+                return file
+        os.close(file)

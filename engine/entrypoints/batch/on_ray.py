@@ -1,0 +1,214 @@
+"""A job on many engines: one actor of Ray's for each, led from this process, which alone writes.
+
+Rows go to engines in pieces that shrink towards the end, so that all of them end together. An engine that
+dies (its machine, its GPU) gives its rows back to the others.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from makeready.engine.entrypoints.batch.base import Done, JobError, Numbered, optional
+from makeready.engine.entrypoints.batch.job import Rows
+from makeready.engine.entrypoints.batch.worker import Worker
+from makeready.engine.llm import LLM
+from makeready.engine.sampling import SamplingParams
+from makeready.graphs.checkpoint.base import open_checkpoint
+from makeready.graphs.plan import Plan
+from makeready.graphs.targets import TARGETS
+
+CALL_SECONDS = 0.25  # an engine works so long between two reports
+CALLS = 2  # on their way to an engine at once, so that it has the next while this process reads the last
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What every engine is made of; travels to its machine, the plan included.
+
+    Attributes:
+        checkpoint: path of the checkpoint, which every machine must see; or dummy.
+        model: config of a dummy checkpoint.
+        format, sampling, template: as for :class:`Worker`.
+    """
+
+    checkpoint: str
+    model: Mapping[str, Any] | None
+    plan: Plan
+    kv_memory_gib: float | None
+    format: str
+    sampling: SamplingParams
+    template: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a call to an engine came to; ``output_tokens`` are those of rows that are not final."""
+
+    done: list[Done]
+    output_tokens: int
+
+
+class RayEngine:
+    """One engine, as an actor."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        config = None if spec.model is None else dict(spec.model)
+        checkpoint = open_checkpoint(spec.checkpoint, config=config)
+        llm = LLM(checkpoint, spec.plan, kv_memory_gib=spec.kv_memory_gib)
+        self._worker = Worker(llm, spec.format, spec.sampling, spec.template)
+
+    def depth(self) -> int:
+        """Rows that it takes before any is final; answers when the model is loaded."""
+        return self._worker.depth
+
+    def work(self, rows: Sequence[Numbered]) -> Report:
+        """Take rows and run for a moment."""
+        self._worker.put(rows)
+        done: list[Done] = []
+        until = time.monotonic() + CALL_SECONDS
+        while self._worker.busy and time.monotonic() < until:
+            done += self._worker.step()
+        return Report(done, self._worker.output_tokens)
+
+
+@dataclass
+class _Engine:
+    """An engine as seen from here."""
+
+    actor: Any
+    depth: int = 0
+    calls: int = 0
+    rows: dict[int, Numbered] = field(default_factory=dict)  # what it has, by number
+    output_tokens: int = 0
+
+
+class Fleet:
+    """Engines on a Ray cluster; use as a context manager, which lets go of the cluster.
+
+    Args:
+        spec: what each engine is.
+        engines: how many; None for one a GPU of the cluster.
+        cpus: cores that Ray sets aside for each.
+        address: of a running cluster; None for the one that RAY_ADDRESS names, or one of this machine alone.
+
+    Raises:
+        JobError: ray is not installed, the cluster has too little, or an engine does not start.
+    """
+
+    def __init__(self, spec: EngineSpec, *, engines: int | None, cpus: float, address: str | None) -> None:
+        self._ray = optional("ray", "ray", "scale=ray")
+        gpus = 1 if TARGETS[spec.plan.target].is_cuda else 0
+        try:
+            self._ray.init(
+                address=address, log_to_driver=False, logging_level="ERROR", include_dashboard=False
+            )
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise JobError(f"no Ray cluster was reached ({_first_line(error)}); see scale.address") from None
+        try:
+            count = self._count(engines, gpus, cpus)
+            made = self._ray.remote(num_gpus=gpus, num_cpus=cpus)(RayEngine)
+            shared = self._ray.put(spec)
+            self.engines = [_Engine(made.remote(shared)) for _ in range(count)]
+            depths = self._ray.get([engine.actor.depth.remote() for engine in self.engines])
+        except self._ray.exceptions.RayError as error:
+            self._ray.shutdown()
+            raise JobError(f"an engine did not start: {_cause(error)}") from None
+        except BaseException:
+            self._ray.shutdown()
+            raise
+        for engine, depth in zip(self.engines, depths, strict=True):
+            engine.depth = depth
+
+    def __enter__(self) -> Fleet:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._ray.shutdown()
+
+    def run(self, rows: Rows) -> None:
+        """Answer every row.
+
+        Raises:
+            JobError: the last engine died.
+        """
+        back: deque[Numbered] = deque()  # of engines that died
+        flying: dict[Any, _Engine] = {}
+        with rows.shown():
+            self._call(rows, back, flying)
+            while flying:
+                ready, _ = self._ray.wait(list(flying), num_returns=1)
+                engine = flying.pop(ready[0])
+                engine.calls -= 1
+                try:
+                    report = self._ray.get(ready[0])
+                except self._ray.exceptions.RayError as error:
+                    self._bury(engine, back, flying, rows, _cause(error))
+                else:
+                    rows.done(report.done)
+                    engine.output_tokens = report.output_tokens
+                    for done in report.done:
+                        del engine.rows[done.number]
+                self._call(rows, back, flying)
+                rows.tell(lambda: sum(engine.output_tokens for engine in self.engines))
+
+    def _call(self, rows: Rows, back: deque[Numbered], flying: dict[Any, _Engine]) -> None:
+        """Keep every engine busy: with new rows where it has room, else with those that it has."""
+        for engine in self.engines:
+            while engine.calls < CALLS:
+                left = rows.left + len(back)
+                share = -(-left // (2 * len(self.engines)))
+                piece = min(engine.depth - len(engine.rows), max(share, 1), left)
+                given = [back.popleft() for _ in range(min(piece, len(back)))]
+                given += rows.take(max(piece - len(given), 0))
+                if not given and (engine.calls or not engine.rows):
+                    break
+                engine.rows |= {row[0]: row for row in given}
+                flying[engine.actor.work.remote(given)] = engine
+                engine.calls += 1
+
+    def _bury(
+        self, engine: _Engine, back: deque[Numbered], flying: dict[Any, _Engine], rows: Rows, reason: str
+    ) -> None:
+        self.engines.remove(engine)
+        for call in [call for call, other in flying.items() if other is engine]:
+            del flying[call]
+        back.extend(engine.rows.values())
+        if not self.engines:
+            raise JobError(f"the last engine died ({reason}); {rows.state}")
+        rows.say(f"an engine died ({reason}); {len(engine.rows)} rows go to the other {len(self.engines)}")
+
+    def _count(self, engines: int | None, gpus: int, cpus: float) -> int:
+        has = self._ray.cluster_resources()
+        if engines is None:
+            engines = int(has.get("GPU", 0)) if gpus else 0
+            if not engines:
+                raise JobError(
+                    "the Ray cluster has no GPU for a plan of a GPU target; join machines that have one"
+                    if gpus
+                    else "scale=ray needs scale.engines= for target=cpu: how many engines to run"
+                )
+        for name, each in (("GPU", gpus), ("CPU", cpus)):
+            if engines * each > has.get(name, 0):
+                raise JobError(
+                    f"scale.engines={engines} of {each:g} {name} each exceed the cluster's {has.get(name, 0):g}; "
+                    "ask for fewer"
+                )
+        return engines
+
+
+def _cause(error: Exception) -> str:
+    """The reason at the bottom of Ray's report, in a line."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, Exception):
+        return _first_line(cause)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if line.startswith("makeready.") or "Error: " in line]
+    return (told or lines or [type(error).__name__])[-1]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

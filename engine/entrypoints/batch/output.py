@@ -1,0 +1,157 @@
+"""The files of a job: whether it is new, to be continued or complete; and its output, made from the journal.
+
+Decisions, each made while this process holds the journal:
+
+    output   journal            without overwrite=true               with it
+    none     none               begin                                begin
+    none     of this job        continue                             continue
+    none     of another job     refuse                               begin
+    of this  none               it is complete                       begin
+    of this  of this job        it is complete (cut off at the end)  continue
+    other    any                refuse                               begin, or continue what is of this job
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from makeready.engine.entrypoints.batch.base import JobError
+from makeready.engine.entrypoints.batch.journal import SCHEMA, Journal, Totals
+from makeready.engine.entrypoints.batch.parquet import write_table
+from makeready.engine.entrypoints.batch.source import Survey, is_parquet
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where a job writes.
+
+    Attributes:
+        output: the answers, as the user named the file.
+    """
+
+    output: Path
+
+    @property
+    def final(self) -> Path:
+        """The output, behind a link where it is one: that stays and what it names is replaced."""
+        return Path(os.path.realpath(self.output)) if self.output.is_symlink() else self.output
+
+    @property
+    def journal(self) -> Path:
+        """Finished rows of a job that is not complete."""
+        return self.final.with_name(self.final.name + ".partial")
+
+    @property
+    def manifest(self) -> Path:
+        """Which job the output is of."""
+        return self.final.with_name(self.final.name + ".job.json")
+
+
+def open_journal(
+    files: Files, identity: Mapping[str, Any], survey: Survey, *, overwrite: bool
+) -> Journal | Totals:
+    """The journal to write to, new or continued; or the totals of a job that is complete.
+
+    Args:
+        identity: what the answers depend on, by option.
+        overwrite: replace a finished output, and drop a journal of another job.
+
+    Raises:
+        JobError: the output or the journal is of another job, or another process works on it.
+    """
+    journal = Journal(files.journal)
+    try:
+        held = journal.identity()
+        finished = None if overwrite else _finished(files, identity)
+        if finished is None:
+            if held == identity:
+                journal.resume(survey.last)
+                return journal
+            if held is not None and not overwrite:
+                raise JobError(
+                    f"{files.journal} holds rows of another job ({_difference(held, identity)}); start that one "
+                    "again, name another output, or add overwrite=true to drop them"
+                )
+            journal.begin(identity, survey.last)
+            return journal
+        if held in (None, identity):
+            journal.remove()
+    except BaseException:
+        if files.journal.stat().st_size == 0:
+            journal.remove()
+        journal.__exit__()
+        raise
+    journal.__exit__()
+    return finished
+
+
+def publish(
+    files: Files, journal: Journal, identity: Mapping[str, Any], *, names: Mapping[str, Any] | None
+) -> None:
+    """Make the output of a complete journal: whole under its name, or not there at all.
+
+    Args:
+        names: Arrow types of what a table hands through; see :func:`write_table`.
+    """
+    staging = files.final.with_name(files.final.name + ".tmp")
+    try:
+        if is_parquet(files.output):
+            write_table(staging, journal.answers(), names)
+        else:
+            with open(staging, "wb", buffering=2**20) as file:
+                for answer in journal.answers():
+                    file.write(answer + b"\n")
+        _synced(staging)
+        totals = {"bytes": staging.stat().st_size, **asdict(journal.totals)}
+        manifest = {"makeready": SCHEMA, "identity": identity, **totals}
+        # Before the output: a job that ends in between is continued by its journal.
+        aside = files.manifest.with_name(files.manifest.name + ".tmp")
+        aside.write_text(json.dumps(manifest, indent=1) + "\n")
+        _synced(aside)
+        os.replace(aside, files.manifest)
+        os.replace(staging, files.final)
+    except BaseException:
+        staging.unlink(missing_ok=True)
+        raise
+    _synced(files.final.parent)
+    journal.remove()
+
+
+def _finished(files: Files, identity: Mapping[str, Any]) -> Totals | None:
+    """Totals of the output, None where there is none."""
+    if not files.final.exists():
+        return None
+    remedy = "name another file, or add overwrite=true to replace it"
+    try:
+        manifest = json.loads(files.manifest.read_bytes())
+        made, size = manifest["identity"], manifest["bytes"]
+        totals = Totals(manifest["rows"], manifest["failed"], manifest["tokens"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        raise JobError(f"output={files.output} exists; {remedy}") from None
+    if made != identity:
+        raise JobError(f"output={files.output} is of another job ({_difference(made, identity)}); {remedy}")
+    if size != files.final.stat().st_size:
+        raise JobError(f"output={files.output} was changed since it was written; {remedy}")
+    return totals
+
+
+def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """The first thing in which two jobs differ."""
+    name = next(name for name in {**ours, **theirs} if theirs.get(name) != ours.get(name))
+    if name == "prompts":
+        return "its prompts are not those of prompts="
+    return f"{name} is {json.dumps(theirs.get(name))} there and {json.dumps(ours.get(name))} here"
+
+
+def _synced(path: Path) -> None:
+    """Wait until the disk has a file, or a folder's names."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)

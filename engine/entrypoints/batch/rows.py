@@ -1,0 +1,175 @@
+"""Our own format of batch files: a JSON object a row, in and out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from makeready.engine.entrypoints.batch.base import Ask, RowError
+from makeready.engine.request import ERROR, Output
+from makeready.engine.sampling import SamplingParams
+from makeready.engine.text.tokenizer import Tokenizer
+
+PROMPTS = ("prompt", "messages", "token_ids")
+PASSED_THROUGH = ("id", "custom_id")
+OTHERS = ("chat_template_kwargs", "sampling")
+RESERVED = {"self", "template", "messages", "bos_token", "eos_token"}
+SAMPLING = tuple(f.name for f in dataclasses.fields(SamplingParams))
+FIELDS = (*PROMPTS, *PASSED_THROUGH, *OTHERS, *SAMPLING)
+
+
+class RowFormat:
+    """``{"prompt": ..., "max_new_tokens": ...}`` to ``{"text": ..., "finish_reason": ...}``."""
+
+    name = "rows"
+
+    def read(self, fields: Mapping[str, Any]) -> Ask:
+        """The request that a row's fields make.
+
+        Raises:
+            RowError: an unknown field, none or several of prompt, messages and token_ids, or a sampling
+                field both bare and under sampling.
+        """
+        unknown = [name for name in fields if name not in FIELDS]
+        if unknown:
+            raise RowError(f"there is no field {unknown[0]!r}; fields are {', '.join(FIELDS)}")
+        kinds = [name for name in PROMPTS if name in fields]
+        if len(kinds) != 1:
+            found = " and ".join(kinds) or "none of them"
+            raise RowError(f"a row has one of {', '.join(PROMPTS)}; this one has {found}")
+        prompt = fields[kinds[0]]
+        wanted = str if kinds[0] == "prompt" else list
+        if not isinstance(prompt, wanted):
+            raise RowError(f"{kinds[0]} must be a {_KINDS[wanted]}, not {kind_of(prompt)}")
+        nested, template = (_object(fields, name) for name in ("sampling", "chat_template_kwargs"))
+        if template and kinds[0] != "messages":
+            raise RowError(f"chat_template_kwargs is for messages; {kinds[0]} need no template")
+        check_template(template)
+        bare = {name: fields[name] for name in SAMPLING if name in fields}
+        twice = sorted(bare.keys() & nested.keys())
+        if twice:
+            raise RowError(f"{twice[0]} is given both in the row and under sampling; give it once")
+        return Ask(kinds[0], (prompt,), bare | nested, template)
+
+    def answer(
+        self,
+        fields: Mapping[str, Any],
+        outputs: Sequence[Output],
+        params: SamplingParams,
+        tokenizer: Tokenizer | None,
+        number: int,
+    ) -> dict[str, Any]:
+        """The fields of the only sample, or several under ``samples``; token ids where there is no text."""
+        samples = [_sample(output, params, tokenizer is not None) for output in outputs]
+        made = samples[0] if len(samples) == 1 else {"samples": samples}
+        return _own_names(fields) | made | {"prompt_tokens": outputs[0].prompt_tokens}
+
+    def refusal(
+        self, fields: Mapping[str, Any], message: str, field: str | None, number: int
+    ) -> dict[str, Any]:
+        """The reason, and the line that it is about."""
+        return _own_names(fields) | {"error": {"message": message, "line": number}}
+
+
+def parse(line: bytes) -> dict[str, Any]:
+    """The JSON object of a line.
+
+    Raises:
+        RowError: it is not UTF-8, not JSON, no object, or has a field twice.
+    """
+    try:
+        fields = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_unique, parse_constant=_no_number)
+    except RowError:
+        raise
+    except UnicodeDecodeError as error:
+        raise RowError(f"the row is not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise RowError(f"the row is not JSON: {error.msg} at character {error.pos + 1}") from None
+    except ValueError:  # all that is left: more digits than Python turns into a number
+        raise RowError("the row has a number of thousands of digits; shorten it") from None
+    except RecursionError:
+        raise RowError("the row is nested too deeply; a request is a flat object") from None
+    if not isinstance(fields, dict):
+        raise RowError('the row is no object; write {"prompt": "..."}')
+    return fields
+
+
+def check_template(variables: Mapping[str, Any]) -> None:
+    """Keep a user's variables of the chat template apart from those that are the model's and the row's.
+
+    Raises:
+        RowError: naming the variable.
+    """
+    taken = sorted(variables.keys() & RESERVED)
+    if taken:
+        raise RowError(f"chat_template_kwargs cannot set {taken[0]}; leave it out", "chat_template_kwargs")
+    if not isinstance(variables.get("tools", []), list):
+        raise RowError(
+            "tools in chat_template_kwargs must be a list of function schemas", "chat_template_kwargs"
+        )
+
+
+def encode(fields: Mapping[str, Any]) -> bytes:
+    """A line without its end. Text stays readable; a lone surrogate, which UTF-8 has not, is an escape."""
+    try:
+        return json.dumps(fields, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return json.dumps(fields).encode()
+
+
+def kind_of(value: Any) -> str:
+    """What JSON calls a value."""
+    return _KINDS.get(type(value), "number")
+
+
+def _own_names(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: fields[name] for name in PASSED_THROUGH if name in fields}
+
+
+def _sample(output: Output, params: SamplingParams, with_text: bool) -> dict[str, Any]:
+    assert output.finish_reason != ERROR, "a refused request has no samples"
+    made: dict[str, Any] = {"text": output.text} if with_text else {"token_ids": list(output.token_ids)}
+    made |= {"finish_reason": output.finish_reason, "completion_tokens": output.completion_tokens}
+    if params.temperature > 0:  # without its seed a sampled text cannot be had again
+        made["seed"] = output.meta_info["seed"]
+    if output.logprobs is not None:
+        made["logprobs"] = [
+            {
+                "token_id": t.token_id,
+                "logprob": _finite(t.logprob),
+                "top": [[i, _finite(v)] for i, v in t.top],
+            }
+            for t in output.logprobs
+        ]
+    return made
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinities; null stands for the probability 0."""
+    return value if math.isfinite(value) else None
+
+
+def _object(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
+    value = fields.get(name, {})
+    if not isinstance(value, dict):
+        raise RowError(f"{name} must be an object, not {kind_of(value)}")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RowError(f"{twice} is given twice; give it once")
+    return made
+
+
+def _no_number(text: str) -> Any:
+    raise RowError(f"the row is not JSON: {text} is no number there")
+
+
+_KINDS = {str: "string", list: "list", dict: "object", bool: "boolean", type(None): "null"}

@@ -1,0 +1,114 @@
+"""The rows of an input file, numbered from 1: lines of JSON, or rows of a Parquet table."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from makeready.engine.entrypoints.batch.base import Numbered, RowError
+from makeready.engine.entrypoints.batch.parquet import ParquetSource
+from makeready.engine.entrypoints.batch.rows import parse
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one reading of the whole input found.
+
+    Attributes:
+        size: bytes of the file.
+        sha256: of the file.
+        last: number of the last row; 0 where there is none.
+        count: rows, blank lines left out.
+        openai: whether its first row that can be read is of OpenAI's format.
+    """
+
+    size: int
+    sha256: str
+    last: int
+    count: int
+    openai: bool = False
+
+
+class Source(Protocol):
+    """An input file."""
+
+    def survey(self) -> Survey:
+        """Read the file once."""
+        ...
+
+    def rows(self) -> Iterator[Numbered]:
+        """Its rows, one after the other."""
+        ...
+
+
+class LineSource:
+    """JSON lines; one of white space is no row, but is counted in the numbers of those after it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def survey(self) -> Survey:
+        """See :meth:`Source.survey`."""
+        digest = hashlib.sha256()
+        size = count = last = 0
+        openai: bool | None = None
+        with open(self._path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                digest.update(line)
+                size += len(line)
+                if line.strip():
+                    count, last = count + 1, number
+                    openai = _is_openai(line) if openai is None else openai
+        return Survey(size, digest.hexdigest(), last, count, bool(openai))
+
+    def rows(self) -> Iterator[Numbered]:
+        """See :meth:`Source.rows`."""
+        with open(self._path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, line
+
+
+class TableSource:
+    """A Parquet table."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._table = path, ParquetSource(path)
+        self.names = self._table.names()  # Arrow types of the columns that are handed through
+
+    def survey(self) -> Survey:
+        """See :meth:`Source.survey`."""
+        digest, size = hashlib.sha256(), 0
+        with open(self._path, "rb") as file:
+            while piece := file.read(2**20):
+                digest.update(piece)
+                size += len(piece)
+        return Survey(size, digest.hexdigest(), self._table.count, self._table.count)
+
+    def rows(self) -> Iterator[Numbered]:
+        """See :meth:`Source.rows`."""
+        return enumerate(self._table.rows(), start=1)
+
+
+def is_parquet(path: Path) -> bool:
+    """Whether a file is a Parquet table, by its name."""
+    return path.suffix.lower() in (".parquet", ".pq")
+
+
+def open_source(path: Path) -> Source:
+    """The input file.
+
+    Raises:
+        JobError: a Parquet table that cannot be read or has unknown columns, or pyarrow is not installed.
+    """
+    return TableSource(path) if is_parquet(path) else LineSource(path)
+
+
+def _is_openai(line: bytes) -> bool | None:
+    try:
+        return not {"body", "url", "method"}.isdisjoint(parse(line))
+    except RowError:
+        return None
