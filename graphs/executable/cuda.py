@@ -13,7 +13,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -48,8 +48,7 @@ class CudaExecutable:
         progress: told how many of how many parameters are loaded.
 
     Attributes:
-        startup: seconds of each phase of loading. Weights are loaded while graphs are built.
-        graph_bytes: device memory that the driver took for all graphs.
+        startup: seconds of each phase of loading. Weights are loaded while buffers and graphs are made.
 
     Raises:
         PlanError: another checkpoint's plan, or the GPU, its driver or its memory do not fit the plan.
@@ -70,48 +69,68 @@ class CudaExecutable:
         self.startup: dict[str, float] = {}
         capability = _capability(plan.target)
         check_checkpoint(plan, checkpoint)
-        with self._phase("imports"):
-            self._driver = driver = driver or Driver()
-        with self._phase("context"):
-            _check_version(plan.target, driver.initialise())
-            self._device = device = driver.open(ordinal)
         # What is made from here on is given back in reverse, on close or with the executable.
-        self._undo: list[Callable[[], None]] = [partial(driver.release, device)]
-        self._finalizer = weakref.finalize(self, _undo_all, driver, device, self._undo)
+        self._undo: list[Callable[[], None]] = []
+        self._finalizer = weakref.finalize(self, _undo_all, self._undo)
         self._finalizer.atexit = False  # the driver cleans up behind a process
+        self._upload = Upload(plan, checkpoint, progress)  # maps files already
         try:
-            _check_capability(plan.target, capability, device)
-            self._load(checkpoint, kv_bytes, progress)
+            self._open(driver, ordinal)
+            _check_capability(plan.target, capability, self._device)
+            self._load(kv_bytes)
         except BaseException:
+            self._upload.close()
             self.close()
             raise
 
-    def _load(self, checkpoint: Checkpoint, kv_bytes: int | None, progress: Progress) -> None:
-        plan, driver, device = self.plan, self._driver, self._device
+    def _open(self, driver: Driver | None, ordinal: int) -> None:
+        with self._phase("imports"):
+            self._driver = driver = driver or Driver()
+        with self._phase("context"):
+            _check_version(self.plan.target, driver.initialise())
+            self._device = device = driver.open(ordinal)
+        self._keep(partial(driver.release, device))
+
+    def _load(self, kv_bytes: int | None) -> None:
+        plan, driver, upload = self.plan, self._driver, self._upload
         with self._phase("cubins"):
             functions = self._load_kernels()
         with self._phase("memory"):
             self.pages = cuda_memory.kv_pages(plan, driver.memory()[0], kv_bytes)
             self._regions = regions = cuda_memory.allocate(driver, plan, self.pages)
             self._keep(partial(cuda_memory.release, driver, regions.allocations))
-            self._stream = stream = driver.stream()
-            self._keep(partial(driver.destroy_stream, stream))
-            self._clear()
-            self._flights = tuple(Flight(driver, plan) for _ in range(2))
-            for flight in self._flights:
-                self._keep(flight.close)
-            self._slots = SlotTable(driver, plan, regions.slot, stream)
         with self._phase("weights"):
-            upload = Upload(driver, device, plan, checkpoint, regions.weights, progress)
-            try:
-                with self._phase("graphs"):
-                    self._graphs = self._build_graphs(functions)
-            except BaseException:
-                upload.cancel()
-                raise
+            self._free = driver.memory()[0]
+            upload.start(driver, self._device, regions.weights)
+            self._keep(upload.close)
+            with self._phase("buffers"):
+                self._make_buffers()
+            with self._phase("graphs"):
+                self._graphs = self._build_graphs(functions)
             upload.wait()
         self._turn = 0
-        self._keep(partial(driver.synchronize, stream))
+        self._keep(partial(driver.synchronize, self._stream))
+        self._keep(partial(driver.use, self._device))  # in whatever thread everything is given back
+
+    def _make_buffers(self) -> None:
+        plan, driver = self.plan, self._driver
+        self._stream = stream = driver.stream()
+        self._keep(partial(driver.destroy_stream, stream))
+        self._clear()
+        self._flights = tuple(Flight(driver, plan) for _ in range(2))
+        for flight in self._flights:
+            self._keep(flight.close)
+        self._slots = SlotTable(driver, plan, self._regions.slot, stream)
+
+    @cached_property
+    def graph_bytes(self) -> int:
+        """Device memory that the driver took for graphs and for what passes between host and GPU.
+
+        Waits until the files that parameters came from are let go: while pinned they take some as well.
+        """
+        self._upload.close()
+        self._driver.use(self._device)
+        return self._free - self._driver.memory()[0]
 
     def write_slot(self, slot: int, values: Mapping[str, Any]) -> None:
         self._driver.use(self._device)
@@ -199,14 +218,12 @@ class CudaExecutable:
             device=self._device.name,
         )
         self._lasting = cuda_memory.lasting_addresses(plan, regions, self.pages)
-        before = driver.memory()[0]
         graphs = {}
         for bucket in plan.buckets:
             addresses = cuda_memory.bucket_addresses(plan, regions, self._lasting, bucket)
             graph = graphs[bucket] = builder.build(bucket, addresses, self._stream)
             self._keep(partial(driver.destroy_executable, graph))
         driver.synchronize(self._stream)
-        self.graph_bytes = before - driver.memory()[0]
         return graphs
 
     def _keep(self, undo: Callable[[], None]) -> None:
@@ -219,8 +236,7 @@ class CudaExecutable:
         self.startup[name] = time.perf_counter() - start
 
 
-def _undo_all(driver: Driver, device: Device, undo: list[Callable[[], None]]) -> None:
-    driver.use(device)
+def _undo_all(undo: list[Callable[[], None]]) -> None:
     while undo:
         undo.pop()()
 

@@ -1,61 +1,43 @@
 """Parameters from a checkpoint to the GPU, by a plan's recipe, while the host does something else.
 
-Rows that a mapped file holds in the very dtype that the plan wants go straight from the page cache: the
-file's pages are pinned a window at a time, copied to their places and let go, by a few threads side by side
-(41 GB/s on an H100, as against 8.5 from pageable memory). All else, conversions, dequantized blocks,
-generated constants, or files that cannot be pinned, passes through pinned buffers, two for each thread, so
-that one is filled while the other is copied.
+Rows that a mapped file holds in the very dtype that the plan wants go straight from the page cache
+(graphs/executable/cuda_pages.py). All else, conversions, dequantized blocks, generated constants, or files
+that cannot be pinned, passes through pinned buffers, two for each thread, so that one is filled while the
+other is copied.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from makeready.graphs.checkpoint.base import Checkpoint
 from makeready.graphs.constants import GENERATORS
+from makeready.graphs.executable import cuda_pages
 from makeready.graphs.executable.cuda_convert import convert, stored_dtype
-from makeready.graphs.executable.cuda_driver import Device, Driver, DriverError, host_bytes
+from makeready.graphs.executable.cuda_driver import Device, Driver, host_bytes
+from makeready.graphs.executable.cuda_pages import Pins, Span, Window, Windows, map_pages, mapped_rows
 from makeready.graphs.plan import Plan, PlanError, Weight
 from makeready.graphs.recipe import Piece
 from makeready.kernels.spec import DTYPE_BYTES
 
 Progress: TypeAlias = Callable[[int, int], None]
 
-WINDOW = 256 * 2**20  # bytes of a file that are pinned at once
 CHUNK = 8 * 2**20  # bytes of a pinned buffer
 READ = 32 * 2**20  # bytes of a parameter that are read and converted at once
 MOST_THREADS = 12  # 33 GB/s through pinned buffers on 16 cores, 8 threads were slower
 
 
 @dataclass(frozen=True)
-class _Span:
-    """Bytes of a mapped file and where on the device they go."""
-
-    source: int
-    target: int
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class _Window:
-    """Spans of one mapped file that lie within :data:`WINDOW` bytes of each other."""
-
-    spans: list[_Span] = field(default_factory=list)
-    weights: list[int] = field(default_factory=list)  # by span
-
-
-@dataclass(frozen=True)
 class _Rows:
-    """Rows to read, convert and copy: ``read`` gives bytes that go to ``target``."""
+    """Rows to read, convert and copy: ``read`` gives bytes that go to ``target`` of the weights region."""
 
     read: Callable[[], np.ndarray]
     target: int
@@ -63,11 +45,12 @@ class _Rows:
 
 
 class Upload:
-    """The loading of all parameters, begun when made.
+    """The loading of all parameters, in threads that begin when it is made.
+
+    Until :meth:`start` says where the parameters go, the threads map files, for which they need no device.
 
     Args:
-        base: address of the weights region.
-        progress: told how many of how many parameters are on the device.
+        progress: told how many of how many parameters are on their way to the device.
         threads: how many threads load; None takes the cores there are, up to 12.
 
     Raises:
@@ -75,101 +58,106 @@ class Upload:
     """
 
     def __init__(
-        self,
-        driver: Driver,
-        device: Device,
-        plan: Plan,
-        checkpoint: Checkpoint,
-        base: int,
-        progress: Progress,
-        threads: int | None = None,
+        self, plan: Plan, checkpoint: Checkpoint, progress: Progress, threads: int | None = None
     ) -> None:
-        self._driver = driver
-        self._device = device
         self._progress = progress
         self._lock = threading.Lock()
         self._done = 0
         self._pinnable = True
-        windows: dict[tuple[int, int], _Window] = {}
-        rows: list[_Rows] = []
+        cut, rows = Windows(), list[_Rows]()
         for index, weight in enumerate(plan.weights):
-            for part in _parts(weight, index, checkpoint, base):
+            for part in _parts(weight, index, checkpoint):
                 if isinstance(part, _Rows):
                     rows.append(part)
                 else:
-                    file, span = part
-                    _add(windows, file, span, index)
+                    cut.add(*part, index)
+        windows = cut.all()
         # What takes the host's time goes first, so that it ends with the copies.
-        self._tasks: deque[_Rows | _Window] = deque([*rows, *windows.values()])
+        self._tasks: deque[_Rows | Window] = deque([*rows, *windows])
+        self._unmapped = deque(windows)
         self._left = [0] * len(plan.weights)
-        for row in rows:
-            self._left[row.weight] += 1
-        for window in windows.values():
-            for index in window.weights:
-                self._left[index] += 1
+        for index in (*(row.weight for row in rows), *(i for window in windows for i in window.weights)):
+            self._left[index] += 1
         count = min(threads or _cores(), MOST_THREADS, max(len(self._tasks), 1))
+        self._most_pinned = cuda_pages.PINNED // count
+        self._place: tuple[Driver, Device, int] | None = None
+        self._started, self._copied = threading.Event(), threading.Event()
+        self._copying = count
+        self._error: BaseException | None = None
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="upload")
-        self._workers = [self._pool.submit(self._work) for _ in range(count)]
+        for _ in range(count):
+            self._pool.submit(self._work)
+
+    def start(self, driver: Driver, device: Device, base: int) -> None:
+        """Begin to copy to the weights region at ``base``."""
+        self._place = (driver, device, base)
+        self._started.set()
 
     def wait(self) -> None:
-        """Wait until every parameter is on the device; raises what went wrong."""
-        self._pool.shutdown()
-        for worker in self._workers:
-            worker.result()
+        """Wait until every parameter is on the device; raises what went wrong.
 
-    def cancel(self) -> None:
+        The threads let go what they pinned behind that.
+        """
+        self._copied.wait()
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
         """Stop, and wait until no thread touches the device any more."""
         self._tasks.clear()
+        self._started.set()
         self._pool.shutdown()
 
     def _work(self) -> None:
+        lane: _Lane | None = None
         try:
-            self._driver.use(self._device)
-            self._work_in(_Lane(self._driver))
-        except BaseException:
+            self._map()
+            self._started.wait()
+            if self._place is None:  # closed before anything was copied
+                return
+            driver, device, base = self._place
+            driver.use(device)
+            lane = _Lane(driver, base, self._most_pinned)
+            self._copy(lane)
+            lane.drain()
+        except BaseException as error:
+            self._error = error
             self._tasks.clear()  # nobody needs the rest
-            raise
-
-    def _work_in(self, lane: _Lane) -> None:
-        try:
-            while self._tasks:
-                try:
-                    task = self._tasks.popleft()
-                except IndexError:  # another thread was faster
-                    break
-                if isinstance(task, _Rows):
-                    lane.push(task.read(), task.target)
-                    self._finish([task.weight])
-                else:
-                    self._copy_window(task, lane)
-                    self._finish(task.weights)
         finally:
-            lane.close()
+            self._arrive()
+            if lane is not None:
+                lane.close()
 
-    def _copy_window(self, window: _Window, lane: _Lane) -> None:
-        pinned = self._pin(window) if self._pinnable else None
-        if pinned is None:
-            for span in window.spans:
-                lane.push(host_bytes(span.source, span.nbytes), span.target)
-            return
-        try:
-            for span in window.spans:
-                self._driver.to_device(span.target, span.source, span.nbytes, lane.stream)
-            self._driver.synchronize(lane.stream)
-        finally:
-            self._driver.unregister(pinned)
+    def _map(self) -> None:
+        """Map windows for as long as there is no device to copy to."""
+        while self._unmapped and not self._started.is_set():
+            try:
+                window = self._unmapped.popleft()
+            except IndexError:  # another thread was faster
+                return
+            map_pages(*window.pages, stop=self._started.is_set)
 
-    def _pin(self, window: _Window) -> int | None:
-        """Pin the pages of a window; None where the system does not pin mapped files."""
-        page = mmap.PAGESIZE
-        start = min(s.source for s in window.spans) // page * page
-        end = -(-max(s.source + s.nbytes for s in window.spans) // page) * page
-        try:
-            self._driver.register(start, end - start)
-        except DriverError:
-            self._pinnable = False
-            return None
-        return start
+    def _copy(self, lane: _Lane) -> None:
+        while self._tasks:
+            try:
+                task = self._tasks.popleft()
+            except IndexError:  # another thread was faster
+                return
+            if isinstance(task, _Rows):
+                lane.push(task.read(), task.target)
+                self._finish([task.weight])
+                continue
+            self._pinnable = self._pinnable and lane.pins.copy(task, lane.base)
+            if not self._pinnable:
+                for span in task.spans:
+                    lane.push(host_bytes(span.source, span.nbytes), span.target)
+            self._finish(task.weights)
+
+    def _arrive(self) -> None:
+        with self._lock:
+            self._copying -= 1
+            if self._copying == 0:
+                self._copied.set()
 
     def _finish(self, weights: list[int]) -> None:
         with self._lock:
@@ -180,11 +168,18 @@ class Upload:
 
 
 class _Lane:
-    """One thread's stream and its two pinned buffers, which are allocated when first used."""
+    """One thread's stream, what it pinned, and its two pinned buffers, which are allocated when first used.
 
-    def __init__(self, driver: Driver) -> None:
+    Args:
+        base: address of the weights region, from which targets are counted.
+        most_pinned: see :class:`Pins`.
+    """
+
+    def __init__(self, driver: Driver, base: int, most_pinned: int) -> None:
         self._driver = driver
-        self.stream = driver.stream()
+        self.base = base
+        self._stream = driver.stream()
+        self.pins = Pins(driver, self._stream, most_pinned)
         self._buffers: list[tuple[np.ndarray, Any]] = []
         self._turn = 1
 
@@ -195,16 +190,20 @@ class _Lane:
             part = flat[start : start + CHUNK]
             buffer, event = self._next()
             np.copyto(buffer[: part.nbytes], part)
-            self._driver.to_device(target + start, buffer.ctypes.data, part.nbytes, self.stream)
-            self._driver.record(event, self.stream)
+            self._driver.to_device(self.base + target + start, buffer.ctypes.data, part.nbytes, self._stream)
+            self._driver.record(event, self._stream)
+
+    def drain(self) -> None:
+        """Wait for the copies."""
+        self._driver.synchronize(self._stream)
 
     def close(self) -> None:
-        """Wait for the copies and free everything."""
-        self._driver.synchronize(self.stream)
+        """Wait for the copies, let go what is pinned and free everything."""
+        self.pins.release()
         for buffer, event in self._buffers:
             self._driver.free_host(buffer.ctypes.data)
             self._driver.destroy_event(event)
-        self._driver.destroy_stream(self.stream)
+        self._driver.destroy_stream(self._stream)
 
     def _next(self) -> tuple[np.ndarray, Any]:
         self._turn ^= 1
@@ -217,11 +216,9 @@ class _Lane:
         return buffer, event
 
 
-def _parts(
-    weight: Weight, index: int, checkpoint: Checkpoint, base: int
-) -> Iterator[_Rows | tuple[int, _Span]]:
+def _parts(weight: Weight, index: int, checkpoint: Checkpoint) -> Iterator[_Rows | tuple[int, Span]]:
     """What a parameter is put together from: spans of mapped files with the file's key, or rows to convert."""
-    param, start = weight.param, base + weight.offset
+    param, start = weight.param, weight.offset
     if param.layout != "rows":
         raise PlanError(
             f"parameter {param.name} has the layout {param.layout!r}, which this version cannot load; "
@@ -238,10 +235,10 @@ def _parts(
     row = int(np.prod(param.spec.at({})[1:], dtype=np.int64)) * DTYPE_BYTES[wanted]
     for piece in param.pieces:
         target = start + piece.at * row
-        mapped = _mapped(checkpoint, piece, wanted)
+        mapped = mapped_rows(checkpoint, piece, wanted)
         if mapped is not None:
             file, array = mapped
-            yield file, _Span(array.ctypes.data, target, array.nbytes)
+            yield file, Span(array.ctypes.data, target, array.nbytes)
             continue
         step = max(1, READ // row)
         for first in range(piece.start, piece.stop, step):
@@ -255,45 +252,6 @@ def _reader(checkpoint: Checkpoint, piece: Piece, rows: slice, wanted: str) -> C
         return convert(array, stored_dtype(array, checkpoint.tensors[piece.source].dtype), wanted)
 
     return read
-
-
-def _mapped(checkpoint: Checkpoint, piece: Piece, wanted: str) -> tuple[int, np.ndarray] | None:
-    """The rows of a piece as they lie in a mapped file, with the file's key; None where they do not."""
-    if checkpoint.tensors[piece.source].dtype != wanted:
-        return None
-    # One row first: rows that are not a view of the file are copied when they are read.
-    for stop in (piece.start + 1, piece.stop):
-        array = checkpoint.read(piece.source, slice(piece.start, stop))
-        file = _file_of(array)
-        if file is None:
-            return None
-        if stop == piece.stop:
-            return file, array
-    return None
-
-
-def _file_of(array: np.ndarray) -> int | None:
-    """A key of the mapped file that a contiguous array looks into, None where it looks into none."""
-    base: Any = array
-    while isinstance(base, np.ndarray):
-        base = base.base
-    return id(base) if isinstance(base, mmap.mmap) and array.flags.c_contiguous else None
-
-
-def _add(windows: dict[tuple[int, int], _Window], file: int, span: _Span, weight: int) -> None:
-    """Put a span into the windows that it touches, cut at their bounds.
-
-    A copy may not leave the pages that are pinned together, and no page may be pinned twice at a time; the
-    bounds are multiples of a page.
-    """
-    start = span.source
-    end = span.source + span.nbytes
-    while start < end:
-        stop = min(end, (start // WINDOW + 1) * WINDOW)
-        window = windows.setdefault((file, start // WINDOW), _Window())
-        window.spans.append(_Span(start, span.target + start - span.source, stop - start))
-        window.weights.append(weight)
-        start = stop
 
 
 def _cores() -> int:

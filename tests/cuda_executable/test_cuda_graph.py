@@ -213,5 +213,8 @@ def test_dynamic_shared_memory_is_asked_for(loaded):
 
 def test_startup_phases_are_recorded(loaded):
     executable, _ = loaded
-    assert set(executable.startup) == {"imports", "context", "cubins", "memory", "weights", "graphs"}
+    phases = {"imports", "context", "cubins", "memory", "weights", "buffers", "graphs"}
+    assert set(executable.startup) == phases
+    assert executable.startup["weights"] >= executable.startup["graphs"]
+    assert executable.graph_bytes == 0  # the fake's driver takes nothing for itself
     assert all(seconds >= 0 for seconds in executable.startup.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +14,7 @@ from plans import CONFIG, dummy, make_plan
 from safetensors.torch import save_file
 
 from makeready.graphs.checkpoint.base import open_checkpoint
-from makeready.graphs.executable import cuda_weights
+from makeready.graphs.executable import cuda_pages, cuda_weights
 from makeready.graphs.executable.cpu_weights import load_weights
 from makeready.graphs.executable.cuda import CudaExecutable
 from makeready.graphs.executable.cuda_convert import convert
@@ -24,7 +25,8 @@ from makeready.graphs.plan import PlanError
 @pytest.fixture
 def small(monkeypatch):
     """Windows and buffers of a few pages, so that tiny weights need many of them."""
-    monkeypatch.setattr(cuda_weights, "WINDOW", 4 * 4096)
+    monkeypatch.setattr(cuda_pages, "WINDOW", 4 * 4096)
+    monkeypatch.setattr(cuda_pages, "MAPPED", 2 * 4096)
     monkeypatch.setattr(cuda_weights, "CHUNK", 1000)
     monkeypatch.setattr(cuda_weights, "READ", 3000)
 
@@ -89,6 +91,58 @@ def test_mapped_files_go_straight_in_windows_of_the_usual_size(tmp_path):
     bindings = FakeBindings()
     check_loaded(write_folder(tmp_path, torch.bfloat16), bindings)
     assert 1 <= bindings.calls.count("cuMemHostRegister") <= 2
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_no_more_stays_pinned_than_allowed(tmp_path, small, monkeypatch, threads):
+    monkeypatch.setattr(cuda_pages, "PINNED", threads * 2 * cuda_pages.WINDOW)
+    monkeypatch.setattr(cuda_weights, "MOST_THREADS", threads)
+    monkeypatch.setattr(cuda_weights, "_cores", lambda: threads)
+    bindings = FakeBindings()
+    register, seen = bindings.cuMemHostRegister, []
+
+    def watched(*args):
+        made = register(*args)
+        seen.append(sum(bindings.registered.values()))
+        return made
+
+    bindings.refuse["cuMemHostRegister"] = watched
+    check_loaded(write_folder(tmp_path, torch.bfloat16), bindings)
+    assert len(seen) > 3 * threads
+    assert cuda_pages.WINDOW < max(seen) <= cuda_pages.PINNED
+
+
+def test_pages_are_mapped_before_there_is_a_device(tmp_path, small, monkeypatch):
+    mapped, everything = [], threading.Event()
+    checkpoint = write_folder(tmp_path, torch.bfloat16)
+    size = (tmp_path / "model.safetensors").stat().st_size
+
+    def watched(start, nbytes, stop=lambda: False):
+        map_pages(start, nbytes, stop)
+        mapped.append(nbytes)
+        if sum(mapped) > 0.9 * size:
+            everything.set()
+
+    map_pages = cuda_pages.map_pages
+    monkeypatch.setattr(cuda_weights, "map_pages", watched)
+    upload = cuda_weights.Upload(make_plan(checkpoint, kernels=False), checkpoint, lambda done, total: None)
+    assert everything.wait(30)
+    upload.close()
+
+
+@pytest.mark.parametrize("answer", [0, -1])
+def test_pages_can_be_read_once_they_are_mapped_whether_the_system_helps_or_not(monkeypatch, answer):
+    asked = []
+    monkeypatch.setattr(cuda_pages, "_madvise", lambda *args: asked.append(args) or answer)
+    monkeypatch.setattr(cuda_pages, "MAPPED", 3 * 4096)
+    memory = np.zeros(12 * 4096, np.uint8)
+    start = -(-memory.ctypes.data // 4096) * 4096
+    cuda_pages.map_pages(start, 10 * 4096)
+    assert [(a.value - start, n.value) for a, n, _ in asked] == [
+        (0, 12288), (12288, 12288), (24576, 12288), (36864, 4096)
+    ]  # fmt: skip
+    cuda_pages.map_pages(start, 10 * 4096, stop=lambda: len(asked) == 5)
+    assert len(asked) == 5
 
 
 def test_files_that_cannot_be_pinned_pass_through_buffers(tmp_path, small):
