@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from makeready.graphs.codec import canonical, to_json
 from makeready.graphs.ir import PARAM, TEMP, Program
 from makeready.graphs.memory import Interval, align, assign
 from makeready.graphs.plan import Buffer, Launch, LoweredProgram, PlanError, Weight
@@ -26,12 +27,12 @@ class _View:
 
 
 def lower(
-    program: Program, target: Target, largest: Bucket, layouts: dict[tuple[str, str], Param]
+    program: Program, target: Target, largest: Bucket, stored: dict[bytes, Param]
 ) -> tuple[LoweredProgram, int]:
     """Launches of ``program`` and the arena bytes they need at its ``largest`` bucket.
 
-    ``layouts`` collects the parameters in the layouts that the chosen kernels want, by (parameter, layout);
-    programs that share it share parameters.
+    ``stored`` collects the parameters in the layouts that the chosen kernels want, by content: programs that
+    share it share parameters, and so do an embedding and a head that are one tensor of the checkpoint.
     """
     views = _views(program)
     launches = []
@@ -43,7 +44,7 @@ def lower(
         for operand, value in call.operands.items():
             if program.values[value].kind == PARAM:
                 operands[operand] = _stored(
-                    program.params[value], chosen.layouts.get(operand, "rows"), layouts
+                    program.params[value], chosen.layouts.get(operand, "rows"), stored
                 )
         # A program's results are written where the host reads them, not into the arena.
         names = {value: result for result, value in program.results.items()}
@@ -64,10 +65,14 @@ def place_weights(params: Sequence[Param]) -> tuple[tuple[Weight, ...], int]:
     return tuple(weights), end
 
 
-def _stored(param: Param, layout: str, layouts: dict[tuple[str, str], Param]) -> str:
-    """Name of ``param`` in ``layout``: its own, with the layout behind it where that is not ``rows``."""
+def _stored(param: Param, layout: str, stored: dict[bytes, Param]) -> str:
+    """Name of ``param`` in ``layout``: its own, with the layout behind it where that is not ``rows``.
+
+    That of another parameter where it has the same bytes.
+    """
     name = param.name if layout == "rows" else f"{param.name}@{layout}"
-    return layouts.setdefault((param.name, layout), replace(param, name=name, layout=layout)).name
+    content = canonical(to_json(replace(param, name="", quantizable=False, layout=layout)))
+    return stored.setdefault(content, replace(param, name=name, layout=layout)).name
 
 
 def _views(program: Program) -> dict[str, _View]:

@@ -203,3 +203,19 @@ def test_costs_are_those_of_the_model():
     assert 4 * matrices + cached < cost.nbytes
     assert more.flops == pytest.approx(3 * cost.flops)
     assert more.nbytes - cost.nbytes < 2 * (cost.nbytes - 4 * matrices) + 1
+
+
+@pytest.mark.parametrize(
+    ("tied", "dtype", "count"), [(True, "float32", 1), (True, "bfloat16", 2), (False, "float32", 2)]
+)
+def test_a_tied_head_is_stored_once_unless_its_kernel_wants_another_layout(tied, dtype, count):
+    checkpoint = dummy({**LLAMA, "tie_word_embeddings": tied})
+    plan = compile_plan(checkpoint, **(LIMITS | {"weight_dtype": dtype}))
+    shape = plan.config["vocab_size"], plan.config["hidden_size"]
+    stored = [w for w in plan.weights if w.param.spec.shape == shape]
+    assert len(stored) == count
+    for program in plan.programs.values():
+        used = {
+            launch.operands["weight"] for launch in program.launches if launch.op in ("embedding", "linear")
+        }
+        assert {w.param.name for w in stored} <= used
