@@ -135,7 +135,7 @@ class Lowered:
             row_counts=t.target.row_counts,
         )
         prove_coverage(buckets, t.limits)
-        stored: dict[tuple[str, str], Param] = {}
+        stored: dict[bytes, Param] = {}
         programs: dict[str, LoweredProgram] = {}
         arena = 0
         for phase, program in self.programs.items():
@@ -192,7 +192,8 @@ def _with_kernels(plan: Plan, target: Target, context: int, progress: Progress) 
         loading=loading,
         binaries=emitted.binaries,
         cubins=emitted.cubins,
-        memory=replace(plan.memory, scratch=emitted.scratch),
+        dropped=emitted.dropped,
+        memory=replace(plan.memory, scratch=emitted.scratch, arena=max(plan.memory.arena, emitted.arena)),
     )
 
 

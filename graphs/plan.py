@@ -270,6 +270,7 @@ class Plan:
         binaries: compiled kernels by key; empty for the CPU.
         cubins: their machine code by the same keys. Its bytes are files of their own, which
             :attr:`Binary.sha256` ties to the plan's digest; planning and the CPU work without them.
+        dropped: a line for each way to run a call that the target's resources ruled out.
         tuned: by device name and :func:`tuned_key`, the name of the choice that measured best there.
     """
 
@@ -288,6 +289,7 @@ class Plan:
     programs: Mapping[str, LoweredProgram]
     loading: Loading | None = None
     binaries: Mapping[str, Binary] = field(default_factory=dict)
+    dropped: tuple[str, ...] = ()
     tuned: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     cubins: Mapping[str, bytes] = field(default_factory=dict, repr=False, compare=False)
 

@@ -57,7 +57,8 @@ class Descriptor:
 
     Attributes:
         operand: as in :class:`Pointer`.
-        shape: elements of each axis, outermost first; may hold the symbol P.
+        shape: elements of each axis, outermost first; may hold the symbol P. The first may be more than the
+            operand has where that is ``spare``.
         strides: elements between neighbours along each axis; the last is 1.
         block: elements of each axis that one copy moves.
     """
@@ -116,12 +117,15 @@ class Tensor:
         dtype: a name of kernels/spec.py.
         row_stride: elements from one row (axis 0) to the next; more than a row's where it is a column view.
         alignment: bytes that its address is surely a multiple of.
+        spare: whether a tensor map may reach some tiles beyond the last row: the memory there belongs to the
+            plan and holds anything. Rows that a map's bounds cut off are zeros, which the GPU makes slowly.
     """
 
     shape: tuple[Dim, ...]
     dtype: str
     row_stride: int
     alignment: int
+    spare: bool = False
 
 
 @dataclass(frozen=True)

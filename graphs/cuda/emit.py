@@ -1,8 +1,8 @@
 """From launches to kernel nodes: what every call of a program runs on the GPU, in every bucket.
 
 Calls that are alike but for the names of their operands form an op class. For each class and bucket the
-registered implementations are asked for candidates; the kernels of all candidates are compiled and checked;
-nodes refer to them by key.
+registered implementations are asked for candidates, the best of which are compiled (graphs/cuda/ways.py); nodes
+refer to their kernels by key.
 
 Scratch is one region for all calls: first the counters, which stay zero between kernels, then the rest,
 which any call may leave in any state. Both are as large as the greediest candidate needs.
@@ -19,12 +19,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from makeready.graphs.codec import canonical
-from makeready.graphs.cuda.aot import Compiled, Kernel, kernel_of
-from makeready.graphs.cuda.pool import compile_all
+from makeready.graphs.cuda.aot import Compiled, Kernel
+from makeready.graphs.cuda.ways import Way, select
 from makeready.graphs.memory import ALIGNMENT, align
 from makeready.graphs.plan import (
     Binary,
-    Buffer,
     Choice,
     Launch,
     LoweredProgram,
@@ -33,23 +32,19 @@ from makeready.graphs.plan import (
     OpClass,
     PlanError,
 )
-from makeready.graphs.spec import Bucket
+from makeready.graphs.spec import PHASES, Bucket
 from makeready.graphs.targets import Target
-from makeready.kernels import registry
 from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.device import (
     Argument,
     Candidate,
-    DeviceLaunch,
     OpCall,
     Pointer,
     Scalar,
     Scratch,
     Tensor,
 )
-from makeready.kernels.spec import TensorSpec
-
-_GRID_LIMIT = (2**31 - 1, 65535, 65535)
+from makeready.kernels.spec import DTYPE_BYTES, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -58,12 +53,16 @@ class Emitted:
 
     Attributes:
         scratch: bytes of the scratch region.
+        arena: bytes that the arena must have at least.
+        dropped: a line for each way to run a call that the target's resources ruled out.
     """
 
     programs: Mapping[str, LoweredProgram]
     binaries: Mapping[str, Binary]
     cubins: Mapping[str, bytes]
     scratch: int
+    arena: int
+    dropped: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -74,6 +73,7 @@ class _Value:
     spec: TensorSpec
     row_stride: int | None
     alignment: int
+    spare: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,7 @@ class _Class:
                 v.spec.dtype,
                 math.prod(int(d) for d in v.spec.shape[1:]) if v.row_stride is None else v.row_stride,
                 v.alignment,
+                v.spare,
             )
             for v in self.values
         }
@@ -115,16 +116,6 @@ class _Class:
             shared_bytes=target.shared_bytes,
             features=target.features,
         )
-
-
-@dataclass(frozen=True)
-class _Way:
-    """A candidate for a call, the kernels of its launches in order."""
-
-    name: str
-    call: OpCall
-    candidate: Candidate
-    kernels: tuple[Kernel, ...]
 
 
 def emit(
@@ -149,30 +140,27 @@ def emit(
         progress: told how many of how many kernels are compiled.
 
     Raises:
-        PlanError: an op has no implementation for the target, or a kernel does not compile, spills, needs
-            more shared memory than the target has, or is called dependent and never waits.
+        PlanError: an op has no implementation for the target, or none that it has the resources for, or a kernel
+            is called dependent and never waits.
     """
     classes: dict[str, list[_Class]] = {}
     classified: dict[str, LoweredProgram] = {}
     for phase, program in programs.items():
         classified[phase], classes[phase] = _classify(program, specs)
-    ways: dict[tuple[str, int, Bucket], list[_Way]] = {}
-    lacking: dict[str, None] = {}
-    for bucket in buckets:
-        for index, one in enumerate(classes[bucket.phase]):
-            found = _ways(one.call(bucket, context, target), target, keep)
-            ways[bucket.phase, index, bucket] = found
-            if not found:
-                lacking[f"{one.op} in {bucket}: {_signature(one)}"] = None
+    calls = {
+        (bucket.phase, index, bucket): one.call(bucket, context, target)
+        for bucket in buckets
+        for index, one in enumerate(classes[bucket.phase])
+    }
+    ways, compiled, dropped = select(calls, target, keep=keep, cache=cache, progress=progress)
+    lacking = {calls[key].op: key for key, found in reversed(ways.items()) if not found}
     if lacking:
-        ops = sorted({text.split(" ")[0] for text in lacking})
+        phase, index, bucket = lacking[min(lacking)]
         raise PlanError(
-            f"no {target.name} implementation for {', '.join(ops)}; for instance {next(iter(lacking))}"
+            f"no {target.name} implementation for {', '.join(sorted(lacking))}; for instance {min(lacking)} in "
+            f"{bucket}: {_signature(classes[phase][index])}"
         )
     everything = list(itertools.chain(*ways.values()))
-    compiled = compile_all((k for way in everything for k in way.kernels), cache, progress)
-    for way in everything:
-        _check(way, compiled, target)
     keys = {kernel: _key(kernel, made) for kernel, made in compiled.items()}
     counters = align(max((way.candidate.zeroed for way in everything), default=0))
     rest = max((way.candidate.scratch - _rest_start(way.candidate) for way in everything), default=0)
@@ -194,7 +182,25 @@ def emit(
         binaries={keys[k]: _binary(made) for k, made in sorted(compiled.items(), key=lambda item: keys[item[0]])},
         cubins={keys[k]: made.cubin for k, made in compiled.items()},
         scratch=align(counters + rest),
+        arena=max((_reach(program) for phase, program in classified.items() if phase in PHASES), default=0),
+        dropped=dropped,
     )  # fmt: skip
+
+
+def _reach(program: LoweredProgram) -> int:
+    """Bytes of the arena that tensor maps reach to: they may go beyond the last row of an operand."""
+    ends = [0]
+    for launch in program.launches:
+        names = {**launch.operands, **launch.results}
+        for choices in program.classes[launch.op_class].candidates.values():
+            for argument in (a for choice in choices for node in choice.nodes for a in node.arguments):
+                buffer = program.buffers.get(names.get(argument.operand, ""))
+                if argument.kind == "descriptor" and buffer is not None:
+                    last = sum(
+                        (int(n) - 1) * s for n, s in zip(argument.shape, argument.strides, strict=True)
+                    )
+                    ends.append(buffer.offset + (last + 1) * DTYPE_BYTES[argument.dtype])
+    return align(max(ends))
 
 
 def _classify(
@@ -204,7 +210,7 @@ def _classify(
     launches: list[Launch] = []
     for launch in program.launches:
         values = tuple(
-            _value(name, value, program.buffers.get(value), specs)
+            _value(name, value, program, specs)
             for name, value in (*launch.operands.items(), *launch.results.items())
         )
         one = _Class(launch.op, values, canonical(dict(launch.attrs)).decode())
@@ -212,56 +218,17 @@ def _classify(
     return replace(program, launches=tuple(launches)), list(found)
 
 
-def _value(name: str, value: str, buffer: Buffer | None, specs: Mapping[str, TensorSpec]) -> _Value:
+def _value(name: str, value: str, program: LoweredProgram, specs: Mapping[str, TensorSpec]) -> _Value:
     """Regions and everything in them but column views start at multiples of :data:`ALIGNMENT`."""
+    buffer = program.buffers.get(value)
     if buffer is None:
         return _Value(name, specs[value], None, ALIGNMENT)
-    return _Value(name, buffer.spec, buffer.row_stride, math.gcd(buffer.offset, ALIGNMENT))
+    spare = program.phase in PHASES  # others have their buffers elsewhere than in the arena
+    return _Value(name, buffer.spec, buffer.row_stride, math.gcd(buffer.offset, ALIGNMENT), spare)
 
 
 def _signature(one: _Class) -> str:
     return ", ".join(f"{v.name} {v.spec}" for v in one.values)
-
-
-def _ways(call: OpCall, target: Target, keep: int) -> list[_Way]:
-    """The best ``keep`` candidates: each implementation's best first, then each one's second."""
-    offered = [
-        [(f"{kernel.name}/{candidate.name}", candidate) for candidate in kernel.candidates(call)]
-        for kernel in registry.cuda_kernels(call.op)
-    ]
-    turns = itertools.chain.from_iterable(itertools.zip_longest(*offered))
-    return [
-        _Way(name, call, candidate, tuple(_kernel(launch, call, target) for launch in candidate.launches))
-        for name, candidate in itertools.islice(filter(None, turns), keep)
-    ]
-
-
-def _kernel(launch: DeviceLaunch, call: OpCall, target: Target) -> Kernel:
-    for blocks, limit in zip(launch.grid, _GRID_LIMIT, strict=True):
-        if not 1 <= blocks <= limit:
-            raise PlanError(f"{launch.function} for {call.op}: a grid of {launch.grid} blocks cannot be run")
-    return kernel_of(launch, call, target.arch)
-
-
-def _check(way: _Way, compiled: Mapping[Kernel, Compiled], target: Target) -> None:
-    for launch, kernel in zip(way.candidate.launches, way.kernels, strict=True):
-        made = compiled[kernel]
-        where = f"{launch.function} of {way.call.op}/{way.name}"
-        if made.spill_bytes > launch.local_bytes:
-            raise PlanError(
-                f"{where} spills: {made.spill_bytes} bytes of local memory a thread, "
-                f"{launch.local_bytes} are allowed; use smaller tiles or more warps"
-            )
-        if made.shared > target.shared_bytes:
-            raise PlanError(
-                f"{where} needs {made.shared} bytes of shared memory, {target.name} has {target.shared_bytes} "
-                "for a block; use smaller tiles or fewer stages"
-            )
-        if launch.dependent and not made.waits:
-            raise PlanError(
-                f"{where} is dependent and never waits for the kernels before it; call gdc_wait before the "
-                "first access to what they touch"
-            )
 
 
 def _key(kernel: Kernel, made: Compiled) -> str:
@@ -284,7 +251,7 @@ def _binary(made: Compiled) -> Binary:
 
 
 def _choice(
-    way: _Way, compiled: Mapping[Kernel, Compiled], keys: Mapping[Kernel, str], counters: int
+    way: Way, compiled: Mapping[Kernel, Compiled], keys: Mapping[Kernel, str], counters: int
 ) -> Choice:
     nodes = []
     for launch, kernel in zip(way.candidate.launches, way.kernels, strict=True):
@@ -296,7 +263,7 @@ def _choice(
     return Choice(way.name, tuple(nodes))
 
 
-def _argument(name: str, argument: Argument, way: _Way, made: Compiled, counters: int) -> NodeArgument:
+def _argument(name: str, argument: Argument, way: Way, made: Compiled, counters: int) -> NodeArgument:
     if isinstance(argument, Scalar):
         return NodeArgument("scalar", value=argument.value, dtype=argument.dtype)
     if isinstance(argument, Scratch):
@@ -317,7 +284,7 @@ def _argument(name: str, argument: Argument, way: _Way, made: Compiled, counters
     )
 
 
-def _moved(offset: int, way: _Way, counters: int) -> int:
+def _moved(offset: int, way: Way, counters: int) -> int:
     """Where the region has what a candidate calls ``offset``: its counters first, the rest behind everybody's.
 
     The rest moves by a multiple of :data:`ALIGNMENT`, so that alignment is what the candidate thinks it is.

@@ -32,32 +32,49 @@ _WORTH_WORKERS = 8
 def compile_all(
     kernels: Iterable[Kernel], cache: Path, progress: Progress = lambda done, total: None
 ) -> dict[Kernel, Compiled]:
-    """Machine code of every kernel, from ``cache`` or compiled on all cores and put there.
-
-    Args:
-        progress: told how many of how many are there.
+    """:func:`compile_each` where all of them must compile.
 
     Raises:
         PlanError: one of them does not compile.
     """
+    made: dict[Kernel, Compiled] = {}
+    for kernel, result in compile_each(kernels, cache, progress).items():
+        if isinstance(result, PlanError):
+            raise result
+        made[kernel] = result
+    return made
+
+
+def compile_each(
+    kernels: Iterable[Kernel], cache: Path, progress: Progress = lambda done, total: None
+) -> dict[Kernel, Compiled | PlanError]:
+    """Machine code of every kernel, from ``cache`` or compiled on all cores and put there, or why there is none.
+
+    Args:
+        progress: told how many of how many are done.
+    """
     wanted = list(dict.fromkeys(kernels))
     keys = {kernel: content_key(kernel) for kernel in wanted}
-    found = {kernel: made for kernel in wanted if (made := _read(cache / keys[kernel])) is not None}
+    found: dict[Kernel, Compiled | PlanError] = {
+        kernel: made for kernel in wanted if (made := _read(cache / keys[kernel])) is not None
+    }
     progress(len(found), len(wanted))
     missing = [kernel for kernel in wanted if kernel not in found]
     for kernel, made in _compile(missing):
-        _write(cache / keys[kernel], made)
+        if isinstance(made, Compiled):
+            _write(cache / keys[kernel], made)
         found[kernel] = made
         progress(len(found), len(wanted))
     return {kernel: found[kernel] for kernel in wanted}
 
 
-def _compile(kernels: list[Kernel]) -> Iterator[tuple[Kernel, Compiled]]:
+def _compile(kernels: list[Kernel]) -> Iterator[tuple[Kernel, Compiled | PlanError]]:
     cores = len(os.sched_getaffinity(0))
     if len(kernels) < _WORTH_WORKERS or cores == 1:
-        yield from ((kernel, compile_kernel(kernel)) for kernel in kernels)
+        yield from ((kernel, _compile_here(kernel)) for kernel in kernels)
         return
-    with _workers(min(cores, len(kernels))) as idle, ThreadPoolExecutor(min(cores, len(kernels))) as threads:
+    count = min(cores, len(kernels))
+    with _workers(count) as idle, ThreadPoolExecutor(count) as threads:
         running = {threads.submit(_ask, idle, kernel): kernel for kernel in kernels}
         try:
             for future in as_completed(running):
@@ -66,27 +83,35 @@ def _compile(kernels: list[Kernel]) -> Iterator[tuple[Kernel, Compiled]]:
             threads.shutdown(wait=False, cancel_futures=True)
 
 
+def _compile_here(kernel: Kernel) -> Compiled | PlanError:
+    try:
+        return compile_kernel(kernel)
+    except PlanError as error:
+        return error
+
+
 @contextmanager
 def _workers(count: int) -> Iterator[SimpleQueue[subprocess.Popen[bytes]]]:
     """Processes of their own rather than forks, which the threads of torch would make unsafe."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    command = [sys.executable, "-m", "makeready.graphs.cuda.worker"]
-    started = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-        for _ in range(count)
-    ]
     idle: SimpleQueue[subprocess.Popen[bytes]] = SimpleQueue()
-    for process in started:
-        idle.put(process)
+    for _ in range(count):
+        idle.put(_worker())
     try:
         yield idle
     finally:
-        for process in started:
+        for _ in range(count):
+            process = idle.get()
             process.kill()
             process.communicate()
 
 
-def _ask(idle: SimpleQueue[subprocess.Popen[bytes]], kernel: Kernel) -> Compiled:
+def _worker() -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command = [sys.executable, "-m", "makeready.graphs.cuda.worker"]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+
+
+def _ask(idle: SimpleQueue[subprocess.Popen[bytes]], kernel: Kernel) -> Compiled | PlanError:
     process = idle.get()
     assert process.stdin is not None
     assert process.stdout is not None
@@ -94,13 +119,14 @@ def _ask(idle: SimpleQueue[subprocess.Popen[bytes]], kernel: Kernel) -> Compiled
         pickle.dump(kernel, process.stdin)
         process.stdin.flush()
         answer = pickle.load(process.stdout)
-    except (EOFError, BrokenPipeError):
-        raise PlanError(f"the process that compiled {kernel.function} died; is memory short?") from None
+    except (EOFError, BrokenPipeError):  # a compiler's assertion, or no memory
+        process.kill()
+        process.communicate()
+        process = _worker()
+        answer = f"the process that compiled {kernel.function} died; is memory short?"
     finally:
         idle.put(process)
-    if isinstance(answer, str):
-        raise PlanError(answer)
-    return answer
+    return PlanError(answer) if isinstance(answer, str) else answer
 
 
 def _read(path: Path) -> Compiled | None:

@@ -8,7 +8,8 @@ from makeready.graphs.plan import Plan
 def resource_table(plan: Plan) -> str:
     """One line a kernel: threads of a block, registers and local memory of a thread, shared memory, size.
 
-    A star marks kernels that wait on the device for the kernels before them.
+    A star marks kernels that wait on the device for the kernels before them. Below are the ways to run a call
+    that the target has too little of something for.
     """
     used: dict[str, set[str]] = {key: set() for key in plan.binaries}
     for program in plan.programs.values():
@@ -41,4 +42,5 @@ def resource_table(plan: Plan) -> str:
         )
         for row in rows
     ]
-    return "\n".join([*lines, f"{len(plan.binaries)} kernels, {total / 2**20:.1f} MiB"])
+    dropped = [f"left out: {reason}" for reason in plan.dropped]
+    return "\n".join([*lines, f"{len(plan.binaries)} kernels, {total / 2**20:.1f} MiB", *dropped])

@@ -8,6 +8,10 @@ Splitting K gives every multiprocessor the same bytes to stream where N / BN blo
 leaves its sums in scratch; the last of a tile to arrive adds them in the order of K, so the result does not
 depend on who was last, and sets the tile's counter back to zero.
 
+Tile sides are powers of two, but a second accumulator makes tiles of 192 outputs: 256 tokens by 24,576
+outputs are then 256 tiles of 128 rows, nearly two waves of 132 multiprocessors, where 128 make 384 and a
+third wave. A gated projection keeps gate and up in the two accumulators and writes ``silu(gate) * up``.
+
 # T tokens, N outputs, K inputs
 """
 # pyright: reportIndexIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
@@ -34,9 +38,39 @@ def _prefetch(starts, nbytes):
 
 
 @triton.jit
+def prefetch_rows(weight, row, rows, K, begin, nbytes):
+    """:func:`_prefetch` from column ``begin`` of each ``row``; those past the last repeat it."""
+    inside = tl.minimum(row, rows - 1).to(tl.int64)
+    _prefetch(weight + inside * K + begin, nbytes)
+
+
+@triton.jit
+def gated(gate, up, dtype: tl.constexpr):
+    """``silu(gate) * up`` of sums that are rounded to ``dtype`` first, as a projection would leave them."""
+    g = gate.to(dtype).to(tl.float32)
+    return g / (1 + tl.exp(-g)) * up.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _bias(bias, n, N):
+    return tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(y, acc_TN, bias_N, t, n, T, N, y_stride):
+    """Write ``acc_TN + bias_N`` to rows ``t`` and columns ``n`` of ``y``, as far as they exist."""
+    if bias_N is not None:
+        acc_TN += bias_N[None, :]
+    valid = (t < T)[:, None] & (n < N)[None, :]
+    out = y + t.to(tl.int64)[:, None] * y_stride + n[None, :]
+    tl.store(out, acc_TN.to(y.dtype.element_ty), mask=valid)
+
+
+@triton.jit
 def linear_stream(
     x,
     weight,
+    second,
     weight_start,
     bias,
     y,
@@ -49,6 +83,8 @@ def linear_stream(
     y_stride,
     BT: tl.constexpr,
     BN: tl.constexpr,
+    SECOND: tl.constexpr,
+    GATED: tl.constexpr,
     BK: tl.constexpr,
     SPLIT: tl.constexpr,
     AHEAD: tl.constexpr,
@@ -56,18 +92,21 @@ def linear_stream(
     WIDEN: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """``y[T, N] = x[T, K] @ weight[N, K].T + bias[N]``.
+    """``y[T, N] = x[T, K] @ weight[N, K].T + bias[N]``; where ``GATED`` the weights have 2 N rows.
 
     The grid is one axis of tiles(N) * SPLIT * tiles(T) blocks, tokens fastest: blocks that read the same
     weights run together.
 
     Args:
         x, weight: TMA descriptors with blocks ``[BT, BK]`` and ``[BN, BK]`` where ``TMA``, else pointers.
+        second: descriptor over the weights with blocks ``[SECOND, BK]``; a pointer, or None where SECOND is 0.
         weight_start: pointer to the weights.
-        bias: pointer or None.
+        bias: pointer or None; None where ``GATED``.
         partial: fp32 scratch, ``[tiles, SPLIT, BT, BN]``; None where SPLIT is 1.
         arrived: int32 zeros, ``[tiles]``, zeros again at the end; None where SPLIT is 1.
         x_stride, y_stride: elements from one row to the next.
+        SECOND: rows of the weights in a second accumulator: the block's further outputs, or up's rows of the
+            same outputs where ``GATED``, then BN. 0 where SPLIT is not 1.
         AHEAD: bytes of each weight row to bring to L2 while the kernel before still runs.
         WIDEN: multiply in fp32 (operands of fp32, or of different dtypes).
         PDL: this launch may start before the one ahead of it ends.
@@ -78,7 +117,8 @@ def linear_stream(
     split = (pid // tiles_t) % SPLIT
     tile_n = pid // (tiles_t * SPLIT)
     t0 = tile_t * BT
-    n0 = tile_n * BN
+    n0 = tile_n * (BN if GATED else BN + SECOND)
+    s0 = n0 + (N if GATED else BN)
     t = t0 + tl.arange(0, BT)
     n = n0 + tl.arange(0, BN)
     span = tl.cdiv(tl.cdiv(K, BK), SPLIT) * BK
@@ -88,13 +128,19 @@ def linear_stream(
     if PDL:
         gdc_launch_dependents()
         if AHEAD > 0:
-            # Rows past N repeat the last one; a range past K is empty and prefetches nothing.
-            row = tl.minimum(n, N - 1).to(tl.int64)
+            # A range past K is empty and prefetches nothing.
             nbytes = tl.minimum((end - begin) * 2, AHEAD)
             if nbytes > 0:
-                _prefetch(weight_start + row * K + begin, nbytes)
+                rows = 2 * N if GATED else N
+                prefetch_rows(weight_start, n, rows, K, begin, nbytes)
+                if SECOND > 0:
+                    prefetch_rows(weight_start, s0 + tl.arange(0, SECOND), rows, K, begin, nbytes)
+    bias_N = None
+    bias_S = None
     if bias is not None:
-        bias_N = tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+        bias_N = _bias(bias, n, N)
+        if SECOND > 0:
+            bias_S = _bias(bias, s0 + tl.arange(0, SECOND), N)
     if PDL:
         gdc_wait()
 
@@ -103,6 +149,8 @@ def linear_stream(
         x_rows = x + t.to(tl.int64)[:, None] * x_stride
         w_rows = weight + n.to(tl.int64)[:, None] * K
     acc_NT = tl.zeros((BN, BT), tl.float32)
+    if SECOND > 0:
+        acc_ST = tl.zeros((SECOND, BT), tl.float32)
     for k in tl.range(begin, end, BK):
         if TMA:
             w_NK = weight.load([n0, k])
@@ -115,21 +163,32 @@ def linear_stream(
             w_NK = w_NK.to(tl.float32)
             x_TK = x_TK.to(tl.float32)
         acc_NT = tl.dot(w_NK, x_TK.T, acc_NT, input_precision="ieee")
-    acc_TN = acc_NT.T
+        if SECOND > 0:
+            if TMA:
+                w_SK = second.load([s0, k])
+            else:
+                w_SK = tl.load(
+                    w_rows + N.to(tl.int64) * K + (k + k_of)[None, :],
+                    mask=(n < N)[:, None] & inside,
+                    other=0.0,
+                )
+            if WIDEN:
+                w_SK = w_SK.to(tl.float32)
+            acc_ST = tl.dot(w_SK, x_TK.T, acc_ST, input_precision="ieee")
 
-    if SPLIT == 1:
-        if bias is not None:
-            acc_TN += bias_N[None, :]
-        valid = (t < T)[:, None] & (n < N)[None, :]
-        out = y + t.to(tl.int64)[:, None] * y_stride + n[None, :]
-        tl.store(out, acc_TN.to(y.dtype.element_ty), mask=valid)
+    if GATED:
+        _store(y, gated(acc_NT, acc_ST, y.dtype.element_ty).T, None, t, n, T, N, y_stride)
+    elif SPLIT == 1:
+        _store(y, acc_NT.T, bias_N, t, n, T, N, y_stride)
+        if SECOND > 0:
+            _store(y, acc_ST.T, bias_S, t, s0 + tl.arange(0, SECOND), T, N, y_stride)
     else:
         tile = tile_n * tiles_t + tile_t
         sums = partial + tile.to(tl.int64) * (SPLIT * BT * BN)
         i, j = tl.arange(0, BT), tl.arange(0, BN)
         tl.store(
             sums + split * (BT * BN) + i[:, None] * BN + j[None, :],
-            acc_TN,
+            acc_NT.T,
             mask=(t < T)[:, None] & (n < N)[None, :],
             cache_modifier=".cg",
         )
@@ -146,8 +205,5 @@ def linear_stream(
                 sum_TN = tl.zeros((ROWS, BN), tl.float32)
                 for s in tl.static_range(SPLIT):
                     sum_TN += tl.load(cells + s * (BT * BN), mask=valid, other=0.0, cache_modifier=".cg")
-                if bias is not None:
-                    sum_TN += bias_N[None, :]
-                out = y + (t0 + r).to(tl.int64)[:, None] * y_stride + n[None, :]
-                tl.store(out, sum_TN.to(y.dtype.element_ty), mask=valid)
+                _store(y, sum_TN, bias_N, t0 + r, n, T, N, y_stride)
             tl.store(arrived + tile, 0)

@@ -138,6 +138,48 @@ def test_spills_are_refused_unless_they_are_announced(cache, monkeypatch):
     assert any(binary.spill_bytes for binary in emitted(cache).binaries.values())
 
 
+def test_the_next_candidate_takes_the_place_of_one_that_does_not_fit(cache, monkeypatch):
+    monkeypatch.setitem(registry._CUDA_KERNELS, "silu", [])
+
+    def ways(call):
+        (small,) = small_programs.scale_rows(call)
+        (spilling,) = small_programs.scale_rows(
+            call, constants={"STRIDE": 0, "C": 32768, "PDL": True}, num_warps=1
+        )
+        (odd,) = small_programs.scale_rows(call, constants={"STRIDE": 1, "C": 100, "PDL": True})
+        return [
+            replace(spilling, name="spilling"),
+            replace(odd, name="odd"),
+            small,
+            replace(small, name="two"),
+        ]
+
+    registry.cuda_kernel(silu, "rows")(ways)
+    for keep, names in ((1, ["rows/one"]), (2, ["rows/one", "rows/two"]), (9, ["rows/one", "rows/two"])):
+        made = emitted(cache, keep=keep)
+        assert [c.name for c in made.programs["decode"].classes[0].candidates["decode-16"]] == names
+        assert not any(binary.spill_bytes for binary in made.binaries.values())
+        odd, spilling = made.dropped
+        assert odd.endswith("(STRIDE=1, C=100, PDL=True) for compute capability 90 does not compile")
+        assert "silu/rows/spilling spills" in spilling
+
+
+def test_tensor_maps_may_reach_beyond_the_last_row(cache, monkeypatch):
+    def generous(call):
+        (candidate,) = small_programs.copy_tiles(call)[:1]
+        launch = candidate.launches[0]
+        x = launch.arguments["x"]
+        assert call.tensors["x"].spare
+        x = replace(x, shape=(1000, *x.shape[1:]))
+        return [replace(candidate, launches=(replace(launch, arguments={**launch.arguments, "x": x}),))]
+
+    assert emitted(cache).arena == 0  # no maps
+    monkeypatch.setitem(registry._CUDA_KERNELS, "silu", [])
+    registry.cuda_kernel(silu, "generous")(generous)
+    view = (1 << 21) + 16 + 2 * (999 * 3 * small_programs.WIDTH + small_programs.WIDTH)
+    assert view <= emitted(cache).arena < view + 256
+
+
 def test_parameters_are_checked(cache, monkeypatch):
     monkeypatch.setitem(registry._CUDA_KERNELS, "silu", [])
     registry.cuda_kernel(silu, "odd")(lambda call: small_programs.scale_rows(call, constants={"C": 256}))

@@ -26,7 +26,7 @@ from makeready.graphs.cuda.pool import compile_all
 from makeready.kernels.contract import Contract
 from makeready.kernels.device import Candidate, OpCall
 from makeready.kernels.gemm.linear import linear
-from makeready.kernels.gemm.linear_tiling import seconds, tilings
+from makeready.kernels.gemm.linear_cost import seconds, tilings
 from makeready.kernels.gemm.linear_triton import describe, emit, linear_cuda
 
 assert isinstance(linear, Contract)

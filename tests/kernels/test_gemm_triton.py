@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,10 +14,13 @@ import torch
 from makeready.kernels.contract import Contract
 from makeready.kernels.device import Descriptor, OpCall, Pointer, Scalar, Scratch, Tensor
 from makeready.kernels.gemm.linear import linear
-from makeready.kernels.gemm.linear_tiling import PERSISTENT, STREAM, Product, seconds, tilings
+from makeready.kernels.gemm.linear_cost import seconds, tilings
+from makeready.kernels.gemm.linear_silu_mul import linear_silu_mul
+from makeready.kernels.gemm.linear_tiling import PERSISTENT, STREAM, Product
 from makeready.kernels.gemm.linear_triton import candidates, describe, linear_cuda
 
 assert isinstance(linear, Contract)
+assert isinstance(linear_silu_mul, Contract)
 
 _ALL = frozenset({"tma", "wgmma", "pdl"})
 _MATRICES = ((6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288))
@@ -34,15 +38,23 @@ def _call(
     bias: bool = False,
     x_stride: int = 0,
     features: frozenset[str] = _ALL,
+    spare: bool = False,
 ) -> OpCall:
     tensors = {
-        "x": Tensor((T, K), dtype, x_stride or K, 256),
+        "x": Tensor((T, K), dtype, x_stride or K, 256, spare),
         "weight": Tensor((N, K), weight or dtype, K, 256),
         "y": Tensor((T, N), out or dtype, N, 256),
     }
     if bias:
         tensors["bias"] = Tensor((N,), dtype, 1, 256)
     return OpCall("linear", tensors, {"out_dtype": out}, {"T": T, "N": N, "K": K}, T, T, features=features)
+
+
+def _gated(T: int, N: int, K: int, **options) -> OpCall:
+    """N outputs of a gated projection, so weights of 2 N rows."""
+    call = _call(T, 2 * N, K, **options)
+    tensors = {**call.tensors, "y": Tensor((T, N), call.tensors["y"].dtype, N, 256)}
+    return replace(call, op="linear_silu_mul", tensors=tensors, attrs={}, dims={"T": T, "J": 2 * N, "K": K})
 
 
 def test_every_call_has_a_way_and_the_choice_is_repeatable():
@@ -72,9 +84,45 @@ def test_launches_cover_the_result_and_scratch_holds_every_split():
             assert candidate.scratch - sums.offset == 4 * way.split * blocks_t * blocks_n * way.t * way.n
 
 
+def test_both_accumulators_of_a_tile_cover_its_rows_of_the_weights():
+    for call in (
+        _call(256, 24576, 4096),
+        _gated(256, 12288, 4096),
+        _gated(3, 40, 100),
+        _gated(8192, 12288, 4096),
+    ):
+        product = describe(call)
+        seconds_ = 0
+        for way, candidate in zip(tilings(product), candidates(call), strict=True):
+            (launch,) = candidate.launches
+            first, second = launch.constants["BN"], launch.constants["SECOND"]
+            assert first + second == way.n
+            assert launch.constants["GATED"] is (call.op == "linear_silu_mul")
+            assert second == first if product.gated else second in (0, first // 2)
+            seconds_ += second > 0
+            if way.kind == PERSISTENT and second and not product.gated:
+                y = launch.arguments["y"]
+                assert isinstance(y, Descriptor)
+                assert y.block == (way.t, second)
+        assert seconds_ > 0
+
+
+def test_maps_of_operands_with_spare_rows_have_no_bounds_inside_a_tile():
+    for T in (1, 3, 160, 192):
+        for spare in (False, True):
+            call = _call(T, 4096, 4096, spare=spare)
+            for way, candidate in zip(tilings(describe(call)), candidates(call), strict=True):
+                (launch,) = candidate.launches
+                x = launch.arguments["x"]
+                assert isinstance(x, Descriptor)
+                assert x.shape == (-(-T // way.t) * way.t if spare else T, 4096)
+                y = launch.arguments["y"]
+                assert not isinstance(y, Descriptor) or y.shape == (T, 4096)
+
+
 def test_shared_memory_stays_within_the_target():
     for limit in (101376, 166912, 232448):  # RTX 5090, A100, H100
-        product = Product(256, 4096, 4096, 2, True, True, True, 132, limit)
+        product = Product(256, 4096, 4096, 2, False, True, True, True, 132, limit)
         assert all(way.shared(product) <= limit for way in tilings(product))
 
 
@@ -83,7 +131,7 @@ def test_few_rows_cost_what_streaming_the_weights_costs():
         product = describe(_call(16, N, K))
         best = tilings(product)[0]
         assert best.kind == STREAM
-        assert product.weight_bytes / 3.0e12 < seconds(product, best) < product.weight_bytes / 3.0e12 + 6e-6
+        assert 2 * N * K / 3.0e12 < seconds(product, best) < 2 * N * K / 3.0e12 + 6e-6
 
 
 def test_operands_that_tma_cannot_address_go_through_pointers():
@@ -134,7 +182,6 @@ def test_interpreted_kernels_agree_with_the_reference():
 
 def interpret() -> None:
     """Print ``{candidate: [error, allowed]}`` of every distinct way through the pointer kernel."""
-    import numpy as np
     from triton.runtime import interpreter
 
     patch = interpreter._patch_lang_tensor
@@ -161,18 +208,30 @@ def interpret() -> None:
         want = linear.reference(
             *(tensors[k].double() if k in tensors else None for k in ("x", "weight", "bias"))
         )
-        tried: set[tuple[int, int]] = set()
-        for way, candidate in zip(tilings(describe(call)), candidates(call), strict=True):
-            if (way.t, way.split) in tried or way.t > 64:
-                continue
-            tried.add((way.t, way.split))
-            (launch,) = candidate.launches
-            tensors["y"].fill_(float("nan"))
-            _run_interpreted(launch, tensors, candidate.scratch, candidate.zeroed)
-            error = (tensors["y"].double() - want).norm() / want.norm()
-            allowed = getattr(linear.tolerance, out)
-            errors[f"{T}x{N}x{K} {candidate.name}"] = (float(np.nan_to_num(error, nan=9.0)), allowed)
+        errors |= _interpreted(call, tensors, want)
+        if weight == dtype == out and not bias and N % 2 == 0:
+            call = _gated(T, N // 2, K, dtype=dtype, x_stride=stride, features=frozenset())
+            tensors["y"] = tensors["y"][:, : N // 2].contiguous()
+            want = linear_silu_mul.reference(tensors["x"].double(), tensors["weight"].double())
+            errors |= _interpreted(call, tensors, want)
     print(json.dumps(errors))
+
+
+def _interpreted(call, tensors, want) -> dict[str, tuple[float, float]]:
+    """Error and allowance of every distinct way to run ``call`` through pointers."""
+    errors: dict[str, tuple[float, float]] = {}
+    tried: set[tuple[int, int]] = set()
+    for way, candidate in zip(tilings(describe(call)), candidates(call), strict=True):
+        if (way.t, way.split) in tried or way.t > 64:
+            continue
+        tried.add((way.t, way.split))
+        (launch,) = candidate.launches
+        tensors["y"].fill_(float("nan"))
+        _run_interpreted(launch, tensors, candidate.scratch, candidate.zeroed)
+        error = float((tensors["y"].double() - want).norm() / want.norm())
+        allowed = getattr(linear.tolerance, call.tensors["y"].dtype)
+        errors[f"{call.op} {call.dims} {candidate.name}"] = (9.0 if error != error else error, allowed)
+    return errors
 
 
 def _run_interpreted(launch, tensors, nbytes: int, zeroed: int) -> None:
@@ -200,11 +259,17 @@ def _run_interpreted(launch, tensors, nbytes: int, zeroed: int) -> None:
         (_call(16, 4096, 4096), 90, ("wgmma.mma_async", "cp.async.bulk.tensor", "prefetch.L2")),
         (_call(128, 6144, 4096), 90, ("wgmma.mma_async", "cp.async.bulk.tensor")),
         (_call(4096, 6144, 4096, bias=True), 90, ("wgmma.mma_async", "cp.async.bulk.tensor")),
+        (_call(256, 24576, 4096, spare=True), 90, ("wgmma.mma_async", "cp.async.bulk.tensor")),
+        (_gated(16, 12288, 4096), 90, ("wgmma.mma_async", "cp.async.bulk.tensor", "prefetch.L2")),
+        (_gated(4096, 12288, 4096), 90, ("wgmma.mma_async", "cp.async.bulk.tensor")),
+        (_gated(16, 12288, 4096, features=frozenset()), 80, ("mma.sync", "cp.async.cg")),
         (_call(16, 200, 4096, features=frozenset()), 80, ("mma.sync", "cp.async.cg")),
         (_call(7, 131, 100, out="float32"), 90, ("wgmma.mma_async",)),
         (_call(7, 131, 96, dtype="float32"), 90, ("fma.rn.f32",)),
     ],
-    ids=lambda value: f"T{value.dims['T']}_N{value.dims['N']}" if isinstance(value, OpCall) else None,
+    ids=lambda value: (
+        f"{value.op}_T{value.dims['T']}_y{value.tensors['y'].shape[1]}" if isinstance(value, OpCall) else None
+    ),
 )
 def test_cross_compiled_kernels_use_the_units_they_should(call: OpCall, arch: int, wanted: tuple[str, ...]):
     pytest.importorskip("triton")

@@ -1,0 +1,152 @@
+"""Which of the ways to run a call a plan carries: the best few that the target's resources allow.
+
+Implementations say what they would launch, best first; only compiling tells registers and shared memory. So
+the best are compiled, those that spill or do not fit are dropped, and the next take their places.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from makeready.graphs.cuda.aot import Compiled, Kernel, kernel_of
+from makeready.graphs.cuda.pool import compile_each
+from makeready.graphs.plan import PlanError
+from makeready.graphs.targets import Target
+from makeready.kernels import registry
+from makeready.kernels.device import Candidate, DeviceLaunch, OpCall
+
+_GRID_LIMIT = (2**31 - 1, 65535, 65535)
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Way:
+    """A candidate for a call, the kernels of its launches in order."""
+
+    name: str
+    call: OpCall
+    candidate: Candidate
+    kernels: tuple[Kernel, ...]
+
+
+@dataclass
+class _Search:
+    """The ways of one call: those that are in, those being tried, and the rest."""
+
+    rest: Iterator[Way]
+    taken: list[Way] = field(default_factory=list)
+    tried: list[Way] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+
+
+def select(
+    calls: Mapping[Key, OpCall],
+    target: Target,
+    *,
+    keep: int,
+    cache: Path,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[dict[Key, list[Way]], dict[Kernel, Compiled], tuple[str, ...]]:
+    """The best ``keep`` ways of every call, their machine code, and a line for each way that was dropped.
+
+    A call without an implementation has no ways.
+
+    Args:
+        cache: folder of compiled kernels.
+        progress: told how many of how many kernels are compiled; the latter grows where ways are dropped.
+
+    Raises:
+        PlanError: none of a call's ways compiles within the target's resources, or an implementation is wrong:
+            its launch does not suit its kernel, or is dependent and never waits.
+    """
+    searches = {key: _Search(_offered(call, target)) for key, call in calls.items()}
+    compiled: dict[Kernel, Compiled | PlanError] = {}
+    while wanted := _next_round(searches, keep, compiled, target):
+        done = len(compiled)
+
+        def onward(part: int, of: int, done: int = done) -> None:
+            progress(done + part, done + of)
+
+        compiled |= compile_each(wanted, cache, onward)
+    for search in searches.values():
+        if search.refused and not search.taken:
+            raise PlanError(search.refused[0])
+    ways = {key: search.taken for key, search in searches.items()}
+    # Compilers' reasons may name temporary files, which must not enter a plan.
+    lines = {
+        reason.partition(" does not compile:") for search in searches.values() for reason in search.refused
+    }
+    dropped = sorted({where + by.rstrip(":") for where, by, _ in lines})
+    used = dict.fromkeys(kernel for taken in ways.values() for way in taken for kernel in way.kernels)
+    return ways, {k: made for k in used if isinstance(made := compiled[k], Compiled)}, tuple(dropped)
+
+
+def _offered(call: OpCall, target: Target) -> Iterator[Way]:
+    """All candidates: each implementation's best first, then each one's second."""
+    offered = [
+        [(f"{kernel.name}/{candidate.name}", candidate) for candidate in kernel.candidates(call)]
+        for kernel in registry.cuda_kernels(call.op)
+    ]
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*offered))
+    for name, candidate in filter(None, turns):
+        yield Way(
+            name, call, candidate, tuple(_kernel(launch, call, target) for launch in candidate.launches)
+        )
+
+
+def _kernel(launch: DeviceLaunch, call: OpCall, target: Target) -> Kernel:
+    for blocks, limit in zip(launch.grid, _GRID_LIMIT, strict=True):
+        if not 1 <= blocks <= limit:
+            raise PlanError(f"{launch.function} for {call.op}: a grid of {launch.grid} blocks cannot be run")
+    return kernel_of(launch, call, target.arch)
+
+
+def _next_round(
+    searches: Mapping[Key, _Search],
+    keep: int,
+    compiled: Mapping[Kernel, Compiled | PlanError],
+    target: Target,
+) -> list[Kernel]:
+    """Judge the ways that were tried and take the next where some are missing; kernels not compiled yet."""
+    wanted: dict[Kernel, None] = {}
+    for search in searches.values():
+        while True:
+            for way in search.tried:
+                reason = _refusal(way, compiled, target)
+                search.refused.append(reason) if reason else search.taken.append(way)
+            search.tried = list(itertools.islice(search.rest, keep - len(search.taken)))
+            missing = [k for way in search.tried for k in way.kernels if k not in compiled]
+            if missing or not search.tried:
+                break
+        wanted |= dict.fromkeys(missing)
+    return list(wanted)
+
+
+def _refusal(way: Way, compiled: Mapping[Kernel, Compiled | PlanError], target: Target) -> str:
+    """Why the target cannot run ``way``; empty where it can."""
+    for launch, kernel in zip(way.candidate.launches, way.kernels, strict=True):
+        made = compiled[kernel]
+        where = f"{launch.function} of {way.call.op}/{way.name}"
+        if isinstance(made, PlanError):
+            return str(made)
+        if made.spill_bytes > launch.local_bytes:
+            return (
+                f"{where} spills: {made.spill_bytes} bytes of local memory a thread, "
+                f"{launch.local_bytes} are allowed; use smaller tiles or more warps"
+            )
+        if made.shared > target.shared_bytes:
+            return (
+                f"{where} needs {made.shared} bytes of shared memory, {target.name} has {target.shared_bytes} "
+                "for a block; use smaller tiles or fewer stages"
+            )
+        if launch.dependent and not made.waits:
+            raise PlanError(
+                f"{where} is dependent and never waits for the kernels before it; call gdc_wait before the "
+                "first access to what they touch"
+            )
+    return ""
