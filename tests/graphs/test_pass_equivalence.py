@@ -16,16 +16,20 @@ from makeready.graphs.passes.specialize import specialize
 from makeready.graphs.spec import DECODE, EXTEND
 from makeready.graphs.verify import verify
 
-SUBSETS = [
-    disabled
-    for count in range(len(REWRITES) + 1)
-    for disabled in itertools.combinations(sorted(REWRITES), count)
+QUANT = {"fuse_quantize"}  # what applies to quantized programs alone
+MODELS = dict.fromkeys(CONFIGS, "") | {"llama-fp8": "fp8"}
+CASES = [
+    (name, disabled)
+    for name, quant in MODELS.items()
+    for passes in [sorted(REWRITES) if quant else sorted(REWRITES.keys() - QUANT)]
+    for count in range(len(passes) + 1)
+    for disabled in itertools.combinations(passes, count)
 ]
 
 
 @cache
 def model(name: str) -> tuple[Traced, Weights]:
-    return traced(CONFIGS[name]), Weights()
+    return traced(CONFIGS[name.partition("-")[0]], quant=MODELS[name] or None), Weights()
 
 
 def run(name: str, programs: dict[str, Program]) -> list[dict[str, torch.Tensor]]:
@@ -46,8 +50,7 @@ def general(name: str) -> list[dict[str, torch.Tensor]]:
     return run(name, {EXTEND: program, DECODE: program})
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("disabled", SUBSETS, ids=lambda d: "+".join(d) or "none")
+@pytest.mark.parametrize(("name", "disabled"), CASES, ids=lambda v: v if isinstance(v, str) else "+".join(v))
 def test_passes_change_nothing(name, disabled):
     program = model(name)[0].program
     programs = {

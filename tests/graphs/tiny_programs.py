@@ -15,6 +15,7 @@ from makeready.graphs.constants import GENERATORS
 from makeready.graphs.ir import KV, STEP, Call, Program, Value
 from makeready.graphs.recipe import Param, Piece
 from makeready.graphs.spec import DECODE, EXTEND, Bucket, Limits, slot_fields, step_fields
+from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.spec import TensorSpec
 
 LLAMA: dict[str, Any] = {
@@ -73,11 +74,15 @@ class Weights:
         """The parameter, by its recipe."""
         if param.generated:
             return torch.from_numpy(GENERATORS[param.generated.function](**param.generated.arguments))
-        made = torch.full(param.spec.at({}), float("nan"))
+        made = torch.full(param.assembled.at({}), float("nan"))
         for piece in param.pieces:
             rows = self.source(piece.source, (piece.stop, *made.shape[1:]))[piece.start : piece.stop]
             made[piece.at : piece.at + len(rows)] = rows
-        return made
+        if param.derived is None:
+            return made
+        op = CONTRACTS[param.derived.op]
+        at = [o.name for o in op.outputs].index(param.derived.result)
+        return op.reference(made, **param.derived.attrs)[at].view(param.spec.at({}))
 
 
 @dataclass
