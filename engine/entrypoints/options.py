@@ -275,17 +275,7 @@ class GenerateJob(Job):
 
     def check(self, given: Collection[str]) -> None:
         super().check(given)
-        if self.plan.path is not None:
-            fixed = [
-                o
-                for o in given
-                if o != "plan.path" and (o + ".").startswith(("plan.", "target.", "kv.dtype."))
-            ]
-            if fixed:
-                raise UsageError(
-                    f"{', '.join(sorted(fixed))} cannot be chosen beside plan={self.plan.path}, which is already "
-                    "compiled; leave it out, or leave out the plan"
-                )
+        check_compiled(self.plan, given)
         asked = [name for name in ("prompt", "chat", "prompts") if getattr(self, name) is not None]
         if len(asked) != 1:
             found = (
@@ -326,6 +316,16 @@ class GenerateJob(Job):
     def params(self) -> SamplingParams:
         """What ``sampling`` says, checked."""
         return SamplingParams.from_mapping(dataclasses.asdict(self.sampling))  # type: ignore[call-overload]
+
+
+def check_compiled(plan: PlanOrPath, given: Collection[str]) -> None:
+    """Refuse options, as named on the command line, that a plan which is already compiled has settled."""
+    fixed = [o for o in given if o != "plan.path" and (o + ".").startswith(("plan.", "target.", "kv.dtype."))]
+    if plan.path is not None and fixed:
+        raise UsageError(
+            f"{', '.join(sorted(fixed))} cannot be chosen beside plan={plan.path}, which is already "
+            "compiled; leave it out, or leave out the plan"
+        )
 
 
 def check_files(prompts: Path, output: Path) -> None:
@@ -376,36 +376,3 @@ class InspectJob:
         """See :meth:`Job.check`."""
         if self.context < 1:
             raise UsageError(f"context={self.context} must be at least 1")
-
-
-@dataclass
-class BenchJob:
-    """Options of scripts/bench.py.
-
-    Attributes:
-        checkpoint: a Hugging Face folder or a .gguf file.
-        suite: what to measure: decode, startup, or both.
-        rows: batch sizes of the decode suite.
-        tokens: decode steps of one measurement.
-        repeats: measurements of each kind; the median is what counts.
-        weight_dtype: float32, bfloat16 or float16, in both engines.
-        threads: threads of PyTorch. null: one a core.
-        output: JSON file for the result.
-    """
-
-    checkpoint: str = literal(MISSING)
-    suite: list[str] = MISSING
-    rows: list[int] = MISSING
-    tokens: int = MISSING
-    repeats: int = MISSING
-    weight_dtype: str = MISSING
-    threads: int | None = MISSING
-    output: str | None = literal()
-
-    def check(self, given: Collection[str]) -> None:
-        """See :meth:`Job.check`."""
-        unknown = [name for name in self.suite if name not in ("decode", "startup")]
-        if unknown or not self.suite:
-            raise UsageError(f"suite={self.suite} must list decode, startup or both")
-        if min([self.tokens, self.repeats, self.threads or 1, *self.rows], default=0) < 1 or not self.rows:
-            raise UsageError("rows, tokens, repeats and threads must be at least 1")

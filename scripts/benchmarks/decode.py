@@ -61,6 +61,20 @@ def decode(
     return {"model": llm.plan.architecture, "weight_dtype": weight_dtype, "tokens": tokens, "decode": found}
 
 
+def table(result: dict[str, Any]) -> list[str]:
+    """The figures as lines of text: medians, and the range of the ratios."""
+    lines = []
+    for row in result["decode"]:
+        speeds = {name: s["median"] for name, s in row["tokens_per_second"].items()}
+        ratio = row["ratio"]
+        lines.append(
+            f"decode, {row['rows']} rows: {speeds['makeready']:.1f} tokens/s, "
+            f"transformers {speeds['transformers']:.1f}, ratio {ratio['median']:.2f} "
+            f"({ratio['min']:.2f}-{ratio['max']:.2f})"
+        )
+    return lines
+
+
 def _step_seconds(generate: Generate, prompts: list[list[int]], tokens: int) -> float:
     times = []
     for count in (1, tokens + 1):

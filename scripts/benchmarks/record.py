@@ -8,12 +8,12 @@ import platform
 import statistics
 import subprocess
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-LIBRARIES = ("torch", "transformers", "tokenizers", "numpy")
+LIBRARIES = ("torch", "transformers", "triton", "cuda-bindings", "tokenizers", "numpy")
 
 
 def describe(command: Sequence[str]) -> dict[str, Any]:
@@ -26,8 +26,9 @@ def describe(command: Sequence[str]) -> dict[str, Any]:
     ).stdout.strip()
     return {
         "device": f"{_processor()}, {os.cpu_count()} cores",
+        **({"gpus": gpus} if (gpus := _gpus()) else {}),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in LIBRARIES},
+        "versions": {name: found for name in LIBRARIES if (found := _version(name))},
         "commit": commit or "unknown",
         "command": " ".join(command),
     }
@@ -56,3 +57,19 @@ def _processor() -> str:
         return platform.processor() or "unknown processor"
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else "unknown processor"
+
+
+def _gpus() -> list[str]:
+    """Name, memory and driver of every GPU, as the driver's own tool prints them."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return []
+
+
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None

@@ -58,6 +58,14 @@ def startup(checkpoint: Path, *, repeats: int, weight_dtype: str) -> dict[str, A
     return {"startup_seconds": {name: summary(seconds) for name, seconds in found.items()}}
 
 
+def table(result: dict[str, Any]) -> list[str]:
+    """The figures as lines of text."""
+    return [
+        f"{name.replace('_', ' ')}: {seconds['median']:.2f} s ({seconds['min']:.2f}-{seconds['max']:.2f})"
+        for name, seconds in result["startup_seconds"].items()
+    ]
+
+
 def _run(code: str, checkpoint: Path, weight_dtype: str, plan: Path, cache: Path) -> dict[str, float]:
     done = subprocess.run(
         [sys.executable, "-c", code, str(checkpoint), weight_dtype, str(plan)],

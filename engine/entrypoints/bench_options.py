@@ -1,0 +1,210 @@
+"""What scripts/bench.py can be told; see engine/entrypoints/options.py."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from omegaconf import MISSING
+
+from makeready.engine.entrypoints.options import Job, PlanOrPath, UsageError, check_compiled, literal
+
+# The options that each suite reads, beside checkpoint, suite and output. A name ends with a dot where it
+# stands for a group.
+_LLM = ("model.", "target", "plan.", "kv.", "threads")
+SUITES: dict[str, tuple[str, ...]] = {
+    "decode": ("rows", "tokens", "repeats", "weight_dtype", "threads"),
+    "startup": ("repeats", "weight_dtype", "threads"),
+    "latency": (*_LLM, "rows", "tokens", "repeats", "latency."),
+    "throughput": (*_LLM, "throughput."),
+    "replay": (*_LLM, "replay."),
+    "prefix": (*_LLM, "replay.", "prefix."),
+    "host": ("host.",),
+}
+
+
+@dataclass
+class LatencyOptions:
+    """The time between tokens and to the first one.
+
+    Attributes:
+        context: prompt tokens a row for the time between tokens.
+        prompts: lengths of single prompts for the time to the first token.
+    """
+
+    context: int = MISSING
+    prompts: list[int] = MISSING
+
+
+@dataclass
+class ThroughputOptions:
+    """Offline throughput over random prompts.
+
+    Attributes:
+        prompts: how many.
+        input: most tokens of a prompt.
+        output: most tokens generated for one.
+        ratio: lengths are drawn evenly from ratio times the most up to the most; 1 makes all equal.
+        seed: of lengths and token ids.
+    """
+
+    prompts: int = MISSING
+    input: int = MISSING
+    output: int = MISSING
+    ratio: float = MISSING
+    seed: int = MISSING
+
+
+@dataclass
+class ReplayOptions:
+    """A recorded load.
+
+    Attributes:
+        trace: CSV with arrival time, prompt and output tokens (as the Azure traces have them), or JSON lines
+            with timestamp in ms, input_length, output_length and where known hash_ids (as Mooncake's have
+            them); equal ids become equal tokens, so shared prefixes are shared.
+        requests: only the first so many. null: all.
+        speed: how many times faster than recorded requests arrive.
+        block: tokens that one of hash_ids stands for.
+        seed: of token ids.
+    """
+
+    trace: str | None = literal()
+    requests: int | None = MISSING
+    speed: float = MISSING
+    block: int = MISSING
+    seed: int = MISSING
+
+
+@dataclass
+class PrefixOptions:
+    """Groups of prompts that begin alike, for the prefix suite where replay.trace is null.
+
+    Attributes:
+        groups: how many.
+        prompts: in each.
+        shared: tokens that a group's prompts begin with.
+        own: tokens that follow, different in each.
+        output: tokens generated for each.
+        seed: of token ids and of the order of prompts.
+    """
+
+    groups: int = MISSING
+    prompts: int = MISSING
+    shared: int = MISSING
+    own: int = MISSING
+    output: int = MISSING
+    seed: int = MISSING
+
+
+@dataclass
+class HostOptions:
+    """The engine's own cost, on an executable that takes no time.
+
+    Attributes:
+        rows: requests that run at once.
+        waiting: requests that wait beside them.
+        context: prompt tokens of each.
+        steps: decode steps of a measurement.
+        repeats: measurements of each; the least counts most on a shared machine.
+    """
+
+    rows: list[int] = MISSING
+    waiting: list[int] = MISSING
+    context: int = MISSING
+    steps: int = MISSING
+    repeats: int = MISSING
+
+
+@dataclass
+class BenchJob(Job):
+    """Options of scripts/bench.py.
+
+    Attributes:
+        checkpoint: a Hugging Face folder, a .gguf file, or dummy: random weights of the model= preset; not
+            for the host suite alone.
+        suite: what to measure: decode, startup, latency, throughput, replay, prefix, host, or several.
+        rows: batch sizes of the decode and latency suites.
+        tokens: decode steps of one measurement there.
+        repeats: measurements of each kind; the median is what counts.
+        weight_dtype: float32, bfloat16 or float16, in both engines of the decode suite.
+        threads: threads of PyTorch, where it computes. null: one a core.
+        output: JSON file for the result.
+    """
+
+    checkpoint: str | None = literal()  # pyright: ignore[reportIncompatibleVariableOverride]
+    plan: PlanOrPath = field(default_factory=PlanOrPath)  # pyright: ignore[reportIncompatibleVariableOverride]
+    suite: list[str] = MISSING
+    rows: list[int] = MISSING
+    tokens: int = MISSING
+    repeats: int = MISSING
+    weight_dtype: str = MISSING
+    threads: int | None = MISSING
+    latency: LatencyOptions = field(default_factory=LatencyOptions)
+    throughput: ThroughputOptions = field(default_factory=ThroughputOptions)
+    replay: ReplayOptions = field(default_factory=ReplayOptions)
+    prefix: PrefixOptions = field(default_factory=PrefixOptions)
+    host: HostOptions = field(default_factory=HostOptions)
+    output: str | None = literal()
+
+    def check(self, given: Collection[str]) -> None:
+        """See :meth:`Job.check`."""
+        unknown = [name for name in self.suite if name not in SUITES]
+        if unknown or not self.suite:
+            raise UsageError(f"suite={self.suite} must list some of {', '.join(SUITES)}")
+        read = {option for name in self.suite for option in SUITES[name]} | {"suite", "output", "checkpoint"}
+        unread = sorted(name for name in given if not any(_is(name, option) for option in read))
+        if unread:
+            readers = [n for n, options in SUITES.items() if any(_is(unread[0], o) for o in options)]
+            raise UsageError(
+                f"{unread[0]}= is not read by suite={','.join(self.suite)}; "
+                f"it is for {', '.join(readers)}; leave it out or add its suite"
+            )
+        if set(self.suite) != {"host"}:
+            self._check_checkpoint(given)
+        self._check_figures()
+        if "replay" in self.suite and self.replay.trace is None:
+            raise UsageError("suite replay needs replay.trace=FILE, a recorded load as CSV or JSON lines")
+        if self.replay.trace is not None and not Path(self.replay.trace).expanduser().is_file():
+            raise UsageError(f"replay.trace={self.replay.trace} is no file; give a recorded load")
+
+    def _check_checkpoint(self, given: Collection[str]) -> None:
+        if self.checkpoint is None:
+            raise UsageError("checkpoint= is missing: a Hugging Face folder, a .gguf file, or dummy")
+        beside = sorted({"decode", "startup"}.intersection(self.suite))
+        if beside and self.checkpoint == "dummy":
+            raise UsageError(f"suite {beside[0]} reads real weights; give a checkpoint, or leave it out")
+        super().check(given)
+        check_compiled(self.plan, given)
+
+    def _check_figures(self) -> None:
+        """Whether all counts are counts."""
+        counts = {
+            "rows": self.rows,
+            "tokens": [self.tokens],
+            "repeats": [self.repeats],
+            "threads": [self.threads or 1],
+            "latency.context": [self.latency.context],
+            "latency.prompts": self.latency.prompts,
+            "replay.requests": [1 if self.replay.requests is None else self.replay.requests],
+            "replay.block": [self.replay.block],
+            "host.waiting": [1 + least for least in self.host.waiting],
+        }
+        for group in ("throughput", "prefix", "host"):
+            for f in fields(getattr(self, group)):
+                value = getattr(getattr(self, group), f.name)
+                if f.name not in ("ratio", "seed", "waiting"):
+                    counts[f"{group}.{f.name}"] = value if isinstance(value, list) else [value]
+        for name, values in counts.items():
+            if min(values, default=0) < 1:
+                raise UsageError(f"{name} must be at least {int(name != 'host.waiting')}")
+        if not 0 <= self.throughput.ratio <= 1:
+            raise UsageError(f"throughput.ratio={self.throughput.ratio:g} must be from 0 to 1")
+        if not 0 < self.replay.speed < float("inf"):
+            raise UsageError(f"replay.speed={self.replay.speed:g} must be above 0")
+
+
+def _is(name: str, option: str) -> bool:
+    """Whether ``name``, as given on the command line, is the option or one of the group."""
+    return name == option or (option.endswith(".") and (name + ".").startswith(option))
