@@ -58,7 +58,6 @@ class Prefix:
     tokens: int
     priority: int
     _end: _Node | None  # None once the prefix was released or replaced
-    _made: bool = False  # the run it ends with was inserted through it
 
 
 class PrefixCache:
@@ -133,20 +132,18 @@ class PrefixCache:
         found, last = self._descend(end, tokens, start * size, prefix.priority)
         at = start + len(found)
         self.pool.release(pages[start:at])
-        made = prefix._made and last is end
         if at < full:
             fresh, run = pages[at:full], _encode(tokens[at * size : full * size])
             self.pool.share(fresh)
-            if made and last.holders == 1 and last.hits == 1 and not last.children:
-                # Chunk after chunk of one sequence, used by nobody else so far, is one run.
+            if last.parent is not None and last.hits == 1 and not last.children:
+                # A run that only this sequence ever used grows with it, chunk after chunk.
                 last.run += run
                 last.pages += fresh
             else:
                 last = self._add(last, run, fresh, prefix.priority)
-            made = True
             found = found + fresh
         prefix._end = None
-        return Prefix(prefix.pages + found, max(start, full) * size, prefix.priority, last, made)
+        return Prefix(prefix.pages + found, max(start, full) * size, prefix.priority, last)
 
     def release(self, prefix: Prefix) -> None:
         """Stop holding a prefix; pages that nobody else holds become cached."""

@@ -185,6 +185,17 @@ def test_policies_choose_what_goes_first(policy: str, order: str) -> None:
     assert "".join(gone) == order
 
 
+def test_what_was_in_use_until_now_counts_as_used_now() -> None:
+    cache = PrefixCache(PagePool(20), 1)
+    put(cache, [1])
+    put(cache, [2])
+    long = cache.acquire([1])
+    cache.release(cache.acquire([2]))
+    cache.release(long)
+    assert cache.evict(1) == 1
+    assert (cache.match([1]), cache.match([2])) == (1, 0)
+
+
 def test_ends_go_before_beginnings() -> None:
     """A conversation loses its last pages first, and what two share last of all."""
     cache = PrefixCache(PagePool(20), 1)
