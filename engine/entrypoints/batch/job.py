@@ -112,6 +112,8 @@ class Rows:
     def state(self) -> str:
         """What is kept, and how to go on."""
         kept, total = self._journal.totals.rows, self._given.survey.count
+        if not kept:
+            return "no row was done"
         kept_there = f"{kept:,} of {count_rows(total, 0)} are kept in {self._files.journal}"
         return f"{kept_there}; the same command goes on from there"
 

@@ -30,6 +30,7 @@ from makeready.engine.entrypoints.batch.rows import encode
 SCHEMA = 1
 SYNC_SECONDS = 5.0  # of work lost with the machine's power; a sync waits for the disk
 RECORD = re.compile(rb'\{"row": (\d+), "failed": (true|false), "tokens": (\d+), "answer": ')
+HEAD = b'{"makeready"'
 NOWHERE = -1
 
 
@@ -57,6 +58,7 @@ class Journal:
         self.totals = Totals()
         self._file = _locked(path)
         self._end = 0
+        self._begun = False
         self._offsets = array("q")
         self._synced = time.monotonic()
 
@@ -64,13 +66,19 @@ class Journal:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file; one without rows, which this process began, is not kept."""
+        if self._begun and not self.totals.rows:
+            self.remove()
         os.close(self._file)
 
     def identity(self) -> Mapping[str, Any] | None:
-        """What job the file is of; None where it is empty, or holds not even a whole first line."""
+        """What job the file is of; None where it holds no row."""
         with open(self.path, "rb") as file:
-            line = file.readline()
-        if not line.endswith(b"\n"):
+            line, row = file.readline(), file.readline()
+        if not row and line[: len(HEAD)] == HEAD[: len(line)]:
             return None
         try:
             header = json.loads(line)
@@ -83,7 +91,7 @@ class Journal:
     def begin(self, identity: Mapping[str, Any], last: int) -> None:
         """Empty the file, for rows from 1 to ``last``."""
         os.ftruncate(self._file, 0)
-        self._end, self.totals = 0, Totals()
+        self._end, self._begun, self.totals = 0, True, Totals()
         self._offsets = array("q", [NOWHERE]) * (last + 1)
         self._write(encode({"makeready": SCHEMA, "identity": identity}) + b"\n")
 
@@ -136,6 +144,7 @@ class Journal:
 
     def remove(self) -> None:
         """Delete the file."""
+        self._begun = False
         os.unlink(self.path)
 
     def _note(self, number: int, failed: bool, tokens: int, offset: int) -> None:

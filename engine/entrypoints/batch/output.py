@@ -77,16 +77,16 @@ def open_journal(
                     f"{files.journal} holds rows of another job ({_difference(held, identity)}); start that one "
                     "again, name another output, or add overwrite=true to drop them"
                 )
-            journal.begin(identity, survey.last)
+            _begin(journal, identity, survey)
             return journal
         if held in (None, identity):
             journal.remove()
     except BaseException:
-        if files.journal.stat().st_size == 0:
+        if not files.journal.stat().st_size:
             journal.remove()
-        journal.__exit__()
+        journal.close()
         raise
-    journal.__exit__()
+    journal.close()
     return finished
 
 
@@ -120,6 +120,15 @@ def publish(
         raise
     _synced(files.final.parent)
     journal.remove()
+
+
+def _begin(journal: Journal, identity: Mapping[str, Any], survey: Survey) -> None:
+    try:
+        journal.begin(identity, survey.last)
+    except OSError as error:
+        raise JobError(
+            f"{journal.path} cannot be written: {error.strerror}; make room and start again"
+        ) from None
 
 
 def _finished(files: Files, identity: Mapping[str, Any]) -> Totals | None:

@@ -1,0 +1,220 @@
+"""OpenAI's batch format: what each field comes to, what is refused by name, and the shapes of answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scripts_in_process import TINY, script
+
+from makeready.engine.entrypoints.batch.base import RowError
+from makeready.engine.entrypoints.batch.openai import CHAT, COMPLETIONS, OpenAIFormat
+from makeready.engine.entrypoints.batch.openai_logprobs import chat_logprobs, completion_logprobs, token_text
+from makeready.engine.request import Output, TokenLogprob
+from makeready.engine.sampling import SamplingParams
+
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+def row(url: str, **body: Any) -> dict[str, Any]:
+    given = {"model": "m"} | ({"messages": MESSAGES} if url == CHAT else {"prompt": "hi"}) | body
+    return {"custom_id": "a", "method": "POST", "url": url, "body": given}
+
+
+def output(ids: tuple[int, ...], reason: str = "length", **finish: Any) -> Output:
+    logprobs = tuple(TokenLogprob(i, -i / 8, ((i, -i / 8), (0, float("-inf")))) for i in ids)
+    meta = {"finish_reason": {"type": reason, **finish}, "cached_tokens": 2, "seed": 5}
+    return Output("é b", ids, reason, 7, logprobs, meta_info=meta)
+
+
+class Tokens:
+    """Tokens a, b, c, ...; as some tokenizers do, the first word of a text loses its space."""
+
+    def decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:
+        assert not skip_special_tokens
+        return "".join("\ufffd" if i == 9 else f" {chr(97 + i)}" for i in ids).removeprefix(" ")
+
+
+def test_every_field_reaches_the_sampling_parameter_of_its_meaning():
+    shared = {
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "n": 2,
+        "stop": ["x"],
+        "presence_penalty": 0.1,
+        "frequency_penalty": 0.2,
+        "logit_bias": {"5": -1},
+        "top_k": 3,
+        "min_p": 0.1,
+        "repetition_penalty": 1.1,
+        "stop_token_ids": [4],
+        "ignore_eos": True,
+        "skip_special_tokens": False,
+        "no_stop_trim": True,
+        "stop_regex": "y",
+    }
+    renamed = {
+        "seed": ("sampling_seed", 3),
+        "min_tokens": ("min_new_tokens", 1),
+        "max_tokens": ("max_new_tokens", 9),
+    }
+    expected = shared | dict(renamed.values())
+    body = shared | {theirs: value for theirs, (_, value) in renamed.items()}
+    for url in (CHAT, COMPLETIONS):
+        ask = OpenAIFormat().read(row(url, **body))
+        assert ask.sampling == expected
+        SamplingParams.from_mapping(ask.sampling)  # all of them exist
+    ask = OpenAIFormat().read(row(CHAT, max_completion_tokens=4, logprobs=True, top_logprobs=2))
+    assert ask.sampling == {"max_new_tokens": 4, "return_logprob": True, "top_logprobs_num": 2}
+    ask = OpenAIFormat().read(row(COMPLETIONS, logprobs=3))
+    assert ask.sampling == {"return_logprob": True, "top_logprobs_num": 3}
+    ask = OpenAIFormat().read(row(CHAT, chat_template_kwargs={"enable_thinking": False}))
+    assert (ask.kind, ask.prompts, ask.template) == ("messages", (MESSAGES,), {"enable_thinking": False})
+
+
+@pytest.mark.parametrize(
+    ("prompt", "kind", "prompts"),
+    [
+        ("a", "prompt", ("a",)),
+        (["a", "b"], "prompt", ("a", "b")),
+        ([1, 2], "token_ids", ([1, 2],)),
+        ([[1], [2, 3]], "token_ids", ([1], [2, 3])),
+    ],
+)
+def test_a_completion_takes_prompts_in_every_shape(prompt, kind, prompts):
+    ask = OpenAIFormat().read(row(COMPLETIONS, prompt=prompt))
+    assert (ask.kind, ask.prompts) == (kind, prompts)
+
+
+def test_fields_that_ask_for_nothing_are_taken():
+    idle = {"stream": False, "store": False, "tools": [], "response_format": {"type": "text"}, "user": None}
+    assert OpenAIFormat().read(row(CHAT, **idle)).sampling == {}
+    assert OpenAIFormat().read(row(COMPLETIONS, echo=False, best_of=1, suffix=None)).sampling == {}
+
+
+REFUSED = [
+    (CHAT, {"tools": [{"type": "function"}]}, "tools"),
+    (CHAT, {"response_format": {"type": "json_object"}}, "response_format"),
+    (CHAT, {"stream": True}, "stream"),
+    (CHAT, {"user": "u"}, "user"),
+    (CHAT, {"prompt": "x"}, "prompt"),
+    (CHAT, {"logprobs": 3}, "logprobs"),
+    (CHAT, {"top_logprobs": 3}, "top_logprobs"),
+    (CHAT, {"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens"),
+    (CHAT, {"messages": "hi"}, "messages"),
+    (CHAT, {"model": None}, "model"),
+    (CHAT, {"chat_template_kwargs": {"messages": 1}}, "chat_template_kwargs"),
+    (COMPLETIONS, {"echo": True}, "echo"),
+    (COMPLETIONS, {"best_of": 2}, "best_of"),
+    (COMPLETIONS, {"messages": MESSAGES}, "messages"),
+    (COMPLETIONS, {"prompt": [1, "a"]}, "prompt"),
+    (COMPLETIONS, {"prompt": []}, "prompt"),
+]
+
+
+@pytest.mark.parametrize(("url", "body", "field"), REFUSED)
+def test_what_is_not_served_is_refused_by_its_name(url, body, field):
+    with pytest.raises(RowError, match=field) as refused:
+        OpenAIFormat().read(row(url, **body))
+    assert refused.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"method": "GET"}, "method"),
+        ({"url": "/v1/embeddings"}, "url"),
+        ({"body": []}, "body"),
+        ({"custom_id": 7}, "custom_id"),
+        ({"extra": 1}, "extra"),
+    ],
+)
+def test_what_is_around_a_body_is_checked(change, field):
+    with pytest.raises(RowError) as refused:
+        OpenAIFormat().read(row(CHAT) | change)
+    assert refused.value.field == field
+    with pytest.raises(RowError, match="custom_id is missing"):
+        OpenAIFormat().read({"prompt": "a"})
+
+
+def test_a_chat_comes_to_a_completion_object():
+    outputs = [output((1, 2)), output((3,))]
+    made = OpenAIFormat().answer(row(CHAT), outputs, SamplingParams(n=2), Tokens(), 3)  # type: ignore[arg-type]
+    assert (made["custom_id"], made["error"], made["response"]["status_code"]) == ("a", None, 200)
+    body = made["response"]["body"]
+    assert (body["object"], body["model"]) == ("chat.completion", "m")
+    assert [choice["index"] for choice in body["choices"]] == [0, 1]
+    assert body["choices"][0]["message"] == {"role": "assistant", "content": "é b", "refusal": None}
+    assert body["usage"] == {
+        "prompt_tokens": 7,
+        "completion_tokens": 3,
+        "total_tokens": 10,
+        "prompt_tokens_details": {"cached_tokens": 2},
+    }
+    again = OpenAIFormat().answer(row(CHAT), outputs, SamplingParams(n=2), Tokens(), 3)  # type: ignore[arg-type]
+    other = OpenAIFormat().answer(row(CHAT), outputs, SamplingParams(n=2), Tokens(), 4)  # type: ignore[arg-type]
+    assert made["id"] == again["id"] != other["id"]
+
+
+def test_several_prompts_count_each_once_in_the_usage():
+    outputs = [output((1, 2)), output((3,)), output((1,)), output((2,))]
+    made = OpenAIFormat().answer(row(COMPLETIONS), outputs, SamplingParams(n=2), Tokens(), 1)  # type: ignore[arg-type]
+    body = made["response"]["body"]
+    assert body["object"] == "text_completion"
+    assert [choice["text"] for choice in body["choices"]] == ["é b"] * 4
+    assert (body["usage"]["prompt_tokens"], body["usage"]["completion_tokens"]) == (14, 5)
+
+
+def test_logprobs_have_openais_shapes():
+    tokens: Any = Tokens()
+    assert [token_text(i, tokens) for i in (0, 1, 9)] == [" a", " b", "\ufffd"]
+    made = chat_logprobs(output((1, 9)), tokens)
+    assert made is not None
+    json.dumps(made, allow_nan=False)
+    first, second = made["content"]
+    assert first["token"] == " b"
+    assert first["bytes"] == list(b" b")
+    assert first["top_logprobs"][1] == {"token": " a", "logprob": -9999.0, "bytes": list(b" a")}
+    assert (second["token"], second["bytes"]) == ("\ufffd", None)
+
+    ended = output((1, 2, 3), "stop", matched=3)  # an end token is no part of the text
+    assert completion_logprobs(ended, tokens) == {
+        "tokens": [" b", " c"],
+        "token_logprobs": [-0.125, -0.25],
+        "top_logprobs": [{" b": -0.125, " a": -9999.0}, {" c": -0.25, " a": -9999.0}],
+        "text_offset": [0, 2],
+    }
+    assert len((chat_logprobs(output((1, 2), "stop", matched="x"), tokens) or {})["content"]) == 2
+
+
+def test_a_file_of_openais_format_is_known_by_its_rows(capsys):
+    rows = [
+        row(COMPLETIONS, prompt=[5, 6], max_tokens=3, logprobs=1),
+        row(COMPLETIONS, prompt=[5, 6], max_tokens=99),
+        row(COMPLETIONS, prompt=[5, 6], seed=-1),
+        row(COMPLETIONS, prompt=[5], tools=[1]),
+        {"token_ids": [5]},
+    ]
+    Path("in.jsonl").write_text("{\n" + "".join(json.dumps(row) + "\n" for row in rows))
+    job = (*TINY, "prompts=in.jsonl", "output=out.jsonl", "sampling=greedy", "sampling.ignore_eos=true")
+    assert script("generate")(*job) == 0
+    unread, served, *refused = map(json.loads, Path("out.jsonl").read_text().splitlines())
+    assert (unread["custom_id"], unread["error"]["line"]) == (None, 1)
+    body = served["response"]["body"]
+    assert body["usage"]["completion_tokens"] == len(body["choices"][0]["token_ids"]) == 3
+    assert len(body["choices"][0]["logprobs"]["tokens"]) == 3
+    messages = [answer["response"]["body"]["error"]["message"] for answer in refused]
+    assert [answer["response"]["status_code"] for answer in refused] == [400] * 4
+    assert "max_tokens=99 exceed the context of 64" in messages[0]
+    assert messages[1].startswith("seed=-1 must be")
+    assert [answer["response"]["body"]["error"]["param"] for answer in refused[1:]] == [
+        "seed",
+        "tools",
+        "custom_id",
+    ]
+    assert [answer["error"]["message"] for answer in refused] == messages
+
+    assert script("generate")(*job, "format=rows", "overwrite=true") == 0
+    assert all("there is no field" in line for line in Path("out.jsonl").read_text().splitlines()[1:-1])
