@@ -53,22 +53,30 @@ class _Done:
 
 
 class CpuExecutable:
-    """A plan for target ``cpu``, loaded. See :class:`makeready.graphs.executable.base.Executable`.
+    """A plan for target ``cpu``, or interpreted, loaded. See :class:`makeready.graphs.executable.base.Executable`.
 
     Args:
         plan: what to run.
         checkpoint: the weights; must be the one that the plan was made for.
         pages: KV pages to allocate, the null page included.
         progress: told how many of how many parameters are loaded.
+        interpret: run a plan for another target, too, by the op references that it names: slow, and what
+            that target's kernels are held to.
 
     Raises:
         PlanError: another target's plan, another checkpoint's plan, or a plan of other kernels.
     """
 
     def __init__(
-        self, plan: Plan, checkpoint: Checkpoint, *, pages: int, progress: Progress = lambda done, total: None
+        self,
+        plan: Plan,
+        checkpoint: Checkpoint,
+        *,
+        pages: int,
+        progress: Progress = lambda done, total: None,
+        interpret: bool = False,
     ) -> None:
-        if plan.target != "cpu":
+        if plan.target != "cpu" and not interpret:
             raise PlanError(
                 f"the plan is for target {plan.target}, this machine runs it as cpu; recompile it"
             )
