@@ -20,6 +20,7 @@ import numpy as np
 
 from makeready.graphs.checkpoint.base import NUMPY_DTYPES, Checkpoint
 from makeready.graphs.executable import cuda_memory
+from makeready.graphs.executable.cuda_conversions import Converter
 from makeready.graphs.executable.cuda_convert import convert
 from makeready.graphs.executable.cuda_driver import Device, Driver, DriverError, Function
 from makeready.graphs.executable.cuda_graph import GraphBuilder
@@ -101,7 +102,7 @@ class CudaExecutable:
             self._keep(partial(cuda_memory.release, driver, regions.allocations))
         with self._phase("weights"):
             self._free = driver.memory()[0]
-            upload.start(driver, self._device, regions.weights)
+            upload.start(driver, self._device, regions.weights, self._converter(functions))
             self._keep(upload.close)
             with self._phase("buffers"):
                 self._make_buffers()
@@ -112,10 +113,17 @@ class CudaExecutable:
         self._keep(partial(driver.synchronize, self._stream))
         self._keep(partial(driver.use, self._device))  # in whatever thread everything is given back
 
+    def _converter(self, functions: Mapping[str, Function]) -> Converter | None:
+        loading, regions = self.plan.loading, self._regions
+        if loading is None:
+            return None
+        return Converter(self._driver, self.plan, loading, functions, regions.arena, regions.weights)
+
     def _make_buffers(self) -> None:
         plan, driver = self.plan, self._driver
         self._stream = stream = driver.stream()
         self._keep(partial(driver.destroy_stream, stream))
+        self._keep(partial(driver.synchronize, stream))  # what follows may fail halfway
         self._clear()
         self._flights = tuple(Flight(driver, plan) for _ in range(2))
         for flight in self._flights:

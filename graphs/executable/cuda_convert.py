@@ -33,8 +33,8 @@ def convert(source: np.ndarray, stored: str, wanted: str) -> np.ndarray:
     return _FROM_FLOAT32[wanted](_TO_FLOAT32[stored](source))
 
 
-def reader(checkpoint: Checkpoint, source: str, rows: slice, wanted: str) -> Callable[[], np.ndarray]:
-    """What reads rows of a tensor in the dtype ``wanted`` when it is called."""
+def reader(checkpoint: Checkpoint, source: str, rows: slice | None, wanted: str) -> Callable[[], np.ndarray]:
+    """What reads rows of a tensor (None: all of it) in the dtype ``wanted`` when it is called."""
 
     def read() -> np.ndarray:
         array = checkpoint.read(source, rows)

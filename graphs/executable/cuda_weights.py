@@ -3,7 +3,7 @@
 Rows that a mapped file holds in the very dtype that the plan wants go straight from the page cache
 (graphs/executable/cuda_pages.py). All else, conversions, dequantized blocks, generated constants, or files
 that cannot be pinned, passes through pinned buffers, two for each thread, so that one is filled while the
-other is copied.
+other is copied. What is quantized on its way passes through them too (graphs/executable/cuda_conversions.py).
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -21,11 +22,11 @@ import numpy as np
 from makeready.graphs.checkpoint.base import Checkpoint
 from makeready.graphs.constants import GENERATORS
 from makeready.graphs.executable import cuda_pages
-from makeready.graphs.executable.cuda_convert import convert, stored_dtype
+from makeready.graphs.executable.cuda_conversions import Chunk, Converter, chunks
+from makeready.graphs.executable.cuda_convert import convert, reader
 from makeready.graphs.executable.cuda_driver import Device, Driver, host_bytes
 from makeready.graphs.executable.cuda_pages import Pins, Span, Window, Windows, map_pages, mapped_rows
 from makeready.graphs.plan import Plan, PlanError, Weight
-from makeready.graphs.recipe import Piece
 from makeready.kernels.spec import DTYPE_BYTES
 
 Progress: TypeAlias = Callable[[int, int], None]
@@ -71,16 +72,17 @@ class Upload:
                     rows.append(part)
                 else:
                     cut.add(*part, index)
-        windows = cut.all()
+        windows, converted = cut.all(), chunks(plan, checkpoint)
         # What takes the host's time goes first, so that it ends with the copies.
-        self._tasks: deque[_Rows | Window] = deque([*rows, *windows])
+        self._tasks: deque[_Rows | Chunk | Window] = deque([*rows, *converted, *windows])
         self._unmapped = deque(windows)
         self._left = [0] * len(plan.weights)
-        for index in (*(row.weight for row in rows), *(i for window in windows for i in window.weights)):
-            self._left[index] += 1
+        for task in self._tasks:
+            for index in [task.weight] if isinstance(task, _Rows) else task.weights:
+                self._left[index] += 1
         count = min(threads or _cores(), MOST_THREADS, max(len(self._tasks), 1))
         self._most_pinned = cuda_pages.PINNED // count
-        self._place: tuple[Driver, Device, int] | None = None
+        self._place: tuple[Driver, Device, int, Converter | None] | None = None
         self._started, self._copied = threading.Event(), threading.Event()
         self._copying = count
         self._error: BaseException | None = None
@@ -88,9 +90,9 @@ class Upload:
         for _ in range(count):
             self._pool.submit(self._work)
 
-    def start(self, driver: Driver, device: Device, base: int) -> None:
-        """Begin to copy to the weights region at ``base``."""
-        self._place = (driver, device, base)
+    def start(self, driver: Driver, device: Device, base: int, converter: Converter | None = None) -> None:
+        """Begin to copy to the weights region at ``base``; ``converter`` is there if the plan loads by kernels."""
+        self._place = (driver, device, base, converter)
         self._started.set()
 
     def wait(self) -> None:
@@ -115,10 +117,10 @@ class Upload:
             self._started.wait()
             if self._place is None:  # closed before anything was copied
                 return
-            driver, device, base = self._place
+            driver, device, base, converter = self._place
             driver.use(device)
             lane = _Lane(driver, base, self._most_pinned)
-            self._copy(lane)
+            self._copy(lane, converter)
             lane.drain()
         except BaseException as error:
             self._error = error
@@ -137,7 +139,7 @@ class Upload:
                 return
             map_pages(*window.pages, stop=self._started.is_set)
 
-    def _copy(self, lane: _Lane) -> None:
+    def _copy(self, lane: _Lane, converter: Converter | None) -> None:
         while self._tasks:
             try:
                 task = self._tasks.popleft()
@@ -146,6 +148,11 @@ class Upload:
             if isinstance(task, _Rows):
                 lane.push(task.read(), task.target)
                 self._finish([task.weight])
+                continue
+            if isinstance(task, Chunk):
+                assert converter is not None, "the plan has chunks to convert"
+                converter.run(task, lane)
+                self._finish(task.weights)
                 continue
             self._pinnable = self._pinnable and lane.pins.copy(task, lane.base)
             if not self._pinnable:
@@ -159,7 +166,7 @@ class Upload:
             if self._copying == 0:
                 self._copied.set()
 
-    def _finish(self, weights: list[int]) -> None:
+    def _finish(self, weights: Sequence[int]) -> None:
         with self._lock:
             for index in weights:
                 self._left[index] -= 1
@@ -178,8 +185,8 @@ class _Lane:
     def __init__(self, driver: Driver, base: int, most_pinned: int) -> None:
         self._driver = driver
         self.base = base
-        self._stream = driver.stream()
-        self.pins = Pins(driver, self._stream, most_pinned)
+        self.stream = driver.stream()
+        self.pins = Pins(driver, self.stream, most_pinned)
         self._buffers: list[tuple[np.ndarray, Any]] = []
         self._turn = 1
 
@@ -190,12 +197,12 @@ class _Lane:
             part = flat[start : start + CHUNK]
             buffer, event = self._next()
             np.copyto(buffer[: part.nbytes], part)
-            self._driver.to_device(self.base + target + start, buffer.ctypes.data, part.nbytes, self._stream)
-            self._driver.record(event, self._stream)
+            self._driver.to_device(self.base + target + start, buffer.ctypes.data, part.nbytes, self.stream)
+            self._driver.record(event, self.stream)
 
     def drain(self) -> None:
         """Wait for the copies."""
-        self._driver.synchronize(self._stream)
+        self._driver.synchronize(self.stream)
 
     def close(self) -> None:
         """Wait for the copies, let go what is pinned and free everything."""
@@ -203,7 +210,7 @@ class _Lane:
         for buffer, event in self._buffers:
             self._driver.free_host(buffer.ctypes.data)
             self._driver.destroy_event(event)
-        self._driver.destroy_stream(self._stream)
+        self._driver.destroy_stream(self.stream)
 
     def _next(self) -> tuple[np.ndarray, Any]:
         self._turn ^= 1
@@ -224,6 +231,8 @@ def _parts(weight: Weight, index: int, checkpoint: Checkpoint) -> Iterator[_Rows
             f"parameter {param.name} has the layout {param.layout!r}, which this version cannot load; "
             "compile the plan again"
         )
+    if param.derived is not None:  # its rows are those of chunks
+        return
     wanted = param.spec.dtype
     if param.generated is not None:
         made = param.generated
@@ -232,9 +241,17 @@ def _parts(weight: Weight, index: int, checkpoint: Checkpoint) -> Iterator[_Rows
             start,
             index,
         )
+    if param.largest:
+        numbers = [reader(checkpoint, piece.source, None, wanted) for piece in param.pieces]
+        yield _Rows(lambda: np.stack([read().reshape(()) for read in numbers]).max(), start, index)
+        return
     row = int(np.prod(param.spec.at({})[1:], dtype=np.int64)) * DTYPE_BYTES[wanted]
     for piece in param.pieces:
         target = start + piece.at * row
+        if piece.repeated:
+            number = reader(checkpoint, piece.source, None, wanted)
+            yield _Rows(partial(_repeat, number, piece.stop - piece.start), target, index)
+            continue
         mapped = mapped_rows(checkpoint, piece, wanted)
         if mapped is not None:
             file, array = mapped
@@ -243,15 +260,12 @@ def _parts(weight: Weight, index: int, checkpoint: Checkpoint) -> Iterator[_Rows
         step = max(1, READ // row)
         for first in range(piece.start, piece.stop, step):
             rows = slice(first, min(first + step, piece.stop))
-            yield _Rows(_reader(checkpoint, piece, rows, wanted), target + (first - piece.start) * row, index)
+            read = reader(checkpoint, piece.source, rows, wanted)
+            yield _Rows(read, target + (first - piece.start) * row, index)
 
 
-def _reader(checkpoint: Checkpoint, piece: Piece, rows: slice, wanted: str) -> Callable[[], np.ndarray]:
-    def read() -> np.ndarray:
-        array = checkpoint.read(piece.source, rows)
-        return convert(array, stored_dtype(array, checkpoint.tensors[piece.source].dtype), wanted)
-
-    return read
+def _repeat(read: Callable[[], np.ndarray], count: int) -> np.ndarray:
+    return np.repeat(read().reshape(1), count)
 
 
 def _cores() -> int:
