@@ -37,6 +37,7 @@ from makeready.kernels import registry
 from makeready.kernels.spec import DTYPE_BYTES
 
 WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
+CUDA_ACTIVATION_DTYPES = ("bfloat16", "float16")  # what attention kernels multiply
 FP8_CACHE = {"float8_e4m3fn": "float8_e4m3fn", "float8_e4m3": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn"}
 
 Progress = Callable[[str], None]
@@ -49,8 +50,10 @@ class Request:
     Attributes:
         target: a name of graphs/targets.py.
         max_rows, max_tokens, context_len, page_size: see :class:`~makeready.graphs.spec.Limits`.
-        weight_dtype: ``float32``, ``bfloat16`` or ``float16``; None takes bf16 on CUDA, else the
-            checkpoint's, fp16 for GGUF blocks.
+        weight_dtype: ``float32``, ``bfloat16`` or ``float16``; None takes the activations' on CUDA, else
+            the checkpoint's, fp16 for GGUF blocks.
+        activation_dtype: between kernels: ``bfloat16`` or ``float16`` on CUDA, ``float32`` on the CPU; None
+            takes the target's. fp16 is eight times as fine as bf16 and overflows at 65,504.
         quant: ``fp8`` (a scale for each output and each token) or ``fp8_block`` (for each 128 by 128 weights
             and each token's 128 inputs) quantizes the linears of a wide checkpoint when it is loaded; None
             computes as the checkpoint stores them.
@@ -68,6 +71,7 @@ class Request:
     context_len: int | None = None
     page_size: int | None = None
     weight_dtype: str | None = None
+    activation_dtype: str | None = None
     quant: str | None = None
     kv_dtype: str | None = None
     disabled_passes: tuple[str, ...] = ()
@@ -98,7 +102,9 @@ class Traced:
         programs = {}
         for phase in PHASES:
             special = verify(specialize(self.program, phase), after="specialize")
-            programs[phase] = rewrite(special, disabled=self.options.disabled_passes)
+            programs[phase] = rewrite(
+                special, disabled=self.options.disabled_passes, cuda=self.target.is_cuda
+            )
         return Lowered(self, programs)
 
 
@@ -239,26 +245,25 @@ def trace_checkpoint(checkpoint: Checkpoint | str | Path, request: Request) -> T
         checkpoint = open_checkpoint(checkpoint)
     model_config = family.read_config(checkpoint.config)
     limits = _limits(request, target, _longest_context(model_config.rope, model_config.context_len))
-    weight_dtype = request.weight_dtype or ("bfloat16" if target.is_cuda else _stored_dtype(checkpoint))
+    activation = request.activation_dtype or target.activation_dtype
+    allowed = CUDA_ACTIVATION_DTYPES if target.is_cuda else (target.activation_dtype,)
+    _known("plan.activation_dtype", activation, allowed)
+    weight_dtype = request.weight_dtype or (activation if target.is_cuda else _stored_dtype(checkpoint))
     _known("plan.weight_dtype", weight_dtype, WEIGHT_DTYPES)
     if request.candidates < 1:
         raise PlanError(f"plan.candidates={request.candidates} must be a whole number of at least 1")
-    kv_dtype = _kv_dtype(request, target)
+    kv_dtype = _kv_dtype(request, target, activation)
     scheme = _scheme(request, target, checkpoint)
-    model = family.build(
-        checkpoint.config, context_len=limits.context_len, activation=target.activation_dtype
-    )
+    model = family.build(checkpoint.config, context_len=limits.context_len, activation=activation)
     kv = KVSpec(limits.page_size, model.kv_parts(limits.page_size, kv_dtype))
-    program = trace(
-        model, limits, kv_parts=kv.parts, weight_dtype=weight_dtype, vector_dtype=target.activation_dtype
-    )
+    program = trace(model, limits, kv_parts=kv.parts, weight_dtype=weight_dtype, vector_dtype=activation)
     program = verify(program, after="trace")
     if scheme is not None:
         program = verify(quantize_linears(program, scheme), after="quantize_linears")
     _check_sources(program.params.values(), checkpoint)
     options = Options(
         weight_dtype=weight_dtype,
-        activation_dtype=target.activation_dtype,
+        activation_dtype=activation,
         kv_dtype=kv_dtype,
         quant=request.quant,
         disabled_passes=tuple(sorted(set(request.disabled_passes))),
@@ -332,13 +337,13 @@ def _known(name: str, value: str, allowed: Collection[str]) -> None:
         raise PlanError(f"{name}={value} is not supported; choose one of {', '.join(allowed)}")
 
 
-def _kv_dtype(request: Request, target: Target) -> str:
+def _kv_dtype(request: Request, target: Target, activation: str) -> str:
     """The cache's dtype.
 
     Raises:
         PlanError: it is unknown, or the target has no 8-bit floats.
     """
-    asked = request.kv_dtype or target.activation_dtype
+    asked = request.kv_dtype or activation
     _known("kv.dtype", asked, (*WEIGHT_DTYPES, *FP8_CACHE))
     if asked in FP8_CACHE:
         _needs_fp8(target, f"kv.dtype={asked}")

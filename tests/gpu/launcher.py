@@ -21,7 +21,7 @@ import torch
 from cuda.bindings import driver
 
 from makeready.graphs.cuda.aot import Compiled, Kernel, MapLayout, compile_kernel, kernel_of
-from makeready.graphs.cuda.pool import compile_all
+from makeready.graphs.cuda.pool import compile_each
 from makeready.kernels.contract import Contract
 from makeready.kernels.device import (
     Candidate,
@@ -40,6 +40,7 @@ _C_TYPES = {"int32": ctypes.c_int32, "int64": ctypes.c_int64, "float32": ctypes.
 Emit = Callable[[OpCall], Sequence[Candidate]]
 
 _PREPARED: dict[Kernel, Compiled] = {}
+_REFUSED: set[Kernel] = set()
 
 
 def op_call(
@@ -51,12 +52,14 @@ def op_call(
     tokens: int | None = None,
     context: int = 1024,
     pages: bool = True,
+    spare: bool = False,
 ) -> OpCall:
     """The call of ``contract`` on ``tensors``; results are dense, addresses multiples of 256.
 
     Args:
         rows, tokens: of the bucket; by default what axes R and T are.
         pages: whether axis P of caches is left as the symbol, as it is in a plan.
+        spare: whether maps of operands may reach beyond the last row; there must be memory.
     """
     attrs = {**contract.attrs, **(attrs or {})}
     specs = {k: TensorSpec(tuple(v.shape), _name(v.dtype)) for k, v in tensors.items()}
@@ -72,7 +75,9 @@ def op_call(
         if pages and operand.axes[:1] == ("P",):
             shape = ("P", *shape[1:])
         address = tensor.data_ptr()
-        made[operand.name] = Tensor(shape, _name(tensor.dtype), tensor.stride(0), math.gcd(address, 256))
+        made[operand.name] = Tensor(
+            shape, _name(tensor.dtype), tensor.stride(0), math.gcd(address, 256), spare
+        )
     row_count = int(dims.get("R", dims.get("T", 1))) if rows is None else rows
     token_count = int(dims.get("T", row_count)) if tokens is None else tokens
     if pages and "P" in dims:
@@ -82,12 +87,29 @@ def op_call(
 
 
 def prepare(work: Iterable[tuple[OpCall, Sequence[Candidate]]]) -> None:
-    """Compile what :func:`run` and :func:`time` are about to need at once, on all cores."""
+    """Compile what :func:`run` and :func:`time` are about to need at once, on all cores.
+
+    What does not compile is remembered; see :func:`fits`.
+    """
     kernels = [
         kernel_of(launch, call, _arch()) for call, ways in work for way in ways for launch in way.launches
     ]
     with tempfile.TemporaryDirectory() as folder:
-        _PREPARED.update(compile_all(kernels, Path(folder)))
+        made = compile_each(kernels, Path(folder))
+    _PREPARED.update({k: compiled for k, compiled in made.items() if isinstance(compiled, Compiled)})
+    _REFUSED.update(k for k, compiled in made.items() if not isinstance(compiled, Compiled))
+
+
+def fits(candidate: Candidate, call: OpCall) -> bool:
+    """Whether the kernels of ``candidate`` compile and find the resources that they need, as a plan asks for."""
+    for launch in candidate.launches:
+        kernel = kernel_of(launch, call, _arch())
+        if kernel in _REFUSED:
+            return False
+        compiled = _compiled(kernel)
+        if compiled.spill_bytes > launch.local_bytes or compiled.shared > call.shared_bytes:
+            return False
+    return True
 
 
 def run(
@@ -281,8 +303,13 @@ def _tensor_map(argument: Descriptor, tensor: torch.Tensor, shape: list[int], la
 
 
 @cache
+def _compiled(kernel: Kernel) -> Compiled:
+    return _PREPARED.get(kernel) or compile_kernel(kernel)
+
+
+@cache
 def _loaded(kernel: Kernel) -> tuple[Compiled, Any]:
-    compiled = _PREPARED.get(kernel) or compile_kernel(kernel)
+    compiled = _compiled(kernel)
     torch.cuda.current_stream()  # torch's context is the current one
     library = _ok(driver.cuLibraryLoadData(compiled.cubin, None, None, 0, None, None, 0))
     entry = _ok(driver.cuLibraryGetKernel(library, compiled.function.encode()))

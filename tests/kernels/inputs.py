@@ -87,6 +87,13 @@ def linear(op: str) -> Iterator[Case]:
     yield Case(op, "columns", operands, {"out_dtype": ""})
 
 
+def linear_silu_mul(op: str) -> Iterator[Case]:
+    for case in linear("linear"):
+        operands, width = case.operands, len(case.operands["weight"])
+        if width % 2 == 0 and "bias" not in operands and not case.attrs["out_dtype"]:
+            yield Case(op, case.label, operands, {})
+
+
 def _norm(op: str, *names: str) -> Iterator[Case]:
     shapes = [(3, 10), (1, 1), (1, 576), (7, 65), (33, 1536)]
     for seed, ((tokens, width), act) in enumerate(itertools.product(shapes, FLOATS)):
@@ -215,6 +222,7 @@ BUILDERS: Mapping[str, Callable[[str], Iterator[Case]]] = {
     "load_tokens": load_tokens,
     "embedding": embedding,
     "linear": linear,
+    "linear_silu_mul": linear_silu_mul,
     "rms_norm": lambda op: _norm(op, "x"),
     "add_rms_norm": lambda op: _norm(op, "x", "residual"),
     "quantize_fp8": lambda op: _grouped(_pointwise(op, "x"), _width("x")),

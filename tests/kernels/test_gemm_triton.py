@@ -92,19 +92,21 @@ def test_both_accumulators_of_a_tile_cover_its_rows_of_the_weights():
         _gated(8192, 12288, 4096),
     ):
         product = describe(call)
-        seconds_ = 0
+        seen = 0
         for way, candidate in zip(tilings(product), candidates(call), strict=True):
             (launch,) = candidate.launches
-            first, second = launch.constants["BN"], launch.constants["SECOND"]
+            first, second = (launch.constants[name] for name in ("BN", "SECOND"))
+            assert isinstance(first, int)
+            assert isinstance(second, int)
             assert first + second == way.n
             assert launch.constants["GATED"] is (call.op == "linear_silu_mul")
             assert second == first if product.gated else second in (0, first // 2)
-            seconds_ += second > 0
+            seen += second > 0
             if way.kind == PERSISTENT and second and not product.gated:
                 y = launch.arguments["y"]
                 assert isinstance(y, Descriptor)
                 assert y.block == (way.t, second)
-        assert seconds_ > 0
+        assert seen > 0
 
 
 def test_maps_of_operands_with_spare_rows_have_no_bounds_inside_a_tile():
