@@ -99,7 +99,10 @@ def _launch(call: OpCall) -> Sequence[Candidate]:
     launch = DeviceLaunch(
         function="makeready.kernels.norm_quantize_triton:normalise_quantize",
         constants=constants,
-        arguments={**{name: Pointer(name) for name in names}, "rows": Scalar(tokens, "int32", specialize=False)},
+        arguments={
+            **{name: Pointer(name) for name in names},
+            "rows": Scalar(tokens, "int32", specialize=False),
+        },
         grid=(tiles.blocks, 1, 1),
         num_warps=tiles.num_warps,
         dependent=pdl,

@@ -72,10 +72,14 @@ def linear_fp8_block_persistent(
             acc0_TN += tl.dot(x_TK, w0_NK.T) * (scale_T * tl.load(weight_scale + (square0 + step)))[:, None]
             if PIECES > 1:
                 w1_NK = weight.load([n0 + BN, step * 128])
-                acc1_TN += tl.dot(x_TK, w1_NK.T) * (scale_T * tl.load(weight_scale + (square1 + step)))[:, None]
+                acc1_TN += (
+                    tl.dot(x_TK, w1_NK.T) * (scale_T * tl.load(weight_scale + (square1 + step)))[:, None]
+                )
             if PIECES > 2:
                 w2_NK = weight.load([n0 + 2 * BN, step * 128])
-                acc2_TN += tl.dot(x_TK, w2_NK.T) * (scale_T * tl.load(weight_scale + (square2 + step)))[:, None]
+                acc2_TN += (
+                    tl.dot(x_TK, w2_NK.T) * (scale_T * tl.load(weight_scale + (square2 + step)))[:, None]
+                )
         _drain(acc0_TN, bias, y, t0, n0, N, BN)
         if PIECES > 1:
             _drain(acc1_TN, bias, y, t0, n0 + BN, N, BN)

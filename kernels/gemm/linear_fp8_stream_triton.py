@@ -70,7 +70,7 @@ def _finish(
     BT: tl.constexpr, BN: tl.constexpr, GROUPED: tl.constexpr,
 ):  # fmt: skip
     """Arrive at the first and the last tile of this block if they are shared; add up where it is the last to."""
-    WIDTH: tl.constexpr = BT if BT < 64 else 64  # 256 tokens at once need more registers than there are
+    WIDTH: tl.constexpr = min(BT, 64)  # 256 tokens at once need more registers than there are
     of_n = tl.arange(0, BN)
     # All stores of this block come before its arrival; one thread's release covers them after a barrier.
     tl.debug_barrier()

@@ -126,7 +126,7 @@ class Tiling:
             out = self.t * self.n * product.out_bytes // (self.pieces * self.halves)
         else:
             out = 4 * self.t * self.n // self.halves if self.sharers(product) > 1 else 1024 * self.warps
-        return pipeline + out + 1024
+        return pipeline + out + 1152
 
 
 def tilings(product: Product) -> list[Tiling]:
@@ -149,13 +149,10 @@ def _streams(product: Product) -> Iterator[Tiling]:
         # A tile that half would hold is waste; many tiles of tokens are for the persistent kernel.
         if (t > 16 and t >= 2 * product.T) or (t < 128 and 4 * t < product.T):
             continue
-        sums = t * n // (32 * warps)  # a thread's
-        if sums > (64 if product.grouped else 128) or (warps == 8 and sums < 64) or (k > GROUP and t > 32):
-            continue
-        if (k > GROUP and product.grouped) or a_sm * 32 * warps * _registers(sums, product.grouped) > _REGISTERS:
+        if not _compiles_well(product, t, n, k, warps, a_sm):
             continue
         halves = 2 if t == 256 else 1
-        room = (product.shared_bytes + _SM_SHARED) // a_sm - _SM_SHARED - 1024
+        room = (product.shared_bytes + _SM_SHARED) // a_sm - _SM_SHARED - 1152
         stages = min(10, (room - 4 * t * n // halves) // ((t + n) * k))
         if stages < 3:
             continue
@@ -166,9 +163,17 @@ def _streams(product: Product) -> Iterator[Tiling]:
                 yield way
 
 
-def _registers(sums: int, grouped: bool) -> int:
-    """Registers of a thread, from cross-compiled kernels."""
-    return min(255, 48 + (3 * sums if grouped else 2 * sums))
+def _compiles_well(product: Product, t: int, n: int, k: int, warps: int, a_sm: int) -> bool:
+    """Whether registers hold a tile's sums, ``a_sm`` times; from cross-compiled kernels."""
+    sums = t * n // (32 * warps)  # a thread's
+    if product.grouped:
+        registers = min(255, 48 + 3 * sums)
+        fits = sums <= 64 and k == GROUP
+    else:
+        registers = min(255, 48 + 2 * sums)
+        # Two boxes of K a step pay where sums are few.
+        fits = sums <= (128 if t == 256 else 64) and (k == GROUP or t <= 32)
+    return fits and (warps == 4 or sums >= 64) and a_sm * 32 * warps * registers <= _REGISTERS
 
 
 def _shares(product: Product, t: int, n: int, k: int, a_sm: int) -> set[int]:
