@@ -60,7 +60,9 @@ class PlanOptions:
         max_tokens: tokens of one step over all rows; longer prompts go in chunks. null: the target's.
         context_len: tokens of one request, prompt and output together. null: all that the model allows.
         page_size: tokens of a KV page. null: the target's.
-        weight_dtype: float32, bfloat16 or float16. null: the checkpoint's, float16 for GGUF blocks.
+        weight_dtype: float32, bfloat16 or float16. null: the checkpoint's, float16 for GGUF blocks; the
+            activations' on a GPU.
+        activation_dtype: what flows between kernels: bfloat16 or float16 on a GPU. null: the target's.
         disabled_passes: rewrites of the program to leave out, by name.
         max_decode_buckets: most batch sizes that decode steps are compiled for.
         max_extend_buckets: most batch shapes that prefill steps are compiled for.
@@ -73,6 +75,7 @@ class PlanOptions:
     context_len: int | None = MISSING
     page_size: int | None = MISSING
     weight_dtype: str | None = MISSING
+    activation_dtype: str | None = MISSING
     disabled_passes: list[str] = MISSING
     max_decode_buckets: int = MISSING
     max_extend_buckets: int = MISSING

@@ -37,6 +37,11 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"max_rows": 17}, PlanError, r"max_tokens=16 is below max_rows=17.*raise plan\.max_tokens"),
     ({"target": "sm_35"}, ValueError, "target 'sm_35' is not built yet; targets are cpu"),
     ({"weight_dtype": "int3"}, PlanError, r"plan\.weight_dtype=int3 is not supported; choose one of float32"),
+    (
+        {"activation_dtype": "float16"},
+        PlanError,
+        r"plan\.activation_dtype=float16 is not supported; choose .* float32",
+    ),
     ({"kv_dtype": "int3"}, PlanError, r"kv\.dtype=int3 is not supported; choose one of float32"),
     (
         {"disabled_passes": ("fuse_all",)},
