@@ -102,7 +102,9 @@ class Traced:
         programs = {}
         for phase in PHASES:
             special = verify(specialize(self.program, phase), after="specialize")
-            programs[phase] = rewrite(special, disabled=self.options.disabled_passes)
+            programs[phase] = rewrite(
+                special, disabled=self.options.disabled_passes, cuda=self.target.is_cuda
+            )
         return Lowered(self, programs)
 
 
