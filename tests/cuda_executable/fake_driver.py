@@ -79,6 +79,7 @@ class FakeBindings:
     Attributes:
         refuse: status that a call returns instead of doing anything, by the call's name.
         on_launch: run when a graph's turn in its stream comes.
+        on_kernel: run when the turn of a kernel that was launched by itself comes.
     """
 
     version: int = 13000
@@ -88,6 +89,7 @@ class FakeBindings:
     registers_files: bool = True
     refuse: dict[str, Any] = field(default_factory=dict)
     on_launch: Callable[[list[FakeNode]], None] = lambda nodes: None
+    on_kernel: Callable[[FakeNode], None] = lambda node: None
 
     calls: list[str] = field(default_factory=list)
     copies: list[tuple[str, int, int, int]] = field(default_factory=list)  # kind, target, source, bytes
@@ -331,6 +333,24 @@ class FakeBindings:
         self.maps[ctypes.string_at(encoded.getPtr(), 128)] = made
         return (*OK, encoded)
 
+    def cuLaunchKernel(self, function, gx, gy, gz, bx, by, bz, shared, stream, parameters, extra):
+        assert self._context.current == 77, "no context is current in this thread"
+        assert extra == 0
+        function = self._objects[int(function)]
+        if shared > function.dynamic_shared:
+            return INVALID
+        # The driver copies parameters before it returns.
+        values = self._parameters(function, parameters)
+        node = FakeNode(function, (gx, gy, gz), (bx, by, bz), shared, values, None, None)
+        self._queue(stream).append(lambda: self.on_kernel(node))
+        return OK
+
+    def _parameters(self, function, address):
+        table = (ctypes.c_uint64 * len(function.sizes)).from_address(address)
+        for place, size in zip(table, function.sizes, strict=True):
+            assert place % min(size, 64) == 0, "a parameter is not aligned"
+        return [ctypes.string_at(a, size) for a, size in zip(table, function.sizes, strict=True)]
+
     # -- graphs
 
     def cuGraphCreate(self, flags):
@@ -347,9 +367,7 @@ class FakeBindings:
         function = self._objects[int(kernel.func)]
         if kernel.sharedMemBytes > function.dynamic_shared:
             return (*INVALID, None)
-        table = (ctypes.c_uint64 * len(function.sizes)).from_address(int(kernel.kernelParams))
-        for address, size in zip(table, function.sizes, strict=True):
-            assert address % min(size, 64) == 0, "a parameter is not aligned"
+        parameters = self._parameters(function, int(kernel.kernelParams))
         edge, after = None, None
         if count:
             after = int(before[0]) - 1
@@ -364,7 +382,7 @@ class FakeBindings:
                 (kernel.gridDimX, kernel.gridDimY, kernel.gridDimZ),
                 (kernel.blockDimX, kernel.blockDimY, kernel.blockDimZ),
                 kernel.sharedMemBytes,
-                [ctypes.string_at(a, size) for a, size in zip(table, function.sizes, strict=True)],
+                parameters,
                 after,
                 edge,
             )

@@ -15,7 +15,17 @@ from makeready.graphs.checkpoint.base import Checkpoint
 from makeready.graphs.checkpoint.dummy import DummyCheckpoint
 from makeready.graphs.compile import compile_plan
 from makeready.graphs.memory import align
-from makeready.graphs.plan import Binary, Choice, Launch, LoweredProgram, Node, NodeArgument, OpClass, Plan
+from makeready.graphs.plan import (
+    LOAD,
+    Binary,
+    Choice,
+    Launch,
+    LoweredProgram,
+    Node,
+    NodeArgument,
+    OpClass,
+    Plan,
+)
 from makeready.graphs.spec import Bucket
 from makeready.kernels import registry
 from makeready.kernels.spec import DTYPE_BYTES
@@ -65,8 +75,28 @@ def with_kernels(plan: Plan) -> Plan:
     binaries: dict[str, Binary] = {}
     cubins: dict[str, bytes] = {}
     programs = {phase: _program(plan, phase, binaries, cubins) for phase in plan.programs}
+    loading = plan.loading and replace(plan.loading, program=_loading(plan.loading.program, binaries, cubins))
     memory = replace(plan.memory, scratch=align(SCRATCH))
-    return replace(plan, programs=programs, binaries=binaries, cubins=cubins, memory=memory)
+    return replace(plan, programs=programs, loading=loading, binaries=binaries, cubins=cubins, memory=memory)
+
+
+def _loading(
+    program: LoweredProgram, binaries: dict[str, Binary], cubins: dict[str, bytes]
+) -> LoweredProgram:
+    """Each launch's kernel takes addresses of operand and results, rows and columns, and its attribute."""
+    launches, classes = [], []
+    for index, launch in enumerate(program.launches):
+        operand = program.buffers[launch.operands["x"]].spec
+        names = ("x", "q", "scale")
+        numbers = (*operand.at({}), *launch.attrs.values())
+        arguments = (
+            *(NodeArgument("pointer", operand=name, dtype="bfloat16") for name in names),
+            *(NodeArgument("scalar", value=number, dtype="int32") for number in numbers),
+        )
+        node = _node(arguments, f"{launch.op}_{index}", LOAD, False, binaries, cubins)
+        classes.append(OpClass(launch.op, {str(LOAD): (Choice("only", (node,)),)}))
+        launches.append(replace(launch, op_class=index))
+    return replace(program, launches=tuple(launches), classes=tuple(classes))
 
 
 def _program(plan: Plan, phase: str, binaries: dict[str, Binary], cubins: dict[str, bytes]) -> LoweredProgram:
