@@ -19,7 +19,6 @@ SUITES: dict[str, tuple[str, ...]] = {
     "latency": (*_LLM, "rows", "tokens", "repeats", "latency."),
     "throughput": (*_LLM, "throughput."),
     "replay": (*_LLM, "replay."),
-    "prefix": (*_LLM, "replay.", "prefix."),
     "host": ("host.",),
 }
 
@@ -124,7 +123,7 @@ class BenchJob(Job):
     Attributes:
         checkpoint: a Hugging Face folder, a .gguf file, or dummy: random weights of the model= preset; not
             for the host suite alone.
-        suite: what to measure: decode, startup, latency, throughput, replay, prefix, host, or several.
+        suite: what to measure: decode, startup, latency, throughput, replay, host, or several.
         rows: batch sizes of the decode and latency suites.
         tokens: decode steps of one measurement there.
         repeats: measurements of each kind; the median is what counts.

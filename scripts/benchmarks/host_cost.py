@@ -1,0 +1,102 @@
+"""What a step costs the engine itself: plan, stage, launch and commit, on an executable that takes no time.
+
+Two loads. ``decode``: every row generates, nothing comes or goes. ``turnover``: requests of few tokens, so
+that at every step some end and, where any wait, as many are admitted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from benchmarks.record import summary
+from makeready.engine.loop import Engine
+from makeready.engine.request import Request
+from makeready.engine.sampling import SamplingParams
+from makeready.graphs.spec import DECODE, EXTEND, Bucket, Limits, result_fields
+
+MAX_TOKENS, PAGE_SIZE, TURNOVER_TOKENS = 8192, 64, 16
+
+
+class InstantExecutable:
+    """Every row's next token is 1, at once."""
+
+    def __init__(self, limits: Limits, pages: int) -> None:
+        rows = limits.max_rows
+        buckets = (Bucket(DECODE, rows, rows), Bucket(EXTEND, rows, limits.max_tokens))
+        self.plan: Any = SimpleNamespace(limits=limits, buckets=buckets)
+        self.pages = pages
+        self._results = {
+            f.name: np.full(f.spec.at(buckets[0].sizes), f.default, f.spec.dtype)
+            for f in result_fields(limits)
+        }
+        self._results["tokens"][:] = 1
+
+    def write_slot(self, slot: int, values: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def launch(self, bucket: Bucket, step: Mapping[str, np.ndarray]) -> InstantExecutable:
+        """Nothing; results are there."""
+        return self
+
+    def wait(self) -> Mapping[str, np.ndarray]:
+        """The same token for every row."""
+        return self._results
+
+
+def host_cost(
+    *, rows: Sequence[int], waiting: Sequence[int], context: int, steps: int, repeats: int
+) -> list[dict[str, Any]]:
+    """Microseconds a step for every number of running rows and waiting requests.
+
+    Args:
+        rows: requests that run at once.
+        waiting: requests that wait beside them.
+        context: prompt tokens of each.
+        steps: steps of a measurement.
+        repeats: measurements of each.
+    """
+    found = []
+    for running in rows:
+        for queue in waiting:
+            decode = _measured(running, queue, context, steps, repeats, steps * repeats + 2)
+            row = {"rows": running, "waiting": queue, "decode_us": summary(decode)}
+            if queue >= running * steps * repeats // TURNOVER_TOKENS:
+                turnover = _measured(running, queue, context, steps, repeats, TURNOVER_TOKENS)
+                row["turnover_us"] = summary(turnover)
+            found.append(row)
+    return found
+
+
+def table(found: Sequence[dict[str, Any]]) -> list[str]:
+    """The figures as lines of text."""
+    lines = []
+    for row in found:
+        kinds = [
+            f"{name[:-3]} {row[name]['min']:.0f} us" for name in ("decode_us", "turnover_us") if name in row
+        ]
+        lines.append(f"{row['rows']:4d} rows, {row['waiting']:6d} waiting: {', '.join(kinds)} a step")
+    return lines
+
+
+def _measured(rows: int, waiting: int, context: int, steps: int, repeats: int, output: int) -> list[float]:
+    """Microseconds a step of each measurement, once all rows run."""
+    limits = Limits(rows, max(MAX_TOKENS, rows), context + output + PAGE_SIZE, PAGE_SIZE)
+    engine = Engine(InstantExecutable(limits, pages=rows * limits.pages_per_row + 1))
+    params = SamplingParams(temperature=0, max_new_tokens=output, ignore_eos=True)
+    prompts = np.random.default_rng(0).integers(0, 1000, (rows, context)).tolist()
+    for i in range(rows + waiting):
+        engine.submit(Request(prompts[i % rows], params, seed=0, end_ids=frozenset()))
+    for _ in range(-(-rows * context // limits.max_tokens) + 1):
+        engine.step()
+    found = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        for _ in range(steps):
+            engine.step()
+        found.append(1e6 * (time.perf_counter() - began) / steps)
+    return found

@@ -1,0 +1,160 @@
+"""A load through the engine, and what came of it.
+
+Throughputs carry the names of SGLang's ``bench_offline_throughput``, latencies those of its
+``bench_serving``: ttft is the time to the first token, tpot the mean time of each further one of a request,
+e2e the time to the last. A request's clock starts when the load says that it arrives, so a load that falls
+behind shows it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from benchmarks.workloads import Work
+from makeready.engine.errors import RequestError
+from makeready.engine.llm import LLM
+from makeready.engine.loop import Engine
+from makeready.engine.request import Output, Request
+from makeready.engine.sampling import SamplingParams
+
+LONGEST_SLEEP = 0.02  # seconds; while nothing runs and the next request is still to come
+LAST_STEPS = 40  # whose throughput is the last one reported; SGLang logs as often
+
+
+@dataclass
+class Served:
+    """What came of a load.
+
+    Attributes:
+        seconds: from the start to the end of the last request.
+        outputs: of the requests that ran.
+        refused: requests that never could, such as those over the context.
+        steps: how many steps were run.
+        last: output tokens a second over the last steps that generated.
+    """
+
+    seconds: float = 0.0
+    outputs: list[Output] = field(default_factory=list)
+    refused: int = 0
+    steps: int = 0
+    last: float = 0.0
+
+
+def requests_of(llm: LLM, works: Sequence[Work]) -> list[tuple[float, Request]]:
+    """Greedy requests that generate exactly what each work asks for, with their arrivals."""
+    made = []
+    for work in works:
+        params = SamplingParams(temperature=0, max_new_tokens=work.output, ignore_eos=True)
+        made.append((work.arrival, llm.requests(work.prompt, params)[0]))
+    return made
+
+
+def serve(
+    engine: Engine,
+    load: Sequence[tuple[float, Request]],
+    note: Callable[[str], None] = lambda detail: None,
+) -> Served:
+    """Run requests that arrive at given seconds, in order; returns when the last has ended.
+
+    Args:
+        engine: idle.
+        load: seconds from now and requests, ascending.
+        note: told now and then how far it is.
+    """
+    served, at = Served(), 0
+    began = time.perf_counter()
+    while at < len(load) or engine.busy:
+        now = time.perf_counter() - began
+        while at < len(load) and load[at][0] <= now:
+            arrival, request = load[at]
+            request.arrived = began + arrival
+            at += 1
+            try:
+                engine.submit(request)
+            except RequestError:
+                served.refused += 1
+        if engine.busy:
+            served.outputs += [request.result() for request in engine.step()]
+            served.steps += 1
+            if not served.steps % 50:
+                note(f"{len(served.outputs)} of {len(load)} requests")
+        elif at < len(load):
+            time.sleep(max(0.0, min(load[at][0] - now, LONGEST_SLEEP)))
+    served.seconds = time.perf_counter() - began
+    return served
+
+
+def throughput(served: Served) -> dict[str, float]:
+    """Requests and tokens a second over the whole load."""
+    seconds, outputs = served.seconds, served.outputs
+    prompt = sum(output.prompt_tokens for output in outputs)
+    generated = sum(output.completion_tokens for output in outputs)
+    cached = sum(output.meta_info["cached_tokens"] for output in outputs)
+    return {
+        "successful_requests": len(outputs),
+        "refused_requests": served.refused,
+        "total_latency": seconds,
+        "total_input_tokens": prompt,
+        "total_output_tokens": generated,
+        "request_throughput": len(outputs) / seconds,
+        "input_throughput": prompt / seconds,
+        "output_throughput": generated / seconds,
+        "total_throughput": (prompt + generated) / seconds,
+        "last_gen_throughput": served.last,
+        "cache_hit_rate": cached / max(1, prompt),
+        "steps": served.steps,
+    }
+
+
+def latencies(served: Served) -> dict[str, Any]:
+    """Percentiles in milliseconds, and how many requests were there at once on average."""
+    metas = [output.meta_info for output in served.outputs]
+    more = [meta["completion_tokens"] - 1 for meta in metas]
+    first = [meta["time_to_first_token"] for meta in metas]
+    whole = [meta["e2e_latency"] for meta in metas]
+    times = zip(first, whole, more, strict=True)
+    found = {
+        "queue": [meta["queue_time"] for meta in metas],
+        "ttft": first,
+        "tpot": [(end - start) / count for start, end, count in times if count],
+        "e2e": whole,
+    }
+    return {
+        "concurrency": sum(whole) / served.seconds,
+        "milliseconds": {name: percentiles(values) for name, values in found.items()},
+    }
+
+
+def percentiles(seconds: Sequence[float]) -> dict[str, float]:
+    """Mean, median, 90th and 99th percentile and most, in milliseconds; zeros of nothing."""
+    values = 1e3 * np.asarray(seconds if len(seconds) else [0.0])
+    p50, p90, p99 = np.percentile(values, (50, 90, 99)).tolist()
+    return {"mean": float(values.mean()), "p50": p50, "p90": p90, "p99": p99, "max": float(values.max())}
+
+
+def throughput_lines(name: str, found: dict[str, Any]) -> list[str]:
+    """Throughput as lines of text."""
+    refused = f", {found['refused_requests']} refused" if found["refused_requests"] else ""
+    return [
+        f"{name}: {found['successful_requests']} requests in {found['total_latency']:.2f} s "
+        f"({found['request_throughput']:.2f} a second{refused})",
+        f"  tokens/s: {found['input_throughput']:.0f} in, {found['output_throughput']:.0f} out, "
+        f"{found['total_throughput']:.0f} together; {found['last_gen_throughput']:.0f} out in the last steps",
+        f"  {found['cache_hit_rate']:.1%} of prompt tokens cached, {found['steps']} steps",
+    ]
+
+
+def latency_lines(found: dict[str, Any]) -> list[str]:
+    """Latencies as lines of text."""
+    lines = [f"  {found['concurrency']:.1f} requests at once on average"]
+    for name, row in found["milliseconds"].items():
+        lines.append(
+            f"  {name:5s} ms: mean {row['mean']:.1f}, p50 {row['p50']:.1f}, p90 {row['p90']:.1f}, "
+            f"p99 {row['p99']:.1f}, most {row['max']:.1f}"
+        )
+    return lines
