@@ -14,7 +14,7 @@ import job_processes
 import pytest
 from scripts_in_process import TINY, script
 
-ROWS, KILLS = 240, 10
+ROWS, KILLS = 240, 6
 OPTIONS = (
     *TINY,
     "sampling=greedy",
@@ -117,7 +117,7 @@ def test_killed_at_random_moments_a_job_loses_no_row_and_has_none_twice(rounds, 
     for seed in range(rounds):
         for path in Path().glob("out*"):
             path.unlink()
-        assert kill_until_done(KILLS, random.Random(seed)) >= KILLS // 4
+        assert kill_until_done(KILLS, random.Random(seed)) >= KILLS // 3
         assert OUTPUT.read_bytes() == whole
         assert sorted(path.name for path in Path().glob("out*")) == ["out.jsonl", "out.jsonl.job.json"]
 
@@ -133,7 +133,9 @@ def test_ctrl_c_and_sigterm_say_what_is_kept_and_how_to_go_on(number, word, code
     assert said == (
         f"{word}; {count} of {ROWS - 1} rows are kept in out.jsonl.partial; the same command goes on from there"
     )
-    assert script("generate")(*JOB) == 0
+    assert (
+        script("generate")(*JOB, "plan.max_rows=2", "kv.memory_gib=0.001") == 0
+    )  # what fits is no part of the job
     said = capsys.readouterr().err
     assert f"going on with out.jsonl.partial: {count} of {ROWS - 1} rows are done\n" in said
     assert f"{ROWS - 1} rows (4 with errors) in" in said
