@@ -18,21 +18,24 @@ from itertools import product as product_of
 STREAM, PERSISTENT = "stream", "persistent"
 GROUP = 128  # side of a group of scales
 
-# H100. Measured: device copy; dense 8-bit product. Reasoned, to be held against a sweep: the others.
-_MEMORY = 3.0e12  # bytes/s
+# H100. Memory, L2, copies, launches and sums are those that 16-bit products were fitted to (linear_cost.py);
+# the matrix unit's rate was measured, its shares are reasoned.
+_MEMORY = 2.99e12  # bytes/s
+_L2 = 12.5e12  # bytes/s; above the data sheet's, since neighbours ask for the same lines
 _MATRIX = 1402e12 / 132  # operations/s of one multiprocessor
-_L2 = 9.8e12 / 132  # bytes/s of one multiprocessor through TMA
-_IN_FLIGHT = 5 << 10  # bytes under way in one multiprocessor that would give half of its share of _MEMORY
-_ONE_SM = 40e9  # bytes/s that one multiprocessor can take from memory at most
-_LAUNCH = 2.0e-6  # from the end of the kernel before to the first matrix instruction, with early launch
-_UNIT = 0.10e-6  # a block's loop, once round, beside its matrix instructions
-_REDUCE = 1.5e-6  # arrival, and the first sums back from L2
-_REDUCE_RATE = 80e9  # bytes/s at which one block reads sums
-_TILE_END = 0.4e-6  # writing a tile
+_COPY = 0.69e-6  # from asking for a tile to having it
+_COPY_RATE = 250e9  # bytes/s on top
+_SHARPNESS = 3.4  # of the maximum over what goes on at once
+_LAUNCH = 0.5e-6
+_LAUNCH_SHARED = 2.6e-6  # where a multiprocessor holds several blocks
+_SCALED = 0.15e-6  # a step whose sums leave the matrix unit to be scaled, beside its instructions
+_TILE_END = 0.3e-6  # writing a tile, as far as copies do not hide it
+_REDUCE = 2.1e-6  # arrival, and the first sums back from L2
+_REDUCE_RATE = 32e9  # bytes/s at which one block reads sums
+_REDUCE_L2 = 5.0e12  # bytes/s at which all do
 
 # Share of _MATRIX that a stream's tile reaches, by its tokens: operands' way out of shared memory.
-_STREAM_EFFICIENCY = {16: 0.3, 32: 0.45, 64: 0.65, 128: 0.8, 256: 0.9}
-_WAITING = 0.75  # of that, where every unit's sums leave the matrix unit to be scaled
+_STREAM_SHARE = {16: 0.38, 32: 0.43, 64: 0.65, 128: 0.92, 256: 1.0}
 
 _SM_SHARED = 1 << 10  # bytes of shared memory that the system takes for every block
 _REGISTERS = 65536
@@ -74,6 +77,7 @@ class Tiling:
         share: steps of a block of a stream; 0 elsewhere.
         warps, stages: compile options.
         pieces: of ``n / pieces`` outputs whose sums leave the matrix unit one after the other.
+        second: outputs of ``n`` that have an accumulator of their own.
         halves: steps in which a tile is written.
         a_sm: blocks of a multiprocessor.
         efficiency: share of the matrix unit's rate, for kinds other than streams.
@@ -87,6 +91,7 @@ class Tiling:
     warps: int
     stages: int
     pieces: int = 1
+    second: int = 0
     halves: int = 1
     a_sm: int = 1
     efficiency: float = 1.0
@@ -123,7 +128,7 @@ class Tiling:
         """Bytes of shared memory: the pipeline, room to turn results round, barriers."""
         pipeline = self.stages * (self.t + self.n) * self.k
         if self.kind == PERSISTENT:
-            out = self.t * self.n * product.out_bytes // (self.pieces * self.halves)
+            out = self.t * (self.n - self.second) * product.out_bytes // (self.pieces * self.halves)
         else:
             out = 4 * self.t * self.n // self.halves if self.sharers(product) > 1 else 1024 * self.warps
         return pipeline + out + 1152
@@ -153,7 +158,7 @@ def _streams(product: Product) -> Iterator[Tiling]:
             continue
         halves = 2 if t == 256 else 1
         room = (product.shared_bytes + _SM_SHARED) // a_sm - _SM_SHARED - 1152
-        stages = min(10, (room - 4 * t * n // halves) // ((t + n) * k))
+        stages = min(12, (room - 4 * t * n // halves) // ((t + n) * k))
         if stages < 3:
             continue
         for share in _shares(product, t, n, k, a_sm):
@@ -203,48 +208,79 @@ def _persistents(product: Product) -> Iterator[Tiling]:
                 PERSISTENT, t, n, GROUP, 0, warps, stages, pieces, a_sm=a_sm, efficiency=efficiency
             )  # fmt: skip
         return
-    for t, n, warps, stages, halves, a_sm, efficiency in (
-        (128, 256, 8, 3, 1, 1, 0.97),
-        (128, 256, 8, 4, 2, 1, 1.0),
-        (256, 128, 8, 3, 2, 1, 0.95),
-        (128, 128, 4, 3, 2, 2, 0.9),
-        (128, 128, 8, 5, 1, 1, 0.85),
-        (64, 256, 4, 3, 2, 1, 0.8),
-        (64, 128, 4, 3, 1, 2, 0.75),
+    for t, n, second, warps, stages, halves, a_sm, efficiency in (
+        (128, 256, 0, 8, 3, 1, 1, 1.05),
+        (128, 256, 0, 8, 4, 2, 1, 1.1),
+        (256, 128, 0, 8, 3, 2, 1, 1.0),
+        (256, 192, 64, 8, 3, 2, 1, 1.0),
+        (128, 192, 64, 8, 4, 2, 1, 1.0),
+        (128, 192, 64, 4, 4, 2, 1, 0.95),
+        (128, 128, 0, 4, 3, 2, 2, 0.93),
+        (128, 128, 0, 8, 5, 1, 1, 0.9),
+        (64, 256, 0, 4, 3, 2, 1, 1.0),
+        (64, 128, 0, 4, 3, 1, 2, 0.8),
     ):
         yield Tiling(
-            PERSISTENT, t, n, 128, 0, warps, stages, halves=halves, a_sm=a_sm, efficiency=efficiency
+            PERSISTENT, t, n, GROUP, 0, warps, stages,
+            second=second, halves=halves, a_sm=a_sm, efficiency=efficiency,
         )  # fmt: skip
 
 
 def _stream_seconds(product: Product, way: Tiling) -> float:
     sms = product.multiprocessors
     blocks = way.blocks(product)
-    resident = min(blocks, way.a_sm * sms)
     units = way.tiles(product) * way.steps(product)
-    busiest = min(_cdiv(blocks, sms) * way.share, units)  # steps of the multiprocessor that has most
-    flying = resident * way.stages * way.n * way.k
-    rate = _MEMORY * flying / (flying + sms * _IN_FLIGHT)
-    memory = max(product.moved_bytes / rate, busiest * way.n * way.k / _ONE_SM)
-    cached = busiest * (way.t + way.n) * way.k / _L2
-    efficiency = _STREAM_EFFICIENCY[way.t] * (_WAITING if product.grouped else 1.0)
-    unit = 2 * way.t * way.n * way.k / (_MATRIX * efficiency)
-    matrix = max(busiest * unit, way.share * (unit + _UNIT) * _cdiv(blocks, resident))
+    step = 2 * way.t * way.n * way.k / (_MATRIX * _STREAM_SHARE[way.t])
+    if product.grouped:
+        step += _SCALED / way.a_sm
+    at_once = (
+        product.moved_bytes / _MEMORY,
+        units * _stage(way) / _L2,
+        _cdiv(blocks, sms) * way.share * step,
+        way.share * _copies(way),
+    )
     ends = _TILE_END * _cdiv(way.share, way.steps(product))
-    reduce = 0.0
-    if (sharers := way.sharers(product)) > 1:
-        sums = 4 * min(way.t, product.T) * way.n
-        reduce = _REDUCE + (sharers + 1) * sums / _REDUCE_RATE
-    return _LAUNCH + max(memory, cached, matrix) + ends + reduce
+    return _start(way) + _slowest(*at_once) + ends + _reduction(product, way)
+
+
+def _reduction(product: Product, way: Tiling) -> float:
+    sharers = way.sharers(product)
+    if sharers == 1:
+        return 0.0
+    sums = 4 * min(way.t, product.T) * way.n
+    return _REDUCE + sharers * sums / _REDUCE_RATE + 4 * sums * way.blocks(product) / _REDUCE_L2
 
 
 def _persistent_seconds(product: Product, way: Tiling) -> float:
-    sms = product.multiprocessors
-    tiles = way.tiles(product)
-    waves = _cdiv(tiles, way.a_sm * sms) * way.a_sm if tiles > sms else 1
-    tile = 2 * way.t * way.n * product.K / (_MATRIX * way.efficiency) + _TILE_END
-    cached = waves * (way.t + way.n) * product.K / _L2
-    return _LAUNCH + max(product.moved_bytes / _MEMORY, cached, tile * waves)
+    tiles, steps = way.tiles(product), way.steps(product)
+    a_block = _cdiv(tiles, way.blocks(product))
+    on_one = min(way.a_sm, _cdiv(tiles, product.multiprocessors))
+    step = 2 * way.t * way.n * way.k / (_MATRIX * way.efficiency)
+    at_once = (
+        product.moved_bytes / _MEMORY,
+        tiles * steps * _stage(way) / _L2,
+        on_one * a_block * steps * step,
+        a_block * steps * _copies(way),
+    )
+    return _start(way) + _slowest(*at_once) + _TILE_END * a_block
+
+
+def _stage(way: Tiling) -> int:
+    return (way.t + way.n) * way.k
+
+
+def _copies(way: Tiling) -> float:
+    """Seconds of one step if nothing but its copies took time: ``stages - 1`` are under way."""
+    return (_COPY + _stage(way) / _COPY_RATE) / (way.stages - 1)
+
+
+def _start(way: Tiling) -> float:
+    return _LAUNCH if way.a_sm == 1 else _LAUNCH_SHARED
+
+
+def _slowest(*parts: float) -> float:
+    """What goes on at once takes as long as its slowest part, and a little for the others."""
+    return sum(part**_SHARPNESS for part in parts) ** (1 / _SHARPNESS)
 
 
 def _cdiv(a: int, b: int) -> int:

@@ -142,20 +142,27 @@ def _stream(call: OpCall, way: Tiling, product: Product) -> Candidate:
 def _persistent(call: OpCall, way: Tiling, product: Product) -> Candidate:
     dependent = "pdl" in call.features
     constants: dict[str, Any] = {"BT": way.t, "GROUP": _WAVE, "PDL": dependent}
-    width = way.n // way.pieces
+    arguments: dict[str, Argument] = {}
     if product.grouped:
         function = "linear_fp8_block_triton:linear_fp8_block_persistent"
+        width = way.n // way.pieces
         constants |= {"BN": width, "PIECES": way.pieces}
     else:
         function = "linear_fp8_persistent_triton:linear_fp8_persistent"
-        constants |= {"BN": width, "BK": way.k, "HALVES": way.halves}
+        width = way.n - way.second
+        constants |= {"BN": width, "SECOND": way.second, "BK": way.k, "HALVES": way.halves}
+        if way.second:
+            arguments["second"] = _tile(call, "weight", way.second, way.k)
+        else:
+            constants["second"] = None
     launch = DeviceLaunch(
         function="makeready.kernels.gemm." + function,
         constants={**constants, **_absent_bias(call)},
         arguments={
             "x": _tile(call, "x", way.t, way.k),
             "weight": _tile(call, "weight", width, way.k),
-            "y": _tile(call, "y", way.t, width // way.halves),
+            "y": _result(call, way.t, width // way.halves),
+            **arguments,
             **_common(call),
         },
         grid=(way.blocks(product), 1, 1),
@@ -181,6 +188,17 @@ def _absent_bias(call: OpCall) -> dict[str, None]:
     return {} if "bias" in call.tensors else {"bias": None}
 
 
+def _result(call: OpCall, rows: int, columns: int) -> Argument:
+    tensor = call.tensors["y"]
+    return Descriptor("y", tensor.shape, (tensor.row_stride, 1), (rows, columns))
+
+
 def _tile(call: OpCall, operand: str, rows: int, columns: int) -> Argument:
+    """Blocks of a matrix; full ones where rows beyond the last may be read: the GPU is slow at making zeros
+    (see linear_triton.py).
+    """
     tensor = call.tensors[operand]
-    return Descriptor(operand, tensor.shape, (tensor.row_stride, 1), (rows, columns))
+    height, width = tensor.shape
+    if tensor.spare:
+        height = -(-int(height) // rows) * rows
+    return Descriptor(operand, (height, width), (tensor.row_stride, 1), (rows, columns))

@@ -1,0 +1,192 @@
+"""8-bit projections of Qwen3-8B on the present GPU, beside their floors and torch's ``_scaled_mm``.
+
+    python tests/gpu/bench_gemm_fp8.py           the planner's choices
+    python tests/gpu/bench_gemm_fp8.py sweep     every way worth a try, for the cost model; writes JSON
+
+Weights rotate over enough copies that none is left in L2 when its turn comes again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import launcher
+
+from makeready.kernels.contract import Contract
+from makeready.kernels.device import Candidate, OpCall
+from makeready.kernels.gemm.linear_fp8 import linear_fp8, linear_fp8_block
+from makeready.kernels.gemm.linear_fp8_tiling import seconds, tilings
+from makeready.kernels.gemm.linear_fp8_triton import describe, emit
+
+BANDWIDTH, RATE = (
+    3.0e12,
+    1402e12,
+)  # measured on an H100: device copy in bytes/s, 8-bit product in operations/s
+ROTATED = 400e6  # bytes of weights that calls rotate over; L2 has 50 MiB
+MATRICES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (24576, 4096), "down": (4096, 12288)}
+ROWS = (1, 4, 16, 64, 128, 256, 512, 1024, 4096, 8192)
+SWEPT = (1, 16, 32, 64, 128, 192, 256, 512, 1024, 4096)
+_SPARE = 256  # rows beyond the last that maps may reach
+
+Tensors = dict[str, torch.Tensor]
+
+
+def contract_of(grouped: bool) -> Contract:
+    """With one scale a row, or with scales by groups of 128."""
+    found = linear_fp8_block if grouped else linear_fp8
+    assert isinstance(found, Contract)
+    return found
+
+
+def shapes(T: int, N: int, K: int, grouped: bool, *, device: str = "meta") -> Tensors:
+    """Operands that hold nothing."""
+    groups = K // 128
+    scales = ((T, groups), (-(-N // 128), groups)) if grouped else ((T, 1), (N,))
+    return {
+        "x": torch.empty(T, K, dtype=torch.float8_e4m3fn, device=device),
+        "weight": torch.empty(N, K, dtype=torch.float8_e4m3fn, device=device),
+        "x_scale": torch.empty(scales[0], device=device),
+        "weight_scale": torch.empty(scales[1], device=device),
+    }
+
+
+def operands(
+    T: int, N: int, K: int, grouped: bool, *, bias: bool = False, spare: bool = False, seed: int = 0
+) -> Tensors:
+    """Random operands whose scales differ by up to e^2, so that a misplaced one shows."""
+    torch.manual_seed(seed + T)
+    made = shapes(T, N, K, grouped, device="cuda")
+    for name in ("x", "weight"):
+        made[name] = (
+            (torch.randn(made[name].shape, device="cuda") * 60).clamp(-448, 448).to(torch.float8_e4m3fn)
+        )
+    for name in ("x_scale", "weight_scale"):
+        made[name].uniform_(-2, 2).exp_().mul_(0.002)
+    if spare:
+        wide = torch.full((T + _SPARE, K), 0x7F, dtype=torch.uint8, device="cuda").view(torch.float8_e4m3fn)
+        wide[:T] = made["x"]
+        made["x"] = wide[:T]
+    if bias:
+        made["bias"] = torch.randn(N, device="cuda").bfloat16()
+    return made
+
+
+def floor(T: int, N: int, K: int) -> float:
+    """Seconds that no way to run it beats: all bytes once, or all operations."""
+    return max((N * K + T * K + 2 * T * N) / BANDWIDTH, 2 * T * N * K / RATE)
+
+
+def scaled_mm(sets: Sequence[Tensors], grouped: bool) -> float:
+    """Seconds of one product through torch with the same scales; NaN where torch has none."""
+    rounds = -(-20 // len(sets))
+
+    def calls() -> None:
+        for _ in range(rounds):
+            for s in sets:
+                if grouped:
+                    scales = s["x_scale"].t().contiguous().t(), s["weight_scale"].t()
+                else:
+                    scales = s["x_scale"], s["weight_scale"][None, :]
+                torch._scaled_mm(s["x"], s["weight"].t(), *scales, out_dtype=torch.bfloat16)
+
+    try:
+        return launcher.time_graph(calls) / (rounds * len(sets))
+    except (RuntimeError, ValueError):
+        return math.nan
+
+
+def _attrs(grouped: bool) -> dict[str, object]:
+    return {"out_dtype": "bfloat16", **({"block": 128} if grouped else {})}
+
+
+def _work(rows: Sequence[int], grouped: bool) -> Iterator[tuple[str, int, list[Tensors], OpCall]]:
+    for name, (N, K) in MATRICES.items():
+        copies = max(2, round(ROTATED / (N * K) + 0.5))
+        sets = [operands(1, N, K, grouped, seed=i) for i in range(copies)]
+        for T in rows:
+            own = operands(T, 128, K, grouped, spare=True)
+            made = [{**s, "x": own["x"], "x_scale": own["x_scale"]} for s in sets]
+            made = made if T <= 512 else made[:2]
+            yield name, T, made, launcher.op_call(contract_of(grouped), made[0], _attrs(grouped), spare=True)
+
+
+def _calls(rows: Sequence[int], grouped: bool) -> Iterator[OpCall]:
+    """The same calls without their operands."""
+    for N, K in MATRICES.values():
+        for T in rows:
+            tensors = shapes(T, N, K, grouped)
+            yield launcher.op_call(contract_of(grouped), tensors, _attrs(grouped), spare=True)
+
+
+def _ways(call: OpCall, within: float, most: int) -> list[Candidate]:
+    """The ways that are predicted to take up to ``within`` times the best one's time."""
+    product = describe(call)
+    ways = tilings(product)
+    best = seconds(product, ways[0])
+    return [emit(call, way, product) for way in ways if seconds(product, way) < within * best][:most]
+
+
+def measure(rows: Sequence[int], within: float, most: int) -> list[list[object]]:
+    """Print the first choice beside the floor, torch, and the fastest of the ways tried.
+
+    Returns:
+        Of each way: scales, matrix, rows, name, seconds, seconds predicted, relative error.
+    """
+    table: list[list[object]] = []
+    both = (False, True)
+    launcher.prepare((c, _ways(c, within, most)) for grouped in both for c in _calls(rows, grouped))
+    print(
+        "scales  matrix      T  chosen                             µs   TB/s TFLOP/s floor/µs  torch µs  fastest"
+    )
+    for grouped in both:
+        kind = "groups" if grouped else "rows"
+        for name, T, sets, call in _work(rows, grouped):
+            N, K = call.dims["N"], call.dims["K"]
+            product = describe(call)
+            predicted = {way.name: seconds(product, way) for way in tilings(product)}
+            wide = {k: v.float() for k, v in sets[0].items()}
+            want = contract_of(grouped).reference(**wide, **_attrs(grouped) | {"out_dtype": "float32"})
+            del wide
+            times = []
+            for way in _ways(call, within, most):
+                if not launcher.fits(way, call):
+                    continue
+                y = launcher.run(way, call, sets[0])["y"].float()
+                error = ((y - want).norm() / want.norm()).item()
+                took = launcher.time(way, call, sets, reps=20 if T <= 1024 else 6)
+                times.append((took, way.name))
+                table.append([kind, name, T, way.name, took, predicted[way.name], error])
+                if not error < 6e-3:
+                    print("WRONG", kind, name, T, way.name, error)
+            took, chosen = times[0]
+            other = scaled_mm(sets, grouped)
+            table.append([kind, name, T, "scaled_mm", other, floor(T, N, K), 0.0])
+            least = "  ".join(f"{t * 1e6:.1f} {n}" for t, n in sorted(times)[:3])
+            print(
+                f"{kind:6s}  {name:8s} {T:4d}  {chosen:32s} {took * 1e6:7.1f} {N * K / took / 1e12:5.2f} "
+                f"{2 * T * N * K / took / 1e12:7.0f} {floor(T, N, K) / took:8.2f} {other * 1e6:9.1f}  {least}",
+                flush=True,
+            )
+    return table
+
+
+def main() -> None:
+    """Bench the planner's best, or sweep."""
+    sweep = "sweep" in sys.argv
+    torch.backends.cuda.matmul.allow_tf32 = False
+    table = measure(SWEPT, 1.8, 24) if sweep else measure(ROWS, 1.2, 3)
+    name = "gemm_fp8_sweep.json" if sweep else "gemm_fp8.json"
+    Path(os.environ.get("OUT", "."), name).write_text(json.dumps(table))
+
+
+if __name__ == "__main__":
+    main()
