@@ -100,7 +100,7 @@ class KVOptions:
     """The cache of keys and values.
 
     Attributes:
-        dtype: float32, bfloat16 or float16. null: the activations'.
+        dtype: float32, bfloat16, float16 or fp8_e4m3. null: the activations'.
         memory_gib: memory for KV pages. null: every row its full context, up to 4 GiB.
     """
 
@@ -139,11 +139,14 @@ class Job:
         checkpoint: a Hugging Face folder, a .gguf file, or dummy: random weights of the model= preset.
         model: a preset of conf/model for checkpoint=dummy; its fields can be changed (model.head_dim=64).
         target: machine that the plan is for.
+        quant: fp8 (8-bit floats with a scale for each output and token) or fp8_block (for each 128 x 128
+            weights) quantizes linears when a 16-bit or wider checkpoint is loaded. null: as it stores them.
     """
 
     checkpoint: str = literal(MISSING)
     model: dict[str, Any] | None = None
     target: str = MISSING
+    quant: str | None = None
     plan: PlanOptions = field(default_factory=PlanOptions)
     kv: KVOptions = field(default_factory=KVOptions)
 
@@ -185,7 +188,7 @@ class Job:
         fields = {f.name: getattr(self.plan, f.name) for f in _fields(PlanOptions)}
         fields["disabled_passes"] = tuple(self.plan.disabled_passes)
         fields["traffic"] = Traffic(**dataclasses.asdict(self.plan.traffic))
-        return fields | {"target": self.target, "kv_dtype": self.kv.dtype}
+        return fields | {"target": self.target, "quant": self.quant, "kv_dtype": self.kv.dtype}
 
     @property
     def kv_bytes(self) -> int | None:
@@ -210,9 +213,12 @@ class CompileJob(Job):
     Attributes:
         output: folder for the plan; an older plan there is replaced. null: the local plan cache, where
             generate.py finds it by itself.
+        golden: predict a few tokens for these weights on the CPU and keep them beside the plan, for
+            generate.py golden=true; reads all weights.
     """
 
     output: str | None = literal()
+    golden: bool = False
 
 
 @dataclass
@@ -263,6 +269,8 @@ class GenerateJob(Job):
         format: how JSON rows are written: rows, openai, or auto, which looks at the first one.
         chat_template_kwargs: further variables of the chat template, such as
             chat_template_kwargs.enable_thinking=false.
+        golden: before anything else, check that the model gives the tokens that were predicted when the
+            plan was compiled with golden=true.
     """
 
     plan: PlanOrPath = field(default_factory=PlanOrPath)  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -273,6 +281,7 @@ class GenerateJob(Job):
     overwrite: bool = False
     format: str = "auto"
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    golden: bool = False
     sampling: SamplingOptions = field(default_factory=SamplingOptions)  # type: ignore[valid-type]
     scale: ScaleOptions = field(default_factory=ScaleOptions)
 
@@ -296,6 +305,10 @@ class GenerateJob(Job):
         if self.format not in FORMATS:
             raise UsageError(f"format={self.format} is no format of rows; formats are {', '.join(FORMATS)}")
         self.scale.check(given, self.prompts)
+        if self.golden and (self.plan.path is None or self.scale.runner != "local"):
+            raise UsageError(
+                "golden=true checks one engine against the tokens beside its plan; give plan=FOLDER, and no scale=ray"
+            )
         try:
             self.params()
         except RequestError as error:
@@ -321,9 +334,12 @@ class GenerateJob(Job):
         return SamplingParams.from_mapping(dataclasses.asdict(self.sampling))  # type: ignore[call-overload]
 
 
+SETTLED = ("plan.", "target.", "quant.", "kv.dtype.")  # options that a compiled plan has answered
+
+
 def check_compiled(plan: PlanOrPath, given: Collection[str]) -> None:
     """Refuse options, as named on the command line, that a plan which is already compiled has settled."""
-    fixed = [o for o in given if o != "plan.path" and (o + ".").startswith(("plan.", "target.", "kv.dtype."))]
+    fixed = [o for o in given if o != "plan.path" and (o + ".").startswith(SETTLED)]
     if plan.path is not None and fixed:
         raise UsageError(
             f"{', '.join(sorted(fixed))} cannot be chosen beside plan={plan.path}, which is already "

@@ -12,7 +12,8 @@ def resource_table(plan: Plan) -> str:
     that the target has too little of something for.
     """
     used: dict[str, set[str]] = {key: set() for key in plan.binaries}
-    for program in plan.programs.values():
+    loading = [] if plan.loading is None else [plan.loading.program]
+    for program in (*plan.programs.values(), *loading):
         for one in program.classes:
             for choices in one.candidates.values():
                 for node in (node for choice in choices for node in choice.nodes):

@@ -95,7 +95,8 @@ def test_defaults_are_those_of_the_python_interface(capsys):
     assert {k: tuple(v) if isinstance(v, list) else v for k, v in config["sampling"].items()} == params
     request = dataclasses.asdict(Request())
     del config["plan"]["path"]
-    stated = config["plan"] | {"target": config["target"], "kv_dtype": config["kv"]["dtype"]}
+    stated = config["plan"] | {"target": config["target"], "quant": config["quant"]}
+    stated |= {"kv_dtype": config["kv"]["dtype"]}
     assert {k: tuple(v) if isinstance(v, list) else v for k, v in stated.items()} == request
 
 
@@ -161,6 +162,7 @@ REFUSED = [
     ("compile", [*TINY, "plan.max_rows=null"], 2, "plan.max_rows=null"),
     ("compile", [*TINY, "plan.context_len=65"], 1, "plan.context_len=65"),
     ("compile", [*TINY, "plan.weight_dtype=int3"], 1, "plan.weight_dtype=int3"),
+    ("compile", [*TINY, "quant=int4"], 1, "quant=int4 is not supported; choose one of fp8"),
     ("compile", [*TINY, "plan.disabled_passes=[fuse]"], 2, "there is no pass fuse"),
     ("compile", [*TINY, "model.num_key_value_heads=3"], 1, "num_key_value_heads"),
     ("inspect", [], 2, "plan= is missing"),
