@@ -5,13 +5,15 @@
     programs/<phase>.json   launches and arena buffers; on a GPU the kernel nodes of each bucket
     loading.json            launches that quantize weights while they are loaded, where there are any
     config.json             the checkpoint's config, normalised
-    tuned.json              choices that measured best, by device, where there are any
+    tuned.json              choices that measured best, by device, where somebody measured
     binaries.json           compiled kernels, and
     kernels/<key>.cubin     the machine code of each, where the target is a GPU
+    golden.json             predicted tokens, where they were asked for; no part of the plan: graphs/golden.py
 
 ``plan.json`` carries the SHA-256 of every other JSON file and one over its own remaining content, the
 plan's digest; ``binaries.json`` carries that of each kernel. No path, host, time or environment enters any
-of them.
+of them. ``tuned.json`` stands apart: it names the digest of the plan that it is for, and the plan is the same
+with and without it.
 """
 
 from __future__ import annotations
@@ -33,20 +35,23 @@ from typing import Any
 from makeready.graphs.codec import CodecError, canonical, from_json, to_json
 from makeready.graphs.plan import SCHEMA, Plan, PlanError
 
-MANIFEST = "plan.json"
+MANIFEST, TUNED = "plan.json", "tuned.json"
 NAMES = re.compile(
-    r"(plan|weights|loading|config|tuned|binaries|programs/[^/]+)\.json|programs|kernels|kernels/[^/]+\.cubin"
+    r"(plan|weights|loading|config|tuned|golden|binaries|programs/[^/]+)\.json|programs|kernels|kernels/[^/]+\.cubin"
 )
 
 
 def digest(plan: Plan) -> str:
-    """SHA-256 of everything the plan says, as 64 hexadecimal digits."""
+    """SHA-256 of everything the plan says but what was measured, as 64 hexadecimal digits."""
     return _split(plan)[MANIFEST]["digest"]
 
 
 def encode(plan: Plan) -> dict[str, bytes]:
     """The plan's files by relative path; the same plan gives the same bytes anywhere."""
-    files = {name: canonical(data) for name, data in _split(plan).items()}
+    data = _split(plan)
+    files = {name: canonical(content) for name, content in data.items()}
+    if plan.tuned:
+        files[TUNED] = _tuned(plan, data[MANIFEST]["digest"])
     return files | {_cubin(key): plan.cubins[key] for key in sorted(plan.binaries)}
 
 
@@ -76,6 +81,32 @@ def save(plan: Plan, folder: str | Path) -> Path:
     return folder
 
 
+def save_tuned(plan: Plan, folder: str | Path) -> None:
+    """Write ``plan.tuned`` beside the rest of the plan in ``folder``, all of it or nothing.
+
+    Raises:
+        PlanError: there is another plan in ``folder``.
+    """
+    folder, made = Path(folder), digest(plan)
+    raw = _bytes(folder / MANIFEST)
+    if _parse(folder / MANIFEST, raw)["digest"] != made:
+        raise PlanError(f"{folder} holds another plan than the one that was measured; tune that one")
+    with tempfile.NamedTemporaryFile(dir=folder.parent, prefix=f".{folder.name}-", delete=False) as file:
+        try:
+            file.write(_tuned(plan, made))
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, folder / TUNED)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def _tuned(plan: Plan, made: str) -> bytes:
+    return canonical({"plan": made, "choices": to_json(plan.tuned)})
+
+
 def load(folder: str | Path) -> Plan:
     """Read and check the plan in ``folder``.
 
@@ -102,11 +133,24 @@ def load(folder: str | Path) -> Plan:
         if _sha(raw) != expected:
             raise PlanError(f"{folder / name}: content does not match its digest; compile the plan again")
         _insert(data, name, _parse(folder / name, raw))
+    data["tuned"] = _read_tuned(folder, str(claimed))
     try:
         plan = from_json(Plan, data)
     except CodecError as error:
         raise PlanError(f"{folder}: {error}; compile the plan again") from None
     return replace(plan, cubins={key: _machine_code(plan, key, folder) for key in plan.binaries})
+
+
+def _read_tuned(folder: Path, made: str) -> Any:
+    """The choices in ``tuned.json``; none where there is no such file."""
+    path = folder / TUNED
+    if not path.exists():
+        return {}
+    raw = _bytes(path)
+    content = _parse(path, raw)
+    if not isinstance(content, Mapping) or not _is_canonical(raw, content) or content.get("plan") != made:
+        raise PlanError(f"{path} is damaged or for another plan; delete it, and tune again if you like")
+    return content.get("choices")
 
 
 def _machine_code(plan: Plan, key: str, folder: Path) -> bytes:
@@ -121,10 +165,10 @@ def _cubin(key: str) -> str:
 
 
 def _split(plan: Plan) -> dict[str, Any]:
-    manifest = to_json(replace(plan, cubins={}))
+    manifest = to_json(replace(plan, cubins={}, tuned={}))
     files: dict[str, Any] = {
         f"{name}.json": manifest.pop(name)
-        for name in ("weights", "loading", "config", "binaries", "tuned")
+        for name in ("weights", "loading", "config", "binaries")
         if name in manifest
     }
     files |= {f"programs/{phase}.json": program for phase, program in manifest.pop("programs").items()}

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 
 from makeready.engine.entrypoints.cli import launch
+from makeready.engine.entrypoints.golden import summary as golden_summary
+from makeready.engine.entrypoints.golden import write_golden
 from makeready.engine.entrypoints.options import CompileJob
 from makeready.engine.entrypoints.status import Stages
 from makeready.graphs import artifact
@@ -37,12 +39,15 @@ def compile_job(job: CompileJob) -> None:
         if job.output is not None:
             stages.begin("save")
             folder = artifact.save(plan, Path(job.output).expanduser())
+        golden = write_golden(plan, checkpoint, folder, stages) if job.golden else None
     made = "from the local cache" if found else "compiled"
     if plan.binaries:
         from makeready.graphs.cuda.table import resource_table
 
         print(resource_table(plan), end="\n\n")
     print(summary(plan, folder, kv_pages(plan, job.kv_bytes)))
+    if golden is not None:
+        print(f"{'golden':<11}{golden_summary(golden)}")
     print(f"{'time':<11}{time.perf_counter() - began:.1f} s, {made}")
 
 

@@ -14,6 +14,7 @@ from makeready.engine.entrypoints.batch.on_ray import EngineSpec, Fleet
 from makeready.engine.entrypoints.batch.output import Files, open_journal, publish
 from makeready.engine.entrypoints.batch.rows import check_template
 from makeready.engine.entrypoints.batch.worker import Worker
+from makeready.engine.entrypoints.golden import check_golden, summary
 from makeready.engine.entrypoints.options import GenerateJob
 from makeready.engine.entrypoints.status import Stages, count_rows
 from makeready.engine.llm import LLM
@@ -47,7 +48,7 @@ def load(job: GenerateJob, plan: Plan | None) -> LLM:
         stages.begin("read the checkpoint")
         checkpoint = job.open()
         stages.begin("find or compile a plan" if plan is None else "load the model")
-        return LLM(
+        llm = LLM(
             checkpoint,
             plan,
             kv_memory_gib=job.kv.memory_gib,
@@ -55,6 +56,10 @@ def load(job: GenerateJob, plan: Plan | None) -> LLM:
             progress=lambda done, total: stages.note(f"{done} of {total} weights"),
             **(job.plan_fields() if plan is None else {}),
         )
+        if job.golden and job.plan.path is not None:
+            stages.begin("golden check")
+            stages.say(f"as predicted: {summary(check_golden(llm, Path(job.plan.path).expanduser()))}")
+        return llm
 
 
 def print_text(llm: LLM, job: GenerateJob, prompt: str | Sequence[int]) -> None:

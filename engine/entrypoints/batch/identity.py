@@ -21,6 +21,7 @@ EXEMPT = frozenset(
         "format",
         "output",
         "overwrite",
+        "golden",
         "target",
         "scale",
         "scheduler",
