@@ -23,11 +23,13 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from makeready.kernels.attention.paged import decode_attention
+from makeready.kernels.attention.pages_triton import as_queries, pages_of, slots_of
+from makeready.kernels.attention.parts_triton import add_parts, is_last, leave_part
 from makeready.kernels.device import Candidate, DeviceLaunch, OpCall, Pointer, Scalar, Scratch
 from makeready.kernels.registry import cuda_kernel
 from makeready.kernels.spec import DTYPE_BYTES
 
-_COMBINE = 4096  # sums that the last block of an item reads at once: 32 registers of a thread
+_AT_ONCE = 8192  # sums that the last block of an item reads at once: 64 registers of a thread
 
 
 @triton.jit
@@ -55,7 +57,7 @@ def decode_attention_tiles(
     N: tl.constexpr,
     D: tl.constexpr,
     L: tl.constexpr,
-    PARTS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """See the module. Any number of blocks works.
@@ -103,8 +105,9 @@ def decode_attention_tiles(
         is_q = (n < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
         head_ND = (head * GROUP + n)[:, None] * HEAD_DIM + d[None, :]
         q_ND = tl.load(q + row.to(tl.int64) * q_stride + head_ND, mask=is_q, other=0.0)
+        pages = page_table + row.to(tl.int64) * table_stride
         max_N, sum_N, acc_ND = _attend(
-            q_ND, k_cache, v_cache, page_table + row.to(tl.int64) * table_stride, head, length, scale,
+            as_queries(q_ND, k_cache), k_cache, v_cache, pages, head, length, scale,
             first + at - begin, first + upto - begin, KV_HEADS, HEAD_DIM, PAGE, WINDOW, N, D, L,
         )  # fmt: skip
 
@@ -114,32 +117,17 @@ def decode_attention_tiles(
         else:
             # The first part of a share has slot 0, a later one (only the last can be a part) slot 1.
             slot = 2 * block + (at > mine).to(tl.int32)
-            part_ND = n[:, None] * HEAD_DIM + d[None, :]
-            tl.store(sums + slot * (GROUP * HEAD_DIM) + part_ND, acc_ND, mask=is_q, cache_modifier=".cg")
-            stat = stats + slot * (2 * GROUP) + n
-            tl.store(stat, max_N, mask=n < GROUP, cache_modifier=".cg")
-            tl.store(stat + GROUP, sum_N, mask=n < GROUP, cache_modifier=".cg")
-            # All stores of this block come before its arrival; one thread's release covers them after a barrier.
-            tl.debug_barrier()
-            item = arrived + row * KV_HEADS + head
+            leave_part(sums, stats, slot, acc_ND, max_N, sum_N, n, d, GROUP, HEAD_DIM)
             oldest = begin // share
             parts = (end - 1) // share - oldest + 1
-            if tl.atomic_add(item, 1, sem="acq_rel", scope="gpu") == parts - 1:
+            if is_last(arrived + row * KV_HEADS + head, parts):
                 # Of the oldest block it is the last part of a share, of all others the first.
-                slot = 2 * oldest + (begin > oldest * share).to(tl.int32)
-                _combine(
-                    sums,
-                    stats,
-                    out + head * (GROUP * HEAD_DIM),
-                    slot,
-                    oldest,
-                    parts,
-                    GROUP,
-                    HEAD_DIM,
-                    D,
-                    PARTS,
-                )
-                tl.store(item, 0)
+                part = 2 * oldest + (begin > oldest * share).to(tl.int32)
+                h = tl.arange(0, triton.next_power_of_2(GROUP))
+                y_HD = add_parts(sums, stats, part, 2 * oldest, 2, parts, h, d, GROUP, HEAD_DIM, AT_ONCE)
+                at_HD = (head * GROUP + h)[:, None] * HEAD_DIM + d[None, :]
+                is_y = (h < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
+                tl.store(out + at_HD, y_HD.to(y.dtype.element_ty), mask=is_y)
         at = upto
 
     idle = block
@@ -181,13 +169,10 @@ def _attend(
     sum_NL = tl.zeros((N, L), tl.float32)
     acc_ND = tl.zeros((N, D), tl.float32)
     # Page numbers are read one tile ahead, or each tile would wait for two memory latencies in a row.
-    page = _pages(pages, tile * L, length, PAGE, L)
+    page = pages_of(pages, tile * L, length, PAGE, L)
     for i in range(tile, last):
         start = i * L
-        if PAGE % L == 0:
-            slot_L = page.to(tl.int64) * PAGE + start % PAGE + l
-        else:
-            slot_L = page.to(tl.int64) * PAGE + (start + l) % PAGE
+        slot_L = slots_of(page, start, PAGE, L)
         at_LD = (slot_L * SLOT + head * HEAD_DIM)[:, None] + d[None, :]
         seen_L = start + l < length
         if WINDOW > 0:
@@ -198,7 +183,7 @@ def _attend(
             read &= (d < HEAD_DIM)[None, :]
         k_LD = tl.load(k_cache + at_LD, mask=read, other=0.0)
         v_LD = tl.load(v_cache + at_LD, mask=read, other=0.0)
-        page = _pages(pages, start + L, length, PAGE, L)
+        page = pages_of(pages, start + L, length, PAGE, L)
         score_NL = tl.dot(q_ND, k_LD.to(q_ND.dtype).T) * scale
         score_NL = tl.where(seen_L[None, :], score_NL, float("-inf"))
         higher_N = tl.maximum(max_N, tl.max(score_NL, 1))
@@ -208,63 +193,6 @@ def _attend(
         acc_ND = tl.dot(p_NL.to(q_ND.dtype), v_LD.to(q_ND.dtype), acc_ND * shrink_N[:, None])
         max_N = higher_N
     return max_N, tl.sum(sum_NL, 1), acc_ND
-
-
-@triton.jit
-def _pages(pages, start, length, PAGE: tl.constexpr, L: tl.constexpr):
-    """Pages of the tokens from ``start`` on: one where a tile lies in one, else one a token."""
-    if PAGE % L == 0:
-        page = tl.load(pages + tl.minimum(start, length - 1) // PAGE)
-    else:
-        page = tl.load(pages + tl.minimum(start + tl.arange(0, L), length - 1) // PAGE)
-    return page
-
-
-@triton.jit
-def _combine(
-    sums,
-    stats,
-    out,
-    slot,
-    oldest,
-    parts,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    D: tl.constexpr,
-    PARTS: tl.constexpr,
-):
-    """Write an item's result: the parts in ``slot`` and the slots 0 of the blocks after ``oldest``."""
-    N: tl.constexpr = triton.next_power_of_2(GROUP)
-    i = tl.arange(0, PARTS)
-    n = tl.arange(0, N)
-    d = tl.arange(0, D)
-    is_q = (n < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
-    max_N = tl.full((N,), float("-inf"), tl.float32)
-    sum_N = tl.zeros((N,), tl.float32)
-    acc_ND = tl.zeros((N, D), tl.float32)
-    for done in range(0, parts, PARTS):
-        slot_I = tl.where(done + i == 0, slot, 2 * (oldest + done + i))
-        there = (done + i < parts)[:, None] & (n < GROUP)[None, :]
-        stat_IN = stats + slot_I[:, None] * (2 * GROUP) + n[None, :]
-        max_IN = tl.load(stat_IN, mask=there, other=float("-inf"), cache_modifier=".cg")
-        sum_IN = tl.load(stat_IN + GROUP, mask=there, other=0.0, cache_modifier=".cg")
-        part_ND = n[:, None] * HEAD_DIM + d[None, :]
-        acc_IND = tl.load(
-            sums + slot_I[:, None, None] * (GROUP * HEAD_DIM) + part_ND[None, :, :],
-            mask=(done + i < parts)[:, None, None] & is_q[None, :, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        higher_N = tl.maximum(max_N, tl.max(max_IN, 0))
-        # Query heads that are padding have no maximum.
-        base_N = tl.where(n < GROUP, higher_N, 0.0)
-        weight_IN = tl.exp2(max_IN - base_N[None, :])
-        shrink_N = tl.exp2(max_N - base_N)
-        sum_N = sum_N * shrink_N + tl.sum(weight_IN * sum_IN, 0)
-        acc_ND = acc_ND * shrink_N[:, None] + tl.sum(acc_IND * weight_IN[:, :, None], 0)
-        max_N = higher_N
-    y_ND = acc_ND / sum_N[:, None]
-    tl.store(out + n[:, None] * HEAD_DIM + d[None, :], y_ND.to(out.dtype.element_ty), mask=is_q)
 
 
 def _sixteen_bits(call: OpCall) -> bool:
@@ -303,11 +231,12 @@ def _candidate(call: OpCall, D: int, L: int, warps: int, stages: int, a_multipro
             "HEAD_DIM": head_dim,
             "PAGE": page,
             "WINDOW": call.attrs["window"],
-            "R": max(64, triton.next_power_of_2(rows)),
+            # Sums over rows wait for all warps of a block, which one row alone is spared.
+            "R": max(64, triton.next_power_of_2(rows)) if rows > 1 else 1,
             "N": max(16, triton.next_power_of_2(group)),
             "D": D,
             "L": L,
-            "PARTS": max(1, min(16, _COMBINE // (triton.next_power_of_2(group) * D))),
+            "AT_ONCE": max(1, min(16, _AT_ONCE // (triton.next_power_of_2(group) * D))),
             "PDL": dependent,
         },
         arguments={

@@ -19,6 +19,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from makeready.kernels.attention.paged import kv_write, norm_rope_kv_write
+from makeready.kernels.attention.pages_triton import as_cached
 from makeready.kernels.device import Candidate, DeviceLaunch, OpCall, Pointer, Scalar
 from makeready.kernels.registry import cuda_kernel
 
@@ -124,11 +125,10 @@ def _parts(weight, i, j, HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr):
 
 @triton.jit
 def _store(out, x_1, x_2, x_3, i, j, whole, rest, HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr):
-    kind = out.dtype.element_ty
-    tl.store(out + i[None, :], x_1.to(kind), mask=whole)
-    tl.store(out + ROTARY // 2 + i[None, :], x_2.to(kind), mask=whole)
+    tl.store(out + i[None, :], as_cached(x_1, out), mask=whole)
+    tl.store(out + ROTARY // 2 + i[None, :], as_cached(x_2, out), mask=whole)
     if HEAD_DIM > ROTARY:
-        tl.store(out + ROTARY + j[None, :], x_3.to(kind), mask=rest)
+        tl.store(out + ROTARY + j[None, :], as_cached(x_3, out), mask=rest)
 
 
 @triton.jit
@@ -158,8 +158,8 @@ def kv_write_rows(
     k_MC = tl.load(k + (token_M * k_stride)[:, None] + c[None, :], mask=valid, other=0.0)
     v_MC = tl.load(v + (token_M * v_stride)[:, None] + c[None, :], mask=valid, other=0.0)
     out = (slot_M * WIDTH)[:, None] + c[None, :]
-    tl.store(k_cache + out, k_MC.to(k_cache.dtype.element_ty), mask=valid)
-    tl.store(v_cache + out, v_MC.to(v_cache.dtype.element_ty), mask=valid)
+    tl.store(k_cache + out, as_cached(k_MC, k_cache), mask=valid)
+    tl.store(v_cache + out, as_cached(v_MC, v_cache), mask=valid)
 
 
 @cuda_kernel(norm_rope_kv_write, "rows")

@@ -101,9 +101,10 @@ def _check(contract: Contract, tensors: Mapping[str, torch.Tensor], attrs: Mappi
     wide = {k: v.double() if v.is_floating_point() else v.clone() for k, v in tensors.items()}
     expected = contract.reference(*(wide.get(o.name) for o in contract.inputs), **call.attrs)
     wanted = {o.name: expected for o in contract.outputs} | {name: wide[name] for name in contract.writes}
-    candidates = _emit(contract, call)
+    # Warps and stages are nothing to the interpreter.
+    candidates = {str(c.launches[0].constants): c for c in _emit(contract, call)}
     assert candidates
-    for candidate in candidates:
+    for candidate in candidates.values():
         written = {k: v.clone() if k in contract.writes else v for k, v in tensors.items()}
         got = _interpret(candidate, call, written)
         for name, want in wanted.items():
@@ -114,22 +115,22 @@ def _check(contract: Contract, tensors: Mapping[str, torch.Tensor], attrs: Mappi
 
 
 def _paged(
-    lengths: Sequence[int], *, page: int, kv_heads: int, head_dim: int, seed: int = 0
+    lengths: Sequence[int], *, page: int, kv_heads: int, head_dim: int, dtype: torch.dtype = torch.float16
 ) -> dict[str, torch.Tensor]:
-    """Caches of fp16 with NaN in every slot that holds no token, shuffled pages, and their table."""
-    g = torch.Generator().manual_seed(seed)
+    """Caches with NaN in every slot that holds no token, shuffled pages, and their table."""
+    g = torch.Generator().manual_seed(0)
     a_row = [-(-length // page) for length in lengths]
     total = 1 + sum(a_row)
     order = (1 + torch.randperm(total - 1, generator=g)).tolist()
     table = torch.zeros(len(lengths), max(a_row) + 1, dtype=torch.int32)
-    caches = [torch.full((total, page, kv_heads, head_dim), float("nan"), dtype=torch.float16) for _ in "kv"]
+    caches = [torch.full((total, page, kv_heads, head_dim), float("nan")).to(dtype) for _ in "kv"]
     for r, (length, count) in enumerate(zip(lengths, a_row, strict=True)):
         mine, order = order[:count], order[count:]
         table[r, :count] = torch.tensor(mine, dtype=torch.int32)
         for cache in caches:
             for i, p in enumerate(mine):
                 used = min(page, length - i * page)
-                cache[p, :used] = torch.randn(used, kv_heads, head_dim, generator=g).half()
+                cache[p, :used] = torch.randn(used, kv_heads, head_dim, generator=g).to(dtype)
     return {
         "k_cache": caches[0],
         "v_cache": caches[1],
@@ -146,65 +147,69 @@ def test_interpreted() -> None:
     assert made.returncode == 0, made.stdout + made.stderr
 
 
+Geometry = tuple[int, int, int, int, int]  # heads, KV heads, head size, page, window
+F16, F8 = torch.float16, torch.float8_e4m3fn
+
+
+def _attrs(geometry: Geometry) -> dict[str, float]:
+    heads, kv_heads, head_dim, _, window = geometry
+    scale = head_dim**-0.5
+    return {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "scale": scale, "window": window}
+
+
 @interpreted
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim", "page", "window", "lengths"),
+    ("geometry", "dtype", "lengths"),
     [
-        (4, 4, 32, 16, 0, (1, 15, 16, 17, 0, 300)),
-        (3, 1, 64, 64, 0, (64, 63, 65)),
-        (8, 1, 80, 1, 0, (5, 129)),
-        (8, 2, 128, 64, 70, (1, 0, 70, 71, 200)),
-        (4, 2, 64, 24, 9, (100,)),
-        (2, 1, 256, 128, 0, (1, 400)),
-        (4, 1, 64, 64, 0, (0, 0)),
+        ((4, 4, 32, 16, 0), F16, (1, 15, 16, 17, 0, 300)),
+        ((3, 1, 64, 64, 0), F16, (64, 63, 65)),
+        ((8, 1, 80, 1, 0), F16, (5, 129)),
+        ((8, 2, 128, 64, 70), F16, (1, 0, 70, 71, 200)),
+        ((4, 2, 64, 24, 9), F16, (100,)),
+        ((2, 1, 256, 128, 0), F16, (1, 400)),
+        ((4, 1, 64, 64, 0), F16, (0, 0)),
+        ((4, 2, 64, 64, 0), F16, (777,)),
+        ((8, 1, 80, 1, 0), F8, (5, 129)),
+        ((4, 2, 64, 64, 60), F8, (1, 0, 200)),
     ],
+    ids=str,
 )
-def test_decode(
-    heads: int, kv_heads: int, head_dim: int, page: int, window: int, lengths: tuple[int, ...]
-) -> None:
-    tensors = _paged(lengths, page=page, kv_heads=kv_heads, head_dim=head_dim)
+def test_decode(geometry: Geometry, dtype: torch.dtype, lengths: tuple[int, ...]) -> None:
+    heads, kv_heads, head_dim, page, _ = geometry
+    tensors = _paged(lengths, page=page, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
     tensors["q"] = torch.randn(len(lengths), heads * head_dim).half()
     tensors["q"][[n == 0 for n in lengths]] = float("nan")
-    attrs = {
-        "heads": heads,
-        "kv_heads": kv_heads,
-        "head_dim": head_dim,
-        "scale": head_dim**-0.5,
-        "window": window,
-    }
-    _check(decode_attention, tensors, attrs)
+    _check(decode_attention, tensors, _attrs(geometry))
 
 
 @interpreted
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim", "page", "window", "rows"),
+    ("geometry", "dtype", "rows"),
     [
-        (4, 4, 32, 16, 0, ((1, 1), (17, 17), (3, 90), (0, 0), (1, 64))),
-        (3, 1, 64, 64, 0, ((64, 64), (65, 129))),
-        (8, 1, 80, 1, 0, ((5, 40), (1, 33))),
-        (8, 2, 128, 64, 70, ((150, 150), (1, 200), (2, 72))),
-        (4, 2, 64, 24, 9, ((40, 100), (30, 30))),
-        (2, 1, 256, 128, 0, ((70, 140),)),
+        ((4, 4, 32, 16, 0), F16, ((1, 1), (17, 17), (3, 90), (0, 0), (1, 64))),
+        ((3, 1, 64, 64, 0), F16, ((64, 64), (65, 129))),
+        ((8, 1, 80, 1, 0), F16, ((5, 40), (1, 33))),
+        ((8, 2, 128, 64, 70), F16, ((150, 150), (1, 200), (2, 72))),
+        ((4, 2, 64, 24, 9), F16, ((40, 100), (30, 30))),
+        ((2, 1, 256, 128, 0), F16, ((70, 140),)),
+        ((2, 1, 64, 64, 0), F16, ((2, 800), (1, 300))),
+        ((2, 1, 64, 64, 300), F16, ((40, 700), (1, 100))),
+        ((4, 2, 32, 16, 0), F8, ((17, 17), (3, 90), (0, 0))),
     ],
+    ids=str,
 )
-def test_extend(
-    heads: int, kv_heads: int, head_dim: int, page: int, window: int, rows: tuple[tuple[int, int], ...]
-) -> None:
+def test_extend(geometry: Geometry, dtype: torch.dtype, rows: tuple[tuple[int, int], ...]) -> None:
     """``rows`` are (queries, context); a gap before the first row and padding behind the last."""
-    tensors = _paged([context for _, context in rows], page=page, kv_heads=kv_heads, head_dim=head_dim)
+    heads, kv_heads, head_dim, page, _ = geometry
+    lengths = [context for _, context in rows]
+    tensors = _paged(lengths, page=page, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
     count = torch.tensor([queries for queries, _ in rows], dtype=torch.int32)
     tokens = 2 + int(count.sum()) + 5
     start = (2 + count.cumsum(0) - count).to(torch.int32)
     q = torch.full((tokens, heads * head_dim), float("nan"), dtype=torch.float16)
     q[2:-5] = torch.randn(tokens - 7, heads * head_dim).half()
-    attrs = {
-        "heads": heads,
-        "kv_heads": kv_heads,
-        "head_dim": head_dim,
-        "scale": head_dim**-0.5,
-        "window": window,
-    }
-    _check(extend_attention, {**tensors, "q": q, "query_start": start, "query_len": count}, attrs)
+    tensors |= {"q": q, "query_start": start, "query_len": count}
+    _check(extend_attention, tensors, _attrs(geometry))
 
 
 @interpreted
@@ -247,34 +252,34 @@ def test_kv_write() -> None:
 
 @compiled
 @pytest.mark.parametrize(
-    ("geometry", "rows", "wanted"),
+    ("geometry", "rows", "dtype", "wanted"),
     [
-        ((32, 8, 128, 64, 0), 64, "cp.async.bulk.tensor"),
-        ((9, 3, 64, 16, 100), 256, "cp.async.cg"),
-        ((8, 1, 80, 128, 0), 1, "cp.async.cg"),
+        ((32, 8, 128, 64, 0), 64, torch.bfloat16, "cp.async.bulk.tensor"),
+        ((9, 3, 64, 16, 100), 256, torch.bfloat16, "cp.async.cg"),
+        ((8, 1, 80, 128, 0), 1, torch.bfloat16, "cp.async.cg"),
+        ((32, 8, 128, 64, 0), 64, F8, "cp.async.bulk.tensor"),
     ],
 )
-def test_machine_code(geometry: tuple[int, int, int, int, int], rows: int, wanted: str) -> None:
+def test_machine_code(geometry: Geometry, rows: int, dtype: torch.dtype, wanted: str) -> None:
     """No spills, shared memory within a block's, tensor cores and asynchronous copies, the wait for a launch."""
     aot = pytest.importorskip("makeready.graphs.cuda.aot")
-    heads, kv_heads, head_dim, page, window = geometry
+    heads, kv_heads, head_dim, page, _ = geometry
     shapes = {
         "q": ((rows, heads * head_dim), torch.bfloat16),
-        "k_cache": ((9, page, kv_heads, head_dim), torch.bfloat16),
-        "v_cache": ((9, page, kv_heads, head_dim), torch.bfloat16),
+        "k_cache": ((9, page, kv_heads, head_dim), dtype),
+        "v_cache": ((9, page, kv_heads, head_dim), dtype),
         "page_table": ((rows, 64), torch.int32),
         "context_len": ((rows,), torch.int32),
     }
     tensors = {
         name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes.items()
     }
-    attrs = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "scale": 0.1, "window": window}
     extra = {n: torch.empty(rows, dtype=torch.int32, device="meta") for n in ("query_start", "query_len")}
     for contract, operands, instruction, copies in (
         (decode_attention, tensors, "mma.sync", "cp.async.cg"),
         (extend_attention, {**tensors, **extra}, "wgmma.mma_async", wanted),
     ):
-        call = _call(contract, operands, attrs, "tma wgmma pdl")
+        call = _call(contract, operands, _attrs(geometry), "tma wgmma pdl fp8")
         (launch,) = _emit(contract, call)[0].launches
         made = aot.compile_launch(launch, call)
         assert made.spill_bytes <= launch.local_bytes
@@ -283,6 +288,18 @@ def test_machine_code(geometry: tuple[int, int, int, int, int], rows: int, wante
         assert made.waits
         assert instruction in made.ptx
         assert copies in made.ptx
+
+
+@compiled
+def test_values_are_converted_to_8_bits_by_the_device() -> None:
+    """The interpreter rounds them wrongly, so what writes them is held to the reference on a GPU alone."""
+    aot = pytest.importorskip("makeready.graphs.cuda.aot")
+    tensors = {name: torch.empty(6, 1024, dtype=torch.bfloat16, device="meta") for name in "kv"}
+    tensors["kv_slot"] = torch.empty(6, dtype=torch.int32, device="meta")
+    tensors |= {n: torch.empty(5, 64, 8, 128, dtype=F8, device="meta") for n in ("k_cache", "v_cache")}
+    call = _call(kv_write, tensors, {"kv_heads": 8, "head_dim": 128}, "pdl fp8")
+    (candidate,) = _emit(kv_write, call)
+    assert "cvt.rn.satfinite.e4m3x2.f32" in aot.compile_launch(candidate.launches[0], call).ptx
 
 
 @compiled
@@ -303,8 +320,8 @@ def test_scratch_and_grids_follow_the_bucket() -> None:
         (launch,) = candidate.launches
         a_tile = int(launch.constants["M"] or 0) // 4
         worst = max(sum(-(-n // a_tile) for n in rows) for rows in ((196, 1, 1, 1, 1), (33, 33, 33, 33, 68)))
-        assert launch.grid[0] == 2
-        assert launch.grid[1] >= worst
+        if not launch.constants["ROUNDS"]:
+            assert launch.grid[0] >= 2 * worst
     call = _call(
         decode_attention,
         {"q": q[:5], **caches, "page_table": table, "context_len": ints["context_len"]},
