@@ -7,7 +7,7 @@ compile_plan(...) does all of it
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,60 +25,23 @@ from makeready.graphs.plan import LOAD, SCHEMA, LoweredProgram, Memory, Options,
 from makeready.graphs.plan_cache import cache_folder
 from makeready.graphs.quant.fp8 import FP8, quantize_linears
 from makeready.graphs.quant.loading import loading_of
-from makeready.graphs.quant.scheme import ON_LOAD, Scheme
-from makeready.graphs.quant.stored import stored_scheme
 from makeready.graphs.recipe import Param
+from makeready.graphs.request import (
+    Request,
+    activation_dtype,
+    kv_dtype,
+    limits_of,
+    quantization,
+    weight_dtype,
+)
 from makeready.graphs.spec import PHASES, Bucket, KVSpec, Limits, result_fields, slot_fields, step_fields
 from makeready.graphs.targets import Target, find_target
 from makeready.graphs.tokenizer_reference import tokenizer_reference
 from makeready.graphs.trace import trace
 from makeready.graphs.verify import verify
 from makeready.kernels import registry
-from makeready.kernels.spec import DTYPE_BYTES
-
-WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
-CUDA_ACTIVATION_DTYPES = ("bfloat16", "float16")  # what attention kernels multiply
-FP8_CACHE = {"float8_e4m3fn": "float8_e4m3fn", "float8_e4m3": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn"}
 
 Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a plan is asked for; None leaves the choice to the model or the target.
-
-    Attributes:
-        target: a name of graphs/targets.py.
-        max_rows, max_tokens, context_len, page_size: see :class:`~makeready.graphs.spec.Limits`.
-        weight_dtype: ``float32``, ``bfloat16`` or ``float16``; None takes the activations' on CUDA, else
-            the checkpoint's, fp16 for GGUF blocks.
-        activation_dtype: between kernels: ``bfloat16`` or ``float16`` on CUDA, ``float32`` on the CPU; None
-            takes the target's. fp16 is eight times as fine as bf16 and overflows at 65,504.
-        quant: ``fp8`` (a scale for each output and each token) or ``fp8_block`` (for each 128 by 128 weights
-            and each token's 128 inputs) quantizes the linears of a wide checkpoint when it is loaded; None
-            computes as the checkpoint stores them.
-        kv_dtype: dtype of the cache, ``float8_e4m3fn`` (or ``fp8_e4m3``) among them; None takes the
-            activations'.
-        disabled_passes: rewrites to leave out.
-        max_decode_buckets, max_extend_buckets: bounds on the number of programs.
-        candidates: at most so many ways to run a call are compiled, for scripts/tune to choose from.
-        traffic: expected batches.
-    """
-
-    target: str = "cpu"
-    max_rows: int = 8
-    max_tokens: int | None = None
-    context_len: int | None = None
-    page_size: int | None = None
-    weight_dtype: str | None = None
-    activation_dtype: str | None = None
-    quant: str | None = None
-    kv_dtype: str | None = None
-    disabled_passes: tuple[str, ...] = ()
-    max_decode_buckets: int = 16
-    max_extend_buckets: int = 24
-    candidates: int = 1
-    traffic: Traffic = field(default_factory=Traffic)
 
 
 @dataclass(frozen=True)
@@ -244,27 +207,22 @@ def trace_checkpoint(checkpoint: Checkpoint | str | Path, request: Request) -> T
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = open_checkpoint(checkpoint)
     model_config = family.read_config(checkpoint.config)
-    limits = _limits(request, target, _longest_context(model_config.rope, model_config.context_len))
-    activation = request.activation_dtype or target.activation_dtype
-    allowed = CUDA_ACTIVATION_DTYPES if target.is_cuda else (target.activation_dtype,)
-    _known("plan.activation_dtype", activation, allowed)
-    weight_dtype = request.weight_dtype or (activation if target.is_cuda else _stored_dtype(checkpoint))
-    _known("plan.weight_dtype", weight_dtype, WEIGHT_DTYPES)
-    if request.candidates < 1:
-        raise PlanError(f"plan.candidates={request.candidates} must be a whole number of at least 1")
-    kv_dtype = _kv_dtype(request, target, activation)
-    scheme = _scheme(request, target, checkpoint)
+    limits = limits_of(request, target, model_config.rope, model_config.context_len)
+    activation = activation_dtype(request, target)
+    weights = weight_dtype(request, target, checkpoint)
+    cache = kv_dtype(request, target)
+    scheme = quantization(request, target, checkpoint)
     model = family.build(checkpoint.config, context_len=limits.context_len, activation=activation)
-    kv = KVSpec(limits.page_size, model.kv_parts(limits.page_size, kv_dtype))
-    program = trace(model, limits, kv_parts=kv.parts, weight_dtype=weight_dtype, vector_dtype=activation)
+    kv = KVSpec(limits.page_size, model.kv_parts(limits.page_size, cache))
+    program = trace(model, limits, kv_parts=kv.parts, weight_dtype=weights, vector_dtype=activation)
     program = verify(program, after="trace")
     if scheme is not None:
         program = verify(quantize_linears(program, scheme), after="quantize_linears")
     _check_sources(program.params.values(), checkpoint)
     options = Options(
-        weight_dtype=weight_dtype,
+        weight_dtype=weights,
         activation_dtype=activation,
-        kv_dtype=kv_dtype,
+        kv_dtype=cache,
         quant=request.quant,
         disabled_passes=tuple(sorted(set(request.disabled_passes))),
         max_decode_buckets=request.max_decode_buckets,
@@ -296,88 +254,6 @@ def compile_plan(
     lowered = traced.lower()
     progress("compile")
     return lowered.compile(progress)
-
-
-def _limits(request: Request, target: Target, longest: int) -> Limits:
-    for name in (
-        *("max_rows", "max_tokens", "context_len", "page_size"),
-        *("max_decode_buckets", "max_extend_buckets"),
-    ):
-        asked = getattr(request, name)
-        if asked is not None and (type(asked) is not int or asked < 1):
-            raise PlanError(f"plan.{name}={asked} must be a whole number of at least 1")
-    context = request.context_len or longest
-    if context > longest:
-        raise PlanError(
-            f"plan.context_len={context} is beyond the {longest} tokens that the model's positions allow; "
-            f"lower it to {longest}"
-        )
-    return Limits(
-        max_rows=request.max_rows,
-        max_tokens=request.max_tokens or max(target.max_tokens, request.max_rows),
-        context_len=context,
-        page_size=request.page_size or target.page_size,
-    )
-
-
-def _longest_context(rope: Mapping[str, Any], positions: int) -> int:
-    """Dynamic scaling goes beyond the config's positions, by its factor."""
-    return int(positions * rope["factor"]) if rope["rope_type"] == "dynamic" else positions
-
-
-def _stored_dtype(checkpoint: Checkpoint) -> str:
-    """The config's dtype; fp16 for block-quantized files, whose values are products of fp16 scales."""
-    if any(info.dtype not in DTYPE_BYTES for info in checkpoint.tensors.values()):
-        return "float16"
-    return checkpoint.config.get("dtype") or "bfloat16"
-
-
-def _known(name: str, value: str, allowed: Collection[str]) -> None:
-    if value not in allowed:
-        raise PlanError(f"{name}={value} is not supported; choose one of {', '.join(allowed)}")
-
-
-def _kv_dtype(request: Request, target: Target, activation: str) -> str:
-    """The cache's dtype.
-
-    Raises:
-        PlanError: it is unknown, or the target has no 8-bit floats.
-    """
-    asked = request.kv_dtype or activation
-    _known("kv.dtype", asked, (*WEIGHT_DTYPES, *FP8_CACHE))
-    if asked in FP8_CACHE:
-        _needs_fp8(target, f"kv.dtype={asked}")
-    return FP8_CACHE.get(asked, asked)
-
-
-def _scheme(request: Request, target: Target, checkpoint: Checkpoint) -> Scheme | None:
-    """How linears are quantized, in the checkpoint or when it is loaded; None where they are not.
-
-    Raises:
-        PlanError: an unknown scheme, a target without 8-bit floats, or both a stored one and one asked for.
-        UnsupportedModelError: the checkpoint stores something else.
-    """
-    stored = stored_scheme(checkpoint.config)
-    if request.quant is None:
-        if stored is not None:
-            _needs_fp8(target, "this quantized checkpoint")
-        return stored
-    _known("quant", request.quant, ON_LOAD)
-    if stored is not None:
-        raise PlanError(
-            f"quant={request.quant} was asked for, but {checkpoint.path} is quantized already; "
-            "leave quant out to run it as it is"
-        )
-    _needs_fp8(target, f"quant={request.quant}")
-    return ON_LOAD[request.quant]
-
-
-def _needs_fp8(target: Target, what: str) -> None:
-    if target.is_cuda and "fp8" not in target.features:
-        raise PlanError(
-            f"{what} needs 8-bit floats, which {target.name} does not compute with; "
-            "choose a target from sm_90a on, or 16-bit weights and cache"
-        )
 
 
 def _check_sources(params: Collection[Param], checkpoint: Checkpoint) -> None:
