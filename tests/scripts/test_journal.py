@@ -118,7 +118,7 @@ def test_a_job_is_continued_kept_or_refused_by_what_its_files_say(files):
         begun(files, 2, **{"sampling.temperature": 1.0})
     with pytest.raises(JobError, match="its prompts are not those of prompts="):
         begun(files, 2, prompts=[2, "cd"])
-    with begun(files, 2) as journal:
+    with begun(files, 2, **{"an option of a later version": None}) as journal:
         assert (1 in journal, 2 in journal) == (False, True)
         finish(journal)
     assert files.output.read_bytes() == b"".join(done(number).answer + b"\n" for number in (1, 2))

@@ -22,6 +22,7 @@ EXEMPT = frozenset(
         "output",
         "overwrite",
         "golden",
+        "golden",
         "target",
         "scale",
         "scheduler",

@@ -6,6 +6,8 @@ dies (its machine, its GPU) gives its rows back to the others.
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -102,12 +104,7 @@ class Fleet:
     def __init__(self, spec: EngineSpec, *, engines: int | None, cpus: float, address: str | None) -> None:
         self._ray = optional("ray", "ray", "scale=ray")
         gpus = 1 if TARGETS[spec.plan.target].is_cuda else 0
-        try:
-            self._ray.init(
-                address=address, log_to_driver=False, logging_level="ERROR", include_dashboard=False
-            )
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise JobError(f"no Ray cluster was reached ({_first_line(error)}); see scale.address") from None
+        self._connect(address)
         try:
             count = self._count(engines, gpus, cpus)
             made = self._ray.remote(num_gpus=gpus, num_cpus=cpus)(RayEngine)
@@ -154,6 +151,19 @@ class Fleet:
                         del engine.rows[done.number]
                 self._call(rows, back, flying)
                 rows.tell(lambda: sum(engine.output_tokens for engine in self.engines))
+
+    def _connect(self, address: str | None) -> None:
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            self._ray.init(
+                address=address, log_to_driver=False, logging_level="ERROR", include_dashboard=False
+            )
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise JobError(f"no Ray cluster was reached ({_first_line(error)}); see scale.address") from None
+        finally:
+            # Ray takes SIGTERM for a crash: it aborts the process, which then cannot say what it keeps.
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, handler)
 
     def _call(self, rows: Rows, back: deque[Numbered], flying: dict[Any, _Engine]) -> None:
         """Keep every engine busy: with new rows where it has room, else with those that it has."""
@@ -207,7 +217,7 @@ def _cause(error: Exception) -> str:
         return _first_line(cause)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = [line for line in lines if line.startswith("makeready.") or "Error: " in line]
-    return (told or lines or [type(error).__name__])[-1]
+    return (told or lines or [type(error).__name__])[-1].partition(". ")[0]  # Ray goes on for a page
 
 
 def _first_line(error: Exception) -> str:

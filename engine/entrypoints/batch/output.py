@@ -69,17 +69,18 @@ def open_journal(
         held = journal.identity()
         finished = None if overwrite else _finished(files, identity)
         if finished is None:
-            if held == identity:
+            different = None if held is None else _difference(held, identity)
+            if held is not None and different is None:
                 journal.resume(survey.last)
                 return journal
-            if held is not None and not overwrite:
+            if different is not None and not overwrite:
                 raise JobError(
-                    f"{files.journal} holds rows of another job ({_difference(held, identity)}); start that one "
-                    "again, name another output, or add overwrite=true to drop them"
+                    f"{files.journal} holds rows of another job ({different}); start that one again, name another "
+                    "output, or add overwrite=true to drop them"
                 )
             _begin(journal, identity, survey)
             return journal
-        if held in (None, identity):
+        if held is None or _difference(held, identity) is None:
             journal.remove()
     except BaseException:
         if not files.journal.stat().st_size:
@@ -142,19 +143,21 @@ def _finished(files: Files, identity: Mapping[str, Any]) -> Totals | None:
         totals = Totals(manifest["rows"], manifest["failed"], manifest["tokens"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         raise JobError(f"output={files.output} exists; {remedy}") from None
-    if made != identity:
-        raise JobError(f"output={files.output} is of another job ({_difference(made, identity)}); {remedy}")
+    if (different := _difference(made, identity)) is not None:
+        raise JobError(f"output={files.output} is of another job ({different}); {remedy}")
     if size != files.final.stat().st_size:
         raise JobError(f"output={files.output} was changed since it was written; {remedy}")
     return totals
 
 
-def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
-    """The first thing in which two jobs differ."""
-    name = next(name for name in {**ours, **theirs} if theirs.get(name) != ours.get(name))
-    if name == "prompts":
-        return "its prompts are not those of prompts="
-    return f"{name} is {json.dumps(theirs.get(name))} there and {json.dumps(ours.get(name))} here"
+def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str | None:
+    """The first thing in which two jobs differ; an option that one version does not have yet is null."""
+    for name in {**ours, **theirs}:
+        if theirs.get(name) != ours.get(name):
+            if name == "prompts":
+                return "its prompts are not those of prompts="
+            return f"{name} is {json.dumps(theirs.get(name))} there and {json.dumps(ours.get(name))} here"
+    return None
 
 
 def _synced(path: Path) -> None:
