@@ -26,6 +26,7 @@ from makeready.graphs.executable.cuda_driver import Device, Driver, DriverError,
 from makeready.graphs.executable.cuda_graph import GraphBuilder
 from makeready.graphs.executable.cuda_staging import Flight, PendingStep, SlotTable
 from makeready.graphs.executable.cuda_weights import Progress, Upload
+from makeready.graphs.executable.cuda_workbench import Workbench
 from makeready.graphs.executable.match import check_checkpoint
 from makeready.graphs.plan import Plan, PlanError
 from makeready.graphs.spec import Bucket
@@ -188,6 +189,22 @@ class CudaExecutable:
             return convert(stored, spec.dtype, "float32")
         return rows.view(NUMPY_DTYPES[spec.dtype]).copy()
 
+    def workbench(self) -> Workbench:
+        """Graphs of any choices, for measuring; destroyed with the executable at the latest."""
+        bench = Workbench(
+            self._driver,
+            self._device,
+            self._stream,
+            self._builder,
+            lambda bucket: cuda_memory.bucket_addresses(self.plan, self._regions, self._lasting, bucket),
+        )
+        self._keep(bench.close)
+        return bench
+
+    def fill_cache(self, seed: int = 0) -> None:
+        """Random keys and values of magnitude 0.5 to 2 in all pages: kernels run faster on zeros."""
+        cuda_memory.fill_random(self._driver, self._device, self.plan, self._lasting, self.pages, seed)
+
     def close(self) -> None:
         """Give everything on the GPU back; the executable cannot be used any more."""
         self._finalizer()
@@ -217,7 +234,7 @@ class CudaExecutable:
 
     def _build_graphs(self, functions: Mapping[str, Function]) -> dict[Bucket, Any]:
         plan, driver, regions = self.plan, self._driver, self._regions
-        builder = GraphBuilder(
+        self._builder = builder = GraphBuilder(
             driver,
             plan,
             functions,

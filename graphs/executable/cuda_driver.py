@@ -213,6 +213,15 @@ class Driver:
         flag = self.cu.CUevent_flags.CU_EVENT_DISABLE_TIMING
         return self._check("cuEventCreate", self.cu.cuEventCreate(int(flag)))
 
+    def timer(self) -> Any:
+        """An event that takes time stamps."""
+        flag = self.cu.CUevent_flags.CU_EVENT_DEFAULT
+        return self._check("cuEventCreate", self.cu.cuEventCreate(int(flag)))
+
+    def seconds(self, start: Any, end: Any) -> float:
+        """Between two timers that have happened, to half a microsecond."""
+        return self._check("cuEventElapsedTime", self.cu.cuEventElapsedTime(start, end)) / 1e3
+
     def destroy_event(self, event: Any) -> None:
         """Destroy an event."""
         self._check("cuEventDestroy", self.cu.cuEventDestroy(event))

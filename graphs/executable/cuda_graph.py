@@ -9,7 +9,7 @@ Python a node on a slow core, so that 45 graphs of 260 nodes take 0.1 s beside w
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -51,25 +51,38 @@ class GraphBuilder:
         self._tuned = plan.tuned.get(device, {})
         self._maps: dict[NodeArgument, _Maps] = {}
 
-    def build(self, bucket: Bucket, addresses: Mapping[str, int], stream: Any) -> Any:
+    def build(
+        self,
+        bucket: Bucket,
+        addresses: Mapping[str, int],
+        stream: Any,
+        *,
+        choices: Mapping[str, str] | None = None,
+        without: Collection[int] = (),
+    ) -> Any:
         """The executable graph of ``bucket``, a chain of nodes in the order of launches.
 
         Args:
             addresses: of every value that the launches name.
             stream: where the graph is sent to the device.
+            choices: by :func:`tuned_key`, in place of those that measured best on this device.
+            without: op classes whose launches are left out, for measuring.
 
         Raises:
             PlanError: the plan has no kernels for the bucket.
             DriverError: the driver refuses a node.
         """
         program = self._plan.programs[bucket.phase]
+        best = self._tuned if choices is None else choices
         prepared: dict[int, list[PreparedNode]] = {}
         graph, last = self._driver.graph(), None
         try:
             for launch in program.launches:
+                if launch.op_class in without:
+                    continue
                 nodes = prepared.get(launch.op_class)
                 if nodes is None:
-                    chosen = self._choose(bucket, launch)
+                    chosen = self._choose(bucket, launch, best)
                     nodes = [self.prepare(node) for node in chosen.nodes]
                     prepared[launch.op_class] = nodes
                 names = {**launch.operands, **launch.results}
@@ -82,16 +95,16 @@ class GraphBuilder:
         finally:
             self._driver.destroy_graph(graph)
 
-    def _choose(self, bucket: Bucket, launch: Launch) -> Choice:
-        """The candidate that measured best on this device, else the planner's first."""
+    def _choose(self, bucket: Bucket, launch: Launch, best: Mapping[str, str]) -> Choice:
+        """The candidate that ``best`` names, else the planner's first."""
         classes = self._plan.programs[bucket.phase].classes
         found: tuple[Choice, ...] = ()
         if 0 <= launch.op_class < len(classes):
             found = classes[launch.op_class].candidates.get(str(bucket), ())
         if not found:
             raise PlanError(f"the plan has no kernel for {launch.op} in bucket {bucket}; compile it again")
-        best = self._tuned.get(tuned_key(bucket.phase, launch.op_class, bucket))
-        return next((c for c in found if c.name == best), found[0])
+        name = best.get(tuned_key(bucket.phase, launch.op_class, bucket))
+        return next((c for c in found if c.name == name), found[0])
 
     def prepare(self, node: Node) -> PreparedNode:
         """What it takes to launch ``node`` again and again; not for several threads at once."""

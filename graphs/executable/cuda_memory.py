@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from makeready.graphs import memory
-from makeready.graphs.executable.cuda_driver import Driver
+from makeready.graphs.executable.cuda_driver import Device, Driver
 from makeready.graphs.plan import Plan, PlanError
 from makeready.graphs.spec import Bucket, result_fields, slot_fields, step_fields
-from makeready.kernels.spec import PAGES
+from makeready.kernels.spec import DTYPE_BYTES, PAGES
 
 # What the driver takes beside our allocations, a bound over what was seen on an H100 with driver 580:
 # 0.6 MiB a graph of 400 nodes, and kernels' code, pinned staging and copies' bookkeeping.
@@ -132,3 +134,34 @@ def bucket_addresses(
 
 def _gib(nbytes: int) -> str:
     return f"{nbytes / 2**30:.2f}"
+
+
+_RANDOM_BYTES = 32 << 20
+# Bits that are drawn (sign and mantissa) and bits that are set (exponents of 0.5 and 1), by dtype.
+_RANDOM_BITS = {
+    "float32": (0x80FFFFFF, 0x3F000000),
+    "bfloat16": (0x80FF, 0x3F00),
+    "float16": (0x87FF, 0x3800),
+    "float8_e4m3fn": (0x8F, 0x30),
+}
+
+
+def fill_random(
+    driver: Driver, device: Device, plan: Plan, addresses: Mapping[str, int], pages: int, seed: int
+) -> None:
+    """Random numbers of magnitude 0.5 to 2 in all pages of the cache; waits until they are there."""
+    driver.use(device)
+    stream = driver.stream()
+    for part in plan.kv.parts:
+        drawn, fixed = _RANDOM_BITS[part.spec.dtype]
+        width = np.dtype(f"u{DTYPE_BYTES[part.spec.dtype]}")
+        nbytes = part.spec.nbytes({PAGES: pages})
+        size = min(nbytes, _RANDOM_BYTES)
+        bits = np.random.default_rng(seed).integers(0, 256, size, np.uint8).view(width)
+        bits &= width.type(drawn)
+        bits |= width.type(fixed)
+        for start in range(0, nbytes, size):
+            chunk = min(size, nbytes - start)
+            driver.to_device(addresses[part.name] + start, bits.ctypes.data, chunk, stream)
+        driver.synchronize(stream)
+    driver.destroy_stream(stream)

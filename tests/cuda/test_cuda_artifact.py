@@ -59,7 +59,31 @@ def test_choices_that_measured_best_are_kept(plan, tmp_path):
     tuned = replace(plan, tuned={"NVIDIA H100": {key: "tiles/64"}})
     read = artifact.load(artifact.save(tuned, tmp_path / "plan"))
     assert read.tuned == {"NVIDIA H100": {"decode/0/decode-16": "tiles/64"}}
-    assert artifact.digest(tuned) != artifact.digest(plan)
+    assert artifact.digest(tuned) == artifact.digest(plan)
+
+
+def test_measured_choices_are_written_beside_the_plan(plan, tmp_path):
+    folder = artifact.save(plan, tmp_path / "plan")
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    for name in ("tiles/64", "tiles/128"):
+        tuned = replace(plan, tuned={"NVIDIA H100": {"decode/0/decode-16": name}})
+        artifact.save_tuned(tuned, folder)
+        assert artifact.load(folder) == tuned
+        after = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+        assert after.pop("tuned.json") == artifact.encode(tuned)["tuned.json"]
+        assert after == before
+    assert {path.name for path in tmp_path.iterdir()} <= {"plan", "cache"}
+
+
+def test_measured_choices_of_another_plan_are_refused(plan, tmp_path):
+    folder = artifact.save(plan, tmp_path / "plan")
+    other = replace(plan, architecture="Other", tuned={"NVIDIA H100": {}})
+    with pytest.raises(PlanError, match="holds another plan than the one that was measured"):
+        artifact.save_tuned(other, folder)
+    elsewhere = artifact.save(other, tmp_path / "other")
+    (folder / "tuned.json").write_bytes((elsewhere / "tuned.json").read_bytes())
+    with pytest.raises(PlanError, match=r"tuned.json is damaged or for another plan; delete it"):
+        artifact.load(folder)
 
 
 def test_damaged_machine_code_is_refused(plan, tmp_path):

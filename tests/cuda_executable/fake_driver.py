@@ -79,6 +79,7 @@ class FakeBindings:
     Attributes:
         refuse: status that a call returns instead of doing anything, by the call's name.
         on_launch: run when a graph's turn in its stream comes.
+        graph_ms: how long it takes, as events tell; nothing else takes time.
         on_kernel: run when the turn of a kernel that was launched by itself comes.
     """
 
@@ -89,6 +90,7 @@ class FakeBindings:
     registers_files: bool = True
     refuse: dict[str, Any] = field(default_factory=dict)
     on_launch: Callable[[list[FakeNode]], None] = lambda nodes: None
+    graph_ms: Callable[[list[FakeNode]], float] = lambda nodes: 1.0
     on_kernel: Callable[[FakeNode], None] = lambda node: None
 
     calls: list[str] = field(default_factory=list)
@@ -107,6 +109,7 @@ class FakeBindings:
         self._next = 1
         self._context = threading.local()
         self.retained = 0
+        self.clock = 1.0
 
     def __getattribute__(self, name: str) -> Any:
         if not name.startswith("cu") or name in ("cuuint64_t", "cuuint32_t"):
@@ -277,10 +280,14 @@ class FakeBindings:
         return OK
 
     def cuEventRecord(self, event, stream):
-        happened: list[bool] = []
+        happened: list[float] = []
         self._objects[int(event)] = [happened, self._queue(stream)]
-        self._queue(stream).append(lambda: happened.append(True))
+        self._queue(stream).append(lambda: happened.append(self.clock))
         return OK
+
+    def cuEventElapsedTime(self, start, end):
+        (begun, _), (ended, _) = self._objects[int(start)], self._objects[int(end)]
+        return (*OK, ended[0] - begun[0])
 
     def cuEventSynchronize(self, event):
         if self._objects[int(event)]:
@@ -403,7 +410,12 @@ class FakeBindings:
     def cuGraphLaunch(self, executable, stream):
         index = self._objects[int(executable)]
         self.launched.append(index)
-        self._queue(stream).append(lambda: self.on_launch(self.graphs[index]))
+
+        def run():
+            self.on_launch(self.graphs[index])
+            self.clock += self.graph_ms(self.graphs[index])
+
+        self._queue(stream).append(run)
         return OK
 
     def check_released(self) -> None:
