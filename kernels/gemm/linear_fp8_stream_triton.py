@@ -15,7 +15,7 @@ instruction wants at least 64 rows on the left and takes any multiple of 8 on th
 # T tokens, N outputs, K inputs
 """
 # pyright: reportIndexIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
-# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportAssignmentType=false
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from makeready.kernels.spec import DTYPE_BYTES
 assert isinstance(linear_fp8, Contract)
 assert isinstance(linear_fp8_block, Contract)
 
-_BEST = 3
+_BEST = 6
 _WAVE = 8  # tiles along the tokens that share a wave's weights; 8 x 128 rows of K = 4096 are 4 MB of L2
 
 

@@ -13,6 +13,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -47,11 +48,12 @@ def contract_of(grouped: bool) -> Contract:
     return found
 
 
-def shapes(T: int, N: int, K: int, grouped: bool, *, device: str = "meta") -> Tensors:
+def shapes(T: int, N: int, K: int, grouped: bool, *, bias: bool = False, device: str = "meta") -> Tensors:
     """Operands that hold nothing."""
     groups = K // 128
     scales = ((T, groups), (-(-N // 128), groups)) if grouped else ((T, 1), (N,))
-    return {
+    made = {"bias": torch.empty(N, dtype=torch.bfloat16, device=device)} if bias else {}
+    return made | {
         "x": torch.empty(T, K, dtype=torch.float8_e4m3fn, device=device),
         "weight": torch.empty(N, K, dtype=torch.float8_e4m3fn, device=device),
         "x_scale": torch.empty(scales[0], device=device),
@@ -64,7 +66,7 @@ def operands(
 ) -> Tensors:
     """Random operands whose scales differ by up to e^2, so that a misplaced one shows."""
     torch.manual_seed(seed + T)
-    made = shapes(T, N, K, grouped, device="cuda")
+    made = shapes(T, N, K, grouped, bias=bias, device="cuda")
     for name in ("x", "weight"):
         made[name] = (
             (torch.randn(made[name].shape, device="cuda") * 60).clamp(-448, 448).to(torch.float8_e4m3fn)
@@ -76,7 +78,7 @@ def operands(
         wide[:T] = made["x"]
         made["x"] = wide[:T]
     if bias:
-        made["bias"] = torch.randn(N, device="cuda").bfloat16()
+        made["bias"].normal_()
     return made
 
 
@@ -96,7 +98,7 @@ def scaled_mm(sets: Sequence[Tensors], grouped: bool) -> float:
                     scales = s["x_scale"].t().contiguous().t(), s["weight_scale"].t()
                 else:
                     scales = s["x_scale"], s["weight_scale"][None, :]
-                torch._scaled_mm(s["x"], s["weight"].t(), *scales, out_dtype=torch.bfloat16)
+                torch._scaled_mm(s["x"], s["weight"].t(), *scales, out_dtype=torch.bfloat16)  # pyright: ignore[reportPrivateImportUsage]
 
     try:
         return launcher.time_graph(calls) / (rounds * len(sets))
@@ -135,6 +137,33 @@ def _ways(call: OpCall, within: float, most: int) -> list[Candidate]:
     return [emit(call, way, product) for way in ways if seconds(product, way) < within * best][:most]
 
 
+@dataclass(frozen=True)
+class Timed:
+    """A way to run a product: seconds, seconds predicted, and its error against a product in fp32."""
+
+    name: str
+    took: float
+    predicted: float
+    error: float
+
+
+def _time(call: OpCall, sets: Sequence[Tensors], within: float, most: int) -> list[Timed]:
+    """The ways worth a try, the planner's order."""
+    grouped = "block" in call.attrs
+    product = describe(call)
+    predicted = {way.name: seconds(product, way) for way in tilings(product)}
+    wide = {k: v.float() for k, v in sets[0].items()}
+    want = contract_of(grouped).reference(**wide, **_attrs(grouped) | {"out_dtype": "float32"})
+    made = []
+    for way in _ways(call, within, most):
+        if launcher.fits(way, call):
+            y = launcher.run(way, call, sets[0])["y"].float()
+            error = ((y - want).norm() / want.norm()).item()
+            took = launcher.time(way, call, sets, reps=20 if product.T <= 1024 else 6)
+            made.append(Timed(way.name, took, predicted[way.name], error))
+    return made
+
+
 def measure(rows: Sequence[int], within: float, most: int) -> list[list[object]]:
     """Print the first choice beside the floor, torch, and the fastest of the ways tried.
 
@@ -145,35 +174,24 @@ def measure(rows: Sequence[int], within: float, most: int) -> list[list[object]]
     both = (False, True)
     launcher.prepare((c, _ways(c, within, most)) for grouped in both for c in _calls(rows, grouped))
     print(
-        "scales  matrix      T  chosen                             µs   TB/s TFLOP/s floor/µs  torch µs  fastest"
+        "scales matrix      T  chosen                              µs  TB/s TFLOP/s floor/µs torch µs   error"
+        "  fastest"
     )
     for grouped in both:
         kind = "groups" if grouped else "rows"
         for name, T, sets, call in _work(rows, grouped):
             N, K = call.dims["N"], call.dims["K"]
-            product = describe(call)
-            predicted = {way.name: seconds(product, way) for way in tilings(product)}
-            wide = {k: v.float() for k, v in sets[0].items()}
-            want = contract_of(grouped).reference(**wide, **_attrs(grouped) | {"out_dtype": "float32"})
-            del wide
-            times = []
-            for way in _ways(call, within, most):
-                if not launcher.fits(way, call):
-                    continue
-                y = launcher.run(way, call, sets[0])["y"].float()
-                error = ((y - want).norm() / want.norm()).item()
-                took = launcher.time(way, call, sets, reps=20 if T <= 1024 else 6)
-                times.append((took, way.name))
-                table.append([kind, name, T, way.name, took, predicted[way.name], error])
-                if not error < 6e-3:
-                    print("WRONG", kind, name, T, way.name, error)
-            took, chosen = times[0]
+            timed = _time(call, sets, within, most)
             other = scaled_mm(sets, grouped)
+            table += [[kind, name, T, w.name, w.took, w.predicted, w.error] for w in timed]
             table.append([kind, name, T, "scaled_mm", other, floor(T, N, K), 0.0])
-            least = "  ".join(f"{t * 1e6:.1f} {n}" for t, n in sorted(times)[:3])
+            for wrong in (w for w in timed if not w.error < 6e-3):
+                print("WRONG", kind, name, T, wrong.name, wrong.error)
+            took, fastest = timed[0].took, sorted(timed, key=lambda w: w.took)[:3]
             print(
-                f"{kind:6s}  {name:8s} {T:4d}  {chosen:32s} {took * 1e6:7.1f} {N * K / took / 1e12:5.2f} "
-                f"{2 * T * N * K / took / 1e12:7.0f} {floor(T, N, K) / took:8.2f} {other * 1e6:9.1f}  {least}",
+                f"{kind:6s} {name:8s} {T:4d}  {timed[0].name:32s} {took * 1e6:7.1f} {N * K / took / 1e12:5.2f} "
+                f"{2 * T * N * K / took / 1e12:7.0f} {floor(T, N, K) / took:8.2f} {other * 1e6:8.1f} "
+                f"{timed[0].error:7.1e}  {'  '.join(f'{w.took * 1e6:.1f} {w.name}' for w in fastest)}",
                 flush=True,
             )
     return table
@@ -183,7 +201,7 @@ def main() -> None:
     """Bench the planner's best, or sweep."""
     sweep = "sweep" in sys.argv
     torch.backends.cuda.matmul.allow_tf32 = False
-    table = measure(SWEPT, 1.8, 24) if sweep else measure(ROWS, 1.2, 3)
+    table = measure(SWEPT, 1.8, 20) if sweep else measure(ROWS, 1.2, 3)
     name = "gemm_fp8_sweep.json" if sweep else "gemm_fp8.json"
     Path(os.environ.get("OUT", "."), name).write_text(json.dumps(table))
 

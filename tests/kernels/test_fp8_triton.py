@@ -18,14 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_small_triton import INTERPRETED, aot, columns_of, op_call, random
 
-from makeready.kernels import registry
+from makeready.kernels import norm_quantize_triton, quantize_triton, registry  # noqa: F401
 from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.device import Candidate, Descriptor, OpCall, Pointer, Scalar, Scratch, Tensor
-from makeready.kernels.gemm.linear_fp8_tiling import PERSISTENT, STREAM, Product, Tiling, seconds, tilings
-
-if INTERPRETED or aot:
-    from makeready.kernels import norm_quantize_triton, quantize_triton  # noqa: F401
-    from makeready.kernels.gemm import linear_fp8_triton
+from makeready.kernels.gemm import linear_fp8_triton
+from makeready.kernels.gemm.linear_fp8_tiling import STREAM, Product, Tiling, seconds, tilings
 
 if INTERPRETED:
     import numpy as np
@@ -113,7 +110,7 @@ def products(T: int, N: int, K: int, grouped: bool, bias: bool) -> dict[str, tor
         (1, 131, 96, False, False),
         (3, 64, 100, False, True),
         (33, 131, 750, False, True),
-        (130, 65, 520, False, False),
+        (70, 65, 520, False, False),
         (1, 300, 512, True, True),
         (19, 131, 1024, True, False),
         (70, 128, 384, True, True),
@@ -129,7 +126,7 @@ def test_products(T, N, K, grouped, bias):
     )
     sharers = set()
     tried: set[tuple[int, ...]] = set()
-    for multiprocessors in (3, 7, 40):
+    for multiprocessors in (7, 40):
         call = op_call(op, operands, attrs, features=PLAIN, multiprocessors=multiprocessors)
         product = linear_fp8_triton.describe(call)
         for way in tilings(product):
@@ -363,16 +360,16 @@ def test_first_choices_cross_compile_without_spilling(grouped):
 def test_wide_accesses():
     """Rows of 4,096 are read and written 8 bytes a thread or wider, and nothing spills."""
     assert aot
-    names = {"tokens": 4096, "weight": torch.empty(4096, dtype=torch.bfloat16)}
+    weight = torch.empty(4096, dtype=torch.bfloat16)
     for tokens in (1, 8192):
-        x = torch.empty(tokens, names["tokens"], dtype=torch.bfloat16)
+        x = torch.empty(tokens, 4096, dtype=torch.bfloat16)
         calls = [
             ("quantize_fp8", {"x": x}, {"group": 4096}),
             ("quantize_fp8", {"x": x}, {"group": 128}),
             ("quantize_fp8_static", {"x": x, "scale": torch.ones(1)}, {}),
             ("quantize_fp8_block", {"x": x}, {"block": 128}),
             ("silu_mul_quantize_fp8", {"gate_up": x}, {"group": 128}),
-            ("rms_norm_quantize_fp8", {"x": x, "weight": names["weight"]}, {"eps": 1e-6, "group": 4096}),
+            ("rms_norm_quantize_fp8", {"x": x, "weight": weight}, {"eps": 1e-6, "group": 4096}),
         ]
         for op, operands, attrs in calls:
             call = op_call(op, operands, attrs, features=frozenset({"pdl", "fp8"}))
