@@ -14,8 +14,8 @@ from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.registry import REFERENCE
 from makeready.kernels.spec import TensorSpec
 
-SLOT_BYTES = 8 * 2**20  # a chunk: what one copy through a pinned buffer holds (executable/cuda_weights.py)
-SLOTS = 8
+SLOT_BYTES = 8 * 2**20  # of a chunk: what a pinned buffer holds; see executable/cuda_weights.py
+SLOTS = 12  # as many as threads load; see executable/cuda_weights.py
 ROWS = 128  # chunks are multiples of it, so that what they write begins aligned
 
 
