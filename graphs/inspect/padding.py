@@ -76,7 +76,7 @@ class Padding:
 
 def traffic_of(plan: Plan) -> Traffic:
     """The traffic profile that the plan was made for."""
-    return from_json(Traffic, plan.options.traffic, "options.traffic")
+    return from_json(Traffic, plan.options.traffic)
 
 
 def cells(plan: Plan, phase: str) -> tuple[Cell, ...]:
