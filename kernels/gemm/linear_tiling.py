@@ -27,7 +27,10 @@ _PERSISTENT_SIDES = (  # t, n, warps
     (64, 128, 4), (64, 192, 4), (64, 256, 4), (128, 96, 4), (128, 128, 4), (128, 128, 8), (128, 192, 4),
     (128, 192, 8), (128, 256, 8), (256, 96, 8), (256, 128, 8), (256, 192, 8),
 )  # fmt: skip
-_SUMS = 192  # sums that a thread keeps in registers at most
+
+# Sums that a thread keeps in registers at most. Beside 192 there is no room for operands; and for sm_100a
+# Triton 3.6 makes an empty kernel of a tile of 256 x 192, without a word.
+_SUMS_WGMMA, _SUMS = 192, 128
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Product:
         tma: operands are aligned for tensor maps and the target has them.
         tma_out: so is the result.
         tensor_cores: both operands are of the same 16-bit dtype.
+        wgmma: the target has Hopper's matrix instructions, which read both operands from shared memory.
     """
 
     T: int
@@ -49,6 +53,7 @@ class Product:
     tma: bool
     tma_out: bool
     tensor_cores: bool
+    wgmma: bool
     multiprocessors: int
     shared_bytes: int
 
@@ -113,6 +118,10 @@ def ways(product: Product) -> list[Tiling]:
     return [*_streams(product), *_persistents(product)]
 
 
+def _sums(product: Product) -> int:
+    return _SUMS_WGMMA if product.wgmma else _SUMS
+
+
 def _second(product: Product, n: int) -> int:
     """Rows in the second accumulator of a tile of ``n``: a third makes 192 of 128 and 64."""
     if product.gated:
@@ -126,7 +135,7 @@ def _streams(product: Product) -> Iterator[Tiling]:
         if (t > 16 and t >= 2 * product.T) or (t < 128 and 4 * t < product.T):
             continue
         second = _second(product, n)
-        if t * n > _SUMS * 32 * warps or (second and not product.gated and not product.tma):
+        if t * n > _sums(product) * 32 * warps or (second and not product.gated and not product.tma):
             continue
         if product.gated and n != 128:  # each half of 64 rows is a matrix instruction's least
             continue
@@ -147,7 +156,7 @@ def _persistents(product: Product) -> Iterator[Tiling]:
         return
     for t, n, warps in _PERSISTENT_SIDES:
         second = _second(product, n)
-        if product.gated and n % 128:
+        if t * n > _sums(product) * 32 * warps or (product.gated and n % 128):
             continue
         # The columns of a second accumulator are written in one copy, as wide as each of the first one's.
         choices = ((n - second) // second,) if second and not product.gated else (1, 2, 4)

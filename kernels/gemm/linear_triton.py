@@ -34,6 +34,7 @@ assert isinstance(linear, Contract)
 assert isinstance(linear_silu_mul, Contract)
 
 _BEST = 6
+_STACK = 16  # for sm_120a every tile has 8 or 16 bytes of local memory, the smallest as well as the largest
 _GROUP = 8  # tiles along the tokens that share a wave's weights; 8 x 128 rows of K = 4096 are 8 MB of L2
 
 
@@ -76,6 +77,7 @@ def describe(call: OpCall) -> Product:
         tma=tma and tensor_cores and _addressable(x) and _addressable(weight),
         tma_out=tma and _addressable(y),
         tensor_cores=tensor_cores,
+        wgmma="wgmma" in call.features,
         multiprocessors=call.multiprocessors,
         shared_bytes=call.shared_bytes,
     )
@@ -168,6 +170,7 @@ def _launch(
         num_warps=way.warps,
         num_stages=way.stages,
         dependent="pdl" in call.features,
+        local_bytes=0 if product.wgmma else _STACK,
     )
 
 

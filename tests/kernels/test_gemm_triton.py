@@ -124,7 +124,7 @@ def test_maps_of_operands_with_spare_rows_have_no_bounds_inside_a_tile():
 
 def test_shared_memory_stays_within_the_target():
     for limit in (101376, 166912, 232448):  # RTX 5090, A100, H100
-        product = Product(256, 4096, 4096, 2, False, True, True, True, 132, limit)
+        product = Product(256, 4096, 4096, 2, False, True, True, True, True, 132, limit)
         assert all(way.shared(product) <= limit for way in tilings(product))
 
 
