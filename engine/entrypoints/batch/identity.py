@@ -22,7 +22,6 @@ EXEMPT = frozenset(
         "output",
         "overwrite",
         "golden",
-        "golden",
         "target",
         "scale",
         "scheduler",
