@@ -152,7 +152,8 @@ _STREAM_SIDES = ((128, 128, 4), (64, 128, 4), (128, 128, 8), (128, 256, 4), (64,
 def _streams(product: Product) -> Iterator[Tiling]:
     for t, (n, k, warps), a_sm in product_of((16, 32, 64, 128, 256), _STREAM_SIDES, (1, 2, 3)):
         # A tile that half would hold is waste; many tiles of tokens are for the persistent kernel.
-        if (t > 16 and t >= 2 * product.T) or (t < 128 and 4 * t < product.T):
+        widest = 128 if product.tma else 64
+        if (t > 16 and t >= 2 * product.T) or (t < widest and 4 * t < product.T):
             continue
         if not _compiles_well(product, t, n, k, warps, a_sm):
             continue
@@ -170,6 +171,8 @@ def _streams(product: Product) -> Iterator[Tiling]:
 
 def _compiles_well(product: Product, t: int, n: int, k: int, warps: int, a_sm: int) -> bool:
     """Whether registers hold a tile's sums, ``a_sm`` times; from cross-compiled kernels."""
+    if not product.tma and (t > 64 or n > 64 or k > GROUP):
+        return False  # operands may pass through registers
     sums = t * n // (32 * warps)  # a thread's
     if product.grouped:
         registers = min(255, 48 + 3 * sums)

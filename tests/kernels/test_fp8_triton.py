@@ -109,10 +109,10 @@ def products(T: int, N: int, K: int, grouped: bool, bias: bool) -> dict[str, tor
     [
         (1, 131, 96, False, False),
         (3, 64, 100, False, True),
-        (33, 131, 750, False, True),
+        (33, 70, 650, False, True),
         (70, 65, 520, False, False),
         (1, 300, 512, True, True),
-        (19, 131, 1024, True, False),
+        (19, 131, 768, True, False),
         (70, 128, 384, True, True),
     ],
 )
