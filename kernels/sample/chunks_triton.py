@@ -2,11 +2,11 @@
 
 What it leaves for the second launch depends on what the row asks for:
 
-    all rows            best    packed largest adjusted logit of the chunk and its id
-    temperature, alone  drawn   id of the chunk's winner, by gaps to the chunk's largest logit
-    filters             peaks   largest adjusted logit of every GROUP tokens
-    top-p without top-k mass    of the chunk, relative to its largest logit
-    adjustments         the adjusted logits
+    all rows              best    packed largest adjusted logit of the chunk and its id
+    temperature or top-p  drawn   id of the chunk's winner among all tokens, by gaps to its largest logit
+    filters               peaks   largest adjusted logit of every GROUP tokens
+    top-p without top-k   mass    of the chunk, relative to its largest logit
+    adjustments           the adjusted logits
 
 Chunks do not depend on the batch, and sums are of integers: nor does any result.
 
@@ -29,7 +29,7 @@ from makeready.kernels.sample.numeric_triton import (
     packed_id,
     scores,
 )
-from makeready.kernels.sample.rows_triton import adjust_chunk, is_biased, is_penalised
+from makeready.kernels.sample.rows_triton import adjust_chunk, is_changed, is_muted
 
 
 @triton.jit
@@ -84,18 +84,17 @@ def look_at_chunks(
     if slot == null_slot:
         return
     length = tl.load(context_len + row)
-    prompt = tl.load(prompt_len + slot)
     heat = tl.load(temperature + slot)
-    presence = tl.load(presence_penalty + slot)
-    frequency = tl.load(frequency_penalty + slot)
-    repetition = tl.load(repetition_penalty + slot)
-    muted = length - prompt < tl.load(min_new_tokens + slot)
-    changed = is_biased(bias_ids, slot, B, B_WIDTH) | is_penalised(presence, frequency, repetition) | muted
-    if changed:
+    if is_changed(
+        slot, length, prompt_len, presence_penalty, frequency_penalty, repetition_penalty, min_new_tokens,
+        bias_ids, B, B_WIDTH,
+    ):  # fmt: skip
         own = adjusted + row.to(tl.int64) * (CHUNK * chunks)
         adjust_chunk(
             z_row, own, counts + row.to(tl.int64) * (CHUNK * chunks), start,
-            history + slot.to(tl.int64) * L, prompt, length, presence, frequency, repetition, muted,
+            history + slot.to(tl.int64) * L, tl.load(prompt_len + slot), length,
+            tl.load(presence_penalty + slot), tl.load(frequency_penalty + slot),
+            tl.load(repetition_penalty + slot), is_muted(slot, length, prompt_len, min_new_tokens),
             stop_ids + slot * E, bias_ids + slot * B, bias_values + slot * B,
             E, B, V, CHUNK, PART, E_WIDTH, B_WIDTH,
         )  # fmt: skip
@@ -125,12 +124,12 @@ def look_at_chunks(
                 tl.store(
                     peaks + row * (chunks * (CHUNK // GROUP)) + at // GROUP + tl.arange(0, groups), peak_of
                 )
-                if weighed:
-                    held += tl.where(ids_part < V, masses(gap), 0)
-            else:
+            if weighed:
+                held += tl.where(ids_part < V, masses(gap), 0)
+            if weighed | (filtered == 0):
                 packed = pack(scores(gap, ids_part, key), ids_part)
                 winner = tl.maximum(winner, tl.where(ids_part < V, packed, -(2**63)))
         if weighed:
             tl.store(mass + place, tl.sum(held, 0))
-        if filtered == 0:
+        if weighed | (filtered == 0):
             tl.store(drawn + place, packed_id(tl.max(winner, 0)))

@@ -3,7 +3,7 @@
 # R rows, V vocabulary, L length of a context, B biases of a slot
 """
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
-# pyright: reportCallIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from makeready.kernels.sample.numeric_triton import (
     packed_key,
     scores,
 )
-from makeready.kernels.sample.rows_triton import is_biased, is_penalised
+from makeready.kernels.sample.rows_triton import is_changed
 from makeready.kernels.sample.select_triton import (
     group_pivot,
     list_groups,
@@ -32,7 +32,7 @@ from makeready.kernels.sample.select_triton import (
     weigh,
 )
 
-_FIRST_LOOK = tl.constexpr(64)  # groups; then four times as many, until their tokens hold top_p
+_NOBODY = tl.constexpr(-(2**63))
 
 
 @triton.jit
@@ -46,68 +46,113 @@ def _total_mass(best, mass, chunks, largest, heat, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _draw_filtered(
-    z_row, largest, heat, k, p, least, key, best, mass, peaks, groups, kept, V, chunks, all_groups,
-    CHUNKS_WIDTH: tl.constexpr, GROUP: tl.constexpr, GROUPS_WIDTH: tl.constexpr, TILE: tl.constexpr,
-    KEPT: tl.constexpr,
+def _winner_of_all(z_row, drawn, chunks, largest, heat, key, WIDTH: tl.constexpr):
+    """Packed winner among all tokens, which is one of the chunks' winners."""
+    c = tl.arange(0, WIDTH)
+    ids = tl.load(drawn + c, mask=c < chunks, other=0)
+    z = tl.load(z_row + ids, mask=c < chunks, other=float("-inf"))
+    score = scores(gaps(z, largest, heat), ids, key)
+    return tl.max(tl.where(c < chunks, pack(score, ids), _NOBODY), 0)
+
+
+@triton.jit
+def _winner_from(
+    z_row, groups, listed, low, largest, heat, least, key, V, GROUP: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
-    """Packed winner among the survivors of top-k, top-p and min-p, all pointers at the row's own.
+    """Packed winner among the listed tokens from the order key ``low`` up that min-p keeps."""
+    winner = tl.full((TILE, GROUP), _NOBODY, tl.int64)
+    next_z, next_ids = listed_logits(z_row, groups, listed, 0, V, GROUP, TILE)
+    for at in range(0, listed, TILE):
+        z, ids = next_z, next_ids
+        next_z, next_ids = listed_logits(z_row, groups, listed, at + TILE, V, GROUP, TILE)
+        gap = gaps(z, largest, heat)
+        survives = (ids < V) & (order_key(z) >= low.to(tl.int32))
+        survives = survives & (exp_gap(gap) >= tl.minimum(least, 1.0))  # always, where min-p is off
+        winner = tl.maximum(winner, tl.where(survives, pack(scores(gap, ids, key), ids), _NOBODY))
+    return tl.max(winner)
+
+
+@triton.jit
+def _lowest_of_min_p(largest, heat, least):
+    """An order key below all that min-p keeps, by more than could be rounded; LOWEST where it is off."""
+    low = tl.full((), LOWEST, tl.int64)
+    if least > 0:
+        bound = heat * (tl.log(least) * 1.00001 - 1e-4)
+        bound = largest + bound - 1e-6 * (tl.abs(largest) + tl.abs(bound))
+        low = tl.minimum(order_key(bound), order_key(largest)).to(tl.int64)
+    return low
+
+
+@triton.jit
+def _draw_nucleus(
+    z_row, winner, total, largest, heat, p, least, key, peaks, groups, V, all_groups,
+    GROUP: tl.constexpr, TILE: tl.constexpr, KEPT: tl.constexpr,
+):  # fmt: skip
+    """Packed winner among the survivors of top-p and min-p, found without their threshold.
+
+    The winner of all tokens is the nucleus's too, if the tokens above it hold less than ``p`` of the mass. If
+    not, the nucleus lies above it: the winner of what is above is the next to be asked. With logits so flat
+    that nearly all tokens survive, p of all rows need one look at their logits, the others two more or four.
+
+    Args:
+        winner: packed winner among all tokens.
+        total: mass of the row.
+    """
+    needed = p.to(tl.float64) * total.to(tl.float64)
+    pivot = _lowest_of_min_p(largest, heat, least)
+    if least > 0:
+        listed = list_groups(peaks, all_groups, pivot, groups, KEPT)
+        winner = _winner_from(z_row, groups, listed, pivot, largest, heat, least, key, V, GROUP, TILE)
+    asking = True
+    while asking:
+        z = tl.load(z_row + tl.minimum(packed_id(winner), V - 1))
+        pivot = tl.maximum(order_key(z).to(tl.int64), pivot) + 1
+        listed = list_groups(peaks, all_groups, pivot, groups, KEPT)
+        count, weight = weigh(z_row, groups, listed, pivot, False, largest, heat, V, GROUP, TILE)
+        asking = (weight.to(tl.float64) >= needed) & (count > 0)
+        if asking:
+            winner = _winner_from(z_row, groups, listed, pivot, largest, heat, least, key, V, GROUP, TILE)
+    return winner
+
+
+@triton.jit
+def _draw_filtered(
+    z_row, largest, heat, k, p, least, key, peaks, groups, kept, V, all_groups, GROUP: tl.constexpr,
+    GROUPS_WIDTH: tl.constexpr, TILE: tl.constexpr, KEPT: tl.constexpr,
+):  # fmt: skip
+    """Packed winner among the survivors of top-k, then top-p, and min-p, or of min-p alone.
+
+    All pointers are at the row's own.
 
     Args:
         k, p, least: of top-k (off unless in 1 .. V-1), top-p (off from 1) and min-p (off until 0).
         key: of the noise.
     """
-    by_k, by_p = (k > 0) & (k < V), p < 1
+    by_k = (k > 0) & (k < V)
+    top = order_key(largest).to(tl.int64) + 1
     no_tokens, no_mass = tl.full((), 0, tl.int32), tl.full((), 0, tl.int64)
-    low, top = tl.full((), LOWEST, tl.int64), order_key(largest).to(tl.int64) + 1
-    if (by_k | by_p) == 0:
-        # min-p alone: lower than the lowest survivor by more than all that could be rounded.
-        bound = heat * (tl.log(least) * 1.00001 - 1e-4)
-        bound = largest + bound - 1e-6 * (tl.abs(largest) + tl.abs(bound))
-        low = tl.minimum(order_key(bound).to(tl.int64), top - 1)
-
-    listed = 0
-    for stage in range(2):
-        by_count = stage == 0
-        if tl.where(by_count, by_k, by_p | (by_k == 0)):
-            # k groups that reach a pivot have k tokens that do. After top-k, all that it left is looked at.
-            wanted = tl.where(by_count, k, tl.where(by_k | (by_p == 0), all_groups, _FIRST_LOOK))
+    low = tl.full((), LOWEST, tl.int64)
+    if by_k:
+        # k groups that reach a pivot have k tokens that do.
+        if k < all_groups:
+            low = group_pivot(peaks, all_groups, k, GROUPS_WIDTH)
+    else:
+        low = _lowest_of_min_p(largest, heat, least)
+    listed = list_groups(peaks, all_groups, low, groups, KEPT)
+    if by_k:
+        for stage in range(tl.where(p < 1, 2, 1)):
+            by_count = stage == 0
+            if by_count == 0:
+                listed = list_groups(peaks, all_groups, low, groups, KEPT)
+            count, weight = weigh(z_row, groups, listed, low, by_count, largest, heat, V, GROUP, TILE)
             needed = k.to(tl.float64)
             if by_count == 0:
-                needed = tl.full((), float("inf"), tl.float64)
-                if by_p & (by_k == 0):
-                    total = _total_mass(best, mass, chunks, largest, heat, CHUNKS_WIDTH)
-                    needed = p.to(tl.float64) * total.to(tl.float64)
-            pivot, count, weight = top, no_tokens, no_mass
-            high, count_high, weight_high = top, no_tokens, no_mass
-            looking = True
-            while looking:
-                high, count_high, weight_high = pivot, count, weight
-                pivot = low
-                if wanted < all_groups:
-                    pivot = tl.maximum(group_pivot(peaks, all_groups, wanted, GROUPS_WIDTH), low)
-                listed = list_groups(peaks, all_groups, pivot, groups, KEPT)
-                count, weight = weigh(z_row, groups, listed, pivot, by_count, largest, heat, V, GROUP, TILE)
-                if by_p & by_k & (by_count == 0):
-                    needed = p.to(tl.float64) * weight.to(tl.float64)
-                looking = (weight.to(tl.float64) < needed) & (pivot > low)
-                wanted *= 4
-            low = pivot
-            if weight.to(tl.float64) >= needed:
-                low = threshold(
-                    z_row, groups, listed, kept, pivot, count, high, count_high, weight_high, needed,
-                    by_count, largest, heat, V, GROUP, TILE, KEPT,
-                )  # fmt: skip
-
-    winner = tl.full((TILE, GROUP), -(2**63), tl.int64)
-    for at in range(0, listed, TILE):
-        z, ids, present = listed_logits(z_row, groups, listed, at, V, GROUP, TILE)
-        gap = gaps(z, largest, heat)
-        survives = present & (order_key(z) >= low.to(tl.int32))
-        survives = survives & (exp_gap(gap) >= tl.minimum(least, 1.0))  # always, where min-p is off
-        packed = pack(scores(gap, ids, key), ids)
-        winner = tl.maximum(winner, tl.where(survives, packed, -(2**63)))
-    return tl.max(winner)
+                needed = p.to(tl.float64) * weight.to(tl.float64)
+            low = threshold(
+                z_row, groups, listed, kept, low, count, top, no_tokens, no_mass, needed,
+                by_count, largest, heat, V, GROUP, TILE, KEPT,
+            )  # fmt: skip
+    return _winner_from(z_row, groups, listed, low, largest, heat, least, key, V, GROUP, TILE)
 
 
 @triton.jit
@@ -165,31 +210,31 @@ def draw_tokens(
     winner = tl.max(tl.load(best + row * chunks + c, mask=c < chunks, other=-(2**63)), 0)
     largest = from_key(packed_key(winner))
     if (heat > 0) & (largest == largest):
-        prompt = tl.load(prompt_len + slot)
-        changed = is_penalised(
-            tl.load(presence_penalty + slot),
-            tl.load(frequency_penalty + slot),
-            tl.load(repetition_penalty + slot),
-        )
-        changed = changed | (length - prompt < tl.load(min_new_tokens + slot))
-        changed = changed | is_biased(bias_ids, slot, B, B_WIDTH)
         z_row = logits + row.to(tl.int64) * logits_stride
-        if changed:
+        if is_changed(
+            slot, length, prompt_len, presence_penalty, frequency_penalty, repetition_penalty,
+            min_new_tokens, bias_ids, B, B_WIDTH,
+        ):  # fmt: skip
             z_row = adjusted + row.to(tl.int64) * (CHUNK * chunks)
         k, p, least = tl.load(top_k + slot), tl.load(top_p + slot), tl.load(min_p + slot)
         key = noise_key(tl.load(seed + slot), length)
+        by_k = (k > 0) & (k < V)
         groups_row = row * chunks * (CHUNK // GROUP)
-        if ((k > 0) & (k < V)) | (p < 1) | (least > 0):
+        if by_k | ((p >= 1) & (least > 0)):
             winner = _draw_filtered(
-                z_row, largest, heat, k, p, least, key, best + row * chunks, mass + row * chunks,
-                peaks + groups_row, groups + groups_row, kept + row * KEPT, V, chunks, tl.cdiv(V, GROUP),
-                CHUNKS_WIDTH, GROUP, GROUPS_WIDTH, TILE, KEPT,
+                z_row, largest, heat, k, p, least, key, peaks + groups_row, groups + groups_row,
+                kept + row * KEPT, V, tl.cdiv(V, GROUP), GROUP, GROUPS_WIDTH, TILE, KEPT,
             )  # fmt: skip
         else:
-            ids = tl.load(drawn + row * chunks + c, mask=c < chunks, other=0)
-            z = tl.load(z_row + ids, mask=c < chunks, other=float("-inf"))
-            score = scores(gaps(z, largest, heat), ids, key)
-            winner = tl.max(tl.where(c < chunks, pack(score, ids), -(2**63)), 0)
+            winner = _winner_of_all(z_row, drawn + row * chunks, chunks, largest, heat, key, CHUNKS_WIDTH)
+            if p < 1:
+                total = _total_mass(
+                    best + row * chunks, mass + row * chunks, chunks, largest, heat, CHUNKS_WIDTH
+                )  # fmt: skip
+                winner = _draw_nucleus(
+                    z_row, winner, total, largest, heat, p, least, key, peaks + groups_row,
+                    groups + groups_row, V, tl.cdiv(V, GROUP), GROUP, TILE, KEPT,
+                )  # fmt: skip
     token = tl.minimum(packed_id(winner), V - 1)  # NaNs may order below the padding
     tl.store(tokens + row, token)
     if length < L:

@@ -27,6 +27,27 @@ def is_penalised(presence, frequency, repetition):
 
 
 @triton.jit
+def is_changed(
+    slot, length, prompt_len, presence_penalty, frequency_penalty, repetition_penalty, min_new_tokens,
+    bias_ids, B, B_WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Whether the row of ``slot`` has logits of its own in scratch, as :func:`adjust_chunk` leaves them."""
+    changed = is_penalised(
+        tl.load(presence_penalty + slot),
+        tl.load(frequency_penalty + slot),
+        tl.load(repetition_penalty + slot),
+    )
+    changed = changed | is_muted(slot, length, prompt_len, min_new_tokens)
+    return changed | is_biased(bias_ids, slot, B, B_WIDTH)
+
+
+@triton.jit
+def is_muted(slot, length, prompt_len, min_new_tokens):
+    """Whether stop ids are still held back."""
+    return length - tl.load(prompt_len + slot) < tl.load(min_new_tokens + slot)
+
+
+@triton.jit
 def penalised(z, seen, presence, frequency, repetition):
     """``z`` after the penalties of tokens ``seen`` as :func:`adjust_chunk` counts them.
 

@@ -1,7 +1,7 @@
 """Sampling on GPUs in two launches: chunks of rows, then rows.
 
 An all-greedy batch costs one read of the logits; drawing without filters too. Filters add work for their
-own rows in the second launch alone. See chunks_triton.py, finish_triton.py and select_triton.py.
+own rows, mostly in the second launch. See chunks_triton.py, finish_triton.py and select_triton.py.
 """
 
 from __future__ import annotations

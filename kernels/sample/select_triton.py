@@ -1,4 +1,4 @@
-"""The threshold of top-k and top-p for one row, found by one block without sorting.
+"""The threshold of top-k, and of top-p after it, for one row, found by one block without sorting.
 
 Filters keep what lies above a threshold, so thresholds are found by weighing: the weight of the tokens from
 a pivot up (their number, or their integer mass) either reaches what is needed or does not. The largest
@@ -67,12 +67,14 @@ def list_groups(peaks, all_groups, pivot, groups, WIDTH: tl.constexpr):
 
 @triton.jit
 def listed_logits(z_row, groups, listed, at, V, GROUP: tl.constexpr, TILE: tl.constexpr):
-    """Logits, ids and presence of the tokens of ``TILE`` groups of the list from its place ``at`` on."""
+    """Logits and ids of the tokens of ``TILE`` groups of the list from its place ``at`` on; V and more: no token.
+
+    Sweeps load one tile ahead, or each would wait for two memory latencies in a row.
+    """
     place = at + tl.arange(0, TILE)
     group = tl.load(groups + place, mask=place < listed, other=V)
     ids = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    present = ids < V
-    return tl.load(z_row + ids, mask=present, other=float("-inf")), ids, present
+    return tl.load(z_row + ids, mask=ids < V, other=float("-inf")), ids
 
 
 @triton.jit
@@ -82,9 +84,11 @@ def weigh(
     """Number of the listed tokens from ``pivot`` up, and their weight."""
     count = tl.zeros((TILE, GROUP), tl.int32)
     weight = tl.zeros((TILE, GROUP), tl.int64)
+    next_z, next_ids = listed_logits(z_row, groups, listed, 0, V, GROUP, TILE)
     for at in range(0, listed, TILE):
-        z, _, present = listed_logits(z_row, groups, listed, at, V, GROUP, TILE)
-        above = present & (order_key(z) >= pivot.to(tl.int32))
+        z, ids = next_z, next_ids
+        next_z, next_ids = listed_logits(z_row, groups, listed, at + TILE, V, GROUP, TILE)
+        above = (ids < V) & (order_key(z) >= pivot.to(tl.int32))
         count += above.to(tl.int32)
         each = tl.where(by_count, 1, masses(gaps(z, largest, heat)))
         weight += tl.where(above, each, 0)
@@ -119,9 +123,9 @@ def threshold(
         tl.debug_barrier()
         filled = 0
         for at in range(0, listed, TILE):
-            z, _, present = listed_logits(z_row, groups, listed, at, V, GROUP, TILE)
+            z, ids = listed_logits(z_row, groups, listed, at, V, GROUP, TILE)
             key = tl.reshape(order_key(z), (TILE * GROUP,))
-            inside = tl.reshape(present, (TILE * GROUP,))
+            inside = tl.reshape(ids < V, (TILE * GROUP,))
             inside = inside & (key >= low.to(tl.int32)) & (key.to(tl.int64) < high)
             place = filled + tl.cumsum(inside.to(tl.int32), 0) - 1
             tl.store(kept + place, key, mask=inside)

@@ -22,6 +22,8 @@ FILTERS: tuple[dict[str, Any], ...] = (
     {"top_k": 60000},
     {"top_p": 0.0},
     {"top_k": 40},
+    {"top_p": 0.8, "min_p": 0.02, "temperature": 2.0},
+    {"top_p": 0.2, "temperature": 3.0},
 )
 CHANGES: tuple[dict[str, Any], ...] = (
     {},
@@ -80,7 +82,7 @@ def requests(
             continue
         sampled = r % 11 != 0
         knobs = {"temperature": (0.3, 0.7, 1.0)[r % 3]} if sampled else {}
-        knobs |= (FILTERS[(r * 7 + r // 10) % len(FILTERS)] if sampled else {}) | CHANGES[r % len(CHANGES)]
+        knobs |= (FILTERS[(r * 7 + r // 12) % len(FILTERS)] if sampled else {}) | CHANGES[r % len(CHANGES)]
         for name in knobs.keys() - {"bias"}:
             op[name][slot] = knobs[name]
         if knobs.get("bias"):

@@ -224,7 +224,7 @@ def test_dynamic_rope_rows():
 
 
 @interpreted
-@pytest.mark.parametrize(("rows", "vocabulary", "spread"), [(12, 131, 2.5), (9, 5000, 1.5)])
+@pytest.mark.parametrize(("rows", "vocabulary", "spread"), [(24, 131, 2.5), (12, 4200, 0.5)])
 def test_sample(rows, vocabulary, spread):
     operands = requests(rows, vocabulary, spread=spread)
     call = op_call("sample", operands, {})
