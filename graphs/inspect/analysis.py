@@ -237,18 +237,20 @@ def _sums(items: Iterable[tuple[str, int]]) -> dict[str, int]:
 
 def _distinct(weights: Iterable[Weight]) -> tuple[int, int]:
     """Elements of the checkpoint read at least once, and bytes of those stored a second time."""
-    seen: set[tuple[str, int, int]] = set()
+    seen: dict[tuple[str, int, int], set[str]] = {}
     elements = again = 0
     for weight in weights:
-        spec = weight.param.spec
-        row = TensorSpec(spec.shape[1:], spec.dtype)
-        for piece in weight.param.pieces:
+        param = weight.param
+        row = TensorSpec(param.assembled.shape[1:], param.spec.dtype)
+        result = param.derived.result if param.derived is not None else ""  # a weight and its scale are two
+        for piece in param.pieces:
             rows = piece.stop - piece.start
-            if (piece.source, piece.start, piece.stop) in seen:
+            results = seen.setdefault((piece.source, piece.start, piece.stop), set())
+            if not results:
+                elements += 1 if piece.repeated else rows * math.prod(row.at({}))
+            elif result in results:
                 again += rows * row.nbytes({})
-            else:
-                seen.add((piece.source, piece.start, piece.stop))
-                elements += rows * math.prod(row.at({}))
+            results.add(result)
     return elements, again
 
 

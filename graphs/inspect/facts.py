@@ -11,6 +11,8 @@ from makeready.graphs.plan import Plan
 from makeready.graphs.spec import PHASES
 from makeready.graphs.targets import find_target
 
+FP8 = "float8_e4m3fn"
+
 
 def facts(plan: Plan, memory: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Label and value of every fact; ``memory`` is the plan's memory analysis."""
@@ -35,10 +37,14 @@ def facts(plan: Plan, memory: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def dtypes(plan: Plan) -> str:
-    """Dtypes of weights, activations and cache: one name where all agree."""
+    """Dtypes of weights, activations and cache: one name where all agree. Where linears are quantized they
+    take 8-bit activations, too.
+    """
     options = plan.options
+    quantized = any(weight.param.spec.dtype == FP8 for weight in plan.weights)
     named = {
-        "weights": options.weight_dtype,
+        **({"linears": FP8} if quantized else {}),
+        "other weights" if quantized else "weights": options.weight_dtype,
         "activations": options.activation_dtype,
         "KV": options.kv_dtype,
     }

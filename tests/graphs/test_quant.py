@@ -349,3 +349,11 @@ def test_every_8_bit_number_and_the_middles_between_them():
     middle = (line[1:] + line[:-1]) / 2
     for x in (middle, torch.nextafter(middle, line[1:]), torch.nextafter(middle, line[:-1])):
         assert torch.equal(torch.from_numpy(to_float8(x.numpy())), x.to(FP8).view(torch.uint8))
+
+
+def test_a_plan_says_what_is_quantized():
+    plan = compile_plan(dummy(WIDE), **LIMITS, quant="fp8")
+    assert "linears f8_e4m3fn, other weights f32" in plan.as_text()
+    memory = plan.memory_analysis()
+    assert memory["stored_twice"] == 0  # a scale comes of the same rows as its weight
+    assert memory["parameters"] == compile_plan(dummy(WIDE), **LIMITS).memory_analysis()["parameters"]
