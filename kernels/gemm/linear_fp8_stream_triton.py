@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from makeready.kernels.gemm.linear_stream_triton import _prefetch
+from makeready.kernels.gemm.linear_stream_triton import prefetch_rows
 
 
 @triton.jit
@@ -148,12 +148,10 @@ def linear_fp8_stream(
     if PDL:
         gdc_launch_dependents()
         if AHEAD > 0:
-            # Rows past N repeat the last one.
             first = begin // steps
             start = (begin - first * steps) * BK
-            row = tl.minimum(first // tiles_t * BN + of_n, N - 1).to(tl.int64)
             nbytes = tl.minimum(tl.minimum(K - start, share * BK), AHEAD)
-            _prefetch(weight_start + row * K + start, nbytes)
+            prefetch_rows(weight_start, first // tiles_t * BN + of_n, N, K, start, nbytes)
         gdc_wait()
 
     acc_NT = tl.zeros((BN, BT), tl.float32)
