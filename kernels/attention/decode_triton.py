@@ -204,17 +204,22 @@ def decode_attention_cuda(call: OpCall) -> Sequence[Candidate]:
     """Blocks of different sizes and numbers; all walk over equal shares of tiles."""
     D = triton.next_power_of_2(max(call.attrs["head_dim"], 16))
     tile = min(128, max(16, 8192 // D))
-    half = max(16, tile // 2)  # 5 to 30 % slower on an H100, but fits where shared memory is small
-    ways = ((tile, 4, 4, 2), (tile, 4, 3, 2), (half, 4, 6, 2), (half, 4, 4, 2))
-    room = call.shared_bytes - 4096
+    half = max(16, tile // 2)  # 5 to 30 % slower on an H100 at bf16, but fits where shared memory is small
     element = DTYPE_BYTES[call.tensors["k_cache"].dtype]
+    if element == 1:
+        ways = ((tile, 4, 4, 2), (tile, 4, 6, 2), (half, 4, 6, 2), (2 * tile, 8, 3, 1))
+    else:
+        ways = ((tile, 4, 4, 2), (tile, 4, 3, 2), (half, 4, 6, 2), (half, 4, 4, 2))
+    room = call.shared_bytes - 4096
     return [
-        _candidate(call, D, *way) for way in ways if 2 * way[0] * D * element * (way[2] - 1) * way[3] <= room
+        candidate(call, *way) for way in ways if 2 * way[0] * D * element * (way[2] - 1) * way[3] <= room
     ]
 
 
-def _candidate(call: OpCall, D: int, L: int, warps: int, stages: int, a_multiprocessor: int) -> Candidate:
+def candidate(call: OpCall, L: int, warps: int, stages: int, a_multiprocessor: int) -> Candidate:
+    """The launch with tiles of ``L`` keys and as many blocks ``a_multiprocessor``."""
     heads, kv_heads, head_dim = (call.attrs[name] for name in ("heads", "kv_heads", "head_dim"))
+    D = triton.next_power_of_2(max(head_dim, 16))
     page = int(call.tensors["k_cache"].shape[1])
     rows, pages = (int(d) for d in call.tensors["page_table"].shape)
     group = heads // kv_heads

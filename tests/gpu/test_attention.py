@@ -42,12 +42,10 @@ def _paged(lengths: Sequence[int], page: int, kv_heads: int, head_dim: int, dtyp
         table[r, :count] = order[sum(a_row[:r]) :][:count]
     tensors = {"page_table": table, "context_len": torch.tensor(lengths, dtype=torch.int32, device="cuda")}
     for name in ("k_cache", "v_cache"):
-        cache = torch.full(
-            (1 + sum(a_row), page, kv_heads, head_dim), float("nan"), dtype=dtype, device="cuda"
-        )
-        x = torch.randn(len(token), kv_heads, head_dim, device="cuda").to(dtype)
+        cache = torch.full((1 + sum(a_row), page, kv_heads, head_dim), float("nan"), device="cuda")
+        x = torch.randn(len(token), kv_heads, head_dim, device="cuda")
         cache.flatten(0, 1)[order[token // page] * page + token % page] = x
-        tensors[name] = cache
+        tensors[name] = cache.to(dtype)
     return tensors
 
 
@@ -84,13 +82,24 @@ _HEADS = (  # heads, KV heads, head size, rotated features, tokens, whether norm
     (4, 2, 256, 256, 3, True),
 )
 
+_LONG = (  # cut into parts, which are added up
+    ((5, 9000),),
+    ((1, 5000), (300, 300), (1, 7), (33, 1500)),
+    ((512, 4000), (1, 1)),
+)
+F16, B16, F8 = torch.float16, torch.bfloat16, torch.float8_e4m3fn
+
 Case = tuple[Contract, Emit, Tensors, dict[str, float]]
+
+
+def _activations(cache: torch.dtype) -> torch.dtype:
+    return B16 if cache == F8 else cache
 
 
 def _decode_case(lengths: Sequence[int], dtype: torch.dtype, heads: int, *geometry: int) -> Case:
     kv_heads, head_dim, page, window = geometry
     tensors = _paged(lengths, page, kv_heads, head_dim, dtype)
-    tensors["q"] = torch.randn(len(lengths), heads * head_dim, device="cuda").to(dtype)
+    tensors["q"] = torch.randn(len(lengths), heads * head_dim, device="cuda").to(_activations(dtype))
     tensors["q"][tensors["context_len"] == 0] = float("nan")
     return paged.decode_attention, decode_attention_cuda, tensors, _attrs(heads, kv_heads, head_dim, window)
 
@@ -101,22 +110,22 @@ def _extend_case(rows: Sequence[tuple[int, int]], dtype: torch.dtype, heads: int
     tensors = _paged([context for _, context in rows], page, kv_heads, head_dim, dtype)
     count = torch.tensor([queries for queries, _ in rows], dtype=torch.int32, device="cuda")
     total = int(count.sum())
-    q = torch.full((total + 40, heads * head_dim), float("nan"), dtype=dtype, device="cuda")
-    q[3 : 3 + total] = torch.randn(total, heads * head_dim, device="cuda").to(dtype)
+    q = torch.full((total + 40, heads * head_dim), float("nan"), dtype=_activations(dtype), device="cuda")
+    q[3 : 3 + total] = torch.randn(total, heads * head_dim, device="cuda").to(q.dtype)
     tensors |= {"q": q, "query_start": (3 + count.cumsum(0) - count).to(torch.int32), "query_len": count}
     return paged.extend_attention, extend_attention_cuda, tensors, _attrs(heads, kv_heads, head_dim, window)
 
 
 def _qkv_case(
-    heads: int, kv_heads: int, head_dim: int, rotary: int, tokens: int, normed: bool, pages: int = 20
+    heads: int, kv_heads: int, head_dim: int, rotary: int, tokens: int, normed: bool, dtype: torch.dtype = B16
 ) -> Case:
     width = (heads + 2 * kv_heads) * head_dim
     tensors = {
         "qkv": torch.randn(tokens, width + 64, device="cuda").bfloat16()[:, :width],
         "rows": torch.randn(tokens, rotary, device="cuda"),
-        "kv_slot": torch.randperm(pages * 64)[:tokens].to(torch.int32).cuda(),
-        "k_cache": torch.randn(pages, 64, kv_heads, head_dim, device="cuda").bfloat16(),
-        "v_cache": torch.randn(pages, 64, kv_heads, head_dim, device="cuda").bfloat16(),
+        "kv_slot": torch.randperm(20 * 64)[:tokens].to(torch.int32).cuda(),
+        "k_cache": torch.randn(20, 64, kv_heads, head_dim, device="cuda").to(dtype),
+        "v_cache": torch.randn(20, 64, kv_heads, head_dim, device="cuda").to(dtype),
     }
     if normed:
         tensors |= {n: torch.randn(head_dim, device="cuda").bfloat16() for n in ("q_norm", "k_norm")}
@@ -124,29 +133,38 @@ def _qkv_case(
     return paged.norm_rope_kv_write, norm_rope_kv_write_cuda, tensors, attrs
 
 
-def _kv_case() -> Case:
-    _, _, tensors, _ = _qkv_case(3, 3, 80, 80, 77, False)
+def _kv_case(dtype: torch.dtype) -> Case:
+    _, _, tensors, _ = _qkv_case(3, 3, 80, 80, 77, False, dtype)
     operands = {name: tensors[name] for name in ("kv_slot", "k_cache", "v_cache")}
     operands |= {name: torch.randn(77, 3 * 80, device="cuda").bfloat16() for name in "kv"}
     return paged.kv_write, kv_write_cuda, operands, {"kv_heads": 3, "head_dim": 80}
 
 
 _QWEN3_8B = (32, 8, 128, 64, 0)
-_CASES: dict[str, Callable[[], Case]] = {"kv_write": _kv_case}
+_CASES: dict[str, Callable[[], Case]] = {f"kv_write-{kind}": partial(_kv_case, kind) for kind in (B16, F8)}
 _CASES |= {
     f"decode-{kind}-{len(lengths)}": partial(_decode_case, lengths, kind, *_QWEN3_8B)
     for kind, lengths in (
-        (torch.bfloat16, _LENGTHS),
-        (torch.float16, _LENGTHS),
-        (torch.bfloat16, (3000,)),
-        (torch.bfloat16, (64,) * 70),
-        (torch.bfloat16, (0, 0)),
+        (B16, _LENGTHS),
+        (F16, _LENGTHS),
+        (F8, _LENGTHS),
+        (B16, (3000,)),
+        (F8, (3000,)),
+        (B16, (64,) * 70),
+        (B16, (0, 0)),
     )
 }
-_CASES |= {f"decode-{g}": partial(_decode_case, _LENGTHS, torch.bfloat16, *g) for g in _GEOMETRIES}
-_CASES |= {f"extend-{rows}": partial(_extend_case, rows, torch.bfloat16, *_QWEN3_8B) for rows in _ROWS}
-_CASES |= {f"extend-{g}": partial(_extend_case, _ROWS[0], torch.bfloat16, *g) for g in _GEOMETRIES}
-_CASES |= {f"qkv-{heads}": partial(_qkv_case, *heads) for heads in _HEADS}
+_CASES |= {
+    f"extend-{kind}-{rows}": partial(_extend_case, rows, kind, *_QWEN3_8B)
+    for kind in (B16, F8)
+    for rows in _ROWS + _LONG
+}
+for _g in _GEOMETRIES:
+    for _kind in (B16, F8):
+        _CASES[f"decode-{_kind}-{_g}"] = partial(_decode_case, _LENGTHS, _kind, *_g)
+        _CASES[f"extend-{_kind}-{_g}"] = partial(_extend_case, _ROWS[0], _kind, *_g)
+        _CASES[f"long-{_kind}-{_g}"] = partial(_extend_case, _LONG[1], _kind, *_g)
+_CASES |= {f"qkv-{kind}-{heads}": partial(_qkv_case, *heads, kind) for heads in _HEADS for kind in (B16, F8)}
 
 
 def _emit(name: str, emit: Emit) -> Emit:
@@ -174,9 +192,28 @@ def test_against_the_reference(name: str) -> None:
 
 
 @pytest.mark.usefixtures("kernels")
+def test_8_bits_saturate() -> None:
+    """What is written equals the reference bit by bit, beyond the largest number too."""
+    contract, emit, tensors, attrs = _kv_case(F8)
+    for name in "kv":
+        tensors[name] *= 300
+        tensors[name][0, :3] = torch.tensor([float("inf"), -float("inf"), float("nan")])
+    call = launcher.op_call(contract, tensors, attrs)
+    launcher.run(emit(call)[0], call, tensors)
+    slot = tensors["kv_slot"].long()
+    for name in "kv":
+        held = tensors[f"{name}_cache"].view(torch.uint8).flatten(0, 1)[slot].flatten(1).cpu()
+        wanted = paged.cached(tensors[name].cpu().float(), F8)
+        assert (wanted.float().abs() == 448).sum() > 1000
+        number = ~wanted.isnan()
+        assert torch.equal(held[number], wanted.view(torch.uint8)[number])
+        assert held.view(F8).float()[0, 2].isnan()
+
+
+@pytest.mark.usefixtures("kernels")
 def test_caches_beyond_two_billion_elements() -> None:
     """The same pages at the far end of a cache of 2.6e9 elements give the same bits."""
-    contract, _, near, attrs = _extend_case(((1, 500), (200, 300)), torch.bfloat16, *_QWEN3_8B)
+    contract, _, near, attrs = _extend_case(((1, 500), (200, 300)), B16, *_QWEN3_8B)
     pages, shift = len(near["k_cache"]), 40_000 - len(near["k_cache"])
     far = {**near, "page_table": near["page_table"] + shift}
     for name in ("k_cache", "v_cache"):
@@ -187,7 +224,10 @@ def test_caches_beyond_two_billion_elements() -> None:
     one = [{k: v for k, v in s.items() if k not in unused} | {"q": s["q"][4:6]} for s in (near, far)]
     _same(paged.decode_attention, decode_attention_cuda, one[0], one[1], attrs)
 
-    contract, emit, written, attrs = _qkv_case(32, 8, 128, 128, 64, True, pages)
+    contract, emit, written, attrs = _qkv_case(32, 8, 128, 128, 64, True)
+    slots = torch.randperm(pages * 64)[:64]
+    written["kv_slot"] = slots.to(device="cuda", dtype=torch.int32)
+    written |= {name: torch.zeros_like(near[name]) for name in ("k_cache", "v_cache")}
     call = launcher.op_call(contract, written, attrs)
     candidate = emit(call)[0]
     launcher.run(candidate, call, written)
