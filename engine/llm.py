@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from makeready.engine.errors import RequestError
 from makeready.engine.loop import Engine
+from makeready.engine.options import SchedulerOptions
 from makeready.engine.request import Output, Request, TokenLogprob
 from makeready.engine.sampling import SamplingParams
 from makeready.engine.text.chat import render_chat
-from makeready.engine.text.detokenize import StreamDetokenizer
 from makeready.engine.text.parts import TextError
 from makeready.engine.text.tokenizer import Tokenizer, load_tokenizer
 from makeready.graphs import artifact
@@ -19,9 +21,16 @@ from makeready.graphs.checkpoint.base import Checkpoint, open_checkpoint
 from makeready.graphs.executable.load import load_executable
 from makeready.graphs.plan import Plan
 
-__all__ = ["LLM", "Output", "RequestError", "SamplingParams", "TokenLogprob"]
+__all__ = ["LLM", "Output", "RequestError", "SamplingParams", "SchedulerOptions", "TokenLogprob"]
 
 Report = Callable[[str], None]
+T = TypeVar("T")
+
+# Requests that ``generate`` lets wait beside those that run: enough to choose from, and the device need not
+# wait until thousands of texts are tokenized.
+AHEAD = 1024
+# Of these, so many are made a step.
+MADE = 32
 
 
 class LLM:
@@ -34,6 +43,7 @@ class LLM:
         checkpoint: a Hugging Face folder, a GGUF file, or an opened checkpoint.
         plan: a plan, or the folder of one; without it, one is compiled or found in the local cache.
         kv_memory_gib: memory for KV pages; None gives every row its full context, up to 4 GiB.
+        scheduler: how requests share the device.
         report: told in a sentence what is going on while the model loads.
         progress: told how many of how many parameters are loaded.
         options: fields of :class:`makeready.graphs.compile.Request` for the plan to compile, such as
@@ -49,6 +59,7 @@ class LLM:
         plan: Plan | str | Path | None = None,
         *,
         kv_memory_gib: float | None = None,
+        scheduler: SchedulerOptions | None = None,
         report: Report = lambda sentence: None,
         progress: Callable[[int, int], None] = lambda done, total: None,
         **options: Any,
@@ -62,7 +73,8 @@ class LLM:
                 self.checkpoint,
                 kv_bytes=None if kv_memory_gib is None else int(kv_memory_gib * 2**30),
                 progress=progress,
-            )
+            ),
+            _shareable(self.plan, scheduler or SchedulerOptions(), report),
         )
 
     def generate(
@@ -71,14 +83,18 @@ class LLM:
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         token_ids: Sequence[Sequence[int]] | None = None,
+        extra_key: str | Sequence[str] = "",
+        priority: int | Sequence[int] = 0,
         on_finish: Callable[[int, Output], None] | None = None,
     ) -> list[Output]:
-        """Generate for every prompt.
+        """Generate for every prompt, however many there are.
 
         Args:
             prompts: a text, or several; or
             token_ids: prompts as token ids. Exactly one of the two.
             sampling: for all prompts, or one for each.
+            extra_key: prompts share cached prefixes only with those of the same key; one, or one for each.
+            priority: higher goes first under that policy; one, or one for each.
             on_finish: called with the place in the returned list and the output as each finishes.
 
         Returns:
@@ -91,28 +107,63 @@ class LLM:
         given: Sequence[Any] = (
             token_ids or () if prompts is None else [prompts] if isinstance(prompts, str) else prompts
         )
-        each = _spread(sampling, len(given))
-        outputs: list[Output | None] = []
-        places: dict[int, int] = {}  # id of a request → its place in outputs
-        for prompt, params in zip(given, each, strict=True):
+        asked = zip(
+            given,
+            _spread("sampling", sampling or SamplingParams(), len(given)),
+            _spread("extra_key", extra_key, len(given)),
+            _spread("priority", priority, len(given)),
+            strict=True,
+        )
+        outputs: dict[int, Output] = {}
+        with closing(self._run(self._made(asked))) as finals:
+            for place, output in finals:
+                outputs[place] = output
+                if on_finish is not None:
+                    on_finish(place, output)
+        return [outputs[place] for place in range(len(outputs))]
+
+    def _made(self, asked: Iterable[tuple[Any, SamplingParams, str, int]]) -> Iterator[Request | Output]:
+        """The requests of all prompts; for a prompt that cannot be served, the outputs that say why."""
+        for prompt, params, extra_key, priority in asked:
             try:
-                made = self.requests(prompt, params)
-                for request in made:
-                    self.engine.submit(request)
+                yield from self.requests(prompt, params, extra_key=extra_key, priority=priority)
             except (RequestError, TextError) as error:
-                for _ in range(params.n):
-                    outputs.append(Output.refused(str(error)))
-                    _tell(on_finish, len(outputs) - 1, outputs[-1])
-                continue
-            for request in made:
-                places[id(request)] = len(outputs)
-                outputs.append(None)
-        while self.engine.busy:
-            for request in self.engine.step():
-                place = places[id(request)]
-                outputs[place] = request.result()
-                _tell(on_finish, place, outputs[place])
-        return [output for output in outputs if output is not None]
+                yield from [Output.refused(str(error))] * params.n
+
+    def _run(self, made: Iterator[Request | Output]) -> Iterator[tuple[int, Output]]:
+        """Run requests as there is room for them; yields places and outputs as they are final."""
+        places: dict[Request, int] = {}
+        numbered = enumerate(made)
+        try:
+            while True:
+                yield from self._feed(numbered, places)
+                if not places and self.engine.room:
+                    return
+                for request in self.engine.step():
+                    if request in places:
+                        yield places.pop(request), request.result()
+        finally:
+            for request in places:
+                self.engine.abort(request)
+
+    def _feed(
+        self, made: Iterator[tuple[int, Request | Output]], places: dict[Request, int]
+    ) -> Iterator[tuple[int, Output]]:
+        """Queue further requests; yields those that are refused."""
+        rows, fed = self.engine.limits.max_rows, 0
+        while self.engine.room and (len(places) < rows or (fed < MADE and len(places) < rows + AHEAD)):
+            place, request = next(made, (0, None))
+            if request is None:
+                return
+            fed += 1
+            if isinstance(request, Request):
+                try:
+                    self.engine.submit(request)
+                    places[request] = place
+                    continue
+                except RequestError as error:
+                    request = Output.refused(str(error))
+            yield place, request
 
     def chat(
         self,
@@ -161,8 +212,15 @@ class LLM:
         )
         return tokenizer.encode(text, add_special_tokens=False)
 
-    def requests(self, prompt: str | Sequence[int], sampling: SamplingParams) -> list[Request]:
-        """The ``n`` requests of one prompt, checked but not queued.
+    def requests(
+        self,
+        prompt: str | Sequence[int],
+        sampling: SamplingParams,
+        *,
+        extra_key: str = "",
+        priority: int = 0,
+    ) -> list[Request]:
+        """The ``n`` requests of one prompt, checked but not queued; see :meth:`generate` for the rest.
 
         Raises:
             RequestError, TextError: the prompt or the parameters are beyond what the plan allows.
@@ -188,8 +246,8 @@ class LLM:
                 f"{self.plan.limits.max_stop_ids}; give fewer stop_token_ids"
             )
         return [
-            Request(ids, sampling, sampling.seed(i), ends, self._detokenizer(sampling))
-            for i in range(sampling.n)
+            Request(ids, sampling, seed, ends, self.tokenizer, salt=extra_key, priority=priority)
+            for seed in map(sampling.seed, range(sampling.n))
         ]
 
     @property
@@ -201,11 +259,6 @@ class LLM:
         if named is None:
             return ()
         return tuple(named) if isinstance(named, list) else (named,)
-
-    def _detokenizer(self, sampling: SamplingParams) -> StreamDetokenizer | None:
-        if self.tokenizer is None:
-            return None
-        return StreamDetokenizer(self.tokenizer, sampling.skip_special_tokens)
 
     def _tokenizer(self, purpose: str) -> Tokenizer:
         if self.tokenizer is None:
@@ -239,16 +292,25 @@ def _plan(
     return made
 
 
-def _spread(sampling: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    if sampling is None or isinstance(sampling, SamplingParams):
-        return [sampling or SamplingParams()] * count
-    if len(sampling) != count:
-        raise RequestError(
-            f"{len(sampling)} sampling parameters were given for {count} prompts; give one for each"
-        )
-    return list(sampling)
+def _shareable(plan: Plan, options: SchedulerOptions, report: Report) -> SchedulerOptions:
+    """The options, without the prefix cache where keys depend on more than the tokens before them."""
+    operands = {
+        name
+        for program in plan.programs.values()
+        for launch in program.launches
+        if launch.op != "sample"
+        for name in launch.operands.values()
+    }
+    if not options.prefix_cache or "prompt_len" not in operands:
+        return options
+    # Dynamic rotary scaling goes by the length of the prompt: equal beginnings have different keys.
+    report("prefixes are not shared: the model's position encoding depends on the length of the prompt")
+    return dataclasses.replace(options, prefix_cache=False)
 
 
-def _tell(on_finish: Callable[[int, Output], None] | None, place: int, output: Output | None) -> None:
-    if on_finish is not None and output is not None:
-        on_finish(place, output)
+def _spread(name: str, value: T | Sequence[T], count: int) -> Sequence[T]:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return [value] * count  # type: ignore[list-item]
+    if len(value) != count:
+        raise RequestError(f"{len(value)} values of {name} were given for {count} prompts; give one for each")
+    return value

@@ -2,79 +2,171 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
 from makeready.engine.kv.pool import PagePool
+from makeready.engine.options import SchedulerOptions
 from makeready.engine.request import ABORT, Request, TokenLogprob
 from makeready.engine.scheduler import Batch, Scheduler
-from makeready.engine.staging import slot_values, stage
+from makeready.engine.staging import Stage, slot_values
+from makeready.engine.step_record import StepRecord
 from makeready.graphs.buckets import BucketTable
-from makeready.graphs.executable.base import Executable
+from makeready.graphs.executable.base import Executable, Pending
+from makeready.graphs.spec import Bucket
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A step that was launched and not read, and when it was planned, staged, and launched."""
+
+    batch: Batch
+    bucket: Bucket
+    pending: Pending
+    planned: float
+    staged: float
+    launched: float
 
 
 class Engine:
-    """Runs requests on an executable. Sees buckets and pages; never a layer or a kernel."""
+    """Runs requests on an executable. Sees buckets and pages; never a layer or a kernel.
 
-    def __init__(self, executable: Executable) -> None:
+    Args:
+        executable: a loaded plan.
+        options: how requests share it.
+
+    Attributes:
+        observer: told of every step when its results were taken in, if not None.
+
+    Raises:
+        RequestError: the options do not fit the plan.
+    """
+
+    def __init__(self, executable: Executable, options: SchedulerOptions | None = None) -> None:
         self.executable = executable
+        self.options = options or SchedulerOptions()
         self.limits = executable.plan.limits
         self.buckets = BucketTable(executable.plan.buckets)
         self.pool = PagePool(executable.pages)
-        self.scheduler = Scheduler(self.limits, self.pool)
+        self.scheduler = Scheduler(self.limits, executable.plan.buckets, self.pool, self.options)
+        self.observer: Callable[[StepRecord], None] | None = None
+        self._stage = Stage(self.limits, self.scheduler.seats)
+        self._flights: deque[_Flight] = deque()
+        self._ahead = 1 if self.options.overlap and executable.asynchronous else 0
 
     @property
     def busy(self) -> bool:
         """Whether any request is queued or running."""
         return bool(self.scheduler.waiting or self.scheduler.running)
 
+    @property
+    def room(self) -> int:
+        """Requests that may still be queued before further ones are refused."""
+        most = self.options.max_queued_requests
+        return sys.maxsize if most is None else max(0, most - len(self.scheduler.waiting))
+
     def submit(self, request: Request) -> None:
         """Queue a request; see :meth:`Scheduler.submit` for what is refused."""
         self.scheduler.submit(request)
 
     def abort(self, request: Request) -> None:
-        """End a request where it stands."""
-        if request.done:
-            return
-        request.finish(ABORT)
-        if request in self.scheduler.running:
+        """End a request where it stands, waiting or running; nothing if it is done."""
+        if not request.done:
+            request.finish(ABORT)
             self.scheduler.retire(request)
-        else:
-            self.scheduler.waiting.remove(request)
 
     def step(self) -> list[Request]:
-        """Run one step and return the requests that it finished."""
-        for request in self.scheduler.admit():
-            request.admitted = time.perf_counter()
-            self.executable.write_slot(request.slot, slot_values(request, self.limits))
-        batch = self.scheduler.next()
-        if batch is None:
-            return []
-        bucket = self.buckets.covering(batch.phase, len(batch.rows), batch.tokens)
-        pending = self.executable.launch(bucket, stage(batch, bucket, self.limits))
-        return self._commit(batch, pending.wait())
+        """Launch a step and read one: with overlap, the one that was launched by the call before.
 
-    def _commit(self, batch: Batch, results: Mapping[str, np.ndarray]) -> list[Request]:
-        finished = []
-        for row, (request, count) in enumerate(batch.rows):
-            request.computed += count
-            if request.pending:
-                continue  # a chunk of a longer prompt: what was sampled after it means nothing
-            request.append(int(results["tokens"][row]), _logprob(request, results, row))
-            if request.done:
-                self.scheduler.retire(request)
-                finished.append(request)
+        A call that is interrupted ends the requests that run; those that wait are left as they are.
+
+        Returns:
+            Requests that are finished by what was read.
+        """
+        finished = self._read(self._ahead)
+        batch, began = None, time.perf_counter()
+        try:
+            batch = self.scheduler.next()
+            if batch is not None:
+                self._launch(batch, began)
+        except BaseException:
+            self.scheduler.reset()
+            raise
+        finished += self._read(self._ahead if batch is not None else 0)
         if not self.busy:
             self.pool.check()
             assert self.pool.held == 0, "pages are held though nothing runs"
         return finished
 
+    def _launch(self, batch: Batch, began: float) -> None:
+        planned = time.perf_counter()
+        for request, chunk in zip(batch.admitted, batch.chunks[-len(batch.admitted) :], strict=False):
+            request.admitted = request.admitted or planned
+            self.executable.write_slot(request.slot, slot_values(request, chunk.start, self.limits))
+        bucket = self.buckets.covering(batch.phase, batch.rows, batch.tokens)
+        pending = self.executable.launch(bucket, self._stage.fill(batch, bucket))
+        self._flights.append(_Flight(batch, bucket, pending, began, planned, time.perf_counter()))
+        self.scheduler.launched(batch)
 
-def _logprob(request: Request, results: Mapping[str, np.ndarray], row: int) -> TokenLogprob | None:
-    if not request.sampling.return_logprob:
-        return None
+    def _read(self, ahead: int) -> list[Request]:
+        """Read steps until only ``ahead`` are under way; returns the requests that they finished."""
+        finished: list[Request] = []
+        while len(self._flights) > ahead:
+            flight, began = self._flights[0], time.perf_counter()
+            results = flight.pending.wait()
+            self._flights.popleft()
+            read = time.perf_counter()
+            kept, done = self._commit(flight.batch, results)
+            finished += done
+            if self.observer is not None:
+                self.observer(self._record(flight, kept, began, read))
+        return finished
+
+    def _commit(self, batch: Batch, results: Mapping[str, np.ndarray]) -> tuple[int, list[Request]]:
+        """Give tokens to their requests; how many were kept, and who is finished by them."""
+        finished: list[Request] = []
+        kept, tokens = 0, results["tokens"].tolist()
+        for row, request in batch.sampling():
+            if request.finish_reason is not None:
+                continue  # the step before this one ended it, or it was aborted
+            kept += 1
+            logprob = _logprob(request, results, row) if request.sampling.return_logprob else None
+            request.append(tokens[row], logprob)
+            if request.finish_reason is not None:
+                self.scheduler.retire(request)
+                finished.append(request)
+        return kept, finished
+
+    def _record(self, flight: _Flight, kept: int, began: float, read: float) -> StepRecord:
+        batch, admitted = flight.batch, set(flight.batch.admitted)
+        return StepRecord(
+            bucket=flight.bucket,
+            rows=batch.rows,
+            tokens=batch.tokens,
+            prompt_tokens=batch.chunk_tokens,
+            cached_tokens=sum(chunk.start for chunk in batch.chunks if chunk.request in admitted),
+            new_tokens=kept,
+            retractions=batch.retractions,
+            waiting=len(self.scheduler.waiting),
+            running=len(self.scheduler.running),
+            free=self.pool.free,
+            cached=self.pool.cached,
+            held=self.pool.held,
+            plan_start=flight.planned,
+            launch_start=flight.staged,
+            launch_end=flight.launched,
+            wait_start=began,
+            results_read=read,
+            commit_end=time.perf_counter(),
+        )
+
+
+def _logprob(request: Request, results: Mapping[str, np.ndarray], row: int) -> TokenLogprob:
     count = request.sampling.top_logprobs_num
     ids, values = results["top_ids"][row, :count], results["top_values"][row, :count]
     top = tuple((i, v) for i, v in zip(ids.tolist(), values.tolist(), strict=True) if i >= 0)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
+from makeready.engine.kv.radix import Prefix
 from makeready.engine.sampling import SamplingParams
 from makeready.engine.text.detokenize import StreamDetokenizer
 from makeready.engine.text.stop import StopMatcher
+from makeready.engine.text.tokenizer import Tokenizer
 
 STOP, LENGTH, ABORT, ERROR = "stop", "length", "abort", "error"
 
@@ -37,7 +42,8 @@ class Output:
         logprobs: one entry a generated token, where asked for.
         prompt_tokens, completion_tokens: how many.
         error: why it was refused, where it was.
-        meta_info: the same figures under SGLang's names, the seed that was used, and times in seconds.
+        meta_info: the same figures under SGLang's names, the seed that was used, and times in seconds; there is
+            no ``time_to_first_token`` where no token came.
     """
 
     text: str
@@ -64,7 +70,7 @@ class Output:
         return cls("", (), ERROR, 0, error=reason, meta_info=meta)
 
 
-@dataclass
+@dataclass(eq=False, slots=True)
 class Request:
     """One sample of one prompt, from arrival to finish.
 
@@ -72,36 +78,54 @@ class Request:
         prompt: its token ids.
         seed: what its random choices are drawn from.
         end_ids: token ids that end it.
-        detokenizer: None where there is no tokenizer.
-        on_text: told every piece of text that became final.
+        tokenizer: None where there is none; its output then has no text.
+        on_text: told every piece of text that became final, as it does.
+        salt: it shares cached prefixes with requests of the same salt only (SGLang's ``extra_key``).
+        priority: higher goes first, under the policy of that name.
+        id: a name that no other request has.
         output: token ids generated so far.
-        computed: how many of prompt + output have their keys and values in the cache.
-        slot: its place in the device's slot table while it runs.
-        pages: the KV pages that it holds, in order.
+        slot: its place in the device's slot table while it runs, else -1.
+        prefix: what it holds of the prefix cache while it runs.
+        cached_tokens: of its prompt, how many did not have to be run.
+        retractions: how often it was sent back to wait.
+        ticket: its place in the order of arrival.
+        passed_over: how often another was admitted while this one had waited longest.
+        urgent: it has waited for so long that it goes before all others.
     """
 
     prompt: list[int]
     sampling: SamplingParams
     seed: int
     end_ids: frozenset[int]
-    detokenizer: StreamDetokenizer | None = None
+    tokenizer: Tokenizer | None = None
     on_text: Callable[[str], None] | None = None
+    salt: str = ""
+    priority: int = 0
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
     output: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    computed: int = 0
     slot: int = -1
-    pages: list[int] = field(default_factory=list)
+    prefix: Prefix | None = None
+    cached_tokens: int = 0
+    retractions: int = 0
+    ticket: int = -1
+    passed_over: int = 0
+    urgent: bool = False
     finish_reason: str | None = None
     matched: int | str | None = None
     arrived: float = field(default_factory=time.perf_counter)
     admitted: float = 0.0
     first_token: float = 0.0
     finished: float = 0.0
+    _stop: StopMatcher | None = field(default=None, init=False, repr=False)
+    _watch: _Watch | None = field(default=None, init=False, repr=False)
+    _ids: np.ndarray | None = field(default=None, init=False, repr=False)
+    _page_keys: list[int] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         params = self.sampling
-        self._stop = StopMatcher(params.stop, params.stop_regex, include=params.no_stop_trim)  # type: ignore[arg-type]
-        self._text: list[str] = []
+        if params.stop or params.stop_regex:  # what cannot be understood is refused here, not while it runs
+            self._stop = StopMatcher(params.stop, params.stop_regex, include=params.no_stop_trim)  # type: ignore[arg-type]
 
     @property
     def length(self) -> int:
@@ -109,48 +133,67 @@ class Request:
         return len(self.prompt) + len(self.output)
 
     @property
-    def pending(self) -> int:
-        """Known tokens that have not been run yet: the rest of the prompt, or the last sampled one."""
-        return self.length - self.computed
-
-    @property
     def most_tokens(self) -> int:
         """Tokens that it can come to at most."""
         return len(self.prompt) + self.sampling.max_new_tokens
+
+    @property
+    def left(self) -> int:
+        """Tokens that it may still generate."""
+        return self.sampling.max_new_tokens - len(self.output)
 
     @property
     def done(self) -> bool:
         """Whether it has finished for whatever reason."""
         return self.finish_reason is not None
 
-    def append(self, token: int, logprob: TokenLogprob | None) -> None:
+    def ids(self) -> np.ndarray:
+        """Token ids of prompt and output, int32; kept until there are more."""
+        if self._ids is None or len(self._ids) != self.length:
+            self._ids = np.array(self.prompt + self.output, np.int32)
+        return self._ids
+
+    def page_key(self, page: int, page_size: int) -> int:
+        """A number that stands for all tokens up to the end of a page, and for the salt.
+
+        Equal beginnings have equal keys; others differ, but for a chance of 2**-64. ``page_size`` is the
+        same at every call.
+        """
+        keys = self._page_keys
+        if page >= len(keys):
+            ids = self.ids()
+            key = keys[-1] if keys else hash(self.salt)
+            for at in range(len(keys) * page_size, (page + 1) * page_size, page_size):
+                key = hash((key, ids[at : at + page_size].tobytes()))
+                keys.append(key)
+        return keys[page]
+
+    def append(self, token: int, logprob: TokenLogprob | None = None) -> None:
         """Take in a sampled token; sets ``finish_reason`` if it was the last."""
-        if not self.output:
+        output = self.output
+        if not output:
             self.first_token = time.perf_counter()
-        self.output.append(token)
+            if self.tokenizer is not None and (self._stop is not None or self.on_text is not None):
+                self._watch = _Watch(self, self.tokenizer)
+        output.append(token)
         if logprob is not None:
             self.logprobs.append(logprob)
-        ended = token in self.end_ids and len(self.output) > self.sampling.min_new_tokens
-        if self.detokenizer is not None:
-            # The token that ends a text is no part of it; stop strings may reach back before it.
-            piece = self.detokenizer.flush() if ended else self.detokenizer.push((token,))
-            self._emit(*self._stop.push(piece))
-        if self.done:
-            return
+        ended = token in self.end_ids and len(output) > self.sampling.min_new_tokens
+        if self._watch is not None:
+            self._watch.take(token, ended)
+            if self.finish_reason is not None:
+                return
         if ended:
             self.finish(STOP, token)
-        elif len(self.output) >= self.sampling.max_new_tokens:
+        elif len(output) >= self.sampling.max_new_tokens:
             self.finish(LENGTH)
 
     def finish(self, reason: str, matched: int | str | None = None) -> None:
         """End the request and let go of held-back text."""
         self.finish_reason, self.matched = reason, matched
         self.finished = time.perf_counter()
-        if self.detokenizer is not None and not isinstance(matched, str):
-            emit, stopped, found = self._stop.push(self.detokenizer.flush())
-            self._emit(emit, stopped, found)
-            if not stopped:
-                self._emit(*self._stop.flush())
+        if self._watch is not None and not isinstance(matched, str):
+            self._watch.end()
 
     def result(self) -> Output:
         """The finished request as the user sees it."""
@@ -160,17 +203,19 @@ class Request:
         elif self.finish_reason == LENGTH:
             reason["length"] = len(self.output)
         meta = {
+            "id": self.id,
             "finish_reason": reason,
             "prompt_tokens": len(self.prompt),
             "completion_tokens": len(self.output),
-            "cached_tokens": 0,
+            "cached_tokens": self.cached_tokens,
+            "num_retractions": self.retractions,
             "seed": self.seed,
-            "queue_time": self.admitted - self.arrived,
-            "time_to_first_token": self.first_token - self.arrived,
+            "queue_time": (self.admitted or self.finished) - self.arrived,
+            "time_to_first_token": self.first_token - self.arrived if self.output else None,
             "e2e_latency": self.finished - self.arrived,
         }
         return Output(
-            text="".join(self._text),
+            text=self._text(),
             token_ids=tuple(self.output),
             finish_reason=self.finish_reason or ABORT,
             prompt_tokens=len(self.prompt),
@@ -178,11 +223,45 @@ class Request:
             meta_info=meta,
         )
 
+    def _text(self) -> str:
+        """Text that nobody watched is made here, in one go."""
+        if self._watch is not None:
+            return "".join(self._watch.pieces)
+        if self.tokenizer is None:
+            return ""
+        # The token that ends a text is no part of it.
+        ids = self.output[:-1] if isinstance(self.matched, int) else self.output
+        return self.tokenizer.decode(ids, skip_special_tokens=self.sampling.skip_special_tokens)
+
+
+class _Watch:
+    """A request's text as its tokens come, for stop strings and for who reads along."""
+
+    def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
+        self._request = request
+        self._detokenizer = StreamDetokenizer(tokenizer, request.sampling.skip_special_tokens)
+        self._stop = request._stop or StopMatcher(())
+        self.pieces: list[str] = []
+
+    def take(self, token: int, ended: bool) -> None:
+        """The next token; ``ended`` if it ends the text, no part of which it is then."""
+        # Stop strings may reach back before the end.
+        piece = self._detokenizer.flush() if ended else self._detokenizer.push((token,))
+        self._emit(*self._stop.push(piece))
+
+    def end(self) -> None:
+        """No token comes any more."""
+        emit, stopped, matched = self._stop.push(self._detokenizer.flush())
+        self._emit(emit, stopped, matched)
+        if not stopped:
+            self._emit(*self._stop.flush())
+
     def _emit(self, text: str, stopped: bool, matched: str | None) -> None:
+        request = self._request
         if text:
-            self._text.append(text)
-            if self.on_text is not None:
-                self.on_text(text)
+            self.pieces.append(text)
+            if request.on_text is not None:
+                request.on_text(text)
         if stopped:
-            self.finish_reason, self.matched = STOP, matched
-            self.finished = time.perf_counter()
+            request.finish_reason, request.matched = STOP, matched
+            request.finished = time.perf_counter()

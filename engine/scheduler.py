@@ -1,101 +1,369 @@
-"""Which requests run next, and with how many of their tokens."""
+"""Which requests run next, and with how many of their tokens.
+
+    grow        a page for every generating request that has filled its last one; pages may run out
+    continue    the prompt that is partly computed
+    admit       waiting requests, while slots, pages and tokens of the step last
+    launched    what was chosen counts as computed from here on
+
+Nothing here waits for a token: what a step samples feeds the next on the device, and how long a request can
+get at most is known. Only whether it ends before that is learned later, when results are read.
+"""
 
 from __future__ import annotations
 
-from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from makeready.engine.errors import RequestError
 from makeready.engine.kv.pool import PagePool
-from makeready.engine.request import Request
-from makeready.graphs.spec import DECODE, EXTEND, Limits
+from makeready.engine.kv.radix import PrefixCache
+from makeready.engine.options import PRIORITY, SchedulerOptions
+from makeready.engine.policy import WaitingQueue
+from makeready.engine.request import ABORT, Request
+from makeready.engine.seats import Seats
+from makeready.graphs.buckets import BucketTable
+from makeready.graphs.spec import DECODE, EXTEND, Bucket, Limits
+
+# As SGLang has them: steps in which new_token_ratio falls to its least, and tokens that each running request
+# is given before pages may run out again.
+DECAY_STEPS, AHEAD = 600, 20
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens ``start : start + count`` of a request's known ones; ``last`` if none is left behind them."""
+
+    request: Request
+    start: int
+    count: int
+    last: bool
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's work: rows in order, each a request and how many of its pending tokens run.
+    """One step's work: generating rows, which run the token that was sampled for them last, then chunks.
 
-    ``phase`` is decode where every row runs the one token that was sampled last.
+    Attributes:
+        decoding: the generating requests, of ``slots``, with ``starts`` tokens computed before.
+        chunks: rows of prompts, and of what has to be computed again.
+        admitted: requests whose first step this is; they have their first chunk in it.
+        retractions: requests that were sent back to wait for it.
     """
 
-    phase: str
-    rows: tuple[tuple[Request, int], ...]
+    decoding: Sequence[Request]
+    slots: np.ndarray
+    starts: np.ndarray
+    chunks: Sequence[Chunk]
+    admitted: Sequence[Request]
+    retractions: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of the step."""
+        return len(self.decoding) + len(self.chunks)
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens of chunks."""
+        return sum(chunk.count for chunk in self.chunks)
 
     @property
     def tokens(self) -> int:
         """Tokens of all rows."""
-        return sum(count for _, count in self.rows)
+        return len(self.decoding) + self.chunk_tokens
+
+    @property
+    def phase(self) -> str:
+        """Decode where every row runs one token and samples the next."""
+        return DECODE if all(chunk.last and chunk.count == 1 for chunk in self.chunks) else EXTEND
+
+    def sampling(self) -> Iterator[tuple[int, Request]]:
+        """Rows whose sampled token belongs to their request; behind other chunks it means nothing."""
+        yield from enumerate(self.decoding)
+        for row, chunk in enumerate(self.chunks, start=len(self.decoding)):
+            if chunk.last:
+                yield row, chunk.request
 
 
 class Scheduler:
-    """First come, first served; long prompts in chunks beside the decode rows.
+    """Continuous batching: chunked prompts beside generating rows, a prefix cache, retraction.
 
-    A request is admitted when a slot is free and the pool can hold it to its last possible token, so a
-    running request never waits for pages. While some prompt is unfinished, steps are of the phase extend:
-    every decoding row takes its token first, then prompts share the rest of ``max_tokens`` in the order of
-    arrival.
+    Args:
+        limits: of the plan.
+        buckets: of the plan.
+        pool: the KV pages.
+        options: what the user chose.
+
+    Attributes:
+        waiting: requests without a slot.
+        running: requests with a slot, in order of admission, and those whose last token is being sampled;
+            True for those whose known tokens are all computed.
+
+    Raises:
+        RequestError: the options ask for more than the plan's programs can take.
     """
 
-    def __init__(self, limits: Limits, pool: PagePool) -> None:
+    def __init__(
+        self, limits: Limits, buckets: Sequence[Bucket], pool: PagePool, options: SchedulerOptions
+    ) -> None:
+        chunk, rows = options.chunked_prefill_size, options.max_running_requests
+        if chunk is not None and chunk > limits.max_tokens:
+            raise RequestError(
+                f"scheduler.chunked_prefill_size={chunk} exceeds the plan's steps of {limits.max_tokens} tokens; "
+                f"lower it, or recompile with plan.max_tokens={chunk}"
+            )
+        if rows is not None and rows > limits.max_rows:
+            raise RequestError(
+                f"scheduler.max_running_requests={rows} exceeds the plan's {limits.max_rows} rows; "
+                f"lower it, or recompile with plan.max_rows={rows}"
+            )
         self.limits = limits
         self.pool = pool
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []
-        self._slots = list(range(limits.max_rows - 1, -1, -1))
-
-    def pages_for(self, request: Request) -> int:
-        """Pages that the request can come to need."""
-        # The last token is sampled but never run, so it needs no place in the cache.
-        return -(-(request.most_tokens - 1) // self.limits.page_size)
+        self.options = options
+        self.cache = PrefixCache(pool, limits.page_size, options.eviction) if options.prefix_cache else None
+        self.waiting = WaitingQueue(options, self.cache, limits.page_size)
+        self.running: dict[Request, bool] = {}
+        self.seats = Seats(limits, rows or limits.max_rows, pool, self.cache)
+        self._table = BucketTable(buckets)
+        self._extend = [(bucket.rows, bucket.tokens) for bucket in buckets if bucket.phase == EXTEND]
+        self._decoding: list[Request] = []
+        self._slots = np.zeros(0, np.int64)  # of _decoding
+        self._prefilling: list[Request] = []
+        self._ratio = options.new_token_ratio
+        self._retractions = 0  # for the step that is being chosen
+        self._steps_without_prompts = options.decode_interval
 
     def submit(self, request: Request) -> None:
         """Queue a request.
 
         Raises:
-            RequestError: it could never run: too long for the context, or for all pages together.
+            RequestError: it could never run, being too long for the context or for all pages together; or
+                too many wait already.
         """
         if request.most_tokens > self.limits.context_len:
             raise RequestError(
                 f"{len(request.prompt)} prompt tokens and max_new_tokens={request.sampling.max_new_tokens} exceed "
                 f"the context of {self.limits.context_len} tokens; shorten the prompt or lower max_new_tokens"
             )
-        if self.pages_for(request) > self.pool.usable:
+        # The last token is sampled but never run, so it needs no place in the cache.
+        pages = self.seats.pages_for(request.most_tokens - 1)
+        if pages > self.pool.usable:
             raise RequestError(
-                f"the request may need {self.pages_for(request)} KV pages, there are {self.pool.usable}; "
+                f"the request may need {pages} KV pages, there are {self.pool.usable}; "
                 "lower max_new_tokens or raise kv.memory_gib"
             )
-        self.waiting.append(request)
-
-    def admit(self) -> list[Request]:
-        """Move requests from the queue to the running ones while slots and pages last; returns them."""
-        admitted = []
-        while self.waiting and self._slots and self.pages_for(self.waiting[0]) <= self.pool.free:
-            request = self.waiting.popleft()
-            request.slot = self._slots.pop()
-            request.pages = self.pool.take(self.pages_for(request))
-            self.running.append(request)
-            admitted.append(request)
-        return admitted
+        most = self.options.max_queued_requests
+        if most is not None and len(self.waiting) >= most:
+            raise RequestError(
+                f"{most} requests wait already, as many as scheduler.max_queued_requests allows; try again later"
+            )
+        self.waiting.add(request)
 
     def next(self) -> Batch | None:
-        """The next step's work, or None where nothing runs."""
-        if not self.running:
+        """The next step's work; None where there is none, or none before results are read."""
+        self._retractions = 0
+        self._relax()
+        self._grow()
+        chunks: list[Chunk] = []
+        admitted: list[Request] = []
+        # Tokens per second of a step with few prompt tokens and of one with many differ little, the time until
+        # it ends does: decode_interval says how often those who generate wait for the longer one.
+        if not self._decoding or self._steps_without_prompts >= self.options.decode_interval:
+            chunks = self._continue()
+            admitted = self._admit(chunks)
+        self._steps_without_prompts = 0 if chunks else self._steps_without_prompts + 1
+        self._collect()
+        if not self._decoding and not chunks:
             return None
-        decoding = [r for r in self.running if r.output and r.pending == 1]
-        if len(decoding) == len(self.running):
-            return Batch(DECODE, tuple((r, 1) for r in decoding))
-        rows = [(r, 1) for r in decoding]
-        budget = self.limits.max_tokens - len(rows)
-        for request in self.running:
-            if budget and not (request.output and request.pending == 1):
-                count = min(budget, request.pending)
-                rows.append((request, count))
-                budget -= count
-        return Batch(EXTEND, tuple(rows))
+        starts = self.seats.computed_S[self._slots]
+        return Batch(self._decoding, self._slots, starts, chunks, admitted, self._retractions)
+
+    def launched(self, batch: Batch) -> None:
+        """The step runs, or is sure to: what it computes is relied on from here on."""
+        seats = self.seats
+        seats.computed_S[batch.slots] += 1
+        seats.left_S[batch.slots] -= 1
+        # Whose last token is being sampled has nothing left to run: the next request can have the seat.
+        ended = [batch.decoding[row] for row in np.flatnonzero(seats.left_S[batch.slots] == 0)]
+        for chunk in batch.chunks:
+            request = chunk.request
+            seats.computed_S[request.slot] += chunk.count
+            if chunk.last:
+                seats.left_S[request.slot] -= 1
+                self._prefilling.remove(request)
+                self.running[request] = True
+                self._slots = _STALE
+                if not seats.left_S[request.slot]:
+                    ended.append(request)
+        for request in ended:
+            seats.leave(request)
+            self._slots = _STALE
 
     def retire(self, request: Request) -> None:
-        """Take back the slot and the pages of a running request that is done."""
-        self.running.remove(request)
-        self._slots.append(request.slot)
-        self.pool.release(request.pages)
-        request.slot, request.pages = -1, []
+        """Let go of a request that is done, wherever it is."""
+        if request in self.running:
+            self._unseat(request)
+        elif request in self.waiting:
+            self.waiting.remove(request)
+
+    def reset(self) -> None:
+        """A step that was chosen did not run: end whatever relied on it, and forget what is cached."""
+        for request in list(self.running):
+            request.finish(ABORT)
+            self._unseat(request)
+        if self.cache is not None:
+            self.cache.reset()
+
+    def _collect(self) -> None:
+        """Bring the generating rows up to date."""
+        if self._slots is _STALE:
+            self._decoding = [r for r, computed in self.running.items() if computed and r.slot >= 0]
+            self._slots = np.array([r.slot for r in self._decoding], np.int64)
+
+    def _relax(self) -> None:
+        """Let the share of further tokens that pages are kept for fall."""
+        first, least = self.options.new_token_ratio, self.options.min_new_token_ratio
+        self._ratio = max(least, self._ratio - (first - least) / DECAY_STEPS) if self.running else first
+
+    def _grow(self) -> None:
+        while True:
+            self._collect()
+            short = self.seats.short(self._slots)
+            if len(short) <= self.seats.available:
+                break
+            self._retract(min(self._seated(), key=self._worth))
+        if len(short):
+            self.seats.grow(short)
+
+    def _continue(self) -> list[Chunk]:
+        """Chunks of prompts that are partly computed: all of them, or as much as a step holds."""
+        chunks: list[Chunk] = []
+        for request in self._prefilling:
+            if self._room(chunks):
+                self._share(chunks)
+                chunks.append(self._chunk(request, chunks))
+        return chunks
+
+    def _admit(self, chunks: list[Chunk]) -> list[Request]:
+        """Admit requests and add their first chunks; one that does not fit keeps all behind it waiting."""
+        admitted: list[Request] = []
+        free = self.seats.free
+        # Pages that were just taken from one request are not for another to start with.
+        if self.waiting and not self._retractions and (free or self.options.policy == PRIORITY):
+            for request in self.waiting.order(max(1, free)):
+                if not self._room(chunks):
+                    break
+                # What was chosen so far is shared before the next request looks for its prefix: samples of
+                # one prompt, and prompts that begin alike, compute that once, be it in the same step.
+                self._share(chunks)
+                if not self._seat(request, chunks):
+                    return admitted
+                admitted.append(request)
+                chunks.append(self._chunk(request, chunks))
+        self._trim(chunks)
+        self._share(chunks)
+        return admitted
+
+    def _seat(self, request: Request, chunks: Sequence[Chunk]) -> bool:
+        """Give a waiting request its slot and pages, if need be those of others; False if it has to wait."""
+        seats = self.seats
+        while True:
+            if seats.free and seats.enter(request, self._ratio):
+                break
+            if not self._preempt(request, chunks):
+                return False
+        self.waiting.admitted(request)
+        if not request.retractions:
+            request.cached_tokens = int(seats.computed_S[request.slot])
+        self.running[request] = False
+        self._prefilling.append(request)
+        return True
+
+    def _preempt(self, request: Request, chunks: Sequence[Chunk]) -> bool:
+        """Send a request of lower priority back to wait; False where none has to make way, or all would not do."""
+        if self.options.policy != PRIORITY:
+            return False
+        highest = request.priority - self.options.preemption_threshold
+        # Others may rely on pages that a chunk of this step is about to fill.
+        stay = {chunk.request for chunk in chunks}
+        lower = [r for r in self._seated() if r.priority <= highest and not r.urgent and r not in stay]
+        pages = self.seats.available + sum(self.seats.own(r) for r in lower)
+        if not lower or pages < self.seats.pages_for(request.length):
+            return False
+        self._retract(min(lower, key=self._worth))
+        return True
+
+    def _retract(self, request: Request) -> None:
+        """Send a running request back to wait. It will be computed again; its tokens stay as they are.
+
+        A token that is being sampled for it reaches it while it waits.
+        """
+        self._unseat(request)
+        request.retractions += 1
+        self._retractions += 1
+        self.waiting.add(request)
+        # Keep pages for what those who run turned out to need so far, and a little more.
+        made = sum(len(r.output) + AHEAD for r in self.running)
+        most = sum(r.sampling.max_new_tokens for r in self.running)
+        self._ratio = min(1.0, max(self._ratio, made / max(1, most)))
+
+    def _unseat(self, request: Request) -> None:
+        if request.slot >= 0:
+            self.seats.leave(request)
+        if request in self._prefilling:
+            self._prefilling.remove(request)
+        del self.running[request]
+        self._slots = _STALE
+
+    def _seated(self) -> list[Request]:
+        return [request for request in self.running if request.slot >= 0]
+
+    def _worth(self, request: Request) -> tuple[bool, int, int, int]:
+        """Who is to be retracted last: the urgent, of high priority, with much to compute again, who came first.
+
+        The highest of all is never retracted, so whatever happens there is always one that gets done.
+        """
+        priority = request.priority if self.options.policy == PRIORITY else 0
+        return request.urgent, priority, len(request.output), -request.ticket
+
+    def _room(self, chunks: Sequence[Chunk]) -> int:
+        """Tokens of chunks that the step takes beside what is chosen."""
+        self._collect()
+        room = self.limits.max_tokens - len(self._decoding)
+        return min(room, self.options.chunked_prefill_size or room) - sum(chunk.count for chunk in chunks)
+
+    def _chunk(self, request: Request, chunks: Sequence[Chunk]) -> Chunk:
+        start = int(self.seats.computed_S[request.slot])
+        left = request.length - start
+        count = min(left, self._room(chunks))
+        return Chunk(request, start, count, count == left)
+
+    def _trim(self, chunks: list[Chunk]) -> None:
+        """Cut the last chunk where two steps in smaller buckets are cheaper than one that is mostly padding.
+
+        A step costs about as much as its bucket has tokens, and at least as much as ``max_rows`` of them.
+        The generating rows run in the next step anyway.
+        """
+        if not chunks:
+            return
+        self._collect()
+        last, decoding = chunks[-1], len(self._decoding)
+        rows, tokens = decoding + len(chunks), decoding + sum(chunk.count for chunk in chunks)
+        smaller = max((size for most, size in self._extend if most >= rows and size < tokens), default=0)
+        rest = tokens - smaller
+        if rest >= last.count:
+            return
+        after = self._table.covering(EXTEND, decoding + 1, decoding + rest).tokens
+        after = after - decoding if decoding else max(after, self.limits.max_rows)
+        if smaller + after < self._table.covering(EXTEND, rows, tokens).tokens:
+            chunks[-1] = Chunk(last.request, last.start, last.count - rest, last=False)
+
+    def _share(self, chunks: Sequence[Chunk]) -> None:
+        """Put what the last chunk completes into the prefix cache; those before it are there."""
+        if chunks:
+            self.seats.share(chunks[-1].request, chunks[-1].start + chunks[-1].count)
+
+
+_STALE = np.zeros(0, np.int64)

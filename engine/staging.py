@@ -5,43 +5,96 @@ from __future__ import annotations
 import numpy as np
 
 from makeready.engine.request import Request
-from makeready.engine.scheduler import Batch
+from makeready.engine.scheduler import Batch, Chunk
+from makeready.engine.seats import Seats
 from makeready.graphs.spec import Bucket, Limits, step_fields
+from makeready.kernels.spec import ROWS, TOKENS
 
 SAMPLED = -1  # instead of a token id: the token that the device sampled for this row last
 
 
-def stage(batch: Batch, bucket: Bucket, limits: Limits) -> dict[str, np.ndarray]:
-    """The step's fields, padded to ``bucket`` with what padding tokens and rows hold."""
-    step = {f.name: np.full(f.spec.at(bucket.sizes), f.default, f.spec.dtype) for f in step_fields(limits)}
-    start = 0
-    for row, (request, count) in enumerate(batch.rows):
-        tokens = slice(start, start + count)
-        positions = np.arange(request.computed, request.computed + count)
-        pages = np.asarray(request.pages, np.int32)
-        step["token_ids"][tokens] = _ids(request, count)
-        step["positions"][tokens] = positions
-        step["token_slot"][tokens] = request.slot
-        step["kv_slot"][tokens] = (
-            pages[positions // limits.page_size] * limits.page_size + positions % limits.page_size
-        )
-        step["query_start"][row] = start
-        step["query_len"][row] = count
-        step["context_len"][row] = request.computed + count
-        if (
-            count == request.pending
-        ):  # else what is sampled after this chunk is nobody's: leave it to the null slot
-            step["row_slot"][row] = request.slot
-        step["page_table"][row, : len(pages)] = pages
-        start += count
-    return step
+class Stage:
+    """The fields of a step, in arrays of the largest size: those of a bucket are their beginnings.
+
+    An executable has copied them when its launch returns, so that every step is written over the last.
+    """
+
+    def __init__(self, limits: Limits, seats: Seats) -> None:
+        sizes = {ROWS: limits.max_rows, TOKENS: limits.max_tokens}
+        self._seats = seats
+        self._page_size = limits.page_size
+        self._fields = {field.name: field for field in step_fields(limits)}
+        self._arrays = {
+            name: np.full(field.spec.at(sizes), field.default, field.spec.dtype)
+            for name, field in self._fields.items()
+        }
+        self._of_tokens = {name for name, field in self._fields.items() if field.spec.shape[0] == TOKENS}
+        self._live = {TOKENS: 0, ROWS: 0}  # how much of them the last step wrote
+        self._width = 0  # and columns of the page table
+
+    def fill(self, batch: Batch, bucket: Bucket) -> dict[str, np.ndarray]:
+        """The fields of ``graphs.spec.step_fields``, padded to ``bucket``; good until the next call."""
+        at = self._arrays
+        rows, tokens = len(batch.decoding), batch.tokens
+        self._clear(batch.rows, tokens)
+        slots, starts, counts = batch.slots, batch.starts, np.ones(rows, np.int64)
+        at["token_ids"][:rows] = SAMPLED
+        if batch.chunks:
+            slots = np.append(slots, [chunk.request.slot for chunk in batch.chunks])
+            starts = np.append(starts, [chunk.start for chunk in batch.chunks])
+            counts = np.append(counts, [chunk.count for chunk in batch.chunks])
+            np.concatenate([_ids(chunk) for chunk in batch.chunks], out=at["token_ids"][rows:tokens])
+        begins = np.cumsum(counts) - counts
+        # What is sampled behind a chunk that is not the last is nobody's: it is left to the null slot.
+        live = [not chunk.last for chunk in batch.chunks]
+        self._per_row(slots, starts, counts, begins)
+        at["row_slot"][rows : batch.rows][live] = self._fields["row_slot"].default
+        self._per_token(slots, starts, counts, begins)
+        return {
+            name: array[: bucket.tokens if name in self._of_tokens else bucket.rows]
+            for name, array in at.items()
+        }
+
+    def _per_row(self, slots: np.ndarray, starts: np.ndarray, counts: np.ndarray, begins: np.ndarray) -> None:
+        at, rows = self._arrays, len(slots)
+        at["query_start"][:rows] = begins
+        at["query_len"][:rows] = counts
+        at["context_len"][:rows] = starts + counts
+        at["row_slot"][:rows] = slots
+        width = int(self._seats.held_S[slots].max())
+        at["page_table"][:rows, width : self._width] = 0
+        at["page_table"][:rows, :width] = self._seats.pages_SP[slots, :width]
+        self._width = width
+
+    def _per_token(
+        self, slots: np.ndarray, starts: np.ndarray, counts: np.ndarray, begins: np.ndarray
+    ) -> None:
+        at, size, tokens = self._arrays, self._page_size, int(counts.sum())
+        if tokens > len(slots):
+            slots, offsets = np.repeat(slots, counts), np.repeat(starts - begins, counts)
+            starts = np.arange(tokens) + offsets
+        at["positions"][:tokens] = starts
+        at["token_slot"][:tokens] = slots
+        at["kv_slot"][:tokens] = self._seats.pages_SP[slots, starts // size] * size + starts % size
+
+    def _clear(self, rows: int, tokens: int) -> None:
+        """Give what the step before wrote beyond this one's rows and tokens its defaults again."""
+        for name, array in self._arrays.items():
+            live, before = (tokens, TOKENS) if name in self._of_tokens else (rows, ROWS)
+            array[live : self._live[before]] = self._fields[name].default
+        self._live = {TOKENS: tokens, ROWS: rows}
 
 
-def slot_values(request: Request, limits: Limits) -> dict[str, object]:
-    """What the device's slot table is told of a request when it is admitted."""
+def slot_values(request: Request, computed: int, limits: Limits) -> dict[str, object]:
+    """What the device's slot table is told of a request when it is admitted.
+
+    Args:
+        computed: how many of its tokens are in the prefix cache. No step records these in the slot's
+            history, which penalties look at.
+    """
     sampling = request.sampling
     stop_ids = sorted(request.end_ids)[: limits.max_stop_ids] if sampling.min_new_tokens else []
-    return {
+    values: dict[str, object] = {
         "prompt_len": len(request.prompt),
         "temperature": sampling.temperature,
         "top_k": sampling.top_k,
@@ -57,10 +110,12 @@ def slot_values(request: Request, limits: Limits) -> dict[str, object]:
         "bias_values": list(sampling.logit_bias.values()),
         "top_logprobs": sampling.top_logprobs_num if sampling.return_logprob else -1,
     }
+    if computed and (
+        sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1
+    ):
+        values["history"] = request.ids()[:computed]
+    return values
 
 
-def _ids(request: Request, count: int) -> list[int] | int:
-    done = request.computed
-    if request.output and done >= len(request.prompt):
-        return SAMPLED
-    return (request.prompt + request.output)[done : done + count]
+def _ids(chunk: Chunk) -> np.ndarray:
+    return chunk.request.ids()[chunk.start : chunk.start + chunk.count]

@@ -25,15 +25,21 @@ class Executable(Protocol):
     Attributes:
         plan: what was loaded.
         pages: KV pages, page 0 (which belongs to nobody) included.
+        asynchronous: ``launch`` returns before the step has run; the host has that time for the next one.
+
+    Steps and writes to slots take effect in the order in which they are asked for. Within a step, keys and
+    values of all rows are written before any row attends: a row may read pages that another one fills.
     """
 
     plan: Plan
     pages: int
+    asynchronous: bool
 
     def write_slot(self, slot: int, values: Mapping[str, Any]) -> None:
         """Set fields of ``graphs.spec.slot_fields`` for one slot; fields not named take their default.
 
-        ``history`` is left as it is: every step records the tokens that it runs.
+        ``history``, if named, holds the tokens of the first positions; the others are left as they are, for
+        every step records the tokens that it runs.
         """
         ...
 

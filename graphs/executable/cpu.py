@@ -67,6 +67,8 @@ class CpuExecutable:
         PlanError: another target's plan, another checkpoint's plan, or a plan of other kernels.
     """
 
+    asynchronous = False
+
     def __init__(
         self,
         plan: Plan,
@@ -98,8 +100,11 @@ class CpuExecutable:
         self._programs: dict[Bucket, _Program] = {}
 
     def write_slot(self, slot: int, values: Mapping[str, Any]) -> None:
-        unknown = set(values) - set(self._slot_fields)
+        unknown = set(values) - set(self._slots)
         assert not unknown, f"slots have no field {unknown}"
+        if "history" in values:
+            first = torch.as_tensor(values["history"], dtype=torch.int32)
+            self._slots["history"][slot, : len(first)] = first
         for name, field in self._slot_fields.items():
             row = self._slots[name][slot]
             row.fill_(field.default)

@@ -57,6 +57,8 @@ class CudaExecutable:
         DriverError: there is no GPU, or the driver refuses something else.
     """
 
+    asynchronous = True
+
     def __init__(
         self,
         plan: Plan,

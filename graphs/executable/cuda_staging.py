@@ -16,6 +16,8 @@ from makeready.graphs.spec import Bucket, Field, result_fields, slot_fields, ste
 
 Arrays = Mapping[str, np.ndarray]
 
+_MOST_SENT = 32 << 10  # bytes of one copy out of memory that is not pinned
+
 
 class Flight:
     """A pinned buffer for a step's fields and results, and the event after which both are free again."""
@@ -87,7 +89,7 @@ class SlotTable:
     """The slot fields on the device, written from a copy on the host.
 
     Only fields whose bytes change are sent: a request differs from the slot's last one in a few numbers.
-    Rows are far below the 64 KiB up to which the driver keeps its own copy of what is sent.
+    What is sent is below the 64 KiB up to which the driver keeps its own copy.
 
     Args:
         address: of the slot region, whose content is undefined so far.
@@ -98,6 +100,7 @@ class SlotTable:
         self._stream = stream
         fields = slot_fields(plan.limits)
         offsets, _ = memory.layout(fields, {})
+        self._context = plan.limits.context_len
         self._fields = {f.name: f for f in fields if f.name != "history"}
         self._places = {name: address + offset for name, offset in offsets.items()}
         self._host = {f.name: np.full(f.spec.at({}), f.default, f.spec.dtype) for f in self._fields.values()}
@@ -108,10 +111,20 @@ class SlotTable:
 
     def write(self, slot: int, values: Mapping[str, Any]) -> None:
         """Set one slot's fields, in the stream's order; those not named take their default."""
-        unknown = set(values) - set(self._fields)
+        unknown = set(values) - set(self._places)
         assert not unknown, f"slots have no field {unknown}"
+        if "history" in values:
+            self._write_history(slot, np.asarray(values["history"], np.int32))
         for name, field in self._fields.items():
             self._write(name, slot, _row(field, values.get(name)))
+
+    def _write_history(self, slot: int, tokens: np.ndarray) -> None:
+        """The first tokens of a slot's history; steps write there too, so it has no copy on the host."""
+        tokens = np.ascontiguousarray(tokens)
+        start = self._places["history"] + slot * self._context * tokens.itemsize
+        for at in range(0, tokens.nbytes, _MOST_SENT):
+            nbytes = min(_MOST_SENT, tokens.nbytes - at)
+            self._driver.to_device(start + at, tokens.ctypes.data + at, nbytes, self._stream)
 
     def _write(self, name: str, slot: int, row: np.ndarray) -> None:
         table = self._host[name]

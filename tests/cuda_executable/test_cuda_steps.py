@@ -11,6 +11,7 @@ from fake_driver import FakeBindings
 from plans import dummy, make_plan, tiny
 
 from makeready.graphs import memory
+from makeready.graphs.executable import cuda_staging
 from makeready.graphs.executable.cuda import CudaExecutable
 from makeready.graphs.executable.cuda_driver import Driver
 from makeready.graphs.spec import Bucket, result_fields, slot_fields, step_fields
@@ -165,7 +166,29 @@ def test_slots_get_what_is_named_and_defaults(loaded):
         if name != "top_k":
             assert np.array_equal(table[name], array), name
     with pytest.raises(AssertionError, match="slots have no field"):
-        executable.write_slot(0, {"history": [1]})
+        executable.write_slot(0, {"historic": [1]})
+
+
+def test_the_host_writes_the_beginning_of_a_history(loaded):
+    executable, bindings = loaded
+    before = slot_bytes(executable)["history"]
+    tokens = np.arange(1, 1 + before.shape[1], dtype=np.int32)
+    executable.write_slot(1, {"history": tokens[:5].tolist()})
+    executable.write_slot(3, {"history": tokens})
+    assert len(bindings.copies) == 2
+    after = slot_bytes(executable)["history"]
+    assert after[1].tolist() == [1, 2, 3, 4, 5, *before[1, 5:]]
+    assert np.array_equal(after[3], tokens)
+    assert np.array_equal(after[[0, 2, 4]], before[[0, 2, 4]])
+
+
+def test_a_long_history_goes_in_pieces(loaded, monkeypatch):
+    """The driver keeps its own copy of little only; what is sent may be freed at once."""
+    executable, bindings = loaded
+    monkeypatch.setattr(cuda_staging, "_MOST_SENT", 16)
+    executable.write_slot(2, {"history": np.arange(10, 20)})
+    assert len(bindings.copies) == 3
+    assert slot_bytes(executable)["history"][2, :10].tolist() == list(range(10, 20))
 
 
 def test_slots_change_in_the_order_of_steps(loaded):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from fake_executable import VOCABULARY, FakeExecutable, alone
@@ -10,18 +12,19 @@ from hypothesis import strategies as st
 
 from makeready.engine.errors import RequestError
 from makeready.engine.loop import Engine
+from makeready.engine.options import SchedulerOptions
 from makeready.engine.request import ABORT, LENGTH, STOP, Request
 from makeready.engine.sampling import SamplingParams
 from makeready.graphs.spec import DECODE, EXTEND, Bucket, Limits
 
 
-def make_engine(limits: Limits, pages: int) -> Engine:
+def make_engine(limits: Limits, pages: int, **options: Any) -> Engine:
     buckets = [
         Bucket(DECODE, limits.max_rows, limits.max_rows),
         Bucket(DECODE, 1, 1),
         Bucket(EXTEND, limits.max_rows, limits.max_tokens),
     ]
-    return Engine(FakeExecutable(limits, sorted(set(buckets)), pages))
+    return Engine(FakeExecutable(limits, sorted(set(buckets)), pages), SchedulerOptions(**options))
 
 
 def make_request(prompt: list[int], count: int, seed: int, ends: frozenset[int] = frozenset()) -> Request:
@@ -90,7 +93,7 @@ def test_aborts_at_any_moment_leave_the_others_alone(workload, data) -> None:
 
 def test_long_prompts_run_in_chunks_beside_decoding_rows() -> None:
     limits = Limits(max_rows=3, max_tokens=8, context_len=64, page_size=4)
-    engine = make_engine(limits, pages=40)
+    engine = make_engine(limits, pages=40, overlap=False)
     short = make_request([1, 2], 12, 0)
     engine.submit(short)
     engine.step()
