@@ -103,15 +103,16 @@ def norm_rope_kv_write_rows(
         turned_1 = x_1 * cos - x_2 * sin
         x_2 = x_2 * cos + x_1 * sin
         x_1 = turned_1
+    # A name for each: the branches' pointers differ in type where the cache does.
     if is_q:
-        out = q + (token_M * q_stride + head_M * HEAD_DIM)[:, None]
-        _store(out, x_1, x_2, x_3, i, j, whole, rest, HEAD_DIM, ROTARY)
+        out_q = q + (token_M * q_stride + head_M * HEAD_DIM)[:, None]
+        _store(out_q, x_1, x_2, x_3, i, j, whole, rest, HEAD_DIM, ROTARY)
     elif is_v:
-        out = v_cache + (slot_M + (head_M - HEADS - KV_HEADS) * HEAD_DIM)[:, None]
-        _store(out, x_1, x_2, x_3, i, j, whole, rest, HEAD_DIM, ROTARY)
+        out_v = v_cache + (slot_M + (head_M - HEADS - KV_HEADS) * HEAD_DIM)[:, None]
+        _store(out_v, x_1, x_2, x_3, i, j, whole, rest, HEAD_DIM, ROTARY)
     else:
-        out = k_cache + (slot_M + (head_M - HEADS) * HEAD_DIM)[:, None]
-        _store(out, x_1, x_2, x_3, i, j, whole, rest, HEAD_DIM, ROTARY)
+        out_k = k_cache + (slot_M + (head_M - HEADS) * HEAD_DIM)[:, None]
+        _store(out_k, x_1, x_2, x_3, i, j, whole, rest, HEAD_DIM, ROTARY)
 
 
 @triton.jit
