@@ -22,13 +22,16 @@ def bench_job(job: BenchJob) -> None:
     with Stages() as stages:
         result = record.describe(["python", "scripts/bench.py", *sys.argv[1:]])
         bench = Bench(job, stages)
-        for name in job.suite:
-            stages.begin(name)
-            found, said = SUITES[name](bench)
-            result |= found
-            lines += said
-            if job.output is not None:  # after every suite: a later one may fail
-                record.write(Path(job.output).expanduser(), result)
+        try:
+            for name in job.suite:
+                stages.begin(name)
+                found, said = SUITES[name](bench)
+                result |= found
+                lines += said
+                if job.output is not None:  # after every suite: a later one may fail
+                    record.write(Path(job.output).expanduser(), result)
+        finally:
+            bench.close()
     print("\n".join(lines))
 
 

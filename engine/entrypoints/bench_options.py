@@ -12,15 +12,22 @@ from makeready.engine.entrypoints.options import Job, PlanOrPath, UsageError, ch
 
 # The options that each suite reads, beside checkpoint, suite and output. A name ends with a dot where it
 # stands for a group.
-_LLM = ("model.", "target", "plan.", "kv.", "threads")
+_LLM = ("model.", "target", "quant", "plan.", "kv.", "threads")
 SUITES: dict[str, tuple[str, ...]] = {
     "decode": ("rows", "tokens", "repeats", "weight_dtype", "threads"),
     "startup": ("repeats", "weight_dtype", "threads"),
     "latency": (*_LLM, "rows", "tokens", "repeats", "latency."),
-    "throughput": (*_LLM, "throughput."),
-    "replay": (*_LLM, "replay."),
+    "throughput": (*_LLM, "throughput.", "trace"),
+    "replay": (*_LLM, "replay.", "trace"),
+    "prefix": (*_LLM, "replay.", "prefix.", "trace"),
     "host": ("host.",),
+    "buckets": (*_LLM, "repeats", "latency."),
+    "load": ("model.", "plan.", "repeats"),
+    "gemm": (),
+    "gemm_sweep": (),
+    "small_ops": (),
 }
+_NO_MODEL = {"host", "gemm", "gemm_sweep", "small_ops"}
 
 
 @dataclass
@@ -122,13 +129,14 @@ class BenchJob(Job):
 
     Attributes:
         checkpoint: a Hugging Face folder, a .gguf file, or dummy: random weights of the model= preset; not
-            for the host suite alone.
-        suite: what to measure: decode, startup, latency, throughput, replay, host, or several.
+            for suites of no model: host, gemm, gemm_sweep and small_ops.
+        suite: what to measure, one or several; --help says what each is.
         rows: batch sizes of the decode and latency suites.
         tokens: decode steps of one measurement there.
         repeats: measurements of each kind; the median is what counts.
         weight_dtype: float32, bfloat16 or float16, in both engines of the decode suite.
         threads: threads of PyTorch, where it computes. null: one a core.
+        trace: file for a time line of the steps of throughput, replay and prefix; Perfetto opens it.
         output: JSON file for the result.
     """
 
@@ -145,6 +153,7 @@ class BenchJob(Job):
     replay: ReplayOptions = field(default_factory=ReplayOptions)
     prefix: PrefixOptions = field(default_factory=PrefixOptions)
     host: HostOptions = field(default_factory=HostOptions)
+    trace: str | None = literal()
     output: str | None = literal()
 
     def check(self, given: Collection[str]) -> None:
@@ -160,7 +169,7 @@ class BenchJob(Job):
                 f"{unread[0]}= is not read by suite={','.join(self.suite)}; "
                 f"it is for {', '.join(readers)}; leave it out or add its suite"
             )
-        if set(self.suite) != {"host"}:
+        if not _NO_MODEL.issuperset(self.suite):
             self._check_checkpoint(given)
         self._check_figures()
         if "replay" in self.suite and self.replay.trace is None:

@@ -1,9 +1,9 @@
 """A load through the engine, and what came of it.
 
 Throughputs carry the names of SGLang's ``bench_offline_throughput``, latencies those of its
-``bench_serving``: ttft is the time to the first token, tpot the mean time of each further one of a request,
-e2e the time to the last. A request's clock starts when the load says that it arrives, so a load that falls
-behind shows it.
+``bench_serving``: ttft is the time to the first token, itl the time between two tokens of a request, tpot
+its mean over a request, e2e the time to the last token. A request's clock starts when the load says that it
+arrives, so a load that falls behind shows it.
 """
 
 from __future__ import annotations
@@ -13,17 +13,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
+from benchmarks.steps import last_throughput, percentiles, step_lines
 from benchmarks.workloads import Work
 from makeready.engine.errors import RequestError
 from makeready.engine.llm import LLM
 from makeready.engine.loop import Engine
 from makeready.engine.request import Output, Request
 from makeready.engine.sampling import SamplingParams
+from makeready.engine.step_record import StepRecord
 
 LONGEST_SLEEP = 0.02  # seconds; while nothing runs and the next request is still to come
-LAST_STEPS = 40  # whose throughput is the last one reported; SGLang logs as often
 
 
 @dataclass
@@ -34,15 +33,15 @@ class Served:
         seconds: from the start to the end of the last request.
         outputs: of the requests that ran.
         refused: requests that never could, such as those over the context.
-        steps: how many steps were run.
-        last: output tokens a second over the last steps that generated.
+        gaps: seconds between two tokens, of all requests.
+        records: of all steps.
     """
 
     seconds: float = 0.0
     outputs: list[Output] = field(default_factory=list)
     refused: int = 0
-    steps: int = 0
-    last: float = 0.0
+    gaps: list[float] = field(default_factory=list)
+    records: list[StepRecord] = field(default_factory=list)
 
 
 def requests_of(llm: LLM, works: Sequence[Work]) -> list[tuple[float, Request]]:
@@ -58,6 +57,7 @@ def serve(
     engine: Engine,
     load: Sequence[tuple[float, Request]],
     note: Callable[[str], None] = lambda detail: None,
+    watch: Callable[[StepRecord], None] | None = None,
 ) -> Served:
     """Run requests that arrive at given seconds, in order; returns when the last has ended.
 
@@ -65,8 +65,16 @@ def serve(
         engine: idle.
         load: seconds from now and requests, ascending.
         note: told now and then how far it is.
+        watch: told every step.
     """
-    served, at = Served(), 0
+    served, at, clock, steps = Served(), 0, _TokenClock(), 0
+
+    def observe(record: StepRecord) -> None:
+        served.records.append(record)
+        if watch is not None:
+            watch(record)
+
+    engine.observer = observe
     began = time.perf_counter()
     while at < len(load) or engine.busy:
         now = time.perf_counter() - began
@@ -79,14 +87,35 @@ def serve(
             except RequestError:
                 served.refused += 1
         if engine.busy:
-            served.outputs += [request.result() for request in engine.step()]
-            served.steps += 1
-            if not served.steps % 50:
+            finished = engine.step()
+            clock.read(served.gaps, [*finished, *engine.scheduler.running])
+            served.outputs += [request.result() for request in finished]
+            steps += 1
+            if not steps % 50:
                 note(f"{len(served.outputs)} of {len(load)} requests")
         elif at < len(load):
             time.sleep(max(0.0, min(load[at][0] - now, LONGEST_SLEEP)))
     served.seconds = time.perf_counter() - began
+    engine.observer = None
     return served
+
+
+class _TokenClock:
+    """When each request was last seen to have a new token."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, tuple[int, float]] = {}
+
+    def read(self, gaps: list[float], requests: Sequence[Request]) -> None:
+        """Add to ``gaps`` what passed between the tokens of requests that have new ones."""
+        now = time.perf_counter()
+        for request in requests:
+            count = len(request.output)
+            before, then = self._seen.get(id(request), (0, now))
+            if count > before:
+                if before:
+                    gaps.append(now - then)
+                self._seen[id(request)] = (count, now)
 
 
 def throughput(served: Served) -> dict[str, float]:
@@ -105,9 +134,8 @@ def throughput(served: Served) -> dict[str, float]:
         "input_throughput": prompt / seconds,
         "output_throughput": generated / seconds,
         "total_throughput": (prompt + generated) / seconds,
-        "last_gen_throughput": served.last,
+        "last_gen_throughput": last_throughput(served.records),
         "cache_hit_rate": cached / max(1, prompt),
-        "steps": served.steps,
     }
 
 
@@ -121,6 +149,7 @@ def latencies(served: Served) -> dict[str, Any]:
     found = {
         "queue": [meta["queue_time"] for meta in metas],
         "ttft": first,
+        "itl": served.gaps,
         "tpot": [(end - start) / count for start, end, count in times if count],
         "e2e": whole,
     }
@@ -130,31 +159,21 @@ def latencies(served: Served) -> dict[str, Any]:
     }
 
 
-def percentiles(seconds: Sequence[float]) -> dict[str, float]:
-    """Mean, median, 90th and 99th percentile and most, in milliseconds; zeros of nothing."""
-    values = 1e3 * np.asarray(seconds if len(seconds) else [0.0])
-    p50, p90, p99 = np.percentile(values, (50, 90, 99)).tolist()
-    return {"mean": float(values.mean()), "p50": p50, "p90": p90, "p99": p99, "max": float(values.max())}
-
-
-def throughput_lines(name: str, found: dict[str, Any]) -> list[str]:
-    """Throughput as lines of text."""
+def lines(name: str, found: dict[str, Any]) -> list[str]:
+    """Throughput, and what else there is, as lines of text."""
     refused = f", {found['refused_requests']} refused" if found["refused_requests"] else ""
-    return [
+    said = [
         f"{name}: {found['successful_requests']} requests in {found['total_latency']:.2f} s "
         f"({found['request_throughput']:.2f} a second{refused})",
         f"  tokens/s: {found['input_throughput']:.0f} in, {found['output_throughput']:.0f} out, "
         f"{found['total_throughput']:.0f} together; {found['last_gen_throughput']:.0f} out in the last steps",
-        f"  {found['cache_hit_rate']:.1%} of prompt tokens cached, {found['steps']} steps",
+        f"  {found['cache_hit_rate']:.1%} of prompt tokens cached",
     ]
-
-
-def latency_lines(found: dict[str, Any]) -> list[str]:
-    """Latencies as lines of text."""
-    lines = [f"  {found['concurrency']:.1f} requests at once on average"]
-    for name, row in found["milliseconds"].items():
-        lines.append(
-            f"  {name:5s} ms: mean {row['mean']:.1f}, p50 {row['p50']:.1f}, p90 {row['p90']:.1f}, "
+    if "concurrency" in found:
+        said.append(f"  {found['concurrency']:.1f} requests at once on average")
+    for kind, row in found.get("milliseconds", {}).items():
+        said.append(
+            f"  {kind:5s} ms: mean {row['mean']:.1f}, p50 {row['p50']:.1f}, p90 {row['p90']:.1f}, "
             f"p99 {row['p99']:.1f}, most {row['max']:.1f}"
         )
-    return lines
+    return said + step_lines(found.get("steps", {}))

@@ -7,26 +7,28 @@ a plan on a GPU do without.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from benchmarks.gpu_suites import GPU_SUITES
 from makeready.engine.entrypoints.bench_options import BenchJob
 from makeready.engine.entrypoints.options import UsageError
 from makeready.engine.entrypoints.status import Stages
 
 if TYPE_CHECKING:
+    from benchmarks.serve import Served
     from benchmarks.workloads import Work
     from makeready.engine.llm import LLM
-    from makeready.engine.loop import Engine
+    from makeready.engine.trace import StepTrace
 
 Measured: TypeAlias = "tuple[dict[str, Any], list[str]]"
 
 
 class Bench:
-    """What suites share: options, and one loaded model."""
+    """What suites share: options, one loaded model, one trace of its steps."""
 
     def __init__(self, job: BenchJob, stages: Stages) -> None:
         self.job = job
@@ -59,21 +61,33 @@ class Bench:
             **(job.plan_fields() if plan is None else {}),
         )
 
-    def engine(self) -> Engine:
-        """A fresh engine with nothing cached, after a few tokens on another one: first calls allocate."""
+    def serve(self, works: Sequence[Work], **scheduler: Any) -> Served:
+        """Run a load on a fresh engine with nothing cached, after a few tokens: first calls allocate."""
+        from benchmarks import serve
+        from benchmarks.workloads import Work
         from makeready.engine.loop import Engine
-        from makeready.engine.sampling import SamplingParams
+        from makeready.engine.options import SchedulerOptions
 
-        executable = self.llm.engine.executable
-        warm = Engine(executable)
-        (request,) = self.llm.requests([0], SamplingParams(max_new_tokens=4, ignore_eos=True))
-        warm.submit(request)
-        while warm.busy:
-            warm.step()
-        return Engine(executable)
+        options, executable = SchedulerOptions(**scheduler), self.llm.engine.executable
+        serve.serve(Engine(executable, options), serve.requests_of(self.llm, [Work([0], 4)]))
+        load = serve.requests_of(self.llm, works)
+        trace = self.step_trace
+        return serve.serve(Engine(executable, options), load, self.stages.note, trace and trace.step)
 
-    def trace(self, speed: float) -> list[Work]:
-        """The recorded load, so many times as fast."""
+    @cached_property
+    def step_trace(self) -> StepTrace | None:
+        """The file of ``trace=``."""
+        from makeready.engine.trace import StepTrace
+
+        return None if self.job.trace is None else StepTrace(Path(self.job.trace).expanduser())
+
+    def close(self) -> None:
+        """End the step trace."""
+        if self.step_trace is not None:
+            self.step_trace.close()
+
+    def recorded(self, speed: float) -> list[Work]:
+        """The recorded load of ``replay.trace=``, so many times as fast."""
         from benchmarks import workloads
 
         options = self.job.replay
@@ -81,10 +95,6 @@ class Bench:
         rows = workloads.read_trace(Path(options.trace).expanduser(), options.requests, options.block)
         vocabulary = self.llm.plan.config["vocab_size"]
         return workloads.replayed(rows, vocabulary, block=options.block, speed=speed, seed=options.seed)
-
-    def note(self, detail: str) -> None:
-        """Say how far the running suite is."""
-        self.stages.note(detail)
 
     def use_threads(self) -> int:
         """Let PyTorch use ``threads`` threads; returns how many those are."""
@@ -136,27 +146,42 @@ def latency(bench: Bench) -> Measured:
 
 def throughput(bench: Bench) -> Measured:
     """Random prompts, all there from the start; see :mod:`benchmarks.serve`."""
-    from benchmarks import serve, workloads
+    from benchmarks import serve, steps, workloads
 
-    llm = bench.llm
-    works = workloads.random_prompts(llm.plan.config["vocab_size"], **asdict(bench.job.throughput))
-    served = serve.serve(bench.engine(), serve.requests_of(llm, works), bench.note)
-    found = serve.throughput(served)
-    return {"throughput": {**asdict(bench.job.throughput), **found}}, serve.throughput_lines("offline", found)
+    options = asdict(bench.job.throughput)
+    served = bench.serve(workloads.random_prompts(bench.llm.plan.config["vocab_size"], **options))
+    found = serve.throughput(served) | {"steps": steps.step_figures(served.records)}
+    return {"throughput": options | found}, serve.lines("offline", found)
 
 
 def replay(bench: Bench) -> Measured:
     """A recorded load at its own arrival times; see :mod:`benchmarks.serve`."""
-    from benchmarks import serve
+    from benchmarks import serve, steps
 
-    options = bench.job.replay
-    served = serve.serve(bench.engine(), serve.requests_of(bench.llm, bench.trace(options.speed)), bench.note)
-    found = {**serve.throughput(served), **serve.latencies(served)}
-    lines = [
-        *serve.throughput_lines(f"replay, {options.speed:g} times as fast", found),
-        *serve.latency_lines(found),
-    ]
-    return {"replay": {**asdict(options), **found}}, lines
+    options = asdict(bench.job.replay)
+    served = bench.serve(bench.recorded(bench.job.replay.speed))
+    found = serve.throughput(served) | serve.latencies(served)
+    found["steps"] = steps.step_figures(served.records)
+    return {"replay": options | found}, serve.lines(f"replay, {options['speed']:g} times as fast", found)
+
+
+def prefix(bench: Bench) -> Measured:
+    """The same prompts, all there from the start, with the prefix cache on and off."""
+    from benchmarks import serve, workloads
+
+    recorded = bench.job.replay.trace is not None
+    options = asdict(bench.job.replay if recorded else bench.job.prefix)
+    if recorded:
+        works = [replace(work, arrival=0.0) for work in bench.recorded(1.0)]
+    else:
+        works = workloads.shared_prefixes(bench.llm.plan.config["vocab_size"], **options)
+    found: dict[str, Any] = {}
+    lines: list[str] = []
+    for name, on in (("on", True), ("off", False)):
+        found[name] = serve.throughput(bench.serve(works, prefix_cache=on))
+        lines += serve.lines(f"prefix cache {name}", found[name])
+    found["gain"] = found["on"]["total_throughput"] / found["off"]["total_throughput"]
+    return {"prefix": options | found}, [*lines, f"  {found['gain']:.2f} times as fast with it"]
 
 
 def host(bench: Bench) -> Measured:
@@ -173,5 +198,7 @@ SUITES: dict[str, Callable[[Bench], Measured]] = {
     "latency": latency,
     "throughput": throughput,
     "replay": replay,
+    "prefix": prefix,
     "host": host,
+    **GPU_SUITES,
 }

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from scripts_in_process import ROOT, TINY, script
 
-sys.path.append(str(ROOT / "scripts"))
+sys.path += [str(ROOT / "scripts"), str(ROOT / "tests" / "engine")]
 
-from benchmarks import serve, suites, workloads
+from benchmarks import serve, steps, suites, workloads
+from step_records import make_record, overlapped
 
 from makeready.engine.entrypoints import bench_options
 from makeready.engine.entrypoints.options import UsageError
@@ -119,7 +120,7 @@ def test_figures_of_a_known_run():
         }
         return Output("", (1,) * tokens, "length", 10, meta_info=meta)
 
-    served = serve.Served(4.0, [output(1.0, 3.0, 5, 6), output(2.0, 2.0, 1, 0)], refused=1, steps=9)
+    served = serve.Served(4.0, [output(1.0, 3.0, 5, 6), output(2.0, 2.0, 1, 0)], refused=1)
     found = serve.throughput(served)
     assert (found["successful_requests"], found["refused_requests"]) == (2, 1)
     assert (found["input_throughput"], found["output_throughput"]) == (5.0, 1.5)
@@ -131,6 +132,23 @@ def test_figures_of_a_known_run():
     assert found["milliseconds"]["ttft"]["mean"] == 1500.0
     values = np.arange(1, 101) / 1000
     assert serve.percentiles(values)["p99"] == pytest.approx(99.01)
+
+
+def test_step_figures_of_a_known_run():
+    records = overlapped(50)
+    found = steps.step_figures(records)["decode"]
+    assert found["steps"] == 50
+    assert found["milliseconds"]["p50"] == pytest.approx(10)
+    assert found["host_milliseconds"]["mean"] == pytest.approx(0.9)
+    assert found["padding_share"] == pytest.approx(0.25)
+    assert found["idle_share"] == 0
+    assert steps.last_throughput(records) == pytest.approx(6 / 0.01)
+    # Launched 2 ms after the results of the step before it were read.
+    late = [records[0], make_record(launch_end=1.013, wait_start=1.013, results_read=1.021)]
+    assert steps.step_figures(late)["decode"]["idle_share"] == pytest.approx(0.2)
+    # Results that were there at once may have been there since the launch.
+    there = [make_record(wait_start=1.011), make_record(launch_end=1.0015, results_read=1.021)]
+    assert steps.step_figures(there)["decode"]["idle_share"] == pytest.approx(0.05)
 
 
 def test_every_suite_can_be_named():
@@ -145,6 +163,8 @@ def bench(*options: str) -> dict:
 def test_throughput_of_a_tiny_model(capsys):
     options = ("throughput.prompts=9", "throughput.input=11", "throughput.output=5", "throughput.ratio=0.5")
     found = bench(*SMALL, "suite=[throughput]", *options)["throughput"]
+    assert set(found["steps"]) == {"decode", "extend"}
+    assert found["last_gen_throughput"] > 0
     assert found["successful_requests"] == 9
     assert 9 * 2 <= found["total_output_tokens"] <= 9 * 5
     assert found["output_throughput"] == pytest.approx(found["total_output_tokens"] / found["total_latency"])
@@ -157,6 +177,25 @@ def test_replay_keeps_to_the_arrivals():
     assert (found["successful_requests"], found["refused_requests"]) == (3, 1)
     assert found["total_latency"] >= 0.3
     assert found["total_output_tokens"] == 6
+
+
+def test_prefix_cache_on_and_off(capsys):
+    sizes = ("prefix.groups=2", "prefix.prompts=5", "prefix.shared=20", "prefix.own=3", "prefix.output=2")
+    found = bench(*SMALL, "suite=[prefix]", *sizes, "trace=steps.json")["prefix"]
+    assert found["off"]["cache_hit_rate"] == 0
+    # Of each group all but the first find its 20 tokens, of a prompt of 23.
+    assert found["on"]["cache_hit_rate"] == pytest.approx(2 * 4 * 20 / (10 * 23))
+    assert found["on"]["total_output_tokens"] == found["off"]["total_output_tokens"] == 20
+    assert "times as fast with it" in capsys.readouterr().out
+    names = {event["name"] for event in json.loads(Path("steps.json").read_text())}
+    assert {"plan", "wait", "commit", "requests", "pages"} <= names
+
+
+def test_a_recorded_load_with_the_cache_on_and_off():
+    Path("trace.jsonl").write_text(MOONCAKE)
+    found = bench(*SMALL, "suite=[prefix]", "replay.trace=trace.jsonl", "replay.block=4")["prefix"]
+    assert found["on"]["successful_requests"] == found["off"]["successful_requests"] == 3
+    assert found["on"]["cache_hit_rate"] == pytest.approx(4 / 15)
 
 
 def test_host_cost_needs_no_checkpoint():
@@ -174,7 +213,7 @@ def test_host_cost_needs_no_checkpoint():
         (["suite=[]"], "must list some of"),
         (["suite=[decode]", *TINY], "is not read by suite=decode"),
         (["suite=[host]", "checkpoint=x", "rows=[1]"], "rows= is not read by suite=host; it is for decode"),
-        (["suite=[throughput]", "checkpoint=x", "replay.speed=2"], "it is for replay"),
+        (["suite=[throughput]", "checkpoint=x", "replay.speed=2"], "it is for replay, prefix"),
         (["suite=[replay]", "checkpoint=x"], "needs replay.trace=FILE"),
         (["suite=[replay]", "checkpoint=x", "replay.trace=gone"], "replay.trace=gone is no file"),
         (["suite=[throughput]", "checkpoint=x", "throughput.input=0"], "throughput.input must be at least 1"),
