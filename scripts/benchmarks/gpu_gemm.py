@@ -1,0 +1,188 @@
+"""Dense projections of Qwen3-8B on the present GPU, beside their floors and cuBLAS.
+
+``gemm`` times what the planner would choose; ``gemm_sweep`` every way worth a try, which the cost model was
+fitted to (kernels/gemm/linear_cost.py). Weights rotate over enough copies that none is left in L2 when its turn
+comes again, and activations are followed by rows that maps may reach, as in a plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import launcher  # of tests/gpu, where suites.py finds it
+import torch
+
+from makeready.kernels.contract import Contract
+from makeready.kernels.device import Candidate, OpCall
+from makeready.kernels.gemm.linear import linear
+from makeready.kernels.gemm.linear_cost import seconds, tilings
+from makeready.kernels.gemm.linear_silu_mul import linear_silu_mul
+from makeready.kernels.gemm.linear_triton import candidates, describe, linear_cuda
+
+assert isinstance(linear, Contract)
+assert isinstance(linear_silu_mul, Contract)
+
+BANDWIDTH, RATE = 3.0e12, 779e12  # measured on an H100: device copy in bytes/s, bf16 product in operations/s
+ROTATED = 400e6  # bytes of weights that calls rotate over; L2 has 50 MiB
+MATRICES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (24576, 4096), "down": (4096, 12288)}
+VOCABULARY = {"lm_head": (151936, 4096)}
+ROWS = (1, 4, 16, 64, 128, 192, 256, 512, 1024, 4096, 8192)
+SWEPT = (1, 16, 32, 64, 96, 128, 160, 192, 256, 384, 512, 1024, 2048, 8192)
+LOGITS = (1, 16, 64, 128, 192, 256)  # the last projection runs for rows, not for tokens
+MOST = 60  # ways of a product that a sweep tries
+SPARE = 256
+
+
+@dataclass(frozen=True)
+class Product:
+    """A projection at ``T`` tokens: ``gate_up`` with its activation, ``lm_head`` in fp32."""
+
+    name: str
+    T: int
+    N: int
+    K: int
+
+    @property
+    def contract(self) -> Contract:
+        """What a plan calls."""
+        made = linear_silu_mul if self.name == "gate_up" else linear
+        assert isinstance(made, Contract)
+        return made
+
+    @property
+    def attrs(self) -> dict[str, Any]:
+        """Of the contract."""
+        return {"out_dtype": "float32"} if self.name in VOCABULARY else {}
+
+    @property
+    def floor(self) -> float:
+        """Seconds that no way beats: all bytes once, or all operations."""
+        out = {"gate_up": self.N, "lm_head": 4 * self.N}.get(self.name, 2 * self.N)  # bytes of a row
+        nbytes = 2 * (self.N + self.T) * self.K + self.T * out
+        return max(nbytes / BANDWIDTH, 2 * self.T * self.N * self.K / RATE)
+
+    def call(self, device: str) -> tuple[OpCall, torch.Tensor]:
+        """The call, and its activations."""
+        x = torch.randn(self.T + SPARE, self.K, device=device, dtype=torch.bfloat16)[: self.T]
+        weight = torch.empty(self.N, self.K, dtype=torch.bfloat16, device=device)
+        return launcher.op_call(self.contract, {"x": x, "weight": weight}, self.attrs, spare=True), x
+
+
+def products(rows: Sequence[int], logits: Sequence[int]) -> Iterator[Product]:
+    """Every projection at its numbers of rows."""
+    for matrices, sizes in ((MATRICES, rows), (VOCABULARY, logits)):
+        for name, (N, K) in matrices.items():
+            yield from (Product(name, T, N, K) for T in sizes)
+
+
+def gemm() -> list[dict[str, Any]]:
+    """The planner's choice, its other candidates and cuBLAS (without the activation), in seconds."""
+    found = []
+    for product, call, sets, ways in _work(list(products(ROWS, LOGITS)), linear_cuda):
+        times = {way.name: launcher.time(way, call, sets) for way in ways}
+        found.append(
+            {
+                "matrix": product.name,
+                "tokens": product.T,
+                "floor": product.floor,
+                "cublas": _cublas(sets),
+                "chosen": ways[0].name,
+                "candidates": times,
+            }
+        )
+    return found
+
+
+def gemm_table(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line a product: what was chosen beside the floor, cuBLAS and the best candidate."""
+    lines = ["matrix   tokens  chosen                              µs  floor/µs  cuBLAS µs  best candidate"]
+    for row in found:
+        times, chosen = row["candidates"], row["chosen"]
+        best = min(times, key=times.__getitem__)
+        other = "" if best == chosen else f"{1e6 * times[best]:9.1f} {best}"
+        lines.append(
+            f"{row['matrix']:8} {row['tokens']:6}  {chosen:30} {1e6 * times[chosen]:8.1f}  "
+            f"{row['floor'] / times[chosen]:8.2f}  {1e6 * row['cublas']:9.1f}  {other}"
+        )
+    return lines
+
+
+def gemm_sweep() -> list[tuple[str, int, str, float, float, bool]]:
+    """Matrix, tokens, way, seconds, the model's seconds and whether the result is wrong, of all ways worth it.
+
+    The way ``cublas`` has the floor for its model's seconds.
+    """
+    found = []
+    for product, call, sets, ways in _work(list(products(SWEPT, LOGITS)), _worth_a_try):
+        model = {way.name: seconds(describe(call), way) for way in tilings(describe(call))}
+        want = sets[0]["x"].float() @ sets[0]["weight"].float().t()
+        if product.contract is linear_silu_mul:
+            gate, up = want.chunk(2, dim=-1)
+            want = torch.nn.functional.silu(gate) * up
+        for way in ways:
+            got = launcher.run(way, call, sets[0])["y"].float()
+            wrong = not ((got - want).norm() / want.norm() < 1e-2)
+            found.append(
+                (product.name, product.T, way.name, launcher.time(way, call, sets), model[way.name], wrong)
+            )
+        found.append((product.name, product.T, "cublas", _cublas(sets), product.floor, False))
+    return found
+
+
+def sweep_table(found: Sequence[tuple[str, int, str, float, float, bool]]) -> list[str]:
+    """A line a product: what the model would choose beside the four fastest; and every wrong result."""
+    lines = [f"WRONG {name} {T} {way}" for name, T, way, _, _, wrong in found if wrong]
+    for name, T in dict.fromkeys((row[0], row[1]) for row in found):
+        rows = [row for row in found if row[:2] == (name, T)]
+        (cublas,) = (row for row in rows if row[2] == "cublas")
+        ours = sorted((row for row in rows if row[2] != "cublas"), key=lambda row: row[3])
+        model = min(ours, key=lambda row: row[4])
+        fastest = "  ".join(f"{1e6 * row[3]:.1f} {row[2]}" for row in ours[:4])
+        lines.append(
+            f"{name:8} {T:5} floor {1e6 * cublas[4]:.1f} cuBLAS {1e6 * cublas[3]:.1f} | the model's "
+            f"{1e6 * model[3]:.1f} {model[2]} | {fastest}"
+        )
+    return lines
+
+
+def _worth_a_try(call: OpCall) -> list[Candidate]:
+    """Ways within twice the predicted best; where products take long and predictions hold, within 1.3 times."""
+    product = describe(call)
+    limit = 2.0 if product.T < 1024 else 1.3
+    predicted = [seconds(product, way) for way in tilings(product)]
+    ways = zip(candidates(call), predicted, strict=True)
+    return [way for way, took in ways if took < limit * predicted[0]][:MOST]
+
+
+def _work(
+    wanted: Sequence[Product], ways_of: Any
+) -> Iterator[tuple[Product, OpCall, list[dict[str, torch.Tensor]], list[Candidate]]]:
+    """Each product with its call, sets of operands and the ways that fit, all compiled beforehand."""
+    calls = [product.call("meta")[0] for product in wanted]
+    launcher.prepare((call, ways_of(call)) for call in calls)
+    weights: list[torch.Tensor] = []
+    for product in wanted:
+        if not weights or weights[0].shape != (product.N, product.K):
+            count = max(2, round(ROTATED / (2 * product.N * product.K) + 0.5))
+            weights = [
+                torch.randn(product.N, product.K, device="cuda", dtype=torch.bfloat16) * 0.02
+                for _ in range(count)
+            ]
+        call, x = product.call("cuda")
+        ways = [way for way in ways_of(call) if launcher.fits(way, call)]
+        yield product, call, [{"x": x, "weight": weight} for weight in weights], ways
+
+
+def _cublas(sets: Sequence[Mapping[str, torch.Tensor]]) -> float:
+    """Seconds of one product through torch, from a graph over the same operands."""
+    outs = [s["x"].new_empty(s["x"].shape[0], s["weight"].shape[0]) for s in sets]
+    rounds = -(-20 // len(sets))
+
+    def calls() -> None:
+        for _ in range(rounds):
+            for s, y in zip(sets, outs, strict=True):
+                torch.mm(s["x"], s["weight"].t(), out=y)
+
+    return launcher.time_graph(calls) / (rounds * len(sets))

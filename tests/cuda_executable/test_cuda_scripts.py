@@ -1,0 +1,87 @@
+"""scripts/tune.py and the bench's suite of buckets on the fake driver."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+from fake_driver import FakeBindings, FakeNode
+from plans import dummy, tiny
+
+from makeready.engine.entrypoints.tune_options import TuneJob
+from makeready.graphs import artifact
+from makeready.graphs.executable import cuda_driver
+from makeready.graphs.executable.cuda import CudaExecutable
+from makeready.graphs.executable.cuda_driver import Driver
+from makeready.graphs.plan import Choice
+from makeready.graphs.spec import DECODE
+from makeready.graphs.targets import find_target
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "scripts"))
+
+from benchmarks import gpu_buckets  # noqa: E402
+
+
+def script(name: str):
+    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def milliseconds(nodes: list[FakeNode]) -> float:
+    """Second choices are faster by a half."""
+    return sum(0.5 if node.function.name.endswith("_other") else 1.0 for node in nodes)
+
+
+def test_tune_writes_the_table_and_says_what_it_gains(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cuda_driver, "load_bindings", lambda: FakeBindings(graph_ms=milliseconds))
+    folder = artifact.save(tiny(), tmp_path / "plan")
+    monkeypatch.setattr(TuneJob, "open", lambda job: dummy())
+    arguments = [f"plan={folder}", "checkpoint=dummy", "model=smollm2_135m"]
+    assert script("tune").main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[0] == "bucket"
+    assert [line.split()[0] for line in lines[1:]] == [str(bucket) for bucket in tiny().buckets]
+    read = artifact.load(folder)
+    assert read.digest == tiny().digest
+    assert set(read.tuned) == {"Fake GPU"}
+    assert set(read.tuned["Fake GPU"].values()) == {"second"}
+
+
+def test_tune_refuses_what_it_cannot_tune(tmp_path, capsys):
+    assert script("tune").main([f"plan={tmp_path}", "checkpoint=dummy"]) == 2
+    assert "add model=qwen3_8b" in capsys.readouterr().err
+    assert script("tune").main([f"plan={tmp_path}", "checkpoint=dummy", "model=smollm2_135m"]) == 1
+    assert "holds no plan" in capsys.readouterr().err
+
+
+def test_parts_of_a_step_are_what_it_lacks_without_them():
+    plan, bindings = tiny(), FakeBindings(graph_ms=lambda nodes: float(len(nodes)))
+    executable = CudaExecutable(plan, dummy(), driver=Driver(bindings), kv_bytes=20 * plan.kv.page_bytes)
+    found = gpu_buckets.buckets(executable, context=40, repeats=2)
+    executable.close()
+    bindings.check_released()
+    target = find_target(plan.target)
+    for step, bucket in zip(found, plan.buckets, strict=True):
+        program = plan.programs[bucket.phase]
+        firsts: list[Choice] = [one.candidates[str(bucket)][0] for one in program.classes]
+        assert step["seconds"] == pytest.approx(
+            sum(len(firsts[x.op_class].nodes) for x in program.launches) / 1e3
+        )
+        for part, first, one in zip(step["parts"], firsts, program.classes, strict=True):
+            assert part["op"] == one.op
+            assert part["seconds"] == pytest.approx(part["launches"] * len(first.nodes) / 1e3)
+        if bucket.phase == DECODE:
+            head = next(
+                part for part in step["parts"] if part["weight"] == [96, 64] and part["op"] == "linear"
+            )
+            nbytes = 2 * 64 * 96 + 2 * 64 * bucket.rows + 4 * 96 * bucket.rows
+            assert head["floor"] == pytest.approx(nbytes / target.bandwidth)
+    text = gpu_buckets.table(found)
+    assert sum(line.startswith(str(plan.buckets[0])) for line in text) == 1
