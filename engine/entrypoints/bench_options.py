@@ -9,10 +9,11 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from makeready.engine.entrypoints.options import Job, PlanOrPath, UsageError, check_compiled, literal
+from makeready.engine.entrypoints.scheduler_options import SchedulerSettings, scheduler_options
 
 # The options that each suite reads, beside checkpoint, suite and output. A name ends with a dot where it
 # stands for a group.
-_LLM = ("model.", "target", "quant", "plan.", "kv.", "threads")
+_LLM = ("model.", "target", "quant", "plan.", "kv.", "scheduler.", "threads")
 SUITES: dict[str, tuple[str, ...]] = {
     "decode": ("rows", "tokens", "repeats", "weight_dtype", "threads"),
     "startup": ("repeats", "weight_dtype", "threads"),
@@ -20,7 +21,7 @@ SUITES: dict[str, tuple[str, ...]] = {
     "throughput": (*_LLM, "throughput.", "trace"),
     "replay": (*_LLM, "replay.", "trace"),
     "prefix": (*_LLM, "replay.", "prefix.", "trace"),
-    "host": ("host.",),
+    "host": ("host.", "scheduler."),
     "buckets": (*_LLM, "repeats", "latency."),
     "load": ("model.", "plan.", "repeats"),
     "gemm": (),
@@ -153,6 +154,7 @@ class BenchJob(Job):
     replay: ReplayOptions = field(default_factory=ReplayOptions)
     prefix: PrefixOptions = field(default_factory=PrefixOptions)
     host: HostOptions = field(default_factory=HostOptions)
+    scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)  # type: ignore[valid-type]
     trace: str | None = literal()
     output: str | None = literal()
 
@@ -172,6 +174,11 @@ class BenchJob(Job):
         if not _NO_MODEL.issuperset(self.suite):
             self._check_checkpoint(given)
         self._check_figures()
+        scheduler_options(self.scheduler)
+        if "prefix" in self.suite:
+            if "scheduler.prefix_cache" in given:
+                raise UsageError("suite prefix runs with scheduler.prefix_cache both ways; leave it out")
+            scheduler_options(self.scheduler, prefix_cache=False)
         if "replay" in self.suite and self.replay.trace is None:
             raise UsageError("suite replay needs replay.trace=FILE, a recorded load as CSV or JSON lines")
         if self.replay.trace is not None and not Path(self.replay.trace).expanduser().is_file():

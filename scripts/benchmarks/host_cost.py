@@ -16,6 +16,7 @@ import numpy as np
 
 from benchmarks.record import summary
 from makeready.engine.loop import Engine
+from makeready.engine.options import SchedulerOptions
 from makeready.engine.request import Request
 from makeready.engine.sampling import SamplingParams
 from makeready.graphs.spec import DECODE, EXTEND, Bucket, Limits, result_fields
@@ -52,11 +53,18 @@ class InstantExecutable:
 
 
 def host_cost(
-    *, rows: Sequence[int], waiting: Sequence[int], context: int, steps: int, repeats: int
+    options: SchedulerOptions,
+    *,
+    rows: Sequence[int],
+    waiting: Sequence[int],
+    context: int,
+    steps: int,
+    repeats: int,
 ) -> list[dict[str, Any]]:
     """CPU microseconds a step for every number of running rows and waiting requests.
 
     Args:
+        options: of the scheduler.
         rows: requests that run at once.
         waiting: requests that wait beside them.
         context: prompt tokens of each.
@@ -66,10 +74,10 @@ def host_cost(
     found = []
     for running in rows:
         for queue in waiting:
-            decode = _measured(running, queue, context, steps, repeats, steps * repeats + 2)
+            decode = _measured(options, running, queue, context, steps, repeats, steps * repeats + 2)
             row = {"rows": running, "waiting": queue, "decode_us": summary(decode)}
             if queue >= running * steps * repeats // TURNOVER_TOKENS:
-                turnover = _measured(running, queue, context, steps, repeats, TURNOVER_TOKENS)
+                turnover = _measured(options, running, queue, context, steps, repeats, TURNOVER_TOKENS)
                 row["turnover_us"] = summary(turnover)
             found.append(row)
     return found
@@ -86,10 +94,12 @@ def table(found: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _measured(rows: int, waiting: int, context: int, steps: int, repeats: int, output: int) -> list[float]:
+def _measured(
+    options: SchedulerOptions, rows: int, waiting: int, context: int, steps: int, repeats: int, output: int
+) -> list[float]:
     """CPU microseconds a step of each measurement, once all rows run."""
     limits = Limits(rows, max(MAX_TOKENS, rows), context + output + PAGE_SIZE, PAGE_SIZE)
-    engine = Engine(InstantExecutable(limits, pages=rows * limits.pages_per_row + 1))
+    engine = Engine(InstantExecutable(limits, pages=rows * limits.pages_per_row + 1), options)
     params = SamplingParams(temperature=0, max_new_tokens=output, ignore_eos=True)
     prompts = np.random.default_rng(0).integers(0, 1000, (rows, context)).tolist()
     for i in range(rows + waiting):

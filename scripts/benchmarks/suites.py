@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from benchmarks.gpu_suites import GPU_SUITES
 from makeready.engine.entrypoints.bench_options import BenchJob
 from makeready.engine.entrypoints.options import UsageError
+from makeready.engine.entrypoints.scheduler_options import scheduler_options
 from makeready.engine.entrypoints.status import Stages
 
 if TYPE_CHECKING:
@@ -57,18 +58,24 @@ class Bench:
             job.open(),
             plan,
             kv_memory_gib=job.kv.memory_gib,
+            scheduler=scheduler_options(job.scheduler),
             progress=lambda done, total: self.stages.note(f"{done} of {total} weights"),
             **(job.plan_fields() if plan is None else {}),
         )
 
     def serve(self, works: Sequence[Work], **scheduler: Any) -> Served:
-        """Run a load on a fresh engine with nothing cached, after a few tokens: first calls allocate."""
+        """Run a load on a fresh engine with nothing cached, after a few tokens: first calls allocate.
+
+        Args:
+            works: the load.
+            scheduler: changes to the options under ``scheduler``.
+        """
         from benchmarks import serve
         from benchmarks.workloads import Work
         from makeready.engine.loop import Engine
-        from makeready.engine.options import SchedulerOptions
 
-        options, executable = SchedulerOptions(**scheduler), self.llm.engine.executable
+        executable = self.llm.engine.executable
+        options = replace(self.llm.engine.scheduler.options, **scheduler)
         serve.serve(Engine(executable, options), serve.requests_of(self.llm, [Work([0], 4)]))
         load = serve.requests_of(self.llm, works)
         trace = self.step_trace
@@ -177,8 +184,8 @@ def prefix(bench: Bench) -> Measured:
         works = workloads.shared_prefixes(bench.llm.plan.config["vocab_size"], **options)
     found: dict[str, Any] = {}
     lines: list[str] = []
-    for name, on in (("on", True), ("off", False)):
-        found[name] = serve.throughput(bench.serve(works, prefix_cache=on))
+    for name, changes in (("on", {}), ("off", {"prefix_cache": False})):
+        found[name] = serve.throughput(bench.serve(works, **changes))
         lines += serve.lines(f"prefix cache {name}", found[name])
     found["gain"] = found["on"]["total_throughput"] / found["off"]["total_throughput"]
     return {"prefix": options | found}, [*lines, f"  {found['gain']:.2f} times as fast with it"]
@@ -188,7 +195,7 @@ def host(bench: Bench) -> Measured:
     """See :mod:`benchmarks.host_cost`."""
     from benchmarks import host_cost
 
-    found = host_cost.host_cost(**asdict(bench.job.host))
+    found = host_cost.host_cost(scheduler_options(bench.job.scheduler), **asdict(bench.job.host))
     return {"host": {"context": bench.job.host.context, "steps": found}}, host_cost.table(found)
 
 

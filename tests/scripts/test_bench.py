@@ -199,7 +199,8 @@ def test_a_recorded_load_with_the_cache_on_and_off():
 
 
 def test_host_cost_needs_no_checkpoint():
-    found = bench("suite=[host]", "host.rows=[2]", "host.waiting=[0,60]", "host.context=9", "host.steps=3")
+    load = ("host.rows=[2]", "host.waiting=[0,60]", "host.context=9", "host.steps=3")
+    found = bench("suite=[host]", *load, "scheduler.policy=lpm")
     assert [(row["rows"], row["waiting"]) for row in found["host"]["steps"]] == [(2, 0), (2, 60)]
     assert all(row["decode_us"]["min"] > 0 for row in found["host"]["steps"])
     assert "turnover_us" in found["host"]["steps"][1]
@@ -220,6 +221,13 @@ def test_host_cost_needs_no_checkpoint():
         (["suite=[throughput]", "checkpoint=x", "throughput.ratio=2"], "must be from 0 to 1"),
         (["suite=[throughput]", "checkpoint=x", "plan=p", "plan.max_rows=8"], "plan.max_rows cannot be"),
         (["suite=[throughput]", "checkpoint=dummy"], "add model="),
+        (["suite=[host]", "scheduler.policy=best"], "there is no scheduler.policy='best'"),
+        (["suite=[host]", "scheduler.max_wait=-1"], "scheduler.max_wait=-1 is out of range"),
+        (
+            ["suite=[prefix]", "checkpoint=x", "scheduler.policy=lpm"],
+            "goes by the prefix cache, which is off",
+        ),
+        (["suite=[prefix]", "checkpoint=x", "scheduler.prefix_cache=true"], "both ways; leave it out"),
         (["suite=[host]", "host.waiting=[-1]"], "host.waiting must be at least 0"),
     ],
 )
