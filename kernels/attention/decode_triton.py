@@ -211,9 +211,7 @@ def decode_attention_cuda(call: OpCall) -> Sequence[Candidate]:
     else:
         ways = ((tile, 4, 4, 2), (tile, 4, 3, 2), (half, 4, 6, 2), (half, 4, 4, 2))
     room = call.shared_bytes - 4096
-    return [
-        candidate(call, *way) for way in ways if 2 * way[0] * D * element * (way[2] - 1) * way[3] <= room
-    ]
+    return [candidate(call, *way) for way in ways if 2 * way[0] * D * element * (way[2] - 1) * way[3] <= room]
 
 
 def candidate(call: OpCall, L: int, warps: int, stages: int, a_multiprocessor: int) -> Candidate:

@@ -174,7 +174,10 @@ def check(ways: Mapping[str, Emit]) -> None:
         extend = _operands(CHECKED, kind, decode=False)
         for contract, tensors in ((paged.decode_attention, decode), (paged.extend_attention, extend)):
             assert isinstance(contract, Contract)
-            launcher.check(contract, ways[contract.name], tensors, ATTRS)
+            emit = ways[contract.name]
+            launcher.check(
+                contract, lambda c, emit=emit: [w for w in emit(c) if launcher.fits(w, c)], tensors, ATTRS
+            )
 
 
 def _label(rows: Sequence[Row], kind: torch.dtype) -> str:
@@ -190,7 +193,7 @@ def _bench_rows(contract: Contract, emit: Emit, rows: Sequence[Row], kind: torch
     sets = [_operands(rows, kind, decode=decode) for _ in range(copies)]
     call = launcher.op_call(contract, sets[0], ATTRS)
     other, backend = sdpa(rows, copies) if peers and kind == B16 else (float("inf"), "")
-    times = [(launcher.time(way, call, sets), way.name) for way in emit(call)]
+    times = [(launcher.time(way, call, sets), way.name) for way in emit(call) if launcher.fits(way, call)]
     took, chosen = times[0]
     best, best_name = min(times)
     print(

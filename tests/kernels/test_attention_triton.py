@@ -294,12 +294,19 @@ def test_machine_code(geometry: Geometry, rows: int, dtype: torch.dtype, wanted:
 def test_values_are_converted_to_8_bits_by_the_device() -> None:
     """The interpreter rounds them wrongly, so what writes them is held to the reference on a GPU alone."""
     aot = pytest.importorskip("makeready.graphs.cuda.aot")
-    tensors = {name: torch.empty(6, 1024, dtype=torch.bfloat16, device="meta") for name in "kv"}
+    tensors = {n: torch.empty(5, 64, 8, 128, dtype=F8, device="meta") for n in ("k_cache", "v_cache")}
     tensors["kv_slot"] = torch.empty(6, dtype=torch.int32, device="meta")
-    tensors |= {n: torch.empty(5, 64, 8, 128, dtype=F8, device="meta") for n in ("k_cache", "v_cache")}
-    call = _call(kv_write, tensors, {"kv_heads": 8, "head_dim": 128}, "pdl fp8")
-    (candidate,) = _emit(kv_write, call)
-    assert "cvt.rn.satfinite.e4m3x2.f32" in aot.compile_launch(candidate.launches[0], call).ptx
+    copied = {name: torch.empty(6, 1024, dtype=torch.bfloat16, device="meta") for name in "kv"}
+    made = {"qkv": torch.empty(6, 48 * 128, dtype=torch.bfloat16, device="meta")}
+    made["rows"] = torch.empty(6, 128, device="meta")
+    sizes = {"kv_heads": 8, "head_dim": 128}
+    for contract, operands, attrs in (
+        (kv_write, copied, sizes),
+        (norm_rope_kv_write, made, {**sizes, "heads": 32, "eps": 1e-6}),
+    ):
+        call = _call(contract, {**tensors, **operands}, attrs, "pdl fp8")
+        (launch,) = _emit(contract, call)[0].launches
+        assert "cvt.rn.satfinite.e4m3x2.f32" in aot.compile_launch(launch, call).ptx
 
 
 @compiled
