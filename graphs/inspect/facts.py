@@ -31,9 +31,16 @@ def facts(plan: Plan, memory: Mapping[str, Any]) -> list[tuple[str, str]]:
         ),
         ("limits", f"{limits.max_rows} rows, {limits.max_tokens:,} tokens a step, context {limits.context_len:,}"),
         ("launches", launches),
+        *tuning(plan),
         ("plan", artifact.digest(plan)),
         ("checkpoint", plan.checkpoint),
     ]  # fmt: skip
+
+
+def tuning(plan: Plan) -> list[tuple[str, str]]:
+    """Where the plan was tuned, and how many choices differ from the planner's there."""
+    told = [f"{len(table)} choices changed on {device}" for device, table in sorted(plan.tuned.items())]
+    return [("tuned", ", ".join(told))] if told else []
 
 
 def dtypes(plan: Plan) -> str:
@@ -54,8 +61,8 @@ def dtypes(plan: Plan) -> str:
 
 
 def passes(plan: Plan) -> dict[str, bool]:
-    """Every optional rewrite, in the order they run, and whether the plan was made with it."""
+    """Every optional rewrite for the target, in the order they run, and whether the plan was made with it."""
     from makeready.graphs.passes import CUDA_ONLY, REWRITES
 
-    off = {*plan.options.disabled_passes, *(CUDA_ONLY if plan.target == "cpu" else ())}
-    return {name: name not in off for name in REWRITES}
+    off, foreign = plan.options.disabled_passes, CUDA_ONLY if plan.target == "cpu" else ()
+    return {name: name not in off for name in REWRITES if name in off or name not in foreign}

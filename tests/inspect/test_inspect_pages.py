@@ -96,6 +96,12 @@ def test_text_is_narrow_and_names_everything(make):
     assert off.split()[2:] == (list(plan.options.disabled_passes and REWRITES) or ["none"])
 
 
+def test_measured_choices_are_told():
+    assert "tuned" not in {line.split(" ")[0] for line in plan_text(tiny(), context=40).splitlines()}
+    tuned = replace(tiny(), tuned={"Some GPU": {"decode/0/decode-1": "other", "decode/1/decode-1": "other"}})
+    assert "tuned        2 choices changed on Some GPU" in plan_text(tuned, context=40).splitlines()
+
+
 def test_the_page_names_every_launch_bucket_and_weight_shape():
     plan, texts = tiny(), set(page().texts)
     for phase in PHASES:
