@@ -181,20 +181,27 @@ class LLM:
         several = messages if messages and not isinstance(messages[0], Mapping) else [messages]
         return self.generate(token_ids=[self.render(m, **template) for m in several], sampling=sampling)  # type: ignore[arg-type]
 
-    def stream(self, prompt: str | Sequence[int], sampling: SamplingParams | None = None) -> Iterator[str]:
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        sampling: SamplingParams | None = None,
+        *,
+        extra_key: str = "",
+        priority: int = 0,
+    ) -> Iterator[str]:
         """Yield the text of one sample as it becomes final; the generator's value is the output."""
         pieces: list[str] = []
         params = sampling or SamplingParams()
         if params.n != 1:
             raise RequestError("a stream is of one sample; use n=1")
-        (request,) = self.requests(prompt, params)
+        (request,) = self.requests(prompt, params, extra_key=extra_key, priority=priority)
         request.on_text = pieces.append
         self.engine.submit(request)
         try:
             while not request.done:
                 self.engine.step()
-                yield from pieces
-                pieces.clear()
+                new, pieces[:] = pieces[:], ()
+                yield from new
         finally:
             self.engine.abort(request)
         return request.result()

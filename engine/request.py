@@ -149,8 +149,11 @@ class Request:
 
     def ids(self) -> np.ndarray:
         """Token ids of prompt and output, int32; kept until there are more."""
-        if self._ids is None or len(self._ids) != self.length:
-            self._ids = np.array(self.prompt + self.output, np.int32)
+        if self._ids is None:
+            self._ids = np.array(self.prompt, np.int32)
+        more = len(self._ids) - len(self.prompt)
+        if more < len(self.output):
+            self._ids = np.append(self._ids, np.array(self.output[more:], np.int32))
         return self._ids
 
     def page_key(self, page: int, page_size: int) -> int:

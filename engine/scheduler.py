@@ -26,8 +26,8 @@ from makeready.engine.seats import Seats
 from makeready.graphs.buckets import BucketTable
 from makeready.graphs.spec import DECODE, EXTEND, Bucket, Limits
 
-# As SGLang has them: steps in which new_token_ratio falls to its least, and tokens that each running request
-# is given before pages may run out again.
+# As SGLang has them: steps in which new_token_ratio falls from 1 to its least, and tokens that each running
+# request is given before pages may run out again.
 DECAY_STEPS, AHEAD = 600, 20
 
 
@@ -225,7 +225,7 @@ class Scheduler:
     def _relax(self) -> None:
         """Let the share of further tokens that pages are kept for fall."""
         first, least = self.options.new_token_ratio, self.options.min_new_token_ratio
-        self._ratio = max(least, self._ratio - (first - least) / DECAY_STEPS) if self.running else first
+        self._ratio = max(least, self._ratio - (1 - least) / DECAY_STEPS) if self.running else first
 
     def _grow(self) -> None:
         while True:

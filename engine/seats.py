@@ -31,7 +31,6 @@ class Seats:
         cache: None where prefixes are not shared.
 
     Attributes:
-        requests: by slot, None where it is free.
         computed_S: tokens whose keys and values are in the cache, or will be once what is launched has run.
         left_S: tokens that the request may still sample, beyond those that are being sampled.
         most_S: tokens that it can come to.
@@ -42,7 +41,6 @@ class Seats:
     def __init__(self, limits: Limits, count: int, pool: PagePool, cache: PrefixCache | None) -> None:
         self.pool = pool
         self.cache = cache
-        self.requests: list[Request | None] = [None] * limits.slots
         self.computed_S, self.left_S, self.most_S, self.held_S = np.zeros((4, limits.slots), np.int64)
         self.pages_SP = np.zeros((limits.slots, limits.pages_per_row), np.int32)
         self._size = limits.page_size
@@ -84,12 +82,10 @@ class Seats:
         now = self.pages_for(len(ids))
         later = self.pages_for(len(ids) - 1 + int(share * request.left))
         need = max(now, later) + self.wanted(share)
-        # Looking is cheaper than holding, and says whether the pages suffice at best.
-        if (
-            self.cache is not None
-            and need - self.cache.match(ids, request.salt) // self._size > self.available
-        ):
-            return False
+        if need > self.available:  # then it is worth a look whether cached pages could make up for what lacks
+            found = self.cache.match(ids, request.salt) // self._size if self.cache is not None else 0
+            if need - found > self.available:
+                return False
         # The last token is run whatever is cached: its logits are what is asked for.
         prefix = self.cache.acquire(ids[:-1], request.salt, request.priority) if self.cache else None
         cached = prefix.pages if prefix else []
@@ -99,7 +95,6 @@ class Seats:
             return False
         slot = request.slot = self._free.pop()
         request.prefix = prefix
-        self.requests[slot] = request
         self.computed_S[slot] = len(cached) * self._size
         self.left_S[slot] = request.left
         self.most_S[slot] = request.most_tokens
@@ -141,7 +136,6 @@ class Seats:
         else:
             self.pool.release(self._own(request))
         self.pages_SP[slot, : self.held_S[slot]] = 0
-        self.requests[slot] = None
         self.held_S[slot] = 0
         self._free.append(slot)
         request.slot = -1

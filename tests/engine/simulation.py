@@ -1,0 +1,174 @@
+"""Random requests on the fake executable, held to what each gives by itself.
+
+Everything is small (pages, rows, steps, the alphabet of prompts), so that prefixes are shared, pages run out
+and cached ones are evicted all the time.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+from fake_executable import VOCABULARY, FakeExecutable, alone, buckets_of
+
+from makeready.engine.loop import Engine
+from makeready.engine.options import DFS_WEIGHT, LPM, POLICIES, SchedulerOptions
+from makeready.engine.request import ABORT, LENGTH, STOP, Request
+from makeready.engine.sampling import SamplingParams
+from makeready.engine.step_record import StepRecord
+from makeready.graphs.spec import Limits
+
+PATIENCE = 3000  # steps that a drained engine may take: far above what any of these loads needs
+
+
+def random_limits(rng: random.Random) -> Limits:
+    """A few rows, and steps that may be smaller than a prompt."""
+    rows = rng.randint(1, 5)
+    context = rng.randint(16, 48)
+    return Limits(rows, rng.randint(rows, 20), context, rng.choice([1, 2, 3, 4, 8]))
+
+
+def random_options(rng: random.Random) -> dict[str, Any]:
+    """Any options that go together."""
+    policy = rng.choice(POLICIES)
+    ratio = rng.choice([0.0, 0.2, 0.7, 1.0])
+    return {
+        "policy": policy,
+        "max_wait": rng.choice([0, 1, 5, 256]),
+        "preemption_threshold": rng.randint(1, 3),
+        "overlap": rng.random() < 0.8,
+        "chunked_prefill_size": rng.choice([None, None, 1]),
+        "decode_interval": rng.choice([0, 0, 1, 3]),
+        "max_running_requests": rng.choice([None, None, 1]),
+        "prefix_cache": policy in (LPM, DFS_WEIGHT) or rng.random() < 0.8,
+        "eviction": rng.choice(["lru", "lfu", "fifo", "priority"]),
+        "new_token_ratio": ratio,
+        "min_new_token_ratio": rng.choice([0.0, ratio]),
+    }
+
+
+@dataclass
+class Simulation:
+    """An engine under random events; ``events`` counts submissions, aborts, steps and tokens."""
+
+    rng: random.Random
+    options: dict[str, Any] = field(default_factory=dict)
+    events: int = 0
+    retractions: int = 0
+    cached: int = 0
+    live: dict[Request, list[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        rng = self.rng
+        self.limits = limits = random_limits(rng)
+        pages = 1 + rng.randint(limits.pages_per_row, 2 * limits.pages_per_row + 1)
+        self.executable = FakeExecutable(limits, buckets_of(limits), pages, asynchronous=rng.random() < 0.9)
+        self.engine = Engine(self.executable, SchedulerOptions(**{**random_options(rng), **self.options}))
+        self.engine.observer = self._observe
+        # Conversations that prompts are beginnings of, plus some tokens.
+        self.stems = [[rng.randrange(VOCABULARY) for _ in range(limits.context_len)] for _ in range(3)]
+        self.ends = frozenset(rng.sample(range(VOCABULARY), rng.choice([0, 0, 1, 5])))
+
+    def submit(self) -> Request:
+        """A request that often begins like others, or goes on where another ended."""
+        rng, most = self.rng, self.limits.context_len - 1
+        stem = rng.choice(self.stems)
+        prompt = [
+            *stem[: rng.randint(0, rng.choice([most // 4, most // 2, most]))],
+            *(rng.randrange(3) for _ in range(rng.choice([0, 0, 1, 4]))),
+        ]
+        prompt = prompt[:most] or [0]
+        count = rng.randint(1, min(self.limits.context_len - len(prompt), rng.choice([1, 6, 48, 48])))
+        params = SamplingParams(
+            max_new_tokens=count, presence_penalty=rng.choice([0.0, 1.0]), ignore_eos=not self.ends
+        )
+        request = Request(
+            prompt,
+            params,
+            rng.randrange(3),
+            self.ends,
+            salt=rng.choice(["", "", "other"]),
+            priority=rng.randrange(6),
+        )
+        self.engine.submit(request)
+        self.live[request] = alone(prompt, request.seed, count, self.ends)
+        self.events += 1
+        return request
+
+    def abort(self) -> None:
+        """End any request, wherever it is."""
+        if self.live:
+            request = self.rng.choice(list(self.live))
+            self.engine.abort(request)
+            assert request.finish_reason == ABORT
+            self._final(request)
+            self.events += 1
+            self._check()
+
+    def step(self) -> None:
+        """One step of the engine, and all that must hold behind it."""
+        for request in self.engine.step():
+            assert request.finish_reason != ABORT
+            self._final(request)
+        self.events += 1
+        self._check()
+
+    def run(self, steps: int) -> None:
+        """Random events, then all that is left to the end."""
+        pace = self.rng.choice([0.1, 0.5, 1.5])
+        for _ in range(steps):
+            while self.rng.random() < pace / (1 + pace) and len(self.live) < 30:
+                self.submit()
+            if self.rng.random() < 0.05:
+                self.abort()
+            if self.rng.random() < 0.05 and self.live:  # a turn that goes on with an answer
+                self.stems[self.rng.randrange(3)] = self._continued(self.rng.choice(list(self.live)))
+            self.step()
+        self.drain()
+
+    def drain(self) -> None:
+        """Every request that is still there gets done."""
+        for _ in range(PATIENCE):
+            if not self.engine.busy:
+                break
+            self.step()
+        assert not self.live, "somebody starves"
+        assert not self.engine.busy
+        assert self.engine.pool.held == 0
+
+    def _continued(self, request: Request) -> list[int]:
+        stem = [*request.prompt, *request.output]
+        return [*stem, *(self.rng.randrange(VOCABULARY) for _ in range(self.limits.context_len - len(stem)))]
+
+    def _final(self, request: Request) -> None:
+        expected = self.live.pop(request)
+        self.events += len(request.output)
+        assert request.output == expected[: len(request.output)]
+        if request.finish_reason != ABORT:
+            assert request.output == expected
+            assert request.finish_reason == (STOP if expected[-1] in self.ends else LENGTH)
+        assert request.cached_tokens < len(request.prompt)
+        assert request.cached_tokens % self.limits.page_size == 0
+
+    def _check(self) -> None:
+        scheduler = self.engine.scheduler
+        self.engine.pool.check()
+        if scheduler.cache is not None:
+            scheduler.cache.check()
+        assert set(scheduler.waiting) | set(scheduler.running) == set(self.live)
+        assert len(scheduler.waiting) + len(scheduler.running) == len(self.live)
+        arrival = [request.ticket for request in scheduler.waiting]
+        assert arrival == sorted(arrival)
+
+    def _observe(self, record: StepRecord) -> None:
+        self.retractions += record.retractions
+        self.cached += record.cached_tokens
+        bucket, rows, tokens = self.executable.steps[-1]
+        assert record.free + record.cached + record.held == self.engine.pool.usable
+        assert record.plan_start <= record.launch_start <= record.launch_end <= record.wait_start
+        assert record.wait_start <= record.results_read <= record.commit_end
+        assert record.rows <= record.bucket.rows
+        assert record.prompt_tokens <= record.tokens <= record.bucket.tokens
+        if not self.engine._flights:
+            assert (record.bucket, record.rows, record.tokens) == (bucket, rows, tokens)

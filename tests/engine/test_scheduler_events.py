@@ -1,0 +1,54 @@
+"""The engine under random events: no invariant broken, nobody starved, tokens as of each request alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from simulation import Simulation
+
+from makeready.engine import scheduler
+from makeready.engine.options import POLICIES
+
+
+@pytest.fixture(autouse=True, scope="module")
+def optimism() -> Iterator[None]:
+    """Learn nothing from pages that ran out, so that they do all the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler, "AHEAD", 0)
+        patch.setattr(scheduler, "DECAY_STEPS", 5)
+        yield
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 2**32))
+def test_random_events(seed: int) -> None:
+    Simulation(random.Random(seed)).run(60)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("overlap", [False, True])
+def test_every_policy_with_pages_that_run_out(policy: str, overlap: bool) -> None:
+    """The small pools really make requests share, and go back to wait."""
+    retractions = cached = 0
+    for seed in range(6):
+        options = {"policy": policy, "overlap": overlap, "new_token_ratio": 0.0, "min_new_token_ratio": 0.0}
+        simulation = Simulation(random.Random(seed), {**options, "prefix_cache": True})
+        simulation.run(80)
+        retractions += simulation.retractions
+        cached += simulation.cached
+    assert retractions > 5
+    assert cached > 100
+
+
+@pytest.mark.slow
+def test_a_million_random_events() -> None:
+    events, seed = 0, 10**6
+    while events < 1_100_000:
+        simulation = Simulation(random.Random(seed))
+        simulation.run(400)
+        events += simulation.events
+        seed += 1
