@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -151,7 +152,7 @@ def test_records_tell_what_each_step_did() -> None:
     assert [record.new_tokens for record in records] == [2, 2, 2]
     assert (last.running, last.waiting, last.held) == (0, 0, 0)
     assert last.cached + last.free == engine.pool.usable
-    for record, later in zip(records, records[1:], strict=False):
+    for record, later in pairwise(records):
         assert later.launch_end <= record.wait_start, "the next step was launched before this one was read"
 
 

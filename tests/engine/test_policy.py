@@ -92,7 +92,7 @@ def test_depth_first_keeps_branches_together(seed: int) -> None:
     rng = random.Random(seed)
     stems = [[rng.randrange(2) for _ in range(8)] for _ in range(6)]
     cache = cached(*stems)
-    requests = [request(rng.choice(stems)[: rng.randint(1, 8)] + [5]) for _ in range(20)]
+    requests = [request([*rng.choice(stems)[: rng.randint(1, 8)], 5]) for _ in range(20)]
     made = queue("dfs-weight", requests, cache).order(20)
     paths = [tuple(r.prompt[: cache.match(r.prompt[:-1])]) for r in made]
 
