@@ -209,7 +209,7 @@ def decode_attention_cuda(call: OpCall) -> Sequence[Candidate]:
     if element == 1:
         ways = ((tile, 4, 4, 2), (tile, 4, 6, 2), (half, 4, 6, 2), (2 * tile, 8, 3, 1))
     else:
-        ways = ((tile, 4, 4, 2), (tile, 4, 3, 2), (half, 4, 6, 2), (half, 4, 4, 2))
+        ways = ((tile, 4, 4, 2), (tile, 4, 3, 2), (half, 4, 6, 2), (half, 4, 4, 2), (half, 4, 3, 2))
     room = call.shared_bytes - 4096
     return [candidate(call, *way) for way in ways if 2 * way[0] * D * element * (way[2] - 1) * way[3] <= room]
 
