@@ -1,0 +1,146 @@
+"""The engine on a GPU: steps that overlap, prefixes that are shared, and a history that the host writes."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+
+from scripted_steps import SMALL, write_checkpoint
+
+from makeready.engine.llm import LLM, Output, SamplingParams, SchedulerOptions
+from makeready.engine.loop import Engine
+from makeready.engine.step_record import StepRecord
+from makeready.graphs.targets import TARGETS
+
+# Log-probabilities over bfloat16 activations, whatever kernel and batch they come from.
+TOLERANCE = 0.06
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
+    major, minor = torch.cuda.get_device_capability()
+    target = next((t.name for t in TARGETS.values() if t.arch == 10 * major + minor), None)
+    if target is None:
+        pytest.skip(f"no target for compute capability {major}.{minor}")
+    checkpoint = write_checkpoint(tmp_path_factory.mktemp("checkpoint"), SMALL)
+    limits = {"max_rows": 8, "max_tokens": 256, "context_len": 512, "page_size": 64}
+    return LLM(checkpoint, target=target, max_decode_buckets=2, max_extend_buckets=3, **limits)
+
+
+def with_options(llm: LLM, **options: object) -> LLM:
+    """The same loaded model under another engine, whose cache is empty."""
+    llm.engine = Engine(llm.engine.executable, SchedulerOptions(**options))  # type: ignore[arg-type]
+    return llm
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng([seed, length]).integers(0, 1024, length).tolist()
+
+
+def first(output: Output) -> dict[int, float]:
+    """The most probable tokens in the place of the first generated one."""
+    assert output.logprobs is not None
+    return dict(output.logprobs[0].top)
+
+
+def same(ours: dict[int, float], theirs: dict[int, float]) -> None:
+    common = set(ours) & set(theirs)
+    assert len(common) >= len(ours) - 3, "other tokens are the most probable ones"
+    for token in common:
+        assert abs(ours[token] - theirs[token]) <= TOLERANCE
+
+
+def test_overlap_changes_no_token_and_launches_ahead(llm: LLM) -> None:
+    """Lengths are known, so both run the very same steps: tokens agree to the last bit."""
+    prompts = [prompt_of(length, seed=length) for length in (1, 5, 300, 64, 65, 17, 200, 3, 90, 128, 40, 7)]
+    sampling = [
+        SamplingParams(temperature=i % 2, max_new_tokens=5 + 7 * i, sampling_seed=i, ignore_eos=True)
+        for i in range(len(prompts))
+    ]
+    made = []
+    for overlap in (False, True, True):
+        records: list[StepRecord] = []
+        engine = with_options(llm, overlap=overlap).engine
+        engine.observer = records.append
+        made.append([o.token_ids for o in llm.generate(token_ids=prompts, sampling=sampling)])
+        ahead = [after.launch_end <= before.wait_start for before, after in pairwise(records)]
+        assert all(ahead) if overlap else not any(ahead)
+        engine.pool.check()
+        assert engine.pool.held == 0
+    assert made[0] == made[1] == made[2]
+
+
+def test_samples_share_a_prompt_that_their_own_step_computes(llm: LLM) -> None:
+    params = SamplingParams(
+        temperature=0, n=4, max_new_tokens=2, return_logprob=True, top_logprobs_num=12, ignore_eos=True
+    )
+    for length in (65, 130, 200, 256):
+        alone = with_options(llm, prefix_cache=False, max_running_requests=1)
+        expected = alone.generate(token_ids=[prompt_of(length)], sampling=params)[0]
+        made = with_options(llm).generate(token_ids=[prompt_of(length)], sampling=params)
+        shared = (length - 1) // 64 * 64
+        assert [o.meta_info["cached_tokens"] for o in made] == [0] + [shared] * 3
+        for output in made:
+            same(first(output), first(expected))
+
+
+def test_a_cached_prefix_gives_what_computing_it_gives(llm: LLM) -> None:
+    """A conversation: every turn begins with all that was said before."""
+    params = SamplingParams(
+        temperature=0, max_new_tokens=30, return_logprob=True, top_logprobs_num=12, ignore_eos=True
+    )
+    said, cached = prompt_of(150), []
+    with_options(llm)
+    for turn in range(4):
+        (ours,) = llm.generate(token_ids=[said], sampling=params)
+        (anew,) = llm.generate(token_ids=[said], sampling=params, extra_key=str(turn))
+        assert anew.meta_info["cached_tokens"] == 0
+        same(first(ours), first(anew))
+        cached.append(ours.meta_info["cached_tokens"])
+        said = [*said, *ours.token_ids, *prompt_of(20, seed=turn)]
+    assert cached[0] == 0
+    assert all(after > before for before, after in pairwise(cached))
+
+
+def test_penalties_see_a_cached_prompt(llm: LLM) -> None:
+    """A penalty that forbids whatever was said: the prompt is half of the vocabulary, most of it cached."""
+    prompt = np.random.default_rng(3).permutation(1024)[:400].tolist()
+    params = SamplingParams(temperature=0, max_new_tokens=40, repetition_penalty=1e6, ignore_eos=True)
+    with_options(llm)
+    for cached in (0, 384):
+        (output,) = llm.generate(token_ids=[prompt], sampling=params)
+        assert output.meta_info["cached_tokens"] == cached
+        assert not set(output.token_ids) & set(prompt), "a token of the prompt was generated"
+        assert len(set(output.token_ids)) == 40, "a token was generated twice"
+
+
+def test_pages_that_run_out_lose_nothing(llm: LLM) -> None:
+    """With pages for two full requests: all finish, and greedy tokens agree with the log-probabilities alone."""
+    executable = llm.engine.executable
+    pages, executable.pages = executable.pages, 18
+    try:
+        engine = with_options(llm, new_token_ratio=0.0, min_new_token_ratio=0.0).engine
+        params = SamplingParams(temperature=0, max_new_tokens=300, return_logprob=True, ignore_eos=True)
+        made = llm.generate(token_ids=[prompt_of(60, seed=s) for s in range(8)], sampling=params)
+    finally:
+        executable.pages = pages
+    assert sum(output.meta_info["num_retractions"] for output in made) > 0
+    engine.pool.check()
+    worst = 0.0
+    for seed, output in enumerate(made):
+        tokens, start = list(output.token_ids), prompt_of(60, seed=seed)
+        assert len(tokens) == 300
+        assert output.logprobs is not None
+        for at in (0, 77, 150, 299):
+            # The same place, from the whole context as a new prompt.
+            once = SamplingParams(temperature=0, max_new_tokens=1, return_logprob=True, top_logprobs_num=20)
+            (other,) = with_options(llm).generate(token_ids=[start + tokens[:at]], sampling=once)
+            top = first(other)
+            worst = max(worst, abs(output.logprobs[at].logprob - top.get(tokens[at], np.inf)))
+    assert worst <= TOLERANCE
