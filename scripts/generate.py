@@ -8,7 +8,7 @@ sys.path.sort(key=os.path.dirname(os.path.realpath(__file__)).__eq__)  # to the 
 
 from makeready.engine.entrypoints.cli import launch
 from makeready.engine.entrypoints.generate import generate_job
-from makeready.engine.entrypoints.options import GenerateJob
+from makeready.engine.entrypoints.generate_options import GenerateJob
 
 
 def main(arguments: list[str] | None = None) -> int:

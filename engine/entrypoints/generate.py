@@ -14,10 +14,12 @@ from makeready.engine.entrypoints.batch.on_ray import EngineSpec, Fleet
 from makeready.engine.entrypoints.batch.output import Files, open_journal, publish
 from makeready.engine.entrypoints.batch.rows import check_template
 from makeready.engine.entrypoints.batch.worker import Worker
+from makeready.engine.entrypoints.generate_options import GenerateJob
 from makeready.engine.entrypoints.golden import check_golden, summary
-from makeready.engine.entrypoints.options import GenerateJob
 from makeready.engine.entrypoints.status import Stages, count_rows
+from makeready.engine.entrypoints.watch import Watch
 from makeready.engine.llm import LLM
+from makeready.engine.request import Output
 from makeready.graphs import artifact
 from makeready.graphs.plan import Plan
 
@@ -29,12 +31,13 @@ def generate_job(job: GenerateJob) -> None:
     if job.prompts is not None and job.output is not None:
         run_file(job, plan, Path(job.prompts).expanduser(), Path(job.output).expanduser())
         return
-    llm = load(job, plan)
-    if job.chat is not None:
-        messages = [{"role": "user", "content": job.chat}]
-        print_text(llm, job, llm.render(messages, **job.chat_template_kwargs))
-    else:
-        print_text(llm, job, job.prompt or "")
+    with Watch(job.metrics, job.trace, _say) as watch:
+        llm = load(job, plan)
+        watch.attach(llm.engine)
+        prompt: str | Sequence[int] = job.prompt or ""
+        if job.chat is not None:
+            prompt = llm.render([{"role": "user", "content": job.chat}], **job.chat_template_kwargs)
+        watch.finish(print_text(llm, job, prompt))
 
 
 def load(job: GenerateJob, plan: Plan | None) -> LLM:
@@ -52,6 +55,7 @@ def load(job: GenerateJob, plan: Plan | None) -> LLM:
             checkpoint,
             plan,
             kv_memory_gib=job.kv.memory_gib,
+            scheduler=job.scheduling(),
             report=report,
             progress=lambda done, total: stages.note(f"{done} of {total} weights"),
             **(job.plan_fields() if plan is None else {}),
@@ -62,7 +66,7 @@ def load(job: GenerateJob, plan: Plan | None) -> LLM:
         return llm
 
 
-def print_text(llm: LLM, job: GenerateJob, prompt: str | Sequence[int]) -> None:
+def print_text(llm: LLM, job: GenerateJob, prompt: str | Sequence[int]) -> Output:
     """Print one text as it becomes final, and its figures to stderr."""
     began = time.perf_counter()
     stream = llm.stream(prompt, job.params())
@@ -82,6 +86,7 @@ def print_text(llm: LLM, job: GenerateJob, prompt: str | Sequence[int]) -> None:
         f"({output.completion_tokens / seconds:.1f} tokens/s), ended by {output.finish_reason}",
         file=sys.stderr,
     )
+    return output
 
 
 def run_file(job: GenerateJob, plan: Plan | None, prompts: Path, output: Path) -> None:
@@ -107,7 +112,10 @@ def run_file(job: GenerateJob, plan: Plan | None, prompts: Path, output: Path) -
 
 def _run(job: GenerateJob, plan: Plan | None, format: str, rows: Rows) -> None:
     if job.scale.runner == "local":
-        run_local(Worker(load(job, plan), format, job.params(), job.chat_template_kwargs), rows)
+        with Watch(job.metrics, job.trace, rows.say) as watch:
+            llm = load(job, plan)
+            watch.attach(llm.engine)
+            run_local(Worker(llm, format, job.params(), job.chat_template_kwargs, watch.finish), rows)
         return
     spec = EngineSpec(
         job.checkpoint if job.model else str(Path(job.checkpoint).expanduser().resolve()),
@@ -117,6 +125,7 @@ def _run(job: GenerateJob, plan: Plan | None, format: str, rows: Rows) -> None:
         format,
         job.params(),
         job.chat_template_kwargs,
+        job.scheduling(),
     )
     with Stages() as stages:
         stages.begin("load the model on every engine")

@@ -7,21 +7,15 @@ Defaults are in conf/. A type that is checked here is checked before anything is
 from __future__ import annotations
 
 import dataclasses
-import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
 
-from makeready.engine.errors import RequestError
-from makeready.engine.sampling import SamplingParams
 from makeready.graphs.buckets import Traffic
 from makeready.graphs.checkpoint.base import Checkpoint, open_checkpoint
 from makeready.graphs.targets import TARGETS
-
-FORMATS = ("auto", "rows", "openai")  # of batch rows
 
 
 class UsageError(ValueError):
@@ -108,27 +102,8 @@ class KVOptions:
     memory_gib: float | None = MISSING
 
 
-def _loosely_typed(params: type) -> type:
-    """A structured config with the fields of ``params``, which checks what OmegaConf has no type for."""
-    hints = typing.get_type_hints(params)
-    fields = [(f.name, _plain(hints[f.name]), MISSING) for f in _fields(params)]
-    made = dataclasses.make_dataclass("SamplingOptions", fields)
-    made.__doc__ = params.__doc__
-    return made
-
-
-def _plain(hint: Any) -> Any:
-    if typing.get_origin(hint) is Mapping:
-        key, value = typing.get_args(hint)
-        return dict[key, value]
-    return hint if hint in (int, float, bool, int | None, float | None) else Any
-
-
 def _fields(kind: Any) -> tuple[dataclasses.Field[Any], ...]:
     return dataclasses.fields(kind)
-
-
-SamplingOptions = _loosely_typed(SamplingParams)
 
 
 @dataclass
@@ -221,119 +196,6 @@ class CompileJob(Job):
     golden: bool = False
 
 
-@dataclass
-class ScaleOptions:
-    """Where a file of prompts runs.
-
-    Attributes:
-        runner: local, one engine in this process; or ray, many engines on a Ray cluster (scale=ray).
-        engines: engines on the cluster. null: one on each of its GPUs.
-        cpus: CPU cores that Ray sets aside for an engine.
-        address: of a running cluster. null: what RAY_ADDRESS names, else a cluster of this machine alone.
-    """
-
-    runner: str = MISSING
-    engines: int | None = MISSING
-    cpus: float = MISSING
-    address: str | None = MISSING
-
-    def check(self, given: Collection[str], prompts: str | None) -> None:
-        """See :meth:`Job.check`."""
-        if self.runner not in ("local", "ray"):
-            raise UsageError(f"scale.runner={self.runner} is no way to run; it is local or ray")
-        asked = sorted(name for name in given if name.startswith("scale."))
-        if self.runner == "local" and asked:
-            raise UsageError(f"{asked[0]} is for scale=ray; add that, or leave it out")
-        if self.runner == "ray" and prompts is None:
-            raise UsageError("scale=ray is for the rows of prompts=; a single text needs one engine")
-        if (self.engines is not None and self.engines < 1) or not 0 <= self.cpus < float("inf"):
-            raise UsageError(
-                f"scale.engines={self.engines} must be at least 1, and scale.cpus={self.cpus:g} at least 0"
-            )
-
-
-@dataclass
-class GenerateJob(Job):
-    """Options of scripts/generate.py.
-
-    Attributes:
-        prompt: text to continue.
-        chat: what a user says; answered under the model's chat template.
-        prompts: file of requests: JSON lines, or Parquet by its name. A row has prompt, messages or
-            token_ids, and where wanted id or custom_id (handed through), chat_template_kwargs, and
-            sampling fields, bare or under sampling; or it is of OpenAI's batch format.
-        output: file for the answers to prompts=, a row each in their order; JSON lines, or Parquet by its
-            name. A row that cannot be served gets {"error": ...}. It appears when all rows are done;
-            until then OUTPUT.partial keeps them, and the same command goes on after any interruption.
-        overwrite: replace an existing output, and drop what is kept of another job.
-        format: how JSON rows are written: rows, openai, or auto, which looks at the first one.
-        chat_template_kwargs: further variables of the chat template, such as
-            chat_template_kwargs.enable_thinking=false.
-        golden: before anything else, check that the model gives the tokens that were predicted when the
-            plan was compiled with golden=true.
-    """
-
-    plan: PlanOrPath = field(default_factory=PlanOrPath)  # pyright: ignore[reportIncompatibleVariableOverride]
-    prompt: str | None = literal()
-    chat: str | None = literal()
-    prompts: str | None = literal()
-    output: str | None = literal()
-    overwrite: bool = False
-    format: str = "auto"
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    golden: bool = False
-    sampling: SamplingOptions = field(default_factory=SamplingOptions)  # type: ignore[valid-type]
-    scale: ScaleOptions = field(default_factory=ScaleOptions)
-
-    def check(self, given: Collection[str]) -> None:
-        super().check(given)
-        check_compiled(self.plan, given)
-        asked = [name for name in ("prompt", "chat", "prompts") if getattr(self, name) is not None]
-        if len(asked) != 1:
-            found = (
-                f"{' and '.join(f'{name}=' for name in asked)} were given together"
-                if asked
-                else "nothing to do"
-            )
-            raise UsageError(f"{found}; give one of prompt=TEXT, chat=TEXT and prompts=FILE")
-        if self.prompts is None:
-            self._check_single()
-        elif self.output is None:
-            raise UsageError("prompts= needs output=, the file that the answers are written to")
-        else:
-            check_files(Path(self.prompts).expanduser(), Path(self.output).expanduser())
-        if self.format not in FORMATS:
-            raise UsageError(f"format={self.format} is no format of rows; formats are {', '.join(FORMATS)}")
-        self.scale.check(given, self.prompts)
-        if self.golden and (self.plan.path is None or self.scale.runner != "local"):
-            raise UsageError(
-                "golden=true checks one engine against the tokens beside its plan; give plan=FOLDER, and no scale=ray"
-            )
-        try:
-            self.params()
-        except RequestError as error:
-            raise UsageError(f"sampling.{error}") from None
-
-    def _check_single(self) -> None:
-        if self.output is not None or self.overwrite or self.format != "auto":
-            name = "output=" if self.output is not None else "overwrite=" if self.overwrite else "format="
-            raise UsageError(f"{name} is for the answers to prompts=; without it the text is printed")
-        if self.prompt == "":
-            raise UsageError("prompt= is empty; give at least a word")
-        if self.chat_template_kwargs and self.chat is None:
-            raise UsageError("chat_template_kwargs is for chat= and prompts=; a plain prompt has no template")
-        for name, wanted in (("n", 1), ("return_logprob", False)):
-            if getattr(self.sampling, name) != wanted:
-                raise UsageError(
-                    f"sampling.{name}={getattr(self.sampling, name)} does not fit a printed text; "
-                    "put the prompt into a file and give prompts= and output="
-                )
-
-    def params(self) -> SamplingParams:
-        """What ``sampling`` says, checked."""
-        return SamplingParams.from_mapping(dataclasses.asdict(self.sampling))  # type: ignore[call-overload]
-
-
 SETTLED = ("plan.", "target.", "quant.", "kv.dtype.")  # options that a compiled plan has answered
 
 
@@ -344,26 +206,6 @@ def check_compiled(plan: PlanOrPath, given: Collection[str]) -> None:
         raise UsageError(
             f"{', '.join(sorted(fixed))} cannot be chosen beside plan={plan.path}, which is already "
             "compiled; leave it out, or leave out the plan"
-        )
-
-
-def check_files(prompts: Path, output: Path) -> None:
-    """Hold the files of a batch job against each other before anything is read.
-
-    Raises:
-        UsageError: no file of prompts, no place for the output, or both are the same file.
-    """
-    if not prompts.is_file():
-        raise UsageError(f"prompts={prompts} is no file; give a file with a request a row")
-    if not output.parent.is_dir():
-        raise UsageError(f"output={output} cannot be written: there is no folder {output.parent}")
-    if output.is_dir():
-        raise UsageError(f"output={output} is a folder; name a file")
-    if output.exists() and output.samefile(prompts):
-        raise UsageError(f"output={output} is the file of prompts; name another one")
-    if output.exists() and not output.is_file():
-        raise UsageError(
-            f"output={output} is a device or a pipe; name a file, which can be continued and replaced"
         )
 
 

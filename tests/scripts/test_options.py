@@ -16,7 +16,7 @@ from scripts_in_process import SCRIPTS, TINY, script
 
 from makeready.engine.entrypoints.batch.worker import FORMATS as READABLE
 from makeready.engine.entrypoints.cli import arranged
-from makeready.engine.entrypoints.options import FORMATS
+from makeready.engine.entrypoints.generate_options import FORMATS
 from makeready.engine.sampling import SamplingParams
 from makeready.graphs.compile import Request
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from makeready.graphs.plan import Plan
 
 if TYPE_CHECKING:
-    from makeready.engine.entrypoints.options import GenerateJob
+    from makeready.engine.entrypoints.generate_options import GenerateJob
 
 # Every option is part of it but these, which say where things lie, how fast they go and how much fits: a job
 # that ran out of memory goes on with fewer rows at once.
@@ -22,6 +22,8 @@ EXEMPT = frozenset(
         "output",
         "overwrite",
         "golden",
+        "metrics",
+        "trace",
         "target",
         "scale",
         "scheduler",

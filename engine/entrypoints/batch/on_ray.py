@@ -18,6 +18,7 @@ from makeready.engine.entrypoints.batch.base import Done, JobError, Numbered, op
 from makeready.engine.entrypoints.batch.job import Rows
 from makeready.engine.entrypoints.batch.worker import Worker
 from makeready.engine.llm import LLM
+from makeready.engine.options import SchedulerOptions
 from makeready.engine.sampling import SamplingParams
 from makeready.graphs.checkpoint.base import open_checkpoint
 from makeready.graphs.plan import Plan
@@ -35,6 +36,7 @@ class EngineSpec:
         checkpoint: path of the checkpoint, which every machine must see; or dummy.
         model: config of a dummy checkpoint.
         format, sampling, template: as for :class:`Worker`.
+        scheduler: how requests share each engine.
     """
 
     checkpoint: str
@@ -44,6 +46,7 @@ class EngineSpec:
     format: str
     sampling: SamplingParams
     template: Mapping[str, Any]
+    scheduler: SchedulerOptions
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class RayEngine:
     def __init__(self, spec: EngineSpec) -> None:
         config = None if spec.model is None else dict(spec.model)
         checkpoint = open_checkpoint(spec.checkpoint, config=config)
-        llm = LLM(checkpoint, spec.plan, kv_memory_gib=spec.kv_memory_gib)
+        llm = LLM(checkpoint, spec.plan, kv_memory_gib=spec.kv_memory_gib, scheduler=spec.scheduler)
         self._worker = Worker(llm, spec.format, spec.sampling, spec.template)
 
     def depth(self) -> int:

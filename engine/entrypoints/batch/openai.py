@@ -14,7 +14,7 @@ from typing import Any
 
 from makeready.engine.entrypoints.batch.base import Ask, RowError
 from makeready.engine.entrypoints.batch.openai_logprobs import chat_logprobs, completion_logprobs
-from makeready.engine.entrypoints.batch.rows import check_template, kind_of
+from makeready.engine.entrypoints.batch.rows import ROUTING, check_template, kind_of, routing_of
 from makeready.engine.request import Output
 from makeready.engine.sampling import SamplingParams
 from makeready.engine.text.tokenizer import Tokenizer
@@ -82,7 +82,7 @@ class OpenAIFormat:
         body = _body(fields)
         chat = fields["url"] == CHAT
         table = CHAT_SAMPLING if chat else SAMPLING
-        known = (*(CHAT_FIELDS if chat else COMPLETION_FIELDS), *table)
+        known = (*(CHAT_FIELDS if chat else COMPLETION_FIELDS), *table, *ROUTING)
         for name in body:
             if name not in known and body[name] not in IDLE.get(name, ()):
                 raise RowError(f"{name} is not supported; leave it out (fields are {', '.join(known)})", name)
@@ -96,14 +96,14 @@ class OpenAIFormat:
                 sampling[ours] = body[name]
         sampling |= _chat_logprobs(body) if chat else _completion_logprobs(body)
         if not chat:
-            return Ask(*_prompts(body.get("prompt")), sampling)
+            return Ask(*_prompts(body.get("prompt")), sampling, routing=routing_of(body))
         if not isinstance(body.get("messages"), list):
             raise RowError(f"messages must be a list, not {kind_of(body.get('messages'))}", "messages")
         template = body.get("chat_template_kwargs", {})
         if not isinstance(template, dict):
             raise RowError("chat_template_kwargs must be an object", "chat_template_kwargs")
         check_template(template)
-        return Ask("messages", (body["messages"],), sampling, template)
+        return Ask("messages", (body["messages"],), sampling, template, routing_of(body))
 
     def answer(
         self,

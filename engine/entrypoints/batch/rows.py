@@ -15,10 +15,11 @@ from makeready.engine.text.tokenizer import Tokenizer
 
 PROMPTS = ("prompt", "messages", "token_ids")
 PASSED_THROUGH = ("id", "custom_id")
+ROUTING = ("priority", "extra_key")  # what the scheduler is told
 OTHERS = ("chat_template_kwargs", "sampling")
 RESERVED = {"self", "template", "messages", "bos_token", "eos_token"}
 SAMPLING = tuple(f.name for f in dataclasses.fields(SamplingParams))
-FIELDS = (*PROMPTS, *PASSED_THROUGH, *OTHERS, *SAMPLING)
+FIELDS = (*PROMPTS, *PASSED_THROUGH, *ROUTING, *OTHERS, *SAMPLING)
 
 
 class RowFormat:
@@ -30,8 +31,8 @@ class RowFormat:
         """The request that a row's fields make.
 
         Raises:
-            RowError: an unknown field, none or several of prompt, messages and token_ids, or a sampling
-                field both bare and under sampling.
+            RowError: an unknown field, none or several of prompt, messages and token_ids, a sampling field
+                both bare and under sampling, or a field of the wrong type.
         """
         unknown = [name for name in fields if name not in FIELDS]
         if unknown:
@@ -52,7 +53,7 @@ class RowFormat:
         twice = sorted(bare.keys() & nested.keys())
         if twice:
             raise RowError(f"{twice[0]} is given both in the row and under sampling; give it once")
-        return Ask(kinds[0], (prompt,), bare | nested, template)
+        return Ask(kinds[0], (prompt,), bare | nested, template, routing_of(fields))
 
     def answer(
         self,
@@ -110,6 +111,21 @@ def check_template(variables: Mapping[str, Any]) -> None:
         raise RowError(
             "tools in chat_template_kwargs must be a list of function schemas", "chat_template_kwargs"
         )
+
+
+def routing_of(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a row's fields that are for the scheduler.
+
+    Raises:
+        RowError: one is of the wrong type.
+    """
+    routing = {name: fields[name] for name in ROUTING if name in fields}
+    priority, extra_key = routing.get("priority", 0), routing.get("extra_key", "")
+    if not isinstance(priority, int) or isinstance(priority, bool):
+        raise RowError(f"priority={priority!r} is no whole number; higher ones go first", "priority")
+    if not isinstance(extra_key, str):
+        raise RowError(f"extra_key must be a string, not {kind_of(extra_key)}", "extra_key")
+    return routing
 
 
 def encode(fields: Mapping[str, Any]) -> bytes:

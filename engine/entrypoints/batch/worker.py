@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,15 +43,22 @@ class Worker:
         format: how rows are written, a key of :data:`FORMATS`.
         sampling: what rows that do not say otherwise ask for.
         template: variables of the chat template for rows of messages.
+        told: of every sample that is final and, once, of every row that is refused.
     """
 
     def __init__(
-        self, llm: LLM, format: str, sampling: SamplingParams, template: Mapping[str, Any] | None = None
+        self,
+        llm: LLM,
+        format: str,
+        sampling: SamplingParams,
+        template: Mapping[str, Any] | None = None,
+        told: Callable[[Output], None] = lambda output: None,
     ) -> None:
         self._llm = llm
         self._format = FORMATS[format]
         self._sampling = {name: getattr(sampling, name) for name in SAMPLING}
         self._template = dict(template or {})
+        self._told = told
         self._running: dict[int, tuple[_Entry, int]] = {}  # id of a request → its row and place
         self._refused: list[Done] = []
 
@@ -96,7 +103,8 @@ class Worker:
         if self._running:
             for request in self._llm.engine.step():
                 entry, place = self._running.pop(id(request))
-                entry.outputs[place] = request.result()
+                entry.outputs[place] = output = request.result()
+                self._told(output)
                 entry.left -= 1
                 if not entry.left:
                     done.append(self._answer(entry))
@@ -121,7 +129,7 @@ class Worker:
     def _requests(self, ask: Ask, prompt: Any, params: SamplingParams) -> list[Request]:
         if ask.kind == "messages":
             prompt = self._llm.render(prompt, **{**self._template, **ask.template})
-        return self._llm.requests(prompt, params)
+        return self._llm.requests(prompt, params, **ask.routing)
 
     def _answer(self, entry: _Entry) -> Done:
         outputs = [output for output in entry.outputs if output is not None]
@@ -137,4 +145,5 @@ class Worker:
 
     def _refuse(self, number: int, fields: Mapping[str, Any], message: str, name: str | None = None) -> None:
         made = self._format.refusal(fields, message, name, number)
+        self._told(Output.refused(message))
         self._refused.append(Done(number, encode(made), failed=True))
