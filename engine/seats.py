@@ -151,10 +151,8 @@ class Seats:
     def _insert(self, request: Request, ids: np.ndarray) -> None:
         assert self.cache is not None
         assert request.prefix is not None
-        full = len(ids) // self._size
-        held = self.pages_SP[request.slot, :full].tolist()
-        request.prefix = self.cache.insert(request.prefix, ids, held)
-        self.pages_SP[request.slot, :full] = request.prefix.pages
+        pages = self.pages_SP[request.slot, : len(ids) // self._size].tolist()
+        request.prefix = self.cache.insert(request.prefix, ids, pages)
 
     def _take(self, count: int) -> list[int]:
         if self.cache is not None and count > self.pool.free:

@@ -107,10 +107,10 @@ class FakeExecutable:
             self._write_row(row, step)
         for row in range(rows):
             last = self._read_row(row, step)
-            slot = int(step["row_slot"][row])
+            slot, end = int(step["row_slot"][row]), int(step["context_len"][row])
             if slot != limits.null_slot:
+                assert end >= self._slots[slot]["prompt_len"], "a token is sampled inside of a prompt"
                 token = sample(last, self._slots[slot]["seed"])
-                end = int(step["context_len"][row])
                 if end < limits.context_len:
                     self._history[slot, end] = token
                 results["tokens"][row] = token
