@@ -29,7 +29,8 @@ class MetricsFile:
 
     def __init__(self, path: Path) -> None:
         self.metrics = Metrics()
-        self._path = Path(os.path.realpath(path))  # a link stays, and what it names is replaced
+        # A link stays, and what it names is replaced.
+        self._path = Path(os.path.realpath(path)) if path.is_symlink() else path
         self._staging = self._path.with_name(self._path.name + ".tmp")
         self.write()
 

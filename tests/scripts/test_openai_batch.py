@@ -66,6 +66,8 @@ def test_every_field_reaches_the_sampling_parameter_of_its_meaning():
         ask = OpenAIFormat().read(row(url, **body))
         assert ask.sampling == expected
         SamplingParams.from_mapping(ask.sampling)  # all of them exist
+        ask = OpenAIFormat().read(row(url, priority=3, extra_key="a"))
+        assert (ask.sampling, ask.routing) == ({}, {"priority": 3, "extra_key": "a"})
     ask = OpenAIFormat().read(row(CHAT, max_completion_tokens=4, logprobs=True, top_logprobs=2))
     assert ask.sampling == {"max_new_tokens": 4, "return_logprob": True, "top_logprobs_num": 2}
     ask = OpenAIFormat().read(row(COMPLETIONS, logprobs=3))
@@ -106,6 +108,8 @@ REFUSED = [
     (CHAT, {"messages": "hi"}, "messages"),
     (CHAT, {"model": None}, "model"),
     (CHAT, {"chat_template_kwargs": {"messages": 1}}, "chat_template_kwargs"),
+    (CHAT, {"priority": "high"}, "priority"),
+    (COMPLETIONS, {"extra_key": ["a"]}, "extra_key"),
     (COMPLETIONS, {"echo": True}, "echo"),
     (COMPLETIONS, {"best_of": 2}, "best_of"),
     (COMPLETIONS, {"messages": MESSAGES}, "messages"),

@@ -17,6 +17,7 @@ from scripts_in_process import SCRIPTS, TINY, script
 from makeready.engine.entrypoints.batch.worker import FORMATS as READABLE
 from makeready.engine.entrypoints.cli import arranged
 from makeready.engine.entrypoints.generate_options import FORMATS
+from makeready.engine.options import SchedulerOptions
 from makeready.engine.sampling import SamplingParams
 from makeready.graphs.compile import Request
 
@@ -93,6 +94,7 @@ def test_defaults_are_those_of_the_python_interface(capsys):
     config = yaml.safe_load(capsys.readouterr().out)
     params = dataclasses.asdict(SamplingParams())
     assert {k: tuple(v) if isinstance(v, list) else v for k, v in config["sampling"].items()} == params
+    assert config["scheduler"] == dataclasses.asdict(SchedulerOptions())
     request = dataclasses.asdict(Request())
     del config["plan"]["path"]
     stated = config["plan"] | {"target": config["target"], "quant": config["quant"]}
@@ -104,6 +106,7 @@ def test_every_format_of_rows_can_be_named():
     assert set(FORMATS) == {"auto", *READABLE}
 
 
+ROWS = ("checkpoint=x", "prompts=rows", "output=o")
 REFUSED = [
     ("generate", [], 2, "checkpoint= is missing"),
     ("generate", ["checkpoint=x"], 2, "give one of prompt=TEXT, chat=TEXT and prompts=FILE"),
@@ -154,6 +157,28 @@ REFUSED = [
     ("generate", ["checkpoint=x", "prompt=a", "sampling.stop=[a"], 2, "cannot be read as OPTION=VALUE"),
     ("generate", ["checkpoint=x", "prompt=a", "sampling.top_k=1,2"], 2, "--multirun"),
     ("generate", ["checkpoint=x", "prompt=a", "chat_template_kwargs.x=1"], 2, "is for chat= and prompts="),
+    ("generate", ["checkpoint=x", "prompt=a", "scheduler.policy=sjf"], 2, "take one of fcfs"),
+    ("generate", ["checkpoint=x", "prompt=a", "scheduler.policies=lpm"], 2, "did you mean scheduler.policy"),
+    (
+        "generate",
+        ["checkpoint=x", "prompt=a", "scheduler.decode_interval=-1"],
+        2,
+        "scheduler.decode_interval=-1",
+    ),
+    ("generate", [*ROWS, "scheduler.max_queued_requests=9"], 2, "rows of a file wait for their turn"),
+    (
+        "generate",
+        [*ROWS, "metrics=no/m.prom"],
+        2,
+        "metrics=no/m.prom cannot be written: there is no folder no",
+    ),
+    ("generate", [*ROWS, "metrics=."], 2, "metrics=. is a folder"),
+    ("generate", [*ROWS, "trace=/dev/null"], 2, "trace=/dev/null is a device or a pipe"),
+    ("generate", [*ROWS, "trace=./o"], 2, "trace=o is the file of output= too"),
+    ("generate", [*ROWS, "metrics=rows"], 2, "metrics=rows is the file of prompts= too"),
+    ("generate", [*ROWS, "metrics=x"], 2, "metrics=x is the file of checkpoint= too"),
+    ("generate", [*ROWS, "metrics=m", "trace=m"], 2, "trace=m is the file of metrics= too"),
+    ("generate", [*ROWS, "metrics=m", "scale=ray"], 2, "metrics= tells of the engine in this process"),
     ("compile", ["checkpoint=dummy"], 2, "add model="),
     ("compile", ["checkpoint=dummy", "model=gpt5"], 2, "choose one of llama3_1_8b, mistral_7b"),
     ("compile", [*TINY, "plan=plans/x"], 2, "plan=plans/x is no choice"),

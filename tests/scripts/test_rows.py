@@ -38,6 +38,9 @@ BAD_FIELDS = [
     ({"token_ids": {}}, "token_ids must be a list, not object"),
     ({"prompt": "a", "sampling": 1}, "sampling must be an object"),
     ({"prompt": "a", "chat_template_kwargs": {"x": 1}}, "is for messages"),
+    ({"prompt": "a", "priority": 1.5}, "priority=1.5 is no whole number"),
+    ({"prompt": "a", "priority": True}, "priority=True is no whole number"),
+    ({"prompt": "a", "extra_key": 3}, "extra_key must be a string, not number"),
     ({"messages": [], "chat_template_kwargs": {"messages": 1}}, "cannot set messages"),
     ({"messages": [], "chat_template_kwargs": {"tools": 1}}, "tools .* must be a list"),
 ]
@@ -59,6 +62,9 @@ def test_a_row_is_read_with_its_sampling_fields_from_both_places():
     fields = rows.parse(b'\xef\xbb\xbf{"id": 7, "prompt": "a", "top_k": 3, "sampling": {"n": 2}}\r\n')
     ask = RowFormat().read(fields)
     assert (ask.kind, ask.prompts, ask.sampling) == ("prompt", ("a",), {"top_k": 3, "n": 2})
+    assert ask.routing == {}
+    ask = RowFormat().read({"prompt": "a", "priority": -2, "extra_key": "tenant"})
+    assert ask.routing == {"priority": -2, "extra_key": "tenant"}
 
 
 def output(text: str, *values: float) -> Output:
