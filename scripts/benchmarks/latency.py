@@ -49,8 +49,8 @@ def latency(
     for count in rows:
         seconds = []
         for _ in range(repeats):
-            batch = ids(count, context)
-            once, all_ = (generate(llm, batch, n) for n in (1, tokens + 1))
+            # Other prompts each time, which the prefix cache has not seen.
+            once, all_ = (generate(llm, ids(count, context), n) for n in (1, tokens + 1))
             seconds.append((all_ - once) / tokens)
         bound = floor(llm, DECODE, count, count, context + tokens // 2)
         between.append(
