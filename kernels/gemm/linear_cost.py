@@ -1,43 +1,44 @@
 """What a way to cut a dense projection should cost, in seconds.
 
-Four things go on at once and the slowest counts, the others a little: bytes from memory, bytes from L2,
-matrix instructions, and each block's own pipeline, which has ``stages - 1`` copies under way and so never
-does more steps than that in the time that a copy takes. Starting, and adding up split sums, come on top.
+Three things go on at once and the slowest counts, the others a little: bytes from memory, matrix instructions,
+and each block's own pipeline, which has ``stages - 1`` copies under way and so never does more steps than that
+in the time that a copy takes. Starting, ends of tiles, and adding up split sums come on top.
 
-The numbers were fitted to 2,369 timings of Qwen3-8B's projections on an H100 at 1 to 1,024 rows: the way that
-is predicted to be fastest then takes 2.5 % longer than the one that was, on average over the shapes. On
-other GPUs they only rank.
+The numbers were fitted to 1,500 timings of Qwen3-8B's projections on an H100 at 1 to 1,024 rows
+(``scripts/bench.py suite=[gemm_sweep]``): the way that is predicted to be fastest takes 1.5 % longer than the one
+that was, on average over the shapes. On other GPUs they only rank.
 """
 
 from __future__ import annotations
 
 from makeready.kernels.gemm.linear_tiling import PERSISTENT, Product, Tiling, ways
 
-_MEMORY = 2.99e12  # bytes/s
-_L2 = 12.5e12  # bytes/s; above the data sheet's, since neighbours ask for the same lines
+_MEMORY = 3.02e12  # bytes/s of all multiprocessors
+_ONE = 59e9  # bytes/s of weights that one multiprocessor takes from memory at most
 _MATRIX = 779e12 / 132  # operations/s of one multiprocessor
-_COPY = 0.69e-6  # from asking for a tile to having it
-_COPY_RATE = 250e9  # bytes/s on top
-_SHARPNESS = 3.4  # of the maximum over the four
-_LAUNCH = 0.5e-6
-_LAUNCH_SHARED = 2.6e-6  # where a multiprocessor holds several blocks
-_TAIL = 1.6  # waves that a last, unfull one costs in copies
-_REDUCE = 2.1e-6  # arrival, and the first sums back from L2
-_REDUCE_RATE = 32e9  # bytes/s at which one block reads sums
-_REDUCE_L2 = 5.0e12  # bytes/s at which all do
+_COPY = 0.80e-6  # from asking for a tile to having it
+_COPY_RATE = 360e9  # bytes/s on top
+_SHARPNESS = 3.6  # of the maximum over the three
+_SHARED = 3.4e-6  # to start, where a multiprocessor holds several blocks
+_PERSISTENT = 2.8e-6  # to start, with no weights asked for beforehand
+_TILE_END = 5.2e-6  # until the next tile of a multiprocessor is under way
+_RESTART = 1.5e-6  # on top where the loop over tiles is not flattened
+_TAIL = 1.5  # waves that a last, unfull one costs in copies
+_REDUCE = 2.4e-6  # arrival, and the first sums back from L2
+_REDUCE_RATE = 42e9  # bytes/s at which one block reads sums
+_REDUCE_L2 = 5.9e12  # bytes/s at which all do
 
-# Share of _MATRIX by tile sides and warps; above 1 since short products run at higher clocks.
+# Share of _MATRIX by tile sides and warps; above 1 since short products run at higher clocks, and since the
+# end of a tile is counted apart.
 _STREAM_SHARE = {
-    (16, 64, 4): 0.40, (16, 128, 4): 0.35, (16, 128, 8): 0.16, (32, 64, 4): 0.23, (32, 128, 4): 0.43,
-    (32, 128, 8): 0.36, (64, 64, 4): 0.50, (64, 128, 4): 0.80, (64, 128, 8): 0.65, (128, 64, 4): 0.97,
-    (128, 128, 4): 0.98, (128, 128, 8): 0.88, (256, 64, 4): 1.00, (256, 128, 8): 1.06,
-    (16, 192, 4): 0.35, (32, 192, 4): 0.43, (64, 192, 4): 0.90, (64, 192, 8): 0.70, (128, 192, 4): 0.98,
-    (128, 192, 8): 0.96, (256, 192, 8): 1.06,
+    (16, 64, 4): 0.43, (16, 128, 4): 0.36, (16, 128, 8): 0.15, (32, 64, 4): 0.25, (32, 128, 4): 0.45,
+    (32, 128, 8): 0.36, (64, 64, 4): 0.67, (64, 128, 4): 0.65, (64, 128, 8): 0.60, (128, 64, 4): 0.87,
+    (128, 128, 4): 1.02, (128, 128, 8): 0.91, (128, 192, 4): 1.14, (128, 192, 8): 1.00, (128, 256, 8): 1.06,
+    (256, 64, 4): 1.04, (256, 128, 8): 1.06, (256, 192, 8): 1.08,
 }  # fmt: skip
 _PERSISTENT_SHARE = {
-    (64, 128, 4): 0.80, (64, 256, 4): 1.15, (128, 128, 4): 0.93, (128, 128, 8): 0.91, (128, 256, 8): 1.20,
-    (256, 128, 8): 1.06, (64, 192, 4): 0.95, (128, 96, 4): 0.85, (128, 192, 4): 0.98, (128, 192, 8): 1.05,
-    (256, 96, 8): 0.95, (256, 192, 8): 1.06,
+    (64, 128, 4): 1.25, (64, 256, 4): 1.30, (128, 128, 4): 1.30, (128, 128, 8): 1.14, (128, 256, 8): 1.21,
+    (256, 128, 8): 1.29, (128, 192, 4): 1.20, (128, 192, 8): 1.14, (256, 192, 8): 1.20,
 }  # fmt: skip
 
 
@@ -54,18 +55,20 @@ def seconds(product: Product, way: Tiling) -> float:
     stage = (way.t + way.n) * way.k * 2
     copies = steps * (_COPY + stage / _COPY_RATE) / (way.stages - 1)
     matrix = steps * 2 * way.t * way.n * way.k / (_MATRIX * _share(way))
+    memory = product.moved / _MEMORY
     if way.kind == PERSISTENT:
-        a_block = _cdiv(way.tiles(product), multiprocessors)
-        copies, matrix = copies * a_block, matrix * a_block
-        read, start = way.tiles(product), _LAUNCH
+        each = _cdiv(way.tiles(product), multiprocessors)
+        start, end = _PERSISTENT, _TILE_END + (_RESTART if way.second else 0)
+        copies, matrix = copies * each, (matrix + end) * each
     else:
-        together = way.a_multiprocessor(product)
+        together, each = way.a_multiprocessor(product), _cdiv(blocks, multiprocessors)
         waves = blocks / (together * multiprocessors)
+        start = _SHARED if together > 1 else 0
         copies *= 1 if waves <= 1 else waves + _TAIL
-        matrix *= _cdiv(blocks, multiprocessors)
-        read, start = blocks, _LAUNCH if together == 1 else _LAUNCH_SHARED
-    cached = read * steps * stage / _L2
-    at_once = (product.moved / _MEMORY, cached, matrix, copies)
+        matrix = matrix * each + _TILE_END * max(each / together - 1, 0)
+        if way.t >= product.T:  # else others ask for the same weights
+            memory = max(memory, each * way.n * product.K * 2 / way.split / _ONE)
+    at_once = (memory, matrix, copies)
     return start + sum(part**_SHARPNESS for part in at_once) ** (1 / _SHARPNESS) + _reduction(product, way)
 
 
@@ -80,7 +83,7 @@ def _reduction(product: Product, way: Tiling) -> float:
 
 def _share(way: Tiling) -> float:
     table = _PERSISTENT_SHARE if way.kind == PERSISTENT else _STREAM_SHARE
-    return table.get((way.t, way.n, way.warps), 0.25 if way.t < 64 else 0.9)
+    return table.get((way.t, way.n, way.warps), 0.40 if way.t < 64 else 0.65)
 
 
 def _cdiv(a: int, b: int) -> int:

@@ -35,7 +35,11 @@ assert isinstance(linear_silu_mul, Contract)
 
 _BEST = 6
 _STACK = 16  # for sm_120a every tile has 8 or 16 bytes of local memory, the smallest as well as the largest
-_GROUP = 8  # tiles along the tokens that share a wave's weights; 8 x 128 rows of K = 4096 are 8 MB of L2
+
+# Rows of tokens whose tiles a wave of persistent blocks goes through before it moves on: 132 tiles of 128 x 256
+# are then about as many different rows of either operand, the least in all. With half as many 8,192 rows of qkv
+# took 588 µs for 537.
+_GROUP_ROWS = 2048
 
 
 @cuda_kernel(linear, "tiled")
@@ -43,12 +47,14 @@ _GROUP = 8  # tiles along the tokens that share a wave's weights; 8 x 128 rows o
 def linear_cuda(call: OpCall) -> Sequence[Candidate]:
     """The best few ways to run ``linear`` or ``linear_silu_mul``, best first by the model of ``linear_cost``.
 
-    They differ in more than pipeline depth, so that one of them is right where the model is not.
+    They differ in their tiles or in whether a multiprocessor has room for two blocks, so that one of them is
+    right where the model is not.
     """
     product = describe(call)
-    distinct: dict[tuple[str, int, int, int], Tiling] = {}
+    distinct: dict[tuple[str, int, int, int, bool], Tiling] = {}
     for way in tilings(product):
-        distinct.setdefault((way.kind, way.t, way.n, way.split), way)
+        roomy = way.a_multiprocessor(product) > 1
+        distinct.setdefault((way.kind, way.t, way.n, way.split, roomy), way)
     return [emit(call, way, product) for way in islice(distinct.values(), _BEST)]
 
 
@@ -113,7 +119,7 @@ def _stream(call: OpCall, way: Tiling, product: Product) -> Candidate:
 
 
 def _persistent(call: OpCall, way: Tiling, product: Product) -> Candidate:
-    constants = _constants(call, way, product) | {"GROUP": _GROUP, "PARTS": way.parts}
+    constants = _constants(call, way, product) | {"GROUP": _GROUP_ROWS // way.t, "PARTS": way.parts}
     arguments = _operands(call, way, product, tma=True)
     arguments["y"] = _result(call, way.t, (way.n - way.second) // way.parts)
     function = "linear_persistent_triton:linear_persistent"
