@@ -75,14 +75,15 @@ class WaitingQueue:
             return self._arrived[:count]
         else:
             window = self._arrived[:WINDOW]
-            order = (self._by_match(window) if self._options.policy == LPM else self._by_weight(window))[
-                :count
-            ]
-        first = self._arrived[0] if self._arrived else None
-        if first is not None and first.passed_over >= self._options.max_wait:
-            first.urgent = True
-            order = [first, *(request for request in order if request is not first)]
-        return order
+            order = self._by_match(window) if self._options.policy == LPM else self._by_weight(window)
+        if not order:
+            return order
+        first = self._arrived[0]
+        left = self._options.max_wait - first.passed_over
+        if left > 0:
+            return order[: min(left, count)]
+        first.urgent = True
+        return [first, *(request for request in order if request is not first)][:count]
 
     def _by_match(self, requests: list[Request]) -> list[Request]:
         """The longest cached prefix first, then who came first."""
@@ -93,25 +94,24 @@ class WaitingQueue:
 
         Behind a prefix come first those whose own goes on, then those whose ends there.
         """
-        paths = {
-            request: [
-                request.page_key(page, self._size) for page in range(self._match(request) // self._size)
-            ]
-            for request in requests
-        }
+        paths = {request: self._path(request) for request in requests}
         weight = Counter(key for path in paths.values() for key in path)
+        # Between equals who came first, so that every process orders alike whatever the keys are.
+        place = {key: (-weight[key], i) for i, key in enumerate(weight)}
         end = (1, 0)
-        places = {
-            # Pages of equal weight in a row are of the same requests: one of them is enough to compare.
-            request: [
-                (-weight[key], key)
-                for i, key in enumerate(path)
-                if i == 0 or weight[key] < weight[path[i - 1]]
-            ]
-            + [end]
-            for request, path in paths.items()
-        }
-        return sorted(requests, key=places.__getitem__)
+
+        def branches(request: Request) -> list[tuple[int, int]]:
+            path = paths[request]
+            # Pages of equal weight in a row are of the same requests: the first of them is enough to compare.
+            new = [i for i, key in enumerate(path) if i == 0 or weight[key] < weight[path[i - 1]]]
+            return [*(place[path[i]] for i in new), end]
+
+        return sorted(requests, key=branches)
+
+    def _path(self, request: Request) -> list[int]:
+        """Keys of the cached pages that a request begins with."""
+        pages = self._match(request) // self._size
+        return [request.page_key(page, self._size) for page in range(pages)]
 
     def _match(self, request: Request) -> int:
         assert self._cache is not None
