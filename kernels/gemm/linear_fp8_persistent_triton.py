@@ -31,7 +31,6 @@ def _scaled(acc_TN, x_scale_T, weight_scale, bias, n, N):
 def linear_fp8_persistent(
     x,
     weight,
-    second,
     x_scale,
     weight_scale,
     bias,
@@ -41,7 +40,6 @@ def linear_fp8_persistent(
     K,
     BT: tl.constexpr,
     BN: tl.constexpr,
-    SECOND: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,
     HALVES: tl.constexpr,
@@ -51,17 +49,14 @@ def linear_fp8_persistent(
 
     Args:
         x, weight, y: TMA descriptors with blocks ``[BT, BK]``, ``[BN, BK]`` and ``[BT, BN // HALVES]``.
-        second: descriptor of the weights with blocks ``[SECOND, BK]``; None where SECOND is 0.
         x_scale, weight_scale: pointers to fp32.
         bias: pointer or None.
-        SECOND: outputs of a second accumulator, 0 or ``BN // HALVES``: tiles of 192 where powers of two leave
-            a last wave half empty.
         GROUP: tiles along the tokens that go before the next outputs, so that a wave's operands stay in L2.
         HALVES: 1, or 2 to write ``BN`` outputs in two copies through half the shared memory.
         PDL: this launch may start before the one ahead of it ends.
     """
     tiles_t = tl.cdiv(T, BT)
-    tiles_n = tl.cdiv(N, BN + SECOND)
+    tiles_n = tl.cdiv(N, BN)
     steps = tl.cdiv(K, BK)
     a_group = GROUP * tiles_n
     if PDL:
@@ -71,17 +66,12 @@ def linear_fp8_persistent(
         first = tile // a_group * GROUP
         rows = tl.minimum(tiles_t - first, GROUP)
         t0 = (first + tile % a_group % rows) * BT
-        n0 = tile % a_group // rows * (BN + SECOND)
+        n0 = tile % a_group // rows * BN
         acc_TN = tl.zeros((BT, BN), tl.float32)
-        if SECOND > 0:
-            more_TN = tl.zeros((BT, SECOND), tl.float32)
         for step in range(steps):
             x_TK = x.load([t0, step * BK])
             w_NK = weight.load([n0, step * BK])
             acc_TN = tl.dot(x_TK, w_NK.T, acc_TN)
-            if SECOND > 0:
-                v_NK = second.load([n0 + BN, step * BK])
-                more_TN = tl.dot(x_TK, v_NK.T, more_TN)
         t, n = t0 + tl.arange(0, BT), n0 + tl.arange(0, BN)
         x_scale_T = tl.load(x_scale + t, mask=t < T, other=0.0)
         acc_TN = _scaled(acc_TN, x_scale_T, weight_scale, bias, n, N)
@@ -92,7 +82,3 @@ def linear_fp8_persistent(
             y.store([t0, n0 + BN // 2], right_TN.to(y.dtype))
         else:
             y.store([t0, n0], acc_TN.to(y.dtype))
-        if SECOND > 0:
-            n = n0 + BN + tl.arange(0, SECOND)
-            more_TN = _scaled(more_TN, x_scale_T, weight_scale, bias, n, N)
-            y.store([t0, n0 + BN], more_TN.to(y.dtype))

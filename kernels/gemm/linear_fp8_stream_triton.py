@@ -52,11 +52,11 @@ def _write(acc_TN, x_scale, weight_scale, bias, y, t, n, T, N, y_stride, GROUPED
 
 @triton.jit
 def _put(
-    acc_NT, whole, slot, left, x_scale, weight_scale, bias, y, partial, t0, n0, T, N, y_stride,
-    BT: tl.constexpr, BN: tl.constexpr, WIDTH: tl.constexpr, GROUPED: tl.constexpr,
+    acc_NT, whole, slot, x_scale, weight_scale, bias, y, partial, t0, n0, T, N, y_stride,
+    BT: tl.constexpr, BN: tl.constexpr, GROUPED: tl.constexpr,
 ):  # fmt: skip
-    """The result's tile, or this block's part of its sums; tokens ``left`` to ``left + WIDTH`` of the tile."""
-    n, t = tl.arange(0, BN), left + tl.arange(0, WIDTH)
+    """The result's tile, or this block's part of its sums."""
+    n, t = tl.arange(0, BN), tl.arange(0, BT)
     if whole:
         _write(acc_NT.T, x_scale, weight_scale, bias, y, t0 + t, n0 + n, T, N, y_stride, GROUPED)
     elif partial is not None:
@@ -70,7 +70,7 @@ def _finish(
     BT: tl.constexpr, BN: tl.constexpr, GROUPED: tl.constexpr,
 ):  # fmt: skip
     """Arrive at the first and the last tile of this block if they are shared; add up where it is the last to."""
-    WIDTH: tl.constexpr = min(BT, 64)  # 256 tokens at once need more registers than there are
+    WIDTH: tl.constexpr = min(BT, 64)  # more at once would need more registers than the product does
     of_n = tl.arange(0, BN)
     # All stores of this block come before its arrival; one thread's release covers them after a barrier.
     tl.debug_barrier()
@@ -112,7 +112,6 @@ def linear_fp8_stream(
     BT: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    HALVES: tl.constexpr,
     GROUPED: tl.constexpr,
     AHEAD: tl.constexpr,
     TMA: tl.constexpr,
@@ -133,7 +132,6 @@ def linear_fp8_stream(
         arrived: int32 zeros, ``[tiles]``, zeros again at the end; None where no tile is shared.
         share: units of a block.
         x_stride, y_stride: elements from one row to the next.
-        HALVES: 1, or 2 to write a tile in two steps through half the shared memory.
         AHEAD: bytes of each weight row to bring to L2 while the kernel before still runs.
         PDL: this launch may start before the one ahead of it ends.
     """
@@ -184,22 +182,10 @@ def linear_fp8_stream(
             begun = unit - step >= begin
             whole = begun and step == steps - 1
             slot = 2 * pid + begun.to(tl.int32)
-            if HALVES == 2:
-                pair = tl.permute(tl.reshape(acc_NT, (BN, 2, BT // 2)), (0, 2, 1))
-                left_NT, right_NT = tl.split(pair)
-                _put(
-                    left_NT, whole, slot, 0, x_scale, weight_scale, bias, y, partial, t0, n0, T, N, y_stride,
-                    BT, BN, BT // 2, GROUPED,
-                )  # fmt: skip
-                _put(
-                    right_NT, whole, slot, BT // 2, x_scale, weight_scale, bias, y, partial, t0, n0, T, N, y_stride,
-                    BT, BN, BT // 2, GROUPED,
-                )  # fmt: skip
-            else:
-                _put(
-                    acc_NT, whole, slot, 0, x_scale, weight_scale, bias, y, partial, t0, n0, T, N, y_stride,
-                    BT, BN, BT, GROUPED,
-                )  # fmt: skip
+            _put(
+                acc_NT, whole, slot, x_scale, weight_scale, bias, y, partial, t0, n0, T, N, y_stride,
+                BT, BN, GROUPED,
+            )  # fmt: skip
             acc_NT = tl.zeros((BN, BT), tl.float32)
     if partial is not None:
         _finish(

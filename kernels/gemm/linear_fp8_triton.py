@@ -104,7 +104,6 @@ def _stream(call: OpCall, way: Tiling, product: Product) -> Candidate:
         "BT": way.t,
         "BN": way.n,
         "BK": way.k,
-        "HALVES": way.halves,
         "GROUPED": product.grouped,
         # Bulk prefetch wants 16-byte aligned rows and lengths, as tensor maps do.
         "AHEAD": way.stages * way.k if dependent and product.tma else 0,
@@ -142,19 +141,13 @@ def _stream(call: OpCall, way: Tiling, product: Product) -> Candidate:
 def _persistent(call: OpCall, way: Tiling, product: Product) -> Candidate:
     dependent = "pdl" in call.features
     constants: dict[str, Any] = {"BT": way.t, "GROUP": _WAVE, "PDL": dependent}
-    arguments: dict[str, Argument] = {}
+    width = way.n // way.pieces
     if product.grouped:
         function = "linear_fp8_block_triton:linear_fp8_block_persistent"
-        width = way.n // way.pieces
-        constants |= {"BN": width, "PIECES": way.pieces}
+        constants |= {"BN": width, "PIECES": way.pieces, "FLATTEN": way.a_sm == 1}
     else:
         function = "linear_fp8_persistent_triton:linear_fp8_persistent"
-        width = way.n - way.second
-        constants |= {"BN": width, "SECOND": way.second, "BK": way.k, "HALVES": way.halves}
-        if way.second:
-            arguments["second"] = _tile(call, "weight", way.second, way.k)
-        else:
-            constants["second"] = None
+        constants |= {"BN": width, "BK": way.k, "HALVES": way.halves}
     launch = DeviceLaunch(
         function="makeready.kernels.gemm." + function,
         constants={**constants, **_absent_bias(call)},
@@ -162,7 +155,6 @@ def _persistent(call: OpCall, way: Tiling, product: Product) -> Candidate:
             "x": _tile(call, "x", way.t, way.k),
             "weight": _tile(call, "weight", width, way.k),
             "y": _result(call, way.t, width // way.halves),
-            **arguments,
             **_common(call),
         },
         grid=(way.blocks(product), 1, 1),

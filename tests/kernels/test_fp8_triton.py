@@ -109,10 +109,10 @@ def products(T: int, N: int, K: int, grouped: bool, bias: bool) -> dict[str, tor
     [
         (1, 131, 96, False, False),
         (3, 64, 100, False, True),
-        (33, 70, 650, False, True),
-        (70, 65, 520, False, False),
+        (33, 70, 2100, False, True),
+        (70, 65, 2048, False, False),
         (1, 300, 512, True, True),
-        (19, 131, 768, True, False),
+        (19, 131, 2304, True, False),
         (70, 128, 384, True, True),
     ],
 )
@@ -139,7 +139,7 @@ def test_products(T, N, K, grouped, bias):
             got = launch(candidate, call, operands)["y"]
             error = (got.double() - want).norm() / want.norm()
             assert error <= 1e-5, (way.name, error)
-    assert max(sharers) > 1 or K <= 4 * 128  # a block takes four steps at least
+    assert max(sharers) > 1 or K <= 1024  # which a block takes at least
 
 
 def check(op: str, operands: dict[str, torch.Tensor], **attrs) -> None:
@@ -296,7 +296,7 @@ def test_few_rows_cost_what_streaming_the_weights_costs():
             product = linear_fp8_triton.describe(product_call(16, N, K, grouped=grouped))
             best = tilings(product)[0]
             assert best.kind == STREAM
-            assert N * K / 3.0e12 < seconds(product, best) < N * K / 3.0e12 + 6e-6
+            assert N * K / 3.0e12 < seconds(product, best) < N * K / 3.0e12 + 7e-6
 
 
 @compiled
