@@ -139,7 +139,9 @@ class Tiling:
         """Bytes of shared memory: the pipeline, room to turn results round, barriers."""
         pipeline = self.stages * (self.t + self.n) * self.k
         if self.kind == PERSISTENT:
-            return pipeline + self.t * self.n * product.out_bytes // (self.pieces * self.halves) + 640
+            # Results and scales of outputs change their layout in it.
+            turned = self.t * self.n * product.out_bytes // (self.pieces * self.halves) + 4 * self.n
+            return pipeline + turned + 128
         return pipeline + (4 * self.t * self.n if self.sharers(product) > 1 else 1024 * self.warps) + 1152
 
 

@@ -1,7 +1,10 @@
 """8-bit projections of Qwen3-8B on the present GPU, beside their floors and torch's ``_scaled_mm``.
 
-    python tests/gpu/bench_gemm_fp8.py           the planner's choices
-    python tests/gpu/bench_gemm_fp8.py sweep     every way worth a try, for the cost model; writes JSON
+    python tests/gpu/bench_gemm_fp8.py                     the planner's choices
+    python tests/gpu/bench_gemm_fp8.py sweep               every way worth a try, for the cost model
+    python tests/gpu/bench_gemm_fp8.py sweep groups down   those of one kind of scales, of one matrix
+
+Both write JSON to the folder that OUT names, or here.
 
 Weights rotate over enough copies that none is left in L2 when its turn comes again.
 """
@@ -33,9 +36,10 @@ BANDWIDTH, RATE = (
     1402e12,
 )  # measured on an H100: device copy in bytes/s, 8-bit product in operations/s
 ROTATED = 400e6  # bytes of weights that calls rotate over; L2 has 50 MiB
+KINDS = {"rows": False, "groups": True}  # of scales, and whether they are grouped
 MATRICES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (24576, 4096), "down": (4096, 12288)}
 ROWS = (1, 4, 16, 64, 128, 256, 512, 1024, 4096, 8192)
-SWEPT = (1, 16, 32, 64, 128, 192, 256, 512, 1024, 4096)
+SWEPT = (1, 16, 32, 64, 96, 128, 192, 256, 384, 512, 1024, 4096)
 _SPARE = 256  # rows beyond the last that maps may reach
 
 Tensors = dict[str, torch.Tensor]
@@ -110,8 +114,11 @@ def _attrs(grouped: bool) -> dict[str, object]:
     return {"out_dtype": "bfloat16", **({"block": 128} if grouped else {})}
 
 
-def _work(rows: Sequence[int], grouped: bool) -> Iterator[tuple[str, int, list[Tensors], OpCall]]:
-    for name, (N, K) in MATRICES.items():
+def _work(
+    rows: Sequence[int], grouped: bool, matrices: Sequence[str]
+) -> Iterator[tuple[str, int, list[Tensors], OpCall]]:
+    for name in matrices:
+        N, K = MATRICES[name]
         copies = max(2, round(ROTATED / (N * K) + 0.5))
         sets = [operands(1, N, K, grouped, seed=i) for i in range(copies)]
         for T in rows:
@@ -121,9 +128,10 @@ def _work(rows: Sequence[int], grouped: bool) -> Iterator[tuple[str, int, list[T
             yield name, T, made, launcher.op_call(contract_of(grouped), made[0], _attrs(grouped), spare=True)
 
 
-def _calls(rows: Sequence[int], grouped: bool) -> Iterator[OpCall]:
+def _calls(rows: Sequence[int], grouped: bool, matrices: Sequence[str]) -> Iterator[OpCall]:
     """The same calls without their operands."""
-    for N, K in MATRICES.values():
+    for name in matrices:
+        N, K = MATRICES[name]
         for T in rows:
             tensors = shapes(T, N, K, grouped)
             yield launcher.op_call(contract_of(grouped), tensors, _attrs(grouped), spare=True)
@@ -164,22 +172,30 @@ def _time(call: OpCall, sets: Sequence[Tensors], within: float, most: int) -> li
     return made
 
 
-def measure(rows: Sequence[int], within: float, most: int) -> list[list[object]]:
+def measure(
+    rows: Sequence[int], within: float, most: int, kinds: Sequence[str], matrices: Sequence[str]
+) -> list[list[object]]:
     """Print the first choice beside the floor, torch, and the fastest of the ways tried.
+
+    Args:
+        within: ways that are predicted to take up to this many times the best one's time are tried.
+        most: of them.
+        kinds: of scales, of KINDS.
 
     Returns:
         Of each way: scales, matrix, rows, name, seconds, seconds predicted, relative error.
     """
     table: list[list[object]] = []
-    both = (False, True)
-    launcher.prepare((c, _ways(c, within, most)) for grouped in both for c in _calls(rows, grouped))
+    launcher.prepare(
+        (c, _ways(c, within, most)) for kind in kinds for c in _calls(rows, KINDS[kind], matrices)
+    )
     print(
         "scales matrix      T  chosen                              µs  TB/s TFLOP/s floor/µs torch µs   error"
         "  fastest"
     )
-    for grouped in both:
-        kind = "groups" if grouped else "rows"
-        for name, T, sets, call in _work(rows, grouped):
+    for kind in kinds:
+        grouped = KINDS[kind]
+        for name, T, sets, call in _work(rows, grouped, matrices):
             N, K = call.dims["N"], call.dims["K"]
             timed = _time(call, sets, within, most)
             other = scaled_mm(sets, grouped)
@@ -199,9 +215,15 @@ def measure(rows: Sequence[int], within: float, most: int) -> list[list[object]]
 
 def main() -> None:
     """Bench the planner's best, or sweep."""
-    sweep = "sweep" in sys.argv
+    words = sys.argv[1:]
+    if unknown := set(words) - {"sweep", *KINDS, *MATRICES}:
+        sys.exit(f"{', '.join(sorted(unknown))}: give sweep, {', '.join((*KINDS, *MATRICES))}, or nothing.")
+    sweep = "sweep" in words
+    kinds = [k for k in KINDS if k in words] or list(KINDS)
+    matrices = [m for m in MATRICES if m in words] or list(MATRICES)
     torch.backends.cuda.matmul.allow_tf32 = False
-    table = measure(SWEPT, 1.8, 20) if sweep else measure(ROWS, 1.2, 3)
+    rows, within, most = (SWEPT, 1.8, 20) if sweep else (ROWS, 1.2, 3)
+    table = measure(rows, within, most, kinds, matrices)
     name = "gemm_fp8_sweep.json" if sweep else "gemm_fp8.json"
     Path(os.environ.get("OUT", "."), name).write_text(json.dumps(table))
 
