@@ -19,9 +19,10 @@ from itertools import product as product_of
 STREAM, PERSISTENT = "stream", "persistent"
 GROUP = 128  # side of a group of scales
 
-# Of an H100, fitted to 630 timings of Qwen3-8B's projections at 1 to 4,096 rows: the way that is predicted to
+# Of an H100, fitted to 675 timings of Qwen3-8B's projections at 1 to 4,096 rows: the way that is predicted to
 # be fastest then takes 0.7 % longer than the one that was, on average over the shapes, and 4.5 % at most.
-# Predictions are off by 12 %. On other GPUs they only rank. Scales by groups beyond 64 rows are reasoned.
+# Predictions are off by 12 %. On other GPUs they only rank. Persistent kernels with
+# scales by groups are reasoned: their timings are of an older kernel.
 _MEMORY = 3.05e12  # bytes/s
 _L2 = 1.40e13  # bytes/s; above the data sheet's, since neighbours ask for the same lines
 _L2_HELD = 5.28e7  # bytes that blocks may have asked for since and still find in L2
