@@ -52,8 +52,9 @@ def op_cost(
         else:
             nbytes += spec.nbytes(sizes)
     flops = float(evaluate(contract.flops, names))
-    weight = operands.get("weight")
-    rate = target.flops.get(weight.dtype if weight else "float32", target.flops["float32"])
+    # Products run at the rate of what they multiply, weights or queries; all else on the ordinary cores.
+    factor = operands.get("weight", operands.get("q"))
+    rate = target.flops.get(factor.dtype if factor else "float32", target.flops["float32"])
     bound = max(nbytes / target.bandwidth, flops / rate)
     return Cost(nbytes, flops, bound + target.launch_seconds)
 
