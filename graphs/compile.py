@@ -65,9 +65,7 @@ class Traced:
         programs = {}
         for phase in PHASES:
             special = verify(specialize(self.program, phase), after="specialize")
-            programs[phase] = rewrite(
-                special, disabled=self.options.disabled_passes, cuda=self.target.is_cuda
-            )
+            programs[phase] = rewrite(special, disabled=self.options.disabled_passes)
         return Lowered(self, programs)
 
 

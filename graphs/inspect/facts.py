@@ -61,8 +61,7 @@ def dtypes(plan: Plan) -> str:
 
 
 def passes(plan: Plan) -> dict[str, bool]:
-    """Every optional rewrite for the target, in the order they run, and whether the plan was made with it."""
-    from makeready.graphs.passes import CUDA_ONLY, REWRITES
+    """Every optional rewrite, in the order they run, and whether the plan was made with it."""
+    from makeready.graphs.passes import REWRITES
 
-    off, foreign = plan.options.disabled_passes, CUDA_ONLY if plan.target == "cpu" else ()
-    return {name: name not in off for name in REWRITES if name in off or name not in foreign}
+    return {name: name not in plan.options.disabled_passes for name in REWRITES}

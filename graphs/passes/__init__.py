@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection, Mapping
 
 from makeready.graphs.ir import Program
 from makeready.graphs.passes.fuse_add_norm import fuse_add_norm
-from makeready.graphs.passes.fuse_linear_silu_mul import fuse_linear_silu_mul
 from makeready.graphs.passes.fuse_qkv import fuse_qkv
 from makeready.graphs.passes.fuse_quantize import fuse_quantize
 from makeready.graphs.passes.fuse_silu_mul import fuse_silu_mul
@@ -28,19 +27,12 @@ REWRITES: Mapping[str, Callable[[Program], Program]] = {
         fuse_quantize,
         fuse_qkv,
         hoist_gather,
-        fuse_linear_silu_mul,
     )
 }
 
-# A CPU multiplies through a library, to which nothing can be fused.
-CUDA_ONLY = frozenset({"fuse_linear_silu_mul"})
 
-
-def rewrite(program: Program, *, disabled: Collection[str] = (), cuda: bool = False) -> Program:
+def rewrite(program: Program, *, disabled: Collection[str] = ()) -> Program:
     """``program`` after all rewrites but the ``disabled`` ones, in their order.
-
-    Args:
-        cuda: whether it is for a GPU, so that :data:`CUDA_ONLY` apply.
 
     Raises:
         ValueError: ``disabled`` names a pass that does not exist.
@@ -49,6 +41,6 @@ def rewrite(program: Program, *, disabled: Collection[str] = (), cuda: bool = Fa
     if unknown:
         raise ValueError(f"there is no pass {unknown[0]!r} to disable; passes are {', '.join(REWRITES)}")
     for name, apply in REWRITES.items():
-        if name not in disabled and (cuda or name not in CUDA_ONLY):
+        if name not in disabled:
             program = verify(apply(program), after=name)
     return program

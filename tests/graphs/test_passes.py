@@ -12,7 +12,6 @@ from tiny_programs import LLAMA, QWEN3, handmade, ops, traced
 from makeready.graphs.ir import Call, Program
 from makeready.graphs.passes import REWRITES, rewrite
 from makeready.graphs.passes.fuse_add_norm import fuse_add_norm
-from makeready.graphs.passes.fuse_linear_silu_mul import fuse_linear_silu_mul
 from makeready.graphs.passes.fuse_qkv import fuse_qkv
 from makeready.graphs.passes.fuse_silu_mul import fuse_silu_mul
 from makeready.graphs.passes.hoist_gather import hoist_gather
@@ -207,23 +206,6 @@ def test_a_gate_read_before_its_activation_is_fused_and_kept():
 )
 def test_columns_that_are_no_halves_stay(gate, up):
     unchanged(fuse_silu_mul, gated(gate=gate, up=up))
-
-
-# fuse_linear_silu_mul
-
-
-def test_a_gate_is_computed_where_its_projection_ends():
-    after = fuse_linear_silu_mul(fuse_silu_mul(gated()))
-    assert ops(verify(after, after="it")) == ["linear_silu_mul"]
-    assert ops(rewrite(general("qwen3"), cuda=True)).count("linear_silu_mul") == QWEN3["num_hidden_layers"]
-    assert "linear_silu_mul" not in ops(rewrite(general("qwen3")))
-    assert "linear_silu_mul" not in ops(rewrite(general("llama"), cuda=True))  # it has biases there
-
-
-def test_a_projection_that_somebody_else_reads_stays():
-    unchanged(
-        fuse_linear_silu_mul, fuse_silu_mul(gated(Call("add", {"x": "gate", "y": "up"}, {"z": "more"})))
-    )
 
 
 # fuse_qkv
