@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar
@@ -130,7 +130,7 @@ class LLM:
             except (RequestError, TextError) as error:
                 yield from [Output.refused(str(error))] * params.n
 
-    def _run(self, made: Iterator[Request | Output]) -> Iterator[tuple[int, Output]]:
+    def _run(self, made: Iterator[Request | Output]) -> Generator[tuple[int, Output], None, None]:
         """Run requests as there is room for them; yields places and outputs as they are final."""
         places: dict[Request, int] = {}
         numbered = enumerate(made)

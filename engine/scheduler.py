@@ -186,7 +186,7 @@ class Scheduler:
         seats.computed_S[batch.slots] += 1
         seats.left_S[batch.slots] -= 1
         # Whose last token is being sampled has nothing left to run: the next request can have the seat.
-        ended = [batch.decoding[row] for row in np.flatnonzero(seats.left_S[batch.slots] == 0)]
+        ended = [batch.decoding[row] for row in np.flatnonzero(seats.left_S[batch.slots] == 0).tolist()]
         for chunk in batch.chunks:
             request = chunk.request
             seats.computed_S[request.slot] += chunk.count
