@@ -3,8 +3,7 @@
 With one accumulator the loops over tiles and over K are flattened into one, so the copies for the next tile
 are under way while the last one is being written. Tiles go in groups of ``GROUP`` along the tokens before
 they move on along the outputs: a wave then touches few different rows of either operand, which stay in L2. A
-second accumulator makes tiles of 192 outputs, or keeps up beside gate of a gated projection (see
-linear_stream_triton.py).
+second accumulator makes tiles of 192 outputs (see linear_stream_triton.py).
 
 # T tokens, N outputs, K inputs, S rows of the weights in the second accumulator
 """
@@ -17,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from makeready.kernels.gemm.linear_stream_triton import gated, prefetch_rows
+from makeready.kernels.gemm.linear_stream_triton import prefetch_rows
 
 
 @triton.jit
@@ -49,38 +48,34 @@ def linear_persistent(
     BT: tl.constexpr,
     BN: tl.constexpr,
     SECOND: tl.constexpr,
-    GATED: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,
     PARTS: tl.constexpr,
     AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """``y[T, N] = x[T, K] @ weight[N, K].T + bias[N]``; where ``GATED`` the weights have 2 N rows.
+    """``y[T, N] = x[T, K] @ weight[N, K].T + bias[N]``.
 
     Args:
         x, weight, y: TMA descriptors with blocks ``[BT, BK]``, ``[BN, BK]`` and ``[BT, BN // PARTS]``.
         second: descriptor over the weights with blocks ``[SECOND, BK]``; None where SECOND is 0.
         weight_start: pointer to the weights.
-        bias: pointer or None; None where ``GATED``.
-        SECOND: rows of the weights in a second accumulator: BN // PARTS further outputs of the tile, or up's
-            rows of the same outputs where ``GATED``, then BN.
+        bias: pointer or None.
+        SECOND: further outputs of the tile, in a second accumulator: BN // PARTS or none.
         PARTS: copies in which the first BN outputs of a tile are written: a power of two.
         AHEAD: bytes of the first tile's weight rows to bring to L2 while the kernel before still runs.
         PDL: this launch may start before the one ahead of it ends.
     """
-    OUT: tl.constexpr = BN if GATED else BN + SECOND
+    OUT: tl.constexpr = BN + SECOND
     tiles_t = tl.cdiv(T, BT)
     tiles_n = tl.cdiv(N, OUT)
     steps = tl.cdiv(K, BK)
     a_group = GROUP * tiles_n
-    to_second = N if GATED else BN
     if PDL:
         gdc_launch_dependents()
         if AHEAD > 0:
-            rows = 2 * N if GATED else N
             n = _outputs(tl.program_id(0), a_group, tiles_t, GROUP) * OUT + tl.arange(0, BN)
-            prefetch_rows(weight_start, n, rows, K, 0, tl.minimum(2 * K, AHEAD))
+            prefetch_rows(weight_start, n, N, K, 0, tl.minimum(2 * K, AHEAD))
         gdc_wait()
     # In a flattened loop with two accumulators the assembler waits for each matrix instruction: 56 µs for 37.
     for tile in tl.range(tl.program_id(0), tiles_t * tiles_n, tl.num_programs(0), flatten=SECOND == 0):
@@ -94,14 +89,11 @@ def linear_persistent(
             w_NK = weight.load([n0, step * BK])
             acc_TN = tl.dot(x_TK, w_NK.T, acc_TN)
             if SECOND > 0:
-                w_SK = second.load([n0 + to_second, step * BK])
+                w_SK = second.load([n0 + BN, step * BK])
                 acc_TS = tl.dot(x_TK, w_SK.T, acc_TS)
-        if GATED:
-            _store(y, gated(acc_TN, acc_TS, y.dtype), None, t0, n0, N, BT, BN, PARTS)
-        else:
-            _store(y, acc_TN, bias, t0, n0, N, BT, BN, PARTS)
-            if SECOND > 0:
-                _store(y, acc_TS, bias, t0, n0 + BN, N, BT, SECOND, 1)
+        _store(y, acc_TN, bias, t0, n0, N, BT, BN, PARTS)
+        if SECOND > 0:
+            _store(y, acc_TS, bias, t0, n0 + BN, N, BT, SECOND, 1)
 
 
 @triton.jit

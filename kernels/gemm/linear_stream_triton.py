@@ -10,7 +10,7 @@ depend on who was last, and sets the tile's counter back to zero.
 
 Tile sides are powers of two, but a second accumulator makes tiles of 192 outputs: 256 tokens by 24,576
 outputs are then 256 tiles of 128 rows, nearly two waves of 132 multiprocessors, where 128 make 384 and a
-third wave. A gated projection keeps gate and up in the two accumulators and writes ``silu(gate) * up``.
+third wave.
 
 # T tokens, N outputs, K inputs
 """
@@ -42,13 +42,6 @@ def prefetch_rows(weight, row, rows, K, begin, nbytes):
     """:func:`_prefetch` from column ``begin`` of each ``row``; those past the last repeat it."""
     inside = tl.minimum(row, rows - 1).to(tl.int64)
     _prefetch(weight + inside * K + begin, nbytes)
-
-
-@triton.jit
-def gated(gate, up, dtype: tl.constexpr):
-    """``silu(gate) * up`` of sums that are rounded to ``dtype`` first, as a projection would leave them."""
-    g = gate.to(dtype).to(tl.float32)
-    return g / (1 + tl.exp(-g)) * up.to(dtype).to(tl.float32)
 
 
 @triton.jit
@@ -84,7 +77,6 @@ def linear_stream(
     BT: tl.constexpr,
     BN: tl.constexpr,
     SECOND: tl.constexpr,
-    GATED: tl.constexpr,
     BK: tl.constexpr,
     SPLIT: tl.constexpr,
     AHEAD: tl.constexpr,
@@ -92,21 +84,20 @@ def linear_stream(
     WIDEN: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """``y[T, N] = x[T, K] @ weight[N, K].T + bias[N]``; where ``GATED`` the weights have 2 N rows.
+    """``y[T, N] = x[T, K] @ weight[N, K].T + bias[N]``.
 
     The grid is one axis of tiles(N) * SPLIT * tiles(T) blocks, tokens fastest: blocks that read the same
     weights run together.
 
     Args:
         x, weight: TMA descriptors with blocks ``[BT, BK]`` and ``[BN, BK]`` where ``TMA``, else pointers.
-        second: descriptor over the weights with blocks ``[SECOND, BK]``; a pointer, or None where SECOND is 0.
+        second: descriptor over the weights with blocks ``[SECOND, BK]``; None where SECOND is 0.
         weight_start: pointer to the weights.
-        bias: pointer or None; None where ``GATED``.
+        bias: pointer or None.
         partial: fp32 scratch, ``[tiles, SPLIT, BT, BN]``; None where SPLIT is 1.
         arrived: int32 zeros, ``[tiles]``, zeros again at the end; None where SPLIT is 1.
         x_stride, y_stride: elements from one row to the next.
-        SECOND: rows of the weights in a second accumulator: the block's further outputs, or up's rows of the
-            same outputs where ``GATED``, then BN. 0 where SPLIT is not 1.
+        SECOND: further outputs of the block, in a second accumulator; 0 without ``TMA`` or where SPLIT is not 1.
         AHEAD: bytes of each weight row to bring to L2 while the kernel before still runs.
         WIDEN: multiply in fp32 (operands of fp32, or of different dtypes).
         PDL: this launch may start before the one ahead of it ends.
@@ -117,8 +108,8 @@ def linear_stream(
     split = (pid // tiles_t) % SPLIT
     tile_n = pid // (tiles_t * SPLIT)
     t0 = tile_t * BT
-    n0 = tile_n * (BN if GATED else BN + SECOND)
-    s0 = n0 + (N if GATED else BN)
+    n0 = tile_n * (BN + SECOND)
+    s0 = n0 + BN
     t = t0 + tl.arange(0, BT)
     n = n0 + tl.arange(0, BN)
     span = tl.cdiv(tl.cdiv(K, BK), SPLIT) * BK
@@ -131,10 +122,9 @@ def linear_stream(
             # A range past K is empty and prefetches nothing.
             nbytes = tl.minimum((end - begin) * 2, AHEAD)
             if nbytes > 0:
-                rows = 2 * N if GATED else N
-                prefetch_rows(weight_start, n, rows, K, begin, nbytes)
+                prefetch_rows(weight_start, n, N, K, begin, nbytes)
                 if SECOND > 0:
-                    prefetch_rows(weight_start, s0 + tl.arange(0, SECOND), rows, K, begin, nbytes)
+                    prefetch_rows(weight_start, s0 + tl.arange(0, SECOND), N, K, begin, nbytes)
     bias_N = None
     bias_S = None
     if bias is not None:
@@ -164,21 +154,10 @@ def linear_stream(
             x_TK = x_TK.to(tl.float32)
         acc_NT = tl.dot(w_NK, x_TK.T, acc_NT, input_precision="ieee")
         if SECOND > 0:
-            if TMA:
-                w_SK = second.load([s0, k])
-            else:
-                w_SK = tl.load(
-                    w_rows + N.to(tl.int64) * K + (k + k_of)[None, :],
-                    mask=(n < N)[:, None] & inside,
-                    other=0.0,
-                )
-            if WIDEN:
-                w_SK = w_SK.to(tl.float32)
+            w_SK = second.load([s0, k])
             acc_ST = tl.dot(w_SK, x_TK.T, acc_ST, input_precision="ieee")
 
-    if GATED:
-        _store(y, gated(acc_NT, acc_ST, y.dtype.element_ty).T, None, t, n, T, N, y_stride)
-    elif SPLIT == 1:
+    if SPLIT == 1:
         _store(y, acc_NT.T, bias_N, t, n, T, N, y_stride)
         if SECOND > 0:
             _store(y, acc_ST.T, bias_S, t, s0 + tl.arange(0, SECOND), T, N, y_stride)

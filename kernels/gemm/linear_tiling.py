@@ -39,7 +39,6 @@ class Product:
     """What matters of a call: sizes, bytes of an element in and out, and what its operands allow.
 
     Attributes:
-        gated: the first half of the weights' rows is gate, the second up; the result has half as many columns.
         tma: operands are aligned for tensor maps and the target has them.
         tma_out: so is the result.
         tensor_cores: both operands are of the same 16-bit dtype.
@@ -50,7 +49,6 @@ class Product:
     N: int
     K: int
     out_bytes: int
-    gated: bool
     tma: bool
     tma_out: bool
     tensor_cores: bool
@@ -61,8 +59,7 @@ class Product:
     @property
     def moved(self) -> int:
         """Bytes of both operands and the result, each once."""
-        columns = self.N // 2 if self.gated else self.N
-        return 2 * (self.N + self.T) * self.K + self.out_bytes * self.T * columns
+        return 2 * (self.N + self.T) * self.K + self.out_bytes * self.T * self.N
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ class Tiling:
     """One way: ``kind`` of kernel, tile sides over T, N, K, ranges of K, and compile options.
 
     Attributes:
-        second: of the tile's ``n`` rows of the weights, those in a second accumulator.
+        second: of the tile's ``n`` outputs, those in a second accumulator.
         parts: copies in which a persistent block writes the first accumulator.
     """
 
@@ -114,8 +111,7 @@ class Tiling:
 def ways(product: Product) -> list[Tiling]:
     """Every way to run ``product``, in no order that means anything; there is always one."""
     if not product.tensor_cores:
-        second = 32 if product.gated else 0
-        return [Tiling(STREAM, 16 if product.T <= 16 else 32, 32 + second, 32, 1, 4, 2, second)]
+        return [Tiling(STREAM, 16 if product.T <= 16 else 32, 32, 32, 1, 4, 2)]
     return [*_streams(product), *_persistents(product)]
 
 
@@ -123,10 +119,8 @@ def _sums(product: Product) -> int:
     return _SUMS_WGMMA if product.wgmma else _SUMS
 
 
-def _second(product: Product, n: int) -> int:
-    """Rows in the second accumulator of a tile of ``n``: a third makes 192 of 128 and 64."""
-    if product.gated:
-        return n // 2
+def _second(n: int) -> int:
+    """Outputs in the second accumulator of a tile of ``n``: a third makes 192 of 128 and 64."""
     return n // 3 if n % 3 == 0 else 0
 
 
@@ -135,10 +129,8 @@ def _streams(product: Product) -> Iterator[Tiling]:
         # A tile that half would hold is waste; tiles of few tokens ask L2 for the same weights too often.
         if (t > 16 and t >= 2 * product.T) or (t < 64 and t < product.T) or (t < 128 and 4 * t < product.T):
             continue
-        second = _second(product, n)
-        if t * n > _sums(product) * 32 * warps or (second and not product.gated and not product.tma):
-            continue
-        if product.gated and n % 128:  # each half of 64 rows is a matrix instruction's least
+        second = _second(n)
+        if t * n > _sums(product) * 32 * warps or (second and not product.tma):
             continue
         if n > 128 and t < 128:  # lost 3 to 8 % beside tiles of 64 outputs
             continue
@@ -158,11 +150,11 @@ def _persistents(product: Product) -> Iterator[Tiling]:
     if not (product.tma and product.tma_out) or product.T <= 64:
         return
     for t, n, warps in _PERSISTENT_SIDES:
-        second = _second(product, n)
-        if t * n > _sums(product) * 32 * warps or (product.gated and n % 128):
+        second = _second(n)
+        if t * n > _sums(product) * 32 * warps:
             continue
         # The columns of a second accumulator are written in one copy, as wide as each of the first one's.
-        choices = ((n - second) // second,) if second and not product.gated else (1, 2, 4)
+        choices = ((n - second) // second,) if second else (1, 2, 4)
         stages, parts = max(
             (_deepest(product, t, n, _out_bytes(product, t, n - second, parts)), -parts) for parts in choices
         )

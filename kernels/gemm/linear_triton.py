@@ -25,13 +25,11 @@ from makeready.kernels.device import (
 )
 from makeready.kernels.gemm.linear import linear
 from makeready.kernels.gemm.linear_cost import tilings
-from makeready.kernels.gemm.linear_silu_mul import linear_silu_mul
 from makeready.kernels.gemm.linear_tiling import PERSISTENT, Product, Tiling
 from makeready.kernels.registry import cuda_kernel
 from makeready.kernels.spec import DTYPE_BYTES
 
 assert isinstance(linear, Contract)
-assert isinstance(linear_silu_mul, Contract)
 
 _BEST = 6
 _STACK = 16  # for sm_120a every tile has 8 or 16 bytes of local memory, the smallest as well as the largest
@@ -42,9 +40,8 @@ _GROUP_ROWS = 1024
 
 
 @cuda_kernel(linear, "tiled")
-@cuda_kernel(linear_silu_mul, "tiled")
 def linear_cuda(call: OpCall) -> Sequence[Candidate]:
-    """The best few ways to run ``linear`` or ``linear_silu_mul``, best first by the model of ``linear_cost``.
+    """The best few ways to run the call, best first by the model of ``linear_cost``.
 
     They differ in their tiles or in whether a multiprocessor has room for two blocks, so that one of them is
     right where the model is not.
@@ -78,7 +75,6 @@ def describe(call: OpCall) -> Product:
         N=int(weight.shape[0]),
         K=int(weight.shape[1]),
         out_bytes=DTYPE_BYTES[y.dtype],
-        gated=call.op == linear_silu_mul.name,
         tma=tma and tensor_cores and _addressable(x) and _addressable(weight),
         tma_out=tma and _addressable(y),
         tensor_cores=tensor_cores,
@@ -132,7 +128,6 @@ def _constants(call: OpCall, way: Tiling, product: Product) -> dict[str, Any]:
         "BT": way.t,
         "BN": way.n - way.second,
         "SECOND": way.second,
-        "GATED": product.gated,
         "BK": way.k,
         # Bulk prefetch wants 16-byte aligned rows and lengths, as tensor maps do.
         "AHEAD": way.stages * way.k * 2 if dependent and product.tma else 0,
@@ -149,11 +144,11 @@ def _operands(call: OpCall, way: Tiling, product: Product, *, tma: bool) -> dict
         "weight": _tile(call, "weight", way.n - way.second, way.k) if tma else Pointer("weight"),
         "weight_start": Pointer("weight"),
         "T": Scalar(product.T, "int32", specialize=False),
-        "N": Scalar(int(call.tensors["y"].shape[1]), "int32"),
+        "N": Scalar(product.N, "int32"),
         "K": Scalar(product.K, "int32"),
     }
     if way.second:
-        made["second"] = _tile(call, "weight", way.second, way.k) if tma else Pointer("weight")
+        made["second"] = _tile(call, "weight", way.second, way.k)
     if "bias" in call.tensors:
         made["bias"] = Pointer("bias")
     return made

@@ -18,11 +18,9 @@ from makeready.kernels.contract import Contract
 from makeready.kernels.device import Candidate, OpCall
 from makeready.kernels.gemm.linear import linear
 from makeready.kernels.gemm.linear_cost import seconds, tilings
-from makeready.kernels.gemm.linear_silu_mul import linear_silu_mul
 from makeready.kernels.gemm.linear_triton import candidates, describe, linear_cuda
 
 assert isinstance(linear, Contract)
-assert isinstance(linear_silu_mul, Contract)
 
 BANDWIDTH, RATE = 3.0e12, 779e12  # measured on an H100: device copy in bytes/s, bf16 product in operations/s
 ROTATED = 400e6  # bytes of weights that calls rotate over; L2 has 50 MiB
@@ -37,19 +35,12 @@ SPARE = 256
 
 @dataclass(frozen=True)
 class Product:
-    """A projection at ``T`` tokens: ``gate_up`` with its activation, ``lm_head`` in fp32."""
+    """A projection at ``T`` tokens, ``lm_head`` in fp32."""
 
     name: str
     T: int
     N: int
     K: int
-
-    @property
-    def contract(self) -> Contract:
-        """What a plan calls."""
-        made = linear_silu_mul if self.name == "gate_up" else linear
-        assert isinstance(made, Contract)
-        return made
 
     @property
     def attrs(self) -> dict[str, Any]:
@@ -59,15 +50,15 @@ class Product:
     @property
     def floor(self) -> float:
         """Seconds that no way beats: all bytes once, or all operations."""
-        out = {"gate_up": self.N, "lm_head": 4 * self.N}.get(self.name, 2 * self.N)  # bytes of a row
-        nbytes = 2 * (self.N + self.T) * self.K + self.T * out
+        out = 4 if self.name in VOCABULARY else 2  # bytes of a value
+        nbytes = 2 * (self.N + self.T) * self.K + out * self.T * self.N
         return max(nbytes / BANDWIDTH, 2 * self.T * self.N * self.K / RATE)
 
     def call(self, device: str) -> tuple[OpCall, torch.Tensor]:
         """The call, and its activations."""
         x = torch.randn(self.T + SPARE, self.K, device=device, dtype=torch.bfloat16)[: self.T]
         weight = torch.empty(self.N, self.K, dtype=torch.bfloat16, device=device)
-        return launcher.op_call(self.contract, {"x": x, "weight": weight}, self.attrs, spare=True), x
+        return launcher.op_call(linear, {"x": x, "weight": weight}, self.attrs, spare=True), x
 
 
 def products(rows: Sequence[int], logits: Sequence[int]) -> Iterator[Product]:
@@ -78,7 +69,7 @@ def products(rows: Sequence[int], logits: Sequence[int]) -> Iterator[Product]:
 
 
 def gemm() -> list[dict[str, Any]]:
-    """The planner's choice, its other candidates and cuBLAS (without the activation), in seconds."""
+    """The planner's choice, its other candidates and cuBLAS, in seconds."""
     found = []
     for product, call, sets, ways in _work(list(products(ROWS, LOGITS)), linear_cuda):
         times = {way.name: launcher.time(way, call, sets) for way in ways}
@@ -118,9 +109,6 @@ def gemm_sweep() -> list[tuple[str, int, str, float, float, bool]]:
     for product, call, sets, ways in _work(list(products(SWEPT, LOGITS)), _worth_a_try):
         model = {way.name: seconds(describe(call), way) for way in tilings(describe(call))}
         want = sets[0]["x"].float() @ sets[0]["weight"].float().t()
-        if product.contract is linear_silu_mul:
-            gate, up = want.chunk(2, dim=-1)
-            want = torch.nn.functional.silu(gate) * up
         for way in ways:
             got = launcher.run(way, call, sets[0])["y"].float()
             wrong = not ((got - want).norm() / want.norm() < 1e-2)

@@ -13,17 +13,13 @@ if not torch.cuda.is_available():
 import launcher
 
 from makeready.kernels.contract import Contract
-from makeready.kernels.device import OpCall
 from makeready.kernels.gemm.linear import linear
-from makeready.kernels.gemm.linear_silu_mul import linear_silu_mul
 from makeready.kernels.gemm.linear_triton import candidates, linear_cuda
 
 assert isinstance(linear, Contract)
-assert isinstance(linear_silu_mul, Contract)
 
 ROWS = (1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 64, 65, 127, 128, 129, 255, 256, 300, 512, 1000)
 MATRICES = ((6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288))
-GATED = (24576, 4096)
 VOCABULARY = (151936, 4096)
 TINY = ((131, 96), (96, 131), (8, 8), (1, 64), (200, 520), (64, 100))
 
@@ -48,10 +44,6 @@ def _hold(
     want = tensors["x"].double() @ tensors["weight"].double().T
     if "bias" in tensors:
         want += tensors["bias"].double()
-    _hold_to(want, call, tensors, every=every)
-
-
-def _hold_to(want: torch.Tensor, call: OpCall, tensors: dict[str, torch.Tensor], *, every: bool) -> None:
     allowed = getattr(linear.tolerance, call.tensors["y"].dtype)
     ways = linear_cuda(call)
     for way in ways if every else ways[:1]:
@@ -72,12 +64,6 @@ def _compiled() -> None:
             attrs = {"out_dtype": "float32" if VOCABULARY[0] == N else ""}
             call = launcher.op_call(linear, {"x": x, "weight": weight}, attrs, spare=True)
             work.append((call, linear_cuda(call)[: 6 if T in (16, 256) else 1]))
-    N, K = GATED
-    weight = torch.empty(N, K, dtype=torch.bfloat16, device="meta")
-    for T in ROWS:
-        x = torch.empty(T, K, dtype=torch.bfloat16, device="meta")
-        call = launcher.op_call(linear_silu_mul, {"x": x, "weight": weight}, spare=True)
-        work.append((call, linear_cuda(call)[: 6 if T in (16, 256) else 1]))
     launcher.prepare(work)
 
 
@@ -94,27 +80,6 @@ def test_bounds_inside_a_tile_without_spare_rows():
     weight = _random(N, K, seed=1)
     for T in (1, 17, 129, 300):
         _hold({"x": _random(T, K), "weight": weight})
-
-
-def test_gated_projection():
-    N, K = GATED
-    weight = _random(N, K, seed=1) / 64
-    for T in ROWS:
-        tensors = {"x": _with_spare_rows(_random(T, K)), "weight": weight}
-        gate, up = (tensors["x"].double() @ weight.double().T).chunk(2, dim=-1)
-        want = torch.nn.functional.silu(gate) * up
-        call = launcher.op_call(linear_silu_mul, tensors, spare=True)
-        _hold_to(want, call, tensors, every=T in (16, 256))
-
-
-@pytest.mark.parametrize(("N", "K"), [(96, 64), (38, 100), (260, 130)])
-def test_gated_projection_of_odd_sizes(N: int, K: int):
-    weight = _random(N, K, seed=1)
-    for T in (1, 3, 17, 130):
-        tensors = {"x": _random(T, K), "weight": weight}
-        gate, up = (tensors["x"].double() @ weight.double().T).chunk(2, dim=-1)
-        call = launcher.op_call(linear_silu_mul, tensors)
-        _hold_to(torch.nn.functional.silu(gate) * up, call, tensors, every=True)
 
 
 def test_logits_leave_as_fp32():
@@ -156,20 +121,15 @@ def test_columns_of_a_wider_buffer_with_bias(start: int):
 @pytest.mark.parametrize("T", [100, 192])
 def test_every_way_to_cut_one_small_product(T: int):
     x, weight = _with_spare_rows(_random(T, 1024)), _random(640, 1024, seed=1) / 32
-    plain = {"x": x, "weight": weight, "bias": _random(640, seed=2)}
-    made = x.double() @ weight.double().T
-    gate, up = made.chunk(2, dim=-1)
-    for contract, tensors, want in (
-        (linear, plain, made + plain["bias"].double()),
-        (linear_silu_mul, {"x": x, "weight": weight}, torch.nn.functional.silu(gate) * up),
-    ):
-        call = launcher.op_call(contract, tensors, spare=True)
-        ways = candidates(call)
-        launcher.prepare([(call, ways)])
-        for way in ways:
-            if launcher.fits(way, call):
-                got = launcher.run(way, call, tensors)["y"].double()
-                assert (got - want).norm() / want.norm() < 1e-2, way.name
+    tensors = {"x": x, "weight": weight, "bias": _random(640, seed=2)}
+    want = x.double() @ weight.double().T + tensors["bias"].double()
+    call = launcher.op_call(linear, tensors, spare=True)
+    ways = candidates(call)
+    launcher.prepare([(call, ways)])
+    for way in ways:
+        if launcher.fits(way, call):
+            got = launcher.run(way, call, tensors)["y"].double()
+            assert (got - want).norm() / want.norm() < 1e-2, way.name
 
 
 def test_launches_that_start_early_wait_for_each_other():

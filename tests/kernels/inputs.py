@@ -87,14 +87,6 @@ def linear(op: str) -> Iterator[Case]:
     yield Case(op, "columns", operands, {"out_dtype": ""})
 
 
-def linear_silu_mul(op: str) -> Iterator[Case]:
-    for case in linear("linear"):
-        x, weight = case.operands["x"], case.operands["weight"]
-        if len(weight) % 2 == 0 and "bias" not in case.operands and not case.attrs["out_dtype"]:
-            small = weight / x.shape[1] ** 0.5  # gate times up would square the noise of large sums
-            yield Case(op, case.label, {"x": x, "weight": small}, {})
-
-
 def _norm(op: str, *names: str) -> Iterator[Case]:
     shapes = [(3, 10), (1, 1), (1, 576), (7, 65), (33, 1536)]
     for seed, ((tokens, width), act) in enumerate(itertools.product(shapes, FLOATS)):
@@ -223,7 +215,6 @@ BUILDERS: Mapping[str, Callable[[str], Iterator[Case]]] = {
     "load_tokens": load_tokens,
     "embedding": embedding,
     "linear": linear,
-    "linear_silu_mul": linear_silu_mul,
     "rms_norm": lambda op: _norm(op, "x"),
     "add_rms_norm": lambda op: _norm(op, "x", "residual"),
     "quantize_fp8": lambda op: _grouped(_pointwise(op, "x"), _width("x")),

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -15,12 +14,10 @@ from makeready.kernels.contract import Contract
 from makeready.kernels.device import Descriptor, OpCall, Pointer, Scalar, Scratch, Tensor
 from makeready.kernels.gemm.linear import linear
 from makeready.kernels.gemm.linear_cost import seconds, tilings
-from makeready.kernels.gemm.linear_silu_mul import linear_silu_mul
 from makeready.kernels.gemm.linear_tiling import PERSISTENT, STREAM, Product
 from makeready.kernels.gemm.linear_triton import candidates, describe, linear_cuda
 
 assert isinstance(linear, Contract)
-assert isinstance(linear_silu_mul, Contract)
 
 _ALL = frozenset({"tma", "wgmma", "pdl"})
 _MATRICES = ((6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288))
@@ -50,13 +47,6 @@ def _call(
     return OpCall("linear", tensors, {"out_dtype": out}, {"T": T, "N": N, "K": K}, T, T, features=features)
 
 
-def _gated(T: int, N: int, K: int, **options) -> OpCall:
-    """N outputs of a gated projection, so weights of 2 N rows."""
-    call = _call(T, 2 * N, K, **options)
-    tensors = {**call.tensors, "y": Tensor((T, N), call.tensors["y"].dtype, N, 256)}
-    return replace(call, op="linear_silu_mul", tensors=tensors, attrs={}, dims={"T": T, "J": 2 * N, "K": K})
-
-
 def test_every_call_has_a_way_and_the_choice_is_repeatable():
     for T, (N, K) in ((t, m) for t in _ROWS for m in (*_MATRICES, (131, 96), (7, 3))):
         call = _call(T, N, K)
@@ -84,25 +74,19 @@ def test_launches_cover_the_result_and_scratch_holds_every_split():
             assert candidate.scratch - sums.offset == 4 * way.split * blocks_t * blocks_n * way.t * way.n
 
 
-def test_both_accumulators_of_a_tile_cover_its_rows_of_the_weights():
-    for call in (
-        _call(256, 24576, 4096),
-        _gated(256, 12288, 4096),
-        _gated(3, 40, 100),
-        _gated(8192, 12288, 4096),
-    ):
-        product = describe(call)
+def test_both_accumulators_of_a_tile_cover_its_outputs():
+    for T in (256, 8192):
+        call = _call(T, 24576, 4096)
         seen = 0
-        for way, candidate in zip(tilings(product), candidates(call), strict=True):
+        for way, candidate in zip(tilings(describe(call)), candidates(call), strict=True):
             (launch,) = candidate.launches
             first, second = (launch.constants[name] for name in ("BN", "SECOND"))
             assert isinstance(first, int)
             assert isinstance(second, int)
             assert first + second == way.n
-            assert launch.constants["GATED"] is (call.op == "linear_silu_mul")
-            assert second == first if product.gated else second in (0, first // 2)
+            assert second in (0, first // 2)
             seen += second > 0
-            if way.kind == PERSISTENT and second and not product.gated:
+            if way.kind == PERSISTENT and second:
                 y = launch.arguments["y"]
                 assert isinstance(y, Descriptor)
                 assert y.block == (way.t, second)
@@ -124,7 +108,7 @@ def test_maps_of_operands_with_spare_rows_have_no_bounds_inside_a_tile():
 
 def test_shared_memory_stays_within_the_target():
     for limit in (101376, 166912, 232448):  # RTX 5090, A100, H100
-        product = Product(256, 4096, 4096, 2, False, True, True, True, True, 132, limit)
+        product = Product(256, 4096, 4096, 2, True, True, True, True, 132, limit)
         assert all(way.shared(product) <= limit for way in tilings(product))
 
 
@@ -177,7 +161,6 @@ def test_interpreted_kernels_agree_with_the_reference():
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     errors = json.loads(done.stdout)
-    assert {name.partition(" ")[0] for name in errors} == {"linear", "linear_silu_mul"}
     assert any("_k2_" in name for name in errors)
     assert len(errors) > len(_SHAPES)
     for name, (error, allowed) in errors.items():
@@ -213,11 +196,6 @@ def interpret() -> None:
             *(tensors[k].double() if k in tensors else None for k in ("x", "weight", "bias"))
         )
         errors |= _interpreted(call, tensors, want)
-        if weight == dtype == out and not bias and N % 2 == 0:
-            call = _gated(T, N // 2, K, dtype=dtype, x_stride=stride, features=frozenset())
-            tensors["y"] = tensors["y"][:, : N // 2].contiguous()
-            want = linear_silu_mul.reference(tensors["x"].double(), tensors["weight"].double())
-            errors |= _interpreted(call, tensors, want)
     print(json.dumps(errors))
 
 
@@ -264,9 +242,6 @@ def _run_interpreted(launch, tensors, nbytes: int, zeroed: int) -> None:
         (_call(128, 6144, 4096), 90, ("wgmma.mma_async", "cp.async.bulk.tensor")),
         (_call(4096, 6144, 4096, bias=True), 90, ("wgmma.mma_async", "cp.async.bulk.tensor")),
         (_call(256, 24576, 4096, spare=True), 90, ("wgmma.mma_async", "cp.async.bulk.tensor")),
-        (_gated(16, 12288, 4096), 90, ("wgmma.mma_async", "cp.async.bulk.tensor", "prefetch.L2")),
-        (_gated(4096, 12288, 4096), 90, ("wgmma.mma_async", "cp.async.bulk.tensor")),
-        (_gated(16, 12288, 4096, features=frozenset()), 80, ("mma.sync", "cp.async.cg")),
         (_call(16, 200, 4096, features=frozenset()), 80, ("mma.sync", "cp.async.cg")),
         (_call(7, 131, 100, out="float32"), 90, ("wgmma.mma_async",)),
         (_call(7, 131, 96, dtype="float32"), 90, ("fma.rn.f32",)),
@@ -290,7 +265,7 @@ def test_cross_compiled_kernels_use_the_units_they_should(call: OpCall, arch: in
 
 @pytest.mark.parametrize(
     "call",
-    [_call(16, 4096, 4096), _call(256, 24576, 4096), _gated(512, 12288, 4096), _call(1024, 6144, 4096)],
+    [_call(16, 4096, 4096), _call(256, 24576, 4096), _call(1024, 6144, 4096)],
     ids=lambda call: f"{call.op}_T{call.dims['T']}",
 )
 def test_matrix_instructions_do_not_wait_for_each_other(call: OpCall):
