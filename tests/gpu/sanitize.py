@@ -4,7 +4,7 @@ python tests/gpu/sanitize.py [TOOL ...]      memcheck and synccheck; racecheck a
 
 Compiles a plan of two layers for the GPU at hand, then runs its buckets in a process without torch, once bare
 and once under each tool. initcheck reports reads of padding that nobody writes, which poisoned memory shows
-to be harmless (test_executable.py).
+to be harmless (test_gpu_executable.py).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """8-bit models on the GPU: weights as the CPU quantizes them, steps as the CPU interprets the same plan.
 
-python -m pytest tests/gpu/test_quantized.py
+python -m pytest tests/gpu/test_gpu_quantized.py
 """
 
 from __future__ import annotations
