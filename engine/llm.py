@@ -240,6 +240,10 @@ class LLM:
             if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocabulary:
                 raise RequestError(f"token id {token!r} of the prompt is not from 0 to {vocabulary - 1}")
         sampling.check(self.plan.limits, vocabulary)
+        if sampling.logprob_start_len >= len(ids):
+            raise RequestError(
+                f"logprob_start_len={sampling.logprob_start_len} is beyond the prompt's {len(ids)} tokens; lower it"
+            )
         if self.tokenizer is None and (sampling.stop or sampling.stop_regex):
             raise RequestError(
                 "stop strings need a tokenizer, and the checkpoint has none; use stop_token_ids"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ from makeready.engine.staging import Stage, slot_values
 from makeready.engine.step_record import StepRecord
 from makeready.graphs.buckets import BucketTable
 from makeready.graphs.executable.base import Executable, Pending
-from makeready.graphs.spec import Bucket
+from makeready.graphs.spec import SCORE, TARGET_RESULTS, Bucket
 
 
 @dataclass(frozen=True)
@@ -130,12 +130,16 @@ class Engine:
     def _commit(self, batch: Batch, results: Mapping[str, np.ndarray]) -> tuple[int, list[Request]]:
         """Give tokens to their requests; how many were kept, and who is finished by them."""
         finished: list[Request] = []
+        if batch.phase == SCORE:
+            _score(batch, results)
         kept, tokens = 0, results["tokens"].tolist()
         for row, request in batch.sampling():
             if request.finish_reason is not None:
                 continue  # the step before this one ended it, or it was aborted
             kept += 1
-            logprob = _logprob(request, results, row) if request.sampling.return_logprob else None
+            logprob = None
+            if request.sampling.return_logprob:
+                logprob = _logprob(request, tokens[row], (results[name][row] for name in _OUTPUT))
             request.append(tokens[row], logprob)
             if request.finish_reason is not None:
                 self.scheduler.retire(request)
@@ -166,8 +170,23 @@ class Engine:
         )
 
 
-def _logprob(request: Request, results: Mapping[str, np.ndarray], row: int) -> TokenLogprob:
+_OUTPUT = ("logprob", "top_ids", "top_values")
+
+
+def _score(batch: Batch, results: Mapping[str, np.ndarray]) -> None:
+    """Give log-probabilities of prompts to their requests."""
+    begin = len(batch.decoding)
+    for chunk in batch.chunks:
+        request = chunk.request
+        for i in range(chunk.scores):
+            token, of = request.prompt[chunk.start + 1 + i], (results[n][begin + i] for n in TARGET_RESULTS)
+            request.input_logprobs.append(_logprob(request, token, of))
+        begin += chunk.count
+
+
+def _logprob(request: Request, token: int, results: Iterable[np.ndarray]) -> TokenLogprob:
+    """What a step says of ``token``: its log-probability, and ids and log-probabilities of its rivals."""
+    logprob, ids, values = results
     count = request.sampling.top_logprobs_num
-    ids, values = results["top_ids"][row, :count], results["top_values"][row, :count]
-    top = tuple((i, v) for i, v in zip(ids.tolist(), values.tolist(), strict=True) if i >= 0)
-    return TokenLogprob(int(results["tokens"][row]), float(results["logprob"][row]), top)
+    pairs = zip(ids[:count].tolist(), values[:count].tolist(), strict=True)
+    return TokenLogprob(token, float(logprob), tuple((i, value) for i, value in pairs if i >= 0))

@@ -21,13 +21,14 @@ STOP, LENGTH, ABORT, ERROR = "stop", "length", "abort", "error"
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A generated token's log-probability, and those of the most probable ones in its place.
+    """A token's log-probability, and those of the most probable ones in its place.
 
-    Both are of the model's own distribution, before bias, penalties and temperature.
+    Both are of the model's own distribution, before bias, penalties and temperature. The first token of a
+    prompt, which nothing goes before, has None.
     """
 
     token_id: int
-    logprob: float
+    logprob: float | None
     top: tuple[tuple[int, float], ...] = ()
 
 
@@ -40,6 +41,7 @@ class Output:
         token_ids: generated tokens, the one that ended them included.
         finish_reason: ``stop`` (end token, stop string or id), ``length``, ``abort`` or ``error``.
         logprobs: one entry a generated token, where asked for.
+        input_logprobs: one entry a token of the prompt from ``logprob_start_len`` on, where asked for.
         prompt_tokens, completion_tokens: how many.
         error: why it was refused, where it was.
         meta_info: the same figures under SGLang's names, the seed that was used, and times in seconds; there is
@@ -51,6 +53,7 @@ class Output:
     finish_reason: str
     prompt_tokens: int
     logprobs: tuple[TokenLogprob, ...] | None = None
+    input_logprobs: tuple[TokenLogprob, ...] | None = None
     error: str | None = None
     meta_info: Mapping[str, Any] = field(default_factory=dict)
 
@@ -84,6 +87,7 @@ class Request:
         priority: higher goes first, under the policy of that name.
         id: a name that no other request has.
         output: token ids generated so far.
+        scored: the first token of its prompt whose log-probability is yet to be computed; its length if none.
         slot: its place in the device's slot table while it runs, else -1.
         prefix: what it holds of the prefix cache while it runs.
         cached_tokens: of its prompt, how many did not have to be run.
@@ -104,6 +108,8 @@ class Request:
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     output: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    input_logprobs: list[TokenLogprob] = field(default_factory=list)
+    scored: int = field(default=0, init=False)
     slot: int = -1
     prefix: Prefix | None = None
     cached_tokens: int = 0
@@ -126,6 +132,10 @@ class Request:
         params = self.sampling
         if params.stop or params.stop_regex:  # what cannot be understood is refused here, not while it runs
             self._stop = StopMatcher(params.stop, params.stop_regex, include=params.no_stop_trim)  # type: ignore[arg-type]
+        first, length = params.logprob_start_len, len(self.prompt)
+        self.scored = max(first, 1) if 0 <= first < length else length
+        if first == 0:
+            self.input_logprobs.append(TokenLogprob(self.prompt[0], None))
 
     @property
     def length(self) -> int:
@@ -146,6 +156,20 @@ class Request:
     def done(self) -> bool:
         """Whether it has finished for whatever reason."""
         return self.finish_reason is not None
+
+    @property
+    def scoring(self) -> bool:
+        """Whether log-probabilities of its prompt are yet to be computed."""
+        return self.scored < len(self.prompt)
+
+    @property
+    def reusable(self) -> int:
+        """Tokens, from the first on, that need not be run if they are cached.
+
+        The last is run whatever is cached, for its logits; so is whatever comes before a token whose
+        log-probability is asked for.
+        """
+        return (self.scored if self.scoring else self.length) - 1
 
     def ids(self) -> np.ndarray:
         """Token ids of prompt and output, int32; kept until there are more."""
@@ -223,6 +247,7 @@ class Request:
             finish_reason=self.finish_reason or ABORT,
             prompt_tokens=len(self.prompt),
             logprobs=tuple(self.logprobs) if self.sampling.return_logprob else None,
+            input_logprobs=tuple(self.input_logprobs) if self.sampling.logprob_start_len >= 0 else None,
             meta_info=meta,
         )
 

@@ -40,6 +40,8 @@ class SamplingParams:
         skip_special_tokens: leave special tokens out of the text.
         no_stop_trim: keep the stop string in the text.
         return_logprob: report the log-probability of every generated token.
+        logprob_start_len: report those of the prompt's tokens as well, from this one on; -1 for none. The
+            first token of all has none.
         top_logprobs_num: report so many most probable alternatives as well.
     """
 
@@ -62,6 +64,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     no_stop_trim: bool = False
     return_logprob: bool = False
+    logprob_start_len: int = -1
     top_logprobs_num: int = 0
 
     def __post_init__(self) -> None:
@@ -89,6 +92,8 @@ class SamplingParams:
             raise RequestError("top_p=0 leaves no token to choose; use temperature=0 for greedy decoding")
         if self.top_logprobs_num and not self.return_logprob:
             raise RequestError("top_logprobs_num needs return_logprob=true")
+        if self.logprob_start_len >= 0 and not self.return_logprob:
+            raise RequestError("logprob_start_len needs return_logprob=true")
         object.__setattr__(self, "stop", _strings("stop", self.stop))
         object.__setattr__(self, "stop_regex", _strings("stop_regex", self.stop_regex))
         object.__setattr__(self, "stop_token_ids", tuple(_ids("stop_token_ids", self.stop_token_ids)))
@@ -131,6 +136,11 @@ class SamplingParams:
         ):
             if count > most:
                 raise RequestError(f"{name} asks for {count} entries, the plan allows {most}; ask for fewer")
+        if self.logprob_start_len >= 0 and not limits.max_logprob_tokens:
+            raise RequestError(
+                "logprob_start_len asks for log-probabilities of the prompt, for which the plan has no programs; "
+                f"leave it out, or recompile with plan.max_logprob_tokens={max(512, limits.max_rows)}"
+            )
         for name, ids in (("stop_token_ids", self.stop_token_ids), ("logit_bias", self.logit_bias)):
             for token in ids:
                 if not 0 <= token < vocabulary:
@@ -157,9 +167,10 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("presence_penalty", -2, 2),
     ("repetition_penalty", 1e-6, 1e6),
     ("n", 1, 1024),
+    ("logprob_start_len", -1, _INF),
     ("top_logprobs_num", 0, _INF),
 )
-_WHOLE = ("max_new_tokens", "min_new_tokens", "top_k", "n", "top_logprobs_num")
+_WHOLE = ("max_new_tokens", "min_new_tokens", "top_k", "n", "logprob_start_len", "top_logprobs_num")
 
 
 def _range(low: float, high: float) -> str:

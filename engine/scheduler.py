@@ -24,7 +24,7 @@ from makeready.engine.policy import WaitingQueue
 from makeready.engine.request import ABORT, Request
 from makeready.engine.seats import Seats
 from makeready.graphs.buckets import BucketTable
-from makeready.graphs.spec import DECODE, EXTEND, Bucket, Limits
+from makeready.graphs.spec import DECODE, EXTEND, SCORE, Bucket, Limits
 
 # As SGLang has them: steps in which new_token_ratio falls from 1 to its least, and tokens that each running
 # request is given before pages may run out again.
@@ -33,12 +33,16 @@ DECAY_STEPS, AHEAD = 600, 20
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens ``start : start + count`` of a request's known ones; ``last`` if none is left behind them."""
+    """Tokens ``start : start + count`` of a request's known ones; ``last`` if none is left behind them.
+
+    ``scores`` tokens of its prompt, from ``start + 1`` on, get their log-probabilities.
+    """
 
     request: Request
     start: int
     count: int
     last: bool
+    scores: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,9 @@ class Batch:
 
     @property
     def phase(self) -> str:
-        """Decode where every row runs one token and samples the next."""
+        """Decode where every row runs one token and samples the next; score where any reports of its input."""
+        if any(chunk.scores for chunk in self.chunks):
+            return SCORE
         return DECODE if all(chunk.last and chunk.count == 1 for chunk in self.chunks) else EXTEND
 
     def sampling(self) -> Iterator[tuple[int, Request]]:
@@ -190,6 +196,7 @@ class Scheduler:
         for chunk in batch.chunks:
             request = chunk.request
             seats.computed_S[request.slot] += chunk.count
+            request.scored += chunk.scores
             if chunk.last:
                 seats.left_S[request.slot] -= 1
                 self._prefilling.remove(request)
@@ -241,9 +248,10 @@ class Scheduler:
         """Chunks of prompts that are partly computed: all of them, or as much as a step holds."""
         chunks: list[Chunk] = []
         for request in self._prefilling:
-            if self._room(chunks):
+            chunk = self._chunk(request, chunks)
+            if chunk.count:
                 self._share(chunks)
-                chunks.append(self._chunk(request, chunks))
+                chunks.append(chunk)
         return chunks
 
     def _admit(self, chunks: list[Chunk]) -> list[Request]:
@@ -253,7 +261,7 @@ class Scheduler:
         # Pages that were just taken from one request are not for another to start with.
         if self.waiting and not self._retractions and (free or self.options.policy == PRIORITY):
             for request in self.waiting.order(max(1, free)):
-                if not self._room(chunks):
+                if self._room(chunks, request.scoring) <= 0:
                     break
                 # What was chosen so far is shared before the next request looks for its prefix: samples of
                 # one prompt, and prompts that begin alike, compute that once, be it in the same step.
@@ -328,17 +336,22 @@ class Scheduler:
         priority = request.priority if self.options.policy == PRIORITY else 0
         return request.urgent, priority, len(request.output), -request.ticket
 
-    def _room(self, chunks: Sequence[Chunk]) -> int:
-        """Tokens of chunks that the step takes beside what is chosen."""
+    def _room(self, chunks: Sequence[Chunk], scoring: bool) -> int:
+        """Tokens of chunks that the step takes beside what is chosen; below 0 if it is too long to score."""
         self._collect()
-        room = self.limits.max_tokens - len(self._decoding)
+        scoring = scoring or any(chunk.scores for chunk in chunks)
+        room = self.limits.most_tokens(SCORE if scoring else EXTEND) - len(self._decoding)
         return min(room, self.options.chunked_prefill_size or room) - sum(chunk.count for chunk in chunks)
 
     def _chunk(self, request: Request, chunks: Sequence[Chunk]) -> Chunk:
+        """As much as the step takes of what is left of a request; nothing if it takes none."""
         start = int(self.seats.computed_S[request.slot])
         left = request.length - start
-        count = min(left, self._room(chunks))
-        return Chunk(request, start, count, count == left)
+        # Steps that report of their input hold fewer tokens: what comes before that is run without.
+        before = request.scored - 1 - start if request.scoring else left
+        count = max(0, min(left, before or left, self._room(chunks, scoring=not before)))
+        scores = 0 if before else min(count, len(request.prompt) - 1 - start)
+        return Chunk(request, start, count, count == left, scores)
 
     def _trim(self, chunks: list[Chunk]) -> None:
         """Cut the last chunk where two steps in smaller buckets are cheaper than one that is mostly padding.
@@ -346,7 +359,7 @@ class Scheduler:
         A step costs about as much as its bucket has tokens, and at least as much as ``max_rows`` of them.
         The generating rows run in the next step anyway.
         """
-        if not chunks:
+        if not chunks or any(chunk.scores for chunk in chunks):
             return
         self._collect()
         last, decoding = chunks[-1], len(self._decoding)

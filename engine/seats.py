@@ -83,11 +83,11 @@ class Seats:
         later = self.pages_for(len(ids) - 1 + int(share * request.left))
         need = max(now, later) + self.wanted(share)
         if need > self.available:  # then it is worth a look whether cached pages could make up for what lacks
-            found = self.cache.match(ids, request.salt) // self._size if self.cache is not None else 0
+            found = self.cache.match(ids[: request.reusable], request.salt) // self._size if self.cache else 0
             if need - found > self.available:
                 return False
-        # The last token is run whatever is cached: its logits are what is asked for.
-        prefix = self.cache.acquire(ids[:-1], request.salt, request.priority) if self.cache else None
+        reusable = ids[: request.reusable]
+        prefix = self.cache.acquire(reusable, request.salt, request.priority) if self.cache else None
         cached = prefix.pages if prefix else []
         if need - len(cached) > self.available:
             if prefix is not None and self.cache is not None:

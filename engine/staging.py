@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from makeready.engine.request import Request
 from makeready.engine.scheduler import Batch, Chunk
 from makeready.engine.seats import Seats
-from makeready.graphs.spec import Bucket, Limits, step_fields
+from makeready.graphs.spec import EXTEND, SCORE, Bucket, Field, Limits, step_fields
 from makeready.kernels.spec import ROWS, TOKENS
 
 SAMPLED = -1  # instead of a token id: the token that the device sampled for this row last
@@ -20,14 +22,13 @@ class Stage:
     """
 
     def __init__(self, limits: Limits, seats: Seats) -> None:
-        sizes = {ROWS: limits.max_rows, TOKENS: limits.max_tokens}
         self._seats = seats
         self._page_size = limits.page_size
-        self._fields = {field.name: field for field in step_fields(limits)}
-        self._arrays = {
-            name: np.full(field.spec.at(sizes), field.default, field.spec.dtype)
-            for name, field in self._fields.items()
-        }
+        self._fields = {field.name: field for field in step_fields(limits, EXTEND)}
+        self._arrays = _defaults(self._fields.values(), limits, EXTEND)
+        more = [field for field in step_fields(limits, SCORE) if field.name not in self._fields]
+        self._targets = _defaults(more, limits, SCORE)
+        self._null_slot = limits.null_slot
         self._of_tokens = {name for name, field in self._fields.items() if field.spec.shape[0] == TOKENS}
         self._live = {TOKENS: 0, ROWS: 0}  # how much of them the last step wrote
         self._width = 0  # and columns of the page table
@@ -50,10 +51,14 @@ class Stage:
         self._per_row(slots, starts, counts, begins)
         at["row_slot"][rows : batch.rows][live] = self._fields["row_slot"].default
         self._per_token(slots, starts, counts, begins)
-        return {
+        filled = {
             name: array[: bucket.tokens if name in self._of_tokens else bucket.rows]
             for name, array in at.items()
         }
+        if bucket.phase == SCORE:
+            self._target(batch, begins[rows:])
+            filled |= {name: array[: bucket.tokens] for name, array in self._targets.items()}
+        return filled
 
     def _per_row(self, slots: np.ndarray, starts: np.ndarray, counts: np.ndarray, begins: np.ndarray) -> None:
         at, rows = self._arrays, len(slots)
@@ -76,6 +81,15 @@ class Stage:
         at["positions"][:tokens] = starts
         at["token_slot"][:tokens] = slots
         at["kv_slot"][:tokens] = self._seats.pages_SP[slots, starts // size] * size + starts % size
+
+    def _target(self, batch: Batch, begins: np.ndarray) -> None:
+        """For the tokens of chunks that are scored, the token behind each."""
+        ids, slots = self._targets["target_ids"], self._targets["target_slot"]
+        slots[:] = self._null_slot
+        for chunk, begin in zip(batch.chunks, begins.tolist(), strict=True):
+            first, end = chunk.start + 1, begin + chunk.scores
+            ids[begin:end] = chunk.request.ids()[first : first + chunk.scores]
+            slots[begin:end] = chunk.request.slot
 
     def _clear(self, rows: int, tokens: int) -> None:
         """Give what the step before wrote beyond this one's rows and tokens its defaults again."""
@@ -115,6 +129,12 @@ def slot_values(request: Request, computed: int, limits: Limits) -> dict[str, ob
     ):
         values["history"] = request.ids()[:computed]
     return values
+
+
+def _defaults(fields: Iterable[Field], limits: Limits, phase: str) -> dict[str, np.ndarray]:
+    """Arrays of the largest step of a phase."""
+    sizes = {ROWS: limits.max_rows, TOKENS: limits.most_tokens(phase)}
+    return {f.name: np.full(f.spec.at(sizes), f.default, f.spec.dtype) for f in fields}
 
 
 def _ids(chunk: Chunk) -> np.ndarray:

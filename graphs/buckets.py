@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from makeready.graphs.plan import PlanError
-from makeready.graphs.spec import DECODE, EXTEND, PHASES, Bucket, Limits
+from makeready.graphs.spec import DECODE, EXTEND, PHASES, SCORE, Bucket, Limits
 
 Distribution: TypeAlias = Mapping[int, float]
 """Weight of each size; need not sum to one."""
+
+SCORE_BUCKETS = 4
 
 
 @dataclass(frozen=True)
@@ -44,14 +46,15 @@ def choose_buckets(
     max_extend: int,
     row_counts: int = 3,
 ) -> tuple[Bucket, ...]:
-    """Buckets of both phases that minimise the expected step time, within the given counts.
+    """Buckets of the limits' phases that minimise the expected step time, within the given counts.
 
     Args:
         limits: the largest batch; its exact shape is always a bucket.
         traffic: what to expect.
         seconds: step time of a bucket, by phase.
         max_decode: at most so many decode buckets.
-        max_extend: at most so many extend buckets, a grid of rows × tokens.
+        max_extend: at most so many extend buckets, a grid of rows × tokens; for ``score``, whose steps are
+            mostly full, at most :data:`SCORE_BUCKETS` of them.
         row_counts: of which at most so many differ in rows; few where padding rows cost little, which
             leaves more for tokens.
     """
@@ -74,6 +77,15 @@ def choose_buckets(
     )
     buckets = [Bucket(DECODE, r, r) for r in decode]
     buckets += {Bucket(EXTEND, min(r, t), t) for r in by_rows for t in by_tokens}
+    if SCORE in limits.phases:
+        most = limits.most_tokens(SCORE)
+        scored = _cut(
+            _filled({}, most),
+            most,
+            min(max_extend, SCORE_BUCKETS),
+            lambda t: seconds[SCORE](Bucket(SCORE, min(t, rows), t)),
+        )
+        buckets += [Bucket(SCORE, min(t, rows), t) for t in scored]
     return tuple(sorted(buckets))
 
 
@@ -127,7 +139,7 @@ def _candidates(most: int) -> list[int]:
 def uncovered(buckets: Sequence[Bucket], limits: Limits, phase: str) -> Iterator[tuple[int, int]]:
     """Legal (rows, tokens) batches of ``phase`` that no bucket covers, smallest row counts first.
 
-    A decode batch has one token a row; an extend batch at least one and at most ``max_tokens`` in all. For
+    A decode batch has one token a row; others at least one and at most ``limits.most_tokens`` in all. For
     a given number of rows what is covered is every token count up to the most that a bucket with so many
     rows has, so it is enough to look at where that bound changes, and at the first count above it.
     """
@@ -136,7 +148,7 @@ def uncovered(buckets: Sequence[Bucket], limits: Limits, phase: str) -> Iterator
         if rows > limits.max_rows:
             continue
         most = max((b.tokens for b in mine if b.rows >= rows), default=0)
-        wanted = rows if phase == DECODE else limits.max_tokens
+        wanted = rows if phase == DECODE else limits.most_tokens(phase)
         if most < wanted:
             yield rows, max(rows, most + 1)
 
@@ -153,12 +165,12 @@ def prove_coverage(buckets: Sequence[Bucket], limits: Limits) -> None:
             "a step must have room for one token of every row; raise plan.max_tokens"
         )
     for bucket in buckets:
-        legal = bucket.rows <= bucket.tokens if bucket.phase == EXTEND else bucket.rows == bucket.tokens
-        if not legal or bucket.rows > limits.max_rows or bucket.tokens > limits.max_tokens:
+        legal = bucket.rows == bucket.tokens if bucket.phase == DECODE else bucket.rows <= bucket.tokens
+        if not legal or bucket.rows > limits.max_rows or bucket.tokens > limits.most_tokens(bucket.phase):
             raise PlanError(f"bucket {bucket} is outside the limits {limits}")
     if len(set(buckets)) != len(buckets):
         raise PlanError("a bucket is listed twice: a batch must have exactly one")
-    for phase in PHASES:
+    for phase in limits.phases:
         for rows, tokens in uncovered(buckets, limits, phase):
             raise PlanError(
                 f"no {phase} bucket covers {rows} rows with {tokens} tokens, which the limits allow; "

@@ -34,12 +34,13 @@ from makeready.graphs.request import (
     quantization,
     weight_dtype,
 )
-from makeready.graphs.spec import PHASES, Bucket, KVSpec, Limits, result_fields, slot_fields, step_fields
+from makeready.graphs.spec import Bucket, Field, KVSpec, Limits, result_fields, slot_fields, step_fields
 from makeready.graphs.targets import Target, find_target
 from makeready.graphs.tokenizer_reference import tokenizer_reference
 from makeready.graphs.trace import trace
 from makeready.graphs.verify import verify
 from makeready.kernels import registry
+from makeready.kernels.spec import ROWS, TOKENS
 
 Progress = Callable[[str], None]
 
@@ -63,7 +64,7 @@ class Traced:
     def lower(self) -> Lowered:
         """Make each phase's program and rewrite it."""
         programs = {}
-        for phase in PHASES:
+        for phase in self.limits.phases:
             special = verify(specialize(self.program, phase), after="specialize")
             programs[phase] = rewrite(special, disabled=self.options.disabled_passes)
         return Lowered(self, programs)
@@ -278,8 +279,10 @@ def _check_sources(params: Collection[Param], checkpoint: Checkpoint) -> None:
 
 
 def _memory(limits: Limits, weights: int, arena: int) -> Memory:
-    sizes = {"R": limits.max_rows, "T": limits.max_tokens}
-    step, slot, result = (
-        memory.layout(fields(limits), sizes)[1] for fields in (step_fields, slot_fields, result_fields)
-    )
-    return Memory(weights=weights, arena=arena, step=step, slot=slot, result=result)
+    def most(fields: Callable[[Limits, str], tuple[Field, ...]]) -> int:
+        """Bytes that the largest step of any phase takes."""
+        sizes = {phase: {ROWS: limits.max_rows, TOKENS: limits.most_tokens(phase)} for phase in limits.phases}
+        return max(memory.layout(fields(limits, phase), sizes[phase])[1] for phase in limits.phases)
+
+    slot = memory.layout(slot_fields(limits), {})[1]
+    return Memory(weights=weights, arena=arena, step=most(step_fields), slot=slot, result=most(result_fields))

@@ -247,7 +247,8 @@ def _run(executable: Any, prompt: Sequence[int], count: int, take: Callable[[Buc
 def _arrays(plan: Plan, bucket: Bucket, ids: Sequence[int], before: int) -> dict[str, np.ndarray]:
     """A step with one row: slot 0, and pages from 1 on."""
     limits, count = plan.limits, len(ids)
-    step = {f.name: np.full(f.spec.at(bucket.sizes), f.default, f.spec.dtype) for f in step_fields(limits)}
+    fields = step_fields(limits, bucket.phase)
+    step = {f.name: np.full(f.spec.at(bucket.sizes), f.default, f.spec.dtype) for f in fields}
     positions = np.arange(before, before + count)
     step["token_ids"][:count] = ids
     step["positions"][:count] = positions

@@ -296,7 +296,12 @@ class Plan:
     @cached_property
     def specs(self) -> Mapping[str, TensorSpec]:
         """Spec of every value that launches of any phase may name, arena buffers excepted."""
-        fields = (*step_fields(self.limits), *slot_fields(self.limits), *result_fields(self.limits))
+        phase = self.limits.phases[-1]  # whose fields are those of all others and more
+        fields = (
+            *step_fields(self.limits, phase),
+            *result_fields(self.limits, phase),
+            *slot_fields(self.limits),
+        )
         named = {f.name: f.spec for f in fields}
         named |= {part.name: part.spec for part in self.kv.parts}
         return named | {w.param.name: w.param.spec for w in self.weights}

@@ -10,15 +10,17 @@ from dataclasses import dataclass
 
 from makeready.kernels.spec import DTYPE_BYTES, PAGES, ROWS, TOKENS, Dim, TensorSpec
 
-DECODE, EXTEND = "decode", "extend"
-PHASES = (DECODE, EXTEND)
+DECODE, EXTEND, SCORE = "decode", "extend", "score"
+PHASES = (DECODE, EXTEND, SCORE)  # of a step; a plan has those of Limits.phases
+TARGET_RESULTS = ("target_logprob", "target_top_ids", "target_top_values")  # of the last alone
 
 
 @dataclass(frozen=True, order=True)
 class Bucket:
     """A batch shape that a plan has a program for: key, label and log line at once.
 
-    ``decode`` runs one token a row (tokens == rows); ``extend`` runs rows of any length, flattened.
+    ``decode`` runs one token a row (tokens == rows); ``extend`` runs rows of any length, flattened; ``score``
+    does, too, and reports how probable each of its tokens made the next one.
     """
 
     phase: str
@@ -51,6 +53,8 @@ class Limits:
         max_stop_ids: token ids a request may ask to be held back until its ``min_new_tokens``.
         max_logit_bias: entries of a request's logit bias.
         max_top_logprobs: alternatives reported a token.
+        max_logprob_tokens: tokens of one step that reports log-probabilities of its input; 0 where there are
+            no such steps. They are fewer than ``max_tokens`` since all their logits exist at once.
     """
 
     max_rows: int
@@ -60,6 +64,16 @@ class Limits:
     max_stop_ids: int = 16
     max_logit_bias: int = 300
     max_top_logprobs: int = 20
+    max_logprob_tokens: int = 0
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """The phases that a plan has programs for."""
+        return PHASES if self.max_logprob_tokens else (DECODE, EXTEND)
+
+    def most_tokens(self, phase: str) -> int:
+        """Tokens of the largest step of a phase."""
+        return {DECODE: self.max_rows, EXTEND: self.max_tokens, SCORE: self.max_logprob_tokens}[phase]
 
     @property
     def pages_per_row(self) -> int:
@@ -90,12 +104,12 @@ def _fields(*rows: tuple[str, tuple[Dim, ...], str, float | int]) -> tuple[Field
     return tuple(Field(name, TensorSpec(shape, dtype), default) for name, shape, dtype, default in rows)
 
 
-def step_fields(limits: Limits) -> tuple[Field, ...]:
-    """What the host stages for every step; defaults are what padding tokens and rows hold.
+def step_fields(limits: Limits, phase: str) -> tuple[Field, ...]:
+    """What the host stages for every step of a phase; defaults are what padding tokens and rows hold.
 
     Padding tokens belong to the null slot and write page 0; padding rows have no query and no context.
     """
-    return _fields(
+    fields = _fields(
         ("token_ids", (TOKENS,), "int32", 0),  # negative: the token that the step before sampled
         ("positions", (TOKENS,), "int32", 0),
         ("token_slot", (TOKENS,), "int32", limits.null_slot),
@@ -106,6 +120,10 @@ def step_fields(limits: Limits) -> tuple[Field, ...]:
         ("row_slot", (ROWS,), "int32", limits.null_slot),
         ("page_table", (ROWS, limits.pages_per_row), "int32", 0),
     )
+    return fields if phase != SCORE else fields + _fields(
+        ("target_ids", (TOKENS,), "int32", 0),  # the token behind each
+        ("target_slot", (TOKENS,), "int32", limits.null_slot),  # whose it is; the null slot's is not asked for
+    )  # fmt: skip
 
 
 def slot_fields(limits: Limits) -> tuple[Field, ...]:
@@ -130,14 +148,21 @@ def slot_fields(limits: Limits) -> tuple[Field, ...]:
     )
 
 
-def result_fields(limits: Limits) -> tuple[Field, ...]:
-    """What every step leaves for the host to read."""
-    return _fields(
+def result_fields(limits: Limits, phase: str) -> tuple[Field, ...]:
+    """What every step of a phase leaves for the host to read."""
+    top = limits.max_top_logprobs
+    fields = _fields(
         ("tokens", (ROWS,), "int32", -1),
         ("logprob", (ROWS,), "float32", 0.0),
-        ("top_ids", (ROWS, limits.max_top_logprobs), "int32", -1),
-        ("top_values", (ROWS, limits.max_top_logprobs), "float32", 0.0),
+        ("top_ids", (ROWS, top), "int32", -1),
+        ("top_values", (ROWS, top), "float32", 0.0),
     )
+    logprob, top_ids, top_values = TARGET_RESULTS
+    return fields if phase != SCORE else fields + _fields(
+        (logprob, (TOKENS,), "float32", 0.0),  # of the token behind each
+        (top_ids, (TOKENS, top), "int32", -1),
+        (top_values, (TOKENS, top), "float32", 0.0),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from makeready.graphs.layers.inputs import Inputs
 from makeready.graphs.layers.parameter import Parameter
 from makeready.graphs.models.decoder import Decoder
 from makeready.graphs.recipe import Generated, Param, Piece
-from makeready.graphs.spec import EXTEND, KVPart, Limits, slot_fields, step_fields
-from makeready.kernels import embedding
+from makeready.graphs.spec import TARGET_RESULTS, KVPart, Limits, slot_fields, step_fields
+from makeready.kernels import elementwise, embedding
 from makeready.kernels.contract import Contract, ContractError
 from makeready.kernels.sample import logprobs
 from makeready.kernels.sample import sample as sampling
@@ -33,7 +33,7 @@ class TraceError(TypeError):
 def trace(
     model: Decoder, limits: Limits, *, kv_parts: tuple[KVPart, ...], weight_dtype: str, vector_dtype: str
 ) -> Program:
-    """The whole step as a program: load tokens, the model, sampling, log-probabilities.
+    """The whole step as a program: load tokens, the model, sampling, log-probabilities of output and input.
 
     Args:
         model: on the meta device.
@@ -43,9 +43,10 @@ def trace(
         vector_dtype: dtype that norms and biases are stored in; generated constants are float32.
 
     Returns:
-        A program of the phase ``extend``, the general one; ``passes/specialize.py`` derives the others.
+        The most general of ``limits.phases``; ``passes/specialize.py`` derives the others.
     """
-    values = {f.name: Value(f.name, f.spec, STEP) for f in step_fields(limits)}
+    phase = limits.phases[-1]
+    values = {f.name: Value(f.name, f.spec, STEP) for f in step_fields(limits, phase)}
     values |= {f.name: Value(f.name, f.spec, SLOT) for f in slot_fields(limits)}
     fields = list(values)
     values |= {part.name: Value(part.name, part.spec, KV) for part in kv_parts}
@@ -61,13 +62,14 @@ def trace(
     )
     results = _step(model, inputs, limits)
     named = {name: proxy.node.name for name, proxy in results.items()}  # type: ignore[attr-defined]
-    return _program(tracer, values, params, named)
+    return _program(phase, tracer, values, params, named)
 
 
 def _step(model: Decoder, i: Inputs, limits: Limits) -> dict[str, torch.Tensor]:
     """One step of the engine, as the contracts that it is made of."""
     ids = embedding.load_tokens(i.token_ids, i.token_slot, i.positions, i.history)
-    logits = model(ids, i)
+    logits_TV = model(ids, i)
+    logits = elementwise.gather_last(logits_TV, i.query_start, i.query_len)
     tokens = sampling.sample(
         logits, i.row_slot, i.context_len, i.history, i.prompt_len,
         i.temperature, i.top_k, i.top_p, i.min_p,
@@ -77,7 +79,13 @@ def _step(model: Decoder, i: Inputs, limits: Limits) -> dict[str, torch.Tensor]:
     logprob, top_ids, top_values = logprobs.token_logprobs(
         logits, tokens, i.row_slot, i.top_logprobs, max_top=limits.max_top_logprobs
     )
-    return {"tokens": tokens, "logprob": logprob, "top_ids": top_ids, "top_values": top_values}
+    results = {"tokens": tokens, "logprob": logprob, "top_ids": top_ids, "top_values": top_values}
+    if limits.max_logprob_tokens:
+        scored = logprobs.token_logprobs(
+            logits_TV, i.target_ids, i.target_slot, i.top_logprobs, max_top=limits.max_top_logprobs
+        )
+        results |= zip(TARGET_RESULTS, scored, strict=True)
+    return results
 
 
 class _Tracer(fx.Tracer):
@@ -120,7 +128,11 @@ def _param(name: str, tensor: torch.nn.Parameter, weight_dtype: str, vector_dtyp
 
 
 def _program(
-    tracer: _Tracer, values: dict[str, Value], params: Mapping[str, Param], results: Mapping[str, str]
+    phase: str,
+    tracer: _Tracer,
+    values: dict[str, Value],
+    params: Mapping[str, Param],
+    results: Mapping[str, str],
 ) -> Program:
     names = dict(tracer.targets)  # FX node → value
     made: dict[str, Call] = {}  # FX node → its call
@@ -140,7 +152,7 @@ def _program(
             names[node.name] = call.result
     calls = list(made.values())
     returned = {result: names[node] for result, node in results.items()}
-    return Program(EXTEND, values, params, tuple(calls), returned).with_calls(calls)
+    return Program(phase, values, params, tuple(calls), returned).with_calls(calls)
 
 
 def _call(node: fx.Node, op: Contract, names: Mapping[str, str], values: dict[str, Value]) -> Call:

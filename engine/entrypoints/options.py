@@ -54,6 +54,8 @@ class PlanOptions:
         max_tokens: tokens of one step over all rows; longer prompts go in chunks. null: the target's.
         context_len: tokens of one request, prompt and output together. null: all that the model allows.
         page_size: tokens of a KV page. null: the target's.
+        max_logprob_tokens: tokens of one step that reports log-probabilities of its input, for requests with
+            logprob_start_len; 0: no such steps. All their logits exist at once, 4 bytes a vocabulary entry.
         weight_dtype: float32, bfloat16 or float16. null: the checkpoint's, float16 for GGUF blocks; the
             activations' on a GPU.
         activation_dtype: what flows between kernels: bfloat16 or float16 on a GPU. null: the target's.
@@ -68,6 +70,7 @@ class PlanOptions:
     max_tokens: int | None = MISSING
     context_len: int | None = MISSING
     page_size: int | None = MISSING
+    max_logprob_tokens: int = MISSING
     weight_dtype: str | None = MISSING
     activation_dtype: str | None = MISSING
     disabled_passes: list[str] = MISSING

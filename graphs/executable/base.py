@@ -15,7 +15,7 @@ class Pending(Protocol):
     """A launched step whose results may not be there yet."""
 
     def wait(self) -> Mapping[str, np.ndarray]:
-        """Arrays of ``graphs.spec.result_fields``, first axis the bucket's rows; blocks until written."""
+        """Arrays of ``graphs.spec.result_fields``, of the bucket's shapes; blocks until written."""
         ...
 
 

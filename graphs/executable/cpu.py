@@ -148,8 +148,8 @@ class CpuExecutable:
     def _bind(self, bucket: Bucket) -> _Program:
         """Look up every tensor of the bucket's program once."""
         plan = self.plan
-        step = _views(self._step, step_fields(plan.limits), bucket)
-        results = _views(self._result, result_fields(plan.limits), bucket)
+        step = _views(self._step, step_fields(plan.limits, bucket.phase), bucket)
+        results = _views(self._result, result_fields(plan.limits, bucket.phase), bucket)
         names = {**self._tensors, **step, **results}
         lowered = plan.programs[bucket.phase]
         for name, buffer in lowered.buffers.items():

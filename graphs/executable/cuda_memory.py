@@ -126,7 +126,7 @@ def bucket_addresses(
     """Address of every value that launches in ``bucket`` may name."""
     named = dict(lasting)
     for base, fields in ((regions.step, step_fields), (regions.result, result_fields)):
-        offsets, _ = memory.layout(fields(plan.limits), bucket.sizes)
+        offsets, _ = memory.layout(fields(plan.limits, bucket.phase), bucket.sizes)
         named |= {name: base + offset for name, offset in offsets.items()}
     buffers = plan.programs[bucket.phase].buffers
     return named | {name: regions.arena + buffer.offset for name, buffer in buffers.items()}

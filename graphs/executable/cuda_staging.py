@@ -58,8 +58,9 @@ class Flight:
     def _view(self, bucket: Bucket) -> tuple[Arrays, Arrays, int, int]:
         found = self._views.get(bucket)
         if found is None:
-            inputs, step_bytes = _arrays(self.step, step_fields(self._limits), bucket.sizes)
-            results, result_bytes = _arrays(self.result, result_fields(self._limits), bucket.sizes)
+            fields = step_fields(self._limits, bucket.phase), result_fields(self._limits, bucket.phase)
+            inputs, step_bytes = _arrays(self.step, fields[0], bucket.sizes)
+            results, result_bytes = _arrays(self.result, fields[1], bucket.sizes)
             found = self._views[bucket] = (inputs, results, step_bytes, result_bytes)
         return found
 

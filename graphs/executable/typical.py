@@ -17,7 +17,8 @@ def typical_step(plan: Plan, bucket: Bucket, pages: int, context: int = 1024) ->
         pages: KV pages that there are, the null page included.
     """
     limits = plan.limits
-    made = {f.name: np.full(f.spec.at(bucket.sizes), f.default, f.spec.dtype) for f in step_fields(limits)}
+    fields = step_fields(limits, bucket.phase)
+    made = {f.name: np.full(f.spec.at(bucket.sizes), f.default, f.spec.dtype) for f in fields}
     rows = bucket.rows if bucket.phase == DECODE else 1
     each = bucket.tokens // rows
     last = min(context, limits.context_len) if bucket.phase == DECODE else each

@@ -160,7 +160,7 @@ def _port(plan: Plan, phase: str, value: str) -> _Box:
 def _row(plan: Plan, phase: str, launch: Launch, role: str, value: str) -> _Row:
     caches = {part.name for part in plan.kv.parts}
     slots = {f.name for f in slot_fields(plan.limits)}
-    steps = {f.name for f in step_fields(plan.limits)}
+    steps = {f.name for f in step_fields(plan.limits, plan.limits.phases[-1])}
     kind = "kv" if value in caches else "slot" if value in slots else "step" if value in steps else "weight"
     if role in contracts()[launch.op].writes:
         kind += " ✎"

@@ -80,7 +80,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token ids ``[T]`` to the logits of every row's last token ``[R, vocabulary]``, float32.
+    """Token ids ``[T]`` to the logits of the token behind each, ``[T, vocabulary]`` float32.
 
     ``context_len`` is the plan's, which rotary tables are as long as; ``activation`` names the dtype of
     everything between the embedding and the logits.
@@ -111,5 +111,4 @@ class Decoder(nn.Module):
         rows_TQ = self.rope(inputs)
         for layer in self.layers:
             x_TC = layer(x_TC, rows_TQ, inputs)
-        logits_TV = gemm.linear(self.norm(x_TC), self.head, out_dtype="float32")
-        return elementwise.gather_last(logits_TV, inputs.query_start, inputs.query_len)
+        return gemm.linear(self.norm(x_TC), self.head, out_dtype="float32")

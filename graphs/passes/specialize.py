@@ -5,16 +5,21 @@ from __future__ import annotations
 from dataclasses import replace
 
 from makeready.graphs.ir import TEMP, Call, Program, Value
-from makeready.graphs.spec import DECODE, EXTEND
+from makeready.graphs.spec import DECODE, EXTEND, SCORE, TARGET_RESULTS
 from makeready.kernels.spec import ROWS, TOKENS, TensorSpec
 
 
 def specialize(program: Program, phase: str) -> Program:
-    """The program of ``phase``: ``extend`` is the general one; ``decode`` has one token in every row.
+    """The program of ``phase``: ``score`` is the general one, ``extend`` reports nothing of its input, and
+    ``decode`` has one token in every row besides.
 
     For decode the axis T becomes R, attention loses its row offsets, and the last token of a row is the
     row itself.
     """
+    if phase == SCORE:
+        return program
+    wanted = {k: v for k, v in program.results.items() if k not in TARGET_RESULTS}
+    program = replace(program, phase=phase, results=wanted).with_calls(list(program.calls))
     if phase == EXTEND:
         return program
     assert phase == DECODE, phase

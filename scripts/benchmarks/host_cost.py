@@ -36,7 +36,7 @@ class InstantExecutable:
         self.pages = pages
         self._results = {
             f.name: np.full(f.spec.at(buckets[0].sizes), f.default, f.spec.dtype)
-            for f in result_fields(limits)
+            for f in result_fields(limits, DECODE)
         }
         self._results["tokens"][:] = 1
 

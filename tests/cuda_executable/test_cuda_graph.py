@@ -74,8 +74,8 @@ def expected_address(
         start += memory.align(part.page_bytes * executable.pages)
     step = memory.align(plan.memory.step)
     for region, base, fields in (
-        ("io", places["io"][0], step_fields(plan.limits)),
-        ("io", places["io"][0] + step, result_fields(plan.limits)),
+        ("io", places["io"][0], step_fields(plan.limits, bucket.phase)),
+        ("io", places["io"][0] + step, result_fields(plan.limits, bucket.phase)),
         ("slot", places["slot"][0], slot_fields(plan.limits)),
     ):
         for field in fields:

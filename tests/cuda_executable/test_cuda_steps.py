@@ -35,7 +35,7 @@ def bucket_of(phase: str, largest: bool = True) -> Bucket:
 
 def make_step(bucket: Bucket, seed: int = 0) -> dict[str, np.ndarray]:
     random = np.random.default_rng(seed)
-    fields = step_fields(tiny().limits)
+    fields = step_fields(tiny().limits, bucket.phase)
     return {f.name: random.integers(0, 1000, f.spec.at(bucket.sizes)).astype(f.spec.dtype) for f in fields}
 
 
@@ -56,7 +56,7 @@ def addresses(executable: CudaExecutable, fields, base: int, bucket: Bucket) -> 
 
 def answer(executable: CudaExecutable, bucket: Bucket):
     """A device that adds one to each row's first context figure and calls it the sampled token."""
-    steps = {f.name: f for f in step_fields(executable.plan.limits)}
+    steps = {f.name: f for f in step_fields(executable.plan.limits, bucket.phase)}
     places = addresses(executable, steps.values(), executable._regions.step, bucket)
 
     def run(nodes) -> None:
@@ -76,8 +76,9 @@ def test_a_step_is_one_copy_in_one_launch_and_one_copy_out(loaded, phase, larges
     seen = {}
 
     def run(nodes) -> None:
-        places = addresses(executable, step_fields(executable.plan.limits), executable._regions.step, bucket)
-        for field in step_fields(executable.plan.limits):
+        fields = step_fields(executable.plan.limits, bucket.phase)
+        places = addresses(executable, fields, executable._regions.step, bucket)
+        for field in fields:
             seen[field.name] = device(places[field.name], field, bucket)
 
     bindings.on_launch = run
@@ -90,8 +91,8 @@ def test_a_step_is_one_copy_in_one_launch_and_one_copy_out(loaded, phase, larges
         "cuMemcpyDtoHAsync",
         "cuEventRecord",
     ]
-    assert bindings.copies[0][3] == memory.layout(step_fields(executable.plan.limits), bucket.sizes)[1]
-    assert bindings.copies[1][3] == memory.layout(result_fields(executable.plan.limits), bucket.sizes)[1]
+    for copy, fields in zip(bindings.copies, (step_fields, result_fields), strict=False):
+        assert copy[3] == memory.layout(fields(executable.plan.limits, bucket.phase), bucket.sizes)[1]
     for name, array in step.items():
         assert np.array_equal(seen[name], array), name
 
@@ -125,7 +126,7 @@ def test_results_outlive_later_steps(loaded):
         first = pending[k].wait()
         assert (first["tokens"] == k + 1).all()
         assert first is pending[k].wait()
-        assert set(first) == {f.name for f in result_fields(executable.plan.limits)}
+        assert set(first) == {f.name for f in result_fields(executable.plan.limits, bucket.phase)}
 
 
 def test_a_step_of_the_wrong_shape_is_refused(loaded):

@@ -142,7 +142,7 @@ def test_a_typical_step_reads_and_writes_pages_of_its_own():
     for bucket in plan.buckets:
         step = typical_step(plan, bucket, pages=17, context=40)
         assert {name: array.shape for name, array in step.items()} == {
-            f.name: f.spec.at(bucket.sizes) for f in step_fields(limits)
+            f.name: f.spec.at(bucket.sizes) for f in step_fields(limits, bucket.phase)
         }
         rows = bucket.rows if bucket.phase == DECODE else 1
         assert (step["context_len"][:rows] == (40 if bucket.phase == DECODE else bucket.tokens)).all()

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from makeready.graphs.spec import DECODE, EXTEND, Bucket, Limits, result_fields, step_fields
+from makeready.graphs.spec import DECODE, EXTEND, SCORE, Bucket, Limits, result_fields, step_fields
 
 VOCABULARY = 50
 _M = 0x9E3779B97F4A7C15  # odd, so that powers of it can be divided by
@@ -36,6 +36,16 @@ def sample(folded: int, seed: int) -> int:
     return (mixed ^ mixed >> 31) % VOCABULARY
 
 
+def score(folded: int, token: int) -> float:
+    """The log-probability of a token behind a sequence with this hash."""
+    return -sample(folded, token + 1) - token / 128  # exact in float32
+
+
+def scores(prompt: Sequence[int], first: int) -> list[tuple[int, float | None]]:
+    """Brute force: tokens of a prompt from ``first`` on, and their log-probabilities."""
+    return [(prompt[i], score(fold(prompt[:i]), prompt[i]) if i else None) for i in range(first, len(prompt))]
+
+
 def alone(prompt: Sequence[int], seed: int, count: int, end_ids: frozenset[int]) -> list[int]:
     """Brute force: the tokens of a request by itself."""
     tokens: list[int] = []
@@ -49,7 +59,9 @@ def buckets_of(limits: Limits) -> list[Bucket]:
     rows, tokens = limits.max_rows, limits.max_tokens
     decode = {Bucket(DECODE, r, r) for r in (1, rows)}
     extend = {Bucket(EXTEND, min(r, t), t) for r in (1, rows) for t in (max(1, tokens // 3), tokens)}
-    return sorted(decode | extend)
+    most = limits.max_logprob_tokens
+    scoring = {Bucket(SCORE, min(rows, t), t) for t in (most // 2, most) if t}
+    return sorted(decode | extend | scoring)
 
 
 class Step:
@@ -92,11 +104,12 @@ class FakeExecutable:
     def launch(self, bucket: Bucket, step: Mapping[str, np.ndarray]) -> Step:
         limits = self.plan.limits
         assert bucket in self.plan.buckets
-        assert set(step) == {field.name for field in step_fields(limits)}
+        assert set(step) == {field.name for field in step_fields(limits, bucket.phase)}
         rows, tokens = int((step["query_len"] > 0).sum()), int(step["query_len"].sum())
         self._check_padding(bucket, step, rows, tokens)
         results = {
-            f.name: np.full(f.spec.at(bucket.sizes), f.default, f.spec.dtype) for f in result_fields(limits)
+            f.name: np.full(f.spec.at(bucket.sizes), f.default, f.spec.dtype)
+            for f in result_fields(limits, bucket.phase)
         }
         written = step["kv_slot"][:tokens]
         assert len(set(written.tolist())) == tokens, "two tokens of a step are written to one place"
@@ -107,6 +120,8 @@ class FakeExecutable:
             self._write_row(row, step)
         for row in range(rows):
             last = self._read_row(row, step)
+            if bucket.phase == SCORE:
+                self._score_row(row, step, results)
             slot, end = int(step["row_slot"][row]), int(step["context_len"][row])
             if slot != limits.null_slot:
                 assert end >= self._slots[slot]["prompt_len"], "a token is sampled inside of a prompt"
@@ -119,12 +134,14 @@ class FakeExecutable:
 
     def _check_padding(self, bucket: Bucket, step: Mapping[str, np.ndarray], rows: int, tokens: int) -> None:
         assert (step["query_len"][:rows] > 0).all(), "a padding row lies between live ones"
-        for field in step_fields(self.plan.limits):
+        for field in step_fields(self.plan.limits, bucket.phase):
             array = step[field.name]
             assert array.shape == field.spec.at(bucket.sizes)
             assert array.dtype == field.spec.dtype
-            of_tokens = field.name in ("token_ids", "positions", "token_slot", "kv_slot")
-            assert (array[tokens if of_tokens else rows :] == field.default).all(), f"{field.name} of padding"
+            of_tokens = field.spec.shape[0] == "T"
+            live = array[tokens if of_tokens else rows :]
+            if field.name != "target_ids":  # of nobody
+                assert (live == field.default).all(), f"{field.name} of padding"
 
     def _places(self, row: int, step: Mapping[str, np.ndarray], at: np.ndarray) -> np.ndarray:
         size = self.plan.limits.page_size
@@ -151,6 +168,17 @@ class FakeExecutable:
         for place, token in zip(places.tolist(), tokens.tolist(), strict=True):
             before = (before * _M + token + 1) & _MASK
             self._folds[place] = before
+
+    def _score_row(self, row: int, step: Mapping[str, np.ndarray], results: dict[str, np.ndarray]) -> None:
+        """Log-probabilities of the tokens behind a row's, where they are somebody's."""
+        start, count = int(step["query_start"][row]), int(step["query_len"][row])
+        end = int(step["context_len"][row])
+        places = self._places(row, step, np.arange(end - count, end))
+        for at, place in zip(range(start, start + count), places.tolist(), strict=True):
+            if step["target_slot"][at] != self.plan.limits.null_slot:
+                assert step["target_slot"][at] == step["token_slot"][at], "a score of another's token"
+                folded, target = int(self._folds[place]), int(step["target_ids"][at])
+                results["target_logprob"][at] = score(folded, target)
 
     def _read_row(self, row: int, step: Mapping[str, np.ndarray]) -> int:
         """Check a row's whole context; the hash of it."""

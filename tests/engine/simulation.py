@@ -10,7 +10,7 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
-from fake_executable import VOCABULARY, FakeExecutable, alone, buckets_of
+from fake_executable import VOCABULARY, FakeExecutable, alone, buckets_of, scores
 
 from makeready.engine.loop import Engine
 from makeready.engine.options import DFS_WEIGHT, LPM, POLICIES, SchedulerOptions
@@ -26,7 +26,9 @@ def random_limits(rng: random.Random) -> Limits:
     """A few rows, and steps that may be smaller than a prompt."""
     rows = rng.randint(1, 5)
     context = rng.randint(16, 48)
-    return Limits(rows, rng.randint(rows, 20), context, rng.choice([1, 2, 3, 4, 8]))
+    tokens = rng.randint(rows, 20)
+    scoring = rng.choice([0, rows, rng.randint(rows, tokens)])
+    return Limits(rows, tokens, context, rng.choice([1, 2, 3, 4, 8]), max_logprob_tokens=scoring)
 
 
 def random_options(rng: random.Random) -> dict[str, Any]:
@@ -80,8 +82,13 @@ class Simulation:
         ]
         prompt = prompt[:most] or [0]
         count = rng.randint(1, min(self.limits.context_len - len(prompt), rng.choice([1, 6, 48, 48])))
+        scored = self.limits.max_logprob_tokens and rng.random() < 0.3
         params = SamplingParams(
-            max_new_tokens=count, presence_penalty=rng.choice([0.0, 1.0]), ignore_eos=not self.ends
+            max_new_tokens=count,
+            presence_penalty=rng.choice([0.0, 1.0]),
+            ignore_eos=not self.ends,
+            return_logprob=bool(scored),
+            logprob_start_len=rng.randrange(len(prompt)) if scored else -1,
         )
         request = Request(
             prompt,
@@ -145,7 +152,12 @@ class Simulation:
         expected = self.live.pop(request)
         self.events += len(request.output)
         assert request.output == expected[: len(request.output)]
+        first = request.sampling.logprob_start_len
+        scored = [(t.token_id, t.logprob) for t in request.input_logprobs]
+        wanted = scores(request.prompt, first) if first >= 0 else []
+        assert scored == wanted[: len(scored)]
         if request.finish_reason != ABORT:
+            assert scored == wanted
             assert request.output == expected
             assert request.finish_reason == (STOP if expected[-1] in self.ends else LENGTH)
         assert request.cached_tokens < len(request.prompt)

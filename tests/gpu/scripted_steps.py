@@ -90,7 +90,8 @@ def make_step(plan: Plan, phase: str, rows: Sequence[Row]) -> Step:
     """A batch as the engine stages it; slot s owns the pages behind s full contexts."""
     limits = plan.limits
     bucket = BucketTable(plan.buckets).covering(phase, len(rows), sum(len(r.ids) for r in rows))
-    arrays = {f.name: np.full(f.spec.at(bucket.sizes), f.default, f.spec.dtype) for f in step_fields(limits)}
+    fields = step_fields(limits, phase)
+    arrays = {f.name: np.full(f.spec.at(bucket.sizes), f.default, f.spec.dtype) for f in fields}
     start = 0
     for at, row in enumerate(rows):
         count = len(row.ids)

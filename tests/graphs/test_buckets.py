@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 from makeready.graphs import buckets as module
 from makeready.graphs.buckets import BucketTable, Traffic, choose_buckets, prove_coverage, uncovered
 from makeready.graphs.plan import PlanError
-from makeready.graphs.spec import DECODE, EXTEND, PHASES, Bucket, Limits
+from makeready.graphs.spec import DECODE, EXTEND, PHASES, SCORE, Bucket, Limits
 
 
-def limits_of(rows: int, tokens: int) -> Limits:
-    return Limits(max_rows=rows, max_tokens=tokens, context_len=64, page_size=8)
+def limits_of(rows: int, tokens: int, scored: int = 0) -> Limits:
+    return Limits(max_rows=rows, max_tokens=tokens, context_len=64, page_size=8, max_logprob_tokens=scored)
 
 
 LIMITS = (
-    st.tuples(st.integers(1, 6), st.integers(1, 9))
-    .filter(lambda p: p[0] <= p[1])
+    st.tuples(st.integers(1, 6), st.integers(1, 9), st.integers(0, 9))
+    .filter(lambda p: p[0] <= p[1] and (p[2] == 0 or p[0] <= p[2] <= p[1]))
     .map(lambda p: limits_of(*p))
 )
 ANY_BUCKET = st.builds(Bucket, st.sampled_from(PHASES), st.integers(1, 8), st.integers(1, 11))
@@ -38,7 +38,8 @@ def legal(limits: Limits, phase: str) -> list[tuple[int, int]]:
     """Every batch that the limits allow, smallest row counts first."""
     if phase == DECODE:
         return [(r, r) for r in range(1, limits.max_rows + 1)]
-    return [(r, t) for r in range(1, limits.max_rows + 1) for t in range(r, limits.max_tokens + 1)]
+    most = limits.max_tokens if phase == EXTEND else limits.max_logprob_tokens
+    return [(r, t) for r in range(1, limits.max_rows + 1) for t in range(r, most + 1)]
 
 
 def missing(buckets: Sequence[Bucket], limits: Limits, phase: str) -> list[tuple[int, int]]:
@@ -49,7 +50,7 @@ def missing(buckets: Sequence[Bucket], limits: Limits, phase: str) -> list[tuple
 @settings(max_examples=200)
 @given(st.lists(LEGAL_BUCKET, max_size=7), LIMITS)
 def test_the_proof_finds_the_smallest_uncovered_batch(buckets, limits):
-    for phase in PHASES:
+    for phase in limits.phases:
         wrong = missing(buckets, limits, phase)
         found = list(uncovered(buckets, limits, phase))
         assert set(found) <= set(wrong)
@@ -60,7 +61,7 @@ def test_the_proof_finds_the_smallest_uncovered_batch(buckets, limits):
 @given(st.lists(ANY_BUCKET, max_size=7), LIMITS)
 @example([Bucket(DECODE, 8, 2)], limits_of(5, 5))
 def test_the_proof_holds_for_illegal_buckets_too(buckets, limits):
-    for phase in PHASES:
+    for phase in limits.phases:
         wrong = missing(buckets, limits, phase)
         found = list(uncovered(buckets, limits, phase))
         assert set(found) <= set(wrong)
@@ -73,12 +74,14 @@ def test_a_set_is_accepted_if_and_only_if_it_covers_everything(buckets, limits):
     most = [
         Bucket(DECODE, limits.max_rows, limits.max_rows),
         Bucket(EXTEND, limits.max_rows, limits.max_tokens),
+        *(Bucket(SCORE, limits.max_rows, t) for t in [limits.max_logprob_tokens] if t),
     ]
+    tokens = {DECODE: limits.max_rows, EXTEND: limits.max_tokens, SCORE: limits.max_logprob_tokens}
     for given_set in (buckets, [*buckets, *most], most):
         sound = (
             len(set(given_set)) == len(given_set)
-            and all(b.rows <= limits.max_rows and b.tokens <= limits.max_tokens for b in given_set)
-            and all(b.rows <= b.tokens if b.phase == EXTEND else b.rows == b.tokens for b in given_set)
+            and all(b.rows <= limits.max_rows and b.tokens <= tokens[b.phase] for b in given_set)
+            and all(b.rows == b.tokens if b.phase == DECODE else b.rows <= b.tokens for b in given_set)
             and not any(missing(given_set, limits, phase) for phase in PHASES)
         )
         if sound:
@@ -166,10 +169,14 @@ def test_candidates_are_dense_and_end_in_the_most(most):
 
 @settings(max_examples=60)
 @given(
-    rows=st.integers(1, 40), extra=st.integers(0, 300), decode=st.integers(1, 9), extend=st.integers(1, 12)
+    rows=st.integers(1, 40),
+    extra=st.integers(0, 300),
+    scored=st.integers(-1, 300),
+    decode=st.integers(1, 9),
+    extend=st.integers(1, 12),
 )
-def test_chosen_buckets_cover_every_batch(rows, extra, decode, extend):
-    limits = limits_of(rows, rows + extra)
+def test_chosen_buckets_cover_every_batch(rows, extra, scored, decode, extend):
+    limits = limits_of(rows, rows + extra, rows + min(scored, extra) if scored >= 0 else 0)
 
     def seconds(bucket: Bucket) -> float:
         return 1e-3 + 1e-5 * bucket.tokens + 1e-6 * bucket.rows
@@ -183,6 +190,7 @@ def test_chosen_buckets_cover_every_batch(rows, extra, decode, extend):
     assert Bucket(EXTEND, rows, rows + extra) in chosen
     assert sum(b.phase == DECODE for b in chosen) <= decode
     assert sum(b.phase == EXTEND for b in chosen) <= extend
+    assert sum(b.phase == SCORE for b in chosen) <= min(extend, 4)
 
 
 def test_buckets_are_dense_where_traffic_is():

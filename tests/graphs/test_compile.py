@@ -16,7 +16,7 @@ from makeready.graphs.compile import Request, compile_plan, trace_checkpoint
 from makeready.graphs.models.family import UnsupportedModelError
 from makeready.graphs.passes import REWRITES
 from makeready.graphs.plan import PlanError
-from makeready.graphs.spec import DECODE, EXTEND, PHASES, Bucket
+from makeready.graphs.spec import DECODE, EXTEND, PHASES, Bucket, result_fields
 from makeready.kernels.spec import DTYPE_BYTES, TensorSpec
 
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -151,7 +151,8 @@ def test_a_plan_says_what_was_asked():
 @pytest.mark.parametrize("config", [LLAMA, QWEN2 | {"dtype": "bfloat16"}, QWEN3])
 def test_every_byte_is_named(config):
     """Regions are as large as what lies in them, weights do not overlap, launches name only what exists."""
-    plan = compile_plan(dummy(config), max_rows=4, max_tokens=16)
+    plan = compile_plan(dummy(config), max_rows=4, max_tokens=16, max_logprob_tokens=8)
+    assert tuple(plan.programs) == PHASES
     end = 0
     for weight in plan.weights:
         assert weight.offset >= end
@@ -166,7 +167,7 @@ def test_every_byte_is_named(config):
             for name in (*launch.operands.values(), *launch.results.values()):
                 plan.spec(phase, name)
                 used.add(name)
-        assert {"tokens", "logprob", "top_ids", "top_values"} <= used
+        assert {field.name for field in result_fields(plan.limits, phase)} <= used
         names -= used
         most = max((b for b in plan.buckets if b.phase == phase), key=lambda b: b.tokens)
         for buffer in plan.programs[phase].buffers.values():

@@ -122,7 +122,11 @@ def test_fields_lie_one_after_the_other(widths, tokens):
 
 
 def test_a_small_buckets_fields_fit_where_the_largest_ones_do():
-    limits = Limits(max_rows=5, max_tokens=33, context_len=100, page_size=8)
-    for fields in (step_fields(limits), slot_fields(limits), result_fields(limits)):
-        most = layout(fields, {"R": 5, "T": 33})[1]
-        assert all(layout(fields, {"R": r, "T": t})[1] <= most for r in range(1, 6) for t in range(1, 34))
+    limits = Limits(max_rows=5, max_tokens=33, context_len=100, page_size=8, max_logprob_tokens=20)
+    for phase in limits.phases:
+        tokens = limits.most_tokens(phase)
+        for fields in (step_fields(limits, phase), slot_fields(limits), result_fields(limits, phase)):
+            most = layout(fields, {"R": 5, "T": tokens})[1]
+            assert all(
+                layout(fields, {"R": r, "T": t})[1] <= most for r in range(1, 6) for t in range(1, tokens + 1)
+            )

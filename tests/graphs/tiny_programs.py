@@ -139,7 +139,7 @@ def _step(
     """Staged fields of a batch of (slot, tokens computed before, new tokens); a slot owns five pages."""
     step = {
         f.name: torch.full(f.spec.at(bucket.sizes), f.default, dtype=getattr(torch, f.spec.dtype))
-        for f in step_fields(limits)
+        for f in step_fields(limits, bucket.phase)
     }
     at = 0
     for row, (slot, done, count) in enumerate(rows):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,8 @@ REFUSED = [
     (CHAT, {"chat_template_kwargs": {"messages": 1}}, "chat_template_kwargs"),
     (CHAT, {"priority": "high"}, "priority"),
     (COMPLETIONS, {"extra_key": ["a"]}, "extra_key"),
-    (COMPLETIONS, {"echo": True}, "echo"),
+    (COMPLETIONS, {"echo": 1}, "echo"),
+    (CHAT, {"echo": True}, "echo"),
     (COMPLETIONS, {"best_of": 2}, "best_of"),
     (COMPLETIONS, {"messages": MESSAGES}, "messages"),
     (COMPLETIONS, {"prompt": [1, "a"]}, "prompt"),
@@ -191,6 +193,32 @@ def test_logprobs_have_openais_shapes():
         "text_offset": [0, 2],
     }
     assert len((chat_logprobs(output((1, 2), "stop", matched="x"), tokens) or {})["content"]) == 2
+
+
+def test_an_echo_begins_with_the_prompt_and_its_logprobs():
+    asks = {"echo": True, "logprobs": 1}
+    asked = OpenAIFormat().read(row(COMPLETIONS, prompt="x", **asks)).sampling
+    assert asked == {"return_logprob": True, "top_logprobs_num": 1, "logprob_start_len": 0}
+    assert OpenAIFormat().read(row(COMPLETIONS, prompt="x", echo=True)).sampling == {}
+
+    scored = (TokenLogprob(0, None), TokenLogprob(1, -0.5, ((3, -0.25),)))
+    outputs = [dataclasses.replace(output((2,)), input_logprobs=scored) for _ in range(2)]
+
+    def choices(prompt: Any, tokenizer: Any) -> list[dict[str, Any]]:
+        fields = row(COMPLETIONS, prompt=prompt, **asks)
+        made = OpenAIFormat().answer(fields, outputs, SamplingParams(), tokenizer, 1)
+        return made["response"]["body"]["choices"]
+
+    assert [choice["text"] for choice in choices(["a b", "x "], Tokens())] == ["a bé b", "x é b"]
+    first, second = choices([[0, 1], [5]], Tokens())
+    assert (first["text"], second["text"]) == ("a bé b", "fé b")
+    assert first["logprobs"] == {
+        "tokens": [" a", " b", " c"],
+        "token_logprobs": [None, -0.5, -0.25],
+        "top_logprobs": [None, {" d": -0.25}, {" c": -0.25, " a": -9999.0}],
+        "text_offset": [0, 2, 4],
+    }
+    assert [choice["token_ids"] for choice in choices([[0, 1], [5]], None)] == [[0, 1, 2], [5, 2]]
 
 
 def test_a_file_of_openais_format_is_known_by_its_rows(capsys):

@@ -51,15 +51,15 @@ RENAMED = {
     "min_tokens": "min_new_tokens",
     "top_logprobs": "top_logprobs_num",
     "logprobs": "top_logprobs_num",
+    "echo": "logprob_start_len",
 }
 CHAT_FIELDS = ("model", "messages", "logprobs", "chat_template_kwargs")
-COMPLETION_FIELDS = ("model", "prompt", "logprobs")
+COMPLETION_FIELDS = ("model", "prompt", "logprobs", "echo")
 
 # Fields that ask for nothing by these values; by any other they are refused. null always asks for nothing.
 IDLE: Mapping[str, Sequence[Any]] = {
     "stream": (False,),
     "store": (False,),
-    "echo": (False,),
     "best_of": (1,),
     "suffix": ("",),
     "tools": ([],),
@@ -116,13 +116,17 @@ class OpenAIFormat:
         """A response of status 200 with a chat.completion or text_completion object."""
         chat = fields["url"] == CHAT
         identity = _identity(fields, number)
-        make = _chat_choice if chat else _completion_choice
         body = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{identity}",
             "object": "chat.completion" if chat else "text_completion",
             "created": int(time.time()),
             "model": fields["body"]["model"],
-            "choices": [make(i, output, tokenizer) for i, output in enumerate(outputs)],
+            "choices": [
+                _chat_choice(i, output, tokenizer)
+                if chat
+                else _completion_choice(i, output, tokenizer, _echo(fields["body"], i // params.n))
+                for i, output in enumerate(outputs)
+            ],
             "usage": _usage(outputs, params.n),
         }
         return _row(fields, identity, 200, body, None)
@@ -189,9 +193,12 @@ def _chat_logprobs(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _completion_logprobs(body: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(body.get("echo", False), bool):
+        raise RowError(f"echo must be true or false, not {kind_of(body['echo'])}", "echo")
     if "logprobs" not in body:
         return {}
-    return {"return_logprob": True, "top_logprobs_num": body["logprobs"]}
+    wanted = {"return_logprob": True, "top_logprobs_num": body["logprobs"]}
+    return wanted | ({"logprob_start_len": 0} if body.get("echo") else {})
 
 
 def _chat_choice(index: int, output: Output, tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -203,11 +210,22 @@ def _chat_choice(index: int, output: Output, tokenizer: Tokenizer | None) -> dic
     }
 
 
-def _completion_choice(index: int, output: Output, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    made = {} if tokenizer is not None else {"token_ids": list(output.token_ids)}
+def _echo(body: Mapping[str, Any], index: int) -> str | Sequence[int]:
+    """The prompt that an answer begins with; nothing where that was not asked for."""
+    return _prompts(body["prompt"])[1][index] if body.get("echo") else ""
+
+
+def _completion_choice(
+    index: int, output: Output, tokenizer: Tokenizer | None, echo: str | Sequence[int]
+) -> dict[str, Any]:
+    if tokenizer is None:
+        made = {"token_ids": [*echo, *output.token_ids]}
+    else:
+        made = {}
+        echo = echo if isinstance(echo, str) else tokenizer.decode(echo, skip_special_tokens=False)
     return made | {
         "index": index,
-        "text": output.text,
+        "text": output.text if tokenizer is None else f"{echo}{output.text}",
         "logprobs": completion_logprobs(output, tokenizer),
         "finish_reason": output.finish_reason,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -25,21 +26,24 @@ def chat_logprobs(output: Output, tokenizer: Tokenizer | None) -> dict[str, Any]
 
 
 def completion_logprobs(output: Output, tokenizer: Tokenizer | None) -> dict[str, Any] | None:
-    """``{"tokens", "token_logprobs", "top_logprobs", "text_offset"}``, a list each; None where not asked."""
+    """``{"tokens", "token_logprobs", "top_logprobs", "text_offset"}``, a list each; None where not asked.
+
+    The prompt's tokens come first where they were asked for; the first of all has null for its probabilities.
+    """
     if output.logprobs is None:
         return None
-    tokens, offsets, end = [], [], 0
-    for token in _of_text(output):
-        tokens.append(token_text(token.token_id, tokenizer))
-        offsets.append(end)
-        end += len(tokens[-1])
+    tokens = (*(output.input_logprobs or ()), *_of_text(output))
+    texts = [token_text(token.token_id, tokenizer) for token in tokens]
     return {
-        "tokens": tokens,
-        "token_logprobs": [_finite(token.logprob) for token in _of_text(output)],
+        "tokens": texts,
+        "token_logprobs": [_finite(token.logprob) for token in tokens],
         "top_logprobs": [
-            {token_text(i, tokenizer): _finite(value) for i, value in token.top} for token in _of_text(output)
+            None
+            if token.logprob is None
+            else {token_text(i, tokenizer): _finite(value) for i, value in token.top}
+            for token in tokens
         ],
-        "text_offset": offsets,
+        "text_offset": [0, *itertools.accumulate(map(len, texts))][: len(texts)],
     }
 
 
@@ -56,7 +60,7 @@ def token_text(token: int, tokenizer: Tokenizer | None) -> str:
     return twice[len(text) :] if twice.startswith(text) and len(twice) > 2 * len(text) else text
 
 
-def _entry(token: int, logprob: float, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def _entry(token: int, logprob: float | None, tokenizer: Tokenizer | None) -> dict[str, Any]:
     text = token_text(token, tokenizer)
     spelled = None if "\ufffd" in text or tokenizer is None else list(text.encode())
     return {"token": text, "logprob": _finite(logprob), "bytes": spelled}
@@ -69,5 +73,5 @@ def _of_text(output: Output) -> Sequence[TokenLogprob]:
     return tokens[:-1] if ended else tokens
 
 
-def _finite(value: float) -> float:
-    return value if math.isfinite(value) else IMPOSSIBLE
+def _finite(value: float | None) -> float | None:
+    return value if value is None or math.isfinite(value) else IMPOSSIBLE

@@ -151,21 +151,22 @@ def _sample(output: Output, params: SamplingParams, with_text: bool) -> dict[str
     made |= {"finish_reason": output.finish_reason, "completion_tokens": output.completion_tokens}
     if params.temperature > 0:  # without its seed a sampled text cannot be had again
         made["seed"] = output.meta_info["seed"]
-    if output.logprobs is not None:
-        made["logprobs"] = [
-            {
-                "token_id": t.token_id,
-                "logprob": _finite(t.logprob),
-                "top": [[i, _finite(v)] for i, v in t.top],
-            }
-            for t in output.logprobs
-        ]
+    for name, tokens in (("input_logprobs", output.input_logprobs), ("logprobs", output.logprobs)):
+        if tokens is not None:
+            made[name] = [
+                {
+                    "token_id": t.token_id,
+                    "logprob": _finite(t.logprob),
+                    "top": [[i, _finite(v)] for i, v in t.top],
+                }
+                for t in tokens
+            ]
     return made
 
 
-def _finite(value: float) -> float | None:
-    """JSON has no infinities; null stands for the probability 0."""
-    return value if math.isfinite(value) else None
+def _finite(value: float | None) -> float | None:
+    """JSON has no infinities; null stands for the probability 0, and for the first token's, which has none."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _object(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
