@@ -18,7 +18,6 @@ from makeready.graphs import artifact
 from makeready.graphs.executable.load import kv_pages
 from makeready.graphs.inspect.units import nbytes
 from makeready.graphs.plan import Plan
-from makeready.graphs.spec import PHASES
 
 
 def compile_job(job: CompileJob) -> None:
@@ -54,7 +53,9 @@ def compile_job(job: CompileJob) -> None:
 def summary(plan: Plan, folder: Path, pages: int) -> str:
     """What was made, in labelled lines; ``pages`` of KV are what a run of it would have."""
     limits, options, memory = plan.limits, plan.options, plan.memory
-    buckets = {phase: [str(b).split("-")[1] for b in plan.buckets if b.phase == phase] for phase in PHASES}
+    buckets = {
+        phase: [str(b).split("-")[1] for b in plan.buckets if b.phase == phase] for phase in plan.programs
+    }
     files = [path for path in folder.rglob("*") if path.is_file()]
     tokens = (pages - 1) * limits.page_size
     lines = {

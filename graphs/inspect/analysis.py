@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from makeready.graphs.inspect.segments import segments, value_spec
 from makeready.graphs.plan import Launch, Plan, PlanError, Weight
-from makeready.graphs.spec import DECODE, PHASES, Bucket
+from makeready.graphs.spec import DECODE, Bucket
 from makeready.graphs.targets import Target, find_target
 from makeready.kernels.spec import TensorSpec
 
@@ -215,7 +215,7 @@ def memory_analysis(plan: Plan) -> dict[str, Any]:
         "parameters": parameters,
         "stored_twice": again,
         "generated": sum(w.nbytes for w in plan.weights if w.param.generated),
-        "arena_by_phase": {phase: _reach(plan, phase) for phase in PHASES},
+        "arena_by_phase": {phase: _reach(plan, phase) for phase in plan.programs},
         "kv": {
             "dtypes": _sums((part.dtype, part.page_bytes) for part in plan.kv.parts),
             "page_size": plan.kv.page_size,

@@ -1,4 +1,4 @@
-"""Buckets: a table with padding as bars, and which extend bucket runs which batch."""
+"""Buckets: a table with padding as bars, and which bucket runs which batch."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import math
 from collections.abc import Mapping
 
 from makeready.graphs.inspect import units
+from makeready.graphs.inspect.analysis import largest_bucket
 from makeready.graphs.inspect.markup import Markup, joined, svg, table, tag, text, tip
 from makeready.graphs.inspect.padding import Cell, Padding, Share, Waste
 from makeready.graphs.inspect.scales import Scale
 from makeready.graphs.plan import Plan
-from makeready.graphs.spec import EXTEND, Bucket
+from makeready.graphs.spec import Bucket
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 1200.0, 250.0, 74.0, 40.0
 _BAR = 74.0
@@ -62,16 +63,16 @@ def _bar(share: Share) -> Markup:
     return tag("div", drawn, *figures, class_="waste")
 
 
-def bucket_map(plan: Plan, padding: Padding) -> Markup:
-    """Rows against tokens: a field a group of extend batches with one bucket, darker where more is padding.
+def bucket_map(plan: Plan, phase: str, padding: Padding) -> Markup:
+    """Rows against tokens: a field a group of the phase's batches with one bucket, darker for more padding.
 
     A size n takes the strip from n - 1/2 to n + 1/2 of a logarithmic axis.
     """
-    rows, tokens = plan.limits.max_rows, plan.limits.max_tokens
+    rows, tokens = plan.limits.max_rows, largest_bucket(plan, phase).tokens
     x = Scale(0.5, tokens + 0.5, _LEFT, _WIDTH - 4, log=True)
     y = Scale(0.5, rows + 0.5, _HEIGHT, 8, log=True)
     parts = [tag("rect", x=x.start, y=8, width=x.stop - x.start, height=_HEIGHT - 8, class_="illegal")]
-    found = padding.cells[EXTEND]
+    found = padding.cells[phase]
     for cell, waste in found:
         parts.append(_field(cell, waste, x, y))
     parts.append(_illegal(rows, tokens, x, y))
@@ -91,7 +92,7 @@ def bucket_map(plan: Plan, padding: Padding) -> Markup:
             text_anchor="middle",
         )
     )
-    return svg(_WIDTH, _HEIGHT + _BOTTOM, joined(parts), label="which extend bucket runs which batch")
+    return svg(_WIDTH, _HEIGHT + _BOTTOM, joined(parts), label=f"which {phase} bucket runs which batch")
 
 
 def _field(cell: Cell, waste: Waste, x: Scale, y: Scale) -> Markup:

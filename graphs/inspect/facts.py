@@ -8,7 +8,6 @@ from typing import Any
 from makeready.graphs import artifact
 from makeready.graphs.inspect import units
 from makeready.graphs.plan import Plan
-from makeready.graphs.spec import PHASES
 from makeready.graphs.targets import find_target
 
 FP8 = "float8_e4m3fn"
@@ -18,7 +17,7 @@ def facts(plan: Plan, memory: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Label and value of every fact; ``memory`` is the plan's memory analysis."""
     options, limits = plan.options, plan.limits
     target = find_target(plan.target)
-    launches = ", ".join(f"{phase} {len(plan.programs[phase].launches)}" for phase in PHASES)
+    launches = ", ".join(f"{phase} {len(program.launches)}" for phase, program in plan.programs.items())
     peak = units.rate(target.flops.get(options.weight_dtype, target.flops["float32"]), "FLOP")
     return [
         ("architecture", plan.architecture),

@@ -24,7 +24,7 @@ from makeready.graphs.inspect.markup import Markup, buttons, joined, panes, tag
 from makeready.graphs.inspect.padding import Padding, padding
 from makeready.graphs.inspect.segments import Segment, groups
 from makeready.graphs.plan import Plan
-from makeready.graphs.spec import DECODE, EXTEND, PHASES, Bucket
+from makeready.graphs.spec import DECODE, Bucket
 from makeready.graphs.targets import find_target
 
 _NAV = (("memory", "Memory"), ("buckets", "Buckets"), ("kernels", "Kernels"), ("launches", "Launches"))
@@ -52,11 +52,13 @@ class _Page:
     @cached_property
     def launches(self) -> Mapping[str, list[LaunchCost]]:
         """Cost of every launch of a phase's largest bucket."""
-        return {p: launch_costs(self.plan, largest_bucket(self.plan, p), self.context) for p in PHASES}
+        return {
+            p: launch_costs(self.plan, largest_bucket(self.plan, p), self.context) for p in self.plan.programs
+        }
 
     @cached_property
     def colours(self) -> Colours:
-        return Colours(self.launches.values())
+        return Colours(self.launches)
 
     def ops(self, phase: str) -> list[str]:
         return [launch.op for launch in self.plan.programs[phase].launches]
@@ -82,7 +84,7 @@ def plan_html(plan: Plan, context: int = 1024) -> str:
     body = tag(
         "body",
         _header(page),
-        _nav(),
+        _nav(page),
         tag("main", *sections, foot),
         tag("div", id="tip", hidden=True),
         tag("script", Markup(SCRIPT)),
@@ -92,14 +94,12 @@ def plan_html(plan: Plan, context: int = 1024) -> str:
 
 def _header(page: _Page) -> Markup:
     plan, memory = page.plan, page.memory
-    decode = largest_bucket(plan, DECODE)
-    extend = largest_bucket(plan, EXTEND)
+    largest = [largest_bucket(plan, phase) for phase in plan.programs]
     figures = (
         (units.count(memory["parameters"]), "parameters"),
         (units.nbytes(memory["fixed"]), "fixed memory"),
         (units.nbytes(memory["kv"]["token_bytes"]), "KV cache a token"),
-        (f"{units.digits(page.buckets[decode]['tokens_per_second'])} tok/s", f"bound of {decode}"),
-        (f"{units.digits(page.buckets[extend]['tokens_per_second'])} tok/s", f"bound of {extend}"),
+        *((f"{units.digits(page.buckets[b]['tokens_per_second'])} tok/s", f"bound of {b}") for b in largest),
     )
     tiles = tag("div", *(tag("div", tag("b", v), tag("span", k)) for v, k in figures), class_="tiles")
     rows = [joined([tag("dt", k), tag("dd", _value(k, v))]) for k, v in facts(plan, memory)]
@@ -114,9 +114,10 @@ def _value(label: str, value: str) -> str:
     return tag("code", value) if label in ("plan", "checkpoint") else value
 
 
-def _nav() -> Markup:
+def _nav(page: _Page) -> Markup:
     links = (tag("a", name, href=f"#{key}") for key, name in _NAV)
-    return tag("nav", tag("div", *links, buttons("phase", {p: p for p in PHASES}, PHASES[0], label="phase")))
+    phases = {phase: phase for phase in page.plan.programs}
+    return tag("nav", tag("div", *links, buttons("phase", phases, next(iter(phases)), label="phase")))
 
 
 def _section(key: str, title: str, note: str, *content: Markup) -> Markup:
@@ -124,7 +125,7 @@ def _section(key: str, title: str, note: str, *content: Markup) -> Markup:
 
 
 def _by_phase(shown: Mapping[str, Markup]) -> Markup:
-    return panes("phase", shown, PHASES[0])
+    return panes("phase", shown, next(iter(shown)))
 
 
 def _memory(page: _Page) -> Markup:
@@ -145,14 +146,14 @@ def _buckets(page: _Page) -> Markup:
         "padded time is against a program made for the batch itself."
     )
     shown = {}
-    for phase in PHASES:
+    for phase in page.plan.programs:
         listing = bucket_view.bucket_table(phase, page.buckets, page.padding)
         parts = [tag("div", listing, class_="scroll")]
-        if phase == EXTEND:
+        if phase != DECODE:
             caption = "Which bucket runs which batch. Darker: more of the step is padding. Both axes are logarithmic."
             parts = [
                 tag("p", caption, class_="note"),
-                bucket_view.bucket_map(page.plan, page.padding),
+                bucket_view.bucket_map(page.plan, phase, page.padding),
                 *parts,
             ]
         shown[phase] = joined(parts)
@@ -188,7 +189,7 @@ def _launches(page: _Page) -> Markup:
         "T is the step's tokens, R its rows, P the KV pages; ✎ marks what a launch writes in place, blue edges pass "
         "other launches, dashed ones lead through the cache."
     )
-    shown = {phase: _phase_launches(page, phase) for phase in PHASES}
+    shown = {phase: _phase_launches(page, phase) for phase in page.plan.programs}
     return _section("launches", "Launches and arena", note, _by_phase(shown))
 
 

@@ -1,9 +1,9 @@
 """How much of a step is padding: every legal batch, the bucket it runs in, and what it would have needed.
 
-A decode batch is r rows of one token. An extend batch is r rows with t tokens in all, r ≤ t. Its weight
-comes from the plan's traffic profile: that of r rows, for extend times that of t tokens, sizes without a
-weight counting nothing and an empty profile standing for weight 1/size (graphs/buckets.py). Weights are
-shares of all legal batches of the phase.
+A decode batch is r rows of one token. A batch of any other phase is r rows with t tokens in all, r ≤ t, up to
+the tokens of the phase's largest bucket. Its weight comes from the plan's traffic profile: that of r rows, beyond
+decode times that of t tokens, sizes without a weight counting nothing and an empty profile standing for weight
+1/size (graphs/buckets.py). Weights are shares of all legal batches of the phase.
 
 For a batch with t tokens in a bucket with B, the padding share of tokens is ``1 - t / B``; the padding
 share of time is ``1 - seconds(r, t) / seconds(bucket)``, where seconds(r, t) is the roofline time of a
@@ -22,9 +22,9 @@ import numpy as np
 
 from makeready.graphs.buckets import BucketTable, Distribution, Traffic
 from makeready.graphs.codec import from_json
-from makeready.graphs.inspect.analysis import launch_key, work
+from makeready.graphs.inspect.analysis import largest_bucket, launch_key, work
 from makeready.graphs.plan import Launch, Plan
-from makeready.graphs.spec import DECODE, PHASES, Bucket
+from makeready.graphs.spec import DECODE, Bucket
 from makeready.graphs.targets import find_target
 
 
@@ -80,7 +80,7 @@ def traffic_of(plan: Plan) -> Traffic:
 
 
 def cells(plan: Plan, phase: str) -> tuple[Cell, ...]:
-    """The phase's batches as rectangles of one bucket each; extend's still hold illegal ones (tokens < rows).
+    """The phase's batches as rectangles of one bucket each; beyond decode with illegal ones (tokens < rows).
 
     A bucket covers by two upper bounds, so all batches between two neighbouring bounds have the same ones
     to choose from, and looking up the largest of them answers for all.
@@ -99,7 +99,7 @@ def padding(plan: Plan) -> Padding:
     buckets: dict[Bucket, Waste] = {}
     phases: dict[str, Waste] = {}
     held: dict[str, tuple[tuple[Cell, Waste], ...]] = {}
-    for phase in PHASES:
+    for phase in plan.programs:
         grid, found = _Grid(plan, phase, traffic), cells(plan, phase)
         for bucket in (b for b in plan.buckets if b.phase == phase):
             buckets[bucket] = grid.waste([c for c in found if c.bucket == bucket])
@@ -129,7 +129,7 @@ class _Grid:
     def __init__(self, plan: Plan, phase: str, traffic: Traffic) -> None:
         self.decode = phase == DECODE
         rows = np.arange(1, plan.limits.max_rows + 1)[:, None]
-        tokens = rows if self.decode else np.arange(1, plan.limits.max_tokens + 1)[None, :]
+        tokens = rows if self.decode else np.arange(1, largest_bucket(plan, phase).tokens + 1)[None, :]
         weight = _weights(traffic.decode_rows if self.decode else traffic.extend_rows, rows)
         if not self.decode:
             weight = weight * _weights(traffic.extend_tokens, tokens)

@@ -18,7 +18,6 @@ from makeready.graphs.inspect.facts import facts, passes
 from makeready.graphs.inspect.padding import padding
 from makeready.graphs.inspect.segments import SegmentGroup, groups, local, value_spec
 from makeready.graphs.plan import Plan
-from makeready.graphs.spec import PHASES
 from makeready.kernels.spec import TensorSpec
 
 WIDTH = 110
@@ -34,8 +33,8 @@ def plan_text(plan: Plan, context: int = 1024) -> str:
     memory = memory_analysis(plan)
     context = min(context, plan.limits.context_len)
     sections = [_head(plan, memory), _memory(memory), _capacity(plan, memory), _buckets(plan, context)]
-    sections += [_kernels(plan, phase, context) for phase in PHASES]
-    sections += [_layer(plan, phase) for phase in PHASES]
+    sections += [_kernels(plan, phase, context) for phase in plan.programs]
+    sections += [_layer(plan, phase) for phase in plan.programs]
     return "\n\n".join("\n".join(line.rstrip() for line in section) for section in sections) + "\n"
 
 
@@ -96,7 +95,7 @@ def _buckets(plan: Plan, context: int) -> Iterator[str]:
             units.seconds(cost["seconds"]), units.digits(cost["tokens_per_second"]),
             *(units.percent(s) for s in (w.token.worst, w.token.expected, w.time.worst, w.time.expected)),
         ))  # fmt: skip
-    for phase in PHASES:
+    for phase in plan.programs:
         w = waste.phases[phase]
         shares = (w.token.worst, w.token.expected, w.time.worst, w.time.expected)
         rows.append((f"all {phase}", units.span(*w.rows), units.span(*w.tokens), "", "", "",

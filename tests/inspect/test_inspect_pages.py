@@ -9,16 +9,18 @@ from functools import cache
 from html.parser import HTMLParser
 
 import pytest
-from inspect_plans import make_plan, tiny
+from inspect_plans import ROWS, make_plan, tiny
 
 from makeready.graphs.inspect import units
+from makeready.graphs.inspect.analysis import memory_analysis
 from makeready.graphs.inspect.arena_view import live_bytes
 from makeready.graphs.inspect.html import plan_html
 from makeready.graphs.inspect.markup import Markup, tag
+from makeready.graphs.inspect.padding import padding
 from makeready.graphs.inspect.text import plan_text
 from makeready.graphs.passes import REWRITES
 from makeready.graphs.plan import Plan
-from makeready.graphs.spec import PHASES
+from makeready.graphs.spec import EXTEND, Bucket
 
 VOID = {"meta"}
 
@@ -87,7 +89,7 @@ def test_text_is_narrow_and_names_everything(make):
     text = plan_text(plan, context=40)
     assert max(len(line) for line in text.splitlines()) <= 110
     words = set(text.replace(",", " ").split())
-    for phase in PHASES:
+    for phase in plan.programs:
         for launch in plan.programs[phase].launches:
             assert f"{launch.op}/{launch.kernel}" in words
     assert {str(b) for b in plan.buckets} <= words
@@ -104,7 +106,7 @@ def test_measured_choices_are_told():
 
 def test_the_page_names_every_launch_bucket_and_weight_shape():
     plan, texts = tiny(), set(page().texts)
-    for phase in PHASES:
+    for phase in plan.programs:
         assert {launch.op for launch in plan.programs[phase].launches} <= texts
         assert {launch.kernel for launch in plan.programs[phase].launches} <= texts
     assert {str(b) for b in plan.buckets} <= texts
@@ -138,7 +140,7 @@ def test_coordinates_are_numbers():
 def test_every_buffer_is_drawn_where_it_lives():
     plan = tiny()
     tips = Counter(t for t in page().tips() if "\nalive\t" in t)
-    for phase in PHASES:
+    for phase in plan.programs:
         program = plan.programs[phase]
         for name, buffer in program.buffers.items():
             if buffer.row_stride is not None:
@@ -152,7 +154,7 @@ def test_every_buffer_is_drawn_where_it_lives():
 
 def test_live_bytes_by_counting():
     plan = unfused()
-    for phase in PHASES:
+    for phase in plan.programs:
         program = plan.programs[phase]
         sizes = max((b for b in plan.buckets if b.phase == phase), key=lambda b: (b.tokens, b.rows)).sizes
         last = {v: at for at, x in enumerate(program.launches) for v in x.operands.values()}
@@ -176,7 +178,30 @@ def test_one_pane_of_each_group_is_shown_and_its_button_pressed():
     assert {g: set(k) for g, k in groups.items()} == {g: set(k) for g, k in pressed.items()}
     assert all(len(set(k)) == 1 for k in groups.values())
     assert set(groups) == set(keys) == {"phase", "segment-decode", "segment-extend"}
-    assert keys["phase"] == set(PHASES)
+    assert keys["phase"] == set(tiny().programs)
+
+
+def test_a_further_phase_is_shown_as_well():
+    """Pages show the phases that the plan has; one more is the extend program under another name, of few tokens."""
+    plan = tiny()
+    programs = {**plan.programs, "score": replace(plan.programs[EXTEND], phase="score")}
+    buckets = (Bucket("score", ROWS, 7), Bucket("score", ROWS, 11))
+    plan = replace(plan, programs=programs, buckets=(*plan.buckets, *buckets))
+    assert memory_analysis(plan)["arena_by_phase"].keys() == {"decode", "extend", "score"}
+    waste = padding(plan)
+    assert waste.buckets[buckets[0]].tokens == (1, 7)
+    assert waste.buckets[buckets[1]].tokens == (8, 11)
+    assert waste.phases["score"].batches == sum(11 - rows + 1 for rows in range(1, ROWS + 1))
+    text = plan_text(plan, context=40)
+    assert max(len(line) for line in text.splitlines()) <= 110
+    assert "all score" in text
+    assert "Kernels of score-5x11" in text
+    parsed = Page(plan_html(plan))
+    keys = {a["data-key"] for n, a in parsed.elements if n == "button" and a["data-group"] == "phase"}
+    assert keys == set(programs)
+    assert {str(b) for b in buckets} <= set(parsed.texts)
+    maps = {a["aria-label"] for n, a in parsed.elements if n == "svg" and "which" in (a["aria-label"] or "")}
+    assert maps == {f"which {phase} bucket runs which batch" for phase in (EXTEND, "score")}
 
 
 def test_names_stay_text():
