@@ -20,7 +20,6 @@ from makeready.graphs.inspect.padding import padding
 from makeready.graphs.inspect.text import plan_text
 from makeready.graphs.passes import REWRITES
 from makeready.graphs.plan import Plan
-from makeready.graphs.spec import EXTEND, Bucket
 
 VOID = {"meta"}
 
@@ -181,27 +180,22 @@ def test_one_pane_of_each_group_is_shown_and_its_button_pressed():
     assert keys["phase"] == set(tiny().programs)
 
 
-def test_a_further_phase_is_shown_as_well():
-    """Pages show the phases that the plan has; one more is the extend program under another name, of few tokens."""
-    plan = tiny()
-    programs = {**plan.programs, "score": replace(plan.programs[EXTEND], phase="score")}
-    buckets = (Bucket("score", ROWS, 7), Bucket("score", ROWS, 11))
-    plan = replace(plan, programs=programs, buckets=(*plan.buckets, *buckets))
+def test_a_third_phase_is_shown_as_well():
+    plan = make_plan(max_logprob_tokens=11)
     assert memory_analysis(plan)["arena_by_phase"].keys() == {"decode", "extend", "score"}
-    waste = padding(plan)
-    assert waste.buckets[buckets[0]].tokens == (1, 7)
-    assert waste.buckets[buckets[1]].tokens == (8, 11)
-    assert waste.phases["score"].batches == sum(11 - rows + 1 for rows in range(1, ROWS + 1))
+    mine, waste = [b for b in plan.buckets if b.phase == "score"], padding(plan)
+    assert sum(waste.buckets[b].batches for b in mine) == sum(11 - rows + 1 for rows in range(1, ROWS + 1))
+    assert waste.phases["score"].tokens == (1, 11)
     text = plan_text(plan, context=40)
     assert max(len(line) for line in text.splitlines()) <= 110
     assert "all score" in text
-    assert "Kernels of score-5x11" in text
+    assert f"Kernels of score-{ROWS}x11" in text
     parsed = Page(plan_html(plan))
     keys = {a["data-key"] for n, a in parsed.elements if n == "button" and a["data-group"] == "phase"}
-    assert keys == set(programs)
-    assert {str(b) for b in buckets} <= set(parsed.texts)
+    assert keys == set(plan.programs) == {"decode", "extend", "score"}
+    assert {str(b) for b in mine} <= set(parsed.texts)
     maps = {a["aria-label"] for n, a in parsed.elements if n == "svg" and "which" in (a["aria-label"] or "")}
-    assert maps == {f"which {phase} bucket runs which batch" for phase in (EXTEND, "score")}
+    assert maps == {f"which {phase} bucket runs which batch" for phase in ("extend", "score")}
 
 
 def test_names_stay_text():
