@@ -53,7 +53,14 @@ def dummy() -> Checkpoint:
 
 def make_plan(checkpoint: Checkpoint | None = None, *, kernels: bool = True, **request: Any) -> Plan:
     """A plan for ``sm_90a``; with ``kernels`` each op class runs one or two made-up ones."""
-    request = {"max_rows": 4, "max_tokens": 32, "context_len": 64, "page_size": 16, **request}
+    request = {
+        "max_rows": 4,
+        "max_tokens": 32,
+        "context_len": 64,
+        "page_size": 16,
+        "max_logprob_tokens": 8,
+        **request,
+    }
     saved = compiler._with_kernels, compiler._discover
     compiler._with_kernels = lambda plan, *rest: plan
     compiler._discover = lambda target: registry.discover()

@@ -67,7 +67,7 @@ def answer(executable: CudaExecutable, bucket: Bucket):
     return run
 
 
-@pytest.mark.parametrize("phase", ["decode", "extend"])
+@pytest.mark.parametrize("phase", ["decode", "extend", "score"])
 @pytest.mark.parametrize("largest", [True, False])
 def test_a_step_is_one_copy_in_one_launch_and_one_copy_out(loaded, phase, largest):
     executable, bindings = loaded

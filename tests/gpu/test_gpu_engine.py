@@ -29,7 +29,7 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
     if target is None:
         pytest.skip(f"no target for compute capability {major}.{minor}")
     checkpoint = write_checkpoint(tmp_path_factory.mktemp("checkpoint"), SMALL)
-    limits = {"max_rows": 8, "max_tokens": 256, "context_len": 512, "page_size": 64}
+    limits = {"max_rows": 8, "max_tokens": 256, "context_len": 512, "page_size": 64, "max_logprob_tokens": 96}
     return LLM(checkpoint, target=target, max_decode_buckets=2, max_extend_buckets=3, **limits)
 
 
@@ -88,6 +88,27 @@ def test_samples_share_a_prompt_that_their_own_step_computes(llm: LLM) -> None:
         assert [o.meta_info["cached_tokens"] for o in made] == [0] + [shared] * 3
         for output in made:
             same(first(output), first(expected))
+
+
+def test_prompts_are_scored_as_their_beginnings_are_continued(llm: LLM) -> None:
+    """In steps that are shared with rows that ask for nothing; what is cached changes nothing."""
+    lengths = (2, 64, 65, 97, 250)
+    asked = SamplingParams(
+        temperature=0, max_new_tokens=1, return_logprob=True, top_logprobs_num=12, logprob_start_len=0
+    )
+    plain = SamplingParams(temperature=0, max_new_tokens=1, return_logprob=True, top_logprobs_num=12)
+    prompts = [prompt for length in lengths for prompt in (prompt_of(length), prompt_of(length, seed=1))]
+    outputs = with_options(llm).generate(token_ids=prompts, sampling=[asked, plain] * len(lengths))
+    for prompt, output in zip(prompts[::2], outputs[::2], strict=True):
+        assert output.input_logprobs is not None
+        assert [entry.token_id for entry in output.input_logprobs] == prompt
+        for at in {1, len(prompt) // 2, len(prompt) - 1}:
+            entry = output.input_logprobs[at]
+            (beginning,) = llm.generate(token_ids=[prompt[:at]], sampling=plain)
+            same(dict(entry.top), first(beginning))
+            assert entry.logprob is not None
+            assert entry.logprob <= entry.top[0][1]
+            assert abs(entry.logprob - dict(entry.top).get(prompt[at], entry.logprob)) < 1e-6
 
 
 def test_a_cached_prefix_gives_what_computing_it_gives(llm: LLM) -> None:

@@ -31,6 +31,7 @@ REQUEST = {
     "max_rows": 8,
     "max_tokens": 256,
     "context_len": 256,
+    "max_logprob_tokens": 64,
     "max_decode_buckets": 2,
     "max_extend_buckets": 3,
 }
