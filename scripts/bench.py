@@ -1,11 +1,6 @@
 """Measure speed; see --help."""
 
-import os
 import sys
-
-# The folder of a script leads Python's path, and its inspect.py would be taken for the standard library's.
-sys.path.sort(key=os.path.dirname(os.path.realpath(__file__)).__eq__)  # to the end
-
 from pathlib import Path
 
 from makeready.engine.entrypoints.bench_options import BenchJob

@@ -1,11 +1,6 @@
 """Compile a plan for a checkpoint; see --help."""
 
-import os
 import sys
-
-# The folder of a script leads Python's path, and its inspect.py would be taken for the standard library's.
-sys.path.sort(key=os.path.dirname(os.path.realpath(__file__)).__eq__)  # to the end
-
 import time
 from pathlib import Path
 

@@ -1,10 +1,6 @@
 """Generate text with a checkpoint; see --help."""
 
-import os
 import sys
-
-# The folder of a script leads Python's path, and its inspect.py would be taken for the standard library's.
-sys.path.sort(key=os.path.dirname(os.path.realpath(__file__)).__eq__)  # to the end
 
 from makeready.engine.entrypoints.cli import launch
 from makeready.engine.entrypoints.generate import generate_job

@@ -1,20 +1,28 @@
-"""Explain a plan as text or as a page; see --help."""
+"""Explain a plan as text or as a page; see --help.
+
+The folder of a script leads Python's path, so that scripts beside this one, and all that they import, find this
+file where they mean the standard library's module of the same name. As ``inspect`` it therefore hands over that
+one; nothing else is imported on the way, since almost any module needs it.
+"""
+
+from __future__ import annotations
 
 import os
 import sys
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
 
-# The folder of a script leads Python's path, and its inspect.py would be taken for the standard library's.
-sys.path.sort(key=os.path.dirname(os.path.realpath(__file__)).__eq__)  # to the end
-
-from pathlib import Path
-
-from makeready.engine.entrypoints.cli import launch
-from makeready.engine.entrypoints.options import InspectJob
-from makeready.graphs import artifact
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from makeready.engine.entrypoints.options import InspectJob
 
 
 def inspect_job(job: InspectJob) -> None:
     """Print the plan, or write the page."""
+    from pathlib import Path
+
+    from makeready.graphs import artifact
+
     plan = artifact.load(Path(job.plan.path).expanduser())
     if job.html is None:
         from makeready.graphs.inspect.text import plan_text
@@ -30,8 +38,24 @@ def inspect_job(job: InspectJob) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run with ``arguments``, or the process's; returns the exit code."""
+    from makeready.engine.entrypoints.cli import launch
+    from makeready.engine.entrypoints.options import InspectJob
+
     return launch(__file__, InspectJob, inspect_job, arguments)
+
+
+def _hand_over() -> None:
+    """Put the standard library's module into this one's place among the imported ones."""
+    here = os.path.dirname(os.path.realpath(__file__))
+    others = [folder for folder in sys.path if os.path.realpath(folder or os.curdir) != here]
+    spec = PathFinder.find_spec(__name__, others)
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[__name__] = module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[__name__])
 
 
 if __name__ == "__main__":
     sys.exit(main())
+if __name__ == "inspect":
+    _hand_over()

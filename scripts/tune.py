@@ -1,11 +1,6 @@
 """Choose the fastest of the ways that a plan carries, on the GPU; see --help."""
 
-import os
 import sys
-
-# The folder of a script leads Python's path, and its inspect.py would be taken for the standard library's.
-sys.path.sort(key=os.path.dirname(os.path.realpath(__file__)).__eq__)  # to the end
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING

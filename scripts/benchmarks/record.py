@@ -17,21 +17,39 @@ LIBRARIES = ("torch", "transformers", "triton", "cuda-bindings", "tokenizers", "
 
 
 def describe(command: Sequence[str]) -> dict[str, Any]:
-    """Machine, versions, commit and command of a run."""
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
+    """Machine, versions, commit and command of a run.
+
+    ``commit`` is git's name for the commit that the files come from, with ``-dirty`` where some differ. Where
+    git does not know them, as in a copy of the tree on another machine, it is what the environment variable
+    MAKEREADY_COMMIT says, and else null.
+    """
     return {
         "device": f"{_processor()}, {os.cpu_count()} cores",
         **({"gpus": gpus} if (gpus := _gpus()) else {}),
         "python": platform.python_version(),
         "versions": {name: found for name in LIBRARIES if (found := _version(name))},
-        "commit": commit or "unknown",
+        "commit": commit(ROOT),
         "command": " ".join(command),
     }
+
+
+def commit(tree: Path) -> str | None:
+    """The commit of a tree's files; see :func:`describe`."""
+    # A copy of the tree may lie inside of a repository of something else.
+    if _git(tree, "rev-parse", "--show-prefix") == "":
+        found = _git(tree, "describe", "--always", "--dirty")
+        if found:
+            return found
+    return os.environ.get("MAKEREADY_COMMIT") or None
+
+
+def _git(tree: Path, *words: str) -> str | None:
+    """What git says of a tree; None where there is no git, or no repository."""
+    try:
+        done = subprocess.run(["git", "-C", str(tree), *words], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:

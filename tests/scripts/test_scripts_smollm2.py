@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from scripts_in_process import ROOT, script
+from scripts_in_process import script
 
 
 @pytest.fixture(scope="module")
@@ -59,16 +57,3 @@ def test_compile_generate_inspect(checkpoint, capfd):
 
     assert script("inspect")("plan=plans/x", "html=page.html") == 0
     assert Path("page.html").read_text().lstrip().lower().startswith("<!doctype html>")
-
-
-def test_a_script_called_inspect_does_not_stand_before_the_standard_library():
-    """As users start it: from anywhere, with the script's folder in front of Python's path."""
-    done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "inspect.py", "plan=nowhere"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert done.stderr == "error: nowhere holds no plan (no plan.json); make one with scripts/compile.py\n"
-    assert not list(Path().iterdir())
