@@ -144,13 +144,13 @@ class Request:
 
     @property
     def most_tokens(self) -> int:
-        """Tokens that it can come to at most."""
-        return len(self.prompt) + self.sampling.max_new_tokens
+        """Tokens that it can come to at most; one is sampled in any case."""
+        return len(self.prompt) + max(1, self.sampling.max_new_tokens)
 
     @property
     def left(self) -> int:
-        """Tokens that it may still generate."""
-        return self.sampling.max_new_tokens - len(self.output)
+        """Tokens that may still be sampled for it."""
+        return max(1, self.sampling.max_new_tokens) - len(self.output)
 
     @property
     def done(self) -> bool:
@@ -196,8 +196,11 @@ class Request:
         return keys[page]
 
     def append(self, token: int, logprob: TokenLogprob | None = None) -> None:
-        """Take in a sampled token; sets ``finish_reason`` if it was the last."""
+        """Take in a sampled token; sets ``finish_reason`` if it was the last, or if none is wanted."""
         output = self.output
+        if not self.sampling.max_new_tokens:
+            self.finish(LENGTH)
+            return
         if not output:
             self.first_token = time.perf_counter()
             if self.tokenizer is not None and (self._stop is not None or self.on_text is not None):

@@ -20,7 +20,7 @@ class SamplingParams:
     """How tokens are chosen and when to stop.
 
     Attributes:
-        max_new_tokens: most tokens to generate.
+        max_new_tokens: most tokens to generate; 0 only computes log-probabilities of the prompt.
         min_new_tokens: end and stop tokens are held back until so many were generated.
         temperature: 0 always takes the most probable token.
         top_k: sample among the k most probable; 0 or -1 for all.
@@ -94,6 +94,10 @@ class SamplingParams:
             raise RequestError("top_logprobs_num needs return_logprob=true")
         if self.logprob_start_len >= 0 and not self.return_logprob:
             raise RequestError("logprob_start_len needs return_logprob=true")
+        if self.max_new_tokens == 0 and self.logprob_start_len < 0:
+            raise RequestError(
+                "max_new_tokens=0 asks for nothing; it must be at least 1, or logprob_start_len at least 0"
+            )
         object.__setattr__(self, "stop", _strings("stop", self.stop))
         object.__setattr__(self, "stop_regex", _strings("stop_regex", self.stop_regex))
         object.__setattr__(self, "stop_token_ids", tuple(_ids("stop_token_ids", self.stop_token_ids)))
@@ -157,7 +161,7 @@ class SamplingParams:
 _INF = math.inf
 _MOST_BIAS = 1e6  # decides any choice, and is far from the end of float32
 _RANGES: tuple[tuple[str, float, float], ...] = (
-    ("max_new_tokens", 1, _INF),
+    ("max_new_tokens", 0, _INF),
     ("min_new_tokens", 0, _INF),
     ("temperature", 0, 1e4),
     ("top_k", -1, 2**31 - 1),

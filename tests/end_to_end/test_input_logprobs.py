@@ -93,6 +93,14 @@ def test_samples_of_one_prompt_have_theirs_each(model: tuple[Path, Any]) -> None
         check(reference, prompt, output, 3)
 
 
+def test_nothing_need_be_generated(model: tuple[Path, Any]) -> None:
+    folder, reference = model
+    prompt = prompt_of(9, VOCABULARY)
+    (output,) = load(folder).generate(token_ids=[prompt], sampling=params(count=0))
+    check(reference, prompt, output, 0)
+    assert (output.token_ids, output.logprobs, output.finish_reason) == ((), (), "length")
+
+
 def test_what_cannot_be_scored_says_why(model: tuple[Path, Any]) -> None:
     folder, _ = model
     prompt = prompt_of(5, VOCABULARY)

@@ -140,7 +140,7 @@ REFUSED = [
         "generate",
         ["checkpoint=x", "prompt=a", "sampling.max_new_tokens=0"],
         2,
-        "sampling.max_new_tokens=0 is",
+        "sampling.max_new_tokens=0 asks",
     ),
     ("generate", ["checkpoint=x", "prompt=a", "sampling.top_p=-1"], 2, "sampling.top_p=-1.0 is out of range"),
     ("generate", ["checkpoint=x", "prompt=a", "sampling.n=2"], 2, "give prompts= and output="),
