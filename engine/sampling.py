@@ -141,9 +141,10 @@ class SamplingParams:
             if count > most:
                 raise RequestError(f"{name} asks for {count} entries, the plan allows {most}; ask for fewer")
         if self.logprob_start_len >= 0 and not limits.max_logprob_tokens:
+            enough = min(limits.max_tokens, max(512, limits.max_rows))
             raise RequestError(
                 "logprob_start_len asks for log-probabilities of the prompt, for which the plan has no programs; "
-                f"leave it out, or recompile with plan.max_logprob_tokens={max(512, limits.max_rows)}"
+                f"leave it out, or recompile with plan.max_logprob_tokens={enough}"
             )
         for name, ids in (("stop_token_ids", self.stop_token_ids), ("logit_bias", self.logit_bias)):
             for token in ids:

@@ -108,4 +108,4 @@ def test_what_cannot_be_scored_says_why(model: tuple[Path, Any]) -> None:
     assert "logprob_start_len=5 is beyond the prompt's 5 tokens" in (output.error or "")
     without = LLM(folder, max_rows=2, max_tokens=8, weight_dtype="float32")
     (output,) = without.generate(token_ids=[prompt], sampling=params())
-    assert "recompile with plan.max_logprob_tokens=512" in (output.error or "")
+    assert "recompile with plan.max_logprob_tokens=8" in (output.error or "")
