@@ -100,12 +100,18 @@ class DeviceLaunch:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to run a call: launches in order, and bytes of scratch (of which ``zeroed`` are counters)."""
+    """One way to run a call: launches in order, and bytes of scratch (of which ``zeroed`` are counters).
+
+    Attributes:
+        seconds: what it should cost, to weigh a way that is the same in all buckets; 0 where the implementation
+            does not know.
+    """
 
     name: str
     launches: tuple[DeviceLaunch, ...]
     scratch: int = 0
     zeroed: int = 0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -140,6 +146,10 @@ class OpCall:
         rows, tokens: of the bucket.
         context: tokens of context a row that the plan expects, for cost models alone.
         multiprocessors, shared_bytes: of the target: how many, and shared memory that one block can have.
+        invariant: candidates must compute a row from that row alone, to the last bit. What they compute may depend
+            on their constants and compile options, of which the planner takes the same for all buckets, but not on
+            the grid nor on arguments that differ between buckets.
+        most_rows: rows of the plan's largest bucket.
     """
 
     op: str
@@ -152,3 +162,5 @@ class OpCall:
     multiprocessors: int = 132
     shared_bytes: int = 232448
     features: frozenset[str] = field(default_factory=frozenset)  # of the target: "tma", "wgmma", "pdl", "fp8"
+    invariant: bool = False
+    most_rows: int = 1

@@ -22,7 +22,7 @@ def _bind_load_tokens(
     )
 
 
-@kernel(load_tokens, "fused", target="cpu", bind=_bind_load_tokens)
+@kernel(load_tokens, "fused", target="cpu", invariant=True, bind=_bind_load_tokens)
 def load_tokens_cpu(
     token_ids: torch.Tensor, token_slot: torch.Tensor, positions: torch.Tensor, history: torch.Tensor
 ) -> torch.Tensor:
@@ -44,7 +44,7 @@ def _bind_embedding(
     return call if x.dtype == weight.dtype else call_converting
 
 
-@kernel(embedding, "in_place", target="cpu", bind=_bind_embedding)
+@kernel(embedding, "in_place", target="cpu", invariant=True, bind=_bind_embedding)
 def embedding_cpu(ids: torch.Tensor, weight: torch.Tensor, *, out_dtype: str = "") -> torch.Tensor:
     """The reference."""
     return embedding.reference(ids, weight, out_dtype=out_dtype)
@@ -61,7 +61,7 @@ def _bind_rope_rows(
     return call
 
 
-@kernel(rope_rows, "in_place", target="cpu", bind=_bind_rope_rows)
+@kernel(rope_rows, "in_place", target="cpu", invariant=True, bind=_bind_rope_rows)
 def rope_rows_cpu(positions: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """The reference."""
     return rope_rows.reference(positions, table)

@@ -8,9 +8,13 @@ from typing import Any
 import torch
 
 from makeready.kernels import native
+from makeready.kernels.contract import Contract
 from makeready.kernels.norm import add_rms_norm, rms_norm
-from makeready.kernels.registry import Operands, kernel
+from makeready.kernels.registry import Operands, by_rows, kernel
 from makeready.kernels.spec import TensorSpec
+
+assert isinstance(rms_norm, Contract)
+assert isinstance(add_rms_norm, Contract)
 
 
 def _all_float32(specs: Mapping[str, TensorSpec], attrs: Mapping[str, Any]) -> bool:
@@ -26,18 +30,28 @@ def normalise(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor
 def _bind_rms_norm(
     operands: Operands, results: Sequence[torch.Tensor], attrs: Mapping[str, Any]
 ) -> Callable[[], None] | None:
+    few = len(operands[0]) <= native.MOST_TOKENS
+    return _native_rms_norm(operands, results, attrs) if few else None
+
+
+def _native_rms_norm(
+    operands: Operands, results: Sequence[torch.Tensor], attrs: Mapping[str, Any]
+) -> Callable[[], None] | None:
     (x, weight), (y,) = operands, results
-    if len(x) > native.MOST_TOKENS:
-        return None
     return native.prepare("rms_norm", x, x.stride(0), weight, y, y.stride(0), *x.shape, float(attrs["eps"]))
 
 
 def _bind_add_rms_norm(
     operands: Operands, results: Sequence[torch.Tensor], attrs: Mapping[str, Any]
 ) -> Callable[[], None] | None:
+    few = len(operands[0]) <= native.MOST_TOKENS
+    return _native_add_rms_norm(operands, results, attrs) if few else None
+
+
+def _native_add_rms_norm(
+    operands: Operands, results: Sequence[torch.Tensor], attrs: Mapping[str, Any]
+) -> Callable[[], None] | None:
     (x, residual, weight), (y, total) = operands, results
-    if len(x) > native.MOST_TOKENS:
-        return None
     return native.prepare(
         "add_rms_norm", x, x.stride(0), residual, residual.stride(0), weight, y, y.stride(0),
         total, total.stride(0), *x.shape, float(attrs["eps"]),
@@ -57,3 +71,36 @@ def add_rms_norm_cpu(
     """See :func:`normalise`."""
     total = x + residual
     return normalise(total, weight, eps), total
+
+
+_NORM_BY_ROWS, _ADD_BY_ROWS = by_rows(rms_norm, rms_norm_cpu), by_rows(add_rms_norm, add_rms_norm_cpu)
+
+
+@kernel(
+    rms_norm,
+    "rows",
+    target="cpu",
+    invariant=True,
+    ordinary=False,
+    applies=_all_float32,
+    bind=_native_rms_norm,
+)
+def rms_norm_rows(x: torch.Tensor, weight: torch.Tensor, *, eps: float) -> torch.Tensor:
+    """:func:`rms_norm_cpu` of every row by itself, compiled for any number of them."""
+    return _NORM_BY_ROWS(x, weight, eps=eps)
+
+
+@kernel(
+    add_rms_norm,
+    "rows",
+    target="cpu",
+    invariant=True,
+    ordinary=False,
+    applies=_all_float32,
+    bind=_native_add_rms_norm,
+)
+def add_rms_norm_rows(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, *, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`add_rms_norm_cpu` of every row by itself, compiled for any number of them."""
+    return _ADD_BY_ROWS(x, residual, weight, eps=eps)

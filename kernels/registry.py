@@ -21,7 +21,7 @@ from makeready.kernels.contract import CONTRACTS, Contract
 from makeready.kernels.device import Candidate, OpCall
 from makeready.kernels.spec import TensorSpec
 
-REFERENCE = "reference"
+REFERENCE, BY_ROWS = "reference", "reference_by_rows"
 
 Applies: TypeAlias = Callable[[Mapping[str, TensorSpec], Mapping[str, Any]], bool]
 
@@ -37,6 +37,9 @@ class Kernel:
     Attributes:
         run: same operands, attributes and results as the contract's reference.
         layouts: operands that are parameters and must be stored in another layout than ``rows``.
+        invariant: what it makes of a row depends on that row alone, to the last bit: not on how many there are,
+            on its place, or on the others. A deterministic plan takes no other kernel.
+        ordinary: whether other plans may take it.
         applies: whether it handles given operand specs and attributes.
         bind: given the operands and results of a launch, whose places stay, a call that writes the results
             in place; None where ``run`` and a copy of what it makes are to be used instead. The call may hold
@@ -48,6 +51,8 @@ class Kernel:
     target: str
     run: Callable[..., Any] = field(repr=False)
     layouts: Mapping[str, str] = field(default_factory=dict)
+    invariant: bool = False
+    ordinary: bool = True
     applies: Applies = field(default=lambda specs, attrs: True, repr=False)
     bind: Bind = field(default=lambda operands, results, attrs: None, repr=False)
 
@@ -80,6 +85,7 @@ class CudaKernel:
 
     Attributes:
         emit: ways to run a call, best first by its own model of cost; none where it cannot.
+        invariant: whether ``emit`` honours :attr:`~.device.OpCall.invariant`.
         features: what the target must have, of ``OpCall.features``.
         applies: whether it handles a call.
     """
@@ -89,10 +95,12 @@ class CudaKernel:
     emit: Emit = field(repr=False)
     features: frozenset[str]
     applies: Callable[[OpCall], bool] = field(repr=False)
+    invariant: bool = False
 
     def candidates(self, call: OpCall) -> Sequence[Candidate]:
         """Ways to run ``call``, best first; none where the target or the call is not for it."""
-        return self.emit(call) if self.features <= call.features and self.applies(call) else ()
+        fits = self.features <= call.features and self.applies(call)
+        return self.emit(call) if fits and (self.invariant or not call.invariant) else ()
 
 
 _KERNELS: dict[tuple[str, str], list[Kernel]] = {}
@@ -105,6 +113,8 @@ def kernel(
     *,
     target: str,
     layouts: Mapping[str, str] | None = None,
+    invariant: bool = False,
+    ordinary: bool = True,
     applies: Applies | None = None,
     bind: Bind | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -113,7 +123,7 @@ def kernel(
     def register(run: Callable[..., Any]) -> Callable[..., Any]:
         given = {"applies": applies, "bind": bind}
         optional: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        made = Kernel(contract.name, name, target, run, layouts or {}, **optional)
+        made = Kernel(contract.name, name, target, run, layouts or {}, invariant, ordinary, **optional)
         _KERNELS.setdefault((target, contract.name), []).append(made)
         return run
 
@@ -126,6 +136,7 @@ def cuda_kernel(
     *,
     features: Sequence[str] = (),
     applies: Callable[[OpCall], bool] | None = None,
+    invariant: bool = False,
 ) -> Callable[[Emit], Emit]:
     """Register the decorated function as an implementation of ``contract`` for CUDA targets.
 
@@ -136,9 +147,8 @@ def cuda_kernel(
         known = _CUDA_KERNELS.setdefault(contract.name, [])
         if any(k.name == name for k in known):
             raise TypeError(f"CUDA kernel {contract.name}/{name} is registered twice")
-        known.append(
-            CudaKernel(contract.name, name, emit, frozenset(features), applies or (lambda call: True))
-        )
+        always = applies or (lambda call: True)
+        known.append(CudaKernel(contract.name, name, emit, frozenset(features), always, invariant))
         return emit
 
     return register
@@ -162,14 +172,62 @@ def cuda_kernels(op: str) -> tuple[CudaKernel, ...]:
 
 
 def kernels(op: str, target: str) -> tuple[Kernel, ...]:
-    """All implementations of ``op`` for ``target``, the reference last."""
-    reference = Kernel(op, REFERENCE, target, CONTRACTS[op].reference)
-    return (*_KERNELS.get((target, op), ()), reference)
+    """All implementations of ``op`` for ``target``; after those of its own the reference, whole and by rows."""
+    contract = CONTRACTS[op]
+    found = [*_KERNELS.get((target, op), ())]
+    # Where results are exact, whatever order they are computed in gives the same.
+    found.append(Kernel(op, REFERENCE, target, contract.reference, invariant=contract.tolerance.exact))
+    if contract.rowwise and not contract.tolerance.exact:
+        found.append(
+            Kernel(op, BY_ROWS, target, by_rows(contract, contract.reference), invariant=True, ordinary=False)
+        )
+    return tuple(found)
 
 
-def choose(op: str, target: str, specs: Mapping[str, TensorSpec], attrs: Mapping[str, Any]) -> Kernel:
-    """The first implementation that applies."""
-    return next(k for k in kernels(op, target) if k.applies(specs, attrs))
+def by_rows(contract: Contract, run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run`` for one row of a row-wise op after the other.
+
+    PyTorch's vectors cross rows and threads cut them anywhere, and some of its functions give an element of a
+    vector other bits than one that is left over. A row by itself, at an address of its own alignment, is always
+    computed alike.
+    """
+    names = [operand.name for operand in contract.inputs]
+    sliced = {operand.name for operand in contract.inputs if operand.axes[0] == contract.rowwise}
+
+    def call(*operands: Any, **attrs: Any) -> Any:
+        given = dict(zip(names, operands, strict=False))
+        rows = len(next(given[name] for name in names if name in sliced))
+        made = [
+            run(
+                *(x[r : r + 1].clone() if n in sliced and x is not None else x for n, x in given.items()),
+                **attrs,
+            )
+            for r in range(rows)
+        ]
+        if len(contract.outputs) == 1:
+            return torch.cat(made)
+        return tuple(torch.cat(parts) for parts in zip(*made, strict=True))
+
+    return call
+
+
+def choose(
+    op: str,
+    target: str,
+    specs: Mapping[str, TensorSpec],
+    attrs: Mapping[str, Any],
+    *,
+    invariant: bool = False,
+) -> Kernel:
+    """The first implementation that applies, of those that are ``invariant`` where that is asked for.
+
+    Raises:
+        LookupError: none of them is.
+    """
+    for found in kernels(op, target):
+        if (found.invariant if invariant else found.ordinary) and found.applies(specs, attrs):
+            return found
+    raise LookupError(f"{op} has no invariant kernel for target {target}")
 
 
 def find(op: str, name: str, target: str) -> Kernel:

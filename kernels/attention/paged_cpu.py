@@ -12,10 +12,20 @@ import torch
 from torch.nn import functional
 
 from makeready.kernels import native
-from makeready.kernels.attention.paged import cached, decode_attention, extend_attention, norm_rope_kv_write
+from makeready.kernels.attention.paged import (
+    cached,
+    decode_attention,
+    extend_attention,
+    kv_write,
+    norm_rope_kv_write,
+)
+from makeready.kernels.contract import Contract
 from makeready.kernels.norm_cpu import normalise
 from makeready.kernels.registry import Operands, kernel
 from makeready.kernels.spec import TensorSpec
+
+assert isinstance(kv_write, Contract)
+assert isinstance(extend_attention, Contract)
 
 
 def _activations_float32(specs: Mapping[str, TensorSpec], attrs: Mapping[str, Any]) -> bool:
@@ -25,8 +35,15 @@ def _activations_float32(specs: Mapping[str, TensorSpec], attrs: Mapping[str, An
 def _bind_norm_rope_kv_write(
     operands: Operands, results: Sequence[torch.Tensor], attrs: Mapping[str, Any]
 ) -> Callable[[], None] | None:
+    few = len(operands[0]) <= native.MOST_TOKENS
+    return _native_norm_rope_kv_write(operands, results, attrs) if few else None
+
+
+def _native_norm_rope_kv_write(
+    operands: Operands, results: Sequence[torch.Tensor], attrs: Mapping[str, Any]
+) -> Callable[[], None] | None:
     (qkv, rows, q_norm, k_norm, kv_slot, k_cache, v_cache), (q,) = operands, results
-    if len(qkv) > native.MOST_TOKENS or not _fits(k_cache, attrs):
+    if not _fits(k_cache, attrs):
         return None
     if q_norm is None or k_norm is None:
         q_norm = k_norm = None
@@ -40,13 +57,20 @@ def _bind_norm_rope_kv_write(
 def _bind_decode_attention(
     operands: Operands, results: Sequence[torch.Tensor], attrs: Mapping[str, Any]
 ) -> Callable[[], None] | None:
-    (q, k_cache, v_cache, page_table, context_len), (y,) = operands, results
+    *before, context_len = operands
+    return _bind_extend_attention((*before, None, None, context_len), results, attrs)
+
+
+def _bind_extend_attention(
+    operands: Operands, results: Sequence[torch.Tensor], attrs: Mapping[str, Any]
+) -> Callable[[], None] | None:
+    (q, k_cache, v_cache, page_table, query_start, query_len, context_len), (y,) = operands, results
     if not _fits(k_cache, attrs):
         return None
     return native.prepare(
-        "decode_attention", q, q.stride(0), k_cache, v_cache, page_table, page_table.stride(0), context_len,
-        y, y.stride(0), len(q), attrs["heads"], attrs["kv_heads"], attrs["head_dim"], k_cache.shape[1],
-        attrs["window"], native.DTYPES[k_cache.dtype], float(attrs["scale"]),
+        "attention", q, q.stride(0), k_cache, v_cache, page_table, page_table.stride(0), query_start, query_len,
+        context_len, y, y.stride(0), len(page_table), len(q), attrs["heads"], attrs["kv_heads"],
+        attrs["head_dim"], k_cache.shape[1], attrs["window"], native.DTYPES[k_cache.dtype], float(attrs["scale"]),
     )  # fmt: skip
 
 
@@ -90,6 +114,37 @@ def norm_rope_kv_write_cpu(
     k_cache.flatten(0, 1)[slot] = cached(out[:, heads:], k_cache.dtype)
     v_cache.flatten(0, 1)[slot] = cached(v, v_cache.dtype)
     return out[:, :heads].flatten(1)
+
+
+@kernel(
+    norm_rope_kv_write,
+    "rows",
+    target="cpu",
+    invariant=True,
+    ordinary=False,
+    applies=_activations_float32,
+    bind=_native_norm_rope_kv_write,
+)
+def norm_rope_kv_write_rows(
+    qkv: torch.Tensor,
+    rows: torch.Tensor,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    kv_slot: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    **attrs: Any,
+) -> torch.Tensor:
+    """:func:`norm_rope_kv_write_cpu` of every token by itself, compiled for any number of them."""
+    made = [
+        norm_rope_kv_write_cpu(x.clone(), row.clone(), q_norm, k_norm, slot, k_cache, v_cache, **attrs)
+        for x, row, slot in zip(qkv.split(1), rows.split(1), kv_slot.split(1), strict=True)
+    ]
+    return torch.cat(made)
+
+
+# Values are rounded one by one.
+kernel(kv_write, "rows", target="cpu", invariant=True, ordinary=False)(kv_write.reference)
 
 
 def _context(cache: torch.Tensor, pages: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -186,3 +241,37 @@ def _visible(count: int, length: int, window: int) -> torch.Tensor:
     """Which of ``length`` tokens the last ``count`` see: ``[count, length]`` bool."""
     at, key = torch.arange(length - count, length).unsqueeze(-1), torch.arange(length)
     return (key <= at) & (key > at - window) if window else key <= at
+
+
+@kernel(
+    extend_attention,
+    "queries",
+    target="cpu",
+    invariant=True,
+    ordinary=False,
+    applies=_activations_float32,
+    bind=_bind_extend_attention,
+)
+def extend_attention_queries(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    page_table: torch.Tensor,
+    query_start: torch.Tensor,
+    query_len: torch.Tensor,
+    context_len: torch.Tensor,
+    **attrs: Any,
+) -> torch.Tensor:
+    """Every query by itself over the keys that it sees, compiled or as a row of its own."""
+    y = torch.zeros_like(q)
+    one = torch.ones(1, dtype=torch.int32)
+    for r, (start, count, length) in enumerate(
+        zip(query_start.tolist(), query_len.tolist(), context_len.tolist(), strict=True)
+    ):
+        for i in range(count):
+            at = slice(start + i, start + i + 1)
+            y[at] = extend_attention_cpu(
+                q[at].clone(), k_cache, v_cache, page_table[r : r + 1], 0 * one, one,
+                one * (length - count + i + 1), **attrs,
+            )  # fmt: skip
+    return y

@@ -13,7 +13,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#define LAYOUT 1
+#define LAYOUT 2
 #define MAX_HEAD 1024 /* features of a head: rows of that length live on the stack */
 #define MAX_GROUP 64  /* query heads of a KV head */
 #define BLOCK 64      /* keys whose scores are held at once */
@@ -258,11 +258,12 @@ typedef struct {
     const void *k_cache, *v_cache; /* [pages, page, kv_heads, head_dim] of `dtype` */
     const int32_t *page_table;
     int64_t table_stride;
+    const int32_t *query_start, *query_len; /* NULL: row r has one query, q's row r, unless it has no context */
     const int32_t *context_len;
     float *y;
-    int64_t y_stride, rows, heads, kv_heads, head_dim, page, window, dtype;
+    int64_t y_stride, rows, tokens, heads, kv_heads, head_dim, page, window, dtype;
     double scale;
-} DecodeAttention;
+} Attention;
 
 /* y += weight[0] x[0] + .. + weight[3] x[3], one load and store of y for four products */
 INLINE void add_four(const float *weight, const float *const *x, int64_t count, float *restrict y) {
@@ -271,13 +272,13 @@ INLINE void add_four(const float *weight, const float *const *x, int64_t count, 
         y[i] += (weight[0] * x0[i] + weight[1] * x1[i]) + (weight[2] * x2[i] + weight[3] * x3[i]);
 }
 
-/* The N query heads `q` of one KV head over tokens first .. length - 1, with a running maximum (Milakov and
- * Gimelshein 2018, arXiv:1805.02867): scores of a block of keys, then its values. */
-INLINE void attend(const DecodeAttention *a, int64_t r, int64_t g, int64_t dtype) {
-    const int64_t size = a->head_dim, group = a->heads / a->kv_heads, length = a->context_len[r];
+/* The N query heads of one KV head of token t, the last of row r's first `length` ones, with a running maximum
+ * (Milakov and Gimelshein 2018, arXiv:1805.02867): scores of a block of keys, then its values. */
+INLINE void attend(const Attention *a, int64_t r, int64_t t, int64_t length, int64_t g, int64_t dtype) {
+    const int64_t size = a->head_dim, group = a->heads / a->kv_heads;
     const int32_t *table = a->page_table + r * a->table_stride;
-    const float *q = a->q + r * a->q_stride + g * group * size;
-    float *y = a->y + r * a->y_stride + g * group * size;
+    const float *q = a->q + t * a->q_stride + g * group * size;
+    float *y = a->y + t * a->y_stride + g * group * size;
     float score[MAX_GROUP][BLOCK], largest[MAX_GROUP], sum[MAX_GROUP], space[4][MAX_HEAD];
     int64_t place[BLOCK];
     for (int64_t n = 0; n < group; n++) {
@@ -339,19 +340,23 @@ INLINE void attend(const DecodeAttention *a, int64_t r, int64_t g, int64_t dtype
             y[n * size + d] /= sum[n];
 }
 
-DISPATCHED void decode_attention(const DecodeAttention *a) {
+/* Every query by itself: what a token gets does not depend on the step that it is computed in. */
+DISPATCHED void attention(const Attention *a) {
+    for (int64_t t = 0; t < a->tokens; t++)
+        memset(a->y + t * a->y_stride, 0, (size_t)(a->heads * a->head_dim) * sizeof(float));
     for (int64_t r = 0; r < a->rows; r++) {
-        if (a->context_len[r] <= 0) {
-            memset(a->y + r * a->y_stride, 0, (size_t)(a->heads * a->head_dim) * sizeof(float));
-            continue;
-        }
-        for (int64_t g = 0; g < a->kv_heads; g++) {
-            if (a->dtype == FLOAT32)
-                attend(a, r, g, FLOAT32);
-            else if (a->dtype == BFLOAT16)
-                attend(a, r, g, BFLOAT16);
-            else
-                attend(a, r, g, FLOAT16);
+        const int64_t count = a->query_len ? a->query_len[r] : a->context_len[r] > 0;
+        const int64_t start = a->query_start ? a->query_start[r] : r;
+        for (int64_t i = 0; i < count; i++) {
+            const int64_t length = a->context_len[r] - count + i + 1;
+            for (int64_t g = 0; g < a->kv_heads; g++) {
+                if (a->dtype == FLOAT32)
+                    attend(a, r, start + i, length, g, FLOAT32);
+                else if (a->dtype == BFLOAT16)
+                    attend(a, r, start + i, length, g, BFLOAT16);
+                else
+                    attend(a, r, start + i, length, g, FLOAT16);
+            }
         }
     }
 }
