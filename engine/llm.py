@@ -65,7 +65,11 @@ class LLM:
         **options: Any,
     ) -> None:
         self.checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+        scheduler = scheduler or SchedulerOptions()
+        if plan is None and scheduler.deterministic:
+            options = {**options, "deterministic": True}
         self.plan = _plan(self.checkpoint, plan, options, report)
+        scheduler.check(self.plan)  # before anything large is loaded
         self.tokenizer: Tokenizer | None = load_tokenizer(self.checkpoint)
         self.engine = Engine(
             load_executable(
@@ -74,7 +78,7 @@ class LLM:
                 kv_bytes=None if kv_memory_gib is None else int(kv_memory_gib * 2**30),
                 progress=progress,
             ),
-            _shareable(self.plan, scheduler or SchedulerOptions(), report),
+            _shareable(self.plan, scheduler, report),
         )
 
     def generate(

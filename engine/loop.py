@@ -50,6 +50,7 @@ class Engine:
     def __init__(self, executable: Executable, options: SchedulerOptions | None = None) -> None:
         self.executable = executable
         self.options = options or SchedulerOptions()
+        self.options.check(executable.plan)
         self.limits = executable.plan.limits
         self.buckets = BucketTable(executable.plan.buckets)
         self.pool = PagePool(executable.pages)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from makeready.engine.errors import RequestError
 from makeready.engine.kv.eviction import POLICIES as EVICTIONS
+from makeready.graphs.plan import Plan
 
 FCFS, LPM, LOF, DFS_WEIGHT, RANDOM, PRIORITY = "fcfs", "lpm", "lof", "dfs-weight", "random", "priority"
 POLICIES = (FCFS, LPM, LOF, DFS_WEIGHT, RANDOM, PRIORITY)
@@ -34,6 +35,9 @@ class SchedulerOptions:
         max_queued_requests: most that wait; further ones are refused. None for no limit.
         prefix_cache: keep computed pages, and let requests that begin alike share them.
         eviction: which cached pages go first: ``lru``, ``lfu``, ``fifo`` or ``priority``.
+        deterministic: what a request gets depends on itself alone, to the last bit: tokens and log-probabilities
+            are the same in every batch, however its prompt is cut, from the cache or computed again. Needs a
+            plan that was compiled so.
         new_token_ratio: the share of what running requests may still generate for which pages are kept free
             when one is admitted; 1 never takes pages from a running request again. The share falls by and
             by to ``min_new_token_ratio`` as long as pages suffice, and rises when they did not.
@@ -54,6 +58,7 @@ class SchedulerOptions:
     max_queued_requests: int | None = None
     prefix_cache: bool = True
     eviction: str = "lru"
+    deterministic: bool = False
     new_token_ratio: float = 0.7
     min_new_token_ratio: float = 0.1
 
@@ -69,7 +74,7 @@ class SchedulerOptions:
                     f"scheduler.{name}={value!r} is out of range; give a whole number of at least {least}"
                     + (", or null" if name in _OPTIONAL else "")
                 )
-        for name in ("overlap", "prefix_cache"):
+        for name in ("overlap", "prefix_cache", "deterministic"):
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(
                     f"scheduler.{name}={getattr(self, name)!r} is no switch; give true or false"
@@ -88,6 +93,18 @@ class SchedulerOptions:
             raise RequestError(
                 f"scheduler.policy={self.policy} goes by the prefix cache, which is off; "
                 "set scheduler.prefix_cache=true or take another policy"
+            )
+
+    def check(self, plan: Plan) -> None:
+        """Hold the options against a plan.
+
+        Raises:
+            RequestError: the plan's programs cannot do what they ask for.
+        """
+        if self.deterministic and not plan.options.deterministic:
+            raise RequestError(
+                "scheduler.deterministic=true needs a plan whose tokens depend on no batch; "
+                "recompile it with plan.deterministic=true"
             )
 
 

@@ -38,7 +38,7 @@ from makeready.graphs.spec import Bucket, Field, KVSpec, Limits, result_fields, 
 from makeready.graphs.targets import Target, find_target
 from makeready.graphs.tokenizer_reference import tokenizer_reference
 from makeready.graphs.trace import trace
-from makeready.graphs.verify import verify
+from makeready.graphs.verify import verify, verify_alike
 from makeready.kernels import registry
 from makeready.kernels.spec import ROWS, TOKENS
 
@@ -63,10 +63,12 @@ class Traced:
 
     def lower(self) -> Lowered:
         """Make each phase's program and rewrite it."""
-        programs = {}
+        programs, options = {}, self.options
         for phase in self.limits.phases:
-            special = verify(specialize(self.program, phase), after="specialize")
-            programs[phase] = rewrite(special, disabled=self.options.disabled_passes)
+            special = specialize(self.program, phase, deterministic=options.deterministic)
+            programs[phase] = rewrite(verify(special, after="specialize"), disabled=options.disabled_passes)
+        if options.deterministic:
+            verify_alike(programs)
         return Lowered(self, programs)
 
 
@@ -108,7 +110,9 @@ class Lowered:
         arena = 0
         for phase, program in self.programs.items():
             largest = max((b for b in buckets if b.phase == phase), key=lambda b: (b.tokens, b.rows))
-            programs[phase], nbytes = lower(program, t.target, largest, stored)
+            programs[phase], nbytes = lower(
+                program, t.target, largest, stored, deterministic=t.options.deterministic
+            )
             arena = max(arena, nbytes)
         weights, weight_bytes = place_weights(list(stored.values()))
         loading = loading_of(weights) if t.target.is_cuda else None
@@ -223,6 +227,7 @@ def trace_checkpoint(checkpoint: Checkpoint | str | Path, request: Request) -> T
         activation_dtype=activation,
         kv_dtype=cache,
         quant=request.quant,
+        deterministic=request.deterministic,
         disabled_passes=tuple(sorted(set(request.disabled_passes))),
         max_decode_buckets=request.max_decode_buckets,
         max_extend_buckets=request.max_extend_buckets,

@@ -27,19 +27,33 @@ class _View:
 
 
 def lower(
-    program: Program, target: Target, largest: Bucket, stored: dict[bytes, Param]
+    program: Program,
+    target: Target,
+    largest: Bucket,
+    stored: dict[bytes, Param],
+    *,
+    deterministic: bool = False,
 ) -> tuple[LoweredProgram, int]:
     """Launches of ``program`` and the arena bytes they need at its ``largest`` bucket.
 
     ``stored`` collects the parameters in the layouts that the chosen kernels want, by content: programs that
     share it share parameters, and so do an embedding and a head that are one tensor of the checkpoint.
+
+    Raises:
+        PlanError: it is to be ``deterministic``, and an op has no kernel for the CPU that is.
     """
+    # A GPU's kernels are chosen when they are compiled; what its launches name is the reference.
+    invariant = deterministic and not target.is_cuda
     views = _views(program)
     launches = []
     for call in program.calls:
         if call.op == VIEW:
             continue
-        chosen = registry.choose(call.op, target.name, program.operand_specs(call), call.attrs)
+        specs = program.operand_specs(call)
+        try:
+            chosen = registry.choose(call.op, target.name, specs, call.attrs, invariant=invariant)
+        except LookupError as error:
+            raise PlanError(f"{error.args[0]}; compile without plan.deterministic") from None
         operands = dict(call.operands)
         for operand, value in call.operands.items():
             if program.values[value].kind == PARAM:

@@ -243,6 +243,7 @@ class Options:
         activation_dtype: dtype between kernels, and of norms and biases.
         kv_dtype: dtype of cached keys and values.
         quant: what linears are quantized to when they are loaded; None leaves them as the checkpoint does.
+        deterministic: whether a token's numbers depend on its request alone, to the last bit.
         disabled_passes: rewrites that were left out.
         max_decode_buckets, max_extend_buckets: bounds on how many programs a phase is cut into.
         candidates: at most so many ways to run a call are kept for tuning.
@@ -253,6 +254,7 @@ class Options:
     activation_dtype: str
     kv_dtype: str
     quant: str | None = None
+    deterministic: bool = False
     disabled_passes: tuple[str, ...] = ()
     max_decode_buckets: int = 16
     max_extend_buckets: int = 24

@@ -36,6 +36,8 @@ class Request:
             computes as the checkpoint stores them.
         kv_dtype: dtype of the cache, ``float8_e4m3fn`` (or ``fp8_e4m3``) among them; None takes the
             activations'.
+        deterministic: a token's numbers depend on its request alone, to the last bit; only kernels that
+            allow it are taken, and the same for all batch shapes.
         disabled_passes: rewrites to leave out.
         max_decode_buckets, max_extend_buckets: bounds on the number of programs.
         candidates: at most so many ways to run a call are compiled, for scripts/tune to choose from.
@@ -52,6 +54,7 @@ class Request:
     activation_dtype: str | None = None
     quant: str | None = None
     kv_dtype: str | None = None
+    deterministic: bool = False
     disabled_passes: tuple[str, ...] = ()
     max_decode_buckets: int = 16
     max_extend_buckets: int = 24
@@ -71,6 +74,11 @@ def limits_of(request: Request, target: Target, rope: Mapping[str, Any], positio
     """
     if request.candidates < 1:
         raise PlanError(f"plan.candidates={request.candidates} must be a whole number of at least 1")
+    if request.deterministic and request.candidates != 1:
+        raise PlanError(
+            f"plan.candidates={request.candidates} does not go with plan.deterministic, where every call has one way "
+            "to run for all batch shapes; leave one of them out"
+        )
     longest = _longest_context(rope, positions)
     for name in (
         *("max_rows", "max_tokens", "context_len", "page_size"),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from itertools import zip_longest
+from typing import Any
 
 from makeready.graphs.ir import KV, PARAM, SLOT, TEMP, Program
+from makeready.graphs.spec import TARGET_RESULTS
 from makeready.kernels.contract import CONTRACTS, ContractError
 
 
@@ -22,6 +25,34 @@ def verify(program: Program, *, after: str) -> Program:
         for complaint in rule(program):
             raise VerificationError(f"after {after}, {rule.__name__}: {complaint}")
     return program
+
+
+def verify_alike(programs: Mapping[str, Program]) -> None:
+    """Check that the programs of all phases make a token's results by the same calls in the same order.
+
+    They may differ in which rows they select, in views, and in what the general one reports of its input.
+
+    Raises:
+        VerificationError: naming the first call in which two phases differ.
+    """
+    made = {phase: list(_calls_of_a_token(program)) for phase, program in programs.items()}
+    first, *others = made
+    for phase in others:
+        for one, other in zip_longest(made[first], made[phase]):
+            if one != other:
+                raise VerificationError(
+                    f"{first} and {phase} compute tokens differently: {one or 'nothing'} against {other or 'nothing'}"
+                )
+
+
+def _calls_of_a_token(program: Program) -> Iterator[tuple[str, dict[str, str], dict[str, Any]]]:
+    """Op, parameters and attributes of the calls that a sampled token and its log-probability come from."""
+    reported = {program.results.get(result) for result in TARGET_RESULTS}
+    for call in program.calls:
+        if call.op in ("columns", "gather_last") or reported & set(call.results.values()):
+            continue
+        params = {k: v for k, v in call.operands.items() if program.values[v].kind == PARAM}
+        yield call.op, params, dict(call.attrs)
 
 
 def every_op_has_a_contract(program: Program) -> Iterator[str]:

@@ -182,6 +182,11 @@ class GenerateJob(Job):
                     raise UsageError(f"{name}={path} is the file of {other}= too; name another one")
             taken[name] = path
 
+    def plan_fields(self) -> dict[str, Any]:
+        """See :meth:`Job.plan_fields`; a deterministic scheduler's plan is compiled to be so."""
+        fields = super().plan_fields()
+        return fields | {"deterministic": self.plan.deterministic or self.scheduler.deterministic}
+
     def scheduling(self) -> SchedulerOptions:
         """What ``scheduler`` says, checked."""
         return scheduler_options(self.scheduler)

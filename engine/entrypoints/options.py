@@ -59,6 +59,8 @@ class PlanOptions:
         weight_dtype: float32, bfloat16 or float16. null: the checkpoint's, float16 for GGUF blocks; the
             activations' on a GPU.
         activation_dtype: what flows between kernels: bfloat16 or float16 on a GPU. null: the target's.
+        deterministic: a token's numbers depend on its request alone, to the last bit: not on the batch, on
+            how its prompt was cut, nor on what was cached; slower.
         disabled_passes: rewrites of the program to leave out, by name.
         max_decode_buckets: most batch sizes that decode steps are compiled for.
         max_extend_buckets: most batch shapes that prefill steps are compiled for.
@@ -73,6 +75,7 @@ class PlanOptions:
     max_logprob_tokens: int = MISSING
     weight_dtype: str | None = MISSING
     activation_dtype: str | None = MISSING
+    deterministic: bool = MISSING
     disabled_passes: list[str] = MISSING
     max_decode_buckets: int = MISSING
     max_extend_buckets: int = MISSING

@@ -9,12 +9,13 @@ from makeready.graphs.spec import DECODE, EXTEND, SCORE, TARGET_RESULTS
 from makeready.kernels.spec import ROWS, TOKENS, TensorSpec
 
 
-def specialize(program: Program, phase: str) -> Program:
+def specialize(program: Program, phase: str, *, deterministic: bool = False) -> Program:
     """The program of ``phase``: ``score`` is the general one, ``extend`` reports nothing of its input, and
     ``decode`` has one token in every row besides.
 
     For decode the axis T becomes R, attention loses its row offsets, and the last token of a row is the
-    row itself.
+    row itself. Where the plan is ``deterministic`` attention keeps them: decode steps then run the very ops of
+    the others.
     """
     if phase == SCORE:
         return program
@@ -30,7 +31,7 @@ def specialize(program: Program, phase: str) -> Program:
         if call.op == "gather_last":
             renamed[call.result] = call.operands["x"]
             continue
-        if call.op == "extend_attention":
+        if call.op == "extend_attention" and not deterministic:
             kept = {k: v for k, v in call.operands.items() if k not in ("query_start", "query_len")}
             call = replace(call, op="decode_attention", operands=kept)
         calls.append(call)
