@@ -24,11 +24,20 @@ SUITES: dict[str, tuple[str, ...]] = {
     "host": ("host.", "scheduler."),
     "buckets": (*_LLM, "repeats", "latency."),
     "load": ("model.", "plan.", "repeats"),
+    "load_steps": ("plan.path", "load_steps."),
     "gemm": (),
     "gemm_sweep": (),
+    "gemm_fp8": ("gemm_fp8.",),
+    "gemm_fp8_sweep": ("gemm_fp8.",),
+    "attention": (),
+    "attention_sweep": (),
     "small_ops": (),
+    "quantize_fp8": (),
+    "sample": (),
 }
-_NO_MODEL = {"host", "gemm", "gemm_sweep", "small_ops"}
+_MODEL = {"decode", "startup", "latency", "throughput", "replay", "prefix", "buckets", "load"}
+FP8_SCALES = ("rows", "groups")
+FP8_MATRICES = ("qkv", "o", "gate_up", "down")
 
 
 @dataclass
@@ -125,12 +134,37 @@ class HostOptions:
 
 
 @dataclass
+class LoadStepsOptions:
+    """What loading consists of.
+
+    Attributes:
+        weights: folder for the random weights that are written first, as large as the plan's checkpoint;
+            what is in its config.json and model.safetensors is lost. null: a temporary one.
+    """
+
+    weights: str | None = literal()
+
+
+@dataclass
+class GemmFp8Options:
+    """Which 8-bit projections.
+
+    Attributes:
+        scales: rows (one scale a token and an output), groups (one for 128 inputs, 128 x 128 weights), or both.
+        matrices: some of qkv, o, gate_up and down.
+    """
+
+    scales: list[str] = MISSING
+    matrices: list[str] = MISSING
+
+
+@dataclass
 class BenchJob(Job):
     """Options of scripts/bench.py.
 
     Attributes:
         checkpoint: a Hugging Face folder, a .gguf file, or dummy: random weights of the model= preset; not
-            for suites of no model: host, gemm, gemm_sweep and small_ops.
+            for suites of no model: host, load_steps and those of kernels alone.
         suite: what to measure, one or several; --help says what each is.
         rows: batch sizes of the decode and latency suites.
         tokens: decode steps of one measurement there.
@@ -154,6 +188,8 @@ class BenchJob(Job):
     replay: ReplayOptions = field(default_factory=ReplayOptions)
     prefix: PrefixOptions = field(default_factory=PrefixOptions)
     host: HostOptions = field(default_factory=HostOptions)
+    load_steps: LoadStepsOptions = field(default_factory=LoadStepsOptions)
+    gemm_fp8: GemmFp8Options = field(default_factory=GemmFp8Options)
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)  # type: ignore[valid-type]
     trace: str | None = literal()
     output: str | None = literal()
@@ -171,9 +207,10 @@ class BenchJob(Job):
                 f"{unread[0]}= is not read by suite={','.join(self.suite)}; "
                 f"it is for {', '.join(readers)}; leave it out or add its suite"
             )
-        if not _NO_MODEL.issuperset(self.suite):
+        if not _MODEL.isdisjoint(self.suite):
             self._check_checkpoint(given)
         self._check_figures()
+        self._check_names()
         scheduler_options(self.scheduler)
         if "prefix" in self.suite:
             if "scheduler.prefix_cache" in given:
@@ -192,6 +229,16 @@ class BenchJob(Job):
             raise UsageError(f"suite {beside[0]} reads real weights; give a checkpoint, or leave it out")
         super().check(given)
         check_compiled(self.plan, given)
+
+    def _check_names(self) -> None:
+        """Whether there is what lists name."""
+        options = self.gemm_fp8
+        for name, given, known in (
+            ("scales", options.scales, FP8_SCALES),
+            ("matrices", options.matrices, FP8_MATRICES),
+        ):
+            if not given or not set(given) <= set(known):
+                raise UsageError(f"gemm_fp8.{name}={given} must list some of {', '.join(known)}")
 
     def _check_figures(self) -> None:
         """Whether all counts are counts."""

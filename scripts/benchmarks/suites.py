@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from benchmarks.gpu_suites import GPU_SUITES
+from benchmarks.gpu.suites import GPU_SUITES
 from makeready.engine.entrypoints.bench_options import BenchJob
 from makeready.engine.entrypoints.options import UsageError
 from makeready.engine.entrypoints.scheduler_options import scheduler_options

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
+from benchmarks.gpu import buckets
 from fake_driver import FakeBindings, FakeNode
 from plans import dummy, tiny
 
@@ -20,9 +20,6 @@ from makeready.graphs.spec import DECODE
 from makeready.graphs.targets import find_target
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "scripts"))
-
-from benchmarks import gpu_buckets  # noqa: E402
 
 
 def script(name: str):
@@ -64,7 +61,7 @@ def test_tune_refuses_what_it_cannot_tune(tmp_path, capsys):
 def test_parts_of_a_step_are_what_it_lacks_without_them():
     plan, bindings = tiny(), FakeBindings(graph_ms=lambda nodes: float(len(nodes)))
     executable = CudaExecutable(plan, dummy(), driver=Driver(bindings), kv_bytes=20 * plan.kv.page_bytes)
-    found = gpu_buckets.buckets(executable, context=40, repeats=2)
+    found = buckets.buckets(executable, context=40, repeats=2)
     executable.close()
     bindings.check_released()
     target = find_target(plan.target)
@@ -85,5 +82,5 @@ def test_parts_of_a_step_are_what_it_lacks_without_them():
             )
             nbytes = 2 * 64 * 96 + 2 * 64 * bucket.rows + 4 * 96 * bucket.rows
             assert head["floor"] == pytest.approx(nbytes / target.bandwidth)
-    text = gpu_buckets.table(found)
+    text = buckets.table(found)
     assert sum(line.startswith(str(plan.buckets[0])) for line in text) == 1

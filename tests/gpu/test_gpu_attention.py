@@ -14,7 +14,7 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-import launcher
+from benchmarks.gpu import launcher
 
 from makeready.kernels.attention import paged
 from makeready.kernels.attention.decode_triton import decode_attention_cuda

@@ -13,8 +13,11 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-import launcher
-from bench_gemm_fp8 import MATRICES, contract_of, operands, shapes
+from benchmarks.gpu import launcher
+from benchmarks.gpu.gemm_fp8 import contract_of, operands, shapes
+from benchmarks.gpu.ops import candidates as all_ways
+from benchmarks.gpu.quantize_fp8 import hold_equal, hold_near, run_all
+from benchmarks.gpu.shapes import MATRICES
 
 from makeready.kernels import norm, quantize, registry
 from makeready.kernels.contract import CONTRACTS
@@ -106,7 +109,7 @@ def _compiled() -> None:
         *(c for s in SHAPES for c in (*_plain(*s, "meta"), *_fused(*s, "meta"))),
     ):
         call = launcher.op_call(CONTRACTS[op], tensors, attrs)
-        work.append((call, _candidates(call)))
+        work.append((call, all_ways(call)))
     launcher.prepare(work)
 
 
@@ -152,9 +155,9 @@ def test_launches_that_start_early_wait_for_each_other():
         stream = torch.cuda.current_stream()
         for _ in range(5):
             for before, after in pairwise(xs):
-                launcher._launch_all(make, first, {"x": before, "q": q, "scale": scale}, scratch, stream)
+                launcher.launch_all(make, first, {"x": before, "q": q, "scale": scale}, scratch, stream)
                 step = {**fixed, "x": q, "x_scale": scale, "y": after}
-                launcher._launch_all(way, call, step, scratch, stream)
+                launcher.launch_all(way, call, step, scratch, stream)
             torch.cuda.synchronize()
             assert torch.equal(xs[-1], want), way.name
 
@@ -225,57 +228,22 @@ def _apart(device: str) -> Iterator[Call]:
     yield "rms_norm_quantize_fp8", {"x": x, "weight": weight}, {"eps": 1e-6, "group": 4096}
 
 
-def _candidates(call: OpCall) -> list[Candidate]:
-    ways = [way for kernel in registry.cuda_kernels(call.op) for way in kernel.candidates(call)]
-    assert ways, call
-    return ways
-
-
-def _run_all(op: str, tensors: Tensors, attrs: dict[str, object]) -> list[Tensors]:
-    call = launcher.op_call(CONTRACTS[op], tensors, attrs)
-    return [launcher.run(way, call, tensors) for way in _candidates(call)]
-
-
-def _equal(op: str, tensors: Tensors, attrs: dict[str, object]) -> None:
-    """The fp32 reference's numbers, made on the CPU: the GPU divides by constants with a product."""
-    contract = CONTRACTS[op]
-    want = contract.reference(**{k: v.cpu() for k, v in tensors.items()}, **attrs)
-    for got in _run_all(op, tensors, attrs):
-        for output, value in zip(contract.outputs, want, strict=True):
-            differ = got[output.name].cpu().float() != value.float()
-            assert not differ.any(), f"{op} {output.name}: {differ.sum()} of {differ.numel()} differ"
-
-
-def _near(op: str, tensors: Tensors, attrs: dict[str, object]) -> None:
-    """Values and scales as a float64 reference has them, as far as one 8-bit rounding and a 16-bit one go."""
-    contract = CONTRACTS[op]
-    want = contract.reference(**{k: v.double() for k, v in tensors.items()}, **attrs)
-    values = want[0].double().unflatten(-1, (want[1].shape[1], -1)) * want[1].double()[..., None]
-    for got in _run_all(op, tensors, attrs):
-        own = got["q"].double().unflatten(-1, (want[1].shape[1], -1)) * got["scale"].double()[..., None]
-        assert (own - values).norm() <= 4e-2 * values.norm()
-        assert (got["scale"].double() - want[1].double()).norm() <= 6e-3 * want[1].double().norm()
-        for output, value in list(zip(contract.outputs, want, strict=True))[2:]:
-            error = (got[output.name].double() - value.double()).norm() / value.double().norm()
-            assert error <= 5e-3, output.name
-
-
 @pytest.mark.parametrize(("tokens", "width", "dtype"), SHAPES, ids=str)
 def test_quantization_gives_the_bytes_of_the_reference(tokens: int, width: int, dtype: torch.dtype):
     torch.manual_seed(tokens)
     for call in _plain(tokens, width, dtype, "cuda"):
-        _equal(*call)
+        hold_equal(*call)
 
 
 def test_rounding_of_every_bf16_number():
     for call in _bf16_numbers("cuda"):
-        _equal(*call)
+        hold_equal(*call)
 
 
 def test_weights_of_a_vocabulary():
     """Its first and last rows."""
     for op, tensors, attrs in _vocabulary("cuda"):
-        (made,) = _run_all(op, tensors, attrs)
+        (made,) = run_all(op, tensors, attrs)
         a_scale = len(made["q"]) // len(made["scale"])
         for start in (0, 152064 - 256):
             q, scale = CONTRACTS[op].reference(tensors["x"][start : start + 256].cpu(), **attrs)
@@ -288,14 +256,14 @@ def test_weights_of_a_vocabulary():
 def test_fused_ops(tokens: int, width: int, dtype: torch.dtype):
     torch.manual_seed(tokens)
     for call in _fused(tokens, width, dtype, "cuda"):
-        _near(*call)
+        hold_near(*call)
 
 
 def test_fused_norm_is_the_two_ops_in_a_row():
     """The norm's kernel and quantization's, one after the other, give nearly all the same bytes."""
     first, (op, _, attrs), fused = _apart("cuda")
-    for made in _run_all(*first):
-        (apart,) = _run_all(op, {"x": made["y"]}, attrs)
-        (both,) = _run_all(*fused)
+    for made in run_all(*first):
+        (apart,) = run_all(op, {"x": made["y"]}, attrs)
+        (both,) = run_all(*fused)
         differ = (apart["q"].view(torch.uint8) != both["q"].view(torch.uint8)).float().mean().item()
         assert differ < 1e-3

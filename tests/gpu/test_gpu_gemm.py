@@ -10,7 +10,7 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-import launcher
+from benchmarks.gpu import launcher
 
 from makeready.kernels.contract import Contract
 from makeready.kernels.gemm.linear import linear
@@ -145,6 +145,6 @@ def test_launches_that_start_early_wait_for_each_other():
     for _ in range(5):
         for x, y in pairwise(xs):
             stream = torch.cuda.current_stream()
-            launcher._launch_all(way, call, {"x": x, "weight": weight, "y": y}, scratch, stream)
+            launcher.launch_all(way, call, {"x": x, "weight": weight, "y": y}, scratch, stream)
         torch.cuda.synchronize()
         assert torch.equal(xs[-1], want)

@@ -1,6 +1,6 @@
 """Sampling and log-probabilities on a GPU against the CPU references on the same logits.
 
-A row is left out where its closest decision lies within ``sample_rows.MARGIN``: exp and log may differ in
+A row is left out where its closest decision lies within ``MARGIN``: exp and log may differ in
 their last bit there.
 """
 
@@ -14,8 +14,8 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from launcher import op_call, run  # noqa: E402
-from sample_rows import MARGIN, margin, requests  # noqa: E402
+from benchmarks.gpu.launcher import op_call, run  # noqa: E402
+from benchmarks.gpu.sample_rows import MARGIN, margin, requests  # noqa: E402
 
 from makeready.kernels import registry  # noqa: E402
 from makeready.kernels.sample.logprobs import token_logprobs  # noqa: E402

@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from launcher import check, op_call, run  # noqa: E402
+from benchmarks.gpu.launcher import check, op_call, run  # noqa: E402
 
 from makeready.kernels import elementwise, embedding, norm, registry, rope  # noqa: E402
 

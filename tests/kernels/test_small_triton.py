@@ -13,18 +13,15 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.gpu.sample_rows import MARGIN, margin, requests
 
 from makeready.kernels import registry, rope
 from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.device import OpCall, Pointer, Scalar, Scratch, Tensor
 from makeready.kernels.spec import TensorSpec
-
-sys.path.append(str(Path(__file__).parents[1] / "gpu"))
-from sample_rows import MARGIN, margin, requests
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in test_interpreted's process")

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from benchmarks import serve, steps, suites, workloads
 from scripts_in_process import ROOT, TINY, script
 
-sys.path += [str(ROOT / "scripts"), str(ROOT / "tests" / "engine")]
+sys.path.append(str(ROOT / "tests" / "engine"))
 
-from benchmarks import serve, steps, suites, workloads
 from step_records import make_record, overlapped
 
 from makeready.engine.entrypoints import bench_options

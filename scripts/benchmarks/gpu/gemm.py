@@ -7,13 +7,14 @@ comes again, and activations are followed by rows that maps may reach, as in a p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import launcher  # of tests/gpu, where suites.py finds it
 import torch
 
+from benchmarks.gpu import launcher
+from benchmarks.gpu.shapes import BANDWIDTH, BF16_RATE, HIDDEN, MATRICES, SPARE, VOCABULARY, copies
 from makeready.kernels.contract import Contract
 from makeready.kernels.device import Candidate, OpCall
 from makeready.kernels.gemm.linear import linear
@@ -22,15 +23,13 @@ from makeready.kernels.gemm.linear_triton import candidates, describe, linear_cu
 
 assert isinstance(linear, Contract)
 
-BANDWIDTH, RATE = 3.0e12, 779e12  # measured on an H100: device copy in bytes/s, bf16 product in operations/s
-ROTATED = 400e6  # bytes of weights that calls rotate over; L2 has 50 MiB
-MATRICES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (24576, 4096), "down": (4096, 12288)}
-VOCABULARY = {"lm_head": (151936, 4096)}
+ROTATED = 400e6  # bytes of weights that calls rotate over
+HEAD = {"lm_head": (VOCABULARY, HIDDEN)}
 ROWS = (1, 4, 16, 64, 128, 192, 256, 512, 1024, 4096, 8192)
 SWEPT = (1, 16, 32, 64, 96, 128, 160, 192, 256, 384, 512, 1024, 2048, 8192)
 LOGITS = (1, 16, 64, 128, 192, 256)  # the last projection runs for rows, not for tokens
 MOST = 60  # ways of a product that a sweep tries
-SPARE = 256
+WRONG = 1e-2  # relative error from which a result is no rounding
 
 
 @dataclass(frozen=True)
@@ -45,33 +44,42 @@ class Product:
     @property
     def attrs(self) -> dict[str, Any]:
         """Of the contract."""
-        return {"out_dtype": "float32"} if self.name in VOCABULARY else {}
+        return {"out_dtype": "float32"} if self.name in HEAD else {}
 
     @property
     def floor(self) -> float:
         """Seconds that no way beats: all bytes once, or all operations."""
-        out = 4 if self.name in VOCABULARY else 2  # bytes of a value
+        out = 4 if self.name in HEAD else 2  # bytes of a value
         nbytes = 2 * (self.N + self.T) * self.K + out * self.T * self.N
-        return max(nbytes / BANDWIDTH, 2 * self.T * self.N * self.K / RATE)
+        return max(nbytes / BANDWIDTH, 2 * self.T * self.N * self.K / BF16_RATE)
 
     def call(self, device: str) -> tuple[OpCall, torch.Tensor]:
-        """The call, and its activations."""
+        """The call, and its activations; on device meta without memory."""
         x = torch.randn(self.T + SPARE, self.K, device=device, dtype=torch.bfloat16)[: self.T]
         weight = torch.empty(self.N, self.K, dtype=torch.bfloat16, device=device)
         return launcher.op_call(linear, {"x": x, "weight": weight}, self.attrs, spare=True), x
 
 
-def products(rows: Sequence[int], logits: Sequence[int]) -> Iterator[Product]:
+def products(*, sweep: bool) -> list[Product]:
     """Every projection at its numbers of rows."""
-    for matrices, sizes in ((MATRICES, rows), (VOCABULARY, logits)):
-        for name, (N, K) in matrices.items():
-            yield from (Product(name, T, N, K) for T in sizes)
+    groups = ((MATRICES, SWEPT if sweep else ROWS), (HEAD, LOGITS))
+    return [
+        Product(name, T, N, K) for matrices, rows in groups for name, (N, K) in matrices.items() for T in rows
+    ]
+
+
+def calls(*, sweep: bool) -> Iterator[tuple[OpCall, Sequence[Candidate]]]:
+    """What is going to run, without operands."""
+    for product in products(sweep=sweep):
+        call, _ = product.call("meta")
+        yield call, _worth_a_try(call) if sweep else linear_cuda(call)
 
 
 def gemm() -> list[dict[str, Any]]:
-    """The planner's choice, its other candidates and cuBLAS, in seconds."""
+    """The planner's choice, its other candidates and cuBLAS, in seconds, and the ways whose results are wrong."""
     found = []
-    for product, call, sets, ways in _work(list(products(ROWS, LOGITS)), linear_cuda):
+    for product, call, sets, ways in _work(linear_cuda, sweep=False):
+        wrong = _wrong(call, sets, ways)
         times = {way.name: launcher.time(way, call, sets) for way in ways}
         found.append(
             {
@@ -81,14 +89,18 @@ def gemm() -> list[dict[str, Any]]:
                 "cublas": _cublas(sets),
                 "chosen": ways[0].name,
                 "candidates": times,
+                "wrong": wrong,
             }
         )
     return found
 
 
 def gemm_table(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line a product: what was chosen beside the floor, cuBLAS and the best candidate."""
-    lines = ["matrix   tokens  chosen                              µs  floor/µs  cuBLAS µs  best candidate"]
+    """Every wrong result; a line a product: what was chosen beside the floor, cuBLAS and the best candidate."""
+    lines = [f"WRONG {row['matrix']} {row['tokens']} {way}" for row in found for way in row["wrong"]]
+    lines.append(
+        "matrix   tokens  chosen                              µs  floor/µs  cuBLAS µs  best candidate"
+    )
     for row in found:
         times, chosen = row["candidates"], row["chosen"]
         best = min(times, key=times.__getitem__)
@@ -106,15 +118,12 @@ def gemm_sweep() -> list[tuple[str, int, str, float, float, bool]]:
     The way ``cublas`` has the floor for its model's seconds.
     """
     found = []
-    for product, call, sets, ways in _work(list(products(SWEPT, LOGITS)), _worth_a_try):
+    for product, call, sets, ways in _work(_worth_a_try, sweep=True):
         model = {way.name: seconds(describe(call), way) for way in tilings(describe(call))}
-        want = sets[0]["x"].float() @ sets[0]["weight"].float().t()
+        wrong = _wrong(call, sets, ways)
         for way in ways:
-            got = launcher.run(way, call, sets[0])["y"].float()
-            wrong = not ((got - want).norm() / want.norm() < 1e-2)
-            found.append(
-                (product.name, product.T, way.name, launcher.time(way, call, sets), model[way.name], wrong)
-            )
+            took = launcher.time(way, call, sets)
+            found.append((product.name, product.T, way.name, took, model[way.name], way.name in wrong))
         found.append((product.name, product.T, "cublas", _cublas(sets), product.floor, False))
     return found
 
@@ -141,36 +150,39 @@ def _worth_a_try(call: OpCall) -> list[Candidate]:
     limit = 2.0 if product.T < 1024 else 1.3
     predicted = [seconds(product, way) for way in tilings(product)]
     ways = zip(candidates(call), predicted, strict=True)
-    return [way for way, took in ways if took < limit * predicted[0]][:MOST]
+    found = {way.name: way for way, took in ways if took < limit * predicted[0]}  # a way may be there twice
+    return list(found.values())[:MOST]
 
 
 def _work(
-    wanted: Sequence[Product], ways_of: Any
+    ways_of: Callable[[OpCall], Sequence[Candidate]], *, sweep: bool
 ) -> Iterator[tuple[Product, OpCall, list[dict[str, torch.Tensor]], list[Candidate]]]:
     """Each product with its call, sets of operands and the ways that fit, all compiled beforehand."""
-    calls = [product.call("meta")[0] for product in wanted]
-    launcher.prepare((call, ways_of(call)) for call in calls)
+    launcher.prepare(calls(sweep=sweep))
     weights: list[torch.Tensor] = []
-    for product in wanted:
+    for product in products(sweep=sweep):
         if not weights or weights[0].shape != (product.N, product.K):
-            count = max(2, round(ROTATED / (2 * product.N * product.K) + 0.5))
             weights = [
                 torch.randn(product.N, product.K, device="cuda", dtype=torch.bfloat16) * 0.02
-                for _ in range(count)
+                for _ in range(copies(2 * product.N * product.K, over=ROTATED))
             ]
         call, x = product.call("cuda")
         ways = [way for way in ways_of(call) if launcher.fits(way, call)]
         yield product, call, [{"x": x, "weight": weight} for weight in weights], ways
 
 
+def _wrong(call: OpCall, sets: Sequence[Mapping[str, torch.Tensor]], ways: Sequence[Candidate]) -> list[str]:
+    """The ways whose result is not that of a product in fp32."""
+    want = sets[0]["x"].float() @ sets[0]["weight"].float().t()
+    found = []
+    for way in ways:
+        got = launcher.run(way, call, sets[0])["y"].float()
+        if not ((got - want).norm() / want.norm() < WRONG):
+            found.append(way.name)
+    return found
+
+
 def _cublas(sets: Sequence[Mapping[str, torch.Tensor]]) -> float:
     """Seconds of one product through torch, from a graph over the same operands."""
-    outs = [s["x"].new_empty(s["x"].shape[0], s["weight"].shape[0]) for s in sets]
-    rounds = -(-20 // len(sets))
-
-    def calls() -> None:
-        for _ in range(rounds):
-            for s, y in zip(sets, outs, strict=True):
-                torch.mm(s["x"], s["weight"].t(), out=y)
-
-    return launcher.time_graph(calls) / (rounds * len(sets))
+    full = [{**s, "y": s["x"].new_empty(s["x"].shape[0], s["weight"].shape[0])} for s in sets]
+    return launcher.time_each(lambda s: torch.mm(s["x"], s["weight"].t(), out=s["y"]), full)

@@ -97,7 +97,7 @@ def adjusted(op: dict[str, torch.Tensor], row: int) -> torch.Tensor:
     """The reference's adjusted logits of one row."""
     slot, length = int(op["row_slot"][row]), int(op["context_len"][row])
     prompt = int(op["prompt_len"][slot])
-    names = ("min_new_tokens", "presence_penalty", "frequency_penalty", "repetition_penalty")
+    penalties = ("presence_penalty", "frequency_penalty", "repetition_penalty")
     return adjust(
         op["logits"][row],
         prompt=op["history"][slot, :prompt],
@@ -105,7 +105,8 @@ def adjusted(op: dict[str, torch.Tensor], row: int) -> torch.Tensor:
         stop_ids=op["stop_ids"][slot],
         bias_ids=op["bias_ids"][slot],
         bias_values=op["bias_values"][slot],
-        **{name: op[name][slot].item() for name in names},
+        min_new_tokens=int(op["min_new_tokens"][slot]),
+        **{name: float(op[name][slot]) for name in penalties},
     )
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cuda.bindings import driver
+from cuda.bindings import driver  # pyright: ignore[reportAttributeAccessIssue]  # compiled, without stubs
 
 from makeready.graphs.cuda.aot import Compiled, Kernel, MapLayout, compile_kernel, kernel_of
 from makeready.graphs.cuda.pool import compile_each
@@ -127,7 +127,7 @@ def run(
     full = {**_results(call, tensors), **tensors}
     if scratch is None:
         scratch = new_scratch(candidate)
-    _launch_all(candidate, call, full, scratch, torch.cuda.current_stream())
+    launch_all(candidate, call, full, scratch, torch.cuda.current_stream())
     torch.cuda.synchronize()
     left = scratch[: candidate.zeroed].count_nonzero().item()
     assert left == 0, f"{candidate.name}: {left} bytes of its counters are not zero after the call"
@@ -150,10 +150,26 @@ def time(
     def calls() -> None:
         for i in range(count):
             stream = torch.cuda.current_stream()
-            _launch_all(candidate, call, sets[i % len(sets)], scratch, stream)
+            launch_all(candidate, call, sets[i % len(sets)], scratch, stream)
 
     count = -(-max(reps, len(sets)) // len(sets)) * len(sets)
     return time_graph(calls) / count
+
+
+def time_each(
+    run_one: Callable[[Mapping[str, torch.Tensor]], object],
+    sets: Sequence[Mapping[str, torch.Tensor]],
+    reps: int = 20,
+) -> float:
+    """Median seconds of ``run_one`` on one set, what PyTorch launches for it, timed as :func:`time` does."""
+    rounds = -(-max(reps, len(sets)) // len(sets))
+
+    def calls() -> None:
+        for _ in range(rounds):
+            for tensors in sets:
+                run_one(tensors)
+
+    return time_graph(calls) / (rounds * len(sets))
 
 
 def time_graph(calls: Callable[[], None], repeats: int = 7) -> float:
@@ -231,13 +247,14 @@ def new_scratch(candidate: Candidate) -> torch.Tensor:
     return scratch
 
 
-def _launch_all(
+def launch_all(
     candidate: Candidate,
     call: OpCall,
     tensors: Mapping[str, torch.Tensor],
     scratch: torch.Tensor,
     stream: torch.cuda.Stream,
 ) -> None:
+    """Launch ``candidate`` on ``stream`` and return at once; ``tensors`` hold the results, too."""
     for launch in candidate.launches:
         compiled, function = _loaded(kernel_of(launch, call, _arch()))
         spilled = compiled.spill_bytes

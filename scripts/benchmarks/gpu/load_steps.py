@@ -1,7 +1,5 @@
 """Weights from the page cache to the GPU: what each step of it costs, and the loader under several settings.
 
-python tests/gpu/bench_load.py PLAN_FOLDER [FOLDER_FOR_WEIGHTS [RESULT_JSON]]
-
 Writes random weights of the plan's shapes, loads them and checks what arrived. Then come single steps
 (mapping, pinning, copying, letting go; reading through pinned buffers instead), whole loads of the
 executable under other settings than those in graphs/executable/cuda_pages.py, and the time from process
@@ -21,13 +19,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
 
+from benchmarks.record import ROOT
 from makeready.graphs import artifact
 from makeready.graphs.checkpoint.base import NUMPY_DTYPES, Checkpoint, open_checkpoint
 from makeready.graphs.checkpoint.safetensors_file import DTYPES
@@ -36,7 +34,6 @@ from makeready.graphs.executable.cuda import CudaExecutable
 from makeready.graphs.executable.cuda_driver import Driver, host_bytes
 from makeready.graphs.plan import Plan
 
-ROOT = Path(__file__).resolve().parents[2]
 MIB = 2**20
 BLOCK = 64 * MIB  # of random bytes, repeated
 SIZE = 8 * 2**30  # bytes that single steps are timed with, where the file has them
@@ -142,23 +139,21 @@ def mapping(path: Path) -> Iterator[tuple[int, list[tuple[int, int]]]]:
     del file
 
 
-def single_steps(driver: Driver, path: Path) -> dict[str, float]:
+def single_steps(driver: Driver, path: Path, note: Callable[[str], None]) -> dict[str, float]:
     """GB/s of each step alone, by name; the driver's context is current."""
     device = driver.open(0)
     made: dict[str, float] = {}
 
-    def note(name: str, nbytes: int, seconds: float) -> None:
+    def keep(name: str, nbytes: int, seconds: float) -> None:
         made[name] = nbytes / seconds / 1e9
-        print(
-            f"  {name:<52}{made[name]:8.1f} GB/s  {seconds * 2**30 / nbytes * 1e3:7.1f} ms a GiB", flush=True
-        )
+        note(f"{name}: {made[name]:.1f} GB/s")
 
     for count in (1, 4, 12):
         with mapping(path) as (nbytes, windows):
             seconds = in_threads(count, windows, lambda w: cuda_pages.map_pages(*w), lambda: None)
-            note(f"map, {count} threads", nbytes, seconds)
+            keep(f"map, {count} threads", nbytes, seconds)
             if count == 12:
-                note(
+                keep(
                     "map what is mapped, 1 thread",
                     nbytes,
                     timed(lambda w=windows: _each(cuda_pages.map_pages, w)),
@@ -168,16 +163,16 @@ def single_steps(driver: Driver, path: Path) -> dict[str, float]:
             if ahead:
                 in_threads(12, windows, lambda w: cuda_pages.map_pages(*w), lambda: None)
             seconds = in_threads(count, windows, lambda w: driver.register(*w), lambda: driver.use(device))
-            note(f"pin {'mapped' if ahead else 'unmapped'} pages, {count} threads", nbytes, seconds)
+            keep(f"pin {'mapped' if ahead else 'unmapped'} pages, {count} threads", nbytes, seconds)
             if ahead:
-                note(f"copy pinned pages, {count} streams", nbytes, _copy(driver, device, windows, count))
+                keep(f"copy pinned pages, {count} streams", nbytes, _copy(driver, device, windows, count))
             seconds = in_threads(
                 count, windows, lambda w: driver.unregister(w[0]), lambda: driver.use(device)
             )
-            note(f"let go, {count} threads", nbytes, seconds)
+            keep(f"let go, {count} threads", nbytes, seconds)
     for chunk, count in ((4, 8), (4, 16), (8, 12), (8, 16), (32, 12)):
         nbytes, seconds = _staged(driver, device, path, chunk * MIB, count)
-        note(f"read into pinned buffers of {chunk} MiB, {count} threads", nbytes, seconds)
+        keep(f"read into pinned buffers of {chunk} MiB, {count} threads", nbytes, seconds)
     driver.release(device)
     return made
 
@@ -287,39 +282,46 @@ def first_token(plan_folder: Path, weights: Path) -> float:
     return seconds
 
 
-def bench(plan_folder: Path, folder: Path) -> dict[str, Any]:
-    """Check, measure and print everything."""
+def measure(plan_folder: Path, folder: Path, note: Callable[[str], None]) -> dict[str, Any]:
+    """Check and measure everything.
+
+    Args:
+        plan_folder: a plan for this machine's GPU.
+        folder: where weights are written; as many bytes as the plan's checkpoint has.
+    """
     seconds = min(timed(lambda: artifact.load(plan_folder)) for _ in range(3))
-    print(f"plan read in {seconds:.3f} s")
     plan = artifact.load(plan_folder)
-    began = time.perf_counter()
-    nbytes = write_weights(plan, folder)
-    print(f"{nbytes / 1e9:.1f} GB of weights written in {time.perf_counter() - began:.1f} s", flush=True)
+    note("writing weights")
+    write_weights(plan, folder)
     checked = load_once(plan, folder, {}).pop("checked")
-    print(f"{checked:.0f} rows of parameters arrived as they are in the file\n")
     driver = Driver()
     driver.initialise()
-    steps = single_steps(driver, folder / "model.safetensors")
-    weights = sum(weight.nbytes for weight in plan.weights)
-    phases = ("context", "memory", "buffers", "graphs", "weights", "load", "let go")
-    print(f"\n{'whole loads':<46}{'GB/s':>6}" + "".join(f"{name:>9}" for name in phases) + "   (s)")
+    steps = single_steps(driver, folder / "model.safetensors", note)
     loads = {}
     for name, setting in SETTINGS.items():
-        made = loads[name] = load_once(plan, folder, setting)
-        rate = weights / made["weights"] / 1e9
-        print(f"{name:<46}{rate:6.1f}" + "".join(f"{made[p]:9.3f}" for p in phases), flush=True)
-    tokens = [first_token(plan_folder, folder) for _ in range(4)]
-    print(
-        "\ngenerate.py, process start to end with one token: " + " ".join(f"{t:.2f}" for t in tokens) + " s"
-    )
-    return {"bytes": weights, "plan": seconds, "steps": steps, "loads": loads, "first_token": tokens}
+        note(name)
+        loads[name] = load_once(plan, folder, setting)
+    return {
+        "bytes": sum(weight.nbytes for weight in plan.weights),
+        "checked": checked,
+        "plan": seconds,
+        "steps": steps,
+        "loads": loads,
+        "first_token": [first_token(plan_folder, folder) for _ in range(4)],
+    }
 
 
-if __name__ == "__main__":
-    given = [Path(argument) for argument in sys.argv[1:]]
-    with tempfile.TemporaryDirectory() as where:
-        figures = bench(given[0], given[1] if len(given) > 1 else Path(where))
-    if len(given) > 2:
-        versions = {name: version(name) for name in ("cuda-bindings", "numpy")}
-        head = {"command": " ".join(["python", *sys.argv]), "cores": os.cpu_count(), "versions": versions}
-        given[2].write_text(json.dumps({**head, **figures}, indent=1) + "\n")
+def table(found: Mapping[str, Any]) -> list[str]:
+    """Single steps in GB/s, a line a setting in seconds, and whole processes."""
+    lines = [
+        f"plan read in {found['plan']:.3f} s; {found['checked']:.0f} rows of parameters are what the file holds"
+    ]
+    for name, rate in found["steps"].items():
+        lines.append(f"  {name:<52}{rate:8.1f} GB/s  {2**30 / rate / 1e6:7.1f} ms a GiB")
+    phases = ("context", "memory", "buffers", "graphs", "weights", "load", "let go")
+    lines.append(f"{'whole loads':<46}{'GB/s':>6}" + "".join(f"{name:>9}" for name in phases) + "   (s)")
+    for name, made in found["loads"].items():
+        rate = found["bytes"] / made["weights"] / 1e9
+        lines.append(f"{name:<46}{rate:6.1f}" + "".join(f"{made[phase]:9.3f}" for phase in phases))
+    tokens = " ".join(f"{seconds:.2f}" for seconds in found["first_token"])
+    return [*lines, f"generate.py, process start to end with one token: {tokens} s"]

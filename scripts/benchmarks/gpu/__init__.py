@@ -1,0 +1,1 @@
+"""Measurements on a GPU, and what runs single kernels for them and for tests/gpu."""

@@ -1,0 +1,319 @@
+"""Attention of Qwen3-8B on the present GPU, beside its floors and PyTorch's attention over unpaged copies.
+
+``attention`` times what plans carry, and PyTorch's attention; ``attention_sweep`` more ways to cut the work, for
+the cost model. All ways are held to the references first. Caches rotate, so that a small one is not left in L2
+when its turn comes again; pages lie in random order.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.gpu import launcher
+from benchmarks.gpu.shapes import BANDWIDTH, BF16_RATE, HEAD_DIM, HEADS, KV_HEADS, copies
+from makeready.kernels.attention import decode_triton, extend_tiling, extend_triton, paged
+from makeready.kernels.attention.qkv_triton import norm_rope_kv_write_cuda
+from makeready.kernels.contract import Contract
+from makeready.kernels.device import Candidate, OpCall
+
+assert isinstance(paged.decode_attention, Contract)
+assert isinstance(paged.extend_attention, Contract)
+assert isinstance(paged.norm_rope_kv_write, Contract)
+
+ROTATED = 200e6  # bytes that calls rotate over
+PAGE = 64
+ATTRS = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "scale": HEAD_DIM**-0.5, "window": 0}
+QKV_ATTRS = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "eps": 1e-6}
+B16, F8 = torch.bfloat16, torch.float8_e4m3fn
+
+Tensors = dict[str, torch.Tensor]
+Row = tuple[int, int]  # queries, context
+Emit = Callable[[OpCall], Sequence[Candidate]]
+
+MIXED_LENGTHS = [(1, 64 * (i + 1)) for i in range(64)]
+DECODES = (
+    *([(1, 1024)] * n for n in (1, 4, 16, 64, 256)),
+    [(1, 32_768)],
+    [(1, 4096)] * 16,
+    MIXED_LENGTHS,
+)
+DECODES_F8 = (*([(1, 1024)] * n for n in (1, 16, 64, 256)), [(1, 32_768)])
+PADDING = [(0, 0)] * 255
+EXTENDS = (
+    [(64, 1024)],
+    [(256, 1024)],
+    [(1024, 1024)],
+    [(1024, 1024), *PADDING],
+    [(8000, 8000)],
+    [(1000, 1000)] * 8,
+    [(1, 1024)] * 64 + [(2000, 2000)],
+    [(1, 32_768), (2000, 2000)],
+    [(512, 8192)],
+    [(16, 8192)],
+)
+EXTENDS_F8 = ([(1024, 1024)], [(8000, 8000)], [(1, 1024)] * 64 + [(2000, 2000)], [(512, 8192)])
+UNSWEPT = ([(1, 1024)] * 4, [(1, 4096)] * 16, [(1024, 1024)], [(1000, 1000)] * 8, [(1, 32_768), (2000, 2000)])
+CHECKED = [(5, 700), (1, 3000), (130, 130), (0, 0), (300, 400)]
+TOKENS = (1, 16, 64, 256, 1024, 8192)  # of writing to the cache
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows for one of the two attentions, and the dtype of their cache."""
+
+    contract: Contract
+    rows: Sequence[Row]
+    kind: torch.dtype
+
+    @property
+    def decode(self) -> bool:
+        """Whether every row has one query."""
+        return self.contract.name == "decode_attention"
+
+    @property
+    def nbytes(self) -> int:
+        """Of all keys and values."""
+        return kv_bytes(self.kind) * sum(context for _, context in self.rows)
+
+    @property
+    def operations(self) -> float:
+        """Multiplications and additions over visible pairs."""
+        pairs = sum(queries * context - queries * (queries - 1) // 2 for queries, context in self.rows)
+        return 4.0 * pairs * HEADS * HEAD_DIM
+
+    @property
+    def floor(self) -> float:
+        """Seconds that no kernel beats: all keys and values once, or all operations."""
+        queries = sum(queries for queries, _ in self.rows)
+        return max((self.nbytes + 4 * queries * HEADS * HEAD_DIM) / BANDWIDTH, self.operations / BF16_RATE)
+
+    @property
+    def label(self) -> str:
+        """Such as ``bf16 64 x (1, 1024)``."""
+        some = [row for row in self.rows if row != (0, 0)]
+        text = f"{len(some)} x {some[0]}" if some[0] == some[-1] else f"{len(some)}: {some[0]}..{some[-1]}"
+        padded = f" of {len(self.rows)}" if len(some) < len(self.rows) else ""
+        return f"{'f8' if self.kind == F8 else 'bf16'} {text}{padded}"
+
+    def operands(self, device: str) -> Tensors:
+        """Random ones; on device meta without memory."""
+        count = torch.tensor([queries for queries, _ in self.rows], dtype=torch.int32)
+        tokens = len(self.rows) if self.decode else int(count.sum())
+        q = torch.randn(tokens, HEADS * HEAD_DIM, dtype=torch.bfloat16, device=device)
+        tensors = {**_paged(self.rows, self.kind, device), "q": q}
+        if not self.decode:
+            start = (count.cumsum(0) - count).to(torch.int32)
+            tensors |= {"query_start": start.to(device), "query_len": count.to(device)}
+        return tensors
+
+
+def batches(*, sweep: bool) -> list[Batch]:
+    """What is timed."""
+    decode, extend = paged.decode_attention, paged.extend_attention
+    assert isinstance(decode, Contract)
+    assert isinstance(extend, Contract)
+    made = [Batch(decode, rows, B16) for rows in DECODES] + [Batch(decode, rows, F8) for rows in DECODES_F8]
+    made += [Batch(extend, rows, B16) for rows in EXTENDS] + [Batch(extend, rows, F8) for rows in EXTENDS_F8]
+    return [batch for batch in made if not sweep or batch.rows not in UNSWEPT]
+
+
+def checked() -> list[Batch]:
+    """What is held to the references."""
+    decode, extend = paged.decode_attention, paged.extend_attention
+    assert isinstance(decode, Contract)
+    assert isinstance(extend, Contract)
+    single = [(min(queries, 1), context) for queries, context in CHECKED]
+    return [Batch(c, rows, kind) for kind in (B16, F8) for c, rows in ((decode, single), (extend, CHECKED))]
+
+
+def ways_of(call: OpCall, *, sweep: bool) -> Sequence[Candidate]:
+    """The ways to run an attention that plans carry, or more."""
+    if call.op == "decode_attention":
+        return _decode_ways(call) if sweep else decode_triton.decode_attention_cuda(call)
+    return _extend_ways(call) if sweep else extend_triton.extend_attention_cuda(call)
+
+
+def calls(*, sweep: bool) -> Iterator[tuple[OpCall, Sequence[Candidate]]]:
+    """What is going to run, without operands."""
+    for batch in (*checked(), *batches(sweep=sweep)):
+        call = launcher.op_call(batch.contract, batch.operands("meta"), ATTRS)
+        yield call, ways_of(call, sweep=sweep)
+    for kind, tokens in [] if sweep else itertools.product((B16, F8), TOKENS):
+        call = launcher.op_call(paged.norm_rope_kv_write, _qkv_operands(tokens, kind, "meta"), QKV_ATTRS)
+        yield call, norm_rope_kv_write_cuda(call)
+
+
+def kv_bytes(kind: torch.dtype) -> int:
+    """Of a token's keys and values."""
+    return 2 * kind.itemsize * KV_HEADS * HEAD_DIM
+
+
+def measure(note: Callable[[str], None], *, sweep: bool) -> list[dict[str, Any]]:
+    """Of each batch: bytes, operations, floor, PyTorch's seconds where it has any, and those of each way, the
+    planner's first one first.
+    """
+    launcher.prepare(calls(sweep=sweep))
+    for batch in checked():
+        launcher.check(
+            batch.contract, lambda call: _fitting(call, sweep=sweep), batch.operands("cuda"), ATTRS
+        )
+    found = []
+    for batch in batches(sweep=sweep):
+        note(batch.label)
+        found.append(_time_batch(batch, sweep=sweep))
+    if not sweep:
+        found += [_time_qkv(tokens, kind) for kind, tokens in itertools.product((B16, F8), TOKENS)]
+    return found
+
+
+def table(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line a batch: the first way's time, its share of the floor, and the best of the others."""
+    lines = [
+        "dtype rows x (queries, context)      chosen                           µs  floor  TB/s TFLOP/s  SDPA µs"
+        "         best µs                              others"
+    ]
+    for row in found:
+        times = row["seconds"]
+        chosen = next(iter(times))
+        best, *others = sorted(times, key=times.__getitem__)
+        took, other = times[chosen], row["sdpa"]
+        lines.append(
+            f"{row['rows']:36s} {chosen:26s} {took * 1e6:8.1f} {row['floor'] / took:6.2f} "
+            f"{row['nbytes'] / took / 1e12:5.2f} {row['operations'] / took / 1e12:7.0f} "
+            f"{float('inf') if other is None else other * 1e6:8.1f} {row['backend']:6s}"
+            f"{times[best] * 1e6:8.1f} {best:26s}"
+            + "  ".join(f"{times[name] * 1e6:.1f} {name}" for name in others[:3] if name != chosen)
+        )
+    return lines
+
+
+def _paged(rows: Sequence[Row], kind: torch.dtype, device: str) -> Tensors:
+    pages = [-(-context // PAGE) for _, context in rows]
+    order = (1 + torch.randperm(sum(pages))).to(torch.int32)
+    table = torch.zeros(len(rows), max(pages), dtype=torch.int32)
+    for r, count in enumerate(pages):
+        table[r, :count] = order[sum(pages[:r]) :][:count]
+    shape = (1 + sum(pages), PAGE, KV_HEADS, HEAD_DIM)
+    k, v = (torch.randn(shape, dtype=torch.bfloat16, device=device).to(kind) for _ in "kv")
+    context = torch.tensor([context for _, context in rows], dtype=torch.int32, device=device)
+    return {"k_cache": k, "v_cache": v, "page_table": table.to(device), "context_len": context}
+
+
+def _qkv_operands(tokens: int, kind: torch.dtype, device: str) -> Tensors:
+    width = (HEADS + 2 * KV_HEADS) * HEAD_DIM
+    cache = torch.zeros(1 + -(-tokens // PAGE), PAGE, KV_HEADS, HEAD_DIM, device=device).to(kind)
+    return {
+        "qkv": torch.randn(tokens, width, dtype=torch.bfloat16, device=device),
+        "rows": torch.randn(tokens, HEAD_DIM, device=device),
+        "q_norm": torch.randn(HEAD_DIM, dtype=torch.bfloat16, device=device),
+        "k_norm": torch.randn(HEAD_DIM, dtype=torch.bfloat16, device=device),
+        "kv_slot": (PAGE + torch.arange(tokens, dtype=torch.int32)).to(device),
+        "k_cache": cache,
+        "v_cache": cache.clone(),
+    }
+
+
+def _decode_ways(call: OpCall) -> list[Candidate]:
+    """More ways than plans carry."""
+    narrow = call.tensors["k_cache"].dtype == "float8_e4m3fn"
+    sizes = [(32, 4), (64, 4), (64, 8), (128, 8)]
+    made = []
+    for (keys, warps), stages, blocks in itertools.product(sizes, (3, 4, 6), (1, 2, 3)):
+        held = 2 * keys * HEAD_DIM * (1 if narrow else 2) * (stages - 1) * blocks
+        if held <= call.shared_bytes - 8192 * blocks and warps * blocks <= 16:
+            made.append(decode_triton.candidate(call, keys, warps, stages, blocks))
+    return made
+
+
+def _extend_ways(call: OpCall) -> list[Candidate]:
+    """More ways than plans carry; registers do not suffice for rounds with tiles of 128 and 4 warps."""
+    ways: list[extend_tiling.Way] = []
+    for way in extend_tiling.ways(call):
+        ways += [replace(way, least=least) for least in (128, 256, 512)]
+        ways += [replace(way, rounds=False), replace(way, rounds=False, stages=way.stages + 1)]
+        if way.warps == 8 or way.m == 64:
+            ways.append(replace(way, stages=way.stages + 1))
+    made = {}
+    for way in ways:
+        candidate = extend_triton.candidate(call, way)
+        made.setdefault(way, replace(candidate, name=f"{candidate.name}_l{way.least}"))
+    return list(made.values())
+
+
+def _fitting(call: OpCall, *, sweep: bool) -> list[Candidate]:
+    return [way for way in ways_of(call, sweep=sweep) if launcher.fits(way, call)]
+
+
+def _time_batch(batch: Batch, *, sweep: bool) -> dict[str, Any]:
+    count = copies(batch.nbytes, over=ROTATED, most=8)
+    sets = [batch.operands("cuda") for _ in range(count)]
+    call = launcher.op_call(batch.contract, sets[0], ATTRS)
+    other, backend = _sdpa(batch, count) if not sweep and batch.kind == B16 else (None, "")
+    return {
+        "rows": batch.label,
+        "op": batch.contract.name,
+        "nbytes": batch.nbytes,
+        "operations": batch.operations,
+        "floor": batch.floor,
+        "sdpa": other,
+        "backend": backend,
+        "seconds": {way.name: launcher.time(way, call, sets) for way in _fitting(call, sweep=sweep)},
+    }
+
+
+def _time_qkv(tokens: int, kind: torch.dtype) -> dict[str, Any]:
+    """The kernel before attention: norms, rotation, and what it writes to the cache."""
+    moved = tokens * (2 * (2 * HEADS + 2 * KV_HEADS) + 4) * HEAD_DIM + tokens * kv_bytes(kind)
+    sets = [_qkv_operands(tokens, kind, "cuda") for _ in range(copies(moved, over=ROTATED, most=64))]
+    call = launcher.op_call(paged.norm_rope_kv_write, sets[0], QKV_ATTRS)
+    return {
+        "rows": f"{'f8' if kind == F8 else 'bf16'} norm_rope_kv_write {tokens}",
+        "op": "norm_rope_kv_write",
+        "nbytes": moved,
+        "operations": 0.0,
+        "floor": moved / BANDWIDTH,
+        "sdpa": None,
+        "backend": "",
+        "seconds": {way.name: launcher.time(way, call, sets) for way in norm_rope_kv_write_cuda(call)},
+    }
+
+
+def _sdpa(batch: Batch, count: int) -> tuple[float | None, str]:
+    """Least seconds of PyTorch's attention over dense equal rows, and the backend; None where rows differ."""
+    rows = [row for row in batch.rows if row != (0, 0)]
+    queries, context = rows[0]
+    if any(row != rows[0] for row in rows) or queries not in (1, context):
+        return None, ""
+    shapes: Iterable[tuple[str, int, int]] = (
+        ("q", HEADS, queries),
+        ("k", KV_HEADS, context),
+        ("v", KV_HEADS, context),
+    )
+    sets = [
+        {
+            name: torch.randn(len(rows), heads, n, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
+            for name, heads, n in shapes
+        }
+        for _ in range(count)
+    ]
+    found: list[tuple[float, str]] = []
+    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+        try:
+            with sdpa_kernel(backend):
+                took = launcher.time_each(
+                    lambda s: functional.scaled_dot_product_attention(
+                        s["q"], s["k"], s["v"], is_causal=queries > 1, enable_gqa=True
+                    ),
+                    sets,
+                )
+        except RuntimeError:  # this backend does not take these shapes
+            continue
+        found.append((took, backend.name.partition("_")[0].lower()))
+    return min(found) if found else (None, "")

@@ -1,0 +1,174 @@
+"""The suites that need a GPU; those of kernels alone import torch, the others run a plan without it."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from makeready.engine.entrypoints.options import UsageError
+
+if TYPE_CHECKING:
+    from benchmarks.suites import Bench
+
+Measured: TypeAlias = "tuple[dict[str, Any], list[str]]"
+
+
+def buckets(bench: Bench) -> Measured:
+    """Full steps of every bucket and their parts; see :mod:`benchmarks.gpu.buckets`."""
+    from benchmarks.gpu import buckets
+    from makeready.graphs.executable.cuda import CudaExecutable
+
+    executable, context = bench.llm.engine.executable, bench.job.latency.context
+    if not isinstance(executable, CudaExecutable):
+        raise UsageError("suite buckets times graphs on a GPU; give plan=FOLDER with a plan for one")
+    found = buckets.buckets(executable, context=context, repeats=bench.job.repeats)
+    return {"buckets": {"context": context, "steps": found}}, buckets.table(found)
+
+
+def load(bench: Bench) -> Measured:
+    """New processes up to the first step; see :mod:`benchmarks.gpu.start`."""
+    from benchmarks.gpu import start
+
+    job, plan = bench.job, _plan_for_gpu(bench, "load")
+    checkpoint = str(job.checkpoint)
+    source = checkpoint if checkpoint == "dummy" else str(bench.checkpoint)
+    found = start.start(plan, source, job.model, repeats=job.repeats)
+    return {"load": found}, start.table(found)
+
+
+def load_steps(bench: Bench) -> Measured:
+    """What loading consists of, and other settings of it; see :mod:`benchmarks.gpu.load_steps`."""
+    from benchmarks.gpu import load_steps
+
+    plan, folder = _plan_for_gpu(bench, "load_steps"), bench.job.load_steps.weights
+    with tempfile.TemporaryDirectory() as temporary:
+        weights = Path(temporary if folder is None else folder).expanduser()
+        found = load_steps.measure(plan, weights, bench.stages.note)
+    return {"load_steps": found}, load_steps.table(found)
+
+
+def gemm(bench: Bench) -> Measured:
+    """The planner's choices of projections; see :mod:`benchmarks.gpu.gemm`."""
+    _need_gpu("gemm")
+    from benchmarks.gpu import gemm
+
+    found = gemm.gemm()
+    return {"gemm": found}, gemm.gemm_table(found)
+
+
+def gemm_sweep(bench: Bench) -> Measured:
+    """Every way to cut projections; see :mod:`benchmarks.gpu.gemm`."""
+    _need_gpu("gemm_sweep")
+    from benchmarks.gpu import gemm
+
+    found = gemm.gemm_sweep()
+    return {"gemm_sweep": found}, gemm.sweep_table(found)
+
+
+def gemm_fp8(bench: Bench) -> Measured:
+    """The planner's choices of 8-bit projections; see :mod:`benchmarks.gpu.gemm_fp8`."""
+    return _gemm_fp8(bench, "gemm_fp8", sweep=False)
+
+
+def gemm_fp8_sweep(bench: Bench) -> Measured:
+    """Every way to cut 8-bit projections; see :mod:`benchmarks.gpu.gemm_fp8`."""
+    return _gemm_fp8(bench, "gemm_fp8_sweep", sweep=True)
+
+
+def _gemm_fp8(bench: Bench, name: str, *, sweep: bool) -> Measured:
+    _need_gpu(name)
+    from benchmarks.gpu import gemm_fp8
+
+    options = bench.job.gemm_fp8
+    wanted = gemm_fp8.wanted(options.scales, options.matrices, sweep=sweep)
+    found = gemm_fp8.measure(wanted, bench.stages.note)
+    return {name: found}, gemm_fp8.table(found)
+
+
+def attention(bench: Bench) -> Measured:
+    """Attention as plans have it; see :mod:`benchmarks.gpu.attention`."""
+    return _attention(bench, "attention", sweep=False)
+
+
+def attention_sweep(bench: Bench) -> Measured:
+    """More ways to cut attention; see :mod:`benchmarks.gpu.attention`."""
+    return _attention(bench, "attention_sweep", sweep=True)
+
+
+def _attention(bench: Bench, name: str, *, sweep: bool) -> Measured:
+    _need_gpu(name)
+    from benchmarks.gpu import attention
+
+    found = attention.measure(bench.stages.note, sweep=sweep)
+    return {name: found}, attention.table(found)
+
+
+def small_ops(bench: Bench) -> Measured:
+    """Norms, activations, embeddings; see :mod:`benchmarks.gpu.small_ops`."""
+    _need_gpu("small_ops")
+    from benchmarks.gpu import ops, small_ops
+
+    found = small_ops.measure(bench.stages.note)
+    return {"small_ops": found}, ops.table(found)
+
+
+def quantize_fp8(bench: Bench) -> Measured:
+    """Quantization of activations and of weights; see :mod:`benchmarks.gpu.quantize_fp8`."""
+    _need_gpu("quantize_fp8")
+    from benchmarks.gpu import ops, quantize_fp8
+
+    found = quantize_fp8.measure(bench.stages.note)
+    return {"quantize_fp8": found}, ops.table(found)
+
+
+def sample(bench: Bench) -> Measured:
+    """Sampling and log-probabilities; see :mod:`benchmarks.gpu.sample`."""
+    _need_gpu("sample")
+    from benchmarks.gpu import ops, sample
+
+    found = sample.measure(bench.stages.note)
+    return {"sample": found}, ops.table(found)
+
+
+def _plan_for_gpu(bench: Bench, suite: str) -> Path:
+    """The folder of ``plan=``.
+
+    Raises:
+        UsageError: there is none.
+        PlanError: the driver finds no GPU.
+    """
+    from makeready.graphs.executable.cuda_driver import Driver
+
+    if bench.job.plan.path is None:
+        raise UsageError(f"suite {suite} reads a compiled plan in every process; give plan=FOLDER")
+    Driver().initialise()
+    return Path(bench.job.plan.path).expanduser()
+
+
+def _need_gpu(suite: str) -> None:
+    """Kernels alone are launched through PyTorch.
+
+    Raises:
+        UsageError: it sees no GPU.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UsageError(f"suite {suite} runs kernels through PyTorch, which sees no GPU here; run it on one")
+
+
+GPU_SUITES = {
+    "buckets": buckets,
+    "load": load,
+    "load_steps": load_steps,
+    "gemm": gemm,
+    "gemm_sweep": gemm_sweep,
+    "gemm_fp8": gemm_fp8,
+    "gemm_fp8_sweep": gemm_fp8_sweep,
+    "attention": attention,
+    "attention_sweep": attention_sweep,
+    "small_ops": small_ops,
+    "quantize_fp8": quantize_fp8,
+    "sample": sample,
+}
