@@ -153,6 +153,7 @@ def _with_kernels(plan: Plan, target: Target, context: int, progress: Progress) 
         context=context,
         keep=plan.options.candidates,
         cache=cache_folder() / "kernels",
+        deterministic=plan.options.deterministic,
         progress=lambda done, total: progress(f"compile kernels {done}/{total}"),
     )
     programs = dict(emitted.programs)

@@ -62,7 +62,7 @@ def _launch(call: OpCall, x: str, y: str | None, out: str) -> Sequence[Candidate
     rows, width = result.shape
     assert isinstance(rows, int)
     assert isinstance(width, int)
-    tiles = row_tiles(rows, width, multiprocessors=call.multiprocessors)
+    tiles = row_tiles(rows, width, multiprocessors=call.multiprocessors, invariant=call.invariant)
     pdl = "pdl" in call.features
     constants = {
         "OP": call.op,
@@ -91,31 +91,31 @@ def _launch(call: OpCall, x: str, y: str | None, out: str) -> Sequence[Candidate
     return (Candidate(f"{tiles.rows}x{tiles.width}", (launch,)),)
 
 
-@cuda_kernel(add, "tiles")
+@cuda_kernel(add, "tiles", invariant=True)
 def add_launches(call: OpCall) -> Sequence[Candidate]:
     """See :func:`pointwise`."""
     return _launch(call, "x", "y", "z")
 
 
-@cuda_kernel(multiply, "tiles")
+@cuda_kernel(multiply, "tiles", invariant=True)
 def multiply_launches(call: OpCall) -> Sequence[Candidate]:
     """See :func:`pointwise`."""
     return _launch(call, "x", "y", "z")
 
 
-@cuda_kernel(silu, "tiles")
+@cuda_kernel(silu, "tiles", invariant=True)
 def silu_launches(call: OpCall) -> Sequence[Candidate]:
     """See :func:`pointwise`."""
     return _launch(call, "x", None, "y")
 
 
-@cuda_kernel(silu_mul, "tiles")
+@cuda_kernel(silu_mul, "tiles", invariant=True)
 def silu_mul_launches(call: OpCall) -> Sequence[Candidate]:
     """See :func:`pointwise`."""
     return _launch(call, "gate_up", None, "y")
 
 
-@cuda_kernel(gather_last, "tiles")
+@cuda_kernel(gather_last, "tiles", invariant=True)
 def gather_last_launches(call: OpCall) -> Sequence[Candidate]:
     """See :func:`~.embedding_triton.gather_rows`."""
     return gather_launch(call, source="x", index="query_start", length="query_len", result="y")

@@ -61,7 +61,7 @@ def gather_launch(
     rows, width = call.tensors[result].shape
     assert isinstance(rows, int)
     assert isinstance(width, int)
-    tiles = row_tiles(rows, width, multiprocessors=call.multiprocessors)
+    tiles = row_tiles(rows, width, multiprocessors=call.multiprocessors, invariant=call.invariant)
     pdl = "pdl" in call.features
     constants = {
         "C": width,
@@ -123,7 +123,7 @@ def record_tokens(
     tl.store(history + place, token, mask=inside & (staged >= 0))
 
 
-@cuda_kernel(load_tokens, "tiles")
+@cuda_kernel(load_tokens, "tiles", invariant=True)
 def load_tokens_launches(call: OpCall) -> Sequence[Candidate]:
     """See :func:`record_tokens`."""
     tokens = call.tensors["ids"].shape[0]
@@ -140,7 +140,7 @@ def load_tokens_launches(call: OpCall) -> Sequence[Candidate]:
     return (Candidate("tiles", (launch,)),)
 
 
-@cuda_kernel(embedding, "tiles")
+@cuda_kernel(embedding, "tiles", invariant=True)
 def embedding_launches(call: OpCall) -> Sequence[Candidate]:
     """See :func:`gather_rows`."""
     return gather_launch(call, source="weight", index="ids", result="x")

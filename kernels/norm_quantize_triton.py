@@ -76,7 +76,9 @@ def _launch(call: OpCall) -> Sequence[Candidate]:
     tensors = call.tensors
     adds = "residual" in tensors
     features, tokens = call.dims["C"], call.dims["T"]
-    tiles = row_tiles(tokens, features, multiprocessors=call.multiprocessors, whole_rows=True)
+    tiles = row_tiles(
+        tokens, features, multiprocessors=call.multiprocessors, invariant=call.invariant, whole_rows=True
+    )
     pdl = "pdl" in call.features
     constants = {
         "EPS": call.attrs["eps"],
@@ -110,13 +112,13 @@ def _launch(call: OpCall) -> Sequence[Candidate]:
     return (Candidate(f"{tiles.rows}x{tiles.width}", (launch,)),)
 
 
-@cuda_kernel(rms_norm_quantize_fp8, "registers", features=("fp8",), applies=_fits)
+@cuda_kernel(rms_norm_quantize_fp8, "registers", features=("fp8",), applies=_fits, invariant=True)
 def rms_norm_quantize_fp8_launches(call: OpCall) -> Sequence[Candidate]:
     """See :func:`normalise_quantize`."""
     return _launch(call)
 
 
-@cuda_kernel(add_rms_norm_quantize_fp8, "registers", features=("fp8",), applies=_fits)
+@cuda_kernel(add_rms_norm_quantize_fp8, "registers", features=("fp8",), applies=_fits, invariant=True)
 def add_rms_norm_quantize_fp8_launches(call: OpCall) -> Sequence[Candidate]:
     """See :func:`normalise_quantize`."""
     return _launch(call)

@@ -68,7 +68,13 @@ def _launch(call: OpCall, heads: int = 1) -> Sequence[Candidate]:
     features, tokens = tensors["weight"].shape[0], tensors["x"].shape[0]
     assert isinstance(features, int)
     assert isinstance(tokens, int)
-    tiles = row_tiles(tokens * heads, features, multiprocessors=call.multiprocessors, whole_rows=True)
+    tiles = row_tiles(
+        tokens * heads,
+        features,
+        multiprocessors=call.multiprocessors,
+        invariant=call.invariant,
+        whole_rows=True,
+    )
     pdl = "pdl" in call.features
     constants = {
         "EPS": call.attrs["eps"],
@@ -97,19 +103,19 @@ def _launch(call: OpCall, heads: int = 1) -> Sequence[Candidate]:
     return (Candidate(f"{tiles.rows}x{tiles.width}", (launch,)),)
 
 
-@cuda_kernel(rms_norm, "registers")
+@cuda_kernel(rms_norm, "registers", invariant=True)
 def rms_norm_launches(call: OpCall) -> Sequence[Candidate]:
     """See :func:`normalise`."""
     return _launch(call)
 
 
-@cuda_kernel(add_rms_norm, "registers")
+@cuda_kernel(add_rms_norm, "registers", invariant=True)
 def add_rms_norm_launches(call: OpCall) -> Sequence[Candidate]:
     """See :func:`normalise`."""
     return _launch(call)
 
 
-@cuda_kernel(head_rms_norm, "registers")
+@cuda_kernel(head_rms_norm, "registers", invariant=True)
 def head_rms_norm_launches(call: OpCall) -> Sequence[Candidate]:
     """See :func:`normalise`."""
     return _launch(call, call.attrs["heads"])

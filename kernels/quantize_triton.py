@@ -189,7 +189,13 @@ def _fits(call: OpCall) -> bool:
 def _tiles(call: OpCall, source: str) -> Sequence[Candidate]:
     width, group, rows = _width(call), call.attrs["group"], call.dims["T"]
     whole = group == width
-    tiles = row_tiles(rows, width, multiprocessors=call.multiprocessors, whole_rows=whole or group > 2048)
+    tiles = row_tiles(
+        rows,
+        width,
+        multiprocessors=call.multiprocessors,
+        invariant=call.invariant,
+        whole_rows=whole or group > 2048,
+    )
     pdl = "pdl" in call.features
     launch = DeviceLaunch(
         function="makeready.kernels.quantize_triton:quantize_tiles",
@@ -218,23 +224,23 @@ def _tiles(call: OpCall, source: str) -> Sequence[Candidate]:
     return (Candidate(f"{tiles.rows}x{tiles.width}", (launch,)),)
 
 
-@cuda_kernel(quantize_fp8, "tiles", features=("fp8",), applies=_fits)
+@cuda_kernel(quantize_fp8, "tiles", features=("fp8",), applies=_fits, invariant=True)
 def quantize_fp8_launches(call: OpCall) -> Sequence[Candidate]:
     """See :func:`quantize_tiles`."""
     return _tiles(call, "x")
 
 
-@cuda_kernel(silu_mul_quantize_fp8, "tiles", features=("fp8",), applies=_fits)
+@cuda_kernel(silu_mul_quantize_fp8, "tiles", features=("fp8",), applies=_fits, invariant=True)
 def silu_mul_quantize_fp8_launches(call: OpCall) -> Sequence[Candidate]:
     """See :func:`quantize_tiles`."""
     return _tiles(call, "gate_up")
 
 
-@cuda_kernel(quantize_fp8_static, "tiles", features=("fp8",))
+@cuda_kernel(quantize_fp8_static, "tiles", features=("fp8",), invariant=True)
 def quantize_fp8_static_launches(call: OpCall) -> Sequence[Candidate]:
     """See :func:`quantize_static`."""
     width, rows = _width(call), call.dims["T"]
-    tiles = row_tiles(rows, width, multiprocessors=call.multiprocessors)
+    tiles = row_tiles(rows, width, multiprocessors=call.multiprocessors, invariant=call.invariant)
     pdl = "pdl" in call.features
     launch = DeviceLaunch(
         function="makeready.kernels.quantize_triton:quantize_static",
@@ -259,7 +265,11 @@ def quantize_fp8_static_launches(call: OpCall) -> Sequence[Candidate]:
 
 
 @cuda_kernel(
-    quantize_fp8_block, "squares", features=("fp8",), applies=lambda call: call.attrs["block"] in _SIDES
+    quantize_fp8_block,
+    "squares",
+    features=("fp8",),
+    applies=lambda call: call.attrs["block"] in _SIDES,
+    invariant=True,
 )
 def quantize_fp8_block_launches(call: OpCall) -> Sequence[Candidate]:
     """See :func:`quantize_squares`."""

@@ -123,7 +123,7 @@ def dynamic_rows(
     tl.store(to + Q // 2, sin, mask=inside)
 
 
-@cuda_kernel(rope, "tiles")
+@cuda_kernel(rope, "tiles", invariant=True)
 def rope_launches(call: OpCall) -> Sequence[Candidate]:
     """See :func:`rotate_heads`."""
     tensors = call.tensors
@@ -131,7 +131,13 @@ def rope_launches(call: OpCall) -> Sequence[Candidate]:
     tokens, rotary = tensors["rows"].shape
     assert isinstance(tokens, int)
     assert isinstance(rotary, int)
-    tiles = row_tiles(tokens * heads, rotary // 2, multiprocessors=call.multiprocessors, whole_rows=True)
+    tiles = row_tiles(
+        tokens * heads,
+        rotary // 2,
+        multiprocessors=call.multiprocessors,
+        invariant=call.invariant,
+        whole_rows=True,
+    )
     pdl = "pdl" in call.features
     launch = DeviceLaunch(
         function="makeready.kernels.rope_triton:rotate_heads",
@@ -158,20 +164,22 @@ def rope_launches(call: OpCall) -> Sequence[Candidate]:
     return (Candidate(f"{tiles.rows}x{tiles.width}", (launch,)),)
 
 
-@cuda_kernel(rope_rows, "tiles")
+@cuda_kernel(rope_rows, "tiles", invariant=True)
 def rope_rows_launches(call: OpCall) -> Sequence[Candidate]:
     """See :func:`~.embedding_triton.gather_rows`."""
     return gather_launch(call, source="table", index="positions", result="rows")
 
 
-@cuda_kernel(rope_rows_dynamic, "tiles")
+@cuda_kernel(rope_rows_dynamic, "tiles", invariant=True)
 def rope_rows_dynamic_launches(call: OpCall) -> Sequence[Candidate]:
     """See :func:`dynamic_rows`."""
     result = call.tensors["rows"]
     tokens, rotary = result.shape
     assert isinstance(tokens, int)
     assert isinstance(rotary, int)
-    tiles = row_tiles(tokens, rotary // 2, multiprocessors=call.multiprocessors, whole_rows=True)
+    tiles = row_tiles(
+        tokens, rotary // 2, multiprocessors=call.multiprocessors, invariant=call.invariant, whole_rows=True
+    )
     pdl = "pdl" in call.features
     launch = DeviceLaunch(
         function="makeready.kernels.rope_triton:dynamic_rows",

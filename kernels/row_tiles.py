@@ -25,7 +25,9 @@ class RowTiles:
     num_warps: int
 
 
-def row_tiles(rows: int, width: int, *, multiprocessors: int, whole_rows: bool = False) -> RowTiles:
+def row_tiles(
+    rows: int, width: int, *, multiprocessors: int, whole_rows: bool = False, invariant: bool = False
+) -> RowTiles:
     """Tiles for ``rows`` rows of ``width`` elements.
 
     With few rows latency counts: 8 elements a thread, so that every thread loads once. With many, tiles of up
@@ -34,6 +36,7 @@ def row_tiles(rows: int, width: int, *, multiprocessors: int, whole_rows: bool =
 
     Args:
         whole_rows: a tile spans its rows, because they are reduced.
+        invariant: the same tiles, those for few rows, whatever their number.
     """
     block = power_of_two(width)
     if not whole_rows:
@@ -41,7 +44,7 @@ def row_tiles(rows: int, width: int, *, multiprocessors: int, whole_rows: bool =
     columns = -(-width // block)
     packed = max(1, 8192 // block)
     busy = _BLOCKS_A_CORE * multiprocessors
-    many = rows * columns >= busy * packed
+    many = not invariant and rows * columns >= busy * packed
     tile_rows = packed if many else max(1, 512 // block)
     elements = tile_rows * block
     num_warps = min(max(elements // (1024 if many else 256), 1), 8 if many and block <= 8192 else 32)

@@ -32,7 +32,7 @@ from makeready.graphs.plan import (
     OpClass,
     PlanError,
 )
-from makeready.graphs.spec import PHASES, Bucket
+from makeready.graphs.spec import PHASES, TARGET_RESULTS, Bucket
 from makeready.graphs.targets import Target
 from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.device import (
@@ -44,7 +44,7 @@ from makeready.kernels.device import (
     Scratch,
     Tensor,
 )
-from makeready.kernels.spec import DTYPE_BYTES, TensorSpec
+from makeready.kernels.spec import DTYPE_BYTES, ROWS, TOKENS, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,21 @@ class _Class:
     values: tuple[_Value, ...]
     attrs: str
 
-    def call(self, bucket: Bucket, context: int, target: Target) -> OpCall:
-        """The call in ``bucket``, as implementations see it."""
+    @property
+    def alike(self) -> tuple[object, ...]:
+        """What the class has in common with those of the same calls in other phases, where T may be R."""
+        values = tuple(
+            replace(v, spec=replace(v.spec, shape=tuple(ROWS if d == TOKENS else d for d in v.spec.shape)))
+            for v in self.values
+        )
+        return self.op, values, self.attrs
+
+    def call(self, bucket: Bucket, context: int, target: Target, *, most_rows: int = 0) -> OpCall:
+        """The call in ``bucket``, as implementations see it.
+
+        Args:
+            most_rows: of the plan's buckets, where it is deterministic; 0 where it is not.
+        """
         attrs = json.loads(self.attrs)
         sizes = bucket.sizes
         specs = {
@@ -115,6 +128,8 @@ class _Class:
             multiprocessors=target.multiprocessors,
             shared_bytes=target.shared_bytes,
             features=target.features,
+            invariant=most_rows > 0,
+            most_rows=max(most_rows, bucket.rows),
         )
 
 
@@ -127,6 +142,7 @@ def emit(
     context: int,
     keep: int,
     cache: Path,
+    deterministic: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Emitted:
     """Op classes of all programs, and the machine code that they launch.
@@ -137,31 +153,40 @@ def emit(
         context: tokens of context a row that cost models assume.
         keep: at most so many candidates a class and bucket.
         cache: folder of compiled kernels.
+        deterministic: every call runs the same kernels in all buckets and phases, of those that compute a row
+            from that row alone.
         progress: told how many of how many kernels are compiled.
 
     Raises:
         PlanError: an op has no implementation for the target, or none that it has the resources for, or a kernel
-            is called dependent and never waits.
+            is called dependent and never waits; or there is none that serves all buckets.
     """
     classes: dict[str, list[_Class]] = {}
     classified: dict[str, LoweredProgram] = {}
     for phase, program in programs.items():
         classified[phase], classes[phase] = _classify(program, specs)
+    if deterministic:
+        _check_alike(classified, classes)
+    most_rows = max(bucket.rows for bucket in buckets) if deterministic else 0
+    keys = [
+        (bucket.phase, index, bucket) for bucket in buckets for index in range(len(classes[bucket.phase]))
+    ]
+    alike = {key: classes[key[0]][key[1]].alike for key in keys if deterministic and key[0] in PHASES}
     calls = {
-        (bucket.phase, index, bucket): one.call(bucket, context, target)
-        for bucket in buckets
-        for index, one in enumerate(classes[bucket.phase])
+        key: classes[key[0]][key[1]].call(key[2], context, target, most_rows=most_rows if key in alike else 0)
+        for key in keys
     }
-    ways, compiled, dropped = select(calls, target, keep=keep, cache=cache, progress=progress)
+    ways, compiled, dropped = select(calls, target, keep=keep, cache=cache, progress=progress, alike=alike)
     lacking = {calls[key].op: key for key, found in reversed(ways.items()) if not found}
     if lacking:
         phase, index, bucket = lacking[min(lacking)]
         raise PlanError(
-            f"no {target.name} implementation for {', '.join(sorted(lacking))}; for instance {min(lacking)} in "
+            f"no {'deterministic ' if deterministic else ''}{target.name} implementation for "
+            f"{', '.join(sorted(lacking))}; for instance {min(lacking)} in "
             f"{bucket}: {_signature(classes[phase][index])}"
         )
     everything = list(itertools.chain(*ways.values()))
-    keys = {kernel: _key(kernel, made) for kernel, made in compiled.items()}
+    names = {kernel: _key(kernel, made) for kernel, made in compiled.items()}
     counters = align(max((way.candidate.zeroed for way in everything), default=0))
     rest = max((way.candidate.scratch - _rest_start(way.candidate) for way in everything), default=0)
     for phase, program in classified.items():
@@ -169,7 +194,7 @@ def emit(
             OpClass(
                 one.op,
                 {
-                    str(bucket): tuple(_choice(w, compiled, keys, counters) for w in ways[phase, i, bucket])
+                    str(bucket): tuple(_choice(w, compiled, names, counters) for w in ways[phase, i, bucket])
                     for bucket in buckets
                     if bucket.phase == phase
                 },
@@ -179,12 +204,37 @@ def emit(
         classified[phase] = replace(program, classes=made_classes)
     return Emitted(
         programs=classified,
-        binaries={keys[k]: _binary(made) for k, made in sorted(compiled.items(), key=lambda item: keys[item[0]])},
-        cubins={keys[k]: made.cubin for k, made in compiled.items()},
+        binaries={names[k]: _binary(made) for k, made in sorted(compiled.items(), key=lambda item: names[item[0]])},
+        cubins={names[k]: made.cubin for k, made in compiled.items()},
         scratch=align(counters + rest),
         arena=max((_reach(program) for phase, program in classified.items() if phase in PHASES), default=0),
         dropped=dropped,
     )  # fmt: skip
+
+
+def _check_alike(programs: Mapping[str, LoweredProgram], classes: Mapping[str, Sequence[_Class]]) -> None:
+    """Check that a token's results come from the same classes of calls in all phases, in the same order.
+
+    Raises:
+        PlanError: the buffers of one phase are laid out so that its kernels may be others.
+    """
+    made = {
+        phase: [
+            (classes[phase][launch.op_class].alike, launch)
+            for launch in program.launches
+            if launch.op != "gather_last" and not set(TARGET_RESULTS) & set(launch.results.values())
+        ]
+        for phase, program in programs.items()
+        if phase in PHASES
+    }
+    first, *others = made
+    for phase in others:
+        for (one, launch), (other, _) in zip(made[first], made[phase], strict=True):
+            if one != other:
+                raise PlanError(
+                    f"{launch.op} is laid out differently in {first} and {phase} steps, "
+                    "so their kernels may differ; compile without plan.deterministic"
+                )
 
 
 def _reach(program: LoweredProgram) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -51,6 +51,7 @@ def select(
     keep: int,
     cache: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    alike: Mapping[Key, Hashable] | None = None,
 ) -> tuple[dict[Key, list[Way]], dict[Kernel, Compiled], tuple[str, ...]]:
     """The best ``keep`` ways of every call, their machine code, and a line for each way that was dropped.
 
@@ -59,12 +60,16 @@ def select(
     Args:
         cache: folder of compiled kernels.
         progress: told how many of how many kernels are compiled; the latter grows where ways are dropped.
+        alike: calls that have an equal value here get the same ways: the very same kernels.
 
     Raises:
         PlanError: none of a call's ways compiles within the target's resources, or an implementation is wrong:
             its launch does not suit its kernel, or is dependent and never waits.
     """
-    searches = {key: _Search(_offered(call, target)) for key, call in calls.items()}
+    offered = {key: _offered(call, target) for key, call in calls.items()}
+    if alike:
+        offered |= _joined({key: list(offered[key]) for key in alike}, alike)
+    searches = {key: _Search(ways) for key, ways in offered.items()}
     compiled: dict[Kernel, Compiled | PlanError] = {}
     while wanted := _next_round(searches, keep, compiled, target):
         done = len(compiled)
@@ -97,6 +102,49 @@ def _offered(call: OpCall, target: Target) -> Iterator[Way]:
         yield Way(
             name, call, candidate, tuple(_kernel(launch, call, target) for launch in candidate.launches)
         )
+
+
+def _joined(offered: Mapping[Key, list[Way]], alike: Mapping[Key, Hashable]) -> dict[Key, Iterator[Way]]:
+    """The ways that all calls of a group have, in an order that is best for the group.
+
+    That is the sum over its calls of how many times longer each takes than it would in its own best way, so that
+    few rows, where weights are streamed, count as much as many.
+
+    Raises:
+        PlanError: the calls of a group have no way in common.
+    """
+    groups: dict[Hashable, list[Key]] = {}
+    for key in offered:
+        groups.setdefault(alike[key], []).append(key)
+    joined: dict[Key, Iterator[Way]] = {}
+    for keys in groups.values():
+        # An address may be known to be aligned in one call alone; which it is does not make a way another one.
+        found: list[dict[tuple[Kernel, ...], Way]] = []
+        for key in keys:
+            by_kernels: dict[tuple[Kernel, ...], Way] = {}
+            for way in offered[key]:
+                by_kernels.setdefault(tuple(replace(k, aligned=()) for k in way.kernels), way)
+            found.append(by_kernels)
+        common = [kernels for kernels in found[0] if all(kernels in ways for ways in found)]
+        if not common and all(found):
+            raise PlanError(
+                f"{offered[keys[0]][0].call.op} has no way to run that serves all batch shapes; compile without "
+                "plan.deterministic, or lower plan.max_tokens"
+            )
+        best = [min((way.candidate.seconds for way in ways.values()), default=0.0) or 1.0 for ways in found]
+        common.sort(key=lambda k: sum(w[k].candidate.seconds / s for w, s in zip(found, best, strict=True)))
+        for key, ways in zip(keys, found, strict=True):
+            joined[key] = iter([_aligned_alike(ways[k], [others[k] for others in found]) for k in common])
+    return joined
+
+
+def _aligned_alike(way: Way, others: list[Way]) -> Way:
+    """``way`` with kernels that rely on no alignment that one of ``others`` lacks."""
+    kernels = (
+        replace(mine, aligned=tuple(n for n in mine.aligned if all(n in k.aligned for k in theirs)))
+        for mine, *theirs in zip(way.kernels, *(other.kernels for other in others), strict=True)
+    )
+    return replace(way, kernels=tuple(kernels))
 
 
 def _kernel(launch: DeviceLaunch, call: OpCall, target: Target) -> Kernel:

@@ -40,6 +40,7 @@ class Way:
         tma: keys come through tensor maps.
         resident: blocks that a multiprocessor holds.
         rounds: as many blocks as the device holds go through the items in rounds; else a block an item.
+        masked: a query's sums do not depend on its tile: no tile is cut, and all steps have masks.
     """
 
     m: int
@@ -50,12 +51,18 @@ class Way:
     stages: int
     resident: int
     rounds: bool = True
-    least: int = _LEAST
+    masked: bool = False
+
+    @property
+    def least(self) -> int:
+        """Keys of a part, at least: more than any row has where tiles are not to be cut."""
+        return 1 << 30 if self.masked else _LEAST
 
     @property
     def name(self) -> str:
         """Such as ``tma_128x64x2_w8_s3``."""
         kind, pair = "tma" if self.tma else "gather", "x2" if self.pair else ""
+        kind = "masked" if self.masked else kind
         grid = "" if self.rounds else "_each"
         return f"{kind}_{self.m}x{self.keys}{pair}_w{self.warps}_s{self.stages}{grid}"
 
@@ -91,6 +98,8 @@ class Way:
         a_tile, window = self.m // group, call.attrs["window"]
         before = max(0, call.context - tokens)
         keys = [min(before + end, before + tokens) for end in range(a_tile, tokens + a_tile, a_tile)]
+        if self.masked and call.rows == tokens:  # a decode step
+            keys = [call.context] * tokens
         if window:
             keys = [min(n, window + a_tile) for n in keys]
         share = max(call.attrs["kv_heads"] * sum(keys) / self.shares(call), self.least)
@@ -127,6 +136,10 @@ def ways(call: OpCall) -> list[Way]:
         Way(m, keys, False, tma, 8, 3, 1),
         Way(64, keys, False, tma, 4, 2, 2),
     ]
+    if call.invariant:
+        tma = False
+        sides = ((m, keys, 8, 1), (m, 32, 8, 1), (64, keys, 4, 2), (64, 32, 4, 2))
+        made = [Way(t, n, False, tma, warps, 3, resident, masked=True) for t, n, warps, resident in sides]
     plain = tma and call.attrs["window"] == 0  # leaves registers for 192 sums and scores, else 144
     fitting = [
         way

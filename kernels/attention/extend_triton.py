@@ -9,7 +9,9 @@ once: 4 warps with a tile of 128 x 64 have no registers left for what outlives a
 
 A tile whose keys exceed a block's fair share of all the work is cut into *parts* of the context, each an
 item, which the last block to finish adds up: a few tokens after a long prefix, or one row that decodes
-beside a chunk of another, keep all multiprocessors busy.
+beside a chunk of another, keep all multiprocessors busy. Where rows must not depend on each other, no tile is
+cut, and all keys run through the loop with masks: the other one takes as many as the tile's first token sees,
+and rounds differently.
 
 Keys that every token of the tile sees run through a loop without masks, fed by tensor maps where pages allow
 it; the diagonal, and the edge of a sliding window, through a loop with masks.
@@ -84,6 +86,7 @@ def extend_attention_tiles(
     SHARES: tl.constexpr,
     LEAST: tl.constexpr,
     ROUNDS: tl.constexpr,
+    MASKED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """See the module. Any number of blocks works with ``ROUNDS``; without, a block has one item at most.
@@ -100,6 +103,7 @@ def extend_attention_tiles(
         PAIR: two steps of keys share one update of the running maximum; needs ``PAGE % L == 0``.
         SHARES: blocks that the work is divided for.
         LEAST: keys of a part, at least; a multiple of both sides of a step.
+        MASKED: all keys run through the loop with masks.
     """
     if PDL:
         gdc_launch_dependents()
@@ -118,7 +122,7 @@ def extend_attention_tiles(
             q, k_cache, v_cache, k_tiles, v_tiles, page_table + row.to(tl.int64) * table_stride,
             query_start + row, query_len + row, context_len + row, y, sums, stats, arrived,
             q_stride, y_stride, scale, head, tile, part, share, slot,
-            KV_HEADS, GROUP, HEAD_DIM, PAGE, WINDOW, M, D, L, EDGE, PAIR, TMA,
+            KV_HEADS, GROUP, HEAD_DIM, PAGE, WINDOW, M, D, L, EDGE, PAIR, TMA, MASKED,
         )  # fmt: skip
         more = False
         if ROUNDS:
@@ -224,6 +228,7 @@ def _attend(
     EDGE: tl.constexpr,
     PAIR: tl.constexpr,
     TMA: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
     """One item: ``part`` of the keys of the row's ``tile``. Pointers to metadata and pages are the row's own."""
     TOKENS: tl.constexpr = M // GROUP
@@ -241,15 +246,16 @@ def _attend(
         max_M = tl.full((M,), float("-inf"), tl.float32)
         sum_M = tl.zeros((M,), tl.float32)
         acc_MD = tl.zeros((M, D), tl.float32)
-        if WINDOW > 0:
+        if WINDOW > 0 and not MASKED:
             max_M, sum_M, acc_MD = attend_some(
                 q_MD, k_cache, v_cache, pages, head, length - count + token_M, scale, max_M, sum_M, acc_MD,
                 low, tl.minimum(open, high), high, KV_HEADS, HEAD_DIM, PAGE, WINDOW, D, EDGE,
             )  # fmt: skip
-        max_M, sum_M, acc_MD = attend_all(
-            q_MD, k_cache, v_cache, k_tiles, v_tiles, pages, head, scale, max_M, sum_M, acc_MD,
-            open, shut, high, KV_HEADS, HEAD_DIM, PAGE, D, L, PAIR, TMA,
-        )  # fmt: skip
+        if not MASKED:
+            max_M, sum_M, acc_MD = attend_all(
+                q_MD, k_cache, v_cache, k_tiles, v_tiles, pages, head, scale, max_M, sum_M, acc_MD,
+                open, shut, high, KV_HEADS, HEAD_DIM, PAGE, D, L, PAIR, TMA,
+            )  # fmt: skip
 
         # Sizes and places again, loaded anew and with a zero added that the compiler cannot see through:
         # else it holds them in 50 registers of a thread through the loop.
@@ -259,6 +265,8 @@ def _attend(
         parts, low, open, shut, high = _span(
             length - count + tile * TOKENS, length, part, share, TOKENS, WINDOW, L, PAIR
         )  # fmt: skip
+        if MASKED:
+            shut = low
         token_M, own_M = _tokens(tile, count, m, M, GROUP)
         max_M, sum_M, acc_MD = attend_some(
             q_MD, k_cache, v_cache, pages, head, length - count + token_M, scale, max_M, sum_M, acc_MD,
@@ -321,7 +329,7 @@ def _sixteen_bits(call: OpCall) -> bool:
     return DTYPE_BYTES[call.tensors["q"].dtype] == 2 and call.attrs["scale"] > 0
 
 
-@cuda_kernel(extend_attention, "tiles", applies=_sixteen_bits)
+@cuda_kernel(extend_attention, "tiles", applies=_sixteen_bits, invariant=True)
 def extend_attention_cuda(call: OpCall) -> Sequence[Candidate]:
     """Tiles of different sides, best first by the model of extend_tiling.py."""
     return [candidate(call, way) for way in ways(call)]
@@ -350,16 +358,17 @@ def candidate(call: OpCall, way: Way) -> Candidate:
             "HEAD_DIM": head_dim,
             "PAGE": page,
             "WINDOW": call.attrs["window"],
-            "R": max(64, triton.next_power_of_2(rows)),
+            "R": max(64, triton.next_power_of_2(call.most_rows if call.invariant else rows)),
             "M": way.m,
             "D": triton.next_power_of_2(max(head_dim, 16)),
             "L": way.keys,
-            "EDGE": min(way.keys, 32),
+            "EDGE": way.keys if way.masked else min(way.keys, 32),
             "PAIR": way.pair,
             "TMA": way.tma,
             "SHARES": way.shares(call),
             "LEAST": way.least,
             "ROUNDS": way.rounds,
+            "MASKED": way.masked,
             "PDL": dependent,
         },
         arguments={
@@ -384,4 +393,4 @@ def candidate(call: OpCall, way: Way) -> Candidate:
         local_bytes=96,  # 72 are used at 4 warps of 128 x 64, none of them inside a loop
     )
     scratch = counters + stats + slots * way.m * head_dim * 4
-    return Candidate(way.name, (launch,), scratch, counters)
+    return Candidate(way.name, (launch,), scratch, counters, 1e-6 * way.microseconds(call))

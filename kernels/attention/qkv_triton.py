@@ -163,10 +163,10 @@ def kv_write_rows(
     tl.store(v_cache + out, as_cached(v_MC, v_cache), mask=valid)
 
 
-@cuda_kernel(norm_rope_kv_write, "rows")
+@cuda_kernel(norm_rope_kv_write, "rows", invariant=True)
 def norm_rope_kv_write_cuda(call: OpCall) -> Sequence[Candidate]:
     """Small tiles for few tokens, where all that counts is latency; larger ones for many."""
-    a_tile = (16, 32) if call.dims["T"] <= 512 else (32, 16, 64)
+    a_tile = (16, 32) if call.dims["T"] <= 512 and not call.invariant else (32, 16, 64)
     scale = max(1, 128 // triton.next_power_of_2(call.attrs["head_dim"]))
     return [_rows(call, scale * m) for m in a_tile]
 
@@ -207,7 +207,7 @@ def _rows(call: OpCall, M: int) -> Candidate:
     return Candidate(f"rows_{M}", (launch,))
 
 
-@cuda_kernel(kv_write, "copy")
+@cuda_kernel(kv_write, "copy", invariant=True)
 def kv_write_cuda(call: OpCall) -> Sequence[Candidate]:
     """One plain copy; the fused op takes its place in plans that are meant to be fast."""
     width, tokens = call.attrs["kv_heads"] * call.attrs["head_dim"], call.dims["T"]

@@ -70,6 +70,7 @@ class Product:
         grouped: scales by groups of 128 rather than by rows.
         tma: operands are aligned for tensor maps and the target has them.
         tma_out: so is the result.
+        invariant: the same ways whatever T is, and no tile is cut: where, would depend on T.
     """
 
     T: int
@@ -81,6 +82,7 @@ class Product:
     tma_out: bool
     multiprocessors: int
     shared_bytes: int
+    invariant: bool = False
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,8 @@ def _streams(product: Product) -> Iterator[Tiling]:
     for t, n, a_sm in product_of((16, 32, 64, 128), (64, 128), (1, 2, 3)):
         # A tile that half would hold is waste; many tiles of tokens are for the persistent kernel.
         widest = 128 if product.tma else 64
-        if (t > 16 and t >= 2 * product.T) or (t < widest and 4 * t < product.T):
+        mismatched = (t > 16 and t >= 2 * product.T) or (t < widest and 4 * t < product.T)
+        if mismatched and not product.invariant:
             continue
         # Two boxes of K a step pay where sums are few.
         k = GROUP if product.grouped or t > 32 or not product.tma else 2 * GROUP
@@ -185,12 +188,14 @@ def _shares(product: Product, t: int, n: int, k: int, a_sm: int) -> set[int]:
     units = _cdiv(product.T, t) * _cdiv(product.N, n) * steps
     even = max(_cdiv(units, a_sm * product.multiprocessors), min(_LEAST // k, steps))
     whole = _cdiv(even, steps) * steps
+    if product.invariant:
+        return {whole}
     parts = {steps // j for j in (2, 3, 4, 6, 8) if steps % j == 0 and even <= steps // j <= 2 * even}
     return {whole, *(parts or {even})}
 
 
 def _persistents(product: Product) -> Iterator[Tiling]:
-    if not (product.tma and product.tma_out) or product.T <= 64:
+    if not (product.tma and product.tma_out) or (product.T <= 64 and not product.invariant):
         return
     for t, n, warps, stages, pieces, halves, a_sm in _GROUPED if product.grouped else _BY_ROWS:
         yield Tiling(PERSISTENT, t, n, GROUP, 0, warps, stages, pieces, halves, a_sm)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -22,7 +23,7 @@ from makeready.kernels.device import (
     Tensor,
 )
 from makeready.kernels.gemm.linear_fp8 import linear_fp8, linear_fp8_block
-from makeready.kernels.gemm.linear_fp8_tiling import GROUP, PERSISTENT, Product, Tiling, tilings
+from makeready.kernels.gemm.linear_fp8_tiling import GROUP, PERSISTENT, Product, Tiling, seconds, tilings
 from makeready.kernels.registry import cuda_kernel
 from makeready.kernels.spec import DTYPE_BYTES
 
@@ -44,20 +45,25 @@ def _by_groups(call: OpCall) -> bool:
     return call.dims["block"] == GROUP and call.dims["K"] % GROUP == 0 and dense
 
 
-@cuda_kernel(linear_fp8, "tiled", features=("fp8",), applies=_by_rows)
+@cuda_kernel(linear_fp8, "tiled", features=("fp8",), applies=_by_rows, invariant=True)
 def linear_fp8_cuda(call: OpCall) -> Sequence[Candidate]:
     """The best few ways by the cost model of ``linear_fp8_tiling``, the cheapest first."""
     return _best(call)
 
 
-@cuda_kernel(linear_fp8_block, "tiled", features=("fp8",), applies=_by_groups)
+@cuda_kernel(linear_fp8_block, "tiled", features=("fp8",), applies=_by_groups, invariant=True)
 def linear_fp8_block_cuda(call: OpCall) -> Sequence[Candidate]:
     """The best few ways for groups of 128, the cheapest first."""
     return _best(call)
 
 
 def _best(call: OpCall) -> list[Candidate]:
-    """They differ in more than pipeline depth, so that one of them is right where the model is not."""
+    """They differ in more than pipeline depth, so that one of them is right where the model is not.
+
+    All ways where one of them is to serve every batch shape.
+    """
+    if call.invariant:
+        return candidates(call)
     product = describe(call)
     distinct: dict[tuple[object, ...], Tiling] = {}
     for way in tilings(product):
@@ -73,7 +79,8 @@ def candidates(call: OpCall) -> list[Candidate]:
 
 def emit(call: OpCall, way: Tiling, product: Product) -> Candidate:
     """The launch of ``call`` cut in this ``way``."""
-    return _persistent(call, way, product) if way.kind == PERSISTENT else _stream(call, way, product)
+    made = _persistent(call, way, product) if way.kind == PERSISTENT else _stream(call, way, product)
+    return replace(made, seconds=seconds(product, way))
 
 
 def describe(call: OpCall) -> Product:
@@ -88,6 +95,7 @@ def describe(call: OpCall) -> Product:
         grouped=call.op == linear_fp8_block.name,
         tma=tma and _addressable(x) and _addressable(weight),
         tma_out=tma and _addressable(y),
+        invariant=call.invariant,
         multiprocessors=call.multiprocessors,
         shared_bytes=call.shared_bytes,
     )

@@ -43,6 +43,7 @@ class Product:
         tma_out: so is the result.
         tensor_cores: both operands are of the same 16-bit dtype.
         wgmma: the target has Hopper's matrix instructions, which read both operands from shared memory.
+        invariant: the same ways whatever T is, that one of them may serve all batch shapes.
     """
 
     T: int
@@ -55,6 +56,7 @@ class Product:
     wgmma: bool
     multiprocessors: int
     shared_bytes: int
+    invariant: bool = False
 
     @property
     def moved(self) -> int:
@@ -111,7 +113,8 @@ class Tiling:
 def ways(product: Product) -> list[Tiling]:
     """Every way to run ``product``, in no order that means anything; there is always one."""
     if not product.tensor_cores:
-        return [Tiling(STREAM, 16 if product.T <= 16 else 32, 32, 32, 1, 4, 2)]
+        few = product.T <= 16 and not product.invariant
+        return [Tiling(STREAM, 16 if few else 32, 32, 32, 1, 4, 2)]
     return [*_streams(product), *_persistents(product)]
 
 
@@ -126,8 +129,7 @@ def _second(n: int) -> int:
 
 def _streams(product: Product) -> Iterator[Tiling]:
     for t, (n, k, warps) in product_of((16, 32, 64, 128, 256), _STREAM_SIDES):
-        # A tile that half would hold is waste; tiles of few tokens ask L2 for the same weights too often.
-        if (t > 16 and t >= 2 * product.T) or (t < 64 and t < product.T) or (t < 128 and 4 * t < product.T):
+        if not product.invariant and _mismatched(t, product.T):
             continue
         second = _second(n)
         if t * n > _sums(product) * 32 * warps or (second and not product.tma):
@@ -146,8 +148,13 @@ def _streams(product: Product) -> Iterator[Tiling]:
                     yield way
 
 
+def _mismatched(t: int, tokens: int) -> bool:
+    """Whether half of the tile would do, or it is so small that the same weights come from L2 too often."""
+    return (t > 16 and t >= 2 * tokens) or (t < 64 and t < tokens) or (t < 128 and 4 * t < tokens)
+
+
 def _persistents(product: Product) -> Iterator[Tiling]:
-    if not (product.tma and product.tma_out) or product.T <= 64:
+    if not (product.tma and product.tma_out) or (product.T <= 64 and not product.invariant):
         return
     for t, n, warps in _PERSISTENT_SIDES:
         second = _second(n)

@@ -8,6 +8,7 @@ every bucket.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -24,7 +25,7 @@ from makeready.kernels.device import (
     Tensor,
 )
 from makeready.kernels.gemm.linear import linear
-from makeready.kernels.gemm.linear_cost import tilings
+from makeready.kernels.gemm.linear_cost import seconds, tilings
 from makeready.kernels.gemm.linear_tiling import PERSISTENT, Product, Tiling
 from makeready.kernels.registry import cuda_kernel
 from makeready.kernels.spec import DTYPE_BYTES
@@ -39,13 +40,15 @@ _STACK = 16  # for sm_120a every tile has 8 or 16 bytes of local memory, the sma
 _GROUP_ROWS = 1024
 
 
-@cuda_kernel(linear, "tiled")
+@cuda_kernel(linear, "tiled", invariant=True)
 def linear_cuda(call: OpCall) -> Sequence[Candidate]:
     """The best few ways to run the call, best first by the model of ``linear_cost``.
 
     They differ in their tiles or in whether a multiprocessor has room for two blocks, so that one of them is
-    right where the model is not.
+    right where the model is not. All ways where one of them is to serve every batch shape.
     """
+    if call.invariant:
+        return candidates(call)
     product = describe(call)
     distinct: dict[tuple[str, int, int, int, bool], Tiling] = {}
     for way in tilings(product):
@@ -62,7 +65,8 @@ def candidates(call: OpCall) -> list[Candidate]:
 
 def emit(call: OpCall, way: Tiling, product: Product) -> Candidate:
     """The launch of ``call`` cut in this ``way``."""
-    return _persistent(call, way, product) if way.kind == PERSISTENT else _stream(call, way, product)
+    made = _persistent(call, way, product) if way.kind == PERSISTENT else _stream(call, way, product)
+    return replace(made, seconds=seconds(product, way))
 
 
 def describe(call: OpCall) -> Product:
@@ -79,6 +83,7 @@ def describe(call: OpCall) -> Product:
         tma_out=tma and _addressable(y),
         tensor_cores=tensor_cores,
         wgmma="wgmma" in call.features,
+        invariant=call.invariant,
         multiprocessors=call.multiprocessors,
         shared_bytes=call.shared_bytes,
     )

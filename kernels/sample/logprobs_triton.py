@@ -124,7 +124,7 @@ def rank_rows(
     tl.store(top_values + row * K + i, values, mask=i < K)
 
 
-@cuda_kernel(token_logprobs, "chunks")
+@cuda_kernel(token_logprobs, "chunks", invariant=True)
 def token_logprobs_launches(call: OpCall) -> Sequence[Candidate]:
     """See the module's docstring."""
     rows, vocabulary = call.tensors["logits"].shape

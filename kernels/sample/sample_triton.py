@@ -24,7 +24,7 @@ _KNOBS = (
 )  # fmt: skip
 
 
-@cuda_kernel(sample, "chunks")
+@cuda_kernel(sample, "chunks", invariant=True)
 def sample_launches(call: OpCall) -> Sequence[Candidate]:
     """See the module's docstring. Scratch is mostly one fp32 a logit, for rows whose logits are adjusted."""
     tensors = call.tensors
