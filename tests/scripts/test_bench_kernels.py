@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 pytest.importorskip("triton")
 pytest.importorskip("cuda.bindings")
 
-from benchmarks.gpu import attention, gemm, gemm_fp8, ops, quantize_fp8, sample, shapes, small_ops
+from benchmarks.gpu import attention, gemm, gemm_fp8, launcher, ops, quantize_fp8, sample, shapes, small_ops
 from scripts_in_process import script
 
 from makeready.engine.entrypoints import bench_options
 from makeready.graphs.cuda.aot import Kernel, compile_kernel, kernel_of
+from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.device import Candidate, OpCall
 
 Calls = Iterable[tuple[OpCall, Sequence[Candidate]]]
@@ -132,3 +135,79 @@ def test_without_a_gpu_a_sentence_says_so(suite: str, capsys):
 def test_what_cannot_be_measured_is_refused(options, reason, capsys):
     assert script("bench")(*options) == 2
     assert reason in capsys.readouterr().err
+
+
+class OnTheCpu(TorchFunctionMode):
+    """What asks for the device ``cuda`` gets the CPU."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = {**(kwargs or {})}
+        if func is torch.Tensor.cuda:
+            return args[0].clone()
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = "cpu"
+        return func(*("cpu" if isinstance(a, str) and a == "cuda" else a for a in args), **kwargs)
+
+
+@pytest.fixture
+def rehearsal(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Suites run from end to end: references instead of kernels, each call timed at a microsecond."""
+
+    def run(way: Candidate, call: OpCall, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        contract = CONTRACTS[call.op]
+        made = contract.reference(*(tensors.get(o.name) for o in contract.inputs), **call.attrs)
+        results = (made,) if len(contract.outputs) == 1 else (made or ())
+        return {**tensors, **{o.name: v for o, v in zip(contract.outputs, results, strict=True)}}
+
+    def check(contract, emit, tensors, attrs) -> None:
+        call = launcher.op_call(contract, tensors, attrs)
+        assert emit(call)
+        run(emit(call)[0], call, tensors)
+
+    def time_each(run_one, sets, reps=20) -> float:
+        run_one(sets[0])
+        return 1e-6
+
+    def time(way, call, sets, reps=20) -> float:
+        names = set(call.tensors) - {o.name for o in CONTRACTS[call.op].outputs}
+        assert all(names <= s.keys() for s in sets)
+        return 1e-6
+
+    for function in (run, check, time_each, time):
+        monkeypatch.setattr(launcher, function.__name__, function)
+    monkeypatch.setattr(launcher, "fits", lambda way, call: True)
+    monkeypatch.setattr(launcher, "prepare", lambda work: [None for call, ways in work for _ in ways])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    small = {
+        "MATRICES": {"down": (64, 256), "o": (128, 128)},
+        "ROWS": (3, 16),
+        "SWEPT": (16,),
+        "ROTATED": 1.0,
+    }
+    few = {
+        gemm: {**small, "HEAD": {"lm_head": (96, 64)}, "LOGITS": (2,)},
+        gemm_fp8: small,
+        attention: {"DECODES": ([(1, 40)] * 3, [(1, 9), (1, 70)]), "DECODES_F8": ([(1, 30)] * 2,),
+                    "EXTENDS": ([(20, 20)] * 2, [(3, 9), (0, 0)]), "EXTENDS_F8": ([(5, 7)],), "ROTATED": 1.0,
+                    "CHECKED": [(2, 7), (1, 30)], "TOKENS": (5,)},
+        small_ops: {"TOKENS": (3,), "VOCABULARY": 50},
+        quantize_fp8: {"TOKENS": (3,), "CHECKED": 4, "MATRICES": ((256, 128),)},
+        sample: {"VOCABULARY": 700, "ROWS": (2,)},
+        ops: {"ROTATED": 1.0},
+    }  # fmt: skip
+    for module, constants in few.items():
+        for name, value in constants.items():
+            monkeypatch.setattr(module, name, value)
+    with OnTheCpu():
+        yield
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_suites_run_from_end_to_end(suite: str, rehearsal, capsys):
+    options = ["gemm_fp8.matrices=[down]"] if suite.startswith("gemm_fp8") else []
+    assert script("bench")(f"suite=[{suite}]", *options, "output=result.json") == 0
+    found = json.loads(Path("result.json").read_text())[suite]
+    assert found
+    printed = capsys.readouterr().out
+    assert "WRONG" not in printed
+    assert len(printed.splitlines()) >= 2

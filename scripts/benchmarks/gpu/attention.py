@@ -236,15 +236,10 @@ def _extend_ways(call: OpCall) -> list[Candidate]:
     """More ways than plans carry; registers do not suffice for rounds with tiles of 128 and 4 warps."""
     ways: list[extend_tiling.Way] = []
     for way in extend_tiling.ways(call):
-        ways += [replace(way, least=least) for least in (128, 256, 512)]
-        ways += [replace(way, rounds=False), replace(way, rounds=False, stages=way.stages + 1)]
+        ways += [way, replace(way, rounds=False), replace(way, rounds=False, stages=way.stages + 1)]
         if way.warps == 8 or way.m == 64:
             ways.append(replace(way, stages=way.stages + 1))
-    made = {}
-    for way in ways:
-        candidate = extend_triton.candidate(call, way)
-        made.setdefault(way, replace(candidate, name=f"{candidate.name}_l{way.least}"))
-    return list(made.values())
+    return [extend_triton.candidate(call, way) for way in dict.fromkeys(ways)]
 
 
 def _fitting(call: OpCall, *, sweep: bool) -> list[Candidate]:

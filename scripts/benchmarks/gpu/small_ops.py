@@ -41,7 +41,7 @@ def _cases(tokens: int, device: str) -> list[Case]:
     hidden, rotary = 2 * tokens * HIDDEN, 4 * tokens * HEAD_DIM
     weight, rows = normal(HIDDEN), torch.rand(4096, HEAD_DIM, device=device)
     embeddings, history = normal(VOCABULARY, HIDDEN), ints(100, 257, 4096)
-    slot, position = ints(256, tokens), torch.arange(tokens, device=device).int() % 4096
+    slot, position = ints(256, tokens), (torch.arange(tokens).int() % 4096).to(device)
     eps = {"eps": 1e-6}
 
     def norm(x: torch.Tensor) -> torch.Tensor:
