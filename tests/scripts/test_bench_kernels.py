@@ -30,7 +30,7 @@ SUITES: dict[str, Callable[[], Calls]] = {
     "gemm_fp8_sweep": lambda: gemm_fp8.calls(gemm_fp8.wanted(*map(list, EVERY), sweep=True)),
     "attention": lambda: attention.calls(sweep=False),
     "attention_sweep": lambda: attention.calls(sweep=True),
-    "small_ops": lambda: ops.calls(small_ops.cases("meta")),
+    "small_ops": lambda: ops.calls(small_ops.cases("meta", small_ops.TOKENS)),
     "quantize_fp8": lambda: ops.calls(quantize_fp8.cases("meta")),
     "sample": lambda: ops.calls(sample.cases("meta", [1, 64])),
 }
