@@ -11,7 +11,8 @@ from makeready.engine.entrypoints.status import Stages
 def bench_job(job: BenchJob) -> None:
     """Run the suites one after the other, print their tables and write the result."""
     from benchmarks import record
-    from benchmarks.suites import SUITES, Bench
+    from benchmarks.bench import Bench
+    from benchmarks.suites import SUITES
 
     lines: list[str] = []
     with Stages() as stages:

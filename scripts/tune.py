@@ -1,5 +1,7 @@
 """Choose the fastest of the ways that a plan carries, on the GPU; see --help."""
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,33 +51,23 @@ def _bar(done: int, total: int, width: int = 30) -> str:
     return f"[{'#' * full}{'.' * (width - full)}] {done} of {total} choices"
 
 
-def table(gains: "Sequence[Gain]") -> str:
+def table(gains: Sequence[Gain]) -> str:
     """One line a bucket: milliseconds of a step before and after, and what runs another way now."""
-    rows = [("bucket", "before ms", "after ms", "gain", "tried", "changed")]
-    for gain in gains:
-        percent = f"{100 * (1 - gain.after / gain.before):.1f} %"
-        names = ", ".join(sorted(set(gain.choices.values()))) or "nothing"
-        rows.append(
-            (
-                str(gain.bucket),
-                f"{1e3 * gain.before:.3f}",
-                f"{1e3 * gain.after:.3f}",
-                percent,
-                str(gain.tried),
-                names,
-            )
+    from makeready.graphs.inspect import text
+
+    rows = [
+        (
+            str(gain.bucket),
+            f"{1e3 * gain.before:.3f}",
+            f"{1e3 * gain.after:.3f}",
+            f"{100 * (1 - gain.after / gain.before):.1f} %",
+            str(gain.tried),
+            ", ".join(sorted(set(gain.choices.values()))) or "nothing",
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    return "\n".join(
-        "  ".join(
-            [
-                row[0].ljust(widths[0]),
-                *(c.rjust(w) for c, w in zip(row[1:5], widths[1:], strict=True)),
-                row[5],
-            ]
-        )
-        for row in rows
-    )
+        for gain in gains
+    ]
+    head = ("bucket", "before ms", "after ms", "gain", "tried", "changed")
+    return "\n".join(line.rstrip() for line in text.table(head, rows, "<>>>><"))
 
 
 def main(arguments: list[str] | None = None) -> int:

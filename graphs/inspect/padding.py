@@ -109,11 +109,6 @@ def padding(plan: Plan) -> Padding:
     return Padding(buckets, phases, held)
 
 
-def padding_waste(plan: Plan) -> dict[Bucket, Waste]:
-    """Padding of every bucket under the plan's own traffic profile; definitions above."""
-    return dict(padding(plan).buckets)
-
-
 def _between(bounds: Sequence[int]) -> list[tuple[int, int]]:
     """Runs of whole numbers that end in each of ``bounds``, from 1."""
     ends = [0, *sorted(set(bounds))]

@@ -61,7 +61,7 @@ def _memory(memory: Mapping[str, Any]) -> Iterator[str]:
     }  # fmt: skip
     if memory["stored_twice"]:
         notes["weights"] += f"; {units.nbytes(memory['stored_twice'])} of it stored a second time"
-    yield from _table(("region", "size", "bytes", ""), [(*r, notes.get(r[0], "")) for r in rows], "<>><")
+    yield from table(("region", "size", "bytes", ""), [(*r, notes.get(r[0], "")) for r in rows], "<>><")
 
 
 def _capacity(plan: Plan, memory: Mapping[str, Any]) -> Iterator[str]:
@@ -80,7 +80,7 @@ def _capacity(plan: Plan, memory: Mapping[str, Any]) -> Iterator[str]:
         (f"{gib} GiB", f"{c['pages']:,}", f"{c['tokens']:,}", f"{c['rows']:,}")
         for gib, c in memory["capacity"].items()
     ]
-    yield from _table(("memory in all", "pages", "tokens", "rows of full context"), rows, ">>>>")
+    yield from table(("memory in all", "pages", "tokens", "rows of full context"), rows, ">>>>")
 
 
 def _buckets(plan: Plan, context: int) -> Iterator[str]:
@@ -102,7 +102,7 @@ def _buckets(plan: Plan, context: int) -> Iterator[str]:
                      *(units.percent(s) for s in shares)))  # fmt: skip
     head = ("bucket", "rows", "tokens", "steps", "step time", "tokens/s",
             "tokens≤", "tokens~", "time≤", "time~")  # fmt: skip
-    yield from _table(head, rows, "<>>>>>>>>>")
+    yield from table(head, rows, "<>>>>>>>>>")
     yield "  ≤ worst case, ~ expected"
 
 
@@ -117,7 +117,7 @@ def _kernels(plan: Plan, phase: str, context: int) -> Iterator[str]:
         for c in merged
     ]  # fmt: skip
     head = ("op/kernel", "launches", "moved", "computed", "bound by", "time", "share")
-    yield from _table(head, rows, "<>>><>>")
+    yield from table(head, rows, "<>>><>>")
 
 
 def _layer(plan: Plan, phase: str) -> Iterator[str]:
@@ -166,8 +166,8 @@ def _wrapped(lead: str, words: Sequence[str]) -> Iterator[str]:
     yield line
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], sides: str) -> Iterator[str]:
-    """Columns two spaces apart, each as wide as its longest cell and aligned to its side."""
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], sides: str) -> Iterator[str]:
+    """Lines of text: columns two spaces apart, each as wide as its longest cell and aligned to its side, < or >."""
     widths = [max(len(cell) for cell in column) for column in zip(head, *rows, strict=True)]
     for row in (head, *rows):
         yield "  " + "  ".join(f"{c:{s}{w}}" for c, s, w in zip(row, sides, widths, strict=True))

@@ -6,109 +6,13 @@ a plan on a GPU do without.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
+from benchmarks.bench import Bench, Measured
 from benchmarks.gpu.suites import GPU_SUITES
-from makeready.engine.entrypoints.bench_options import BenchJob
-from makeready.engine.entrypoints.options import UsageError
 from makeready.engine.entrypoints.scheduler_options import scheduler_options
-from makeready.engine.entrypoints.status import Stages
-
-if TYPE_CHECKING:
-    from benchmarks.serve import Served
-    from benchmarks.workloads import Work
-    from makeready.engine.llm import LLM
-    from makeready.engine.trace import StepTrace
-
-Measured: TypeAlias = "tuple[dict[str, Any], list[str]]"
-
-
-class Bench:
-    """What suites share: options, one loaded model, one trace of its steps."""
-
-    def __init__(self, job: BenchJob, stages: Stages) -> None:
-        self.job = job
-        self.stages = stages
-
-    @cached_property
-    def checkpoint(self) -> Path:
-        """The checkpoint's file or folder."""
-        assert self.job.checkpoint is not None
-        return Path(self.job.checkpoint).expanduser()
-
-    @cached_property
-    def llm(self) -> LLM:
-        """The model under ``plan=``, or under the plan that the options ask for."""
-        from makeready.engine.llm import LLM
-        from makeready.graphs import artifact
-
-        job, path = self.job, self.job.plan.path
-        plan = None if path is None else artifact.load(Path(path).expanduser())
-        target = job.target if plan is None else plan.target
-        if target == "cpu":
-            self.use_threads()
-        elif job.threads is not None:
-            raise UsageError(f"threads={job.threads} is for PyTorch, which target {target} does without")
-        return LLM(
-            job.open(),
-            plan,
-            kv_memory_gib=job.kv.memory_gib,
-            scheduler=scheduler_options(job.scheduler),
-            progress=lambda done, total: self.stages.note(f"{done} of {total} weights"),
-            **(job.plan_fields() if plan is None else {}),
-        )
-
-    def serve(self, works: Sequence[Work], **scheduler: Any) -> Served:
-        """Run a load on a fresh engine with nothing cached, after a few tokens: first calls allocate.
-
-        Args:
-            works: the load.
-            scheduler: changes to the options under ``scheduler``.
-        """
-        from benchmarks import serve
-        from benchmarks.workloads import Work
-        from makeready.engine.loop import Engine
-
-        executable = self.llm.engine.executable
-        options = replace(self.llm.engine.scheduler.options, **scheduler)
-        serve.serve(Engine(executable, options), serve.requests_of(self.llm, [Work([0], 4)]))
-        load = serve.requests_of(self.llm, works)
-        trace = self.step_trace
-        return serve.serve(Engine(executable, options), load, self.stages.note, trace and trace.step)
-
-    @cached_property
-    def step_trace(self) -> StepTrace | None:
-        """The file of ``trace=``."""
-        from makeready.engine.trace import StepTrace
-
-        return None if self.job.trace is None else StepTrace(Path(self.job.trace).expanduser())
-
-    def close(self) -> None:
-        """End the step trace."""
-        if self.step_trace is not None:
-            self.step_trace.close()
-
-    def recorded(self, speed: float) -> list[Work]:
-        """The recorded load of ``replay.trace=``, so many times as fast."""
-        from benchmarks import workloads
-
-        options = self.job.replay
-        assert options.trace is not None
-        rows = workloads.read_trace(Path(options.trace).expanduser(), options.requests, options.block)
-        vocabulary = self.llm.plan.config["vocab_size"]
-        return workloads.replayed(rows, vocabulary, block=options.block, speed=speed, seed=options.seed)
-
-    def use_threads(self) -> int:
-        """Let PyTorch use ``threads`` threads; returns how many those are."""
-        import torch
-
-        torch.set_num_threads(self.job.threads or os.cpu_count() or 1)
-        return torch.get_num_threads()
 
 
 def decode(bench: Bench) -> Measured:

@@ -12,7 +12,7 @@ from inspect_plans import make_plan
 
 from makeready.graphs.buckets import Traffic
 from makeready.graphs.inspect.analysis import launch_costs
-from makeready.graphs.inspect.padding import _spread, padding, padding_waste, traffic_of
+from makeready.graphs.inspect.padding import _spread, padding, traffic_of
 from makeready.graphs.plan import Plan
 from makeready.graphs.spec import DECODE, EXTEND, Bucket
 
@@ -60,7 +60,7 @@ def test_padding_is_that_of_every_batch(name):
     traffic = TRAFFICS[name]
     plan = make_plan(max_decode_buckets=2, max_extend_buckets=6, traffic=traffic)
     assert traffic_of(plan) == traffic
-    waste = padding_waste(plan)
+    waste = padding(plan).buckets
     assert set(waste) == set(plan.buckets)
     for phase in (DECODE, EXTEND):
         mine: dict[Bucket, list[tuple[int, int, float]]] = {b: [] for b in plan.buckets if b.phase == phase}
@@ -108,7 +108,7 @@ def test_cells_hold_each_legal_batch_once():
 
 def test_a_plan_of_one_row_and_one_bucket():
     plan = make_plan(max_rows=1, max_tokens=5, max_decode_buckets=1, max_extend_buckets=1)
-    waste = padding_waste(plan)[Bucket(EXTEND, 1, 5)]
+    waste = padding(plan).buckets[Bucket(EXTEND, 1, 5)]
     assert (waste.batches, waste.rows, waste.tokens) == (5, (1, 1), (1, 5))
     assert waste.token.worst == pytest.approx(4 / 5)
     # Weight 1/t makes the expected tokens 5 / H(5).

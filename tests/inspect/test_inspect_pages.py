@@ -93,6 +93,7 @@ def test_text_is_narrow_and_names_everything(make):
             assert f"{launch.op}/{launch.kernel}" in words
     assert {str(b) for b in plan.buckets} <= words
     assert {plan.digest, plan.checkpoint, plan.architecture} <= words
+    assert plan.as_text() == plan_text(plan)
     (off,) = (line for line in text.splitlines() if line.startswith("passes off"))
     assert off.split()[2:] == (list(plan.options.disabled_passes and REWRITES) or ["none"])
 

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
 
+from benchmarks.bench import Bench, Measured
 from makeready.engine.entrypoints.options import UsageError
-
-if TYPE_CHECKING:
-    from benchmarks.suites import Bench
-
-Measured: TypeAlias = "tuple[dict[str, Any], list[str]]"
 
 
 def buckets(bench: Bench) -> Measured:
