@@ -31,7 +31,10 @@ def library(request, monkeypatch):
         monkeypatch.setattr(native, "_library", lambda: None)
     elif not native.available():
         pytest.skip("the library was not compiled")
-    return request.param
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)  # which cut work anywhere
+    yield request.param
+    torch.set_num_threads(before)
 
 
 def results_of(
