@@ -171,6 +171,8 @@ def single_steps(driver: Driver, path: Path, note: Callable[[str], None]) -> dic
             )
             keep(f"let go, {count} threads", nbytes, seconds)
     for chunk, count in ((4, 8), (4, 16), (8, 12), (8, 16), (32, 12)):
+        if chunk * MIB > path.stat().st_size:
+            continue
         nbytes, seconds = _staged(driver, device, path, chunk * MIB, count)
         keep(f"read into pinned buffers of {chunk} MiB, {count} threads", nbytes, seconds)
     driver.release(device)
