@@ -12,8 +12,6 @@ from typing import Any
 from makeready.engine.errors import RequestError
 from makeready.graphs.spec import Limits
 
-GREEDY = 0.0
-
 
 @dataclass(frozen=True)
 class SamplingParams:
