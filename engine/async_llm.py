@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -69,7 +71,7 @@ class AsyncLLM:
         self._engine = llm.engine
         self._streams: dict[Request, _Stream] = {}  # the thread's own
         self._wake = threading.Condition()
-        self._inbox: list[Callable[[], None]] = []
+        self._inbox: deque[Callable[[], None]] = deque()
         self._closed = False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="makeready engine", daemon=True)
@@ -144,13 +146,21 @@ class AsyncLLM:
             self._failure = failure
         with self._wake:
             self._closed = True
-        for act in self._inbox:
-            act()
-        for stream in list(self._streams.values()):
-            self._engine.abort(stream.request)
-            if self._failure is not None:
-                self._put([(stream, self._failure)])
+        while self._inbox:
+            self._last(self._inbox.popleft())
+        streams = list(self._streams.values())
+        if self._failure is not None:
+            self._put([(stream, self._failure) for stream in streams])
+        for stream in streams:
+            self._last(partial(self._engine.abort, stream.request))
         self._deliver()
+
+    def _last(self, act: Callable[[], None]) -> None:
+        """Do something although the thread ends; what broke before may break again."""
+        try:
+            act()
+        except BaseException as failure:
+            self._failure = self._failure or failure
 
     def _receive(self) -> bool:
         """Wait for something to do, and do what was asked; False once closed."""
@@ -159,12 +169,13 @@ class AsyncLLM:
                 self._wake.wait()
             if self._closed:
                 return False
-            acts, self._inbox = self._inbox, []
-        for act in acts:
-            act()
+        while self._inbox:  # one that fails leaves the others, for whoever has to tell their readers
+            self._inbox.popleft()()
         return True
 
     def _submit(self, streams: Sequence[_Stream]) -> None:
+        # Known before anything can go wrong: whoever reads one of them is told of it.
+        self._streams |= {stream.request: stream for stream in streams}
         for stream in streams:
             stream.request.on_text = stream.texts.append
             try:
@@ -173,7 +184,6 @@ class AsyncLLM:
                 self._abort(streams)
                 self._put([(stream, error)])
                 return
-            self._streams[stream.request] = stream
 
     def _abort(self, streams: Sequence[_Stream]) -> None:
         for stream in streams:
@@ -194,7 +204,7 @@ class AsyncLLM:
         """Into the readers' queues, with one call to each loop: a call wakes its thread."""
         for loop in {stream.loop for stream, _ in items}:
             mine = [(stream.queue, item) for stream, item in items if stream.loop is loop]
-            if not loop.is_closed():
+            with suppress(RuntimeError):  # the loop is closed, and nobody reads any more
                 loop.call_soon_threadsafe(_put_all, mine)
 
 

@@ -8,11 +8,13 @@ unless FOLDER is the name of a preset, since Hydra knows ``plan`` as a group of 
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,11 +30,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from makeready.engine.entrypoints.describe import describe, literals, mappings, option_table, preset_table
 from makeready.engine.entrypoints.options import UsageError
+from makeready.engine.entrypoints.streams import open_streams, patient_stderr
 
 T = TypeVar("T")
 
 OK, FAILED, MISUSED, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 128 + signal.SIGINT, 128 + 13
 TERMINATED = 128 + signal.SIGTERM
+ONCE_SECONDS = 1.0  # signals so close to each other are one: launchers pass on what the terminal sent as well
 
 
 class Terminated(KeyboardInterrupt):
@@ -55,6 +59,7 @@ def launch(
         SIGTERM (both end a sweep), 141 where the reader of stdout went away. The reason is on stderr, in
         a sentence.
     """
+    open_streams()
     name, conf = Path(script).stem, Path(script).resolve().parents[1] / "conf"
     ConfigStore.instance().store(name=f"{name}_options", node=kind)
     for key, table in (
@@ -79,7 +84,7 @@ def launch(
     sys.argv = [str(script), *arranged(given, literals(kind), mappings(kind), folder)]
     try:
         main = hydra.main(version_base="1.3", config_path=str(conf), config_name=name)(task)
-        with _terminable():
+        with patient_stderr(), _ending():
             codes.append(_reported(main, meanings))
     finally:
         sys.argv = before
@@ -161,20 +166,34 @@ def _reported(run: Callable[[], Any], options: Sequence[str] | dict[str, str] = 
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM end a job as Ctrl-C does, with what it has to say; only the main thread may."""
+def _ending() -> Iterator[None]:
+    """Let SIGTERM end a job as Ctrl-C does, with what it has to say; only the main thread may.
+
+    A second signal would cut that short, so none follows within a second of the first, be it while the
+    process ends.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    kinds = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
+    before = {number: signal.getsignal(number) for number in kinds}
+    last = -math.inf
 
     def end(number: int, frame: Any) -> None:
-        raise Terminated
+        nonlocal last
+        if time.monotonic() - last > ONCE_SECONDS:
+            last = time.monotonic()
+            raise kinds[signal.Signals(number)]
 
-    before = signal.signal(signal.SIGTERM, end)
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:  # a shell's background job is not meant by Ctrl-C
+            signal.signal(number, end)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if last < 0:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _say(sentence: str, code: int) -> int:

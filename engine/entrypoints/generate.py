@@ -105,6 +105,7 @@ def run_file(job: GenerateJob, plan: Plan | None, prompts: Path, output: Path) -
             _say(f"going on with {files.journal}: {done}")
         if rows.left:
             _run(job, plan, given.format, rows)
+        assert journal.totals.rows == given.survey.count, "a row was lost"
         with rows.kept():
             publish(files, journal, named, names=given.names)
         _say(f"{rows.summary()}, written to {output}")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
 
+from makeready.engine.entrypoints.batch.output import Files, aside
 from makeready.engine.entrypoints.options import Job, PlanOrPath, UsageError, check_compiled, literal
 from makeready.engine.entrypoints.scheduler_options import SchedulerSettings, scheduler_options
 from makeready.engine.errors import RequestError
@@ -171,16 +172,16 @@ class GenerateJob(Job):
                 f"{next(iter(paths))}= tells of the engine in this process, and scale=ray has none here; "
                 "leave out one of them"
             )
-        taken: dict[str, Path] = {}
-        for name in ("prompts", "output", "checkpoint"):
-            if getattr(self, name) is not None:
-                taken[name] = Path(getattr(self, name)).expanduser()
         for name, path in paths.items():
             check_place(name, path)
-            for other, used in taken.items():
-                if path.resolve() == used.resolve():
-                    raise UsageError(f"{name}={path} is the file of {other}= too; name another one")
-            taken[name] = path
+        read = {name: getattr(self, name) for name in ("prompts", "checkpoint")}
+        files = {name: (Path(path).expanduser(),) for name, path in read.items() if path is not None}
+        if self.output is not None:
+            output = Path(self.output).expanduser()
+            files["output"] = (output, *Files(output).own)
+        for name, path in paths.items():
+            files[name] = (path, aside(path)) if name == "metrics" else (path,)
+        check_apart(files)
 
     def plan_fields(self) -> dict[str, Any]:
         """See :meth:`Job.plan_fields`; a deterministic scheduler's plan is compiled to be so."""
@@ -207,6 +208,29 @@ def check_files(prompts: Path, output: Path) -> None:
     if output.exists() and output.samefile(prompts):
         raise UsageError(f"output={output} is the file of prompts; name another one")
     check_place("output", output)
+
+
+def check_apart(files: Mapping[str, Sequence[Path]]) -> None:
+    """Whether no option's file is another's.
+
+    Args:
+        files: option → the file that it names, and those that are written beside that.
+
+    Raises:
+        UsageError: naming both options.
+    """
+    taken: dict[Path, str] = {}
+    for name, paths in files.items():
+        for path in paths:
+            other = taken.setdefault(path.resolve(), name)
+            if other == name:
+                continue
+            named = f"{name}={paths[0]}"
+            if path != paths[0]:
+                raise UsageError(f"{named} also writes {path}, the file of {other}=; name another one")
+            same = path.resolve() == files[other][0].resolve()
+            whose = f"the file of {other}= too" if same else f"a file that {other}= writes too"
+            raise UsageError(f"{named} is {whose}; name another one")
 
 
 def check_place(name: str, path: Path) -> None:

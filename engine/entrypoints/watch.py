@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
+from makeready.engine.entrypoints.batch.output import aside
 from makeready.engine.loop import Engine
 from makeready.engine.metrics import Metrics
 from makeready.engine.request import Output
@@ -31,7 +32,7 @@ class MetricsFile:
         self.metrics = Metrics()
         # A link stays, and what it names is replaced.
         self._path = Path(os.path.realpath(path)) if path.is_symlink() else path
-        self._staging = self._path.with_name(self._path.name + ".tmp")
+        self._staging = aside(self._path)
         self.write()
 
     def step(self, record: StepRecord) -> None:
@@ -39,6 +40,10 @@ class MetricsFile:
         self.metrics.step(record)
         if record.commit_end - self._written > SECONDS:
             self.write()
+
+    def finish(self, output: Output) -> None:
+        """Count a request that ended."""
+        self.metrics.finish(output)
 
     def write(self) -> None:
         """Write what is known now."""
@@ -71,12 +76,13 @@ class Watch:
     def __init__(self, metrics: str | None, trace: str | None, say: Callable[[str], None]) -> None:
         self._say = say
         self._files: dict[str, MetricsFile | StepTrace] = {}
-        self._metrics: Metrics | None = None
-        if metrics is not None:
-            file = MetricsFile(Path(metrics).expanduser())
-            self._files["metrics"], self._metrics = file, file.metrics
-        if trace is not None:
-            self._files["trace"] = StepTrace(Path(trace).expanduser())
+        for name, path, kind in (("metrics", metrics, MetricsFile), ("trace", trace, StepTrace)):
+            if path is not None:
+                place = Path(path).expanduser()
+                try:
+                    self._files[name] = kind(place)
+                except OSError as error:  # a write that fails does not say of which file
+                    raise OSError(error.errno, error.strerror, error.filename or str(place)) from None
 
     def __enter__(self) -> Watch:
         return self
@@ -93,8 +99,7 @@ class Watch:
 
     def finish(self, output: Output) -> None:
         """Count a sample that is final, or a request that was refused."""
-        if self._metrics is not None:
-            self._metrics.finish(output)
+        self._each(lambda file: file.finish(output))
 
     def _each(self, act: Callable[[MetricsFile | StepTrace], None]) -> None:
         for name, file in list(self._files.items()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
@@ -72,6 +73,17 @@ def test_the_text_is_that_of_the_format() -> None:
         "request_seconds_sum 3.45\n"
         "request_seconds_count 4\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(math.nan, "NaN"), (math.inf, "+Inf"), (-math.inf, "-Inf"), (2**53, "9007199254740992.0")],
+)
+def test_numbers_are_those_that_prometheus_reads(value: float, text: str) -> None:
+    gauge = Gauge("load", "Now.")
+    gauge.set(value)
+    assert render([gauge]).splitlines()[-1] == f"load {text}"
+    assert float(text) == value or math.isnan(value)
 
 
 def test_steps_are_counted() -> None:

@@ -76,6 +76,60 @@ def test_blocks_that_were_never_written_end_what_is_trusted(files):
     assert files.journal.read_bytes().count(b"\n") == 2
 
 
+def test_a_record_that_is_there_twice_ends_what_is_trusted(files):
+    """As two processes leave it on a file system without locks."""
+    with begun(files, 4) as journal:
+        journal.append([done(1), done(2)])
+    held = files.journal.read_bytes()
+    files.journal.write_bytes(held + held.splitlines(keepends=True)[2] + held.splitlines(keepends=True)[1])
+    with begun(files, 4) as journal:
+        assert [number in journal for number in (1, 2, 3, 4)] == [True, True, False, False]
+        assert journal.totals.rows == 2
+    assert files.journal.read_bytes() == held
+
+
+@pytest.mark.parametrize("number", [b"9" * 5000, b"0", b"5", b"-1"])
+def test_a_record_of_a_row_that_there_is_not_ends_what_is_trusted(number, files):
+    with begun(files, 4) as journal:
+        journal.append([done(1)])
+    held = files.journal.read_bytes()
+    line = b'{"row": ' + number + b', "failed": false, "tokens": 1, "answer": {}}\n'
+    files.journal.write_bytes(held + line)
+    with begun(files, 4) as journal:
+        assert journal.totals.rows == 1
+    assert files.journal.read_bytes() == held
+
+
+def test_a_journal_that_somebody_removed_costs_no_output(files):
+    with begun(files, 1) as journal:
+        journal.append([done(1)])
+        files.journal.unlink()
+        publish(files, journal, IDENTITY, names=None)
+    assert files.output.read_bytes() == done(1).answer + b"\n"
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_an_output_that_cannot_be_made_leaves_the_journal_alone(call, files, monkeypatch):
+    replace, left = os.replace, call
+
+    def fails(*paths: Any) -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            raise OSError(errno.EIO, "Input/output error")
+        replace(*paths)
+
+    with begun(files, 1) as journal:
+        journal.append([done(1)])
+        monkeypatch.setattr(os, "replace", fails)
+        with pytest.raises(OSError, match="Input/output"):
+            publish(files, journal, IDENTITY, names=None)
+        assert files.journal.exists()
+        assert not [path for path in Path().iterdir() if path.suffix == ".tmp"]
+        publish(files, journal, IDENTITY, names=None)
+    assert files.output.read_bytes() == done(1).answer + b"\n"
+
+
 def test_rows_that_do_not_fit_on_the_disk_leave_the_file_as_it_was(files, monkeypatch):
     write, room = os.pwrite, 25
 
@@ -191,8 +245,20 @@ def test_a_link_stays_and_what_it_names_is_replaced():
     assert Path("elsewhere/real.jsonl").read_bytes() == done(1).answer + b"\n"
 
 
-def test_a_file_that_is_no_journal_is_left_alone(files):
-    files.journal.write_text("dear diary\n")
+@pytest.mark.parametrize(
+    "text", ["dear diary\n", '{"makeready": 1, "identity": []}\n{}\n', '{"makeready": 1}\n{}\n']
+)
+def test_a_file_that_is_no_journal_is_left_alone(text, files):
+    files.journal.write_text(text)
     with pytest.raises(JobError, match="no journal of a batch job"):
         begun(files, 1)
-    assert files.journal.read_text() == "dear diary\n"
+    assert files.journal.read_text() == text
+
+
+def test_an_output_whose_manifest_is_not_ours_is_left_alone(files):
+    files.output.write_text("mine\n")
+    for held in ({"identity": [1], "bytes": 5, "rows": 1, "failed": 0, "tokens": 1}, [], {"identity": {}}):
+        files.manifest.write_text(json.dumps(held))
+        with pytest.raises(JobError, match=r"output=out.jsonl exists; name another file"):
+            begun(files, 1)
+    assert files.output.read_text() == "mine\n"

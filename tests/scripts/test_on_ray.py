@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -160,6 +162,26 @@ def test_a_cluster_that_is_too_small_is_said(options, reason, monkeypatch):
     with pytest.raises(JobError, match=reason):
         make()
     assert fake.shut
+
+
+@pytest.mark.parametrize("form", ["{}:{}", "ray://{}:{}", "[{}]:{}"])
+@pytest.mark.parametrize("by_environment", [False, True])
+def test_a_cluster_that_is_not_there_is_said_at_once(form, by_environment, monkeypatch):
+    with socket.socket() as taken:  # bound, and nobody listens
+        taken.bind(("127.0.0.1", 0))
+        address = form.format(*taken.getsockname())
+        monkeypatch.setenv("RAY_ADDRESS", address if by_environment else "127.0.0.1:1")
+        _, _, make = fleet(monkeypatch, [], address=None if by_environment else address)
+        with pytest.raises(JobError, match=f"no Ray cluster was reached at {re.escape(address)} .*refused"):
+            make()
+
+
+@pytest.mark.parametrize("address", ["auto", "local", "", None])
+def test_an_address_that_names_no_port_is_for_ray_to_understand(address, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    _, fake, make = fleet(monkeypatch, [0], address=address)
+    with make():
+        assert not fake.shut
 
 
 def test_where_ray_is_missing_its_extra_is_named():

@@ -178,6 +178,9 @@ REFUSED = [
     ("generate", [*ROWS, "metrics=rows"], 2, "metrics=rows is the file of prompts= too"),
     ("generate", [*ROWS, "metrics=x"], 2, "metrics=x is the file of checkpoint= too"),
     ("generate", [*ROWS, "metrics=m", "trace=m"], 2, "trace=m is the file of metrics= too"),
+    ("generate", [*ROWS, "metrics=m", "trace=m.tmp"], 2, "trace=m.tmp is a file that metrics= writes too"),
+    ("generate", [*ROWS, "trace=o.partial"], 2, "trace=o.partial is a file that output= writes too"),
+    ("generate", [*ROWS, "output=x"], 2, "output=x is the file of checkpoint= too"),
     ("generate", [*ROWS, "metrics=m", "scale=ray"], 2, "metrics= tells of the engine in this process"),
     ("compile", ["checkpoint=dummy"], 2, "add model="),
     ("compile", ["checkpoint=dummy", "model=gpt5"], 2, "choose one of llama3_1_8b, mistral_7b"),
@@ -211,3 +214,12 @@ def test_what_cannot_be_is_refused_in_a_sentence(name, arguments, code, reason, 
     assert not printed.out
     assert Path("taken").read_text() == "old\n"
     assert {path.name for path in Path().iterdir()} == {"rows", "taken", "empty"}
+
+
+@pytest.mark.parametrize("end", ["partial", "tmp", "job.json", "job.json.tmp"])
+def test_prompts_are_no_file_that_a_job_writes_beside_its_output(end, capsys):
+    prompts = Path(f"out.{end}")
+    prompts.write_text('{"token_ids": [1]}\n')
+    assert script("generate")(*TINY, f"prompts={prompts}", "output=out") == 2
+    assert f"output=out also writes {prompts}, the file of prompts=" in capsys.readouterr().err
+    assert prompts.read_text() == '{"token_ids": [1]}\n'

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,26 @@ def test_ctrl_c_and_sigterm_say_what_is_kept_and_how_to_go_on(number, word, code
     assert script("generate")(*JOB, "sampling.top_k=3") == 1
     assert "out.jsonl is of another job (sampling.top_k is -1 there and 3 here)" in capsys.readouterr().err
     assert OUTPUT.read_bytes() == whole
+
+
+@pytest.mark.parametrize("pause", [0, 0.001, 0.005, 0.02])
+def test_a_second_ctrl_c_does_not_cut_the_sentence_short(pause, job):
+    """Launchers pass on what the terminal sent to all of its processes as well."""
+    process = job_processes.start(Path.cwd(), JOB)
+    while process.is_alive() and (not JOURNAL.exists() or JOURNAL.read_bytes().count(b"\n") < 9):
+        time.sleep(0.001)
+    assert process.pid is not None
+    for _ in range(3):
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGINT)
+        time.sleep(pause)
+    process.join(60)
+    (said,) = [line for line in Path("said").read_text().splitlines() if "interrupted" in line]
+    assert said == (
+        f"interrupted; {len(kept())} of {ROWS - 1} rows are kept in out.jsonl.partial; "
+        "the same command goes on from there"
+    )
+    assert "Traceback" not in Path("said").read_text()
 
 
 def test_a_full_disk_ends_a_job_with_what_it_has(job, whole):

@@ -190,6 +190,30 @@ def test_a_place_that_cannot_be_written_is_said_before_the_model_loads(monkeypat
     assert capsys.readouterr().err.endswith("error: m.prom.tmp: Is a directory\n")
 
 
+@pytest.mark.parametrize("name", ["metrics", "trace"])
+def test_a_disk_that_is_full_to_begin_with_is_said_with_the_file(name, monkeypatch, capsys):
+    def full(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(trace.os, "write", full)
+    assert script("generate")(*OPTIONS, "prompt=a", f"{name}=f") == 1
+    assert capsys.readouterr().err.endswith("error: f: No space left on device\n")
+
+
+def test_requests_of_a_job_are_lines_of_its_trace():
+    run([{"token_ids": [1, 2, 3]}, {"token_ids": []}, {"token_ids": [5], "n": 2}], *FILES)
+    events = json.loads(Path("t.json").read_text())
+    facts = [event["args"] for event in events if (event["name"], event["ph"]) == ("request", "b")]
+    lengths = sorted((each["prompt_tokens"], each["completion_tokens"]) for each in facts)
+    assert lengths == [(1, 5), (1, 5), (3, 5)]
+    assert {each["reason"] for each in facts} == {"length"}
+    last = max(event["ts"] for event in events if event["ph"] == "C")
+    ends = [event["ts"] for event in events if (event["name"], event["ph"]) == ("request", "e")]
+    assert 0 < min(ends) <= max(ends)
+    assert max(ends) == pytest.approx(last, abs=1e6)
+
+
 def test_ray_engines_have_the_scheduler_that_was_asked_for(monkeypatch):
     """With the fleet replaced by one of its engines, in this process."""
     specs: list[EngineSpec] = []

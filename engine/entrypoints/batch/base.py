@@ -11,8 +11,8 @@ from makeready.engine.request import Output
 from makeready.engine.sampling import SamplingParams
 from makeready.engine.text.tokenizer import Tokenizer
 
-# A row with its number, which counts from 1: the bytes of a line, or the fields of a table's row.
-Numbered = tuple[int, "bytes | dict[str, Any]"]
+# A row with its number, which counts from 1: the bytes of a line, or what a table's row holds.
+Numbered = tuple[int, "bytes | dict[str, Any] | Damaged"]
 
 
 class JobError(ValueError):
@@ -29,6 +29,19 @@ class RowError(ValueError):
     def __init__(self, message: str, field: str | None = None) -> None:
         super().__init__(message)
         self.field = field
+
+
+@dataclass(frozen=True)
+class Damaged:
+    """A table's row of which a cell cannot be read.
+
+    Attributes:
+        fields: the others.
+        reason: names the cell and what is wrong with it.
+    """
+
+    fields: Mapping[str, Any]
+    reason: str
 
 
 @dataclass(frozen=True)

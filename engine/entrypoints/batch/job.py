@@ -118,8 +118,15 @@ class Rows:
         return f"{kept_there}; the same command goes on from there"
 
     def take(self, count: int) -> list[Numbered]:
-        """The next rows to run, at most ``count``."""
-        rows = list(islice(self._pending, count))
+        """The next rows to run, at most ``count``.
+
+        Raises:
+            JobError: the input was changed meanwhile, or cannot be read.
+        """
+        try:
+            rows = list(islice(self._pending, count))
+        except (JobError, OSError) as error:
+            raise JobError(f"{error}; {self.state}") from error
         self.left -= len(rows)
         return rows
 

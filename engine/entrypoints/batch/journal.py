@@ -29,7 +29,7 @@ from makeready.engine.entrypoints.batch.rows import encode
 
 SCHEMA = 1
 SYNC_SECONDS = 5.0  # of work lost with the machine's power; a sync waits for the disk
-RECORD = re.compile(rb'\{"row": (\d+), "failed": (true|false), "tokens": (\d+), "answer": ')
+RECORD = re.compile(rb'\{"row": (\d{1,18}), "failed": (true|false), "tokens": (\d{1,18}), "answer": ')
 HEAD = b'{"makeready"'
 NOWHERE = -1
 
@@ -84,9 +84,10 @@ class Journal:
             header = json.loads(line)
         except ValueError:
             header = None
-        if not isinstance(header, dict) or header.get("makeready") != SCHEMA or "identity" not in header:
+        made = header.get("identity") if isinstance(header, dict) else None
+        if not isinstance(made, dict) or header.get("makeready") != SCHEMA:
             raise JobError(f"{self.path} is no journal of a batch job; move it away")
-        return header["identity"]
+        return made
 
     def begin(self, identity: Mapping[str, Any], last: int) -> None:
         """Empty the file, for rows from 1 to ``last``."""
@@ -103,6 +104,8 @@ class Journal:
             for line in file:
                 record = RECORD.match(line)
                 if record is None or not _is_whole(line) or not 0 < (number := int(record[1])) <= last:
+                    break
+                if number in self:  # two processes wrote, on a file system without locks
                     break
                 self._note(number, record[2] == b"true", int(record[3]), self._end)
                 self._end += len(line)
@@ -145,7 +148,8 @@ class Journal:
     def remove(self) -> None:
         """Delete the file."""
         self._begun = False
-        os.unlink(self.path)
+        with suppress(FileNotFoundError):  # somebody was before us
+            os.unlink(self.path)
 
     def _note(self, number: int, failed: bool, tokens: int, offset: int) -> None:
         assert self._offsets[number] == NOWHERE, f"row {number} was answered twice"

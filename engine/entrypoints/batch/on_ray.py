@@ -6,7 +6,10 @@ dies (its machine, its GPU) gives its rows back to the others.
 
 from __future__ import annotations
 
+import os
+import re
 import signal
+import socket
 import threading
 import time
 from collections import deque
@@ -25,6 +28,7 @@ from makeready.graphs.plan import Plan
 from makeready.graphs.targets import TARGETS
 
 CALL_SECONDS = 0.25  # an engine works so long between two reports
+REACH_SECONDS = 10.0  # for a cluster to answer at all; Ray itself tries for a quarter of an hour
 CALLS = 2  # on their way to an engine at once, so that it has the next while this process reads the last
 
 
@@ -156,6 +160,7 @@ class Fleet:
                 rows.tell(lambda: sum(engine.output_tokens for engine in self.engines))
 
     def _connect(self, address: str | None) -> None:
+        _reach(address or os.environ.get("RAY_ADDRESS", ""))
         handler = signal.getsignal(signal.SIGTERM)
         try:
             self._ray.init(
@@ -211,6 +216,17 @@ class Fleet:
                     "ask for fewer"
                 )
         return engines
+
+
+def _reach(address: str) -> None:
+    """Raise :class:`JobError` where nobody listens at ``address``, if it names a host and a port."""
+    named = re.fullmatch(r"(?:ray://)?\[?([^\]/]+?)\]?:(\d{1,5})", address)
+    if named is None:
+        return
+    try:
+        socket.create_connection((named[1], int(named[2])), REACH_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise JobError(f"no Ray cluster was reached at {address} ({error}); see scale.address") from None
 
 
 def _cause(error: Exception) -> str:

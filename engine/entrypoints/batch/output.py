@@ -51,6 +51,16 @@ class Files:
         """Which job the output is of."""
         return self.final.with_name(self.final.name + ".job.json")
 
+    @property
+    def staging(self) -> Path:
+        """The output while it is being made."""
+        return aside(self.final)
+
+    @property
+    def own(self) -> tuple[Path, ...]:
+        """All that are written or replaced without a question."""
+        return self.final, self.journal, self.manifest, self.staging, aside(self.manifest)
+
 
 def open_journal(
     files: Files, identity: Mapping[str, Any], survey: Survey, *, overwrite: bool
@@ -99,7 +109,7 @@ def publish(
     Args:
         names: Arrow types of what a table hands through; see :func:`write_table`.
     """
-    staging = files.final.with_name(files.final.name + ".tmp")
+    staging, manifest = files.staging, aside(files.manifest)
     try:
         if is_parquet(files.output):
             write_table(staging, journal.answers(), names)
@@ -109,18 +119,23 @@ def publish(
                     file.write(answer + b"\n")
         _synced(staging)
         totals = {"bytes": staging.stat().st_size, **asdict(journal.totals)}
-        manifest = {"makeready": SCHEMA, "identity": identity, **totals}
+        made = {"makeready": SCHEMA, "identity": identity, **totals}
         # Before the output: a job that ends in between is continued by its journal.
-        aside = files.manifest.with_name(files.manifest.name + ".tmp")
-        aside.write_text(json.dumps(manifest, indent=1) + "\n")
-        _synced(aside)
-        os.replace(aside, files.manifest)
+        manifest.write_text(json.dumps(made, indent=1) + "\n")
+        _synced(manifest)
+        os.replace(manifest, files.manifest)
         os.replace(staging, files.final)
     except BaseException:
-        staging.unlink(missing_ok=True)
+        for path in (staging, manifest):
+            path.unlink(missing_ok=True)
         raise
     _synced(files.final.parent)
     journal.remove()
+
+
+def aside(path: Path) -> Path:
+    """Where a file is made before it gets its name."""
+    return path.with_name(path.name + ".tmp")
 
 
 def _begin(journal: Journal, identity: Mapping[str, Any], survey: Survey) -> None:
@@ -139,7 +154,7 @@ def _finished(files: Files, identity: Mapping[str, Any]) -> Totals | None:
     remedy = "name another file, or add overwrite=true to replace it"
     try:
         manifest = json.loads(files.manifest.read_bytes())
-        made, size = manifest["identity"], manifest["bytes"]
+        made, size = dict(manifest["identity"]), manifest["bytes"]
         totals = Totals(manifest["rows"], manifest["failed"], manifest["tokens"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         raise JobError(f"output={files.output} exists; {remedy}") from None

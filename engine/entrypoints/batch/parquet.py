@@ -1,15 +1,17 @@
 """Parquet tables of requests and of answers, by pyarrow (the extra ``parquet``).
 
 The input has the columns that a JSON row has fields: prompt, messages or token_ids, and sampling fields; a
-null is a field that is not there. The output has the same columns for every job, so that tables of several
-jobs can be joined:
+null is a field that is not there. A whole number may be a float, since pandas makes floats of a column of
+whole numbers and nulls. The output has the same columns for every job, so that tables of several jobs can
+be joined:
 
     id, custom_id        as in the input, where it has them
     text                 string; null where there is no tokenizer, or several samples
     token_ids            list<int32>; where there is no tokenizer
     finish_reason        string
     prompt_tokens, completion_tokens, seed    int64
-    logprobs             list<struct<token_id, logprob, top: list<struct<token_id, logprob>>>>
+    input_logprobs, logprobs                  list<struct<token_id, logprob, top: list<struct<token_id,
+                         logprob>>>>; where the row asked for them
     samples              list<struct<...>> of the fields above; where the row asked for several
     error                string; null where the row was served
 """
@@ -17,15 +19,19 @@ jobs can be joined:
 from __future__ import annotations
 
 import json
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from makeready.engine.entrypoints.batch.base import JobError, optional
+from makeready.engine.entrypoints.batch.base import Damaged, JobError, optional
 from makeready.engine.entrypoints.batch.rows import FIELDS, PASSED_THROUGH
+from makeready.engine.sampling import SamplingParams
 
 ROWS = 4096  # of a row group: few enough for the memory, enough for the columns to compress
+LOGPROBS = ("input_logprobs", "logprobs")
+WHOLE = {name for name, hint in typing.get_type_hints(SamplingParams).items() if hint in (int, int | None)}
 
 
 def arrow_module(name: str = "pyarrow") -> Any:
@@ -49,8 +55,13 @@ class ParquetSource:
         try:
             with parquet.ParquetFile(path) as file:
                 self.schema, self.count = file.schema_arrow, file.metadata.num_rows
-        except arrow.ArrowInvalid as error:
+        except (FileNotFoundError, PermissionError):
+            raise
+        except (arrow.ArrowException, OSError) as error:  # what is no table, and one whose end is garbage
             raise JobError(f"{path} is no Parquet file ({_first_line(error)})") from None
+        twice = {name for name in self.schema.names if self.schema.names.count(name) > 1}
+        if twice:
+            raise JobError(f"{path} has a column {min(twice)!r} twice; drop or rename one")
         unknown = [name for name in self.schema.names if name not in FIELDS]
         if unknown:
             raise JobError(
@@ -65,16 +76,63 @@ class ParquetSource:
             ):
                 raise JobError(f"{path} has a column {name} of type {kind}; make it text or whole numbers")
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """Its rows as fields; nulls are left out, in messages too."""
-        with arrow_module("pyarrow.parquet").ParquetFile(self._path) as file:
-            for batch in file.iter_batches(batch_size=ROWS):
-                for row in batch.to_pylist(maps_as_pydicts="strict"):
-                    yield {name: _given(value) for name, value in row.items() if value is not None}
+    def rows(self, file: IO[bytes]) -> Iterator[dict[str, Any] | Damaged]:
+        """Its rows as fields; nulls are left out, in messages too.
+
+        Args:
+            file: the table, opened.
+
+        Raises:
+            JobError: a part of the file is damaged.
+        """
+        arrow, parquet = arrow_module(), arrow_module("pyarrow.parquet")
+        try:
+            with parquet.ParquetFile(file) as table:
+                for batch in table.iter_batches(batch_size=ROWS):
+                    yield from _rows(batch)
+        except (arrow.ArrowException, OSError) as error:
+            raise JobError(f"{self._path} is damaged ({_first_line(error)}); write it again") from None
 
     def names(self) -> dict[str, Any]:
         """Arrow types of the columns that are handed through."""
-        return {name: self.schema.field(name).type for name in PASSED_THROUGH if name in self.schema.names}
+        made = {name: self.schema.field(name).type for name in PASSED_THROUGH if name in self.schema.names}
+        types = arrow_module().types
+        # Few values, each written once, are the same values.
+        return {name: kind.value_type if types.is_dictionary(kind) else kind for name, kind in made.items()}
+
+
+def _rows(batch: Any) -> Iterator[dict[str, Any] | Damaged]:
+    try:
+        rows = batch.to_pylist(maps_as_pydicts="strict")
+    except Exception:  # a cell that Python has no value for: it must not cost the other rows their text
+        yield from (_row(batch, at) for at in range(batch.num_rows))
+        return
+    for row in rows:
+        yield _fields(row)
+
+
+def _row(batch: Any, at: int) -> dict[str, Any] | Damaged:
+    """A row of a batch that cannot be converted as a whole."""
+    fields: dict[str, Any] = {}
+    reason = ""
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            fields[name] = column[at].as_py(maps_as_pydicts="strict")
+        except UnicodeDecodeError as error:
+            reason = f"{name} is not UTF-8 (byte {error.start + 1}); write the text as UTF-8"
+        except KeyError:  # how pyarrow says it of a map
+            reason = f"{name} has a key twice; give it once"
+        except Exception as error:
+            reason = f"{name} cannot be read ({_first_line(error)}); correct it"
+    return Damaged(_fields(fields), reason) if reason else _fields(fields)
+
+
+def _fields(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as if it were of JSON."""
+    return {
+        name: int(value) if name in WHOLE and isinstance(value, float) and value.is_integer() else value
+        for name, value in _given(row).items()
+    }
 
 
 def write_table(path: Path, answers: Iterator[bytes], names: Mapping[str, Any] | None) -> None:
@@ -102,7 +160,7 @@ def _schema(arrow: Any, names: Mapping[str, Any] | None) -> Any:
         ("finish_reason", arrow.string()),
         ("completion_tokens", arrow.int64()),
         ("seed", arrow.int64()),
-        ("logprobs", arrow.list_(token)),
+        *((name, arrow.list_(token)) for name in LOGPROBS),
     ]
     own = dict.fromkeys(PASSED_THROUGH, arrow.string()) if names is None else names
     return arrow.schema(
@@ -121,23 +179,29 @@ def _columns(row: dict[str, Any], *, as_text: bool) -> dict[str, Any]:
     if "samples" in row:
         made["samples"] = [_tops(sample) for sample in row["samples"]]
     if "error" in row:
-        made["error"] = row["error"]["message"]
+        made["error"] = _storable(row["error"]["message"])
     if as_text:
         for name in PASSED_THROUGH:
-            if name in row and not isinstance(row[name], str):
-                made[name] = json.dumps(row[name])
+            if name in row:
+                made[name] = _storable(row[name] if isinstance(row[name], str) else json.dumps(row[name]))
     return made
+
+
+def _storable(text: str) -> str:
+    """A lone surrogate, which UTF-8 has not, is written as JSON would."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _tops(sample: dict[str, Any]) -> dict[str, Any]:
     """Pairs of the most probable tokens as structs."""
-    if "logprobs" not in sample:
-        return dict(sample)
-    made = [
-        token | {"top": [{"token_id": i, "logprob": value} for i, value in token["top"]]}
-        for token in sample["logprobs"]
-    ]
-    return sample | {"logprobs": made}
+    made = dict(sample)
+    for name in LOGPROBS:
+        if name in sample:
+            made[name] = [
+                token | {"top": [{"token_id": i, "logprob": value} for i, value in token["top"]]}
+                for token in sample[name]
+            ]
+    return made
 
 
 def _given(value: Any) -> Any:
@@ -150,4 +214,4 @@ def _given(value: Any) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0].rstrip(".")
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

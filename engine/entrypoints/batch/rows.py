@@ -18,6 +18,7 @@ PASSED_THROUGH = ("id", "custom_id")
 ROUTING = ("priority", "extra_key")  # what the scheduler is told
 OTHERS = ("chat_template_kwargs", "sampling")
 RESERVED = {"self", "template", "messages", "bos_token", "eos_token"}
+DEEPEST = 100  # levels of a row: it must be read again from deeper ones, where Python's limit is closer
 SAMPLING = tuple(f.name for f in dataclasses.fields(SamplingParams))
 FIELDS = (*PROMPTS, *PASSED_THROUGH, *ROUTING, *OTHERS, *SAMPLING)
 
@@ -95,6 +96,8 @@ def parse(line: bytes) -> dict[str, Any]:
         raise RowError("the row is nested too deeply; a request is a flat object") from None
     if not isinstance(fields, dict):
         raise RowError('the row is no object; write {"prompt": "..."}')
+    if line.count(b"{") + line.count(b"[") > DEEPEST and _depth(fields) > DEEPEST:
+        raise RowError("the row is nested too deeply; a request is a flat object")
     return fields
 
 
@@ -138,7 +141,7 @@ def encode(fields: Mapping[str, Any]) -> bytes:
 
 def kind_of(value: Any) -> str:
     """What JSON calls a value."""
-    return _KINDS.get(type(value), "number")
+    return "number" if type(value) in (int, float) else _KINDS.get(type(value), type(value).__name__)
 
 
 def _own_names(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,6 +177,16 @@ def _object(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RowError(f"{name} must be an object, not {kind_of(value)}")
     return value
+
+
+def _depth(fields: Mapping[str, Any]) -> int:
+    """Levels of objects and lists in one another."""
+    levels, inner = 0, [fields]
+    while inner:
+        levels += 1
+        items = [item for each in inner for item in (each.values() if isinstance(each, dict) else each)]
+        inner = [item for item in items if isinstance(item, dict | list)]
+    return levels
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

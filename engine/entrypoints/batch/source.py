@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
-from makeready.engine.entrypoints.batch.base import Numbered, RowError
+from makeready.engine.entrypoints.batch.base import JobError, Numbered, RowError
 from makeready.engine.entrypoints.batch.parquet import ParquetSource
 from makeready.engine.entrypoints.batch.rows import parse
 
@@ -40,15 +42,36 @@ class Source(Protocol):
         ...
 
     def rows(self) -> Iterator[Numbered]:
-        """Its rows, one after the other."""
+        """Its rows, one after the other, as they were surveyed.
+
+        Raises:
+            JobError: the file was changed since, or is damaged.
+        """
         ...
+
+
+class _Watched:
+    """A file that must stay as it is: by its size and time, since its bytes are read only once more."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stamp: tuple[int, ...] = ()
+
+    def note(self, file: IO[bytes]) -> None:
+        """Take ``file`` as it is now."""
+        self._stamp = _stamp(file)
+
+    def check(self, file: IO[bytes]) -> None:
+        """Raise :class:`JobError` if what was read of ``file`` may be something else by now."""
+        if _stamp(file) != self._stamp:
+            raise JobError(f"{self._path} was changed while the job ran; put it back as it was")
 
 
 class LineSource:
     """JSON lines; one of white space is no row, but is counted in the numbers of those after it."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._path, self._watched = path, _Watched(path)
 
     def survey(self) -> Survey:
         """See :meth:`Source.survey`."""
@@ -56,10 +79,11 @@ class LineSource:
         size = count = last = 0
         openai: bool | None = None
         with open(self._path, "rb") as file:
+            self._watched.note(file)
             for number, line in enumerate(file, start=1):
                 digest.update(line)
                 size += len(line)
-                if line.strip():
+                if _is_row(line):
                     count, last = count + 1, number
                     openai = _is_openai(line) if openai is None else openai
         return Survey(size, digest.hexdigest(), last, count, bool(openai))
@@ -68,7 +92,8 @@ class LineSource:
         """See :meth:`Source.rows`."""
         with open(self._path, "rb") as file:
             for number, line in enumerate(file, start=1):
-                if line.strip():
+                if _is_row(line):
+                    self._watched.check(file)
                     yield number, line
 
 
@@ -76,13 +101,14 @@ class TableSource:
     """A Parquet table."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._table = path, ParquetSource(path)
+        self._path, self._watched, self._table = path, _Watched(path), ParquetSource(path)
         self.names = self._table.names()  # Arrow types of the columns that are handed through
 
     def survey(self) -> Survey:
         """See :meth:`Source.survey`."""
         digest, size = hashlib.sha256(), 0
         with open(self._path, "rb") as file:
+            self._watched.note(file)
             while piece := file.read(2**20):
                 digest.update(piece)
                 size += len(piece)
@@ -90,7 +116,10 @@ class TableSource:
 
     def rows(self) -> Iterator[Numbered]:
         """See :meth:`Source.rows`."""
-        return enumerate(self._table.rows(), start=1)
+        with open(self._path, "rb") as file:
+            for number, row in enumerate(self._table.rows(file), start=1):
+                self._watched.check(file)
+                yield number, row
 
 
 def is_parquet(path: Path) -> bool:
@@ -105,6 +134,16 @@ def open_source(path: Path) -> Source:
         JobError: a Parquet table that cannot be read or has unknown columns, or pyarrow is not installed.
     """
     return TableSource(path) if is_parquet(path) else LineSource(path)
+
+
+def _is_row(line: bytes) -> bool:
+    """Whether a line is more than white space, or the mark at the beginning of a file without text."""
+    return bool(line.strip().removeprefix(codecs.BOM_UTF8))
+
+
+def _stamp(file: IO[bytes]) -> tuple[int, ...]:
+    held = os.fstat(file.fileno())
+    return held.st_dev, held.st_ino, held.st_size, held.st_mtime_ns
 
 
 def _is_openai(line: bytes) -> bool | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from makeready.engine.entrypoints.batch.base import Ask, Done, Format, Numbered, RowError
+from makeready.engine.entrypoints.batch.base import Ask, Damaged, Done, Format, Numbered, RowError
 from makeready.engine.entrypoints.batch.openai import OpenAIFormat
 from makeready.engine.entrypoints.batch.rows import SAMPLING, RowFormat, encode, parse
 from makeready.engine.errors import RequestError
@@ -21,6 +21,8 @@ FORMATS: dict[str, Format] = {format.name: format for format in (RowFormat(), Op
 AHEAD = 1024
 # Of these so many are read a step: a device that is running shall not wait for text to be tokenized.
 READ = 16
+# Characters of an error: one that repeats what a row says may be as long as the row.
+TOLD = 1000
 
 
 @dataclass
@@ -88,6 +90,9 @@ class Worker:
         for number, row in rows:
             fields: Mapping[str, Any] = {}
             try:
+                if isinstance(row, Damaged):
+                    fields = row.fields
+                    raise RowError(row.reason)
                 fields = parse(row) if isinstance(row, bytes) else row
                 self._submit(number, fields)
             except (RequestError, TextError) as error:
@@ -144,6 +149,7 @@ class Worker:
         )
 
     def _refuse(self, number: int, fields: Mapping[str, Any], message: str, name: str | None = None) -> None:
+        message = message if len(message) <= TOLD else f"{message[: TOLD // 2]} ... {message[-TOLD // 2 :]}"
         made = self._format.refusal(fields, message, name, number)
         self._told(Output.refused(message))
         self._refused.append(Done(number, encode(made), failed=True))
