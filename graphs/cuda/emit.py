@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeAlias
 
 from makeready.graphs.codec import canonical
 from makeready.graphs.cuda.aot import Compiled, Kernel
@@ -45,6 +46,8 @@ from makeready.kernels.device import (
     Tensor,
 )
 from makeready.kernels.spec import DTYPE_BYTES, ROWS, TOKENS, TensorSpec
+
+_Key: TypeAlias = tuple[str, int, Bucket]  # phase, class, bucket
 
 
 @dataclass(frozen=True)
@@ -167,15 +170,7 @@ def emit(
         classified[phase], classes[phase] = _classify(program, specs)
     if deterministic:
         _check_alike(classified, classes)
-    most_rows = max(bucket.rows for bucket in buckets) if deterministic else 0
-    keys = [
-        (bucket.phase, index, bucket) for bucket in buckets for index in range(len(classes[bucket.phase]))
-    ]
-    alike = {key: classes[key[0]][key[1]].alike for key in keys if deterministic and key[0] in PHASES}
-    calls = {
-        key: classes[key[0]][key[1]].call(key[2], context, target, most_rows=most_rows if key in alike else 0)
-        for key in keys
-    }
+    calls, alike = _calls(classes, buckets, context, target, deterministic=deterministic)
     ways, compiled, dropped = select(calls, target, keep=keep, cache=cache, progress=progress, alike=alike)
     lacking = {calls[key].op: key for key, found in reversed(ways.items()) if not found}
     if lacking:
@@ -210,6 +205,25 @@ def emit(
         arena=max((_reach(program) for phase, program in classified.items() if phase in PHASES), default=0),
         dropped=dropped,
     )  # fmt: skip
+
+
+def _calls(
+    classes: Mapping[str, Sequence[_Class]],
+    buckets: Sequence[Bucket],
+    context: int,
+    target: Target,
+    *,
+    deterministic: bool,
+) -> tuple[dict[_Key, OpCall], dict[_Key, tuple[object, ...]]]:
+    """The call of every class in every bucket; and of those that must run alike, which those are."""
+    keys = [(b.phase, index, b) for b in buckets for index in range(len(classes[b.phase]))]
+    alike = {key: classes[key[0]][key[1]].alike for key in keys if deterministic and key[0] in PHASES}
+    most = max(bucket.rows for bucket in buckets)
+    calls = {
+        key: classes[key[0]][key[1]].call(key[2], context, target, most_rows=most if key in alike else 0)
+        for key in keys
+    }
+    return calls, alike
 
 
 def _check_alike(programs: Mapping[str, LoweredProgram], classes: Mapping[str, Sequence[_Class]]) -> None:
