@@ -13,6 +13,7 @@ import numpy as np
 from makeready.engine.kv.radix import Prefix
 from makeready.engine.sampling import SamplingParams
 from makeready.engine.text.detokenize import StreamDetokenizer
+from makeready.engine.text.parts import TextError
 from makeready.engine.text.stop import StopMatcher
 from makeready.engine.text.tokenizer import Tokenizer
 
@@ -43,7 +44,7 @@ class Output:
         logprobs: one entry a generated token, where asked for.
         input_logprobs: one entry a token of the prompt from ``logprob_start_len`` on, where asked for.
         prompt_tokens, completion_tokens: how many.
-        error: why it was refused, where it was.
+        error: why it was refused, or could not go on, where it was so.
         meta_info: the same figures under SGLang's names, the seed that was used, and times in seconds; there is
             no ``time_to_first_token`` where no token came.
     """
@@ -119,6 +120,7 @@ class Request:
     urgent: bool = False
     finish_reason: str | None = None
     matched: int | str | None = None
+    error: str | None = None
     arrived: float = field(default_factory=time.perf_counter)
     admitted: float = 0.0
     first_token: float = 0.0
@@ -210,7 +212,10 @@ class Request:
             self.logprobs.append(logprob)
         ended = token in self.end_ids and len(output) > self.sampling.min_new_tokens
         if self._watch is not None:
-            self._watch.take(token, ended)
+            try:
+                self._watch.take(token, ended)
+            except TextError as error:
+                self.fail(str(error))
             if self.finish_reason is not None:
                 return
         if ended:
@@ -223,7 +228,15 @@ class Request:
         self.finish_reason, self.matched = reason, matched
         self.finished = time.perf_counter()
         if self._watch is not None and not isinstance(matched, str):
-            self._watch.end()
+            try:
+                self._watch.end()
+            except TextError as error:
+                self.fail(str(error))
+
+    def fail(self, reason: str) -> None:
+        """End the request for a reason that is its own."""
+        self.finish_reason, self.error = ERROR, reason
+        self.finished = time.perf_counter()
 
     def result(self) -> Output:
         """The finished request as the user sees it."""
@@ -232,6 +245,8 @@ class Request:
             reason["matched"] = self.matched
         elif self.finish_reason == LENGTH:
             reason["length"] = len(self.output)
+        elif self.finish_reason == ERROR:
+            reason["message"] = self.error
         meta = {
             "id": self.id,
             "finish_reason": reason,
@@ -251,6 +266,7 @@ class Request:
             prompt_tokens=len(self.prompt),
             logprobs=tuple(self.logprobs) if self.sampling.return_logprob else None,
             input_logprobs=tuple(self.input_logprobs) if self.sampling.logprob_start_len >= 0 else None,
+            error=self.error,
             meta_info=meta,
         )
 

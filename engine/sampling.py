@@ -68,7 +68,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name, low, high in _RANGES:
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+            if isinstance(value, bool) or not isinstance(value, int | float) or value != value:  # NaN
                 raise RequestError(f"{name}={value!r} must be a number")
             if not low <= value <= high:
                 raise RequestError(f"{name}={value} is out of range; it must be {_range(low, high)}")

@@ -175,7 +175,9 @@ class GenerateJob(Job):
         for name, path in paths.items():
             check_place(name, path)
         read = {name: getattr(self, name) for name in ("prompts", "checkpoint")}
-        files = {name: (Path(path).expanduser(),) for name, path in read.items() if path is not None}
+        files: dict[str, Sequence[Path]] = {
+            name: (Path(path).expanduser(),) for name, path in read.items() if path is not None
+        }
         if self.output is not None:
             output = Path(self.output).expanduser()
             files["output"] = (output, *Files(output).own)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import re
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
+
+import regex
 
 from makeready.engine.text.parts import TextError
 
 # Longest match of a stop pattern, in characters. That much text is held back while patterns are in
 # use, since a match may begin in it.
 REGEX_WINDOW = 256
+# Processor seconds that the patterns of a text may take: at once, and more for each character. Ordinary ones take
+# microseconds a character; some take forever, and would keep everybody else waiting.
+REGEX_SECONDS, REGEX_SECONDS_A_CHARACTER = 0.25, 1e-4
 
 
 class _Stop(NamedTuple):
@@ -35,7 +40,7 @@ class StopMatcher:
 
     Args:
         strings: stop strings.
-        regexes: stop patterns in the syntax of `re` (SGLang's `stop_regex`).
+        regexes: stop patterns in the syntax of `re` and what `regex` adds to it (SGLang's `stop_regex`).
         include: keep the match in the text (SGLang's `no_stop_trim`); else text ends before it.
 
     Raises:
@@ -55,6 +60,7 @@ class StopMatcher:
         self._text = ""  # from here on: _context characters that were emitted, then those held back
         self._context = 0
         self._searched = 0  # end of the text that patterns have seen
+        self._seconds = REGEX_SECONDS  # that they may still take
         self._regex_match: _Stop | None = None
         self._matched: str | None = None
 
@@ -64,11 +70,18 @@ class StopMatcher:
         Returns:
             (emit, stopped, matched): text that may be shown, whether the text ends here, and the stop
             string or pattern that ended it. After a stop further pieces are ignored.
+
+        Raises:
+            TextError: a pattern takes too long.
         """
         return self._take(text, final=False)
 
     def flush(self) -> tuple[str, bool, str | None]:
-        """The text ended by itself: what was held back, and a stop that waited for a longer one."""
+        """The text ended by itself: what was held back, and a stop that waited for a longer one.
+
+        Raises:
+            TextError: a pattern takes too long.
+        """
         return self._take("", final=True)
 
     def _take(self, text: str, final: bool) -> tuple[str, bool, str | None]:
@@ -123,14 +136,28 @@ class StopMatcher:
         """Let every pattern see the text up to `end`, growing by one character at a time."""
         if self._regex_match is not None or not self._patterns:
             return
+        self._seconds += REGEX_SECONDS_A_CHARACTER * max(0, end - self._searched)
         for end_seen in range(self._searched + 1, end + 1):
-            start = max(0, end_seen - REGEX_WINDOW)
-            matches = (pattern.search(self._text, start, end_seen) for pattern in self._patterns)
-            found = [_Stop(match.start(), match.end(), match.re.pattern) for match in matches if match]
+            found = [stop for pattern in self._patterns if (stop := self._search(pattern, end_seen))]
             if found:
                 self._regex_match = min(found, key=lambda stop: (stop.start, -stop.end))
                 return
         self._searched = max(self._searched, end)
+
+    def _search(self, pattern: regex.Pattern[str], end: int) -> _Stop | None:
+        """A match of ``pattern`` in the window before ``end``."""
+        began = time.thread_time()
+        try:
+            match = pattern.search(
+                self._text, max(0, end - REGEX_WINDOW), end, timeout=max(self._seconds, 1e-3)
+            )
+        except TimeoutError:
+            raise TextError(
+                f"stop pattern {pattern.pattern!r} takes too long to look for; avoid repetitions that can match in "
+                "many ways, such as (a|aa)+"
+            ) from None
+        self._seconds -= time.thread_time() - began
+        return _Stop(match.start(), match.end(), pattern.pattern) if match else None
 
     def _emit_until(self, end: int) -> str:
         """Give out text up to `end`; with patterns, two windows of it stay for what they look back at."""
@@ -146,13 +173,11 @@ class StopMatcher:
         return emit
 
 
-def _compile(regex: str) -> re.Pattern[str]:
+def _compile(text: str) -> regex.Pattern[str]:
     try:
-        pattern = re.compile(regex)
-    except (re.error, TypeError) as error:
-        raise TextError(f"stop pattern {regex!r} is no regular expression ({error}); correct it") from None
+        pattern = regex.compile(text)
+    except (regex.error, TypeError) as error:
+        raise TextError(f"stop pattern {text!r} is no regular expression ({error}); correct it") from None
     if pattern.search("") is not None:
-        raise TextError(
-            f"stop pattern {regex!r} matches the empty text; make it match at least one character"
-        )
+        raise TextError(f"stop pattern {text!r} matches the empty text; make it match at least one character")
     return pattern

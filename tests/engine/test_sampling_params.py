@@ -19,6 +19,8 @@ LIMITS = Limits(max_rows=2, max_tokens=8, context_len=32, page_size=4)
         ({"max_new_tokens": 0}, "max_new_tokens=0 asks for nothing; it must be at least 1"),
         ({"logprob_start_len": 0}, "logprob_start_len needs return_logprob"),
         ({"max_new_tokens": -5}, "max_new_tokens=-5"),
+        ({"top_k": 10**400}, "top_k=10+ is out of range"),
+        ({"temperature": float("nan")}, "temperature=nan must be a number"),
         ({"max_new_tokens": 2.5}, "must be a whole number"),
         ({"max_new_tokens": "9"}, "must be a number"),
         ({"temperature": -0.1}, "temperature=-0.1 is out of range; it must be from 0 to 10000"),

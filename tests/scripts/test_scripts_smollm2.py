@@ -44,16 +44,20 @@ def test_compile_generate_inspect(checkpoint, capfd):
         {"messages": [{"role": "user", "content": "What is {2} + {2}, then?"}], "custom_id": "x"},
         {"prompt": "The capital of France is", "stop": ".", "max_new_tokens": 20},
         {"prompt": "a", "stop_regex": "("},
+        {"prompt": "Once upon a time", "stop_regex": r"(\w|\w\w|\W)+[%#]", "max_new_tokens": 40},
     ]
     Path("in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert script("generate")(*options, "prompts=in.jsonl", "output=out.jsonl") == 0
-    first, empty, chatted, stopped, broken = map(json.loads, Path("out.jsonl").read_text().splitlines())
+    first, empty, chatted, stopped, broken, endless = map(
+        json.loads, Path("out.jsonl").read_text().splitlines()
+    )
     assert first["id"] == 1
     assert first["text"].startswith(" Paris.")
-    assert (empty["error"]["line"], broken["error"]["line"]) == (2, 5)
+    assert (empty["error"]["line"], broken["error"]["line"], endless["error"]["line"]) == (2, 5, 6)
+    assert "takes too long to look for" in endless["error"]["message"]  # and keeps nobody waiting
     assert (chatted["custom_id"], chatted["text"]) == ("x", chat.removesuffix("\n"))
     assert (stopped["text"], stopped["finish_reason"]) == (" Paris", "stop")
-    assert "5 rows (2 with errors)" in capfd.readouterr().err
+    assert "6 rows (3 with errors)" in capfd.readouterr().err
 
     assert script("inspect")("plan=plans/x", "html=page.html") == 0
     assert Path("page.html").read_text().lstrip().lower().startswith("<!doctype html>")

@@ -122,6 +122,16 @@ def test_a_match_longer_than_the_window_is_not_found():
     assert run(StopMatcher([], ["<x*>"]), [text]) == (text, None)
 
 
+def test_a_pattern_that_takes_forever_is_given_up():
+    """Each further letter doubles the time that a search takes."""
+    matcher = StopMatcher([], ["(a|aa)+b"])
+    with pytest.raises(TextError, match=r"'\(a\|aa\)\+b' takes too long"):
+        matcher.push("a" * 60)
+    long = StopMatcher([], ["(a|b)+c"])  # what is only slow may take its time
+    for _ in range(200):
+        assert not long.push("ab" * 20)[1]
+
+
 def test_an_included_pattern_holds_nothing_back():
     matcher = StopMatcher([], [r"\d+\."], include=True)
     assert matcher.push("at 12") == ("at 12", False, None)

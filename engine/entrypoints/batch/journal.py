@@ -83,8 +83,9 @@ class Journal:
         try:
             header = json.loads(line)
         except ValueError:
-            header = None
-        made = header.get("identity") if isinstance(header, dict) else None
+            header = {}
+        header = header if isinstance(header, dict) else {}
+        made = header.get("identity")
         if not isinstance(made, dict) or header.get("makeready") != SCHEMA:
             raise JobError(f"{self.path} is no journal of a batch job; move it away")
         return made

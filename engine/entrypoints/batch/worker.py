@@ -138,6 +138,9 @@ class Worker:
 
     def _answer(self, entry: _Entry) -> Done:
         outputs = [output for output in entry.outputs if output is not None]
+        failed = next((output.error for output in outputs if output.error is not None), None)
+        if failed is not None:
+            return self._refused_row(entry.number, entry.fields, failed)
         made = self._format.answer(entry.fields, outputs, entry.params, self._llm.tokenizer, entry.number)
         return Done(
             entry.number,
@@ -149,7 +152,11 @@ class Worker:
         )
 
     def _refuse(self, number: int, fields: Mapping[str, Any], message: str, name: str | None = None) -> None:
-        message = message if len(message) <= TOLD else f"{message[: TOLD // 2]} ... {message[-TOLD // 2 :]}"
-        made = self._format.refusal(fields, message, name, number)
+        self._refused.append(self._refused_row(number, fields, message, name))
         self._told(Output.refused(message))
-        self._refused.append(Done(number, encode(made), failed=True))
+
+    def _refused_row(
+        self, number: int, fields: Mapping[str, Any], message: str, name: str | None = None
+    ) -> Done:
+        message = message if len(message) <= TOLD else f"{message[: TOLD // 2]} ... {message[-TOLD // 2 :]}"
+        return Done(number, encode(self._format.refusal(fields, message, name, number)), failed=True)
