@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
-
-import regex
+from typing import TYPE_CHECKING, NamedTuple
 
 from makeready.engine.text.parts import TextError
+
+if TYPE_CHECKING:
+    import regex
 
 # Longest match of a stop pattern, in characters. That much text is held back while patterns are in
 # use, since a match may begin in it.
@@ -174,6 +175,8 @@ class StopMatcher:
 
 
 def _compile(text: str) -> regex.Pattern[str]:
+    import regex  # 20 ms, for which only those wait who have patterns
+
     try:
         pattern = regex.compile(text)
     except (regex.error, TypeError) as error:
