@@ -193,7 +193,11 @@ class LLM:
         extra_key: str = "",
         priority: int = 0,
     ) -> Iterator[str]:
-        """Yield the text of one sample as it becomes final; the generator's value is the output."""
+        """Yield the text of one sample as it becomes final; the generator's value is the output.
+
+        Raises:
+            RequestError, TextError: it cannot be served, or could not go on.
+        """
         pieces: list[str] = []
         params = sampling or SamplingParams()
         if params.n != 1:
@@ -208,6 +212,8 @@ class LLM:
                 yield from new
         finally:
             self.engine.abort(request)
+        if request.error is not None:
+            raise RequestError(request.error)
         return request.result()
 
     def render(self, messages: Sequence[Mapping[str, Any]], **template: Any) -> list[int]:

@@ -61,6 +61,17 @@ def test_leaving_a_stream_frees_its_pages(llm: LLM) -> None:
     assert not llm.engine.busy
 
 
+def test_a_stop_pattern_that_takes_forever_ends_its_own_request(llm: LLM) -> None:
+    forever = SamplingParams(temperature=0, max_new_tokens=40, stop_regex=r"(\w|\w\w|\W)+[%#]")
+    plain = SamplingParams(temperature=0, max_new_tokens=40)
+    failed, other = llm.generate(["Once upon a time"] * 2, [forever, plain])
+    assert (failed.finish_reason, other.finish_reason) == ("error", "length")
+    assert "takes too long" in (failed.error or "")
+    with pytest.raises(RequestError, match="takes too long"):
+        list(llm.stream("Once upon a time", forever))
+    assert llm.engine.pool.held == 0
+
+
 def test_stop_strings_end_the_text(llm: LLM) -> None:
     full = llm.generate(["The capital of France is"], SamplingParams(temperature=0, max_new_tokens=30))[
         0
