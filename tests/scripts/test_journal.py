@@ -63,6 +63,29 @@ def test_whatever_is_left_of_the_file_its_whole_rows_count_and_the_rest_runs_aga
         assert list(journal.answers()) == [done(number, text).answer for number in range(1, 9)]
 
 
+def test_an_interruption_leaves_what_the_totals_say(files, monkeypatch):
+    with begun(files, 8) as journal:
+        journal.append([done(1)])
+        before, totals = files.journal.read_bytes(), journal.totals
+        write = os.pwrite
+
+        def interrupted(file: int, data: bytes, at: int) -> int:
+            write(file, data, at)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwrite", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                journal.append([done(2), done(3)])
+        assert (files.journal.read_bytes(), journal.totals) == (before, totals)
+        journal.append([done(3), done(2)])
+        assert (journal.totals.rows, journal.totals.failed, journal.totals.tokens) == (3, 1, 6)
+        with pytest.raises(AssertionError, match="answered twice"):
+            journal.append([done(4), done(2)])
+    with begun(files, 8) as journal:
+        assert [number for number in range(1, 9) if number in journal] == [1, 2, 3]
+
+
 def test_blocks_that_were_never_written_end_what_is_trusted(files):
     """After a loss of power a file may have its length but zeros in it."""
     with begun(files, 4) as journal:

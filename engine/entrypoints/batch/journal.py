@@ -34,13 +34,17 @@ HEAD = b'{"makeready"'
 NOWHERE = -1
 
 
-@dataclass
+@dataclass(frozen=True)
 class Totals:
     """What a journal holds: rows, those of them with errors, tokens generated for them."""
 
     rows: int = 0
     failed: int = 0
     tokens: int = 0
+
+    def after(self, rows: int, failed: int, tokens: int) -> Totals:
+        """With so many more."""
+        return Totals(self.rows + rows, self.failed + failed, self.tokens + tokens)
 
 
 class Journal:
@@ -95,7 +99,7 @@ class Journal:
         os.ftruncate(self._file, 0)
         self._end, self._begun, self.totals = 0, True, Totals()
         self._offsets = array("q", [NOWHERE]) * (last + 1)
-        self._write(encode({"makeready": SCHEMA, "identity": identity}) + b"\n")
+        self._write(encode({"makeready": SCHEMA, "identity": identity}) + b"\n", self.totals)
 
     def resume(self, last: int) -> None:
         """Find what the file holds, for rows from 1 to ``last``, and cut off what is not whole."""
@@ -108,21 +112,27 @@ class Journal:
                     break
                 if number in self:  # two processes wrote, on a file system without locks
                     break
-                self._note(number, record[2] == b"true", int(record[3]), self._end)
+                self._offsets[number] = self._end
                 self._end += len(line)
+                self.totals = self.totals.after(1, record[2] == b"true", int(record[3]))
         os.ftruncate(self._file, self._end)
 
     def append(self, rows: Sequence[Done]) -> None:
-        """Add rows; where they cannot be written whole, none is and the file stays as it was."""
+        """Add rows; where they cannot be written whole, none is and the file stays as it was.
+
+        An interruption leaves all of them or none, and ``totals`` that say which.
+        """
+        assert all(row.number not in self for row in rows), "a row was answered twice"
         lines = [
             b'{"row": %d, "failed": %s, "tokens": %d, "answer": %s}\n'
             % (row.number, b"true" if row.failed else b"false", row.output_tokens, row.answer)
             for row in rows
         ]
+        failed, tokens = sum(row.failed for row in rows), sum(row.output_tokens for row in rows)
         offset = self._end
-        self._write(b"".join(lines))
+        self._write(b"".join(lines), self.totals.after(len(rows), failed, tokens))
         for row, line in zip(rows, lines, strict=True):
-            self._note(row.number, row.failed, row.output_tokens, offset)
+            self._offsets[row.number] = offset
             offset += len(line)
         if time.monotonic() - self._synced > SYNC_SECONDS:
             self.sync()
@@ -152,24 +162,20 @@ class Journal:
         with suppress(FileNotFoundError):  # somebody was before us
             os.unlink(self.path)
 
-    def _note(self, number: int, failed: bool, tokens: int, offset: int) -> None:
-        assert self._offsets[number] == NOWHERE, f"row {number} was answered twice"
-        self._offsets[number] = offset
-        self.totals.rows += 1
-        self.totals.failed += failed
-        self.totals.tokens += tokens
-
-    def _write(self, data: bytes) -> None:
-        left, at = memoryview(data), self._end
+    def _write(self, data: bytes, totals: Totals) -> None:
+        """Write at the end, after which the file holds ``totals``."""
+        left, at, before = memoryview(data), self._end, self.totals
+        end = at
         try:
             while left:
                 written = os.pwrite(self._file, left, at)
                 left, at = left[written:], at + written
+            self._end, self.totals = at, totals
         except BaseException:
+            self._end, self.totals = end, before
             with suppress(OSError):
-                os.ftruncate(self._file, self._end)
+                os.ftruncate(self._file, end)
             raise
-        self._end += len(data)
 
 
 def _is_whole(line: bytes) -> bool:
