@@ -28,7 +28,7 @@ class Traffic:
         context: tokens of context a row, for the cost of attention.
 
     An empty distribution stands for every size up to the limit with weight 1/size, which makes each
-    doubling equally likely.
+    doubling equally likely; powers of two, which people choose, weigh as much as all sizes between two of them.
     """
 
     decode_rows: Distribution = field(default_factory=dict)
@@ -99,7 +99,7 @@ def _filled(distribution: Distribution, most: int) -> Distribution:
             f"the traffic profile gives size {negative[0]} the weight {distribution[negative[0]]}; "
             "weights are numbers of at least 0"
         )
-    return distribution or {size: 1 / size for size in range(1, most + 1)}
+    return distribution or {n: math.log(2) if n & (n - 1) == 0 else 1 / n for n in range(1, most + 1)}
 
 
 def _cut(distribution: Distribution, most: int, count: int, seconds: Callable[[int], float]) -> list[int]:

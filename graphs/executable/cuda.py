@@ -1,7 +1,7 @@
 """The CUDA executable: a plan's graphs on one GPU. Neither torch nor triton, and nothing is compiled here.
 
-Loading goes by the plan's arithmetic: kernels, one allocation for each region, the weights on their way in
-threads while the graphs are built. A step is then one copy in, one graph launch, one copy out, all in one
+Loading goes by the plan's arithmetic: kernels, one allocation for each region, the weights by threads, the
+graphs. A step is then one copy in, one graph launch, one copy out, all in one
 stream: the host returns at once, prepares the next step in the other pinned buffer, and reads the results
 when it wants them.
 """
@@ -50,7 +50,7 @@ class CudaExecutable:
         progress: told how many of how many parameters are loaded.
 
     Attributes:
-        startup: seconds of each phase of loading. Weights are loaded while buffers and graphs are made.
+        startup: seconds of each phase of loading.
 
     Raises:
         PlanError: another checkpoint's plan, or the GPU, its driver or its memory do not fit the plan.
@@ -103,15 +103,16 @@ class CudaExecutable:
             self.pages = cuda_memory.kv_pages(plan, driver.memory()[0], kv_bytes)
             self._regions = regions = cuda_memory.allocate(driver, plan, self.pages)
             self._keep(partial(cuda_memory.release, driver, regions.allocations))
+        self._free = driver.memory()[0]
+        with self._phase("buffers"):
+            self._make_buffers()
+        # One after the other: together they take as long, the driver's lock and the interpreter's going to and fro.
         with self._phase("weights"):
-            self._free = driver.memory()[0]
             upload.start(driver, self._device, regions.weights, self._converter(functions))
             self._keep(upload.close)
-            with self._phase("buffers"):
-                self._make_buffers()
-            with self._phase("graphs"):
-                self._graphs = self._build_graphs(functions)
             upload.wait()
+        with self._phase("graphs"):
+            self._graphs = self._build_graphs(functions)
         self._turn = 0
         self._keep(partial(driver.synchronize, self._stream))
         self._keep(partial(driver.use, self._device))  # in whatever thread everything is given back

@@ -215,6 +215,5 @@ def test_startup_phases_are_recorded(loaded):
     executable, _ = loaded
     phases = {"imports", "context", "cubins", "memory", "weights", "buffers", "graphs"}
     assert set(executable.startup) == phases
-    assert executable.startup["weights"] >= executable.startup["graphs"]
     assert executable.graph_bytes == 0  # the fake's driver takes nothing for itself
     assert all(seconds >= 0 for seconds in executable.startup.values())
