@@ -11,7 +11,7 @@ from makeready.graphs.spec import DECODE, Bucket, step_fields
 def typical_step(plan: Plan, bucket: Bucket, pages: int, context: int = 1024) -> dict[str, np.ndarray]:
     """What a step stages: rows that decode behind ``context`` tokens, or one prompt of all the bucket's tokens.
 
-    Rows take pages in turn and share them where there are too few; token ids are random.
+    Rows take the pages that they need in turn and share them where there are too few; token ids are random.
 
     Args:
         pages: KV pages that there are, the null page included.
@@ -23,9 +23,9 @@ def typical_step(plan: Plan, bucket: Bucket, pages: int, context: int = 1024) ->
     each = bucket.tokens // rows
     last = min(context, limits.context_len) if bucket.phase == DECODE else each
     positions = np.arange(last - each, last)
-    table = np.arange(limits.pages_per_row)
+    table, needed = np.arange(limits.pages_per_row), -(-last // limits.page_size)
     for row in range(rows):
-        held = 1 + (row * limits.pages_per_row + table) % (pages - 1)
+        held = 1 + (row * needed + table) % (pages - 1)
         tokens = slice(row * each, (row + 1) * each)
         ids = np.random.default_rng(row).integers(0, plan.config["vocab_size"], each)
         made["token_ids"][tokens] = ids

@@ -7,6 +7,9 @@ the bucket alone. A block whose share covers an item entirely writes its result;
 item, each block leaves its part (unscaled sums, maxima, denominators) in scratch and the last to arrive adds
 the parts in the order of their tiles, so the result does not depend on who was last.
 
+A block knows its share before the kernels ahead of it are done, and all keys and values but the last token's are
+there: it asks for its first tile while it waits. More than one tile took longer in whole steps.
+
 # R rows, G KV heads, N query heads a KV head (padded to 16, the tensor core's height), D head size
 # (padded to a power of two), B pages of a row, S tokens of a page, L tokens of a tile
 """
@@ -26,6 +29,7 @@ from makeready.kernels.attention.paged import decode_attention
 from makeready.kernels.attention.pages_triton import as_queries, pages_of, slots_of
 from makeready.kernels.attention.parts_triton import add_parts, is_last, leave_part
 from makeready.kernels.device import Candidate, DeviceLaunch, OpCall, Pointer, Scalar, Scratch
+from makeready.kernels.prefetch_triton import prefetch
 from makeready.kernels.registry import cuda_kernel
 from makeready.kernels.spec import DTYPE_BYTES
 
@@ -58,6 +62,7 @@ def decode_attention_tiles(
     D: tl.constexpr,
     L: tl.constexpr,
     AT_ONCE: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """See the module. Any number of blocks works.
@@ -69,14 +74,15 @@ def decode_attention_tiles(
         scale: of scores, times log2(e).
         R: ``rows`` or more, a power of two.
         N, D: ``GROUP``, ``HEAD_DIM`` or more, powers of two; N at least 16.
+        AHEAD: bring a block's first tile to L2 while the kernels before still run.
     """
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()
     block = tl.program_id(0)
     n = tl.arange(0, N)
     d = tl.arange(0, D)
     row_R = tl.arange(0, R)
+    # A step's lengths and pages are there before its first kernel starts.
     length_R = tl.load(context_len + row_R, mask=row_R < rows, other=0)
     first_R = length_R * 0
     if WINDOW > 0:
@@ -88,17 +94,16 @@ def decode_attention_tiles(
     mine = block * share
     at = mine
     stop = tl.minimum(mine + share, total)
+    row, length, first, tiles, head, begin = _item(at, end_R, row_R, context_len, rows, KV_HEADS, WINDOW, L)
+    if PDL:
+        if AHEAD and at < stop:
+            _prefetch_tile(
+                k_cache, v_cache, page_table + row.to(tl.int64) * table_stride, head, length, first + at - begin,
+                KV_HEADS, HEAD_DIM, PAGE, L,
+            )  # fmt: skip
+        gdc_wait()
 
     while at < stop:
-        row = tl.sum((end_R <= at).to(tl.int32), 0)
-        length = tl.load(context_len + row)
-        first = 0
-        if WINDOW > 0:
-            first = tl.maximum(length - WINDOW, 0) // L
-        tiles = tl.cdiv(length, L) - first
-        begin = tl.sum(tl.where(row_R == row, end_R, 0), 0) - tiles * KV_HEADS
-        head = (at - begin) // tiles
-        begin += head * tiles
         end = begin + tiles
         upto = tl.minimum(end, stop)
 
@@ -129,6 +134,9 @@ def decode_attention_tiles(
                 is_y = (h < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
                 tl.store(out + at_HD, y_HD.to(y.dtype.element_ty), mask=is_y)
         at = upto
+        row, length, first, tiles, head, begin = _item(
+            at, end_R, row_R, context_len, rows, KV_HEADS, WINDOW, L
+        )
 
     idle = block
     while idle < rows:
@@ -139,6 +147,36 @@ def decode_attention_tiles(
                 head_ND = (head * GROUP + n)[:, None] * HEAD_DIM + d[None, :]
                 tl.store(out + head_ND, tl.zeros((N, D), y.dtype.element_ty), mask=is_q)
         idle += tl.num_programs(0)
+
+
+@triton.jit
+def _item(at, end_R, row_R, context_len, rows, KV_HEADS: tl.constexpr, WINDOW: tl.constexpr, L: tl.constexpr):
+    """The item of tile ``at``: row, its length, its first tile that is seen, its tiles from there, head, and where
+    they begin in the line of all. Behind the end of the line it is some item.
+    """
+    row = tl.minimum(tl.sum((end_R <= at).to(tl.int32), 0), rows - 1)
+    length = tl.load(context_len + row)
+    first = 0
+    if WINDOW > 0:
+        first = tl.maximum(length - WINDOW, 0) // L
+    tiles = tl.cdiv(length, L) - first
+    begin = tl.sum(tl.where(row_R == row, end_R, 0), 0) - tiles * KV_HEADS
+    head = (at - begin) // tl.maximum(tiles, 1)
+    return row, length, first, tiles, head, begin + head * tiles
+
+
+@triton.jit
+def _prefetch_tile(
+    k_cache, v_cache, pages, head, length, tile, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr, L: tl.constexpr,
+):  # fmt: skip
+    """Ask for the keys and values of a tile to come to L2; past the row's last token for that one again."""
+    NBYTES: tl.constexpr = HEAD_DIM * k_cache.dtype.element_ty.primitive_bitwidth // 8
+    token_L = tl.minimum(tile * L + tl.arange(0, L), length - 1)
+    slot_L = tl.load(pages + token_L // PAGE).to(tl.int64) * PAGE + token_L % PAGE
+    at_L = (slot_L * KV_HEADS + head) * HEAD_DIM
+    prefetch(k_cache + at_L, NBYTES)
+    prefetch(v_cache + at_L, NBYTES)
 
 
 @triton.jit
@@ -209,7 +247,7 @@ def decode_attention_cuda(call: OpCall) -> Sequence[Candidate]:
     if element == 1:
         ways = ((tile, 4, 4, 2), (tile, 4, 6, 2), (half, 4, 6, 2), (2 * tile, 8, 3, 1))
     else:
-        ways = ((tile, 4, 4, 2), (tile, 4, 3, 2), (half, 4, 6, 2), (half, 4, 4, 2), (half, 4, 3, 2))
+        ways = ((tile, 4, 3, 2), (tile, 4, 4, 2), (half, 4, 6, 2), (half, 4, 4, 2), (half, 4, 3, 2))
     room = call.shared_bytes - 4096
     return [candidate(call, *way) for way in ways if 2 * way[0] * D * element * (way[2] - 1) * way[3] <= room]
 
@@ -225,6 +263,7 @@ def candidate(call: OpCall, L: int, warps: int, stages: int, a_multiprocessor: i
     blocks = min(most, call.multiprocessors * a_multiprocessor)
     counters = triton.cdiv(4 * rows * kv_heads, 256) * 256
     stats = triton.cdiv(2 * blocks * 2 * group * 4, 256) * 256
+    element = DTYPE_BYTES[call.tensors["k_cache"].dtype]
     dependent = "pdl" in call.features
     launch = DeviceLaunch(
         function=f"{__name__}:decode_attention_tiles",
@@ -240,6 +279,8 @@ def candidate(call: OpCall, L: int, warps: int, stages: int, a_multiprocessor: i
             "D": D,
             "L": L,
             "AT_ONCE": max(1, min(16, _AT_ONCE // (triton.next_power_of_2(group) * D))),
+            # Bulk prefetch takes multiples of 16 bytes.
+            "AHEAD": head_dim * element % 16 == 0 and "tma" in call.features,
             "PDL": dependent,
         },
         arguments={

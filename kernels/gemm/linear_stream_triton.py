@@ -23,25 +23,14 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-
-@triton.jit
-def _prefetch(starts, nbytes):
-    """Ask for ``nbytes`` (a multiple of 16) from each of the 16-byte aligned addresses to come to L2."""
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
-        "=r,l,r",
-        [starts.to(tl.int64), nbytes],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
+from makeready.kernels.prefetch_triton import prefetch
 
 
 @triton.jit
 def prefetch_rows(weight, row, rows, K, begin, nbytes):
-    """:func:`_prefetch` from column ``begin`` of each ``row``; those past the last repeat it."""
+    """:func:`prefetch` from column ``begin`` of each ``row``; those past the last repeat it."""
     inside = tl.minimum(row, rows - 1).to(tl.int64)
-    _prefetch(weight + inside * K + begin, nbytes)
+    prefetch(weight + inside * K + begin, nbytes)
 
 
 @triton.jit

@@ -35,9 +35,9 @@ assert isinstance(linear, Contract)
 _BEST = 6
 _STACK = 16  # for sm_120a every tile has 8 or 16 bytes of local memory, the smallest as well as the largest
 
-# Rows of tokens whose tiles a wave of persistent blocks goes through before it moves on. A step of 8,192 tokens of
-# Qwen3-8B took 227 ms like this with tiles of 128 x 256, and 238 ms with twice as many rows and 256 x 128.
-_GROUP_ROWS = 1024
+# Rows of tokens whose tiles persistent blocks go through before they move on. In steps of 8,192 tokens of Qwen3-8B
+# 24,576 outputs took 4 % less time like this than with 1,024 rows, other products the same within 1 %.
+_GROUP_ROWS = 4096
 
 
 @cuda_kernel(linear, "tiled", invariant=True)
