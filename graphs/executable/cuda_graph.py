@@ -9,7 +9,7 @@ Python a node on a slow core, so that 45 graphs of 260 nodes take 0.1 s beside w
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -58,7 +58,6 @@ class GraphBuilder:
         stream: Any,
         *,
         choices: Mapping[str, str] | None = None,
-        without: Collection[int] = (),
     ) -> Any:
         """The executable graph of ``bucket``, a chain of nodes in the order of launches.
 
@@ -66,7 +65,6 @@ class GraphBuilder:
             addresses: of every value that the launches name.
             stream: where the graph is sent to the device.
             choices: by :func:`tuned_key`, in place of those that measured best on this device.
-            without: op classes whose launches are left out, for measuring.
 
         Raises:
             PlanError: the plan has no kernels for the bucket.
@@ -78,8 +76,6 @@ class GraphBuilder:
         graph, last = self._driver.graph(), None
         try:
             for launch in program.launches:
-                if launch.op_class in without:
-                    continue
                 nodes = prepared.get(launch.op_class)
                 if nodes is None:
                     chosen = self._choose(bucket, launch, best)

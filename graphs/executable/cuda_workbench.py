@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from makeready.graphs.executable.cuda_driver import Device, Driver
@@ -38,19 +38,14 @@ class Workbench:
         self._start, self._end = driver.timer(), driver.timer()
         self._open = True
 
-    def graph(
-        self, bucket: Bucket, choices: Mapping[str, str] | None = None, *, without: Collection[int] = ()
-    ) -> Any:
+    def graph(self, bucket: Bucket, choices: Mapping[str, str] | None = None) -> Any:
         """The graph of ``bucket`` with ``choices`` by ``tuned_key``, the planner's first elsewhere.
 
         Args:
             choices: None takes those that measured best before.
-            without: op classes whose launches are left out.
         """
         self._driver.use(self.device)
-        made = self._builder.build(
-            bucket, self._addresses(bucket), self._stream, choices=choices, without=without
-        )
+        made = self._builder.build(bucket, self._addresses(bucket), self._stream, choices=choices)
         self._graphs.append(made)
         return made
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -58,23 +59,32 @@ def test_tune_refuses_what_it_cannot_tune(tmp_path, capsys):
     assert "holds no plan" in capsys.readouterr().err
 
 
-def test_parts_of_a_step_are_what_it_lacks_without_them():
+def test_parts_of_a_step_end_where_the_next_begin():
     plan, bindings = tiny(), FakeBindings(graph_ms=lambda nodes: float(len(nodes)))
     executable = CudaExecutable(plan, dummy(), driver=Driver(bindings), kv_bytes=20 * plan.kv.page_bytes)
-    found = buckets.buckets(executable, context=40, repeats=2)
+    recorded: list[int] = []
+
+    def record(run: Callable[[], object]) -> list[tuple[float, float]]:
+        """Kernel i ends at i + 1 milliseconds, and starts while the one before it runs."""
+        before = len(bindings.launched)
+        run()
+        (graph,) = bindings.launched[before:]
+        recorded.append(len(bindings.graphs[graph]))
+        return [(max(0.0, i - 0.5) * 1e-3, (i + 1) * 1e-3) for i in range(recorded[-1])]
+
+    found = buckets.buckets(executable, context=40, repeats=2, record=record)
     executable.close()
     bindings.check_released()
     target = find_target(plan.target)
+    assert len(recorded) == len(plan.buckets)
     for step, bucket in zip(found, plan.buckets, strict=True):
         program = plan.programs[bucket.phase]
         firsts: list[Choice] = [one.candidates[str(bucket)][0] for one in program.classes]
-        assert step["seconds"] == pytest.approx(
-            sum(len(firsts[x.op_class].nodes) for x in program.launches) / 1e3
-        )
-        # Without load_tokens other buffers' bytes would be looked up as token ids: it is left in.
-        assert [part["op"] for part in step["parts"]] == [one.op for one in program.classes][1:]
-        assert program.classes[0].op == "load_tokens"
-        for part, first in zip(step["parts"], firsts[1:], strict=True):
+        nodes = sum(len(firsts[launch.op_class].nodes) for launch in program.launches)
+        assert step["seconds"] == pytest.approx(nodes / 1e3)
+        assert sum(part["seconds"] for part in step["parts"]) == pytest.approx(nodes / 1e3)
+        assert [part["op"] for part in step["parts"]] == [one.op for one in program.classes]
+        for part, first in zip(step["parts"], firsts, strict=True):
             assert part["seconds"] == pytest.approx(part["launches"] * len(first.nodes) / 1e3)
         if bucket.phase == DECODE:
             head = next(

@@ -105,19 +105,6 @@ def test_a_plan_with_one_way_has_nothing_to_tune():
     executable.close()
 
 
-def test_left_out_classes_have_no_nodes():
-    plan, bindings = tiny(), FakeBindings(graph_ms=milliseconds)
-    executable = load(plan, bindings)
-    bench, bucket = executable.workbench(), min(plan.buckets)
-    classes = plan.programs[bucket.phase].classes
-    gone = next(i for i, one in enumerate(classes) if one.op == "silu_mul")
-    whole, part = bench.graph(bucket, {}), bench.graph(bucket, {}, without={gone})
-    count = sum(launch.op_class == gone for launch in plan.programs[bucket.phase].launches)
-    assert bench.seconds(whole, 3) - bench.seconds(part, 3) == pytest.approx(count * 1e-3)
-    executable.close()
-    bindings.check_released()
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_cache_is_filled_with_numbers_of_moderate_size(dtype):
     plan, bindings = make_plan(kv_dtype=dtype), FakeBindings()

@@ -1,66 +1,90 @@
 """Full steps of every bucket on the device, and what each kind of launch has of them.
 
-Graphs are launched with nothing between them, so this is the device's time alone. What a kind of launch takes is
-the time of the whole step less that of a step without it: kernels overlap and leave things in L2, so the parts
-need not add up. The floor is every byte once at the target's bandwidth, or every operation at its rate.
+A whole step is timed as graphs with nothing between them. Its parts come from one more step under the profiler: a
+launch's time is from the end of the one before it to its own, since kernels start early and wait. Leaving a kind of
+launch out of the graph instead says little of long steps: other numbers flow, and the GPU, which runs at the limit
+of its power, clocks higher. The floor is every byte once at the target's bandwidth, or every operation at its rate.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
+from benchmarks.gpu import timeline
 from makeready.graphs.executable.cuda import CudaExecutable
 from makeready.graphs.executable.typical import typical_step
 from makeready.graphs.inspect.analysis import work
-from makeready.graphs.plan import Launch, Plan
+from makeready.graphs.plan import Launch, Plan, tuned_key
 from makeready.graphs.spec import DECODE, Bucket
 from makeready.graphs.targets import find_target
 
 _SECONDS = 20e-3  # of one measurement at least
-_SHOWN = 0.02  # of a step, from which a part is worth a line
+_SHOWN = 0.01  # of a step, from which a part is worth a line
+
+Record = Callable[[Callable[[], object]], list[tuple[float, float]]]
 
 
-def buckets(executable: CudaExecutable, *, context: int, repeats: int) -> list[dict[str, Any]]:
+def buckets(
+    executable: CudaExecutable, *, context: int, repeats: int, record: Record = timeline.kernels
+) -> list[dict[str, Any]]:
     """Seconds of a full step of every bucket, of its parts, and their floors.
 
     Args:
         context: tokens of context of a decoding row; an extend step is one prompt of all its tokens.
-        repeats: measurements of each, which take turns; the median counts.
+        repeats: measurements of each whole step; the median counts.
+        record: gives start and end of every kernel of what it is given to run.
     """
     plan = executable.plan
     executable.fill_cache()
     bench, found = executable.workbench(), []
     for bucket in plan.buckets:
-        executable.launch(bucket, typical_step(plan, bucket, executable.pages, context)).wait()
-        classes = plan.programs[bucket.phase].classes
-        # Left out, what makes token ids would leave others' bytes in their place, which are then looked up.
-        spared = [i for i in range(len(classes)) if not _makes_ids(plan, bucket.phase, i)]
-        graphs = [bench.graph(bucket), *(bench.graph(bucket, without={i}) for i in spared)]
-        replays = [max(1, round(_SECONDS / bench.seconds(graph, 1) + 0.5)) for graph in graphs]
-        rounds = [
-            [bench.seconds(graph, count) for graph, count in zip(graphs, replays, strict=True)]
-            for _ in range(repeats)
-        ]
-        whole, *rest = (statistics.median(column) for column in zip(*rounds, strict=True))
+        step = typical_step(plan, bucket, executable.pages, context)
+        executable.launch(bucket, step).wait()
+        graph = bench.graph(bucket)
+        replays = max(1, round(_SECONDS / bench.seconds(graph, 1) + 0.5))
+        whole = statistics.median(bench.seconds(graph, replays) for _ in range(repeats))
         bench.clear()
-        costs = floors(plan, bucket, context)
-        parts = [
-            {"op": classes[i].op, "class": i, "seconds": whole - left, **costs[i]}
-            for i, left in zip(spared, rest, strict=True)
-        ]
-        floor = math.fsum(cost["floor"] for cost in costs)
-        found.append({"bucket": str(bucket), "seconds": whole, "floor": floor, "parts": parts})
+        classes = _classes_of_nodes(plan, bucket, bench.device.name)
+        parts = _parts(record(lambda b=bucket, s=step: executable.launch(b, s).wait()), classes)
+        costs, names = floors(plan, bucket, context), plan.programs[bucket.phase].classes
+        found.append(
+            {
+                "bucket": str(bucket),
+                "seconds": whole,
+                "floor": math.fsum(cost["floor"] for cost in costs),
+                "parts": [
+                    {"op": names[i].op, "class": i, "seconds": s, **costs[i]} for i, s in parts.items()
+                ],
+            }
+        )
     return found
 
 
-def _makes_ids(plan: Plan, phase: str, op_class: int) -> bool:
-    """Whether launches of a class write integers to the arena."""
-    program = plan.programs[phase]
-    made = {v for launch in program.launches if launch.op_class == op_class for v in launch.results.values()}
-    return any(plan.spec(phase, name).dtype.startswith("int") for name in made & program.buffers.keys())
+def _classes_of_nodes(plan: Plan, bucket: Bucket, device: str) -> list[int]:
+    """The op class of every kernel node of a bucket's graph, in order."""
+    program, tuned = plan.programs[bucket.phase], plan.tuned.get(device, {})
+    counts = []
+    for index, one in enumerate(program.classes):
+        choices = one.candidates[str(bucket)]
+        name = tuned.get(tuned_key(bucket.phase, index, bucket))
+        counts.append(len(next((c for c in choices if c.name == name), choices[0]).nodes))
+    return [launch.op_class for launch in program.launches for _ in range(counts[launch.op_class])]
+
+
+def _parts(kernels: Sequence[tuple[float, float]], classes: Sequence[int]) -> dict[int, float]:
+    """Seconds of each op class in a recorded step."""
+    assert len(kernels) == len(classes), f"{len(kernels)} kernels were recorded of a graph of {len(classes)}"
+    ends = [kernels[0][0]]
+    for _, end in kernels:
+        ends.append(max(end, ends[-1]))
+    seconds = dict.fromkeys(sorted(set(classes)), 0.0)
+    for (before, end), index in zip(pairwise(ends), classes, strict=True):
+        seconds[index] += end - before
+    return seconds
 
 
 def floors(plan: Plan, bucket: Bucket, context: int) -> list[dict[str, Any]]:
@@ -99,7 +123,7 @@ def table(found: Sequence[dict[str, Any]]) -> list[str]:
                 width = "x".join(map(str, part["weight"])) if part["weight"] else ""
                 share = part["floor"] / part["seconds"]
                 lines.append(
-                    f"  {part['op']:<20} {width:<14} {part['launches']:4d} launches "
+                    f"  {part['op']:<26} {width:<14} {part['launches']:4d} launches "
                     f"{1e6 * part['seconds'] / part['launches']:9.2f} µs each  floor {share:.2f}"
                 )
     return lines

@@ -1,4 +1,4 @@
-"""The suites that need a GPU; those of kernels alone import torch, the others run a plan without it."""
+"""The suites that need a GPU; those of kernels alone and the profiler of ``buckets`` import torch, the others do not."""
 
 from __future__ import annotations
 
