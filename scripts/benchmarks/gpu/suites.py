@@ -1,4 +1,4 @@
-"""The suites that need a GPU; those of kernels alone and the profiler of ``buckets`` import torch, the others do not."""
+"""The suites that need a GPU; those of kernels alone and the profiler of ``buckets`` import torch, others do not."""
 
 from __future__ import annotations
 
