@@ -22,7 +22,7 @@ SUITES: dict[str, tuple[str, ...]] = {
     "replay": (*_LLM, "replay.", "trace"),
     "prefix": (*_LLM, "replay.", "prefix.", "trace"),
     "host": ("host.", "scheduler."),
-    "buckets": (*_LLM, "repeats", "latency."),
+    "buckets": (*_LLM, "repeats", "latency.", "buckets."),
     "load": ("model.", "plan.", "repeats"),
     "load_steps": ("plan.path", "load_steps."),
     "gemm": (),
@@ -134,6 +134,19 @@ class HostOptions:
 
 
 @dataclass
+class BucketsOptions:
+    """Full steps of buckets.
+
+    Attributes:
+        only: buckets to measure, such as decode-64 and extend-256x1024. null: all.
+        svg: file for a picture of the steps, cut into their parts, above their floors.
+    """
+
+    only: list[str] | None = MISSING
+    svg: str | None = literal()
+
+
+@dataclass
 class LoadStepsOptions:
     """What loading consists of.
 
@@ -188,6 +201,7 @@ class BenchJob(Job):
     replay: ReplayOptions = field(default_factory=ReplayOptions)
     prefix: PrefixOptions = field(default_factory=PrefixOptions)
     host: HostOptions = field(default_factory=HostOptions)
+    buckets: BucketsOptions = field(default_factory=BucketsOptions)
     load_steps: LoadStepsOptions = field(default_factory=LoadStepsOptions)
     gemm_fp8: GemmFp8Options = field(default_factory=GemmFp8Options)
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)  # type: ignore[valid-type]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
-from benchmarks.gpu import buckets
+from benchmarks.gpu import buckets, steps_svg
 from fake_driver import FakeBindings, FakeNode
 from plans import dummy, tiny
 
@@ -21,6 +22,7 @@ from makeready.graphs.spec import DECODE
 from makeready.graphs.targets import find_target
 
 ROOT = Path(__file__).resolve().parents[2]
+SVG = "{http://www.w3.org/2000/svg}"
 
 
 def script(name: str):
@@ -72,7 +74,8 @@ def test_parts_of_a_step_end_where_the_next_begin():
         recorded.append(len(bindings.graphs[graph]))
         return [(max(0.0, i - 0.5) * 1e-3, (i + 1) * 1e-3) for i in range(recorded[-1])]
 
-    found = buckets.buckets(executable, context=40, repeats=2, record=record)
+    names = [str(bucket) for bucket in plan.buckets]
+    found = buckets.buckets(executable, names, context=40, repeats=2, record=record)
     executable.close()
     bindings.check_released()
     target = find_target(plan.target)
@@ -92,5 +95,16 @@ def test_parts_of_a_step_end_where_the_next_begin():
             )
             nbytes = 2 * 64 * 96 + 2 * 64 * bucket.rows + 4 * 96 * bucket.rows
             assert head["floor"] == pytest.approx(nbytes / target.bandwidth)
+    picture = ElementTree.fromstring(steps_svg.picture(found[:1]))
+    bars = [rect for rect in picture.iter(f"{SVG}rect") if rect.get("class") == "g"]
+    bars, floors = bars[: len(bars) // 2], bars[len(bars) // 2 :]
+    width = sum(float(bar.get("width", "")) for bar in bars)
+    for bar in bars:
+        kind, _, took = (bar.findtext(f"{SVG}title") or "").partition(": ")
+        parts = [p for p in found[0]["parts"] if kind.split(" ")[0] in p["op"]]
+        assert parts or kind == "others", kind
+        assert took.endswith("ms")
+    assert width == pytest.approx(640, abs=1)  # the whole step
+    assert sum(float(bar.get("width", "")) for bar in floors) < 64
     text = buckets.table(found)
     assert sum(line.startswith(str(plan.buckets[0])) for line in text) == 1

@@ -1,4 +1,4 @@
-"""Full steps of every bucket on the device, and what each kind of launch has of them.
+"""Full steps of buckets on the device, and what each kind of launch has of them.
 
 A whole step is timed as graphs with nothing between them. Its parts come from one more step under the profiler: a
 launch's time is from the end of the one before it to its own, since kernels start early and wait. Leaving a kind of
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -29,11 +29,17 @@ Record = Callable[[Callable[[], object]], list[tuple[float, float]]]
 
 
 def buckets(
-    executable: CudaExecutable, *, context: int, repeats: int, record: Record = timeline.kernels
+    executable: CudaExecutable,
+    only: Collection[str],
+    *,
+    context: int,
+    repeats: int,
+    record: Record = timeline.kernels,
 ) -> list[dict[str, Any]]:
-    """Seconds of a full step of every bucket, of its parts, and their floors.
+    """Seconds of a full step of some buckets, of its parts, and their floors.
 
     Args:
+        only: names of buckets.
         context: tokens of context of a decoding row; an extend step is one prompt of all its tokens.
         repeats: measurements of each whole step; the median counts.
         record: gives start and end of every kernel of what it is given to run.
@@ -41,7 +47,7 @@ def buckets(
     plan = executable.plan
     executable.fill_cache()
     bench, found = executable.workbench(), []
-    for bucket in plan.buckets:
+    for bucket in (b for b in plan.buckets if str(b) in only):
         step = typical_step(plan, bucket, executable.pages, context)
         executable.launch(bucket, step).wait()
         graph = bench.graph(bucket)

@@ -10,14 +10,20 @@ from makeready.engine.entrypoints.options import UsageError
 
 
 def buckets(bench: Bench) -> Measured:
-    """Full steps of every bucket and their parts; see :mod:`benchmarks.gpu.buckets`."""
-    from benchmarks.gpu import buckets
+    """Full steps of buckets and their parts; see :mod:`benchmarks.gpu.buckets`."""
+    from benchmarks.gpu import buckets, steps_svg
     from makeready.graphs.executable.cuda import CudaExecutable
 
-    executable, context = bench.llm.engine.executable, bench.job.latency.context
+    executable, context, options = bench.llm.engine.executable, bench.job.latency.context, bench.job.buckets
     if not isinstance(executable, CudaExecutable):
         raise UsageError("suite buckets times graphs on a GPU; give plan=FOLDER with a plan for one")
-    found = buckets.buckets(executable, context=context, repeats=bench.job.repeats)
+    known = [str(bucket) for bucket in executable.plan.buckets]
+    only = known if options.only is None else options.only
+    if not only or not set(only) <= set(known):
+        raise UsageError(f"buckets.only={only} must list some of {', '.join(known)}")
+    found = buckets.buckets(executable, only, context=context, repeats=bench.job.repeats)
+    if options.svg is not None:
+        Path(options.svg).expanduser().write_text(steps_svg.picture(found) + "\n")
     return {"buckets": {"context": context, "steps": found}}, buckets.table(found)
 
 
