@@ -1,4 +1,4 @@
-"""Triton and Gluon kernels to machine code, with no GPU and no cache of Triton's own.
+"""Triton kernels to machine code, with no GPU and no cache of Triton's own.
 
 A :class:`Kernel` is all that the machine code depends on: function, constants, parameter types, which
 parameters are known to be multiples of 16, options and architecture. Two launches with the same kernel
@@ -21,11 +21,9 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.experimental.gluon._runtime import GluonASTSource
 
 from makeready.graphs.plan import PlanError
 from makeready.kernels.device import Descriptor, DeviceLaunch, OpCall, Pointer, Scalar, Scratch
-from makeready.kernels.spec import DTYPE_BYTES
 
 TRITON_TYPES: Mapping[str, str] = {
     "float32": "fp32",
@@ -49,7 +47,7 @@ class Kernel:
     """What machine code is a function of.
 
     Attributes:
-        function: a ``@triton.jit`` or ``@gluon.jit`` function as ``module:name``.
+        function: a ``@triton.jit`` function as ``module:name``.
         constants: values of constexpr parameters.
         signature: Triton types of the other parameters, in the function's order.
         aligned: addresses and integers that are multiples of 16.
@@ -150,19 +148,8 @@ def _type(launch: DeviceLaunch, name: str, call: OpCall) -> str:
         raise PlanError(f"{launch.function}: {call.op} has no operand {argument.operand!r} for {name}")
     element = TRITON_TYPES[call.tensors[argument.operand].dtype]
     if isinstance(argument, Descriptor):
-        size = DTYPE_BYTES[call.tensors[argument.operand].dtype]
-        layout = _gluon_layout(argument.block, size) if jit_function(launch.function).is_gluon() else ""
-        return f"tensordesc<{element}[{', '.join(map(str, argument.block))}]{layout}>"
+        return f"tensordesc<{element}[{', '.join(map(str, argument.block))}]>"
     return "*" + element
-
-
-def _gluon_layout(block: tuple[int, ...], size: int) -> str:
-    """How a copy of ``block``, in elements of ``size`` bytes, lies in shared memory: in Gluon it is of the type.
-
-    The widest swizzle that a row of the block fills, as ``NVMMASharedLayout.get_default_for`` chooses it.
-    """
-    swizzle = max(width for width in (0, 32, 64, 128) if width <= block[-1] * size)
-    return f",NVMMASharedLayout({swizzle}, {8 * size}, {len(block)})"
 
 
 def _is_aligned(launch: DeviceLaunch, name: str, call: OpCall) -> bool:
@@ -175,7 +162,7 @@ def _is_aligned(launch: DeviceLaunch, name: str, call: OpCall) -> bool:
 
 
 def jit_function(function: str) -> Any:
-    """The ``@triton.jit`` or ``@gluon.jit`` function called ``module:name``.
+    """The ``@triton.jit`` function called ``module:name``.
 
     Raises:
         PlanError: Triton was told to interpret kernels, so that there is nothing to compile.
@@ -202,7 +189,7 @@ def compile_kernel(kernel: Kernel) -> Compiled:
     function = jit_function(kernel.function)
     position = {name: (i,) for i, name in enumerate(function.arg_names)}
     types = dict(kernel.signature)
-    source = (GluonASTSource if function.is_gluon() else ASTSource)(
+    source = ASTSource(
         function,
         {name: types.get(name, "constexpr") for name in function.arg_names},
         {position[name]: value for name, value in kernel.constants},

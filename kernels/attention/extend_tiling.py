@@ -25,8 +25,6 @@ _RATES = {
     (64, 64, 1, 4): (1.9e12, 3.28e12),
     (128, 64, 2, 8): (3.4e12, 3.5e12),
     (128, 64, 1, 8): (3.56e12, 3.56e12),
-    # Of extend_gluon.py: not measured yet, so behind those that were.
-    (128, 128, 1, 12): (3.5e12, 3.5e12),
 }
 _SLOWEST = (1.5e12, 3.0e12)
 
@@ -43,7 +41,6 @@ class Way:
         resident: blocks that a multiprocessor holds.
         rounds: as many blocks as the device holds go through the items in rounds; else a block an item.
         masked: a query's sums do not depend on its tile: no tile is cut, and all steps have masks.
-        gluon: with the kernel of extend_gluon.py.
     """
 
     m: int
@@ -55,7 +52,6 @@ class Way:
     resident: int
     rounds: bool = True
     masked: bool = False
-    gluon: bool = False
 
     @property
     def least(self) -> int:
@@ -66,7 +62,7 @@ class Way:
     def name(self) -> str:
         """Such as ``tma_128x64x2_w8_s3``."""
         kind, pair = "tma" if self.tma else "gather", "x2" if self.pair else ""
-        kind = "gluon" if self.gluon else "masked" if self.masked else kind
+        kind = "masked" if self.masked else kind
         grid = "" if self.rounds else "_each"
         return f"{kind}_{self.m}x{self.keys}{pair}_w{self.warps}_s{self.stages}{grid}"
 
@@ -112,8 +108,6 @@ class Way:
         crowded = call.attrs["kv_heads"] * len(items) > call.multiprocessors
         rate = full / self.resident if crowded and self.resident > 1 else alone
         a_key = 4e6 * self.m * call.attrs["head_dim"] / rate
-        if self.gluon:  # whole steps of 128 keys cost more than those of 64
-            items = [-(-n // self.keys) * self.keys for n in items]
         ends = [0.0] * min(self.shares(call), call.attrs["kv_heads"] * len(items))
         for n in items:
             for _ in range(call.attrs["kv_heads"]):
@@ -154,8 +148,6 @@ def ways(call: OpCall) -> list[Way]:
         and way.m * (D + way.keys) <= (192 if plain else 144) * 32 * way.warps
         and _shared(way, D, element) <= call.shared_bytes
     ]
-    if _pipelines(call):
-        fitting.append(Way(128, 128, False, True, 12, 2, 1, gluon=True))
     return sorted(fitting, key=lambda way: way.microseconds(call))
 
 
@@ -171,24 +163,6 @@ def _addressable(call: OpCall, D: int) -> bool:
         "tma" in call.features
         and call.attrs["head_dim"] == D
         and all(c.alignment % 16 == 0 and c.dtype in kinds for c in caches)
-    )
-
-
-def _pipelines(call: OpCall) -> bool:
-    """Whether extend_gluon.py takes the call: whole copies, of which one is in one page and has whole tokens."""
-    group, element = _group(call), DTYPE_BYTES[call.tensors["q"].dtype]
-    q = call.tensors["q"]
-    return (
-        {"tma", "wgmma"} <= call.features
-        and not call.invariant
-        and call.attrs["window"] == 0
-        and call.attrs["head_dim"] in (64, 128)
-        and all(call.tensors[name].dtype == q.dtype for name in ("k_cache", "v_cache"))
-        and all(call.tensors[name].alignment % 16 == 0 for name in ("q", "k_cache", "v_cache"))
-        and q.row_stride * element % 16 == 0
-        and int(call.tensors["k_cache"].shape[1]) % 64 == 0
-        and group == power_of_two(group) <= 64
-        and int(call.tensors["page_table"].shape[0]) <= 256  # a warp has all rows in registers
     )
 
 

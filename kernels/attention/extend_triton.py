@@ -31,8 +31,6 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from makeready.kernels.attention import extend_gluon
-from makeready.kernels.attention.extend_items_triton import clear_idle, item_at, span, tokens_of
 from makeready.kernels.attention.extend_steps_triton import attend_all, attend_some
 from makeready.kernels.attention.extend_tiling import Way, ways
 from makeready.kernels.attention.paged import extend_attention
@@ -110,15 +108,14 @@ def extend_attention_tiles(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    clear_idle(
-        y, query_start, query_len, rows, tokens, y_stride, tl.arange(0, R), tl.arange(0, M), tl.arange(0, D),
-        KV_HEADS, GROUP, HEAD_DIM, M,
+    _clear_idle(
+        y, query_start, query_len, rows, tokens, y_stride, KV_HEADS, GROUP, HEAD_DIM, R, M, D
     )  # fmt: skip
     TOKENS: tl.constexpr = M // GROUP
     block, blocks = tl.program_id(0), tl.num_programs(0)
     turn = 0
-    more, head, row, tile, part, share, slot = item_at(
-        block, query_len, context_len, rows, tl.arange(0, R), KV_HEADS, WINDOW, TOKENS, L, SHARES, LEAST
+    more, head, row, tile, part, share, slot = _item(
+        block, query_len, context_len, rows, KV_HEADS, WINDOW, R, TOKENS, L, SHARES, LEAST
     )  # fmt: skip
     while more:
         _attend(
@@ -131,9 +128,70 @@ def extend_attention_tiles(
         if ROUNDS:
             turn += 1
             at = turn * blocks + tl.where(turn % 2 == 0, block, blocks - 1 - block)
-            more, head, row, tile, part, share, slot = item_at(
-                at, query_len, context_len, rows, tl.arange(0, R), KV_HEADS, WINDOW, TOKENS, L, SHARES, LEAST
+            more, head, row, tile, part, share, slot = _item(
+                at, query_len, context_len, rows, KV_HEADS, WINDOW, R, TOKENS, L, SHARES, LEAST
             )  # fmt: skip
+
+
+@triton.jit
+def _clear_idle(
+    y, query_start, query_len, rows, tokens, y_stride, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, R: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Zeros for tokens of no row."""
+    TOKENS: tl.constexpr = M // GROUP
+    row_R = tl.arange(0, R)
+    count_R = tl.load(query_len + row_R, mask=row_R < rows, other=0)
+    if tl.sum(count_R, 0) < tokens:
+        start_R = tl.load(query_start + row_R, mask=row_R < rows, other=0)
+        m = tl.arange(0, M)
+        d = tl.arange(0, D)
+        tile = tl.program_id(0)
+        while tile < tl.cdiv(tokens, TOKENS) * KV_HEADS:
+            token_M = tile // KV_HEADS * TOKENS + m // GROUP
+            after_MR = start_R[None, :] <= token_M[:, None]
+            of_row_MR = after_MR & (token_M[:, None] < (start_R + count_R)[None, :])
+            idle_M = (tl.sum(of_row_MR.to(tl.int32), 1) == 0) & (token_M < tokens) & (m < TOKENS * GROUP)
+            head_MD = (tile % KV_HEADS * GROUP + m % GROUP)[:, None] * HEAD_DIM + d[None, :]
+            at_MD = token_M.to(tl.int64)[:, None] * y_stride + head_MD
+            zero_MD = tl.zeros((M, D), y.dtype.element_ty)
+            tl.store(y + at_MD, zero_MD, mask=idle_M[:, None] & (d < HEAD_DIM)[None, :])
+            tile += tl.num_programs(0)
+
+
+@triton.jit
+def _item(
+    at, query_len, context_len, rows, KV_HEADS: tl.constexpr, WINDOW: tl.constexpr, R: tl.constexpr,
+    TOKENS: tl.constexpr, L: tl.constexpr, SHARES: tl.constexpr, LEAST: tl.constexpr,
+):  # fmt: skip
+    """Whether there is an item at place ``at``, and its head, row, tile and part of the row, most keys
+    of a part, and the slot of the tile's part 0 (part i has ``i * KV_HEADS`` more).
+    """
+    row_R = tl.arange(0, R)
+    count_R = tl.load(query_len + row_R, mask=row_R < rows, other=0)
+    longest_R = tl.load(context_len + row_R, mask=row_R < rows, other=0)
+    average_R = longest_R - count_R // 2
+    if WINDOW > 0:
+        longest_R = tl.minimum(longest_R, WINDOW + TOKENS + L)
+        average_R = tl.minimum(average_R, WINDOW + TOKENS + L)
+    tiles_R = tl.cdiv(count_R, TOKENS)
+    steps = tl.sum(tiles_R * tl.cdiv(average_R, L), 0) * KV_HEADS
+    share = tl.maximum(tl.cdiv(steps, SHARES) * L, LEAST)
+    parts_R = tl.cdiv(longest_R, share)
+    items_R = tiles_R * parts_R
+    end_R = tl.cumsum(items_R, 0)
+    total = tl.max(end_R, 0) * KV_HEADS
+    # The last tiles of a row see most keys: they come first, and the short ones fill the gaps at the end.
+    place = tl.maximum(total - 1 - at, 0)
+    head = place % KV_HEADS
+    place = place // KV_HEADS
+    row = tl.minimum(tl.sum((end_R <= place).to(tl.int32), 0), rows - 1)
+    place -= tl.sum(tl.where(row_R < row, items_R, 0), 0)
+    parts = tl.maximum(tl.sum(tl.where(row_R == row, parts_R, 0), 0), 1)
+    tile = place // parts
+    before = tl.sum(tl.where((row_R < row) & (parts_R > 1), items_R, 0), 0)
+    slot = (before + tile * parts) * KV_HEADS + head
+    return at < total, head, row, tile, place % parts, share, slot
 
 
 @triton.jit
@@ -175,13 +233,13 @@ def _attend(
     """One item: ``part`` of the keys of the row's ``tile``. Pointers to metadata and pages are the row's own."""
     TOKENS: tl.constexpr = M // GROUP
     count, length, start = tl.load(query_len), tl.load(context_len), tl.load(query_start)
-    parts, low, open, shut, high = span(
+    parts, low, open, shut, high = _span(
         length - count + tile * TOKENS, length, part, share, TOKENS, WINDOW, L, PAIR
     )  # fmt: skip
     if part < parts:
         m = tl.arange(0, M)
         d = tl.arange(0, D)
-        token_M, own_M = tokens_of(tile, count, m, M, GROUP)
+        token_M, own_M = _tokens(tile, count, m, M, GROUP)
         at_M = (start + token_M).to(tl.int64) * q_stride + (head * GROUP + m % GROUP) * HEAD_DIM
         own_MD = own_M[:, None] & (d < HEAD_DIM)[None, :]
         q_MD = as_queries(tl.load(q + at_M[:, None] + d[None, :], mask=own_MD, other=0.0), k_cache)
@@ -204,18 +262,18 @@ def _attend(
         count, length = tl.load(query_len, volatile=True), tl.load(context_len, volatile=True)
         start = tl.load(query_start, volatile=True)
         m += tl.load(query_len, volatile=True) - count
-        parts, low, open, shut, high = span(
+        parts, low, open, shut, high = _span(
             length - count + tile * TOKENS, length, part, share, TOKENS, WINDOW, L, PAIR
         )  # fmt: skip
         if MASKED:
             shut = low
-        token_M, own_M = tokens_of(tile, count, m, M, GROUP)
+        token_M, own_M = _tokens(tile, count, m, M, GROUP)
         max_M, sum_M, acc_MD = attend_some(
             q_MD, k_cache, v_cache, pages, head, length - count + token_M, scale, max_M, sum_M, acc_MD,
             shut, high, high, KV_HEADS, HEAD_DIM, PAGE, WINDOW, D, EDGE,
         )  # fmt: skip
         m += tl.load(query_len, volatile=True) - count
-        token_M, own_M = tokens_of(tile, count, m, M, GROUP)
+        token_M, own_M = _tokens(tile, count, m, M, GROUP)
         out_M = y + (start + token_M).to(tl.int64) * y_stride + (head * GROUP + m % GROUP) * HEAD_DIM
         if parts == 1:
             y_MD = acc_MD * (1.0 / sum_M)[:, None]
@@ -235,6 +293,38 @@ def _attend(
                     tl.store(at_MC, y_MC.to(y.dtype.element_ty), mask=kept)
 
 
+@triton.jit
+def _tokens(tile, count, m, M: tl.constexpr, GROUP: tl.constexpr):
+    """Tokens of the row that the query vectors ``m`` of a tile belong to, and which of them exist."""
+    token_M = tile * (M // GROUP) + m // GROUP
+    return token_M, (token_M < count) & (m < M // GROUP * GROUP)
+
+
+@triton.jit
+def _span(
+    position, length, part, share, TOKENS: tl.constexpr, WINDOW: tl.constexpr, L: tl.constexpr,
+    PAIR: tl.constexpr,
+):  # fmt: skip
+    """Parts of the tile whose first token is at ``position``, and of its part the keys ``low : high`` that some
+    token of the tile sees, among them ``open : shut`` that all of them see.
+    """
+    STEP: tl.constexpr = L * (1 + PAIR)
+    low = 0
+    open = 0
+    high = tl.minimum(position + TOKENS, length)
+    if WINDOW > 0:
+        low = tl.maximum(position - WINDOW + 1, 0) // L * L
+        open = tl.maximum(high - WINDOW + L - 1, 0) // L * L
+    size = tl.cdiv(tl.cdiv(high - low, tl.cdiv(high - low, share)), STEP) * STEP
+    parts = tl.cdiv(high - low, size)
+    low += part * size
+    high = tl.minimum(low + size, high)
+    open = tl.minimum(tl.maximum(open, low), tl.cdiv(high, L) * L)
+    shut = tl.minimum(position + 1, high)
+    shut = open + tl.maximum(shut - open, 0) // STEP * STEP
+    return parts, low, open, shut, high
+
+
 def _sixteen_bits(call: OpCall) -> bool:
     return DTYPE_BYTES[call.tensors["q"].dtype] == 2 and call.attrs["scale"] > 0
 
@@ -247,8 +337,6 @@ def extend_attention_cuda(call: OpCall) -> Sequence[Candidate]:
 
 def candidate(call: OpCall, way: Way) -> Candidate:
     """The launch of ``way``, its parts in scratch behind one counter a slot."""
-    if way.gluon:
-        return extend_gluon.candidate(call, way)
     heads, kv_heads, head_dim = (call.attrs[name] for name in ("heads", "kv_heads", "head_dim"))
     page = int(call.tensors["k_cache"].shape[1])
     rows, tokens = int(call.tensors["page_table"].shape[0]), int(call.tensors["q"].shape[0])

@@ -5,7 +5,6 @@ Every cache slot that holds no token holds NaN, pages lie in random order, and p
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -88,13 +87,6 @@ _LONG = (  # cut into parts, which are added up
     ((1, 5000), (300, 300), (1, 7), (33, 1500)),
     ((512, 4000), (1, 1)),
 )
-_ALONE = (1, 63, 64, 65, 129, 1000, 4096)  # tokens of one prompt
-_PIPELINED = (  # geometries that extend_gluon.py takes beside Qwen3-8B's
-    (8, 2, 128, 128, 0),
-    (3, 3, 64, 64, 0),
-    (16, 1, 64, 192, 0),
-    (64, 1, 128, 64, 0),
-)
 F16, B16, F8 = torch.float16, torch.bfloat16, torch.float8_e4m3fn
 
 Case = tuple[Contract, Emit, Tensors, dict[str, float]]
@@ -172,14 +164,6 @@ for _g in _GEOMETRIES:
         _CASES[f"decode-{_kind}-{_g}"] = partial(_decode_case, _LENGTHS, _kind, *_g)
         _CASES[f"extend-{_kind}-{_g}"] = partial(_extend_case, _ROWS[0], _kind, *_g)
         _CASES[f"long-{_kind}-{_g}"] = partial(_extend_case, _LONG[1], _kind, *_g)
-_CASES |= {
-    f"alone-{tokens}": partial(_extend_case, ((tokens, tokens),), B16, 8, 2, 128, 64, 0) for tokens in _ALONE
-}
-_CASES |= {
-    f"pipelined-{kind}-{g}-{at}": partial(_extend_case, rows, kind, *g)
-    for kind, g in itertools.product((B16, F16), _PIPELINED)
-    for at, rows in enumerate((_ROWS[0], _LONG[1]))
-}
 _CASES |= {f"qkv-{kind}-{heads}": partial(_qkv_case, *heads, kind) for heads in _HEADS for kind in (B16, F8)}
 
 
