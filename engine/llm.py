@@ -249,7 +249,7 @@ class LLM:
         for token in ids:
             if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocabulary:
                 raise RequestError(f"token id {token!r} of the prompt is not from 0 to {vocabulary - 1}")
-        sampling.check(self.plan.limits, vocabulary)
+        sampling.check(self.plan.limits, vocabulary, self.plan.steps)
         if sampling.logprob_start_len >= len(ids):
             raise RequestError(
                 f"logprob_start_len={sampling.logprob_start_len} is beyond the prompt's {len(ids)} tokens; lower it"

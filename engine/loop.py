@@ -5,20 +5,20 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from makeready.engine.kv.pool import PagePool
 from makeready.engine.options import SchedulerOptions
-from makeready.engine.request import ABORT, Request, TokenLogprob
+from makeready.engine.request import ABORT, Request
 from makeready.engine.scheduler import Batch, Scheduler
 from makeready.engine.staging import Stage, slot_values
 from makeready.engine.step_record import StepRecord
 from makeready.graphs.buckets import BucketTable
 from makeready.graphs.executable.base import Executable, Pending
-from makeready.graphs.spec import SCORE, TARGET_RESULTS, Bucket
+from makeready.graphs.spec import Bucket
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,13 @@ class Engine:
         self.executable = executable
         self.options = options or SchedulerOptions()
         self.options.check(executable.plan)
-        self.limits = executable.plan.limits
-        self.buckets = BucketTable(executable.plan.buckets)
+        plan = executable.plan
+        self.limits = plan.limits
+        self.buckets = BucketTable(plan.buckets)
         self.pool = PagePool(executable.pages)
-        self.scheduler = Scheduler(self.limits, executable.plan.buckets, self.pool, self.options)
+        self.scheduler = Scheduler(plan.limits, plan.steps, plan.buckets, self.pool, self.options)
         self.observer: Callable[[StepRecord], None] | None = None
-        self._stage = Stage(self.limits, self.scheduler.seats)
+        self._stage = Stage(plan.steps, plan.limits.null_slot)
         self._flights: deque[_Flight] = deque()
         self._ahead = 1 if self.options.overlap and executable.asynchronous else 0
 
@@ -105,12 +106,15 @@ class Engine:
         return finished
 
     def _launch(self, batch: Batch, began: float) -> None:
-        planned = time.perf_counter()
+        planned, seats = time.perf_counter(), self.scheduler.seats
         for request, chunk in zip(batch.admitted, batch.chunks[-len(batch.admitted) :], strict=False):
             request.admitted = request.admitted or planned
-            self.executable.write_slot(request.slot, slot_values(request, chunk.start, self.limits))
-        bucket = self.buckets.covering(batch.phase, batch.rows, batch.tokens)
-        pending = self.executable.launch(bucket, self._stage.fill(batch, bucket))
+            pages = seats.pages_SP[request.slot, : seats.held_S[request.slot]]
+            values = slot_values(request, chunk.start, pages, self.limits)
+            self.executable.write_slot(request.slot, values)
+        bucket = self.buckets.covering(batch.kind.name, batch.rows, batch.tokens)
+        batch.kind.stage(batch, seats, self._stage)
+        pending = self.executable.launch(bucket, self._stage.filled(bucket))
         self._flights.append(_Flight(batch, bucket, pending, began, planned, time.perf_counter()))
         self.scheduler.launched(batch)
 
@@ -131,17 +135,15 @@ class Engine:
     def _commit(self, batch: Batch, results: Mapping[str, np.ndarray]) -> tuple[int, list[Request]]:
         """Give tokens to their requests; how many were kept, and who is finished by them."""
         finished: list[Request] = []
-        if batch.phase == SCORE:
-            _score(batch, results)
-        kept, tokens = 0, results["tokens"].tolist()
-        for row, request in batch.sampling():
+        counts = batch.kind.counts(batch, results)
+        if counts is not None:
+            self.scheduler.learned(batch, counts)
+        kept = 0
+        for request, token, logprob in batch.kind.commit(batch, results):
             if request.finish_reason is not None:
-                continue  # the step before this one ended it, or it was aborted
+                continue  # a token before this one ended it, or it was aborted
             kept += 1
-            logprob = None
-            if request.sampling.return_logprob:
-                logprob = _logprob(request, tokens[row], (results[name][row] for name in _OUTPUT))
-            request.append(tokens[row], logprob)
+            request.append(token, logprob)
             if request.finish_reason is not None:
                 self.scheduler.retire(request)
                 finished.append(request)
@@ -169,25 +171,3 @@ class Engine:
             results_read=read,
             commit_end=time.perf_counter(),
         )
-
-
-_OUTPUT = ("logprob", "top_ids", "top_values")
-
-
-def _score(batch: Batch, results: Mapping[str, np.ndarray]) -> None:
-    """Give log-probabilities of prompts to their requests."""
-    begin = len(batch.decoding)
-    for chunk in batch.chunks:
-        request = chunk.request
-        for i in range(chunk.scores):
-            token, of = request.prompt[chunk.start + 1 + i], (results[n][begin + i] for n in TARGET_RESULTS)
-            request.input_logprobs.append(_logprob(request, token, of))
-        begin += chunk.count
-
-
-def _logprob(request: Request, token: int, results: Iterable[np.ndarray]) -> TokenLogprob:
-    """What a step says of ``token``: its log-probability, and ids and log-probabilities of its rivals."""
-    logprob, ids, values = results
-    count = request.sampling.top_logprobs_num
-    pairs = zip(ids[:count].tolist(), values[:count].tolist(), strict=True)
-    return TokenLogprob(token, float(logprob), tuple((i, value) for i, value in pairs if i >= 0))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from makeready.engine.errors import RequestError
-from makeready.graphs.spec import Limits
+from makeready.graphs.spec import INPUT_LOGPROBS, Limits
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,13 @@ class SamplingParams:
         except (TypeError, AttributeError) as error:
             raise RequestError(f"sampling fields cannot be read: {error}") from None
 
-    def check(self, limits: Limits, vocabulary: int) -> None:
+    def check(self, limits: Limits, vocabulary: int, steps: Collection[str]) -> None:
         """Hold the request to what a plan was made for.
+
+        Args:
+            limits: of the plan.
+            vocabulary: ids go from 0 to this.
+            steps: kinds of step that the plan has programs for.
 
         Raises:
             RequestError: more than the plan's programs can take; names the limit and the remedy.
@@ -138,7 +143,7 @@ class SamplingParams:
         ):
             if count > most:
                 raise RequestError(f"{name} asks for {count} entries, the plan allows {most}; ask for fewer")
-        if self.logprob_start_len >= 0 and not limits.max_logprob_tokens:
+        if self.logprob_start_len >= 0 and INPUT_LOGPROBS not in steps:
             enough = min(limits.max_tokens, max(512, limits.max_rows))
             raise RequestError(
                 "logprob_start_len asks for log-probabilities of the prompt, for which the plan has no programs; "

@@ -11,8 +11,8 @@ get at most is known. Only whether it ends before that is learned later, when re
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -23,8 +23,9 @@ from makeready.engine.options import PRIORITY, SchedulerOptions
 from makeready.engine.policy import WaitingQueue
 from makeready.engine.request import ABORT, Request
 from makeready.engine.seats import Seats
+from makeready.engine.steps.base import StepKind, step_kinds
 from makeready.graphs.buckets import BucketTable
-from makeready.graphs.spec import DECODE, EXTEND, SCORE, Bucket, Limits
+from makeready.graphs.spec import EXTEND, INPUT_LOGPROBS, Bucket, Limits, StepSpec
 
 # As SGLang has them: steps in which new_token_ratio falls from 1 to its least, and tokens that each running
 # request is given before pages may run out again.
@@ -50,18 +51,19 @@ class Batch:
     """One step's work: generating rows, which run the token that was sampled for them last, then chunks.
 
     Attributes:
-        decoding: the generating requests, of ``slots``, with ``starts`` tokens computed before.
+        decoding: the generating requests, of ``slots``.
         chunks: rows of prompts, and of what has to be computed again.
         admitted: requests whose first step this is; they have their first chunk in it.
         retractions: requests that were sent back to wait for it.
+        kind: of the step that runs it.
     """
 
     decoding: Sequence[Request]
     slots: np.ndarray
-    starts: np.ndarray
     chunks: Sequence[Chunk]
     admitted: Sequence[Request]
     retractions: int
+    kind: StepKind
 
     @property
     def rows(self) -> int:
@@ -78,13 +80,6 @@ class Batch:
         """Tokens of all rows."""
         return len(self.decoding) + self.chunk_tokens
 
-    @property
-    def phase(self) -> str:
-        """Decode where every row runs one token and samples the next; score where any reports of its input."""
-        if any(chunk.scores for chunk in self.chunks):
-            return SCORE
-        return DECODE if all(chunk.last and chunk.count == 1 for chunk in self.chunks) else EXTEND
-
     def sampling(self) -> Iterator[tuple[int, Request]]:
         """Rows whose sampled token belongs to their request; behind other chunks it means nothing."""
         yield from enumerate(self.decoding)
@@ -97,8 +92,7 @@ class Scheduler:
     """Continuous batching: chunked prompts beside generating rows, a prefix cache, retraction.
 
     Args:
-        limits: of the plan.
-        buckets: of the plan.
+        limits, steps, buckets: of the plan.
         pool: the KV pages.
         options: what the user chose.
 
@@ -112,7 +106,12 @@ class Scheduler:
     """
 
     def __init__(
-        self, limits: Limits, buckets: Sequence[Bucket], pool: PagePool, options: SchedulerOptions
+        self,
+        limits: Limits,
+        steps: Mapping[str, StepSpec],
+        buckets: Sequence[Bucket],
+        pool: PagePool,
+        options: SchedulerOptions,
     ) -> None:
         chunk, rows = options.chunked_prefill_size, options.max_running_requests
         if chunk is not None and chunk > limits.max_tokens:
@@ -131,7 +130,10 @@ class Scheduler:
         self.cache = PrefixCache(pool, limits.page_size, options.eviction) if options.prefix_cache else None
         self.waiting = WaitingQueue(options, self.cache, limits.page_size)
         self.running: dict[Request, bool] = {}
-        self.seats = Seats(limits, rows or limits.max_rows, pool, self.cache)
+        self._kinds = step_kinds(steps)
+        self._steps = steps
+        gain = max(kind.most for kind in self._kinds)
+        self.seats = Seats(limits, rows or limits.max_rows, pool, self.cache, gain)
         self._table = BucketTable(buckets)
         self._extend = [(bucket.rows, bucket.tokens) for bucket in buckets if bucket.phase == EXTEND]
         self._decoding: list[Request] = []
@@ -183,19 +185,20 @@ class Scheduler:
         self._collect()
         if not self._decoding and not chunks:
             return None
-        starts = self.seats.computed_S[self._slots]
-        return Batch(self._decoding, self._slots, starts, chunks, admitted, self._retractions)
+        first, *others = self._kinds
+        batch = Batch(self._decoding, self._slots, chunks, admitted, self._retractions, first)
+        return batch if first.takes(batch) else replace(batch, kind=next(k for k in others if k.takes(batch)))
 
     def launched(self, batch: Batch) -> None:
         """The step runs, or is sure to: what it computes is relied on from here on."""
         seats = self.seats
-        seats.computed_S[batch.slots] += 1
-        seats.left_S[batch.slots] -= 1
+        seats.advance(batch.slots, batch.kind.least, batch.kind.most)
         # Whose last token is being sampled has nothing left to run: the next request can have the seat.
         ended = [batch.decoding[row] for row in np.flatnonzero(seats.left_S[batch.slots] == 0).tolist()]
         for chunk in batch.chunks:
             request = chunk.request
-            seats.computed_S[request.slot] += chunk.count
+            seats.least_S[request.slot] += chunk.count
+            seats.most_S[request.slot] += chunk.count
             request.scored += chunk.scores
             if chunk.last:
                 seats.left_S[request.slot] -= 1
@@ -207,6 +210,17 @@ class Scheduler:
         for request in ended:
             seats.leave(request)
             self._slots = _STALE
+
+    def learned(self, batch: Batch, counts: np.ndarray) -> None:
+        """By how much a step lengthened the generating rows, where only the device knew.
+
+        Who has left its slot since then has nothing to learn. Nobody can have come back to it: who is sent back
+        to wait is not admitted before the step that was under way is read.
+        """
+        stay = np.array(
+            [r.slot == s for r, s in zip(batch.decoding, batch.slots.tolist(), strict=True)], bool
+        )
+        self.seats.learn(batch.slots[stay], counts[stay], batch.kind.least, batch.kind.most)
 
     def retire(self, request: Request) -> None:
         """Let go of a request that is done, wherever it is."""
@@ -264,7 +278,7 @@ class Scheduler:
                 if self._room(chunks, request.scoring) <= 0:
                     break
                 # What was chosen so far is shared before the next request looks for its prefix: samples of
-                # one prompt, and prompts that begin alike, compute that once, be it in the same step.
+                # one prompt, and prompts that begin alike, compute that once, even within one step.
                 self._share(chunks)
                 if not self._seat(request, chunks):
                     return admitted
@@ -284,7 +298,7 @@ class Scheduler:
                 return False
         self.waiting.admitted(request)
         if not request.retractions:
-            request.cached_tokens = int(seats.computed_S[request.slot])
+            request.cached_tokens = int(seats.least_S[request.slot])
         self.running[request] = False
         self._prefilling.append(request)
         return True
@@ -329,9 +343,9 @@ class Scheduler:
         return [request for request in self.running if request.slot >= 0]
 
     def _worth(self, request: Request) -> tuple[bool, int, int, int]:
-        """Who is to be retracted last: the urgent, of high priority, with much to compute again, who came first.
+        """What is retracted last sorts last: urgent, high priority, many tokens to compute again, early arrival.
 
-        The highest of all is never retracted, so whatever happens there is always one that gets done.
+        The highest of all is never retracted, so one request always gets done.
         """
         priority = request.priority if self.options.policy == PRIORITY else 0
         return request.urgent, priority, len(request.output), -request.ticket
@@ -340,12 +354,12 @@ class Scheduler:
         """Tokens of chunks that the step takes beside what is chosen; below 0 if it is too long to score."""
         self._collect()
         scoring = scoring or any(chunk.scores for chunk in chunks)
-        room = self.limits.most_tokens(SCORE if scoring else EXTEND) - len(self._decoding)
+        room = self._steps[INPUT_LOGPROBS if scoring else EXTEND].tokens - len(self._decoding)
         return min(room, self.options.chunked_prefill_size or room) - sum(chunk.count for chunk in chunks)
 
     def _chunk(self, request: Request, chunks: Sequence[Chunk]) -> Chunk:
         """As much as the step takes of what is left of a request; nothing if it takes none."""
-        start = int(self.seats.computed_S[request.slot])
+        start = int(self.seats.least_S[request.slot])
         left = request.length - start
         # Steps that report of their input hold fewer tokens: what comes before that is run without.
         before = request.scored - 1 - start if request.scoring else left

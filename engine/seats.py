@@ -2,8 +2,12 @@
 
     S slots   P pages of a row
 
-A running request holds pages for the tokens that it has been admitted with, and takes one more whenever it
-grows past its last. The first of them may be of the prefix cache (``Request.prefix``); the others are its own.
+A running request holds pages for the tokens that it has been admitted with, and takes further ones before
+they are needed. The first of them may be of the prefix cache (``Request.prefix``); the others are its own.
+
+The device owns the sequence: how many tokens it has is known there. The host knows bounds, which are equal
+unless a kind of step decides on the device by how much a row grows; then it reserves pages for the most,
+relies on the least, and learns the truth when the step's results are read.
 
 The device runs steps in the order in which they are launched, and within a step every layer writes the keys
 and values of all rows before any row attends. So what a chosen step computes may be relied on at once, by
@@ -30,18 +34,25 @@ class Seats:
         pool: all pages.
         cache: None where prefixes are not shared.
 
+        gain: tokens that a generating row can gain in a step, at most.
+
     Attributes:
-        computed_S: tokens whose keys and values are in the cache, or will be once what is launched has run.
-        left_S: tokens that the request may still sample, beyond those that are being sampled.
-        most_S: tokens that it can come to.
+        least_S, most_S: bounds of the tokens whose keys and values are in the cache once what is launched has run.
+        left_S: tokens that the request may still sample, at most, beyond those that are being sampled.
+        limit_S: tokens that it can come to.
         held_S: pages.
         pages_SP: which; 0 beyond those held.
+        told_S: how many of them the device knows.
     """
 
-    def __init__(self, limits: Limits, count: int, pool: PagePool, cache: PrefixCache | None) -> None:
+    def __init__(
+        self, limits: Limits, count: int, pool: PagePool, cache: PrefixCache | None, gain: int = 1
+    ) -> None:
         self.pool = pool
         self.cache = cache
-        self.computed_S, self.left_S, self.most_S, self.held_S = np.zeros((4, limits.slots), np.int64)
+        self._gain = gain
+        self.least_S, self.most_S, self.left_S, self.limit_S = np.zeros((4, limits.slots), np.int64)
+        self.held_S, self.told_S = np.zeros((2, limits.slots), np.int64)
         self.pages_SP = np.zeros((limits.slots, limits.pages_per_row), np.int32)
         self._size = limits.page_size
         self._free = list(range(count - 1, -1, -1))
@@ -57,15 +68,15 @@ class Seats:
         return self.pool.free + self.pool.cached
 
     def pages_for(self, tokens: int) -> int:
-        """Pages that so many tokens take."""
+        """Pages that ``tokens`` take."""
         return -(-tokens // self._size)
 
     def wanted(self, share: float) -> int:
-        """Further pages that requests come to hold if they still generate a share of what they may."""
+        """Further pages that requests will hold if they still generate a ``share`` of what they may."""
         slots = np.flatnonzero(self.held_S)
         left = self.left_S[slots]
         # The token that ends a request is never run: it needs no place.
-        tokens = self.most_S[slots] - 1 - left + (share * left).astype(np.int64)
+        tokens = self.limit_S[slots] - 1 - left + (share * left).astype(np.int64)
         return int(np.maximum(-(-tokens // self._size) - self.held_S[slots], 0).sum())
 
     def enter(self, request: Request, share: float) -> bool:
@@ -73,7 +84,7 @@ class Seats:
 
         Args:
             request: waits; a slot is free.
-            share: of what it and all others may still generate that has to find pages as well.
+            share: of the tokens that it and all others may still generate, how many pages are kept for.
 
         Returns:
             Whether pages suffice; nothing has changed otherwise.
@@ -82,7 +93,7 @@ class Seats:
         now = self.pages_for(len(ids))
         later = self.pages_for(len(ids) - 1 + int(share * request.left))
         need = max(now, later) + self.wanted(share)
-        if need > self.available:  # then it is worth a look whether cached pages could make up for what lacks
+        if need > self.available:  # cached pages may make up for the difference
             found = self.cache.match(ids[: request.reusable], request.salt) // self._size if self.cache else 0
             if need - found > self.available:
                 return False
@@ -95,21 +106,55 @@ class Seats:
             return False
         slot = request.slot = self._free.pop()
         request.prefix = prefix
-        self.computed_S[slot] = len(cached) * self._size
+        self.least_S[slot] = self.most_S[slot] = len(cached) * self._size
         self.left_S[slot] = request.left
-        self.most_S[slot] = request.most_tokens
-        self.held_S[slot] = now
+        self.limit_S[slot] = request.most_tokens
+        self.held_S[slot] = self.told_S[slot] = now  # the device is told of them when it is admitted
         self.pages_SP[slot, :now] = cached + self._take(now - len(cached))
         return True
 
     def short(self, slots: np.ndarray) -> np.ndarray:
-        """Those of the slots whose next token needs a page that they do not hold."""
-        return slots[self.computed_S[slots] >= self.held_S[slots] * self._size]
+        """Slots whose next step may need pages that they do not hold, once for each such page."""
+        # The token that ends a request is never run: it needs no place.
+        tokens = np.minimum(self.most_S[slots] + self._gain, self.limit_S[slots] - 1)
+        missing = -(-tokens // self._size) - self.held_S[slots]
+        return np.repeat(slots, np.maximum(missing, 0)) if missing.max(initial=0) > 0 else slots[:0]
 
     def grow(self, slots: np.ndarray) -> None:
-        """Give each slot a further page; as many are available."""
-        self.pages_SP[slots, self.held_S[slots]] = self._take(len(slots))
-        self.held_S[slots] += 1
+        """Give each slot a further page for each time that it is named; as many are available."""
+        for slot, page in zip(slots.tolist(), self._take(len(slots)), strict=True):
+            self.pages_SP[slot, self.held_S[slot]] = page
+            self.held_S[slot] += 1
+
+    def news(self, slots: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Pages of these rows that the device is to be told of in the step being staged, ``width`` at most.
+
+        Returns:
+            Entry of the page list at which a row's begin, and they, ``[rows]`` and ``[rows, width]``, 0 for none;
+            or None if there are none.
+        """
+        told = self.told_S[slots]
+        missing = np.minimum(self.held_S[slots] - told, width)
+        if not missing.any():
+            return None
+        pages = np.zeros((len(slots), width), np.int32)
+        for g in range(width):
+            more = missing > g
+            pages[more, g] = self.pages_SP[slots[more], told[more] + g]
+        self.told_S[slots] += missing
+        return told, pages
+
+    def advance(self, slots: np.ndarray, least: int, most: int) -> None:
+        """A step that lengthens these rows was launched."""
+        self.least_S[slots] += least
+        self.most_S[slots] += most
+        self.left_S[slots] -= least
+
+    def learn(self, slots: np.ndarray, counts: np.ndarray, least: int, most: int) -> None:
+        """By how much a step that was launched with these bounds did lengthen the rows."""
+        self.least_S[slots] += counts - least
+        self.most_S[slots] -= most - counts
+        self.left_S[slots] -= counts - least
 
     def share(self, request: Request, end: int) -> None:
         """Let others have the full pages of the first ``end`` tokens, which the step being chosen completes.
@@ -127,7 +172,7 @@ class Seats:
         """Take slot and pages back; what was computed of known tokens stays in the prefix cache."""
         slot = request.slot
         if self.cache is not None and request.prefix is not None:
-            known = min(int(self.computed_S[slot]), request.length)
+            known = min(int(self.least_S[slot]), request.length)
             if known // self._size > len(request.prefix.pages):
                 self._insert(request, request.ids()[:known])
             self.pool.release(self._own(request))

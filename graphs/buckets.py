@@ -9,12 +9,10 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from makeready.graphs.plan import PlanError
-from makeready.graphs.spec import DECODE, EXTEND, PHASES, SCORE, Bucket, Limits
+from makeready.graphs.spec import Bucket, StepSpec
 
 Distribution: TypeAlias = Mapping[int, float]
 """Weight of each size; need not sum to one."""
-
-SCORE_BUCKETS = 4
 
 
 @dataclass(frozen=True)
@@ -37,56 +35,55 @@ class Traffic:
     context: int = 1024
 
 
+@dataclass(frozen=True)
+class Shapes:
+    """What batches of a kind of step are expected, and into how many buckets they may be cut.
+
+    Attributes:
+        rows, tokens: how often a step has this many; tokens mean nothing where every row has the same number.
+        count: of buckets, at most.
+        row_counts: of these, at most this many differ in rows; None is any number.
+    """
+
+    rows: Distribution = field(default_factory=dict)
+    tokens: Distribution = field(default_factory=dict)
+    count: int = 16
+    row_counts: int | None = None
+
+
 def choose_buckets(
-    limits: Limits,
-    traffic: Traffic,
-    seconds: Mapping[str, Callable[[Bucket], float]],
-    *,
-    max_decode: int,
-    max_extend: int,
-    row_counts: int = 3,
+    kind: str, step: StepSpec, shapes: Shapes, seconds: Callable[[Bucket], float]
 ) -> tuple[Bucket, ...]:
-    """Buckets of the limits' phases that minimise the expected step time, within the given counts.
+    """Buckets of a kind of step that minimise the expected step time; its largest batch is always one.
 
     Args:
-        limits: the largest batch; its exact shape is always a bucket.
-        traffic: what to expect.
-        seconds: step time of a bucket, by phase.
-        max_decode: at most so many decode buckets.
-        max_extend: at most so many extend buckets, a grid of rows × tokens; for ``score``, whose steps are
-            mostly full, at most :data:`SCORE_BUCKETS` of them.
-        row_counts: of which at most so many differ in rows; few where padding rows cost little, which
-            leaves more for tokens.
+        step: the kind's declaration. Where rows differ in length, buckets are a grid of rows × tokens.
+        shapes: what to expect.
+        seconds: step time of a bucket.
     """
-    rows, tokens = limits.max_rows, limits.max_tokens
-    decode = _cut(
-        _filled(traffic.decode_rows, rows), rows, max_decode, lambda r: seconds[DECODE](Bucket(DECODE, r, r))
-    )
-    row_counts = 1 if rows == 1 else min(row_counts, max_extend)
-    by_rows = _cut(
-        _filled(traffic.extend_rows, rows),
-        rows,
-        row_counts,
-        lambda r: seconds[EXTEND](Bucket(EXTEND, r, max(r, tokens // 8))),
-    )
-    by_tokens = _cut(
-        _filled(traffic.extend_tokens, tokens),
-        tokens,
-        max(1, max_extend // row_counts),
-        lambda t: seconds[EXTEND](Bucket(EXTEND, min(t, rows), t)),
-    )
-    buckets = [Bucket(DECODE, r, r) for r in decode]
-    buckets += {Bucket(EXTEND, min(r, t), t) for r in by_rows for t in by_tokens}
-    if SCORE in limits.phases:
-        most = limits.most_tokens(SCORE)
-        scored = _cut(
-            _filled({}, most),
-            most,
-            min(max_extend, SCORE_BUCKETS),
-            lambda t: seconds[SCORE](Bucket(SCORE, min(t, rows), t)),
+    rows, tokens = step.rows, step.tokens
+    if step.each is not None:
+        each = step.each
+        sizes = _cut(
+            _filled(shapes.rows, rows), rows, shapes.count, lambda r: seconds(Bucket(kind, r, r * each))
         )
-        buckets += [Bucket(SCORE, min(t, rows), t) for t in scored]
-    return tuple(sorted(buckets))
+        return tuple(Bucket(kind, r, r * each) for r in sizes)
+    row_counts = 1 if rows == 1 else min(shapes.row_counts or shapes.count, shapes.count)
+    by_rows = [rows]
+    if row_counts > 1:
+        by_rows = _cut(
+            _filled(shapes.rows, rows),
+            rows,
+            row_counts,
+            lambda r: seconds(Bucket(kind, r, max(r, tokens // 8))),
+        )
+    by_tokens = _cut(
+        _filled(shapes.tokens, tokens),
+        tokens,
+        max(1, shapes.count // row_counts),
+        lambda t: seconds(Bucket(kind, min(t, rows), t)),
+    )
+    return tuple(sorted({Bucket(kind, min(r, t), t) for r in by_rows for t in by_tokens}))
 
 
 def _filled(distribution: Distribution, most: int) -> Distribution:
@@ -136,44 +133,44 @@ def _candidates(most: int) -> list[int]:
     return sorted({*(s for s in sizes if s <= most), most})
 
 
-def uncovered(buckets: Sequence[Bucket], limits: Limits, phase: str) -> Iterator[tuple[int, int]]:
-    """Legal (rows, tokens) batches of ``phase`` that no bucket covers, smallest row counts first.
+def uncovered(buckets: Sequence[Bucket], kind: str, step: StepSpec) -> Iterator[tuple[int, int]]:
+    """Legal (rows, tokens) batches of ``kind`` that no bucket covers, smallest row counts first.
 
-    A decode batch has one token a row; others at least one and at most ``limits.most_tokens`` in all. For
-    a given number of rows what is covered is every token count up to the most that a bucket with so many
-    rows has, so it is enough to look at where that bound changes, and at the first count above it.
+    For a given number of rows what is covered is every token count up to the most that a bucket with at least
+    these rows has, so it is enough to look at where that bound changes, and at the first count above it.
     """
-    mine = [b for b in buckets if b.phase == phase]
-    for rows in sorted({1, limits.max_rows, *(b.rows + 1 for b in mine)}):
-        if rows > limits.max_rows:
+    mine = [b for b in buckets if b.phase == kind]
+    for rows in sorted({1, step.rows, *(b.rows + 1 for b in mine)}):
+        if rows > step.rows:
             continue
         most = max((b.tokens for b in mine if b.rows >= rows), default=0)
-        wanted = rows if phase == DECODE else limits.most_tokens(phase)
+        wanted = step.tokens if step.each is None else rows * step.each
         if most < wanted:
-            yield rows, max(rows, most + 1)
+            yield rows, max(rows, most + 1) if step.each is None else wanted
 
 
-def prove_coverage(buckets: Sequence[Bucket], limits: Limits) -> None:
-    """Check that every batch that ``limits`` allow has a bucket.
+def prove_coverage(buckets: Sequence[Bucket], steps: Mapping[str, StepSpec]) -> None:
+    """Check that every batch that ``steps`` allow has a bucket.
 
     Raises:
         PlanError: naming the smallest batch that has none, or the bucket that no batch may fill.
     """
-    if limits.max_tokens < limits.max_rows:
-        raise PlanError(
-            f"max_tokens={limits.max_tokens} is below max_rows={limits.max_rows}: "
-            "a step must have room for one token of every row; raise plan.max_tokens"
-        )
+    for kind, step in steps.items():
+        if step.tokens < step.rows:
+            raise PlanError(
+                f"{kind} steps of {step.tokens} tokens are below {step.rows} rows: a step must have room for one "
+                "token of every row; raise plan.max_tokens"
+            )
     for bucket in buckets:
-        legal = bucket.rows == bucket.tokens if bucket.phase == DECODE else bucket.rows <= bucket.tokens
-        if not legal or bucket.rows > limits.max_rows or bucket.tokens > limits.most_tokens(bucket.phase):
-            raise PlanError(f"bucket {bucket} is outside the limits {limits}")
+        step = steps.get(bucket.phase)
+        if step is None or not step.legal(bucket.rows, bucket.tokens):
+            raise PlanError(f"bucket {bucket} is outside the limits of the plan's steps")
     if len(set(buckets)) != len(buckets):
         raise PlanError("a bucket is listed twice: a batch must have exactly one")
-    for phase in limits.phases:
-        for rows, tokens in uncovered(buckets, limits, phase):
+    for kind, step in steps.items():
+        for rows, tokens in uncovered(buckets, kind, step):
             raise PlanError(
-                f"no {phase} bucket covers {rows} rows with {tokens} tokens, which the limits allow; "
+                f"no {kind} bucket covers {rows} rows with {tokens} tokens, which the limits allow; "
                 f"add a bucket or lower plan.max_rows or plan.max_tokens"
             )
 
@@ -184,7 +181,7 @@ class BucketTable:
     def __init__(self, buckets: Sequence[Bucket]) -> None:
         self._by_phase = {
             phase: sorted((b for b in buckets if b.phase == phase), key=lambda b: (b.tokens, b.rows))
-            for phase in PHASES
+            for phase in {bucket.phase for bucket in buckets}
         }
 
     def covering(self, phase: str, rows: int, tokens: int) -> Bucket:

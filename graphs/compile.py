@@ -6,6 +6,7 @@ compile_plan(...) does all of it
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,39 +35,42 @@ from makeready.graphs.request import (
     quantization,
     weight_dtype,
 )
-from makeready.graphs.spec import Bucket, Field, KVSpec, Limits, result_fields, slot_fields, step_fields
+from makeready.graphs.spec import Bucket, Field, KVSpec, Limits, StepSpec
+from makeready.graphs.steps.base import Sizing, declare, step_kinds
 from makeready.graphs.targets import Target, find_target
 from makeready.graphs.tokenizer_reference import tokenizer_reference
 from makeready.graphs.trace import trace
 from makeready.graphs.verify import verify, verify_alike
 from makeready.kernels import registry
-from makeready.kernels.spec import ROWS, TOKENS
 
 Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Traced:
-    """The model's step as one general program: quantized as asked, before any rewrite that keeps numbers."""
+    """A program for every kind of step: quantized as asked, before any rewrite that keeps numbers."""
 
-    program: Program
+    programs: Mapping[str, Program]
     checkpoint: Checkpoint
     target: Target
     limits: Limits
     options: Options
     kv: KVSpec
+    steps: Mapping[str, StepSpec]
+    slots: tuple[Field, ...]
     traffic: Traffic
 
     def as_text(self) -> str:
-        """The program, one line a call."""
-        return self.program.as_text()
+        """All programs, one line a call."""
+        return "\n\n".join(program.as_text() for program in self.programs.values())
 
     def lower(self) -> Lowered:
-        """Make each phase's program and rewrite it."""
+        """Rewrite each program."""
         programs, options = {}, self.options
-        for phase in self.limits.phases:
-            special = specialize(self.program, phase, deterministic=options.deterministic)
-            programs[phase] = rewrite(verify(special, after="specialize"), disabled=options.disabled_passes)
+        for kind, program in self.programs.items():
+            one_token = self.steps[kind].each == 1
+            special = specialize(program, one_token=one_token, deterministic=options.deterministic)
+            programs[kind] = rewrite(verify(special, after="specialize"), disabled=options.disabled_passes)
         if options.deterministic:
             verify_alike(programs)
         return Lowered(self, programs)
@@ -74,7 +78,7 @@ class Traced:
 
 @dataclass(frozen=True)
 class Lowered:
-    """A rewritten program for every phase."""
+    """A rewritten program for every kind of step."""
 
     traced: Traced
     programs: Mapping[str, Program]
@@ -96,15 +100,8 @@ class Lowered:
         """
         t = self.traced
         context = min(t.traffic.context, t.limits.context_len)
-        buckets = choose_buckets(
-            t.limits,
-            t.traffic,
-            {phase: StepTime(program, t.target, context) for phase, program in self.programs.items()},
-            max_decode=t.options.max_decode_buckets,
-            max_extend=t.options.max_extend_buckets,
-            row_counts=t.target.row_counts,
-        )
-        prove_coverage(buckets, t.limits)
+        buckets = self._buckets(context)
+        prove_coverage(buckets, t.steps)
         stored: dict[bytes, Param] = {}
         programs: dict[str, LoweredProgram] = {}
         arena = 0
@@ -129,13 +126,32 @@ class Lowered:
             limits=t.limits,
             options=t.options,
             kv=t.kv,
+            steps=t.steps,
+            slots=t.slots,
             buckets=buckets,
-            memory=_memory(t.limits, weight_bytes, arena),
+            memory=_memory(t.steps, t.slots, weight_bytes, arena),
             weights=weights,
             programs=programs,
             loading=loading,
         )
         return _with_kernels(plan, t.target, context, progress) if t.target.is_cuda else plan
+
+    def _buckets(self, context: int) -> tuple[Bucket, ...]:
+        t, kinds = self.traced, step_kinds()
+        sizing = Sizing(
+            t.limits,
+            t.options.max_decode_buckets,
+            t.options.max_extend_buckets,
+            t.target.row_counts,
+            t.traffic,
+        )
+        chosen = (
+            choose_buckets(
+                kind, step, kinds[kind].shapes(sizing), StepTime(self.programs[kind], t.target, context)
+            )
+            for kind, step in t.steps.items()
+        )
+        return tuple(sorted(itertools.chain(*chosen)))
 
 
 def _with_kernels(plan: Plan, target: Target, context: int, progress: Progress) -> Plan:
@@ -147,13 +163,14 @@ def _with_kernels(plan: Plan, target: Target, context: int, progress: Progress) 
         programs[LOAD.phase], buckets = loading.program, (*buckets, LOAD)
     emitted = emit(
         programs,
-        plan.specs,
+        {phase: plan.specs(phase) for phase in programs},
         buckets,
         target,
         context=context,
         keep=plan.options.candidates,
         cache=cache_folder() / "kernels",
         deterministic=plan.options.deterministic,
+        reports=_special_results(plan.steps),
         progress=lambda done, total: progress(f"compile kernels {done}/{total}"),
     )
     programs = dict(emitted.programs)
@@ -168,6 +185,12 @@ def _with_kernels(plan: Plan, target: Target, context: int, progress: Progress) 
         dropped=emitted.dropped,
         memory=replace(plan.memory, scratch=emitted.scratch, arena=max(plan.memory.arena, emitted.arena)),
     )
+
+
+def _special_results(steps: Mapping[str, StepSpec]) -> set[str]:
+    """Results that only some kinds of step have."""
+    results = [{field.name for field in step.results} for step in steps.values()]
+    return set.union(*results) - set.intersection(*results)
 
 
 def _without_scratch(program: LoweredProgram) -> LoweredProgram:
@@ -218,11 +241,27 @@ def trace_checkpoint(checkpoint: Checkpoint | str | Path, request: Request) -> T
     scheme = quantization(request, target, checkpoint)
     model = family.build(checkpoint.config, context_len=limits.context_len, activation=activation)
     kv = KVSpec(limits.page_size, model.kv_parts(limits.page_size, cache))
-    program = trace(model, limits, kv_parts=kv.parts, weight_dtype=weights, vector_dtype=activation)
-    program = verify(program, after="trace")
-    if scheme is not None:
-        program = verify(quantize_linears(program, scheme), after="quantize_linears")
-    _check_sources(program.params.values(), checkpoint)
+    steps, slots = declare(limits, request)
+    kinds = step_kinds()
+    programs: dict[str, Program] = {}
+    for name, step in steps.items():
+        program = trace(
+            model,
+            kinds[name],
+            step,
+            limits,
+            slots=slots,
+            kv_parts=kv.parts,
+            weight_dtype=weights,
+            vector_dtype=activation,
+        )
+        program = verify(program, after="trace")
+        if scheme is not None:
+            program = verify(quantize_linears(program, scheme), after="quantize_linears")
+        programs[name] = program
+    _check_sources(
+        {n: p for program in programs.values() for n, p in program.params.items()}.values(), checkpoint
+    )
     options = Options(
         weight_dtype=weights,
         activation_dtype=activation,
@@ -235,7 +274,7 @@ def trace_checkpoint(checkpoint: Checkpoint | str | Path, request: Request) -> T
         candidates=request.candidates,
         traffic=to_json(request.traffic),
     )
-    return Traced(program, checkpoint, target, limits, options, kv, request.traffic)
+    return Traced(programs, checkpoint, target, limits, options, kv, steps, slots, request.traffic)
 
 
 def compile_plan(
@@ -284,11 +323,15 @@ def _check_sources(params: Collection[Param], checkpoint: Checkpoint) -> None:
             )
 
 
-def _memory(limits: Limits, weights: int, arena: int) -> Memory:
-    def most(fields: Callable[[Limits, str], tuple[Field, ...]]) -> int:
-        """Bytes that the largest step of any phase takes."""
-        sizes = {phase: {ROWS: limits.max_rows, TOKENS: limits.most_tokens(phase)} for phase in limits.phases}
-        return max(memory.layout(fields(limits, phase), sizes[phase])[1] for phase in limits.phases)
+def _memory(steps: Mapping[str, StepSpec], slots: tuple[Field, ...], weights: int, arena: int) -> Memory:
+    def most(fields: Callable[[StepSpec], tuple[Field, ...]]) -> int:
+        """Bytes that the largest step of any kind takes."""
+        return max(memory.layout(fields(step), step.largest)[1] for step in steps.values())
 
-    slot = memory.layout(slot_fields(limits), {})[1]
-    return Memory(weights=weights, arena=arena, step=most(step_fields), slot=slot, result=most(result_fields))
+    return Memory(
+        weights=weights,
+        arena=arena,
+        step=most(lambda step: step.staged),
+        slot=memory.layout(slots, {})[1],
+        result=most(lambda step: step.results),
+    )

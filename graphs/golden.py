@@ -25,8 +25,9 @@ from makeready.graphs.buckets import BucketTable
 from makeready.graphs.checkpoint.base import Checkpoint
 from makeready.graphs.codec import CodecError, canonical, from_json, to_json
 from makeready.graphs.executable.base import Executable
+from makeready.graphs.executable.example import Row, example_step
 from makeready.graphs.plan import Plan, PlanError
-from makeready.graphs.spec import DECODE, EXTEND, Bucket, step_fields
+from makeready.graphs.spec import DECODE, EXTEND, Bucket
 
 FILE = "golden.json"
 SCHEMA = 1
@@ -235,28 +236,12 @@ def _run(executable: Any, prompt: Sequence[int], count: int, take: Callable[[Buc
     """Run the prompt, then one token at a time: those that ``take`` makes of (bucket, sampled token)."""
     plan = executable.plan
     table = BucketTable(plan.buckets)
-    executable.write_slot(0, {"prompt_len": len(prompt)})  # all else by default: greedy
+    pages = -(-(len(prompt) + count) // plan.limits.page_size)  # slot 0 gets the first ones
+    # All else by default: greedy.
+    executable.write_slot(0, {"prompt_len": len(prompt), "pages": np.arange(1, pages + 1)})
     ids, before = list(prompt), 0
     for at in range(count):
         bucket = table.covering(EXTEND if at == 0 else DECODE, 1, len(ids))
-        results = executable.launch(bucket, _arrays(plan, bucket, ids, before)).wait()
+        results = executable.launch(bucket, example_step(plan, bucket, [Row(0, ids, before)])).wait()
         before += len(ids)
         ids = [take(bucket, int(results["tokens"][0]))]
-
-
-def _arrays(plan: Plan, bucket: Bucket, ids: Sequence[int], before: int) -> dict[str, np.ndarray]:
-    """A step with one row: slot 0, and pages from 1 on."""
-    limits, count = plan.limits, len(ids)
-    fields = step_fields(limits, bucket.phase)
-    step = {f.name: np.full(f.spec.at(bucket.sizes), f.default, f.spec.dtype) for f in fields}
-    positions = np.arange(before, before + count)
-    step["token_ids"][:count] = ids
-    step["positions"][:count] = positions
-    step["token_slot"][:count] = 0
-    step["kv_slot"][:count] = limits.page_size + positions  # pages that follow each other, from page 1
-    step["query_len"][0] = count
-    step["context_len"][0] = before + count
-    step["row_slot"][0] = 0
-    used = -(-(before + count) // limits.page_size)
-    step["page_table"][0, :used] = np.arange(1, used + 1)
-    return step

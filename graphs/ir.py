@@ -93,7 +93,7 @@ class Program:
         self, calls: Iterator[Call] | list[Call], params: Mapping[str, Param] | None = None
     ) -> Program:
         """The program with other calls: result specs inferred anew, what nobody uses any more left out."""
-        kept = _live(list(calls), set(self.results.values()))
+        kept = live(list(calls), set(self.results.values()))
         params = {**self.params, **(params or {})}
         values = {name: v for name, v in self.values.items() if v.kind not in (TEMP, PARAM)}
         used = {value for call in kept for value in call.operands.values()}
@@ -122,7 +122,7 @@ class Program:
         return "\n".join(lines)
 
 
-def _live(calls: list[Call], wanted: set[str]) -> list[Call]:
+def live(calls: list[Call], wanted: set[str]) -> list[Call]:
     """Calls whose results are wanted or that write a slot or kv value, in order."""
     kept = []
     for call in reversed(calls):

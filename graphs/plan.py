@@ -2,6 +2,7 @@
 
     Plan
       limits, kv, buckets          what the runtime may ask for and how pages look
+      steps, slots                 what each kind of step stages and reports, what the device keeps of a sequence
       weights                      recipe and place of every parameter
       programs[phase]              launches over named buffers; on a GPU the kernel nodes of each
       loading                      on a GPU, what quantizes weights on their way in
@@ -9,7 +10,7 @@
       memory                       bytes of every region
 
 A launch names its operands; a name is looked up in the program's arena buffers, then among the plan's
-weights, the step, slot and result fields (graphs/spec.py) and the KV parts. Shapes are symbolic: the same
+weights, the fields of its step, those of the slots, and the KV parts. Shapes are symbolic: the same
 launches serve every bucket of a phase, at the same arena offsets, which are those of its largest bucket.
 """
 
@@ -22,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from makeready.graphs.recipe import Param, Piece
-from makeready.graphs.spec import Bucket, KVSpec, Limits, result_fields, slot_fields, step_fields
+from makeready.graphs.spec import Bucket, Field, KVSpec, Limits, StepSpec
 from makeready.kernels.spec import TensorSpec
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 class PlanError(ValueError):
@@ -267,6 +268,8 @@ class Plan:
     """Everything that is decided before the first request. Made by graphs/compile.py.
 
     Attributes:
+        steps: every kind of step that there are programs for, by name.
+        slots: the slot table, which all steps share.
         loading: how parameters are quantized on the GPU; None where none is, and on the CPU, which follows
             the recipe with the op references.
         binaries: compiled kernels by key; empty for the CPU.
@@ -285,6 +288,8 @@ class Plan:
     limits: Limits
     options: Options
     kv: KVSpec
+    steps: Mapping[str, StepSpec]
+    slots: tuple[Field, ...]
     buckets: tuple[Bucket, ...]
     memory: Memory
     weights: tuple[Weight, ...]
@@ -296,22 +301,21 @@ class Plan:
     cubins: Mapping[str, bytes] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
-    def specs(self) -> Mapping[str, TensorSpec]:
-        """Spec of every value that launches of any phase may name, arena buffers excepted."""
-        phase = self.limits.phases[-1]  # whose fields are those of all others and more
-        fields = (
-            *step_fields(self.limits, phase),
-            *result_fields(self.limits, phase),
-            *slot_fields(self.limits),
-        )
-        named = {f.name: f.spec for f in fields}
-        named |= {part.name: part.spec for part in self.kv.parts}
+    def lasting(self) -> Mapping[str, TensorSpec]:
+        """Spec of every value that lasts from step to step: slot fields, the cache, weights."""
+        named = {f.name: f.spec for f in self.slots} | {part.name: part.spec for part in self.kv.parts}
         return named | {w.param.name: w.param.spec for w in self.weights}
+
+    def specs(self, phase: str) -> Mapping[str, TensorSpec]:
+        """Spec of every value that launches of ``phase`` may name, arena buffers excepted."""
+        step = self.steps.get(phase)
+        own = () if step is None else (*step.staged, *step.results)
+        return {**self.lasting, **{f.name: f.spec for f in own}}
 
     def spec(self, phase: str, name: str) -> TensorSpec:
         """Spec of the value that launches of ``phase`` call ``name``."""
         buffer = self.programs[phase].buffers.get(name)
-        return buffer.spec if buffer is not None else self.specs[name]
+        return buffer.spec if buffer is not None else self.specs(phase)[name]
 
     @property
     def digest(self) -> str:

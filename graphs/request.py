@@ -26,7 +26,8 @@ class Request:
 
     Attributes:
         target: a name of graphs/targets.py.
-        max_rows, max_tokens, context_len, page_size, max_logprob_tokens: see :class:`~makeready.graphs.spec.Limits`.
+        max_rows, max_tokens, context_len, page_size: see :class:`~makeready.graphs.spec.Limits`.
+        max_logprob_tokens: tokens of one step that reports log-probabilities of its input; 0 for no such steps.
         weight_dtype: ``float32``, ``bfloat16`` or ``float16``; None takes the activations' on CUDA, else
             the checkpoint's, fp16 for GGUF blocks.
         activation_dtype: between kernels: ``bfloat16`` or ``float16`` on CUDA, ``float32`` on the CPU; None
@@ -93,20 +94,12 @@ def limits_of(request: Request, target: Target, rope: Mapping[str, Any], positio
             f"plan.context_len={context} is beyond the {longest} tokens that the model's positions allow; "
             f"lower it to {longest}"
         )
-    limits = Limits(
+    return Limits(
         max_rows=request.max_rows,
         max_tokens=request.max_tokens or max(target.max_tokens, request.max_rows),
         context_len=context,
         page_size=request.page_size or target.page_size,
-        max_logprob_tokens=request.max_logprob_tokens,
     )
-    scored = limits.max_logprob_tokens
-    if type(scored) is not int or not (scored == 0 or limits.max_rows <= scored <= limits.max_tokens):
-        raise PlanError(
-            f"plan.max_logprob_tokens={scored} must be 0, or from plan.max_rows={limits.max_rows} to the "
-            f"{limits.max_tokens} tokens of a step"
-        )
-    return limits
 
 
 def activation_dtype(request: Request, target: Target) -> str:

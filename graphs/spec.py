@@ -10,17 +10,15 @@ from dataclasses import dataclass
 
 from makeready.kernels.spec import DTYPE_BYTES, PAGES, ROWS, TOKENS, Dim, TensorSpec
 
-DECODE, EXTEND, SCORE = "decode", "extend", "score"
-PHASES = (DECODE, EXTEND, SCORE)  # of a step; a plan has those of Limits.phases
-TARGET_RESULTS = ("target_logprob", "target_top_ids", "target_top_values")  # of the last alone
+DECODE, EXTEND, INPUT_LOGPROBS = "decode", "extend", "input_logprobs"  # kinds of step that the engine knows
+HOST, DEVICE = "host", "device"  # who keeps a slot field up to date
 
 
 @dataclass(frozen=True, order=True)
 class Bucket:
     """A batch shape that a plan has a program for: key, label and log line at once.
 
-    ``decode`` runs one token a row (tokens == rows); ``extend`` runs rows of any length, flattened; ``score``
-    does, too, and reports how probable each of its tokens made the next one.
+    ``phase`` is the kind of step, a key of ``Plan.steps``, which says what a row and a token are to it.
     """
 
     phase: str
@@ -33,11 +31,11 @@ class Bucket:
         return {ROWS: self.rows, TOKENS: self.tokens}
 
     def covers(self, rows: int, tokens: int) -> bool:
-        """Whether a batch of this phase with so many rows and tokens fits."""
+        """Whether a batch of this kind with ``rows`` and ``tokens`` fits."""
         return rows <= self.rows and tokens <= self.tokens
 
     def __str__(self) -> str:
-        shape = f"{self.rows}" if self.phase == DECODE else f"{self.rows}x{self.tokens}"
+        shape = f"{self.rows}" if self.rows == self.tokens else f"{self.rows}x{self.tokens}"
         return f"{self.phase}-{shape}"
 
 
@@ -53,8 +51,6 @@ class Limits:
         max_stop_ids: token ids a request may ask to be held back until its ``min_new_tokens``.
         max_logit_bias: entries of a request's logit bias.
         max_top_logprobs: alternatives reported a token.
-        max_logprob_tokens: tokens of one step that reports log-probabilities of its input; 0 where there are
-            no such steps. They are fewer than ``max_tokens`` since all their logits exist at once.
     """
 
     max_rows: int
@@ -64,16 +60,6 @@ class Limits:
     max_stop_ids: int = 16
     max_logit_bias: int = 300
     max_top_logprobs: int = 20
-    max_logprob_tokens: int = 0
-
-    @property
-    def phases(self) -> tuple[str, ...]:
-        """The phases that a plan has programs for."""
-        return PHASES if self.max_logprob_tokens else (DECODE, EXTEND)
-
-    def most_tokens(self, phase: str) -> int:
-        """Tokens of the largest step of a phase."""
-        return {DECODE: self.max_rows, EXTEND: self.max_tokens, SCORE: self.max_logprob_tokens}[phase]
 
     @property
     def pages_per_row(self) -> int:
@@ -93,76 +79,57 @@ class Limits:
 
 @dataclass(frozen=True)
 class Field:
-    """A named array that the host writes: its spec and the value it holds where nobody wrote."""
+    """A named array of a step or of the slot table: its spec and the value it holds where nobody wrote.
+
+    Attributes:
+        keeper: of a slot field, who keeps it up to date while a request runs. The ``host`` writes its fields
+            once, when the request is admitted; those that it does not name take their default. What the
+            ``device`` keeps (how long a sequence is, its tokens) changes with every step; the host may set
+            its first entries at admission.
+    """
 
     name: str
     spec: TensorSpec
-    default: float | int = 0
+    default: int | float = 0
+    keeper: str = HOST
 
 
-def _fields(*rows: tuple[str, tuple[Dim, ...], str, float | int]) -> tuple[Field, ...]:
-    return tuple(Field(name, TensorSpec(shape, dtype), default) for name, shape, dtype, default in rows)
+def fields(*rows: tuple[str, tuple[Dim, ...], str, int | float], keeper: str = HOST) -> tuple[Field, ...]:
+    """Fields from rows of name, shape, dtype and default."""
+    return tuple(
+        Field(name, TensorSpec(shape, dtype), default, keeper) for name, shape, dtype, default in rows
+    )
 
 
-def step_fields(limits: Limits, phase: str) -> tuple[Field, ...]:
-    """What the host stages for every step of a phase; defaults are what padding tokens and rows hold.
+@dataclass(frozen=True)
+class StepSpec:
+    """A kind of step, as a plan declares it: everything that host and device have to agree on.
 
-    Padding tokens belong to the null slot and write page 0; padding rows have no query and no context.
+    Made by a module of ``graphs/steps/``; staging, executables, the proof of coverage and pictures read it.
+
+    Attributes:
+        rows: rows of the largest batch.
+        tokens: tokens of the largest batch, over all rows.
+        each: tokens that every row has; None where rows differ in length, each with at least one.
+        staged: what the host writes for every step; defaults are what padding rows and tokens hold.
+        results: what every step leaves for the host to read.
     """
-    fields = _fields(
-        ("token_ids", (TOKENS,), "int32", 0),  # negative: the token that the step before sampled
-        ("positions", (TOKENS,), "int32", 0),
-        ("token_slot", (TOKENS,), "int32", limits.null_slot),
-        ("kv_slot", (TOKENS,), "int32", 0),  # page * page_size + slot of the page
-        ("query_start", (ROWS,), "int32", 0),
-        ("query_len", (ROWS,), "int32", 0),
-        ("context_len", (ROWS,), "int32", 0),  # cached tokens and this step's
-        ("row_slot", (ROWS,), "int32", limits.null_slot),
-        ("page_table", (ROWS, limits.pages_per_row), "int32", 0),
-    )
-    return fields if phase != SCORE else fields + _fields(
-        ("target_ids", (TOKENS,), "int32", 0),  # the token behind each
-        ("target_slot", (TOKENS,), "int32", limits.null_slot),  # whose it is; the null slot's is not asked for
-    )  # fmt: skip
 
+    rows: int
+    tokens: int
+    each: int | None
+    staged: tuple[Field, ...]
+    results: tuple[Field, ...]
 
-def slot_fields(limits: Limits) -> tuple[Field, ...]:
-    """What the device keeps for every running request; the host writes it when the request is admitted."""
-    slots = limits.slots
-    return _fields(
-        ("history", (slots, limits.context_len), "int32", 0),
-        ("prompt_len", (slots,), "int32", 0),
-        ("temperature", (slots,), "float32", 0.0),
-        ("top_k", (slots,), "int32", 0),
-        ("top_p", (slots,), "float32", 1.0),
-        ("min_p", (slots,), "float32", 0.0),
-        ("presence_penalty", (slots,), "float32", 0.0),
-        ("frequency_penalty", (slots,), "float32", 0.0),
-        ("repetition_penalty", (slots,), "float32", 1.0),
-        ("seed", (slots,), "int64", 0),
-        ("min_new_tokens", (slots,), "int32", 0),
-        ("stop_ids", (slots, limits.max_stop_ids), "int32", -1),
-        ("bias_ids", (slots, limits.max_logit_bias), "int32", -1),
-        ("bias_values", (slots, limits.max_logit_bias), "float32", 0.0),
-        ("top_logprobs", (slots,), "int32", -1),
-    )
+    def legal(self, rows: int, tokens: int) -> bool:
+        """Whether the runtime may ask for a batch of this size."""
+        fits = 1 <= rows <= self.rows and rows <= tokens <= self.tokens
+        return fits and (self.each is None or tokens == rows * self.each)
 
-
-def result_fields(limits: Limits, phase: str) -> tuple[Field, ...]:
-    """What every step of a phase leaves for the host to read."""
-    top = limits.max_top_logprobs
-    fields = _fields(
-        ("tokens", (ROWS,), "int32", -1),
-        ("logprob", (ROWS,), "float32", 0.0),
-        ("top_ids", (ROWS, top), "int32", -1),
-        ("top_values", (ROWS, top), "float32", 0.0),
-    )
-    logprob, top_ids, top_values = TARGET_RESULTS
-    return fields if phase != SCORE else fields + _fields(
-        (logprob, (TOKENS,), "float32", 0.0),  # of the token behind each
-        (top_ids, (TOKENS, top), "int32", -1),
-        (top_values, (TOKENS, top), "float32", 0.0),
-    )  # fmt: skip
+    @property
+    def largest(self) -> dict[str, int]:
+        """Values of the shape symbols in the largest batch."""
+        return {ROWS: self.rows, TOKENS: self.tokens}
 
 
 @dataclass(frozen=True)

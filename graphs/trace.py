@@ -18,11 +18,9 @@ from makeready.graphs.layers.inputs import Inputs
 from makeready.graphs.layers.parameter import Parameter
 from makeready.graphs.models.decoder import Decoder
 from makeready.graphs.recipe import Generated, Param, Piece
-from makeready.graphs.spec import TARGET_RESULTS, KVPart, Limits, slot_fields, step_fields
-from makeready.kernels import elementwise, embedding
+from makeready.graphs.spec import Field, KVPart, Limits, StepSpec
+from makeready.graphs.steps.base import StepKind
 from makeready.kernels.contract import Contract, ContractError
-from makeready.kernels.sample import logprobs
-from makeready.kernels.sample import sample as sampling
 from makeready.kernels.spec import TensorSpec
 
 
@@ -31,24 +29,32 @@ class TraceError(TypeError):
 
 
 def trace(
-    model: Decoder, limits: Limits, *, kv_parts: tuple[KVPart, ...], weight_dtype: str, vector_dtype: str
+    model: Decoder,
+    kind: StepKind,
+    step: StepSpec,
+    limits: Limits,
+    *,
+    slots: tuple[Field, ...],
+    kv_parts: tuple[KVPart, ...],
+    weight_dtype: str,
+    vector_dtype: str,
 ) -> Program:
-    """The whole step as a program: load tokens, the model, sampling, log-probabilities of output and input.
+    """A whole step of ``kind`` as a program.
 
     Args:
         model: on the meta device.
-        limits: sizes of the slot table.
+        step: the kind's declaration.
+        slots: the slot table.
         kv_parts: the model's cache tensors, in the order of its layers.
         weight_dtype: dtype that matrices are stored in.
         vector_dtype: dtype that norms and biases are stored in; generated constants are float32.
 
-    Returns:
-        The most general of ``limits.phases``; ``passes/specialize.py`` derives the others.
+    Raises:
+        TraceError: the model does something that a program cannot hold, or results are not those declared.
     """
-    phase = limits.phases[-1]
-    values = {f.name: Value(f.name, f.spec, STEP) for f in step_fields(limits, phase)}
-    values |= {f.name: Value(f.name, f.spec, SLOT) for f in slot_fields(limits)}
-    fields = list(values)
+    values = {f.name: Value(f.name, f.spec, STEP) for f in step.staged}
+    values |= {f.name: Value(f.name, f.spec, SLOT) for f in slots}
+    names = list(values)
     values |= {part.name: Value(part.name, part.spec, KV) for part in kv_parts}
     params = {
         name: _param(name, tensor, weight_dtype, vector_dtype) for name, tensor in model.named_parameters()
@@ -57,35 +63,17 @@ def trace(
 
     tracer = _Tracer(model)
     inputs = Inputs(
-        {name: tracer.input(name) for name in fields},
+        {name: tracer.input(name) for name in names},
         {part.name: tracer.input(part.name) for part in kv_parts},
     )
-    results = _step(model, inputs, limits)
+    results = kind.trace(model, inputs, limits)
     named = {name: proxy.node.name for name, proxy in results.items()}  # type: ignore[attr-defined]
-    return _program(phase, tracer, values, params, named)
-
-
-def _step(model: Decoder, i: Inputs, limits: Limits) -> dict[str, torch.Tensor]:
-    """One step of the engine, as the contracts that it is made of."""
-    ids = embedding.load_tokens(i.token_ids, i.token_slot, i.positions, i.history)
-    logits_TV = model(ids, i)
-    logits = elementwise.gather_last(logits_TV, i.query_start, i.query_len)
-    tokens = sampling.sample(
-        logits, i.row_slot, i.context_len, i.history, i.prompt_len,
-        i.temperature, i.top_k, i.top_p, i.min_p,
-        i.presence_penalty, i.frequency_penalty, i.repetition_penalty,
-        i.seed, i.min_new_tokens, i.stop_ids, i.bias_ids, i.bias_values,
-    )  # fmt: skip
-    logprob, top_ids, top_values = logprobs.token_logprobs(
-        logits, tokens, i.row_slot, i.top_logprobs, max_top=limits.max_top_logprobs
-    )
-    results = {"tokens": tokens, "logprob": logprob, "top_ids": top_ids, "top_values": top_values}
-    if limits.max_logprob_tokens:
-        scored = logprobs.token_logprobs(
-            logits_TV, i.target_ids, i.target_slot, i.top_logprobs, max_top=limits.max_top_logprobs
-        )
-        results |= zip(TARGET_RESULTS, scored, strict=True)
-    return results
+    program = _program(kind.name, tracer, values, params, named)
+    made = {name: program.spec(value) for name, value in program.results.items()}
+    declared = {f.name: f.spec for f in step.results}
+    if made != declared:
+        raise TraceError(f"{kind.name} steps declare the results {declared}, they make {made}")
+    return program
 
 
 class _Tracer(fx.Tracer):

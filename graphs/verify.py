@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import zip_longest
 from typing import Any
 
-from makeready.graphs.ir import KV, PARAM, SLOT, TEMP, Program
-from makeready.graphs.spec import TARGET_RESULTS
+from makeready.graphs.ir import KV, PARAM, SLOT, TEMP, Program, live
 from makeready.kernels.contract import CONTRACTS, ContractError
 
 
@@ -30,12 +29,13 @@ def verify(program: Program, *, after: str) -> Program:
 def verify_alike(programs: Mapping[str, Program]) -> None:
     """Check that the programs of all phases make a token's results by the same calls in the same order.
 
-    They may differ in which rows they select, in views, and in what the general one reports of its input.
+    They may differ in which rows they select, in views, and in results that only some of them have.
 
     Raises:
         VerificationError: naming the first call in which two phases differ.
     """
-    made = {phase: list(_calls_of_a_token(program)) for phase, program in programs.items()}
+    common = set.intersection(*(set(program.results) for program in programs.values()))
+    made = {phase: list(_calls_of_a_token(program, common)) for phase, program in programs.items()}
     first, *others = made
     for phase in others:
         for one, other in zip_longest(made[first], made[phase]):
@@ -45,11 +45,12 @@ def verify_alike(programs: Mapping[str, Program]) -> None:
                 )
 
 
-def _calls_of_a_token(program: Program) -> Iterator[tuple[str, dict[str, str], dict[str, Any]]]:
-    """Op, parameters and attributes of the calls that a sampled token and its log-probability come from."""
-    reported = {program.results.get(result) for result in TARGET_RESULTS}
-    for call in program.calls:
-        if call.op in ("columns", "gather_last") or reported & set(call.results.values()):
+def _calls_of_a_token(
+    program: Program, results: set[str]
+) -> Iterator[tuple[str, dict[str, str], dict[str, Any]]]:
+    """Op, parameters and attributes of the calls that these ``results`` come from."""
+    for call in live(list(program.calls), {v for k, v in program.results.items() if k in results}):
+        if call.op in ("columns", "gather_last"):
             continue
         params = {k: v for k, v in call.operands.items() if program.values[v].kind == PARAM}
         yield call.op, params, dict(call.attrs)

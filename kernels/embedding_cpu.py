@@ -1,4 +1,4 @@
-"""Token ids, embeddings and rotary rows on the CPU: the references, written where the result belongs."""
+"""Embeddings and rotary rows on the CPU: the references, written where the result belongs."""
 
 from __future__ import annotations
 
@@ -7,27 +7,9 @@ from typing import Any
 
 import torch
 
-from makeready.kernels import native
-from makeready.kernels.embedding import embedding, load_tokens
+from makeready.kernels.embedding import embedding
 from makeready.kernels.registry import Operands, kernel
 from makeready.kernels.rope import rope_rows
-
-
-def _bind_load_tokens(
-    operands: Operands, results: Sequence[torch.Tensor], attrs: Mapping[str, Any]
-) -> Callable[[], None] | None:
-    (token_ids, token_slot, positions, history), (ids,) = operands, results
-    return native.prepare(
-        "load_tokens", token_ids, token_slot, positions, history, history.stride(0), ids, len(ids)
-    )
-
-
-@kernel(load_tokens, "fused", target="cpu", invariant=True, bind=_bind_load_tokens)
-def load_tokens_cpu(
-    token_ids: torch.Tensor, token_slot: torch.Tensor, positions: torch.Tensor, history: torch.Tensor
-) -> torch.Tensor:
-    """The reference."""
-    return load_tokens.reference(token_ids, token_slot, positions, history)
 
 
 def _bind_embedding(

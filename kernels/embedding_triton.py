@@ -1,6 +1,6 @@
-"""Token ids, and rows fetched by an index, on GPUs.
+"""Rows fetched by an index, on GPUs.
 
-# C columns of a row, L length of a context
+# C columns of a row
 """
 # pyright: reportIndexIssue=false, reportArgumentType=false, reportOperatorIssue=false
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false
@@ -14,11 +14,9 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from makeready.kernels.device import Argument, Candidate, DeviceLaunch, OpCall, Pointer, Scalar
-from makeready.kernels.embedding import embedding, load_tokens
+from makeready.kernels.embedding import embedding
 from makeready.kernels.registry import cuda_kernel
 from makeready.kernels.row_tiles import row_tiles
-
-_LOAD_BLOCK = 256
 
 
 @triton.jit
@@ -91,53 +89,6 @@ def gather_launch(
         dependent=pdl,
     )
     return (Candidate(f"{tiles.rows}x{tiles.width}", (launch,)),)
-
-
-@triton.jit
-def record_tokens(
-    token_ids,
-    token_slot,
-    positions,
-    history,
-    ids,
-    tokens,
-    L: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Ids to run and their record in ``history``: see :func:`~.embedding.load_tokens`.
-
-    Padding tokens share a place of the null slot; all write the id that the host staged for padding.
-    """
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = t < tokens
-    staged = tl.load(token_ids + t, mask=inside, other=0)
-    slot = tl.load(token_slot + t, mask=inside, other=0)
-    place = slot.to(tl.int64) * L + tl.load(positions + t, mask=inside, other=0)
-    sampled = tl.load(history + place, mask=inside & (staged < 0), other=0)
-    token = tl.where(staged < 0, sampled, staged)
-    tl.store(ids + t, token, mask=inside)
-    tl.store(history + place, token, mask=inside & (staged >= 0))
-
-
-@cuda_kernel(load_tokens, "tiles", invariant=True)
-def load_tokens_launches(call: OpCall) -> Sequence[Candidate]:
-    """See :func:`record_tokens`."""
-    tokens = call.tensors["ids"].shape[0]
-    assert isinstance(tokens, int)
-    pdl = "pdl" in call.features
-    names = ("token_ids", "token_slot", "positions", "history", "ids")
-    launch = DeviceLaunch(
-        function="makeready.kernels.embedding_triton:record_tokens",
-        constants={"L": call.tensors["history"].row_stride, "BLOCK": _LOAD_BLOCK, "PDL": pdl},
-        arguments={**{name: Pointer(name) for name in names}, "tokens": Scalar(tokens, "int32")},
-        grid=(-(-tokens // _LOAD_BLOCK), 1, 1),
-        dependent=pdl,
-    )
-    return (Candidate("tiles", (launch,)),)
 
 
 @cuda_kernel(embedding, "tiles", invariant=True)

@@ -14,7 +14,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
@@ -24,6 +24,7 @@ from makeready.graphs.cuda.aot import Compiled, Kernel
 from makeready.graphs.cuda.ways import Way, select
 from makeready.graphs.memory import ALIGNMENT, align
 from makeready.graphs.plan import (
+    LOAD,
     Binary,
     Choice,
     Launch,
@@ -33,7 +34,7 @@ from makeready.graphs.plan import (
     OpClass,
     PlanError,
 )
-from makeready.graphs.spec import PHASES, TARGET_RESULTS, Bucket
+from makeready.graphs.spec import Bucket
 from makeready.graphs.targets import Target
 from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.device import (
@@ -138,7 +139,7 @@ class _Class:
 
 def emit(
     programs: Mapping[str, LoweredProgram],
-    specs: Mapping[str, TensorSpec],
+    specs: Mapping[str, Mapping[str, TensorSpec]],
     buckets: Sequence[Bucket],
     target: Target,
     *,
@@ -146,18 +147,20 @@ def emit(
     keep: int,
     cache: Path,
     deterministic: bool = False,
+    reports: Collection[str] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Emitted:
     """Op classes of all programs, and the machine code that they launch.
 
     Args:
         programs: lowered for ``target``, without classes.
-        specs: of every value that is no arena buffer.
+        specs: of every value that is no arena buffer, by program.
         context: tokens of context a row that cost models assume.
         keep: at most so many candidates a class and bucket.
         cache: folder of compiled kernels.
         deterministic: every call runs the same kernels in all buckets and phases, of those that compute a row
             from that row alone.
+        reports: results that only some kinds of step have; what makes them need not run in all.
         progress: told how many of how many kernels are compiled.
 
     Raises:
@@ -167,9 +170,9 @@ def emit(
     classes: dict[str, list[_Class]] = {}
     classified: dict[str, LoweredProgram] = {}
     for phase, program in programs.items():
-        classified[phase], classes[phase] = _classify(program, specs)
+        classified[phase], classes[phase] = _classify(program, specs[phase])
     if deterministic:
-        _check_alike(classified, classes)
+        _check_alike(classified, classes, reports)
     calls, alike = _calls(classes, buckets, context, target, deterministic=deterministic)
     ways, compiled, dropped = select(calls, target, keep=keep, cache=cache, progress=progress, alike=alike)
     lacking = {calls[key].op: key for key, found in reversed(ways.items()) if not found}
@@ -202,7 +205,7 @@ def emit(
         binaries={names[k]: _binary(made) for k, made in sorted(compiled.items(), key=lambda item: names[item[0]])},
         cubins={names[k]: made.cubin for k, made in compiled.items()},
         scratch=align(counters + rest),
-        arena=max((_reach(program) for phase, program in classified.items() if phase in PHASES), default=0),
+        arena=max((_reach(program) for phase, program in classified.items() if phase != LOAD.phase), default=0),
         dropped=dropped,
     )  # fmt: skip
 
@@ -217,7 +220,7 @@ def _calls(
 ) -> tuple[dict[_Key, OpCall], dict[_Key, tuple[object, ...]]]:
     """The call of every class in every bucket; and of those that must run alike, which those are."""
     keys = [(b.phase, index, b) for b in buckets for index in range(len(classes[b.phase]))]
-    alike = {key: classes[key[0]][key[1]].alike for key in keys if deterministic and key[0] in PHASES}
+    alike = {key: classes[key[0]][key[1]].alike for key in keys if deterministic and key[0] != LOAD.phase}
     most = max(bucket.rows for bucket in buckets)
     calls = {
         key: classes[key[0]][key[1]].call(key[2], context, target, most_rows=most if key in alike else 0)
@@ -226,7 +229,9 @@ def _calls(
     return calls, alike
 
 
-def _check_alike(programs: Mapping[str, LoweredProgram], classes: Mapping[str, Sequence[_Class]]) -> None:
+def _check_alike(
+    programs: Mapping[str, LoweredProgram], classes: Mapping[str, Sequence[_Class]], reports: Collection[str]
+) -> None:
     """Check that a token's results come from the same classes of calls in all phases, in the same order.
 
     Raises:
@@ -236,10 +241,10 @@ def _check_alike(programs: Mapping[str, LoweredProgram], classes: Mapping[str, S
         phase: [
             (classes[phase][launch.op_class].alike, launch)
             for launch in program.launches
-            if launch.op != "gather_last" and not set(TARGET_RESULTS) & set(launch.results.values())
+            if launch.op != "gather_last" and not set(reports) & set(launch.results.values())
         ]
         for phase, program in programs.items()
-        if phase in PHASES
+        if phase != LOAD.phase
     }
     first, *others = made
     for phase in others:
@@ -287,7 +292,7 @@ def _value(name: str, value: str, program: LoweredProgram, specs: Mapping[str, T
     buffer = program.buffers.get(value)
     if buffer is None:
         return _Value(name, specs[value], None, ALIGNMENT)
-    spare = program.phase in PHASES  # others have their buffers elsewhere than in the arena
+    spare = program.phase != LOAD.phase  # others have their buffers elsewhere than in the arena
     return _Value(name, buffer.spec, buffer.row_stride, math.gcd(buffer.offset, ALIGNMENT), spare)
 
 

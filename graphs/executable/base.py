@@ -15,7 +15,7 @@ class Pending(Protocol):
     """A launched step whose results may not be there yet."""
 
     def wait(self) -> Mapping[str, np.ndarray]:
-        """Arrays of ``graphs.spec.result_fields``, of the bucket's shapes; blocks until written."""
+        """Arrays of the kind of step's results, of the bucket's shapes; blocks until written."""
         ...
 
 
@@ -36,10 +36,10 @@ class Executable(Protocol):
     asynchronous: bool
 
     def write_slot(self, slot: int, values: Mapping[str, Any]) -> None:
-        """Set fields of ``graphs.spec.slot_fields`` for one slot; fields not named take their default.
+        """Set fields of ``plan.slots`` for one slot; the host's fields that are not named take their default.
 
-        ``history``, if named, holds the tokens of the first positions; the others are left as they are, for
-        every step records the tokens that it runs.
+        Of a field that the device keeps (``history``, ``pages``) the first entries are set, as many as are
+        given; the others are left as they are.
         """
         ...
 
@@ -48,7 +48,7 @@ class Executable(Protocol):
 
         Args:
             bucket: one of the plan's.
-            step: an array of the bucket's shape for every one of ``graphs.spec.step_fields``. They may be
+            step: an array of the bucket's shape for every field that the kind of step stages. They may be
                 reused as soon as this returns.
         """
         ...

@@ -18,7 +18,7 @@ from makeready.graphs.checkpoint.base import Checkpoint
 from makeready.graphs.executable.cpu_weights import Progress, load_weights
 from makeready.graphs.executable.match import check_checkpoint
 from makeready.graphs.plan import Launch, Plan, PlanError
-from makeready.graphs.spec import Bucket, Field, result_fields, slot_fields, step_fields
+from makeready.graphs.spec import HOST, Bucket, Field
 from makeready.kernels import registry
 from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.spec import PAGES, TensorSpec
@@ -90,9 +90,8 @@ class CpuExecutable:
         self._tensors: dict[str, Any] = dict(load_weights(plan, checkpoint, progress))
         for part in plan.kv.parts:  # zeroed: a page is read up to its last written token only
             self._tensors[part.name] = _zeros(part.spec, {PAGES: pages})
-        self._slots = {f.name: _zeros(f.spec, {}) for f in slot_fields(plan.limits)}
+        self._slots = {f.name: _zeros(f.spec, {}) for f in plan.slots}
         self._tensors |= self._slots
-        self._slot_fields = {f.name: f for f in slot_fields(plan.limits) if f.name != "history"}
         for slot in range(plan.limits.slots):
             self.write_slot(slot, {})
         self._step = torch.empty(plan.memory.step, dtype=torch.uint8)
@@ -102,14 +101,12 @@ class CpuExecutable:
     def write_slot(self, slot: int, values: Mapping[str, Any]) -> None:
         unknown = set(values) - set(self._slots)
         assert not unknown, f"slots have no field {unknown}"
-        if "history" in values:
-            first = torch.as_tensor(values["history"], dtype=torch.int32)
-            self._slots["history"][slot, : len(first)] = first
-        for name, field in self._slot_fields.items():
-            row = self._slots[name][slot]
-            row.fill_(field.default)
-            if name in values:
-                value = torch.as_tensor(values[name], dtype=row.dtype)
+        for field in self.plan.slots:
+            row = self._slots[field.name][slot]
+            if field.keeper == HOST:
+                row.fill_(field.default)
+            if field.name in values:
+                value = torch.as_tensor(values[field.name], dtype=row.dtype)
                 if row.dim():
                     row[: len(value)] = value
                 else:
@@ -148,8 +145,9 @@ class CpuExecutable:
     def _bind(self, bucket: Bucket) -> _Program:
         """Look up every tensor of the bucket's program once."""
         plan = self.plan
-        step = _views(self._step, step_fields(plan.limits, bucket.phase), bucket)
-        results = _views(self._result, result_fields(plan.limits, bucket.phase), bucket)
+        kind = plan.steps[bucket.phase]
+        step = _views(self._step, kind.staged, bucket)
+        results = _views(self._result, kind.results, bucket)
         names = {**self._tensors, **step, **results}
         lowered = plan.programs[bucket.phase]
         for name, buffer in lowered.buffers.items():

@@ -10,7 +10,7 @@ import numpy as np
 from makeready.graphs import memory
 from makeready.graphs.executable.cuda_driver import Device, Driver
 from makeready.graphs.plan import Plan, PlanError
-from makeready.graphs.spec import Bucket, result_fields, slot_fields, step_fields
+from makeready.graphs.spec import Bucket
 from makeready.kernels.spec import DTYPE_BYTES, PAGES
 
 # What the driver takes beside our allocations, a bound over what was seen on an H100 with driver 580:
@@ -115,7 +115,7 @@ def release(driver: Driver, addresses: Iterable[int]) -> None:
 def lasting_addresses(plan: Plan, regions: Regions, pages: int) -> dict[str, int]:
     """Addresses of the values that are in the same place for every bucket: weights, slots, cache."""
     named = {w.param.name: regions.weights + w.offset for w in plan.weights}
-    offsets, _ = memory.layout(slot_fields(plan.limits), {})
+    offsets, _ = memory.layout(plan.slots, {})
     named |= {name: regions.slot + offset for name, offset in offsets.items()}
     return named | {name: regions.kv + offset for name, offset in kv_offsets(plan, pages)[0].items()}
 
@@ -125,8 +125,9 @@ def bucket_addresses(
 ) -> dict[str, int]:
     """Address of every value that launches in ``bucket`` may name."""
     named = dict(lasting)
-    for base, fields in ((regions.step, step_fields), (regions.result, result_fields)):
-        offsets, _ = memory.layout(fields(plan.limits, bucket.phase), bucket.sizes)
+    step = plan.steps[bucket.phase]
+    for base, fields in ((regions.step, step.staged), (regions.result, step.results)):
+        offsets, _ = memory.layout(fields, bucket.sizes)
         named |= {name: base + offset for name, offset in offsets.items()}
     buffers = plan.programs[bucket.phase].buffers
     return named | {name: regions.arena + buffer.offset for name, buffer in buffers.items()}

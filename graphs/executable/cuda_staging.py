@@ -12,7 +12,7 @@ import numpy as np
 from makeready.graphs import memory
 from makeready.graphs.executable.cuda_driver import Driver, host_bytes
 from makeready.graphs.plan import Plan
-from makeready.graphs.spec import Bucket, Field, result_fields, slot_fields, step_fields
+from makeready.graphs.spec import HOST, Bucket, Field
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -24,7 +24,7 @@ class Flight:
 
     def __init__(self, driver: Driver, plan: Plan) -> None:
         self._driver = driver
-        self._limits = plan.limits
+        self._steps = plan.steps
         self._step = memory.align(plan.memory.step)
         self.step = driver.allocate_host(self._step + plan.memory.result)
         self.result = self.step + self._step
@@ -58,9 +58,9 @@ class Flight:
     def _view(self, bucket: Bucket) -> tuple[Arrays, Arrays, int, int]:
         found = self._views.get(bucket)
         if found is None:
-            fields = step_fields(self._limits, bucket.phase), result_fields(self._limits, bucket.phase)
-            inputs, step_bytes = _arrays(self.step, fields[0], bucket.sizes)
-            results, result_bytes = _arrays(self.result, fields[1], bucket.sizes)
+            kind = self._steps[bucket.phase]
+            inputs, step_bytes = _arrays(self.step, kind.staged, bucket.sizes)
+            results, result_bytes = _arrays(self.result, kind.results, bucket.sizes)
             found = self._views[bucket] = (inputs, results, step_bytes, result_bytes)
         return found
 
@@ -87,9 +87,9 @@ class PendingStep:
 
 
 class SlotTable:
-    """The slot fields on the device, written from a copy on the host.
+    """The slot fields on the device. Those that the host keeps have a copy here.
 
-    Only fields whose bytes change are sent: a request differs from the slot's last one in a few numbers.
+    Of these only fields whose bytes change are sent: a request differs from the slot's last one in a few numbers.
     What is sent is below the 64 KiB up to which the driver keeps its own copy.
 
     Args:
@@ -99,33 +99,37 @@ class SlotTable:
     def __init__(self, driver: Driver, plan: Plan, address: int, stream: Any) -> None:
         self._driver = driver
         self._stream = stream
-        fields = slot_fields(plan.limits)
-        offsets, _ = memory.layout(fields, {})
-        self._context = plan.limits.context_len
-        self._fields = {f.name: f for f in fields if f.name != "history"}
+        offsets, _ = memory.layout(plan.slots, {})
         self._places = {name: address + offset for name, offset in offsets.items()}
-        self._host = {f.name: np.full(f.spec.at({}), f.default, f.spec.dtype) for f in self._fields.values()}
-        driver.fill(self._places["history"], 0, fields[0].spec.nbytes({}), stream)
-        for name, array in self._host.items():
-            driver.to_device(self._places[name], array.ctypes.data, array.nbytes, stream)
+        self._fields = {f.name: f for f in plan.slots}
+        self._host = {
+            f.name: np.full(f.spec.at({}), f.default, f.spec.dtype) for f in plan.slots if f.keeper == HOST
+        }
+        for name, field in self._fields.items():
+            if name in self._host:
+                array = self._host[name]
+                driver.to_device(self._places[name], array.ctypes.data, array.nbytes, stream)
+            else:
+                driver.fill(self._places[name], 0, field.spec.nbytes({}), stream)
         driver.synchronize(stream)  # the copies above may be larger than what the driver keeps
 
     def write(self, slot: int, values: Mapping[str, Any]) -> None:
-        """Set one slot's fields, in the stream's order; those not named take their default."""
+        """Set one slot's fields, in the stream's order; see :meth:`.base.Executable.write_slot`."""
         unknown = set(values) - set(self._places)
         assert not unknown, f"slots have no field {unknown}"
-        if "history" in values:
-            self._write_history(slot, np.asarray(values["history"], np.int32))
         for name, field in self._fields.items():
-            self._write(name, slot, _row(field, values.get(name)))
+            if field.keeper == HOST:
+                self._write(name, slot, _row(field, values.get(name)))
+            elif name in values:
+                self._send(field, slot, np.atleast_1d(np.asarray(values[name], field.spec.dtype)))
 
-    def _write_history(self, slot: int, tokens: np.ndarray) -> None:
-        """The first tokens of a slot's history; steps write there too, so it has no copy on the host."""
-        tokens = np.ascontiguousarray(tokens)
-        start = self._places["history"] + slot * self._context * tokens.itemsize
-        for at in range(0, tokens.nbytes, _MOST_SENT):
-            nbytes = min(_MOST_SENT, tokens.nbytes - at)
-            self._driver.to_device(start + at, tokens.ctypes.data + at, nbytes, self._stream)
+    def _send(self, field: Field, slot: int, entries: np.ndarray) -> None:
+        """The first entries of what the device keeps for a slot: steps write there, so the host has no copy."""
+        entries = np.ascontiguousarray(entries)
+        start = self._places[field.name] + slot * (field.spec.nbytes({}) // field.spec.at({})[0])
+        for at in range(0, entries.nbytes, _MOST_SENT):
+            nbytes = min(_MOST_SENT, entries.nbytes - at)
+            self._driver.to_device(start + at, entries.ctypes.data + at, nbytes, self._stream)
 
     def _write(self, name: str, slot: int, row: np.ndarray) -> None:
         table = self._host[name]

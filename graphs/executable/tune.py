@@ -14,7 +14,7 @@ from typing import Any
 
 from makeready.graphs.executable.cuda import CudaExecutable
 from makeready.graphs.executable.cuda_workbench import Workbench
-from makeready.graphs.executable.typical import typical_step
+from makeready.graphs.executable.example import typical_step
 from makeready.graphs.plan import Plan, PlanError, tuned_key
 from makeready.graphs.spec import Bucket
 
@@ -66,7 +66,7 @@ def tune(
     bench, gains, done = executable.workbench(), [], 0
     for bucket in plan.buckets:
         progress(done, total, str(bucket))
-        executable.launch(bucket, typical_step(plan, bucket, executable.pages, context)).wait()
+        executable.launch(bucket, typical_step(executable, bucket, context)).wait()
         gains.append(_tune_bucket(bench, bucket, alternatives[bucket]))
         done += len(alternatives[bucket])
     progress(done, total, "")

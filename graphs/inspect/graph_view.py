@@ -19,7 +19,6 @@ from makeready.graphs.inspect.markup import Markup, joined, svg, tag, text, tip
 from makeready.graphs.inspect.segments import Segment, local, value_spec
 from makeready.graphs.inspect.text import shape_text
 from makeready.graphs.plan import Launch, Plan
-from makeready.graphs.spec import slot_fields, step_fields
 
 _CHAR, _ROW, _HEAD, _PAD = (
     6.3,
@@ -159,8 +158,8 @@ def _port(plan: Plan, phase: str, value: str) -> _Box:
 
 def _row(plan: Plan, phase: str, launch: Launch, role: str, value: str) -> _Row:
     caches = {part.name for part in plan.kv.parts}
-    slots = {f.name for f in slot_fields(plan.limits)}
-    steps = {f.name for f in step_fields(plan.limits, plan.limits.phases[-1])}
+    slots = {f.name for f in plan.slots}
+    steps = {f.name for step in plan.steps.values() for f in step.staged}
     kind = "kv" if value in caches else "slot" if value in slots else "step" if value in steps else "weight"
     if role in contracts()[launch.op].writes:
         kind += " ✎"

@@ -13,7 +13,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#define LAYOUT 2
+#define LAYOUT 3
 #define MAX_HEAD 1024 /* features of a head: rows of that length live on the stack */
 #define MAX_GROUP 64  /* query heads of a KV head */
 #define BLOCK 64      /* keys whose scores are held at once */
@@ -171,21 +171,63 @@ DISPATCHED void add_rms_norm(const AddRmsNorm *a) {
 }
 
 typedef struct {
-    const int32_t *token_ids, *token_slot, *positions;
-    int32_t *history;
-    int64_t history_stride;
-    int32_t *ids;
-    int64_t tokens;
-} LoadTokens;
+    const int32_t *token_ids, *row_slot, *row_start, *query_start, *query_len;
+    int32_t *length, *history;
+    int32_t *ids, *positions, *token_slot, *context_len;
+    int64_t tokens, rows, null_slot, history_stride;
+} Locate;
 
-/* All are read before the first is written: padding tokens share a place. */
-void load_tokens(const LoadTokens *a) {
+void locate(const Locate *a) {
     for (int64_t t = 0; t < a->tokens; t++) {
-        const int64_t place = a->token_slot[t] * a->history_stride + a->positions[t];
-        a->ids[t] = a->token_ids[t] >= 0 ? a->token_ids[t] : a->history[place];
+        a->ids[t] = a->positions[t] = 0;
+        a->token_slot[t] = (int32_t)a->null_slot;
     }
+    for (int64_t r = 0; r < a->rows; r++) {
+        const int32_t slot = a->row_slot[r];
+        a->context_len[r] = 0;
+        if (slot == a->null_slot)
+            continue;
+        const int32_t start = a->row_start[r] >= 0 ? a->row_start[r] : a->length[slot];
+        int32_t *history = a->history + slot * a->history_stride;
+        for (int32_t i = 0; i < a->query_len[r]; i++) {
+            const int64_t t = a->query_start[r] + i;
+            const int32_t at = start + i;
+            if (a->token_ids[t] >= 0)
+                history[at] = a->token_ids[t];
+            a->ids[t] = history[at];
+            a->positions[t] = at;
+            a->token_slot[t] = slot;
+        }
+        a->length[slot] = a->context_len[r] = start + a->query_len[r];
+    }
+}
+
+typedef struct {
+    const int32_t *positions, *row_slot, *query_start, *query_len, *context_len, *grow_at, *grow_page;
+    int32_t *pages;
+    int32_t *kv_slot, *page_table;
+    int64_t tokens, rows, grow, null_slot, width, page_size;
+} FindPages;
+
+void find_pages(const FindPages *a) {
     for (int64_t t = 0; t < a->tokens; t++)
-        a->history[a->token_slot[t] * a->history_stride + a->positions[t]] = a->ids[t];
+        a->kv_slot[t] = 0;
+    for (int64_t r = 0; r < a->rows; r++) {
+        const int32_t slot = a->row_slot[r], size = (int32_t)a->page_size;
+        int32_t *pages = a->pages + slot * a->width, *table = a->page_table + r * a->width;
+        const int64_t held = (a->context_len[r] + a->page_size - 1) / a->page_size;
+        if (slot != a->null_slot) {
+            for (int64_t g = 0; g < a->grow; g++)
+                if (a->grow_page[r * a->grow + g])
+                    pages[a->grow_at[r] + g] = a->grow_page[r * a->grow + g];
+            for (int32_t i = 0; i < a->query_len[r]; i++) {
+                const int64_t t = a->query_start[r] + i;
+                a->kv_slot[t] = pages[a->positions[t] / size] * size + a->positions[t] % size;
+            }
+        }
+        for (int64_t b = 0; b < a->width; b++)
+            table[b] = b < held ? pages[b] : 0;
+    }
 }
 
 typedef struct {

@@ -19,7 +19,9 @@ from makeready.engine.loop import Engine
 from makeready.engine.options import SchedulerOptions
 from makeready.engine.request import Request
 from makeready.engine.sampling import SamplingParams
-from makeready.graphs.spec import DECODE, EXTEND, Bucket, Limits, result_fields
+from makeready.graphs.request import Request as PlanRequest
+from makeready.graphs.spec import DECODE, EXTEND, Bucket, Limits
+from makeready.graphs.steps.base import declare
 
 MAX_TOKENS, PAGE_SIZE, TURNOVER_TOKENS = 8192, 64, 16
 
@@ -32,11 +34,12 @@ class InstantExecutable:
     def __init__(self, limits: Limits, pages: int) -> None:
         rows = limits.max_rows
         buckets = (Bucket(DECODE, rows, rows), Bucket(EXTEND, rows, limits.max_tokens))
-        self.plan: Any = SimpleNamespace(limits=limits, buckets=buckets)
+        steps, slots = declare(limits, PlanRequest())
+        self.plan: Any = SimpleNamespace(limits=limits, buckets=buckets, steps=steps, slots=slots)
         self.pages = pages
         self._results = {
             f.name: np.full(f.spec.at(buckets[0].sizes), f.default, f.spec.dtype)
-            for f in result_fields(limits, DECODE)
+            for f in steps[DECODE].results
         }
         self._results["tokens"][:] = 1
 

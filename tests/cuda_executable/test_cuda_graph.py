@@ -13,7 +13,7 @@ from makeready.graphs import memory
 from makeready.graphs.executable.cuda import CudaExecutable
 from makeready.graphs.executable.cuda_driver import Driver
 from makeready.graphs.plan import Plan, PlanError, tuned_key
-from makeready.graphs.spec import Bucket, result_fields, slot_fields, step_fields
+from makeready.graphs.spec import Bucket
 from makeready.kernels.spec import DTYPE_BYTES, PAGES
 
 
@@ -74,9 +74,9 @@ def expected_address(
         start += memory.align(part.page_bytes * executable.pages)
     step = memory.align(plan.memory.step)
     for region, base, fields in (
-        ("io", places["io"][0], step_fields(plan.limits, bucket.phase)),
-        ("io", places["io"][0] + step, result_fields(plan.limits, bucket.phase)),
-        ("slot", places["slot"][0], slot_fields(plan.limits)),
+        ("io", places["io"][0], plan.steps[bucket.phase].staged),
+        ("io", places["io"][0] + step, plan.steps[bucket.phase].results),
+        ("slot", places["slot"][0], plan.slots),
     ):
         for field in fields:
             if field.name == value:
@@ -197,7 +197,7 @@ def test_scratch_and_cache_start_at_zero_and_slots_at_their_defaults(loaded):
     for region in ("scratch", "kv"):
         assert not bindings.allocations[places[region][0]].any()
     address = places["slot"][0]
-    for field in slot_fields(executable.plan.limits):
+    for field in executable.plan.slots:
         raw = bindings.allocations[places["slot"][0]][address - places["slot"][0] :]
         array = raw[: field.spec.nbytes({})].view(field.spec.dtype)
         assert (array == field.default).all(), field.name

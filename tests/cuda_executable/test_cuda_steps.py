@@ -14,7 +14,7 @@ from makeready.graphs import memory
 from makeready.graphs.executable import cuda_staging
 from makeready.graphs.executable.cuda import CudaExecutable
 from makeready.graphs.executable.cuda_driver import Driver
-from makeready.graphs.spec import Bucket, result_fields, slot_fields, step_fields
+from makeready.graphs.spec import Bucket
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def bucket_of(phase: str, largest: bool = True) -> Bucket:
 
 def make_step(bucket: Bucket, seed: int = 0) -> dict[str, np.ndarray]:
     random = np.random.default_rng(seed)
-    fields = step_fields(tiny().limits, bucket.phase)
+    fields = tiny().steps[bucket.phase].staged
     return {f.name: random.integers(0, 1000, f.spec.at(bucket.sizes)).astype(f.spec.dtype) for f in fields}
 
 
@@ -55,19 +55,19 @@ def addresses(executable: CudaExecutable, fields, base: int, bucket: Bucket) -> 
 
 
 def answer(executable: CudaExecutable, bucket: Bucket):
-    """A device that adds one to each row's first context figure and calls it the sampled token."""
-    steps = {f.name: f for f in step_fields(executable.plan.limits, bucket.phase)}
+    """A device that adds one to each row's length and calls it the sampled token."""
+    steps = {f.name: f for f in executable.plan.steps[bucket.phase].staged}
     places = addresses(executable, steps.values(), executable._regions.step, bucket)
 
     def run(nodes) -> None:
-        context = device(places["context_len"], steps["context_len"], bucket)
+        context = device(places["query_len"], steps["query_len"], bucket)
         tokens = (context + 1).astype(np.int32)
         ctypes.memmove(executable._regions.result, tokens.ctypes.data, tokens.nbytes)
 
     return run
 
 
-@pytest.mark.parametrize("phase", ["decode", "extend", "score"])
+@pytest.mark.parametrize("phase", ["decode", "extend", "input_logprobs"])
 @pytest.mark.parametrize("largest", [True, False])
 def test_a_step_is_one_copy_in_one_launch_and_one_copy_out(loaded, phase, largest):
     executable, bindings = loaded
@@ -76,7 +76,7 @@ def test_a_step_is_one_copy_in_one_launch_and_one_copy_out(loaded, phase, larges
     seen = {}
 
     def run(nodes) -> None:
-        fields = step_fields(executable.plan.limits, bucket.phase)
+        fields = executable.plan.steps[bucket.phase].staged
         places = addresses(executable, fields, executable._regions.step, bucket)
         for field in fields:
             seen[field.name] = device(places[field.name], field, bucket)
@@ -91,8 +91,9 @@ def test_a_step_is_one_copy_in_one_launch_and_one_copy_out(loaded, phase, larges
         "cuMemcpyDtoHAsync",
         "cuEventRecord",
     ]
-    for copy, fields in zip(bindings.copies, (step_fields, result_fields), strict=False):
-        assert copy[3] == memory.layout(fields(executable.plan.limits, bucket.phase), bucket.sizes)[1]
+    kind = executable.plan.steps[bucket.phase]
+    for copy, fields in zip(bindings.copies, (kind.staged, kind.results), strict=False):
+        assert copy[3] == memory.layout(fields, bucket.sizes)[1]
     for name, array in step.items():
         assert np.array_equal(seen[name], array), name
 
@@ -104,11 +105,11 @@ def test_a_launch_waits_for_nothing_and_arrays_may_be_reused_at_once(loaded):
     step = make_step(bucket)
     expected, pending = [], []
     for k in range(2):
-        step["context_len"][:] = 100 * k + np.arange(bucket.rows)
-        expected.append(step["context_len"] + 1)
+        step["query_len"][:] = 100 * k + np.arange(bucket.rows)
+        expected.append(step["query_len"] + 1)
         pending.append(executable.launch(bucket, step))
     assert "cuEventSynchronize" not in bindings.calls, "the host waited for the device"
-    step["context_len"][:] = -1
+    step["query_len"][:] = -1
     for k in (1, 0):
         assert np.array_equal(pending[k].wait()["tokens"], expected[k])
 
@@ -120,26 +121,26 @@ def test_results_outlive_later_steps(loaded):
     pending = []
     for k in range(7):
         step = make_step(bucket)
-        step["context_len"][:] = k
+        step["query_len"][:] = k
         pending.append(executable.launch(bucket, step))
     for k in (3, 6, 0, 5, 1, 2, 4):
         first = pending[k].wait()
         assert (first["tokens"] == k + 1).all()
         assert first is pending[k].wait()
-        assert set(first) == {f.name for f in result_fields(executable.plan.limits, bucket.phase)}
+        assert set(first) == {f.name for f in executable.plan.steps[bucket.phase].results}
 
 
 def test_a_step_of_the_wrong_shape_is_refused(loaded):
     executable, _ = loaded
     bucket = bucket_of("decode")
     step = make_step(bucket)
-    step["positions"] = step["positions"][:1]
-    with pytest.raises(AssertionError, match="positions is"):
+    step["row_slot"] = step["row_slot"][:1]
+    with pytest.raises(AssertionError, match="row_slot is"):
         executable.launch(bucket, step)
 
 
 def slot_bytes(executable: CudaExecutable) -> dict[str, np.ndarray]:
-    fields = slot_fields(executable.plan.limits)
+    fields = executable.plan.slots
     bucket = bucket_of("decode")
     places = addresses(executable, fields, executable._regions.slot, bucket)
     executable._driver.synchronize(executable._stream)
@@ -170,15 +171,16 @@ def test_slots_get_what_is_named_and_defaults(loaded):
         executable.write_slot(0, {"historic": [1]})
 
 
-def test_the_host_writes_the_beginning_of_a_history(loaded):
+@pytest.mark.parametrize("name", ["history", "pages"])
+def test_the_host_writes_the_beginning_of_what_the_device_keeps(loaded, name):
     executable, bindings = loaded
-    before = slot_bytes(executable)["history"]
+    before = slot_bytes(executable)[name]
     tokens = np.arange(1, 1 + before.shape[1], dtype=np.int32)
-    executable.write_slot(1, {"history": tokens[:5].tolist()})
-    executable.write_slot(3, {"history": tokens})
+    executable.write_slot(1, {name: tokens[:3].tolist()})
+    executable.write_slot(3, {name: tokens})
     assert len(bindings.copies) == 2
-    after = slot_bytes(executable)["history"]
-    assert after[1].tolist() == [1, 2, 3, 4, 5, *before[1, 5:]]
+    after = slot_bytes(executable)[name]
+    assert after[1].tolist() == [1, 2, 3, *before[1, 3:]]
     assert np.array_equal(after[3], tokens)
     assert np.array_equal(after[[0, 2, 4]], before[[0, 2, 4]])
 
@@ -195,8 +197,8 @@ def test_a_long_history_goes_in_pieces(loaded, monkeypatch):
 def test_slots_change_in_the_order_of_steps(loaded):
     executable, bindings = loaded
     bucket = bucket_of("decode")
-    place = addresses(executable, slot_fields(executable.plan.limits), executable._regions.slot, bucket)
-    field = next(f for f in slot_fields(executable.plan.limits) if f.name == "top_k")
+    place = addresses(executable, executable.plan.slots, executable._regions.slot, bucket)
+    field = next(f for f in executable.plan.slots if f.name == "top_k")
     seen = []
     bindings.on_launch = lambda nodes: seen.append(device(place["top_k"], field, bucket)[1])
     for k in (5, 6, 7):

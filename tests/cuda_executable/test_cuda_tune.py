@@ -11,10 +11,10 @@ from plans import dummy, make_plan, tiny
 
 from makeready.graphs.executable.cuda import CudaExecutable
 from makeready.graphs.executable.cuda_driver import Driver
+from makeready.graphs.executable.example import typical_step
 from makeready.graphs.executable.tune import tune
-from makeready.graphs.executable.typical import typical_step
 from makeready.graphs.plan import Plan, PlanError, tuned_key
-from makeready.graphs.spec import DECODE, step_fields
+from makeready.graphs.spec import DECODE
 
 DEVICE = "Fake GPU"
 
@@ -123,19 +123,31 @@ def test_the_cache_is_filled_with_numbers_of_moderate_size(dtype):
     executable.close()
 
 
+class Slots:
+    """Remembers the pages of every slot."""
+
+    def __init__(self, pages: int) -> None:
+        self.plan, self.pages = tiny(), pages
+        self.held: dict[int, list[int]] = {}
+
+    def write_slot(self, slot, values):
+        self.held[slot] = values["pages"].tolist()
+
+
 def test_a_typical_step_reads_and_writes_pages_of_its_own():
     plan = tiny()
-    limits = plan.limits
     for bucket in plan.buckets:
-        step = typical_step(plan, bucket, pages=17, context=40)
+        slots = Slots(17)
+        step = typical_step(slots, bucket, context=40)  # pyright: ignore[reportArgumentType]
         assert {name: array.shape for name, array in step.items()} == {
-            f.name: f.spec.at(bucket.sizes) for f in step_fields(limits, bucket.phase)
+            f.name: f.spec.at(bucket.sizes) for f in plan.steps[bucket.phase].staged
         }
         rows = bucket.rows if bucket.phase == DECODE else 1
-        assert (step["context_len"][:rows] == (40 if bucket.phase == DECODE else bucket.tokens)).all()
-        for token in range(bucket.tokens):
-            row = step["token_slot"][token]
-            position = step["positions"][token]
-            page = step["page_table"][row][position // limits.page_size]
-            assert 0 < page < 17
-            assert step["kv_slot"][token] == page * limits.page_size + position % limits.page_size
+        last = 40 if bucket.phase == DECODE else bucket.tokens
+        assert (step["row_start"][:rows] + step["query_len"][:rows] == last).all()
+        assert step["query_len"].sum() == bucket.tokens
+        for slot in step["row_slot"][:rows].tolist():
+            held = slots.held[slot]
+            assert len(held) == -(-last // plan.limits.page_size)
+            assert all(0 < page < 17 for page in held)
+            assert len(set(held)) == len(held)

@@ -27,8 +27,7 @@ def random_limits(rng: random.Random) -> Limits:
     rows = rng.randint(1, 5)
     context = rng.randint(16, 48)
     tokens = rng.randint(rows, 20)
-    scoring = rng.choice([0, rows, rng.randint(rows, tokens)])
-    return Limits(rows, tokens, context, rng.choice([1, 2, 3, 4, 8]), max_logprob_tokens=scoring)
+    return Limits(rows, tokens, context, rng.choice([1, 2, 3, 4, 8]))
 
 
 def random_options(rng: random.Random) -> dict[str, Any]:
@@ -65,7 +64,10 @@ class Simulation:
         rng = self.rng
         self.limits = limits = random_limits(rng)
         pages = 1 + rng.randint(limits.pages_per_row, 2 * limits.pages_per_row + 1)
-        self.executable = FakeExecutable(limits, buckets_of(limits), pages, asynchronous=rng.random() < 0.9)
+        rows, tokens = limits.max_rows, limits.max_tokens
+        self.scoring = rng.choice([0, rows, rng.randint(rows, tokens)])
+        buckets = buckets_of(limits, self.scoring)
+        self.executable = FakeExecutable(limits, buckets, pages, asynchronous=rng.random() < 0.9)
         self.engine = Engine(self.executable, SchedulerOptions(**{**random_options(rng), **self.options}))
         self.engine.observer = self._observe
         # Conversations that prompts are beginnings of, plus some tokens.
@@ -81,7 +83,7 @@ class Simulation:
             *(rng.randrange(3) for _ in range(rng.choice([0, 0, 1, 4]))),
         ]
         prompt = prompt[:most] or [0]
-        scored = self.limits.max_logprob_tokens and rng.random() < 0.3
+        scored = self.scoring and rng.random() < 0.3
         most = min(self.limits.context_len - len(prompt), rng.choice([1, 6, 48, 48]))
         count = rng.randint(0 if scored else 1, most)
         params = SamplingParams(

@@ -134,8 +134,8 @@ def test_padding_rows_and_tokens_hold_their_defaults() -> None:
     engine.submit(make_request([5, 6, 7], 2, 0))
     engine.step()
     (step,) = seen
-    assert step["token_slot"].tolist() == [0] * 3 + [limits.null_slot] * 13
-    assert step["kv_slot"][3:].tolist() == [0] * 13
+    assert step["token_ids"].tolist() == [5, 6, 7] + [0] * 13
     assert step["query_len"].tolist() == [3, 0, 0, 0]
-    assert step["row_slot"].tolist() == [0, 4, 4, 4]
-    assert (step["page_table"][1:] == 0).all()
+    assert step["row_slot"].tolist() == step["sample_slot"].tolist() == [0, 4, 4, 4]
+    assert step["row_start"].tolist() == [0, -1, -1, -1]
+    assert step["grow_page"].tolist() == [[0]] * 4

@@ -67,7 +67,7 @@ def test_bad_fields_are_named(fields: dict[str, Any], words: str) -> None:
 )
 def test_what_a_plan_cannot_take_is_named(fields: dict[str, Any], words: str) -> None:
     with pytest.raises(RequestError, match=words):
-        SamplingParams(**fields).check(LIMITS, vocabulary=1000)
+        SamplingParams(**fields).check(LIMITS, vocabulary=1000, steps=("decode", "extend"))
 
 
 def test_samples_of_one_request_have_seeds_of_their_own() -> None:

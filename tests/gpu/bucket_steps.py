@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scripted_steps import Row, Step, make_step
+from scripted_steps import Row, Step, make_step, open_slot
 
 from makeready.graphs.plan import Plan
 from makeready.graphs.spec import DECODE, EXTEND, Bucket
@@ -77,7 +77,7 @@ def _lengths(random: np.random.Generator, rows: int, tokens: int, most: int) -> 
 def run(executable: Any, case: Case, *, poison: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Logits ``[rows, vocabulary]`` and greedy tokens ``[rows]`` of a case's last step."""
     for slot in range(len(case.step.rows)):
-        executable.write_slot(slot, {})
+        open_slot(executable, slot)
     for step in case.before:
         executable.launch(step.bucket, step.arrays).wait()
     if poison:

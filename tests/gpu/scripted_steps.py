@@ -16,8 +16,9 @@ from makeready.graphs.buckets import BucketTable
 from makeready.graphs.checkpoint.base import Checkpoint, open_checkpoint
 from makeready.graphs.checkpoint.dummy import DummyCheckpoint
 from makeready.graphs.compile import compile_plan
+from makeready.graphs.executable.example import Row, example_step
 from makeready.graphs.plan import Plan
-from makeready.graphs.spec import DECODE, EXTEND, Bucket, step_fields
+from makeready.graphs.spec import DECODE, EXTEND, Bucket
 
 SAMPLED = -1  # instead of a token id: what the device sampled last
 SMALL = {
@@ -69,15 +70,6 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 @dataclass(frozen=True)
-class Row:
-    """Tokens that one request runs in a step: the slot it has and how many tokens went before."""
-
-    slot: int
-    ids: Sequence[int]
-    before: int
-
-
-@dataclass(frozen=True)
 class Step:
     """A batch, the bucket it runs in and its arrays."""
 
@@ -87,29 +79,15 @@ class Step:
 
 
 def make_step(plan: Plan, phase: str, rows: Sequence[Row]) -> Step:
-    """A batch as the engine stages it; slot s owns the pages behind s full contexts."""
-    limits = plan.limits
+    """A batch as the engine stages it, in its bucket."""
     bucket = BucketTable(plan.buckets).covering(phase, len(rows), sum(len(r.ids) for r in rows))
-    fields = step_fields(limits, phase)
-    arrays = {f.name: np.full(f.spec.at(bucket.sizes), f.default, f.spec.dtype) for f in fields}
-    start = 0
-    for at, row in enumerate(rows):
-        count = len(row.ids)
-        tokens = slice(start, start + count)
-        positions = np.arange(row.before, row.before + count)
-        pages = 1 + row.slot * limits.pages_per_row + np.arange(limits.pages_per_row)
-        size = limits.page_size
-        arrays["token_ids"][tokens] = row.ids
-        arrays["positions"][tokens] = positions
-        arrays["token_slot"][tokens] = row.slot
-        arrays["kv_slot"][tokens] = pages[positions // size] * size + positions % size
-        arrays["query_start"][at] = start
-        arrays["query_len"][at] = count
-        arrays["context_len"][at] = row.before + count
-        arrays["row_slot"][at] = row.slot
-        arrays["page_table"][at] = pages
-        start += count
-    return Step(bucket, tuple(rows), arrays)
+    return Step(bucket, tuple(rows), example_step(plan, bucket, rows))
+
+
+def open_slot(executable: Any, slot: int, **values: Any) -> None:
+    """Admit a sequence: slot s owns the pages behind s full contexts."""
+    count = executable.plan.limits.pages_per_row
+    executable.write_slot(slot, {"pages": 1 + slot * count + np.arange(count), **values})
 
 
 def script(plan: Plan, *, feed: bool = False) -> Iterator[Step]:
@@ -148,7 +126,7 @@ def play(executable: Any, *, poison: bool = False) -> list[Played]:
     """Run the script step by step."""
     played = []
     for slot, length in enumerate(PROMPTS):
-        executable.write_slot(slot, {"prompt_len": length})
+        open_slot(executable, slot, prompt_len=length)
     for step in script(executable.plan):
         if poison:
             executable.poison()

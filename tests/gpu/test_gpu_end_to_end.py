@@ -22,7 +22,7 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from scripted_steps import Row, make_step
+from scripted_steps import Row, make_step, open_slot
 
 from makeready.engine.llm import LLM, SamplingParams
 from makeready.graphs import golden
@@ -135,7 +135,7 @@ def forced(executable: Any, prompts: Sequence[list[int]], tokens: Sequence[Seque
     limit = executable.plan.limits.max_tokens
     made = np.zeros((len(prompts), COUNT), np.int32)
     for slot, prompt in enumerate(prompts):
-        executable.write_slot(slot, {"prompt_len": len(prompt)})
+        open_slot(executable, slot, prompt_len=len(prompt))
         for at in range(0, len(prompt), limit):
             step = make_step(executable.plan, EXTEND, [Row(slot, prompt[at : at + limit], at)])
             made[slot, 0] = executable.launch(step.bucket, step.arrays).wait()["tokens"][0]

@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from bucket_steps import cases, run
-from scripted_steps import FORCED, PROMPTS, SMALL, Played, play, script, write_checkpoint
+from scripted_steps import FORCED, PROMPTS, SMALL, Played, open_slot, play, script, write_checkpoint
 
 from makeready.engine.llm import LLM, SamplingParams
 from makeready.graphs import artifact, golden
@@ -158,7 +158,7 @@ def test_sampled_tokens_feed_the_next_step_without_the_host(executable, plan):
     def run(wait: bool) -> list[list[int]]:
         pending = []
         for slot, length in enumerate(PROMPTS):
-            executable.write_slot(slot, {"prompt_len": length})
+            open_slot(executable, slot, prompt_len=length)
         for step in script(plan, feed=True):
             pending.append(executable.launch(step.bucket, step.arrays))
             if wait:

@@ -11,10 +11,12 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from benchmarks.gpu.launcher import check, op_call, run  # noqa: E402
+from inputs import BUILDERS  # noqa: E402
 
 from makeready.kernels import elementwise, embedding, norm, registry, rope  # noqa: E402
+from makeready.kernels.step import locate  # noqa: E402
 
-for module in ("norm", "elementwise", "embedding", "rope"):
+for module in ("norm", "elementwise", "embedding", "rope", "step.locate"):
     importlib.import_module(f"makeready.kernels.{module}_triton")
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -111,22 +113,10 @@ def test_embedding_beyond_32_bits():
             assert run(candidate, call, tensors)["x"].equal(weight[ids.long()])
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 64, 3000])
-def test_load_tokens(tokens):
-    slots, context = 17, 1000
-    place = torch.randperm((slots - 1) * context)[:tokens]
-    ids = torch.randint(0, 1000, (tokens,))
-    ids[torch.rand(tokens) < 0.4] = -1
-    slot, position = place // context, place % context
-    padding = slice(tokens - tokens // 3, tokens)
-    slot[padding], position[padding], ids[padding] = slots - 1, 0, 0
-    tensors = {
-        "token_ids": ids,
-        "token_slot": slot,
-        "positions": position,
-        "history": torch.randint(0, 1000, (slots, context)),
-    }
-    check_all(embedding.load_tokens, {k: v.int().cuda() for k, v in tensors.items()})
+@pytest.mark.parametrize("op", [locate.locate, locate.find_pages])
+def test_steps_find_their_places(op):
+    for case in BUILDERS[op.name](op.name):
+        check_all(op, {k: v.cuda() for k, v in case.operands.items()}, case.attrs)
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 3000])

@@ -326,6 +326,6 @@ def test_a_plan_of_unknown_kernels_does_not_run_here(plan):
     executable = CpuExecutable(strange, dummy(LLAMA), pages=4)
     bucket = next(b for b in plan.buckets if b.phase == "decode")
     with pytest.raises(
-        PlanError, match=r"no kernel load_tokens/of_tomorrow for target cpu; compile the plan again"
+        PlanError, match=r"no kernel locate/of_tomorrow for target cpu; compile the plan again"
     ):
         executable.launch(bucket, {})

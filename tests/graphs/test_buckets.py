@@ -10,89 +10,87 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from makeready.graphs import buckets as module
-from makeready.graphs.buckets import BucketTable, Traffic, choose_buckets, prove_coverage, uncovered
+from makeready.graphs.buckets import BucketTable, Shapes, choose_buckets, prove_coverage, uncovered
 from makeready.graphs.plan import PlanError
-from makeready.graphs.spec import DECODE, EXTEND, PHASES, SCORE, Bucket, Limits
+from makeready.graphs.spec import DECODE, EXTEND, Bucket, StepSpec
+
+PAIRS = "pairs"  # steps of two tokens in every row
+KINDS = (DECODE, EXTEND, PAIRS)
 
 
-def limits_of(rows: int, tokens: int, scored: int = 0) -> Limits:
-    return Limits(max_rows=rows, max_tokens=tokens, context_len=64, page_size=8, max_logprob_tokens=scored)
+def steps_of(rows: int, tokens: int, paired: int = 0) -> dict[str, StepSpec]:
+    made = {
+        DECODE: StepSpec(rows, rows, 1, (), ()),
+        EXTEND: StepSpec(rows, tokens, None, (), ()),
+    }
+    return made | ({PAIRS: StepSpec(paired, 2 * paired, 2, (), ())} if paired else {})
 
 
-LIMITS = (
-    st.tuples(st.integers(1, 6), st.integers(1, 9), st.integers(0, 9))
-    .filter(lambda p: p[0] <= p[1] and (p[2] == 0 or p[0] <= p[2] <= p[1]))
-    .map(lambda p: limits_of(*p))
+STEPS = (
+    st.tuples(st.integers(1, 6), st.integers(1, 9), st.integers(0, 4))
+    .filter(lambda p: p[0] <= p[1])
+    .map(lambda p: steps_of(*p))
 )
-ANY_BUCKET = st.builds(Bucket, st.sampled_from(PHASES), st.integers(1, 8), st.integers(1, 11))
+ANY_BUCKET = st.builds(Bucket, st.sampled_from(KINDS), st.integers(1, 8), st.integers(1, 11))
+EACH = {DECODE: 1, PAIRS: 2}
 LEGAL_BUCKET = ANY_BUCKET.map(
-    lambda b: (
-        Bucket(b.phase, b.rows, b.rows)
-        if b.phase == DECODE
-        else Bucket(b.phase, b.rows, max(b.rows, b.tokens))
-    )
+    lambda b: Bucket(b.phase, b.rows, b.rows * EACH.get(b.phase, 0) or max(b.rows, b.tokens))
 )
 
 
-def legal(limits: Limits, phase: str) -> list[tuple[int, int]]:
+def legal(steps: dict[str, StepSpec], kind: str) -> list[tuple[int, int]]:
     """Every batch that the limits allow, smallest row counts first."""
-    if phase == DECODE:
-        return [(r, r) for r in range(1, limits.max_rows + 1)]
-    most = limits.max_tokens if phase == EXTEND else limits.max_logprob_tokens
-    return [(r, t) for r in range(1, limits.max_rows + 1) for t in range(r, most + 1)]
+    step = steps[kind]
+    if kind in EACH:
+        return [(r, r * EACH[kind]) for r in range(1, step.rows + 1)]
+    return [(r, t) for r in range(1, step.rows + 1) for t in range(r, step.tokens + 1)]
 
 
-def missing(buckets: Sequence[Bucket], limits: Limits, phase: str) -> list[tuple[int, int]]:
+def missing(buckets: Sequence[Bucket], steps: dict[str, StepSpec], phase: str) -> list[tuple[int, int]]:
     mine = [b for b in buckets if b.phase == phase]
-    return [batch for batch in legal(limits, phase) if not any(b.covers(*batch) for b in mine)]
+    return [batch for batch in legal(steps, phase) if not any(b.covers(*batch) for b in mine)]
 
 
 @settings(max_examples=200)
-@given(st.lists(LEGAL_BUCKET, max_size=7), LIMITS)
-def test_the_proof_finds_the_smallest_uncovered_batch(buckets, limits):
-    for phase in limits.phases:
-        wrong = missing(buckets, limits, phase)
-        found = list(uncovered(buckets, limits, phase))
+@given(st.lists(LEGAL_BUCKET, max_size=7), STEPS)
+def test_the_proof_finds_the_smallest_uncovered_batch(buckets, steps):
+    for phase, step in steps.items():
+        wrong = missing(buckets, steps, phase)
+        found = list(uncovered(buckets, phase, step))
         assert set(found) <= set(wrong)
         assert found[:1] == wrong[:1]
 
 
 @settings(max_examples=200)
-@given(st.lists(ANY_BUCKET, max_size=7), LIMITS)
-@example([Bucket(DECODE, 8, 2)], limits_of(5, 5))
-def test_the_proof_holds_for_illegal_buckets_too(buckets, limits):
-    for phase in limits.phases:
-        wrong = missing(buckets, limits, phase)
-        found = list(uncovered(buckets, limits, phase))
+@given(st.lists(ANY_BUCKET, max_size=7), STEPS)
+@example([Bucket(DECODE, 8, 2)], steps_of(5, 5))
+def test_the_proof_holds_for_illegal_buckets_too(buckets, steps):
+    for phase, step in steps.items():
+        wrong = missing(buckets, steps, phase)
+        found = list(uncovered(buckets, phase, step))
         assert set(found) <= set(wrong)
         assert bool(found) == bool(wrong)
 
 
 @settings(max_examples=200)
-@given(st.lists(st.one_of(LEGAL_BUCKET, ANY_BUCKET), max_size=6), LIMITS)
-def test_a_set_is_accepted_if_and_only_if_it_covers_everything(buckets, limits):
-    most = [
-        Bucket(DECODE, limits.max_rows, limits.max_rows),
-        Bucket(EXTEND, limits.max_rows, limits.max_tokens),
-        *(Bucket(SCORE, limits.max_rows, t) for t in [limits.max_logprob_tokens] if t),
-    ]
-    tokens = {DECODE: limits.max_rows, EXTEND: limits.max_tokens, SCORE: limits.max_logprob_tokens}
+@given(st.lists(st.one_of(LEGAL_BUCKET, ANY_BUCKET), max_size=6), STEPS)
+def test_a_set_is_accepted_if_and_only_if_it_covers_everything(buckets, steps):
+    most = [Bucket(kind, step.rows, step.tokens) for kind, step in steps.items()]
     for given_set in (buckets, [*buckets, *most], most):
         sound = (
             len(set(given_set)) == len(given_set)
-            and all(b.rows <= limits.max_rows and b.tokens <= tokens[b.phase] for b in given_set)
-            and all(b.rows == b.tokens if b.phase == DECODE else b.rows <= b.tokens for b in given_set)
-            and not any(missing(given_set, limits, phase) for phase in PHASES)
+            and all(b.phase in steps and (b.rows, b.tokens) in legal(steps, b.phase) for b in given_set)
+            and not any(missing(given_set, steps, kind) for kind in steps)
         )
         if sound:
-            prove_coverage(given_set, limits)
+            prove_coverage(given_set, steps)
         else:
             with pytest.raises(PlanError):
-                prove_coverage(given_set, limits)
+                prove_coverage(given_set, steps)
 
 
 def test_errors_name_the_batch_and_the_remedy():
-    limits = limits_of(4, 8)
+    limits = steps_of(4, 8)
     decode, extend = Bucket(DECODE, 4, 4), Bucket(EXTEND, 4, 8)
     prove_coverage([decode, extend], limits)
     with pytest.raises(PlanError, match=r"no extend bucket covers 3 rows with 7 tokens.*plan\.max_rows"):
@@ -105,8 +103,8 @@ def test_errors_name_the_batch_and_the_remedy():
         prove_coverage([decode, extend, Bucket(EXTEND, 4, 3)], limits)
     with pytest.raises(PlanError, match="listed twice"):
         prove_coverage([decode, extend, extend], limits)
-    with pytest.raises(PlanError, match=r"max_tokens=3 is below max_rows=4.*raise plan\.max_tokens"):
-        prove_coverage([decode, extend], limits_of(4, 3))
+    with pytest.raises(PlanError, match=r"steps of 3 tokens are below 4 rows.*raise plan\.max_tokens"):
+        prove_coverage([decode, extend], steps_of(4, 3))
 
 
 @settings(max_examples=150)
@@ -171,39 +169,38 @@ def test_candidates_are_dense_and_end_in_the_most(most):
 @given(
     rows=st.integers(1, 40),
     extra=st.integers(0, 300),
-    scored=st.integers(-1, 300),
+    paired=st.integers(0, 300),
     decode=st.integers(1, 9),
     extend=st.integers(1, 12),
 )
-def test_chosen_buckets_cover_every_batch(rows, extra, scored, decode, extend):
-    limits = limits_of(rows, rows + extra, rows + min(scored, extra) if scored >= 0 else 0)
+def test_chosen_buckets_cover_every_batch(rows, extra, paired, decode, extend):
+    steps = steps_of(rows, rows + extra, paired)
+    shapes = {
+        DECODE: Shapes(count=decode),
+        EXTEND: Shapes(count=extend, row_counts=3),
+        PAIRS: Shapes(count=decode),
+    }
 
     def seconds(bucket: Bucket) -> float:
         return 1e-3 + 1e-5 * bucket.tokens + 1e-6 * bucket.rows
 
-    chosen = choose_buckets(
-        limits, Traffic(), dict.fromkeys(PHASES, seconds), max_decode=decode, max_extend=extend
-    )
-    prove_coverage(chosen, limits)
-    assert chosen == tuple(sorted(chosen))
-    assert Bucket(DECODE, rows, rows) in chosen
-    assert Bucket(EXTEND, rows, rows + extra) in chosen
-    assert sum(b.phase == DECODE for b in chosen) <= decode
-    assert sum(b.phase == EXTEND for b in chosen) <= extend
-    assert sum(b.phase == SCORE for b in chosen) <= min(extend, 4)
+    chosen = {kind: choose_buckets(kind, step, shapes[kind], seconds) for kind, step in steps.items()}
+    prove_coverage([b for found in chosen.values() for b in found], steps)
+    for kind, found in chosen.items():
+        assert found == tuple(sorted(found))
+        assert len(found) <= shapes[kind].count
+        assert Bucket(kind, steps[kind].rows, steps[kind].tokens) in found
+    assert len({b.rows for b in chosen[EXTEND] if b.tokens >= rows}) <= 3
+    one = choose_buckets(EXTEND, steps[EXTEND], Shapes(count=4, row_counts=1), seconds)
+    assert {b.rows for b in one if b.tokens >= rows} == {rows}
 
 
 def test_buckets_are_dense_where_traffic_is():
-    limits = limits_of(64, 64)
-
-    def seconds(bucket: Bucket) -> float:
-        return 1e-4 * bucket.tokens
+    step = steps_of(64, 64)[DECODE]
 
     def decode(rows: dict[int, float]) -> list[int]:
-        chosen = choose_buckets(
-            limits, Traffic(decode_rows=rows), dict.fromkeys(PHASES, seconds), max_decode=3, max_extend=2
-        )
-        return [b.rows for b in chosen if b.phase == DECODE]
+        chosen = choose_buckets(DECODE, step, Shapes(rows=rows, count=3), lambda b: 1e-4 * b.tokens)
+        return [b.rows for b in chosen]
 
     assert decode({5: 1.0, 12: 1.0}) == [5, 12, 64]
     assert decode({40: 1.0}) == [40, 64]
@@ -212,10 +209,4 @@ def test_buckets_are_dense_where_traffic_is():
 @pytest.mark.parametrize("size", [0, -1, 65])
 def test_traffic_beyond_the_limits_is_refused(size):
     with pytest.raises(PlanError, match=rf"a size of {size}; sizes go from 1 to 64"):
-        choose_buckets(
-            limits_of(64, 64),
-            Traffic(decode_rows={size: 1.0}),
-            dict.fromkeys(PHASES, lambda b: 1.0),
-            max_decode=2,
-            max_extend=2,
-        )
+        choose_buckets(DECODE, steps_of(64, 64)[DECODE], Shapes(rows={size: 1.0}, count=2), lambda b: 1.0)

@@ -16,7 +16,7 @@ from makeready.graphs.compile import Request, compile_plan, trace_checkpoint
 from makeready.graphs.models.family import UnsupportedModelError
 from makeready.graphs.passes import REWRITES
 from makeready.graphs.plan import PlanError
-from makeready.graphs.spec import DECODE, EXTEND, PHASES, Bucket, result_fields
+from makeready.graphs.spec import DECODE, EXTEND, INPUT_LOGPROBS, Bucket
 from makeready.kernels.spec import DTYPE_BYTES, TensorSpec
 
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -34,7 +34,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"traffic": Traffic(decode_rows={2: -1.0})}, PlanError, "size 2 the weight -1.0; weights are"),
     ({"traffic": Traffic(extend_rows={2: float("nan")})}, PlanError, "size 2 the weight nan; weights are"),
     ({"context_len": 65}, PlanError, r"plan\.context_len=65 is beyond the 64 tokens .* lower it to 64"),
-    ({"max_rows": 17}, PlanError, r"max_tokens=16 is below max_rows=17.*raise plan\.max_tokens"),
+    ({"max_rows": 17}, PlanError, r"steps of 16 tokens are below 17 rows.*raise plan\.max_tokens"),
     ({"target": "sm_35"}, ValueError, "target 'sm_35' is not built yet; targets are cpu"),
     ({"weight_dtype": "int3"}, PlanError, r"plan\.weight_dtype=int3 is not supported; choose one of float32"),
     (
@@ -95,7 +95,7 @@ def write_checkpoint(folder: Path, tensors: dict[str, np.ndarray]) -> Path:
 
 def test_tensors_that_the_config_contradicts_are_named(tmp_path):
     made = traced()
-    shapes = {p.pieces[0].source: p.spec.shape for p in made.program.params.values() if p.pieces}
+    shapes = {p.pieces[0].source: p.spec.shape for p in made.programs[EXTEND].params.values() if p.pieces}
     tensors = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
     assert compile_plan(write_checkpoint(tmp_path / "sound", tensors), **LIMITS)
 
@@ -152,7 +152,7 @@ def test_a_plan_says_what_was_asked():
 def test_every_byte_is_named(config):
     """Regions are as large as what lies in them, weights do not overlap, launches name only what exists."""
     plan = compile_plan(dummy(config), max_rows=4, max_tokens=16, max_logprob_tokens=8)
-    assert tuple(plan.programs) == PHASES
+    assert tuple(plan.programs) == tuple(plan.steps) == (DECODE, EXTEND, INPUT_LOGPROBS)
     end = 0
     for weight in plan.weights:
         assert weight.offset >= end
@@ -161,13 +161,13 @@ def test_every_byte_is_named(config):
     assert end <= plan.memory.weights < end + 256
     names = {weight.param.name for weight in plan.weights}
     assert len(names) == len(plan.weights)
-    for phase in PHASES:
+    for phase, step in plan.steps.items():
         used = set()
         for launch in plan.programs[phase].launches:
             for name in (*launch.operands.values(), *launch.results.values()):
                 plan.spec(phase, name)
                 used.add(name)
-        assert {field.name for field in result_fields(plan.limits, phase)} <= used
+        assert {field.name for field in (*step.staged, *step.results)} <= used
         names -= used
         most = max((b for b in plan.buckets if b.phase == phase), key=lambda b: b.tokens)
         for buffer in plan.programs[phase].buffers.values():
@@ -183,7 +183,7 @@ def test_every_byte_is_named(config):
 
 def test_stages_can_be_looked_at():
     made = trace_checkpoint(dummy(), Request(**LIMITS))
-    assert made.as_text().count("= extend_attention(") == 2
+    assert made.as_text().count("= extend_attention(") == 4  # before anything is specialized
     lowered = made.lower()
     assert lowered.as_text().count("= decode_attention(") == 2
     small, large = (lowered.cost_analysis(Bucket(EXTEND, 4, tokens)) for tokens in (4, 16))

@@ -45,7 +45,7 @@ def programs(**fields: Any) -> dict[str, Program]:
 
 def test_all_phases_run_the_same_calls():
     made = programs(deterministic=True)
-    assert set(made) == {"decode", "extend", "score"}
+    assert set(made) == {"decode", "extend", "input_logprobs"}
     for program in made.values():
         assert "decode_attention" not in {call.op for call in program.calls}
     attention = next(call for call in made["decode"].calls if call.op == "extend_attention")
@@ -56,13 +56,16 @@ def test_phases_that_differ_are_found():
     with pytest.raises(VerificationError, match=r"decode and extend compute tokens differently: .*attention"):
         verify_alike(programs())
     made = programs(deterministic=True)
-    shorter = replace(made["score"], calls=made["score"].calls[1:])
-    with pytest.raises(VerificationError, match="decode and score"):
-        verify_alike({**made, "score": shorter})
+    shorter = replace(made["input_logprobs"], calls=made["input_logprobs"].calls[1:])
+    with pytest.raises(VerificationError, match="decode and input_logprobs"):
+        verify_alike({**made, "input_logprobs": shorter})
 
 
 def test_the_planner_looks(monkeypatch):
-    monkeypatch.setattr(stages, "specialize", lambda program, phase, **_: specialize(program, phase))
+    def ordinary(program: Program, one_token: bool, **_: Any) -> Program:
+        return specialize(program, one_token=one_token)
+
+    monkeypatch.setattr(stages, "specialize", ordinary)
     with pytest.raises(VerificationError, match="compute tokens differently"):
         programs(deterministic=True)
 

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from tiny_programs import CONFIGS, traced
 
 from makeready.graphs.memory import ALIGNMENT, Interval, align, assign, layout
-from makeready.graphs.spec import Field, Limits, result_fields, slot_fields, step_fields
+from makeready.graphs.request import Request
+from makeready.graphs.spec import Field, Limits
+from makeready.graphs.steps.base import declare
 from makeready.kernels.spec import DTYPE_BYTES, TensorSpec
 
 SPANS = st.tuples(st.integers(0, 12), st.integers(0, 12)).map(sorted)
@@ -122,11 +124,14 @@ def test_fields_lie_one_after_the_other(widths, tokens):
 
 
 def test_a_small_buckets_fields_fit_where_the_largest_ones_do():
-    limits = Limits(max_rows=5, max_tokens=33, context_len=100, page_size=8, max_logprob_tokens=20)
-    for phase in limits.phases:
-        tokens = limits.most_tokens(phase)
-        for fields in (step_fields(limits, phase), slot_fields(limits), result_fields(limits, phase)):
-            most = layout(fields, {"R": 5, "T": tokens})[1]
+    limits = Limits(max_rows=5, max_tokens=33, context_len=100, page_size=8)
+    steps, slots = declare(limits, Request(max_logprob_tokens=20))
+    assert len(steps) == 3
+    for step in steps.values():
+        for fields in (step.staged, slots, step.results):
+            most = layout(fields, {"R": 5, "T": step.tokens})[1]
             assert all(
-                layout(fields, {"R": r, "T": t})[1] <= most for r in range(1, 6) for t in range(1, tokens + 1)
+                layout(fields, {"R": r, "T": t})[1] <= most
+                for r in range(1, 6)
+                for t in range(1, step.tokens + 1)
             )

@@ -37,26 +37,25 @@ def run(name: str, programs: dict[str, Program]) -> list[dict[str, torch.Tensor]
     made, weights = model(name)
     machine = Machine(made, weights)
     results = []
-    for phase, step in steps(made.limits):
-        owned = step["row_slot"] != made.limits.null_slot
+    for phase, step in steps(made):
+        owned = step["sample_slot"] != made.limits.null_slot
         results.append({k: v[owned] for k, v in machine.run(programs[phase], step).items()})
     return results
 
 
 @cache
 def general(name: str) -> list[dict[str, torch.Tensor]]:
-    """Every step through the one general program, as it was traced."""
-    program = model(name)[0].program
+    """Every step through the program of rows of any length, as it was traced."""
+    program = model(name)[0].programs[EXTEND]
     return run(name, {EXTEND: program, DECODE: program})
 
 
 @pytest.mark.parametrize(("name", "disabled"), CASES, ids=lambda v: v if isinstance(v, str) else "+".join(v))
 def test_passes_change_nothing(name, disabled):
-    program = model(name)[0].program
-    programs = {
-        phase: rewrite(verify(specialize(program, phase), after="specialize"), disabled=disabled)
-        for phase in (EXTEND, DECODE)
-    }
+    programs = {}
+    for phase, program in model(name)[0].programs.items():
+        special = specialize(program, one_token=phase == DECODE)
+        programs[phase] = rewrite(verify(special, after="specialize"), disabled=disabled)
     for made, wanted in zip(run(name, programs), general(name), strict=True):
         assert torch.equal(made["tokens"], wanted["tokens"])
         assert torch.equal(made["top_ids"], wanted["top_ids"])
@@ -71,5 +70,5 @@ def test_the_interpreter_sees_differences():
     assert len({tuple(row.tolist()) for r in (first, second, third, fourth) for row in r}) == 10
     made, _ = model("llama")
     machine = Machine(made, Weights(seed=1))
-    other = machine.run(made.program, steps(made.limits)[0][1])["logits"][:3]
+    other = machine.run(made.programs[EXTEND], steps(made)[0][1])["logits"][:3]
     assert (other - first).abs().max() > 0.1 * first.abs().max()

@@ -34,7 +34,7 @@ SELECTION_STEP = dict.fromkeys(SELECTION, ROW_INDEX)
 @cache
 def general(model: str = "llama", phase: str = EXTEND) -> Program:
     config = LLAMA | {"mlp_bias": True} if model == "llama" else QWEN3
-    return specialize(traced(config).program, phase)
+    return specialize(traced(config).programs[phase], one_token=phase == DECODE)
 
 
 def square(*names: str) -> dict[str, TensorSpec]:
@@ -72,7 +72,8 @@ def test_all_rewrites_leave_one_launch_for_each_part_of_a_layer():
     counts = Counter(ops(rewrite(general())))
     counts = {op: n for op, n in counts.items() if op != "columns"}
     assert counts == {
-        "load_tokens": 1,
+        "locate": 1,
+        "find_pages": 1,
         "embedding": 1,
         "rope_rows": 1,
         "rms_norm": 1,  # the first, which has nothing to add
@@ -289,7 +290,8 @@ def test_only_last_tokens_leave_the_last_attention():
     tail = [c for c in after.calls[last + 1 :] if c.op != "gather_last"]
     assert Counter(c.op for c in tail)["linear"] == 5  # output, gate, up, down and the vocabulary
     assert all(TOKENS not in after.spec(v).shape for c in tail for v in c.results.values())
-    before = [c for c in after.calls[: last + 1] if c.op != "gather_last"]
+    places = ("gather_last", "locate", "find_pages")
+    before = [c for c in after.calls[: last + 1] if c.op not in places]
     assert all(ROWS not in after.spec(v).shape for c in before for v in c.results.values())
     gathered = [c.operands["x"] for c in after.calls if c.op == "gather_last"]
     assert len(gathered) == len(set(gathered)) == 2
@@ -337,4 +339,5 @@ def test_decode_has_one_token_a_row():
     assert not {"gather_last", "extend_attention"} & set(ops(program))
     assert ops(program).count("decode_attention") == LAYERS
     assert all(TOKENS not in value.spec.shape for value in program.values.values())
-    assert specialize(traced().program, EXTEND) == traced().program
+    extend = traced().programs[EXTEND]
+    assert specialize(extend, one_token=False) == extend

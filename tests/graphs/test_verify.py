@@ -12,13 +12,14 @@ from tiny_programs import traced
 from makeready.graphs.ir import STEP, Call, Program
 from makeready.graphs.passes import rewrite
 from makeready.graphs.recipe import Generated, Piece
+from makeready.graphs.spec import EXTEND
 from makeready.graphs.verify import RULES, VerificationError, verify
 from makeready.kernels.spec import TensorSpec
 
 
 @cache
 def sound() -> Program:
-    return rewrite(traced().program)
+    return rewrite(traced().programs[EXTEND])
 
 
 def at(program: Program, op: str) -> int:
@@ -146,7 +147,7 @@ DEFECTS: dict[str, tuple[str, Callable[[Program], Program]]] = {
 
 def stale_cache(program: Program) -> Program:
     """Unfused: kv_write defines nothing, so nothing but the rule sees that it comes too late."""
-    plain = rewrite(traced().program, disabled=("fuse_qkv",))
+    plain = rewrite(traced().programs[EXTEND], disabled=("fuse_qkv",))
     return moved(plain, "kv_write", "extend_attention")
 
 

@@ -14,7 +14,7 @@ from makeready.graphs.compile import Request, Traced, trace_checkpoint
 from makeready.graphs.constants import GENERATORS
 from makeready.graphs.ir import KV, STEP, Call, Program, Value
 from makeready.graphs.recipe import Param, Piece
-from makeready.graphs.spec import DECODE, EXTEND, Bucket, Limits, slot_fields, step_fields
+from makeready.graphs.spec import DECODE, EXTEND, Bucket
 from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.spec import TensorSpec
 
@@ -95,11 +95,15 @@ class Machine:
 
     def __post_init__(self) -> None:
         limits = self.traced.limits
+        assert limits.pages_per_row >= 5
         self.memory = {
             f.name: torch.full(f.spec.at({}), f.default, dtype=getattr(torch, f.spec.dtype))
-            for f in slot_fields(limits)
+            for f in self.traced.slots
         }
         self.memory["top_logprobs"][:-1] = 2
+        for slot in range(limits.max_rows):  # a slot owns five pages, over and over
+            pages = torch.arange(limits.pages_per_row, dtype=torch.int32).remainder(5) + 1 + 5 * slot
+            self.memory["pages"][slot] = pages
         for part in self.traced.kv.parts:
             self.memory[part.name] = torch.full(part.spec.at({"P": self.pages}), float("nan"))
 
@@ -119,44 +123,41 @@ class Machine:
         return made | {"logits": values[sampler.operands["logits"]]}
 
 
-def steps(limits: Limits) -> list[tuple[str, dict[str, torch.Tensor]]]:
+def steps(traced: Traced) -> list[tuple[str, dict[str, torch.Tensor]]]:
     """An extend step, one that goes on with a chunk of row 0 and starts a row, then two decode steps.
 
     Every bucket has a padding row and padding tokens. The decode steps take the tokens just sampled.
     """
+    limits = traced.limits
     tokens = np.random.default_rng(0).integers(0, 61, (limits.slots, limits.context_len))
     return [
-        (EXTEND, _step(limits, Bucket(EXTEND, 4, 14), tokens, [(0, 0, 5), (2, 0, 1), (1, 0, 4)])),
-        (EXTEND, _step(limits, Bucket(EXTEND, 4, 8), tokens, [(0, 5, 4), (3, 0, 3)])),
-        (DECODE, _step(limits, Bucket(DECODE, 4, 4), None, [(3, 3, 1), (0, 9, 1), (1, 4, 1)])),
-        (DECODE, _step(limits, Bucket(DECODE, 4, 4), None, [(0, 10, 1), (3, 4, 1)])),
+        (EXTEND, _step(traced, Bucket(EXTEND, 4, 14), tokens, [(0, 0, 5), (2, 0, 1), (1, 0, 4)])),
+        (EXTEND, _step(traced, Bucket(EXTEND, 4, 8), tokens, [(0, 5, 4), (3, 0, 3)])),
+        (DECODE, _step(traced, Bucket(DECODE, 4, 4), None, [(3, 3, 1), (0, 9, 1), (1, 4, 1)])),
+        (DECODE, _step(traced, Bucket(DECODE, 4, 4), None, [(0, 10, 1), (3, 4, 1)])),
     ]
 
 
 def _step(
-    limits: Limits, bucket: Bucket, tokens: np.ndarray | None, rows: list[tuple[int, int, int]]
+    traced: Traced, bucket: Bucket, tokens: np.ndarray | None, rows: list[tuple[int, int, int]]
 ) -> dict[str, torch.Tensor]:
-    """Staged fields of a batch of (slot, tokens computed before, new tokens); a slot owns five pages."""
+    """Staged fields of a batch of (slot, tokens computed before, new tokens).
+
+    Without ``tokens`` rows run what was sampled, behind as many tokens as their slots have.
+    """
     step = {
         f.name: torch.full(f.spec.at(bucket.sizes), f.default, dtype=getattr(torch, f.spec.dtype))
-        for f in step_fields(limits, bucket.phase)
+        for f in traced.steps[bucket.phase].staged
     }
     at = 0
     for row, (slot, done, count) in enumerate(rows):
-        pages = torch.arange(limits.pages_per_row).remainder(5) + 1 + 5 * slot
-        positions = torch.arange(done, done + count)
         span = slice(at, at + count)
         step["token_ids"][span] = (
             torch.from_numpy(tokens[slot, done : done + count]) if tokens is not None else -1
         )
-        step["positions"][span] = positions
-        step["token_slot"][span] = slot
-        step["kv_slot"][span] = (
-            pages[positions // limits.page_size] * limits.page_size + positions % limits.page_size
-        )
-        step["query_start"][row], step["query_len"][row], step["context_len"][row] = at, count, done + count
-        step["row_slot"][row] = slot
-        step["page_table"][row] = pages
+        step["row_start"][row] = done if tokens is not None else -1
+        step["query_start"][row], step["query_len"][row] = at, count
+        step["row_slot"][row] = step["sample_slot"][row] = slot
         at += count
     return step
 

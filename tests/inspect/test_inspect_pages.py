@@ -183,20 +183,20 @@ def test_one_pane_of_each_group_is_shown_and_its_button_pressed():
 
 def test_a_third_phase_is_shown_as_well():
     plan = make_plan(max_logprob_tokens=11)
-    assert memory_analysis(plan)["arena_by_phase"].keys() == {"decode", "extend", "score"}
-    mine, waste = [b for b in plan.buckets if b.phase == "score"], padding(plan)
+    assert memory_analysis(plan)["arena_by_phase"].keys() == {"decode", "extend", "input_logprobs"}
+    mine, waste = [b for b in plan.buckets if b.phase == "input_logprobs"], padding(plan)
     assert sum(waste.buckets[b].batches for b in mine) == sum(11 - rows + 1 for rows in range(1, ROWS + 1))
-    assert waste.phases["score"].tokens == (1, 11)
+    assert waste.phases["input_logprobs"].tokens == (1, 11)
     text = plan_text(plan, context=40)
     assert max(len(line) for line in text.splitlines()) <= 110
     assert "all score" in text
     assert f"Kernels of score-{ROWS}x11" in text
     parsed = Page(plan_html(plan))
     keys = {a["data-key"] for n, a in parsed.elements if n == "button" and a["data-group"] == "phase"}
-    assert keys == set(plan.programs) == {"decode", "extend", "score"}
+    assert keys == set(plan.programs) == {"decode", "extend", "input_logprobs"}
     assert {str(b) for b in mine} <= set(parsed.texts)
     maps = {a["aria-label"] for n, a in parsed.elements if n == "svg" and "which" in (a["aria-label"] or "")}
-    assert maps == {f"which {phase} bucket runs which batch" for phase in ("extend", "score")}
+    assert maps == {f"which {phase} bucket runs which batch" for phase in ("extend", "input_logprobs")}
 
 
 def test_names_stay_text():

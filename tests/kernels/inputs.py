@@ -15,6 +15,7 @@ import torch
 from attention_inputs import decode_attention, extend_attention, kv_write, norm_rope_kv_write
 from case import FLOATS, Case, Random, in_columns, int32
 from sample_inputs import sample, token_logprobs
+from step_inputs import find_pages, locate
 
 
 def _pointwise(op: str, *names: str, even: bool = False) -> Iterator[Case]:
@@ -49,18 +50,6 @@ def gather_last(op: str) -> Iterator[Case]:
             x = Random(1).normal(sum(lengths) + spare, 6, dtype=dtype)
             operands = {"x": x, "query_start": int32(starts), "query_len": int32(lengths)}
             yield Case(op, f"{label}-{dtype}", operands)
-
-
-def load_tokens(op: str) -> Iterator[Case]:
-    history = Random(2).integers(100, 4, 9)
-    for label, ids, slots, positions in (
-        ("host", [5, 6, 7], [0, 0, 1], [0, 1, 8]),
-        ("device", [-1], [2], [4]),
-        ("mixed", [-1, 9, -1, 11], [1, 0, 2, 0], [3, 1, 0, 2]),
-        ("padding", [8, 0, 0], [1, 3, 3], [2, 0, 0]),
-    ):
-        operands = {"token_ids": int32(ids), "token_slot": int32(slots), "positions": int32(positions)}
-        yield Case(op, label, operands | {"history": history})
 
 
 def embedding(op: str) -> Iterator[Case]:
@@ -212,7 +201,8 @@ BUILDERS: Mapping[str, Callable[[str], Iterator[Case]]] = {
     "silu_mul": lambda op: _pointwise(op, "gate_up", even=True),
     "columns": columns,
     "gather_last": gather_last,
-    "load_tokens": load_tokens,
+    "locate": locate,
+    "find_pages": find_pages,
     "embedding": embedding,
     "linear": linear,
     "rms_norm": lambda op: _norm(op, "x"),

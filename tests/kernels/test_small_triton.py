@@ -17,6 +17,7 @@ import sys
 import pytest
 import torch
 from benchmarks.gpu.sample_rows import MARGIN, margin, requests
+from inputs import BUILDERS
 
 from makeready.kernels import registry, rope
 from makeready.kernels.contract import CONTRACTS
@@ -40,7 +41,15 @@ if INTERPRETED:
 
     interpreter._patch_lang_tensor = _patch_index
 if INTERPRETED or aot:
-    for module in ("norm", "elementwise", "embedding", "rope", "sample.sample", "sample.logprobs"):
+    for module in (
+        "norm",
+        "elementwise",
+        "embedding",
+        "rope",
+        "sample.sample",
+        "sample.logprobs",
+        "step.locate",
+    ):
         importlib.import_module(f"makeready.kernels.{module}_triton")
 
 
@@ -181,17 +190,10 @@ def test_gathers():
 
 
 @interpreted
-def test_load_tokens():
-    generator = torch.Generator().manual_seed(0)
-    slots, context, tokens = 9, 40, 300
-    place = torch.randperm((slots - 1) * context, generator=generator)[:tokens].int()
-    ids = torch.randint(0, 1000, (tokens,), generator=generator).int()
-    ids[torch.rand(tokens, generator=generator) < 0.4] = -1
-    slot, position = place // context, place % context
-    slot[250:], position[250:], ids[250:] = slots - 1, 0, 0  # padding
-    history = torch.randint(0, 1000, (slots, context), generator=generator).int()
-    operands = {"token_ids": ids, "token_slot": slot, "positions": position, "history": history}
-    check_interpreted("load_tokens", operands)
+@pytest.mark.parametrize("op", ["locate", "find_pages"])
+def test_steps_find_their_places(op):
+    for case in BUILDERS[op](op):
+        check_interpreted(op, case.operands, **case.attrs)
 
 
 @interpreted
@@ -308,8 +310,9 @@ def test_cross_compiles_sampling():
     }
     list(_compile("token_logprobs", {"logits": operands["logits"], **slots}, {"max_top": 20}))
     ints = torch.zeros(9, dtype=torch.int32)
-    staged = {"token_ids": ints, "token_slot": ints, "positions": ints, "history": ints[:, None]}
-    list(_compile("load_tokens", staged, {}))
+    for op in ("locate", "find_pages"):
+        case = next(iter(BUILDERS[op](op)))
+        list(_compile(op, case.operands, case.attrs))
     scaling = {"rotary_dim": 128, "theta": 1e4, "factor": 4.0, "original_context": 4096}
     places = {"positions": ints, "token_slot": ints, "prompt_len": ints}
     list(_compile("rope_rows_dynamic", places, scaling))

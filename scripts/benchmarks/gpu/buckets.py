@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.gpu import timeline
 from makeready.graphs.executable.cuda import CudaExecutable
-from makeready.graphs.executable.typical import typical_step
+from makeready.graphs.executable.example import typical_step
 from makeready.graphs.inspect.analysis import work
 from makeready.graphs.plan import Launch, Plan, tuned_key
 from makeready.graphs.spec import DECODE, Bucket
@@ -48,7 +48,7 @@ def buckets(
     executable.fill_cache()
     bench, found = executable.workbench(), []
     for bucket in (b for b in plan.buckets if str(b) in only):
-        step = typical_step(plan, bucket, executable.pages, context)
+        step = typical_step(executable, bucket, context)
         executable.launch(bucket, step).wait()
         graph = bench.graph(bucket)
         replays = max(1, round(_SECONDS / bench.seconds(graph, 1) + 0.5))

@@ -40,8 +40,7 @@ def _cases(tokens: int, device: str) -> list[Case]:
 
     hidden, rotary = 2 * tokens * HIDDEN, 4 * tokens * HEAD_DIM
     weight, rows = normal(HIDDEN), torch.rand(4096, HEAD_DIM, device=device)
-    embeddings, history = normal(VOCABULARY, HIDDEN), ints(100, 257, 4096)
-    slot, position = ints(256, tokens), (torch.arange(tokens).int() % 4096).to(device)
+    embeddings = normal(VOCABULARY, HIDDEN)
     eps = {"eps": 1e-6}
 
     def norm(x: torch.Tensor) -> torch.Tensor:
@@ -55,9 +54,6 @@ def _cases(tokens: int, device: str) -> list[Case]:
     def silu_mul(t: Operands) -> torch.Tensor:
         gate, up = t["gate_up"].chunk(2, -1)
         return functional.silu(gate) * up
-
-    def load(t: Operands) -> torch.Tensor:
-        return torch.where(t["token_ids"] >= 0, t["token_ids"], t["history"][t["token_slot"], t["positions"]])
 
     def case(
         op: str, make: Callable[[], Tensors], attrs: dict[str, Any], nbytes: float, eager: ops.Eager
@@ -73,9 +69,6 @@ def _cases(tokens: int, device: str) -> list[Case]:
         case("silu_mul", lambda: {"gate_up": normal(tokens, 2 * INNER)}, {}, 6 * tokens * INNER, silu_mul),
         case("embedding", lambda: {"ids": ints(VOCABULARY, tokens), "weight": embeddings}, {}, 2 * hidden,
              lambda t: functional.embedding(t["ids"], t["weight"])),
-        case("load_tokens",
-             lambda: {"token_ids": ints(100, tokens), "token_slot": slot, "positions": position, "history": history},
-             {}, 20 * tokens, load),
         case("rope_rows", lambda: {"positions": ints(4096, tokens), "table": rows}, {}, 2 * rotary,
              lambda t: t["table"][t["positions"]]),
         case("rope", lambda: {"x": normal(tokens, HIDDEN), "rows": torch.rand(tokens, HEAD_DIM, device=device)},

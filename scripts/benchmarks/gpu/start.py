@@ -23,7 +23,7 @@ import json, sys
 from makeready.graphs import artifact
 from makeready.graphs.checkpoint.base import open_checkpoint
 from makeready.graphs.executable.cuda import CudaExecutable
-from makeready.graphs.executable.typical import typical_step
+from makeready.graphs.executable.example import typical_step
 imported = time.perf_counter()
 source, config, folder = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
 checkpoint = open_checkpoint(source, config=config)
@@ -32,7 +32,7 @@ opened = time.perf_counter()
 executable = CudaExecutable(plan, checkpoint)
 loaded = time.perf_counter()
 bucket = min(plan.buckets)
-executable.launch(bucket, typical_step(plan, bucket, executable.pages)).wait()
+executable.launch(bucket, typical_step(executable, bucket)).wait()
 stepped = time.perf_counter()
 print(json.dumps({
     "seconds": {

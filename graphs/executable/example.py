@@ -1,0 +1,66 @@
+"""Steps written by hand: what the engine stages, for checks and measurements that run without one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from makeready.graphs.executable.base import Executable
+from makeready.graphs.plan import Plan
+from makeready.graphs.spec import Bucket
+
+
+@dataclass(frozen=True)
+class Row:
+    """Tokens of one sequence.
+
+    Attributes:
+        slot: where it lives; its page list is written to it before (``write_slot``).
+        ids: a negative one stands for what the device sampled last.
+        start: tokens that went before.
+    """
+
+    slot: int
+    ids: Sequence[int]
+    start: int
+
+
+def example_step(plan: Plan, bucket: Bucket, rows: Sequence[Row]) -> dict[str, np.ndarray]:
+    """A step of ``rows``, each of which samples the token behind its last; other fields hold their defaults."""
+    step = {
+        f.name: np.full(f.spec.at(bucket.sizes), f.default, f.spec.dtype)
+        for f in plan.steps[bucket.phase].staged
+    }
+    begin = 0
+    for at, row in enumerate(rows):
+        count = len(row.ids)
+        step["token_ids"][begin : begin + count] = row.ids
+        step["row_slot"][at] = step["sample_slot"][at] = row.slot
+        step["row_start"][at] = row.start
+        step["query_start"][at] = begin
+        step["query_len"][at] = count
+        begin += count
+    return step
+
+
+def typical_step(executable: Executable, bucket: Bucket, context: int = 1024) -> dict[str, np.ndarray]:
+    """A full batch: rows that decode behind ``context`` tokens, or one prompt of all the bucket's tokens.
+
+    Rows are given the pages that they need in turn and share them where there are too few; token ids are
+    random. The step may be run again and again: it says where its rows start.
+    """
+    plan, pages = executable.plan, executable.pages
+    limits, each = plan.limits, plan.steps[bucket.phase].each
+    rows = bucket.rows if each is not None else 1
+    count = bucket.tokens // rows
+    last = min(max(context, count), limits.context_len) if each is not None else count
+    needed = -(-last // limits.page_size)
+    made = []
+    for row in range(rows):
+        held = 1 + (row * needed + np.arange(needed)) % (pages - 1)
+        executable.write_slot(row, {"pages": held})
+        ids = np.random.default_rng(row).integers(0, plan.config["vocab_size"], count)
+        made.append(Row(row, ids.tolist(), last - count))
+    return example_step(plan, bucket, made)

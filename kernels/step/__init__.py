@@ -1,0 +1,1 @@
+"""Ops that say where a step stands in its sequences."""

@@ -1,0 +1,99 @@
+"""Batches as the engine stages them: rows of any length of sequences in any state, padding behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from case import Case
+
+POISON = -7777  # in places that nothing may read
+
+
+def batch(
+    seed: int, counts: Sequence[int], *, tokens: int, rows: int, page_size: int, context: int, gain: int = 1
+) -> dict[str, torch.Tensor]:
+    """Operands of ``locate`` and ``find_pages`` for rows of ``counts`` tokens; tensors that no op knows too.
+
+    ``starts`` are what rows start behind, by the slot's length or as staged; every row may gain a page.
+    """
+    random = np.random.default_rng(seed)
+    slots = rows + 3
+    null, width = slots - 1, -(-context // page_size)
+    own = random.permutation(null)[: len(counts)]
+    starts = np.array([random.integers(0, context - n + 1) for n in counts], np.int64)
+    by_slot = random.random(len(counts)) < 0.5
+    at = {
+        "row_slot": np.full(rows, null),
+        "row_start": np.full(rows, -1),
+        "query_start": np.zeros(rows),
+        "query_len": np.zeros(rows),
+        "grow_at": np.zeros(rows),
+        "grow_page": np.zeros((rows, gain)),
+    }
+    live = len(counts)
+    at["row_slot"][:live] = own
+    at["row_start"][:live] = np.where(by_slot, -1, starts)
+    at["query_start"][:live] = np.cumsum(counts) - counts
+    at["query_len"][:live] = counts
+    length = random.integers(0, context, slots)
+    length[own[by_slot]] = starts[by_slot]
+    length[null] = 0
+    ids = np.zeros(tokens)
+    ids[: sum(counts)] = np.where(random.random(sum(counts)) < 0.4, -1, random.integers(0, 999, sum(counts)))
+    pages = np.zeros((slots, width))
+    for r, (slot, start, count) in enumerate(zip(own, starts, counts, strict=True)):
+        held = -(-(start + count) // page_size)
+        new = min(int(random.integers(0, gain + 1)), held)
+        pages[slot, : held - new] = random.integers(1, 9999, held - new)
+        at["grow_at"][r] = held - new
+        at["grow_page"][r, :new] = random.integers(1, 9999, new)
+    made = {
+        "token_ids": ids,
+        **at,
+        "length": length,
+        "history": random.integers(0, 999, (slots, context)),
+        "pages": pages,
+        "starts": starts,
+    }
+    return {name: torch.from_numpy(np.asarray(array, np.int32)) for name, array in made.items()}
+
+
+def positions_of(made: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """``positions`` and ``context_len`` of a batch, token by token."""
+    positions = torch.zeros_like(made["token_ids"])
+    context_len = torch.zeros_like(made["row_slot"])
+    for r, start in enumerate(made["starts"].tolist()):
+        first, count = int(made["query_start"][r]), int(made["query_len"][r])
+        for i in range(count):
+            positions[first + i] = start + i
+        context_len[r] = start + count
+    return positions, context_len
+
+
+BATCHES = (
+    ("one", [1], {"tokens": 1, "rows": 1, "page_size": 1, "context": 1}),
+    ("decode", [1] * 7, {"tokens": 8, "rows": 8, "page_size": 16, "context": 100}),
+    ("edges", [16, 1, 17], {"tokens": 40, "rows": 4, "page_size": 16, "context": 64}),
+    ("mixed", [1, 1, 130, 3, 1], {"tokens": 150, "rows": 9, "page_size": 7, "context": 211}),
+    ("long", [2500], {"tokens": 2600, "rows": 3, "page_size": 1, "context": 2501}),
+    ("padding", [], {"tokens": 5, "rows": 2, "page_size": 4, "context": 9}),
+    ("several-pages", [1, 4, 2], {"tokens": 9, "rows": 3, "page_size": 1, "context": 30, "gain": 4}),
+)
+LOCATE = ("token_ids", "row_slot", "row_start", "query_start", "query_len", "length", "history")
+FIND_PAGES = ("positions", "row_slot", "query_start", "query_len", "context_len")
+FIND_PAGES += ("grow_at", "grow_page", "pages")
+
+
+def locate(op: str) -> Iterator[Case]:
+    for seed, (label, counts, sizes) in enumerate(BATCHES):
+        made = batch(seed, counts, **sizes)
+        yield Case(op, label, {name: made[name] for name in LOCATE})
+
+
+def find_pages(op: str) -> Iterator[Case]:
+    for seed, (label, counts, sizes) in enumerate(BATCHES):
+        made = batch(seed, counts, **sizes)
+        made["positions"], made["context_len"] = positions_of(made)
+        yield Case(op, label, {n: made[n] for n in FIND_PAGES}, {"page_size": sizes["page_size"]})
