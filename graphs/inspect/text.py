@@ -100,7 +100,7 @@ def _buckets(plan: Plan, context: int) -> Iterator[str]:
         shares = (w.token.worst, w.token.expected, w.time.worst, w.time.expected)
         rows.append((f"all {phase}", units.span(*w.rows), units.span(*w.tokens), "", "", "",
                      *(units.percent(s) for s in shares)))  # fmt: skip
-    head = ("bucket", "rows", "tokens", "steps", "step time", "tokens/s",
+    head = ("bucket", "rows", "tokens", "steps", "a step", "tokens/s",
             "tokens≤", "tokens~", "time≤", "time~")  # fmt: skip
     yield from table(head, rows, "<>>>>>>>>>")
     yield "  ≤ worst case, ~ expected"

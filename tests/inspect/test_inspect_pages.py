@@ -189,8 +189,8 @@ def test_a_third_phase_is_shown_as_well():
     assert waste.phases["input_logprobs"].tokens == (1, 11)
     text = plan_text(plan, context=40)
     assert max(len(line) for line in text.splitlines()) <= 110
-    assert "all score" in text
-    assert f"Kernels of score-{ROWS}x11" in text
+    assert "all input_logprobs" in text
+    assert f"Kernels of input_logprobs-{ROWS}x11" in text
     parsed = Page(plan_html(plan))
     keys = {a["data-key"] for n, a in parsed.elements if n == "button" and a["data-group"] == "phase"}
     assert keys == set(plan.programs) == {"decode", "extend", "input_logprobs"}
