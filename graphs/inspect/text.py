@@ -53,7 +53,7 @@ def _memory(memory: Mapping[str, Any]) -> Iterator[str]:
     rows.append(("fixed", units.nbytes(memory["fixed"]), f"{memory['fixed']:,}"))
     notes = {
         "weights": ", ".join(f"{units.dtype(d)} {units.nbytes(b)}" for d, b in memory["weights_by_dtype"].items()),
-        "arena": ", ".join(f"{p} reaches {units.nbytes(b)}" for p, b in memory["arena_by_phase"].items()),
+        "arena": ", ".join(f"{p} {units.nbytes(b)}" for p, b in memory["arena_by_phase"].items()),
         "step": "what the host writes for every step",
         "slot": "what the device keeps for every running request",
         "result": "what the host reads after every step",
