@@ -132,8 +132,8 @@ class Scheduler:
         self.running: dict[Request, bool] = {}
         self._kinds = step_kinds(steps)
         self._steps = steps
-        gain = max(kind.most for kind in self._kinds)
-        self.seats = Seats(limits, rows or limits.max_rows, pool, self.cache, gain)
+        self._gain = max(kind.most for kind in self._kinds)
+        self.seats = Seats(limits, rows or limits.max_rows, pool, self.cache, self._gain)
         self._table = BucketTable(buckets)
         self._extend = [(bucket.rows, bucket.tokens) for bucket in buckets if bucket.phase == EXTEND]
         self._decoding: list[Request] = []
@@ -172,6 +172,8 @@ class Scheduler:
     def next(self) -> Batch | None:
         """The next step's work; None where there is none, or none before results are read."""
         self._retractions = 0
+        if self._gain > 1:
+            self._slots = _STALE  # which rows may have come to their end changes with every result
         self._relax()
         self._grow()
         chunks: list[Chunk] = []
@@ -238,10 +240,14 @@ class Scheduler:
             self.cache.reset()
 
     def _collect(self) -> None:
-        """Bring the generating rows up to date."""
+        """Bring the generating rows up to date. One that may have come to its end waits until that is known."""
         if self._slots is _STALE:
-            self._decoding = [r for r, computed in self.running.items() if computed and r.slot >= 0]
-            self._slots = np.array([r.slot for r in self._decoding], np.int64)
+            rows = [r for r, computed in self.running.items() if computed and r.slot >= 0]
+            slots = np.array([r.slot for r in rows], np.int64)
+            if self._gain > 1:
+                going = self.seats.most_S[slots] < self.seats.limit_S[slots] - 1
+                rows, slots = [r for r, g in zip(rows, going.tolist(), strict=True) if g], slots[going]
+            self._decoding, self._slots = rows, slots
 
     def _relax(self) -> None:
         """Let the share of further tokens that pages are kept for fall."""

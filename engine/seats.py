@@ -152,7 +152,8 @@ class Seats:
 
     def learn(self, slots: np.ndarray, counts: np.ndarray, least: int, most: int) -> None:
         """By how much a step that was launched with these bounds did lengthen the rows."""
-        self.least_S[slots] += counts - least
+        # A row that reached its limit gains nothing in the step behind, which was launched before that was known.
+        self.least_S[slots] = np.minimum(self.least_S[slots] + counts - least, self.limit_S[slots] - 1)
         self.most_S[slots] -= most - counts
         self.left_S[slots] -= counts - least
 

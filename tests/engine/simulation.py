@@ -10,6 +10,7 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
+from burst import BurstExecutable
 from fake_executable import VOCABULARY, FakeExecutable, alone, buckets_of, scores
 
 from makeready.engine.loop import Engine
@@ -51,10 +52,14 @@ def random_options(rng: random.Random) -> dict[str, Any]:
 
 @dataclass
 class Simulation:
-    """An engine under random events; ``events`` counts submissions, aborts, steps and tokens."""
+    """An engine under random events; ``events`` counts submissions, aborts, steps and tokens.
+
+    With ``bursts`` the device decides how many tokens a step gives; None leaves that to chance.
+    """
 
     rng: random.Random
     options: dict[str, Any] = field(default_factory=dict)
+    bursts: bool | None = None
     events: int = 0
     retractions: int = 0
     cached: int = 0
@@ -67,7 +72,13 @@ class Simulation:
         rows, tokens = limits.max_rows, limits.max_tokens
         self.scoring = rng.choice([0, rows, rng.randint(rows, tokens)])
         buckets = buckets_of(limits, self.scoring)
-        self.executable = FakeExecutable(limits, buckets, pages, asynchronous=rng.random() < 0.9)
+        asynchronous = rng.random() < 0.9
+        if self.bursts is None:
+            self.bursts = rng.random() < 0.3
+        if self.bursts:
+            self.executable = BurstExecutable(limits, buckets, pages, asynchronous, rng.randrange(99))
+        else:
+            self.executable = FakeExecutable(limits, buckets, pages, asynchronous=asynchronous)
         self.engine = Engine(self.executable, SchedulerOptions(**{**random_options(rng), **self.options}))
         self.engine.observer = self._observe
         # Conversations that prompts are beginnings of, plus some tokens.
