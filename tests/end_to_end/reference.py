@@ -103,7 +103,7 @@ class Recorder:
         by_slot: dict[int, Request] = {r.slot: r for r in self.llm.engine.scheduler.running}
         for row, count in enumerate(step["query_len"].tolist()):
             request = by_slot.get(int(step["row_slot"][row]))
-            if count and request is not None and step["context_len"][row] == request.length:
+            if count and request is not None and step["sample_slot"][row] == request.slot:
                 self.made[id(request)].logits.append(logits[row])
         return done
 
