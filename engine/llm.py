@@ -42,7 +42,8 @@ class LLM:
     Args:
         checkpoint: a Hugging Face folder, a GGUF file, or an opened checkpoint.
         plan: a plan, or the folder of one; without it, one is compiled or found in the local cache.
-        kv_memory_gib: memory for KV pages; None gives every row its full context, up to 4 GiB.
+        kv_memory_gib: memory for KV pages; None takes what is free on a GPU, less a reserve, and on the CPU gives
+            every row its full context, up to 4 GiB.
         scheduler: how requests share the device.
         report: told in a sentence what is going on while the model loads.
         progress: told how many of how many parameters are loaded.
@@ -77,6 +78,7 @@ class LLM:
                 self.checkpoint,
                 kv_bytes=None if kv_memory_gib is None else int(kv_memory_gib * 2**30),
                 progress=progress,
+                report=report,
             ),
             _shareable(self.plan, scheduler, report),
         )

@@ -13,7 +13,7 @@ from makeready.engine.entrypoints.scheduler_options import SchedulerSettings, sc
 
 # The options that each suite reads, beside checkpoint, suite and output. A name ends with a dot where it
 # stands for a group.
-_LLM = ("model.", "target", "quant", "plan.", "kv.", "scheduler.", "threads")
+_LLM = ("model.", "target", "device", "quant", "plan.", "kv.", "scheduler.", "threads")
 SUITES: dict[str, tuple[str, ...]] = {
     "decode": ("rows", "tokens", "repeats", "weight_dtype", "threads"),
     "startup": ("repeats", "weight_dtype", "threads"),

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from makeready.graphs.checkpoint.base import NUMPY_DTYPES, Checkpoint
+from makeready.graphs.devices import chosen_for_another
 from makeready.graphs.executable import cuda_memory
 from makeready.graphs.executable.cuda_conversions import Converter
 from makeready.graphs.executable.cuda_convert import convert
@@ -32,6 +33,8 @@ from makeready.graphs.plan import Plan, PlanError
 from makeready.graphs.spec import Bucket
 from makeready.kernels.spec import DTYPE_BYTES, PAGES
 
+Report = Callable[[str], None]
+
 # CUDA 12.3 brought graph nodes with edge data. Machine code runs on any driver of the toolkit's major version
 # that knows the architecture: Blackwell's came with 12.8, its second generation's with 12.9.
 _LEAST_CUDA = 12030
@@ -44,10 +47,12 @@ class CudaExecutable:
     Args:
         plan: what to run.
         checkpoint: the weights; must be the one that the plan was made for.
-        kv_bytes: memory for KV pages; None gives every row its full context, or what there is.
+        kv_bytes: memory for KV pages; None takes what is free, less the plan's own memory and a reserve.
         ordinal: which GPU.
         driver: the driver to call; None takes this machine's.
         progress: told how many of how many parameters are loaded.
+        report: told in sentences if the plan was chosen for another device, and where the number of KV pages
+            comes from.
 
     Attributes:
         startup: seconds of each phase of loading.
@@ -68,6 +73,7 @@ class CudaExecutable:
         ordinal: int = 0,
         driver: Driver | None = None,
         progress: Progress = lambda done, total: None,
+        report: Report = lambda sentence: None,
     ) -> None:
         self.plan = plan
         self.startup: dict[str, float] = {}
@@ -81,7 +87,10 @@ class CudaExecutable:
         try:
             self._open(driver, ordinal)
             _check_capability(plan.target, capability, self._device)
-            self._load(kv_bytes)
+            another = chosen_for_another(plan, self._device.name)
+            if another is not None:
+                report(another)
+            self._load(kv_bytes, report)
         except BaseException:
             self._upload.close()
             self.close()
@@ -95,14 +104,16 @@ class CudaExecutable:
             self._device = device = driver.open(ordinal)
         self._keep(partial(driver.release, device))
 
-    def _load(self, kv_bytes: int | None) -> None:
+    def _load(self, kv_bytes: int | None, report: Report) -> None:
         plan, driver, upload = self.plan, self._driver, self._upload
         with self._phase("cubins"):
             functions = self._load_kernels()
         with self._phase("memory"):
-            self.pages = cuda_memory.kv_pages(plan, driver.memory()[0], kv_bytes)
+            room = cuda_memory.kv_memory(plan, driver.memory()[0], kv_bytes)
+            self.pages = room.pages
             self._regions = regions = cuda_memory.allocate(driver, plan, self.pages)
             self._keep(partial(cuda_memory.release, driver, regions.allocations))
+        report(room.sentence(plan))
         self._free = driver.memory()[0]
         with self._phase("buffers"):
             self._make_buffers()
