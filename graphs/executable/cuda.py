@@ -12,7 +12,7 @@ import re
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from typing import Any
 
@@ -93,7 +93,8 @@ class CudaExecutable:
             self._load(kv_bytes, report)
         except BaseException:
             self._upload.close()
-            self.close()
+            with suppress(DriverError):  # the first error says more
+                self.close()
             raise
 
     def _open(self, driver: Driver | None, ordinal: int) -> None:
@@ -160,6 +161,8 @@ class CudaExecutable:
         self._slots.write(slot, values)
 
     def launch(self, bucket: Bucket, step: Mapping[str, np.ndarray]) -> PendingStep:
+        if not self._finalizer.alive:
+            raise PlanError("the model is closed; load it again")
         driver, regions, stream = self._driver, self._regions, self._stream
         driver.use(self._device)
         self._turn ^= 1
@@ -220,7 +223,11 @@ class CudaExecutable:
         cuda_memory.fill_random(self._driver, self._device, self.plan, self._lasting, self.pages, seed)
 
     def close(self) -> None:
-        """Give everything on the GPU back; the executable cannot be used any more."""
+        """See :meth:`makeready.graphs.executable.base.Executable.close`; what the driver refuses is told last.
+
+        Raises:
+            DriverError: something could not be given back, as after a fault on the device.
+        """
         self._finalizer()
 
     def _load_kernels(self) -> dict[str, Function]:
@@ -276,8 +283,15 @@ class CudaExecutable:
 
 
 def _undo_all(undo: list[Callable[[], None]]) -> None:
+    """Give everything back, in reverse; where the driver refuses something, the rest all the same."""
+    refused: DriverError | None = None
     while undo:
-        undo.pop()()
+        try:
+            undo.pop()()
+        except DriverError as error:
+            refused = refused or error
+    if refused is not None:
+        raise refused
 
 
 def _capability(target: str) -> tuple[int, int]:

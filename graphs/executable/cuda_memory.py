@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,9 +143,10 @@ def allocate(driver: Driver, plan: Plan, pages: int) -> Regions:
 
 
 def release(driver: Driver, addresses: Iterable[int]) -> None:
-    """Free allocations."""
-    for address in addresses:
-        driver.free(address)
+    """Free allocations, all of them even where the driver refuses one."""
+    with ExitStack() as all_of_them:
+        for address in addresses:
+            all_of_them.callback(driver.free, address)
 
 
 def lasting_addresses(plan: Plan, regions: Regions, pages: int) -> dict[str, int]:

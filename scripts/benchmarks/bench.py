@@ -104,8 +104,15 @@ class Bench:
 
         return None if self.job.trace is None else StepTrace(Path(self.job.trace).expanduser())
 
+    def release(self) -> None:
+        """Let go of the model, whose cache takes all memory that was free, for suites that load their own."""
+        if "llm" in self.__dict__:
+            self.llm.close()
+            del self.llm
+
     def close(self) -> None:
-        """End the step trace."""
+        """Let go of the model and end the step trace."""
+        self.release()
         if self.step_trace is not None:
             self.step_trace.close()
 
