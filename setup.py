@@ -1,7 +1,7 @@
-"""Install `engine/`, `graphs/`, `kernels/` and `conf/` as `makeready.*`.
+"""Install `engine/`, `graphs/`, `kernels/`, `scripts/` and `conf/` as `makeready.*`.
 
-The three code folders sit at the top of the tree so that the architecture is the first thing a
-reader sees. They hold no `__init__.py` of their own: a top-level package named `kernels` would be
+The code folders sit at the top of the tree so that the architecture is the first thing a
+reader sees. The three of the library hold no `__init__.py` of their own: a top-level package named `kernels` would be
 taken by transformers for Hugging Face's `kernels`.
 """
 
@@ -10,15 +10,16 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 ROOT = Path(__file__).parent
-LAYERS = ("engine", "graphs", "kernels")
+# What each folder consists of: the commands find their options in conf/ beside scripts/, as in the tree.
+FOLDERS = {"engine": "*.py", "graphs": "*.py", "kernels": "*.py", "scripts": "*.py", "conf": "*.yaml"}
 
 
 def packages() -> dict[str, str]:
     """Map every dotted package name to its folder, relative to this file."""
-    found = {f"makeready.{layer}": layer for layer in LAYERS}
-    for layer in LAYERS:
-        for folder in sorted((ROOT / layer).rglob("*")):
-            if folder.is_dir() and any(folder.glob("*.py")):
+    found = {}
+    for top, files in FOLDERS.items():
+        for folder in (ROOT / top, *sorted((ROOT / top).rglob("*"))):
+            if folder.is_dir() and any(folder.glob(files)):
                 path = folder.relative_to(ROOT)
                 found["makeready." + ".".join(path.parts)] = str(path)
     return found
@@ -34,4 +35,9 @@ CPU_OPS = Extension(
 )
 
 PACKAGES = packages()
-setup(packages=list(PACKAGES), package_dir=PACKAGES, ext_modules=[CPU_OPS])
+setup(
+    packages=list(PACKAGES),
+    package_dir=PACKAGES,
+    package_data={name: ["*.yaml"] for name in PACKAGES if name.startswith("makeready.conf")},
+    ext_modules=[CPU_OPS],
+)

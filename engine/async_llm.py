@@ -63,7 +63,8 @@ class AsyncLLM:
     ...         print(piece.text, end="")
 
     Args:
-        llm: a loaded model, which nobody else uses meanwhile.
+        llm: a loaded model, which nobody else uses meanwhile. It stays loaded when this is closed;
+            ``with LLM(...) as llm`` around it, or ``llm.close()``, gives its memory back.
     """
 
     def __init__(self, llm: LLM) -> None:

@@ -36,13 +36,16 @@ MADE = 32
 class LLM:
     """A model ready to generate.
 
-    >>> llm = LLM("path/to/folder_or.gguf", target="cpu")
-    >>> llm.generate(["The capital of France is"], SamplingParams(temperature=0, max_new_tokens=16))[0].text
+    >>> with LLM("path/to/folder_or.gguf", target="cpu") as llm:
+    ...     llm.generate(["The capital of France is"], SamplingParams(temperature=0, max_new_tokens=16))[0].text
+
+    Leaving the block, or :meth:`close`, gives all memory back, on the GPU and pinned on the host.
 
     Args:
         checkpoint: a Hugging Face folder, a GGUF file, or an opened checkpoint.
         plan: a plan, or the folder of one; without it, one is compiled or found in the local cache.
-        kv_memory_gib: memory for KV pages; None gives every row its full context, up to 4 GiB.
+        kv_memory_gib: memory for KV pages; None takes what is free on a GPU, less a reserve, and on the CPU gives
+            every row its full context, up to 4 GiB.
         scheduler: how requests share the device.
         report: told in a sentence what is going on while the model loads.
         progress: told how many of how many parameters are loaded.
@@ -71,15 +74,37 @@ class LLM:
         self.plan = _plan(self.checkpoint, plan, options, report)
         scheduler.check(self.plan)  # before anything large is loaded
         self.tokenizer: Tokenizer | None = load_tokenizer(self.checkpoint)
-        self.engine = Engine(
-            load_executable(
-                self.plan,
-                self.checkpoint,
-                kv_bytes=None if kv_memory_gib is None else int(kv_memory_gib * 2**30),
-                progress=progress,
-            ),
-            _shareable(self.plan, scheduler, report),
+        shared = _shareable(self.plan, scheduler, report)
+        executable = load_executable(
+            self.plan,
+            self.checkpoint,
+            kv_bytes=None if kv_memory_gib is None else int(kv_memory_gib * 2**30),
+            progress=progress,
+            report=report,
         )
+        try:
+            self.engine = Engine(executable, shared)
+        except BaseException:
+            executable.close()
+            raise
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End what still runs and give all memory back; the model cannot be used any more.
+
+        Raises:
+            DriverError: the GPU's driver refused to take something back, as after a fault on the device.
+        """
+        self.engine.close()
+
+    def _check_open(self) -> None:
+        if self.engine.closed:
+            raise RequestError("the model is closed; load it again")
 
     def generate(
         self,
@@ -106,6 +131,7 @@ class LLM:
             cannot be served comes back with
             ``finish_reason`` "error" and the reason in ``error``; the others run.
         """
+        self._check_open()
         if (prompts is None) == (token_ids is None):
             raise RequestError("give either prompts or token_ids")
         given: Sequence[Any] = (
@@ -198,6 +224,7 @@ class LLM:
         Raises:
             RequestError, TextError: it cannot be served, or could not go on.
         """
+        self._check_open()
         pieces: list[str] = []
         params = sampling or SamplingParams()
         if params.n != 1:

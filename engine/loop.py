@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from makeready.engine.errors import RequestError
 from makeready.engine.kv.pool import PagePool
 from makeready.engine.options import SchedulerOptions
 from makeready.engine.request import ABORT, Request
@@ -42,6 +43,7 @@ class Engine:
 
     Attributes:
         observer: told of every step when its results were taken in, if not None.
+        closed: whether everything was given back.
 
     Raises:
         RequestError: the options do not fit the plan.
@@ -59,6 +61,7 @@ class Engine:
         self.observer: Callable[[StepRecord], None] | None = None
         self._stage = Stage(plan.steps, plan.limits.null_slot)
         self._flights: deque[_Flight] = deque()
+        self.closed = False
         self._ahead = 1 if self.options.overlap and executable.asynchronous else 0
 
     @property
@@ -74,7 +77,21 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Queue a request; see :meth:`Scheduler.submit` for what is refused."""
+        if self.closed:
+            raise RequestError("the model is closed; load it again")
         self.scheduler.submit(request)
+
+    def close(self) -> None:
+        """End all requests and give back what the executable holds; does nothing the second time."""
+        if self.closed:
+            return
+        self.closed = True
+        try:
+            for request in (*self.scheduler.running, *self.scheduler.waiting):
+                self.abort(request)
+        finally:
+            self._flights.clear()
+            self.executable.close()
 
     def abort(self, request: Request) -> None:
         """End a request where it stands, waiting or running; nothing if it is done."""

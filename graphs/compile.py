@@ -132,6 +132,7 @@ class Lowered:
             memory=_memory(t.steps, t.slots, weight_bytes, arena),
             weights=weights,
             programs=programs,
+            device=t.target.device.name,
             loading=loading,
         )
         return _with_kernels(plan, t.target, context, progress) if t.target.is_cuda else plan
@@ -229,7 +230,7 @@ def trace_checkpoint(checkpoint: Checkpoint | str | Path, request: Request) -> T
         PlanError: a limit is not positive or beyond what the model allows.
         UnsupportedModelError, CheckpointError: the checkpoint cannot be planned for.
     """
-    target = find_target(request.target)
+    target = find_target(request.target, request.device)
     _discover(target)
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = open_checkpoint(checkpoint)

@@ -268,6 +268,9 @@ class Plan:
     """Everything that is decided before the first request. Made by graphs/compile.py.
 
     Attributes:
+        target: architecture that it runs on, of graphs/targets.py.
+        device: which device of it buckets and kernels were chosen for, of graphs/devices.py; it runs on others.
+            Empty in plans of versions that named none.
         steps: every kind of step that there are programs for, by name.
         slots: the slot table, which all steps share.
         loading: how parameters are quantized on the GPU; None where none is, and on the CPU, which follows
@@ -294,6 +297,7 @@ class Plan:
     memory: Memory
     weights: tuple[Weight, ...]
     programs: Mapping[str, LoweredProgram]
+    device: str = ""
     loading: Loading | None = None
     binaries: Mapping[str, Binary] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()

@@ -26,6 +26,8 @@ class Request:
 
     Attributes:
         target: a name of graphs/targets.py.
+        device: which device of the target to choose kernels and batch shapes for, of graphs/devices.py; None
+            takes the target's default. The plan runs on the others, too.
         max_rows, max_tokens, context_len, page_size: see :class:`~makeready.graphs.spec.Limits`.
         max_logprob_tokens: tokens of one step that reports log-probabilities of its input; 0 for no such steps.
         weight_dtype: ``float32``, ``bfloat16`` or ``float16``; None takes the activations' on CUDA, else
@@ -46,6 +48,7 @@ class Request:
     """
 
     target: str = "cpu"
+    device: str | None = None
     max_rows: int = 8
     max_tokens: int | None = None
     context_len: int | None = None

@@ -134,6 +134,16 @@ class Tensor:
     spare: bool = False
 
 
+# What cost models were fitted on, measured there: bytes/s of a copy, and operations/s of large products.
+H100_BANDWIDTH = 3.0e12
+H100_FLOPS: Mapping[str, float] = {
+    "float32": 779e12 / 12,
+    "bfloat16": 779e12,
+    "float16": 779e12,
+    "float8_e4m3fn": 1402e12,
+}
+
+
 @dataclass(frozen=True)
 class OpCall:
     """A call of a contract in one bucket, as implementations see it.
@@ -145,7 +155,10 @@ class OpCall:
         dims: value of every axis name and numeric attribute (``{"T": 16, "N": 4096, ...}``).
         rows, tokens: of the bucket.
         context: tokens of context a row that the plan expects, for cost models alone.
-        multiprocessors, shared_bytes: of the target: how many, and shared memory that one block can have.
+        multiprocessors, bandwidth, flops: of the device that choices are made for: how many, bytes a second from
+            memory, and operations a second by dtype; by default an H100's. For cost models and the size of grids:
+            results are the same whatever they say.
+        shared_bytes: shared memory that one block can have on the target.
         invariant: candidates must compute a row from that row alone, to the last bit. What they compute may depend
             on their constants and compile options, of which the planner takes the same for all buckets, but not on
             the grid nor on arguments that differ between buckets.
@@ -160,6 +173,8 @@ class OpCall:
     tokens: int
     context: int = 1024
     multiprocessors: int = 132
+    bandwidth: float = H100_BANDWIDTH
+    flops: Mapping[str, float] = field(default_factory=lambda: H100_FLOPS)
     shared_bytes: int = 232448
     features: frozenset[str] = field(default_factory=frozenset)  # of the target: "tma", "wgmma", "pdl", "fp8"
     invariant: bool = False

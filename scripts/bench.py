@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from makeready.engine.entrypoints.bench_options import BenchJob
+from makeready.engine.entrypoints.bench_options import BenchJob, shares_model
 from makeready.engine.entrypoints.cli import launch
 from makeready.engine.entrypoints.status import Stages
 
@@ -21,6 +21,8 @@ def bench_job(job: BenchJob) -> None:
         try:
             for name in job.suite:
                 stages.begin(name)
+                if not shares_model(name):
+                    bench.release()
                 found, said = SUITES[name](bench)
                 result |= found
                 lines += said

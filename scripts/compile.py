@@ -10,9 +10,11 @@ from makeready.engine.entrypoints.golden import write_golden
 from makeready.engine.entrypoints.options import CompileJob
 from makeready.engine.entrypoints.status import Stages
 from makeready.graphs import artifact
+from makeready.graphs.executable.cuda_memory import kv_memory
 from makeready.graphs.executable.load import kv_pages
 from makeready.graphs.inspect.units import nbytes
-from makeready.graphs.plan import Plan
+from makeready.graphs.plan import Plan, PlanError
+from makeready.graphs.targets import target_of
 
 
 def compile_job(job: CompileJob) -> None:
@@ -39,31 +41,49 @@ def compile_job(job: CompileJob) -> None:
         from makeready.graphs.cuda.table import resource_table
 
         print(resource_table(plan), end="\n\n")
-    print(summary(plan, folder, kv_pages(plan, job.kv_bytes)))
+    print(summary(plan, folder, job.kv_bytes))
     if golden is not None:
         print(f"{'golden':<11}{golden_summary(golden)}")
     print(f"{'time':<11}{time.perf_counter() - began:.1f} s, {made}")
 
 
-def summary(plan: Plan, folder: Path, pages: int) -> str:
-    """What was made, in labelled lines; ``pages`` of KV are what a run of it would have."""
+def kv_line(plan: Plan, kv_bytes: int | None) -> str:
+    """How many tokens the cache of a run holds: on a GPU, of the one that the plan was chosen for."""
+    page, target, room = plan.kv.page_bytes, target_of(plan), ""
+    if not target.is_cuda:
+        pages = kv_pages(plan, kv_bytes)
+    elif kv_bytes is not None:
+        pages = kv_bytes // page
+    else:
+        try:
+            pages = kv_memory(plan, target.device.memory, None).pages
+        except PlanError as error:
+            return f"{nbytes(page)} a page; on {target.device.name} {error}"
+        room = f" of an empty {target.device.name}"
+    tokens = (pages - 1) * plan.limits.page_size
+    return (
+        f"{nbytes(page)} a page of {plan.limits.page_size} tokens ({plan.options.kv_dtype}); "
+        f"{nbytes(pages * page)}{room} hold {tokens:,} tokens"
+    )
+
+
+def summary(plan: Plan, folder: Path, kv_bytes: int | None) -> str:
+    """What was made, in labelled lines; ``kv_bytes`` is what a run may take for its cache."""
     limits, options, memory = plan.limits, plan.options, plan.memory
     buckets = {
         phase: [str(b).split("-")[1] for b in plan.buckets if b.phase == phase] for phase in plan.programs
     }
     files = [path for path in folder.rglob("*") if path.is_file()]
-    tokens = (pages - 1) * limits.page_size
     lines = {
         "plan": folder,
         "digest": artifact.digest(plan),
         "model": f"{plan.architecture}, weights {options.weight_dtype}, activations {options.activation_dtype}",
-        "target": plan.target,
+        "target": f"{plan.target}, chosen for device {plan.device}",
         "limits": f"{limits.max_rows} rows, {limits.max_tokens:,} tokens a step, context {limits.context_len:,}",
         **{phase: f"{len(made)} buckets: {' '.join(made)}" for phase, made in buckets.items()},
         "memory": f"weights {nbytes(memory.weights)}, arena {nbytes(memory.arena)}, "
         f"host data {nbytes(memory.step + memory.slot + memory.result)}",
-        "KV": f"{nbytes(plan.kv.page_bytes)} a page of {limits.page_size} tokens ({options.kv_dtype}); "
-        f"{nbytes(pages * plan.kv.page_bytes)} hold {tokens:,} tokens",
+        "KV": kv_line(plan, kv_bytes),
         "size": f"{nbytes(sum(path.stat().st_size for path in files))} in {len(files)} files",
     }
     return "\n".join(f"{label:<11}{value}" for label, value in lines.items())

@@ -33,7 +33,10 @@ def tune_job(job: TuneJob) -> None:
 
         stages.begin("load")
         executable = CudaExecutable(
-            plan, checkpoint, progress=lambda done, total: stages.note(f"{done} of {total} weights")
+            plan,
+            checkpoint,
+            progress=lambda done, total: stages.note(f"{done} of {total} weights"),
+            report=stages.say,
         )
         stages.begin("measure")
         tuned, gains = tune(

@@ -13,7 +13,7 @@ from makeready.engine.entrypoints.scheduler_options import SchedulerSettings, sc
 
 # The options that each suite reads, beside checkpoint, suite and output. A name ends with a dot where it
 # stands for a group.
-_LLM = ("model.", "target", "quant", "plan.", "kv.", "scheduler.", "threads")
+_LLM = ("model.", "target", "device", "quant", "plan.", "kv.", "scheduler.", "threads")
 SUITES: dict[str, tuple[str, ...]] = {
     "decode": ("rows", "tokens", "repeats", "weight_dtype", "threads"),
     "startup": ("repeats", "weight_dtype", "threads"),
@@ -35,6 +35,7 @@ SUITES: dict[str, tuple[str, ...]] = {
     "quantize_fp8": (),
     "sample": (),
 }
+_SHARING = {name for name, options in SUITES.items() if set(_LLM) <= set(options)}
 _MODEL = {"decode", "startup", "latency", "throughput", "replay", "prefix", "buckets", "load"}
 FP8_SCALES = ("rows", "groups")
 FP8_MATRICES = ("qkv", "o", "gate_up", "down")
@@ -279,6 +280,11 @@ class BenchJob(Job):
             raise UsageError(f"throughput.ratio={self.throughput.ratio:g} must be from 0 to 1")
         if not 0 < self.replay.speed < float("inf"):
             raise UsageError(f"replay.speed={self.replay.speed:g} must be above 0")
+
+
+def shares_model(suite: str) -> bool:
+    """Whether the suite runs on the one model that suites share, and not in processes or on models of its own."""
+    return suite in _SHARING
 
 
 def _is(name: str, option: str) -> bool:

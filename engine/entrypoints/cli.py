@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,6 +66,7 @@ def launch(
     for key, table in (
         ("options", lambda _root_: option_table(kind, _root_)),
         ("presets", lambda _root_: preset_table(kind, conf)),
+        ("command", partial(_called, sys.argv[:1])),
     ):
         OmegaConf.register_new_resolver(key, table, replace=True)
     codes = [OK]
@@ -89,6 +91,12 @@ def launch(
     finally:
         sys.argv = before
     return max(codes)
+
+
+def _called(program: Sequence[str], name: str) -> str:
+    """How the command ``name`` is called where ``program`` was: by the console command or as a file of the tree."""
+    by_console = [Path(path).stem for path in program] == ["makeready"]
+    return f"makeready {name}" if by_console else f"python scripts/{name}.py"
 
 
 def arranged(

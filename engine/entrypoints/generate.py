@@ -31,8 +31,7 @@ def generate_job(job: GenerateJob) -> None:
     if job.prompts is not None and job.output is not None:
         run_file(job, plan, Path(job.prompts).expanduser(), Path(job.output).expanduser())
         return
-    with Watch(job.metrics, job.trace, _say) as watch:
-        llm = load(job, plan)
+    with Watch(job.metrics, job.trace, _say) as watch, load(job, plan) as llm:
         watch.attach(llm.engine)
         prompt: str | Sequence[int] = job.prompt or ""
         if job.chat is not None:
@@ -113,8 +112,7 @@ def run_file(job: GenerateJob, plan: Plan | None, prompts: Path, output: Path) -
 
 def _run(job: GenerateJob, plan: Plan | None, format: str, rows: Rows) -> None:
     if job.scale.runner == "local":
-        with Watch(job.metrics, job.trace, rows.say) as watch:
-            llm = load(job, plan)
+        with Watch(job.metrics, job.trace, rows.say) as watch, load(job, plan) as llm:
             watch.attach(llm.engine)
             run_local(Worker(llm, format, job.params(), job.chat_template_kwargs, watch.finish), rows)
         return

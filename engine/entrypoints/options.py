@@ -15,7 +15,8 @@ from omegaconf import MISSING
 
 from makeready.graphs.buckets import Traffic
 from makeready.graphs.checkpoint.base import Checkpoint, open_checkpoint
-from makeready.graphs.targets import TARGETS
+from makeready.graphs.plan import PlanError
+from makeready.graphs.targets import TARGETS, find_target
 
 
 class UsageError(ValueError):
@@ -101,7 +102,8 @@ class KVOptions:
 
     Attributes:
         dtype: float32, bfloat16, float16 or fp8_e4m3. null: the activations'.
-        memory_gib: memory for KV pages. null: every row its full context, up to 4 GiB.
+        memory_gib: memory for KV pages. null: on a GPU all that is free when the plan is loaded, less the plan's
+            own memory and a reserve for the driver; on the CPU every row its full context, up to 4 GiB.
     """
 
     dtype: str | None = MISSING
@@ -119,7 +121,9 @@ class Job:
     Attributes:
         checkpoint: a Hugging Face folder, a .gguf file, or dummy: random weights of the model= preset.
         model: a preset of conf/model for checkpoint=dummy; its fields can be changed (model.head_dim=64).
-        target: machine that the plan is for.
+        target: architecture that the plan is for.
+        device: which device of the target to choose kernels and batch shapes for, such as h200 or h100; the plan
+            runs on the others, too. null: the target's usual one.
         quant: fp8 (8-bit floats with a scale for each output and token) or fp8_block (for each 128 x 128
             weights) quantizes linears when a 16-bit or wider checkpoint is loaded. null: as it stores them.
     """
@@ -127,6 +131,7 @@ class Job:
     checkpoint: str = literal(MISSING)
     model: dict[str, Any] | None = None
     target: str = MISSING
+    device: str | None = None
     quant: str | None = None
     plan: PlanOptions = field(default_factory=PlanOptions)
     kv: KVOptions = field(default_factory=KVOptions)
@@ -142,6 +147,10 @@ class Job:
         """
         if self.target not in TARGETS:
             raise UsageError(f"target={self.target} is not built yet; targets are {', '.join(TARGETS)}")
+        try:
+            find_target(self.target, self.device)
+        except PlanError as error:
+            raise UsageError(f"{error}") from None
         if (self.checkpoint == "dummy") != (self.model is not None):
             raise UsageError(
                 "checkpoint=dummy needs the model that it stands for; add model=qwen3_8b or another of conf/model"
@@ -169,7 +178,12 @@ class Job:
         fields = {f.name: getattr(self.plan, f.name) for f in _fields(PlanOptions)}
         fields["disabled_passes"] = tuple(self.plan.disabled_passes)
         fields["traffic"] = Traffic(**dataclasses.asdict(self.plan.traffic))
-        return fields | {"target": self.target, "quant": self.quant, "kv_dtype": self.kv.dtype}
+        return fields | {
+            "target": self.target,
+            "device": self.device,
+            "quant": self.quant,
+            "kv_dtype": self.kv.dtype,
+        }
 
     @property
     def kv_bytes(self) -> int | None:
@@ -202,7 +216,7 @@ class CompileJob(Job):
     golden: bool = False
 
 
-SETTLED = ("plan.", "target.", "quant.", "kv.dtype.")  # options that a compiled plan has answered
+SETTLED = ("plan.", "target.", "device.", "quant.", "kv.dtype.")  # options that a compiled plan has answered
 
 
 def check_compiled(plan: PlanOrPath, given: Collection[str]) -> None:

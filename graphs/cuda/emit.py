@@ -130,6 +130,8 @@ class _Class:
             tokens=bucket.tokens,
             context=context,
             multiprocessors=target.multiprocessors,
+            bandwidth=target.bandwidth,
+            flops=target.flops,
             shared_bytes=target.shared_bytes,
             features=target.features,
             invariant=most_rows > 0,

@@ -20,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from queue import SimpleQueue
 
+from makeready.graphs import children
 from makeready.graphs.cuda.aot import Compiled, Kernel, MapLayout, compile_kernel, content_key
 from makeready.graphs.plan import PlanError
 
@@ -108,7 +109,7 @@ def _workers(count: int) -> Iterator[SimpleQueue[subprocess.Popen[bytes]]]:
 def _worker() -> subprocess.Popen[bytes]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     command = [sys.executable, "-m", "makeready.graphs.cuda.worker"]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+    return children.start(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
 
 def _ask(idle: SimpleQueue[subprocess.Popen[bytes]], kernel: Kernel) -> Compiled | PlanError:

@@ -52,3 +52,10 @@ class Executable(Protocol):
                 reused as soon as this returns.
         """
         ...
+
+    def close(self) -> None:
+        """Give all memory back, on the device and pinned on the host; does nothing the second time.
+
+        Steps under way are waited for. Nothing can be launched afterwards; results that were not read are lost.
+        """
+        ...

@@ -114,6 +114,8 @@ class CpuExecutable:
 
     @torch.inference_mode()
     def launch(self, bucket: Bucket, step: Mapping[str, np.ndarray]) -> _Done:
+        if not self._tensors:
+            raise PlanError("the model is closed; load it again")
         program = self._programs.get(bucket)
         if program is None:
             program = self._programs[bucket] = self._bind(bucket)
@@ -141,6 +143,13 @@ class CpuExecutable:
         tensor = self._programs[bucket].launches[at].operands[place]
         assert tensor is not None, f"{op} was launched without {operand}"
         return tensor.float().numpy().copy()
+
+    def close(self) -> None:
+        """Let go of weights, cache and arena."""
+        self._programs.clear()
+        self._tensors.clear()
+        self._slots.clear()
+        self._arena = self._step = self._result = torch.empty(0, dtype=torch.uint8)
 
     def _bind(self, bucket: Bucket) -> _Program:
         """Look up every tensor of the bucket's program once."""

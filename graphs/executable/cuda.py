@@ -12,13 +12,14 @@ import re
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 
 from makeready.graphs.checkpoint.base import NUMPY_DTYPES, Checkpoint
+from makeready.graphs.devices import chosen_for_another
 from makeready.graphs.executable import cuda_memory
 from makeready.graphs.executable.cuda_conversions import Converter
 from makeready.graphs.executable.cuda_convert import convert
@@ -32,6 +33,8 @@ from makeready.graphs.plan import Plan, PlanError
 from makeready.graphs.spec import Bucket
 from makeready.kernels.spec import DTYPE_BYTES, PAGES
 
+Report = Callable[[str], None]
+
 # CUDA 12.3 brought graph nodes with edge data. Machine code runs on any driver of the toolkit's major version
 # that knows the architecture: Blackwell's came with 12.8, its second generation's with 12.9.
 _LEAST_CUDA = 12030
@@ -44,10 +47,12 @@ class CudaExecutable:
     Args:
         plan: what to run.
         checkpoint: the weights; must be the one that the plan was made for.
-        kv_bytes: memory for KV pages; None gives every row its full context, or what there is.
+        kv_bytes: memory for KV pages; None takes what is free, less the plan's own memory and a reserve.
         ordinal: which GPU.
         driver: the driver to call; None takes this machine's.
         progress: told how many of how many parameters are loaded.
+        report: told in sentences if the plan was chosen for another device, and where the number of KV pages
+            comes from.
 
     Attributes:
         startup: seconds of each phase of loading.
@@ -68,6 +73,7 @@ class CudaExecutable:
         ordinal: int = 0,
         driver: Driver | None = None,
         progress: Progress = lambda done, total: None,
+        report: Report = lambda sentence: None,
     ) -> None:
         self.plan = plan
         self.startup: dict[str, float] = {}
@@ -81,10 +87,14 @@ class CudaExecutable:
         try:
             self._open(driver, ordinal)
             _check_capability(plan.target, capability, self._device)
-            self._load(kv_bytes)
+            another = chosen_for_another(plan, self._device.name)
+            if another is not None:
+                report(another)
+            self._load(kv_bytes, report)
         except BaseException:
             self._upload.close()
-            self.close()
+            with suppress(DriverError):  # the first error says more
+                self.close()
             raise
 
     def _open(self, driver: Driver | None, ordinal: int) -> None:
@@ -95,14 +105,16 @@ class CudaExecutable:
             self._device = device = driver.open(ordinal)
         self._keep(partial(driver.release, device))
 
-    def _load(self, kv_bytes: int | None) -> None:
+    def _load(self, kv_bytes: int | None, report: Report) -> None:
         plan, driver, upload = self.plan, self._driver, self._upload
         with self._phase("cubins"):
             functions = self._load_kernels()
         with self._phase("memory"):
-            self.pages = cuda_memory.kv_pages(plan, driver.memory()[0], kv_bytes)
+            room = cuda_memory.kv_memory(plan, driver.memory()[0], kv_bytes)
+            self.pages = room.pages
             self._regions = regions = cuda_memory.allocate(driver, plan, self.pages)
             self._keep(partial(cuda_memory.release, driver, regions.allocations))
+        report(room.sentence(plan))
         self._free = driver.memory()[0]
         with self._phase("buffers"):
             self._make_buffers()
@@ -149,6 +161,8 @@ class CudaExecutable:
         self._slots.write(slot, values)
 
     def launch(self, bucket: Bucket, step: Mapping[str, np.ndarray]) -> PendingStep:
+        if not self._finalizer.alive:
+            raise PlanError("the model is closed; load it again")
         driver, regions, stream = self._driver, self._regions, self._stream
         driver.use(self._device)
         self._turn ^= 1
@@ -209,7 +223,11 @@ class CudaExecutable:
         cuda_memory.fill_random(self._driver, self._device, self.plan, self._lasting, self.pages, seed)
 
     def close(self) -> None:
-        """Give everything on the GPU back; the executable cannot be used any more."""
+        """See :meth:`makeready.graphs.executable.base.Executable.close`; what the driver refuses is told last.
+
+        Raises:
+            DriverError: something could not be given back, as after a fault on the device.
+        """
         self._finalizer()
 
     def _load_kernels(self) -> dict[str, Function]:
@@ -265,8 +283,15 @@ class CudaExecutable:
 
 
 def _undo_all(undo: list[Callable[[], None]]) -> None:
+    """Give everything back, in reverse; where the driver refuses something, the rest all the same."""
+    refused: DriverError | None = None
     while undo:
-        undo.pop()()
+        try:
+            undo.pop()()
+        except DriverError as error:
+            refused = refused or error
+    if refused is not None:
+        raise refused
 
 
 def _capability(target: str) -> tuple[int, int]:

@@ -188,6 +188,10 @@ class Driver:
         """Copy device memory to the host, in the stream's order."""
         self._check("cuMemcpyDtoHAsync", self.cu.cuMemcpyDtoHAsync(target, source, nbytes, stream))
 
+    def copy(self, target: int, source: int, nbytes: int, stream: Any) -> None:
+        """Copy device memory to device memory, in the stream's order."""
+        self._check("cuMemcpyDtoDAsync", self.cu.cuMemcpyDtoDAsync(target, source, nbytes, stream))
+
     def fill(self, target: int, byte: int, nbytes: int, stream: Any) -> None:
         """Set bytes of device memory, in the stream's order."""
         if nbytes:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -42,12 +44,46 @@ class Regions:
         return self.weights, self.arena, self.io, self.slot, self.scratch, self.kv
 
 
-def kv_pages(plan: Plan, free: int, kv_bytes: int | None) -> int:
-    """KV pages to allocate, the null page included.
+@dataclass(frozen=True)
+class KVMemory:
+    """Where the number of KV pages comes from, all but ``pages`` in bytes.
+
+    Attributes:
+        pages: KV pages, the null page included.
+        free: what the device had free when the plan was loaded.
+        fixed: the plan's weights and buffers.
+        reserve: left to the driver: graphs, kernels' code, pinned staging.
+        page: of one page.
+        asked: memory for pages that was asked for; None takes all that is left.
+    """
+
+    pages: int
+    free: int
+    fixed: int
+    reserve: int
+    page: int
+    asked: int | None
+
+    def sentence(self, plan: Plan) -> str:
+        """The figure and the arithmetic that leads to it."""
+        left = self.free - self.fixed - self.reserve
+        tokens, row = plan.limits.page_size, plan.limits.pages_per_row
+        asked = "" if self.asked is None else f", of which kv.memory_gib takes {_gib(self.asked)}"
+        return (
+            f"KV cache: {_gib(self.free)} GiB free - {_gib(self.fixed)} for weights and buffers - "
+            f"{_gib(self.reserve)} reserve for the driver = {_gib(left)} GiB{asked}: {self.pages - 1:,} pages of "
+            f"{tokens} tokens, {(self.pages - 1) * tokens:,} tokens or {(self.pages - 1) / row:.1f} rows of full "
+            "context"
+        )
+
+
+def kv_memory(plan: Plan, free: int, kv_bytes: int | None) -> KVMemory:
+    """KV pages to allocate.
 
     Args:
         free: bytes that the device has free.
-        kv_bytes: memory for pages; None takes what a full house needs, or what there is.
+        kv_bytes: memory for pages; None takes all that is left beside the plan's own memory and a reserve for the
+            driver. Pages beyond what rows of full context need keep prefixes for later requests.
 
     Raises:
         PlanError: the memory is too little for the plan, two pages, or what was asked for.
@@ -55,8 +91,7 @@ def kv_pages(plan: Plan, free: int, kv_bytes: int | None) -> int:
     # Each part of the cache begins at an aligned address.
     reserved = RESERVED + RESERVED_PER_GRAPH * len(plan.buckets) + memory.ALIGNMENT * len(plan.kv.parts)
     fixed, page = plan.memory.fixed, plan.kv.page_bytes
-    everything = plan.limits.max_rows * plan.limits.pages_per_row + 1
-    wanted = 2 if kv_bytes is None else min(kv_bytes // page, everything)
+    wanted = 2 if kv_bytes is None else kv_bytes // page
     if wanted < 2:
         raise PlanError(
             f"{kv_bytes} bytes of KV memory hold {wanted} pages of {page} bytes, two are the least; "
@@ -68,7 +103,8 @@ def kv_pages(plan: Plan, free: int, kv_bytes: int | None) -> int:
             f"{_gib(fixed)} for weights and buffers, {_gib(reserved)} for the driver and {_gib(wanted * page)} "
             "for KV pages; free memory, lower kv.memory_gib or compile with fewer tokens or smaller weights"
         )
-    return wanted if kv_bytes is not None else min(plan.pages_in(free - reserved), everything)
+    pages = wanted if kv_bytes is not None else plan.pages_in(free - reserved)
+    return KVMemory(pages, free, fixed, reserved, page, kv_bytes)
 
 
 def kv_offsets(plan: Plan, pages: int) -> tuple[dict[str, int], int]:
@@ -107,9 +143,10 @@ def allocate(driver: Driver, plan: Plan, pages: int) -> Regions:
 
 
 def release(driver: Driver, addresses: Iterable[int]) -> None:
-    """Free allocations."""
-    for address in addresses:
-        driver.free(address)
+    """Free allocations, all of them even where the driver refuses one."""
+    with ExitStack() as all_of_them:
+        for address in addresses:
+            all_of_them.callback(driver.free, address)
 
 
 def lasting_addresses(plan: Plan, regions: Regions, pages: int) -> dict[str, int]:
@@ -154,15 +191,20 @@ def fill_random(
     driver.use(device)
     stream = driver.stream()
     for part in plan.kv.parts:
-        drawn, fixed = _RANDOM_BITS[part.spec.dtype]
-        width = np.dtype(f"u{DTYPE_BYTES[part.spec.dtype]}")
         nbytes = part.spec.nbytes({PAGES: pages})
-        size = min(nbytes, _RANDOM_BYTES)
-        bits = np.random.default_rng(seed).integers(0, 256, size, np.uint8).view(width)
-        bits &= width.type(drawn)
-        bits |= width.type(fixed)
-        for start in range(0, nbytes, size):
-            chunk = min(size, nbytes - start)
-            driver.to_device(addresses[part.name] + start, bits.ctypes.data, chunk, stream)
-        driver.synchronize(stream)
+        random_numbers(driver, addresses[part.name], nbytes, part.spec.dtype, stream, seed)
     driver.destroy_stream(stream)
+
+
+def random_numbers(driver: Driver, address: int, nbytes: int, dtype: str, stream: Any, seed: int = 0) -> None:
+    """Random numbers of magnitude 0.5 to 2 from ``address`` on, the same again after 32 MiB; waits for them."""
+    drawn, fixed = _RANDOM_BITS[dtype]
+    width = np.dtype(f"u{DTYPE_BYTES[dtype]}")
+    size = min(nbytes, _RANDOM_BYTES)
+    bits = np.random.default_rng(seed).integers(0, 256, size, np.uint8).view(width)
+    bits &= width.type(drawn)
+    bits |= width.type(fixed)
+    driver.to_device(address, bits.ctypes.data, size, stream)
+    for start in range(size, nbytes, size):  # a cache may take all of the memory
+        driver.copy(address + start, address, min(size, nbytes - start), stream)
+    driver.synchronize(stream)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,10 +111,11 @@ class Pins:
 
     def release(self) -> None:
         """Wait for the copies and let everything go."""
-        self._driver.synchronize(self._stream)
-        while self._pinned:
-            self._driver.unregister(self._pinned.pop())
-        self._nbytes = 0
+        pinned, self._pinned, self._nbytes = self._pinned, [], 0
+        with ExitStack() as undo:
+            for start in pinned:
+                undo.callback(self._driver.unregister, start)
+            self._driver.synchronize(self._stream)
 
 
 def map_pages(start: int, nbytes: int, stop: Callable[[], bool] = lambda: False) -> None:

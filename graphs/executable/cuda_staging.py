@@ -11,7 +11,7 @@ import numpy as np
 
 from makeready.graphs import memory
 from makeready.graphs.executable.cuda_driver import Driver, host_bytes
-from makeready.graphs.plan import Plan
+from makeready.graphs.plan import Plan, PlanError
 from makeready.graphs.spec import HOST, Bucket, Field
 
 Arrays = Mapping[str, np.ndarray]
@@ -51,9 +51,14 @@ class Flight:
         return self._pending
 
     def close(self) -> None:
-        """Free buffer and event; nothing may be under way."""
-        self._driver.free_host(self.step)
-        self._driver.destroy_event(self.event)
+        """Free buffer and event; nothing may be under way. Results that were not read are lost."""
+        if self._pending is not None:
+            self._pending.drop()
+        self._views.clear()
+        try:
+            self._driver.free_host(self.step)
+        finally:
+            self._driver.destroy_event(self.event)
 
     def _view(self, bucket: Bucket) -> tuple[Arrays, Arrays, int, int]:
         found = self._views.get(bucket)
@@ -73,9 +78,12 @@ class PendingStep:
         self._event = event
         self._pinned: Arrays | None = results
         self._copied: Arrays = {}
+        self._dropped = False
 
     def wait(self) -> Arrays:
         self.collect()
+        if self._dropped:
+            raise PlanError("the model was closed before this step's results were read")
         return self._copied
 
     def collect(self) -> None:
@@ -84,6 +92,11 @@ class PendingStep:
             self._driver.wait(self._event)
             self._copied = {name: array.copy() for name, array in self._pinned.items()}
             self._pinned = None
+
+    def drop(self) -> None:
+        """Give up results that were not read: the pinned buffer goes away."""
+        self._dropped = self._pinned is not None
+        self._pinned = None
 
 
 class SlotTable:

@@ -13,6 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -205,12 +206,13 @@ class _Lane:
         self._driver.synchronize(self.stream)
 
     def close(self) -> None:
-        """Wait for the copies, let go what is pinned and free everything."""
-        self.pins.release()
-        for buffer, event in self._buffers:
-            self._driver.free_host(buffer.ctypes.data)
-            self._driver.destroy_event(event)
-        self._driver.destroy_stream(self.stream)
+        """Wait for the copies, let go what is pinned and free everything, even where the driver refuses some."""
+        with ExitStack() as undo:
+            undo.callback(self._driver.destroy_stream, self.stream)
+            for buffer, event in self._buffers:
+                undo.callback(self._driver.destroy_event, event)
+                undo.callback(self._driver.free_host, buffer.ctypes.data)
+            undo.callback(self.pins.release)
 
     def _next(self) -> tuple[np.ndarray, Any]:
         self._turn ^= 1

@@ -18,15 +18,17 @@ def load_executable(
     *,
     kv_bytes: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    report: Callable[[str], None] = lambda sentence: None,
 ) -> Executable:
     """Load ``plan`` with the weights of ``checkpoint``.
 
     Args:
         plan: what to run.
         checkpoint: the one that the plan was made for.
-        kv_bytes: memory for KV pages; None gives every row its full context, up to 4 GiB on a CPU and up to
-            what is free on a GPU.
+        kv_bytes: memory for KV pages; None gives every row its full context, up to 4 GiB, on a CPU, and takes
+            what is free on a GPU, less the plan's own memory and a reserve.
         progress: told how many of how many parameters are loaded.
+        report: told in sentences what memory there is for KV pages, and whether the device is another one.
 
     Raises:
         PlanError: the plan and the checkpoint or the machine do not fit, or the memory holds no page.
@@ -35,7 +37,7 @@ def load_executable(
     if plan.target != "cpu":
         from makeready.graphs.executable.cuda import CudaExecutable
 
-        return CudaExecutable(plan, checkpoint, kv_bytes=kv_bytes, progress=progress)
+        return CudaExecutable(plan, checkpoint, kv_bytes=kv_bytes, progress=progress, report=report)
 
     from makeready.graphs.executable.cpu import CpuExecutable
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from makeready.graphs.inspect.segments import segments, value_spec
 from makeready.graphs.plan import Launch, Plan, PlanError, Weight
 from makeready.graphs.spec import DECODE, Bucket
-from makeready.graphs.targets import Target, find_target
+from makeready.graphs.targets import Target, target_of
 from makeready.kernels.spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -69,17 +69,18 @@ def largest_bucket(plan: Plan, phase: str) -> Bucket:
     return max((b for b in plan.buckets if b.phase == phase), key=lambda b: (b.tokens, b.rows))
 
 
-def launch_costs(plan: Plan, bucket: Bucket, context: int) -> list[LaunchCost]:
+def launch_costs(plan: Plan, bucket: Bucket, context: int, target: Target | None = None) -> list[LaunchCost]:
     """Cost of every launch of a step in ``bucket``, in order.
 
     Args:
         plan: whose launches.
         bucket: shapes of the step.
         context: tokens of context a row; more than the plan's context length counts as that.
+        target: whose figures count; None takes those that the plan was chosen by.
     """
     program = plan.programs[bucket.phase]
     context = min(context, plan.limits.context_len)
-    target = find_target(plan.target)
+    target = target or target_of(plan)
     known: dict[tuple[Any, ...], LaunchCost] = {}  # layers repeat the same few launches
     costs = []
     for segment in segments(program):
@@ -129,7 +130,7 @@ def work(plan: Plan, launch: Launch, bucket: Bucket, context: int, target: Targe
     operands = {role: value_spec(plan, bucket.phase, value) for role, value in launch.operands.items()}
     results = [value_spec(plan, bucket.phase, value) for value in launch.results.values()]
     # With free memory and free launches what is left of the roofline is the time to compute.
-    free = replace(target, bandwidth=math.inf, launch_seconds=0.0)
+    free = replace(target.on(replace(target.device, bandwidth=math.inf)), launch_seconds=0.0)
     cost = op_cost(contracts()[launch.op], operands, results, launch.attrs, bucket, context, free)
     return cost.nbytes, cost.flops, cost.seconds
 

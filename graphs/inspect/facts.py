@@ -8,7 +8,7 @@ from typing import Any
 from makeready.graphs import artifact
 from makeready.graphs.inspect import units
 from makeready.graphs.plan import Plan
-from makeready.graphs.targets import find_target
+from makeready.graphs.targets import target_of
 
 FP8 = "float8_e4m3fn"
 
@@ -16,7 +16,7 @@ FP8 = "float8_e4m3fn"
 def facts(plan: Plan, memory: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Label and value of every fact; ``memory`` is the plan's memory analysis."""
     options, limits = plan.options, plan.limits
-    target = find_target(plan.target)
+    target = target_of(plan)
     launches = ", ".join(f"{phase} {len(program.launches)}" for phase, program in plan.programs.items())
     peak = units.rate(target.flops.get(options.weight_dtype, target.flops["float32"]), "FLOP")
     return [
@@ -25,8 +25,8 @@ def facts(plan: Plan, memory: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("dtypes", dtypes(plan)),
         (
             "target",
-            f"{plan.target}: {units.rate(target.bandwidth, 'B')}, {peak} at {units.dtype(options.weight_dtype)}, "
-            f"{units.seconds(target.launch_seconds)} a launch",
+            f"{plan.target} on {target.device.name}: {units.rate(target.bandwidth, 'B')}, "
+            f"{peak} at {units.dtype(options.weight_dtype)}, {units.seconds(target.launch_seconds)} a launch",
         ),
         ("limits", f"{limits.max_rows} rows, {limits.max_tokens:,} tokens a step, context {limits.context_len:,}"),
         ("launches", launches),

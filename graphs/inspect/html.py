@@ -25,7 +25,7 @@ from makeready.graphs.inspect.padding import Padding, padding
 from makeready.graphs.inspect.segments import Segment, groups
 from makeready.graphs.plan import Plan
 from makeready.graphs.spec import DECODE, Bucket
-from makeready.graphs.targets import find_target
+from makeready.graphs.targets import target_of
 
 _NAV = (("memory", "Memory"), ("buckets", "Buckets"), ("kernels", "Kernels"), ("launches", "Launches"))
 
@@ -161,11 +161,11 @@ def _buckets(page: _Page) -> Markup:
 
 
 def _kernels(page: _Page) -> Markup:
-    target = find_target(page.plan.target)
+    target = target_of(page.plan)
     note = (
-        f"A full step of the largest bucket at {page.context:,} tokens of context a row, on {target.name}: "
-        f"{units.rate(target.bandwidth, 'B')}, {units.seconds(target.launch_seconds)} a launch. "
-        "Circles are memory-bound, squares compute-bound, triangles bound by their launches."
+        f"A full step of the largest bucket at {page.context:,} tokens of context a row, on {target.name} "
+        f"({target.device.name}): {units.rate(target.bandwidth, 'B')}, {units.seconds(target.launch_seconds)} a "
+        "launch. Circles are memory-bound, squares compute-bound, triangles bound by their launches."
     )
     shown = {}
     for phase, costs in page.launches.items():

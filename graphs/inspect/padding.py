@@ -25,7 +25,7 @@ from makeready.graphs.codec import from_json
 from makeready.graphs.inspect.analysis import largest_bucket, launch_key, work
 from makeready.graphs.plan import Launch, Plan
 from makeready.graphs.spec import DECODE, Bucket
-from makeready.graphs.targets import find_target
+from makeready.graphs.targets import target_of
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def _step_seconds(
     either (attention among a step's own tokens). Nine evaluations of the cost model therefore give every
     batch's; the roofline's maximum is taken behind that.
     """
-    program, target = plan.programs[phase], find_target(plan.target)
+    program, target = plan.programs[phase], target_of(plan)
     context = min(traffic.context, plan.limits.context_len)
     kinds: dict[tuple, list[Launch]] = {}
     for launch in program.launches:

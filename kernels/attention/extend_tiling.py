@@ -1,4 +1,4 @@
-"""Which tiles extend attention is cut into, and what they cost on an H100.
+"""Which tiles extend attention is cut into, and what they cost.
 
 # M query vectors of a tile, L keys of a step
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass
 
-from makeready.kernels.device import OpCall
+from makeready.kernels.device import H100_FLOPS, OpCall
 from makeready.kernels.row_tiles import power_of_two
 from makeready.kernels.spec import DTYPE_BYTES
 
@@ -18,7 +18,8 @@ _ITEM_US, _SPLIT_US = (
     2.5,
 )  # until the first product of an item and after its last; to leave and add parts
 # Operations/s of a multiprocessor with one block and with all it can hold, by (M, L, steps at once, warps), of
-# 8,000 tokens after none and of 512 after 7,680, with 32 heads of 128 on one H100 at bf16.
+# 8,000 tokens after none and of 512 after 7,680, with 32 heads of 128 on one H100 at bf16; other devices'
+# are taken to be as much higher or lower as their matrix rate is.
 _RATES = {
     (128, 64, 1, 4): (2.16e12, 3.86e12),
     (128, 32, 1, 4): (1.70e12, 3.24e12),
@@ -26,6 +27,7 @@ _RATES = {
     (128, 64, 2, 8): (3.4e12, 3.5e12),
     (128, 64, 1, 8): (3.56e12, 3.56e12),
 }
+_H100_COUNT = 132  # multiprocessors of it
 _SLOWEST = (1.5e12, 3.0e12)
 
 
@@ -107,6 +109,7 @@ class Way:
         alone, full = _RATES.get((self.m, self.keys, 1 + self.pair, self.warps), _SLOWEST)
         crowded = call.attrs["kv_heads"] * len(items) > call.multiprocessors
         rate = full / self.resident if crowded and self.resident > 1 else alone
+        rate *= (call.flops["bfloat16"] / call.multiprocessors) / (H100_FLOPS["bfloat16"] / _H100_COUNT)
         a_key = 4e6 * self.m * call.attrs["head_dim"] / rate
         ends = [0.0] * min(self.shares(call), call.attrs["kv_heads"] * len(items))
         for n in items:

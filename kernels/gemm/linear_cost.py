@@ -6,16 +6,16 @@ in the time that a copy takes. Starting, ends of tiles, and adding up split sums
 
 The numbers were fitted to 1,500 timings of Qwen3-8B's projections on an H100 at 1 to 1,024 rows
 (``scripts/bench.py suite=[gemm_sweep]``): the way that is predicted to be fastest takes 1.5 % longer than the one
-that was, on average over the shapes. On other GPUs they only rank.
+that was, on average over the shapes. Bandwidth and matrix rate are those of the device that a plan is chosen for;
+the rest was fitted with an H100's, and elsewhere it only ranks.
 """
 
 from __future__ import annotations
 
 from makeready.kernels.gemm.linear_tiling import PERSISTENT, Product, Tiling, ways
 
-_MEMORY = 3.02e12  # bytes/s of all multiprocessors
+_MEMORY = 3.02 / 3.0  # of the bandwidth of a copy that reading operands reaches
 _ONE = 59e9  # bytes/s of weights that one multiprocessor takes from memory at most
-_MATRIX = 779e12 / 132  # operations/s of one multiprocessor
 _COPY = 0.80e-6  # from asking for a tile to having it
 _COPY_RATE = 360e9  # bytes/s on top
 _SHARPNESS = 3.6  # of the maximum over the three
@@ -28,7 +28,7 @@ _REDUCE = 2.4e-6  # arrival, and the first sums back from L2
 _REDUCE_RATE = 42e9  # bytes/s at which one block reads sums
 _REDUCE_L2 = 5.9e12  # bytes/s at which all do
 
-# Share of _MATRIX by tile sides and warps; above 1 since short products run at higher clocks, and since the
+# Share of the matrix rate by tile sides and warps; above 1 since short products run at higher clocks, and since the
 # end of a tile is counted apart.
 _STREAM_SHARE = {
     (16, 64, 4): 0.43, (16, 128, 4): 0.36, (16, 128, 8): 0.15, (32, 64, 4): 0.25, (32, 128, 4): 0.45,
@@ -54,8 +54,8 @@ def seconds(product: Product, way: Tiling) -> float:
     steps = _cdiv(_cdiv(product.K, way.k), way.split)
     stage = (way.t + way.n) * way.k * 2
     copies = steps * (_COPY + stage / _COPY_RATE) / (way.stages - 1)
-    matrix = steps * 2 * way.t * way.n * way.k / (_MATRIX * _share(way))
-    memory = product.moved / _MEMORY
+    matrix = steps * 2 * way.t * way.n * way.k / (product.rate / multiprocessors * _share(way))
+    memory = product.moved / (_MEMORY * product.bandwidth)
     if way.kind == PERSISTENT:
         each = _cdiv(way.tiles(product), multiprocessors)
         start, end = _PERSISTENT, _TILE_END + (_RESTART if way.second else 0)

@@ -16,17 +16,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product as product_of
 
+from makeready.kernels.device import H100_BANDWIDTH, H100_FLOPS
+
 STREAM, PERSISTENT = "stream", "persistent"
 GROUP = 128  # side of a group of scales
 
 # Of an H100, fitted to 675 timings of Qwen3-8B's projections at 1 to 4,096 rows: the way that is predicted to
 # be fastest then takes 0.7 % longer than the one that was, on average over the shapes, and 4.5 % at most.
-# Predictions are off by 12 %. On other GPUs they only rank. Persistent kernels with
-# scales by groups are reasoned: their timings are of an older kernel.
-_MEMORY = 3.05e12  # bytes/s
+# Predictions are off by 12 %. Bandwidth and matrix rate are those of the device that a plan is chosen for; on other
+# GPUs the rest only ranks. Persistent kernels with scales by groups are reasoned: their timings are of an older
+# kernel.
+_MEMORY = 3.05 / 3.0  # of the bandwidth of a copy that reading operands reaches
 _L2 = 1.40e13  # bytes/s; above the data sheet's, since neighbours ask for the same lines
 _L2_HELD = 5.28e7  # bytes that blocks may have asked for since and still find in L2
-_MATRIX = 1402e12 / 132  # operations/s of one multiprocessor
 _COPY = 0.99e-6  # from asking for a tile to having it
 _COPY_RATE = 2.42e11  # bytes/s on top
 _SHARPNESS = 3.23  # of the maximum over what goes on at once
@@ -38,7 +40,7 @@ _REDUCE_RATE = 8.00e10  # bytes/s at which one block reads sums
 _REDUCE_L2 = 9.97e12  # bytes/s at which all do
 
 # Of a stream's tile, by scales of groups, its tokens and its outputs: seconds of a step that has a
-# multiprocessor to itself and does not wait for copies, and the share of _MATRIX that several reach together.
+# multiprocessor to itself and does not wait for copies, and the share of the matrix rate that several reach together.
 _STREAM = {
     (False, 16, 64): (0.332e-6, 0.136), (False, 16, 128): (0.573e-6, 1.032),
     (False, 32, 64): (0.156e-6, 0.225), (False, 32, 128): (0.628e-6, 0.292),
@@ -70,6 +72,8 @@ class Product:
         grouped: scales by groups of 128 rather than by rows.
         tma: operands are aligned for tensor maps and the target has them.
         tma_out: so is the result.
+        bandwidth: bytes/s from memory.
+        rate: operations/s of all multiprocessors in 8-bit floats.
         invariant: the same ways whatever T is, and no tile is cut: where, would depend on T.
     """
 
@@ -82,6 +86,8 @@ class Product:
     tma_out: bool
     multiprocessors: int
     shared_bytes: int
+    bandwidth: float = H100_BANDWIDTH
+    rate: float = H100_FLOPS["float8_e4m3fn"]
     invariant: bool = False
 
 
@@ -229,9 +235,9 @@ def seconds(product: Product, way: Tiling) -> float:
     stage = (way.t + way.n) * way.k
     operations = 2 * way.t * way.n * way.k
     at_once = (
-        _read(product, way) / _MEMORY,
+        _read(product, way) / (_MEMORY * product.bandwidth),
         tiles * steps * stage / _L2,
-        on_one * share * operations / (_MATRIX * reached),
+        on_one * share * operations / (product.rate / product.multiprocessors * reached),
         turns * share * alone,
         # ``stages - 1`` copies are under way.
         turns * share * (_COPY + stage / _COPY_RATE) / (way.stages - 1),

@@ -97,6 +97,8 @@ def describe(call: OpCall) -> Product:
         tma_out=tma and _addressable(y),
         invariant=call.invariant,
         multiprocessors=call.multiprocessors,
+        bandwidth=call.bandwidth,
+        rate=call.flops[weight.dtype],
         shared_bytes=call.shared_bytes,
     )
 

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product as product_of
 
+from makeready.kernels.device import H100_BANDWIDTH, H100_FLOPS
+
 STREAM, PERSISTENT = "stream", "persistent"
 
 _BARRIERS = 1 << 10  # bytes of shared memory beside the pipeline, at most
@@ -42,6 +44,8 @@ class Product:
         tma: operands are aligned for tensor maps and the target has them.
         tma_out: so is the result.
         tensor_cores: both operands are of the same 16-bit dtype.
+        bandwidth: bytes/s from memory.
+        rate: operations/s of all multiprocessors at 16 bits.
         wgmma: the target has Hopper's matrix instructions, which read both operands from shared memory.
         invariant: the same ways whatever T is, that one of them may serve all batch shapes.
     """
@@ -56,6 +60,8 @@ class Product:
     wgmma: bool
     multiprocessors: int
     shared_bytes: int
+    bandwidth: float = H100_BANDWIDTH
+    rate: float = H100_FLOPS["bfloat16"]
     invariant: bool = False
 
     @property

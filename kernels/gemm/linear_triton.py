@@ -85,6 +85,8 @@ def describe(call: OpCall) -> Product:
         wgmma="wgmma" in call.features,
         invariant=call.invariant,
         multiprocessors=call.multiprocessors,
+        bandwidth=call.bandwidth,
+        rate=call.flops["bfloat16"],
         shared_bytes=call.shared_bytes,
     )
 

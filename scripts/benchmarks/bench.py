@@ -15,10 +15,13 @@ from makeready.engine.entrypoints.scheduler_options import scheduler_options
 from makeready.engine.entrypoints.status import Stages
 
 if TYPE_CHECKING:
+    from benchmarks.gpu.rates import Rates
     from benchmarks.serve import Served
     from benchmarks.workloads import Work
     from makeready.engine.llm import LLM
     from makeready.engine.trace import StepTrace
+    from makeready.graphs.plan import Plan
+    from makeready.graphs.targets import Target
 
 Measured: TypeAlias = "tuple[dict[str, Any], list[str]]"  # what a suite found: for JSON, and as lines of text
 
@@ -29,6 +32,7 @@ class Bench:
     def __init__(self, job: BenchJob, stages: Stages) -> None:
         self.job = job
         self.stages = stages
+        self.rates: Rates | None = None  # measured before the model is loaded, for suites that have floors
 
     @cached_property
     def checkpoint(self) -> Path:
@@ -49,14 +53,31 @@ class Bench:
             self.use_threads()
         elif job.threads is not None:
             raise UsageError(f"threads={job.threads} is for PyTorch, which target {target} does without")
+        elif "latency" in job.suite or "buckets" in job.suite:
+            self._measure()  # while there is memory: the cache takes what is free
         return LLM(
             job.open(),
             plan,
             kv_memory_gib=job.kv.memory_gib,
             scheduler=scheduler_options(job.scheduler),
             progress=lambda done, total: self.stages.note(f"{done} of {total} weights"),
+            report=self.stages.say,
             **(job.plan_fields() if plan is None else {}),
         )
+
+    def _measure(self) -> None:
+        """Measure what floors are computed from."""
+        from benchmarks.gpu import rates
+
+        self.stages.note("what the GPU sustains")
+        self.rates = rates.present()
+
+    def floors_by(self, plan: Plan) -> Target:
+        """The plan's target with the figures that floors are computed from: measured ones where there are any."""
+        from makeready.graphs.targets import target_of
+
+        target = target_of(plan)
+        return target if self.rates is None else self.rates.on(target)
 
     def serve(self, works: Sequence[Work], **scheduler: Any) -> Served:
         """Run a load on a fresh engine with nothing cached, after a few tokens: first calls allocate.
@@ -83,8 +104,15 @@ class Bench:
 
         return None if self.job.trace is None else StepTrace(Path(self.job.trace).expanduser())
 
+    def release(self) -> None:
+        """Let go of the model, whose cache takes all memory that was free, for suites that load their own."""
+        if "llm" in self.__dict__:
+            self.llm.close()
+            del self.llm
+
     def close(self) -> None:
-        """End the step trace."""
+        """Let go of the model and end the step trace."""
+        self.release()
         if self.step_trace is not None:
             self.step_trace.close()
 

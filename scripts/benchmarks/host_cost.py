@@ -50,6 +50,9 @@ class InstantExecutable:
         """Nothing; results are there."""
         return self
 
+    def close(self) -> None:
+        """Nothing is held."""
+
     def wait(self) -> Mapping[str, np.ndarray]:
         """The same token for every row."""
         return self._results

@@ -2,7 +2,8 @@
 
 A token's time is (time of ``tokens + 1`` new tokens - time of 1) / ``tokens`` over a batch whose rows have
 ``context`` tokens of prompt, so prefill and the fixed cost of a call cancel. The floor beside it is the
-plan's own arithmetic: every launch at the target's bandwidth or matrix rate, launches costing nothing.
+plan's own arithmetic: every launch at the bandwidth or matrix rate
+of the machine as measured in the same run on a GPU, as written down for the CPU, launches costing nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from benchmarks.record import summary
 from makeready.engine.llm import LLM, SamplingParams
 from makeready.graphs.inspect.analysis import launch_costs
 from makeready.graphs.spec import DECODE, EXTEND
-from makeready.graphs.targets import TARGETS
+from makeready.graphs.targets import Target, target_of
 
 
 def latency(
@@ -28,6 +29,7 @@ def latency(
     tokens: int,
     prompts: Sequence[int],
     repeats: int,
+    target: Target | None = None,
 ) -> dict[str, Any]:
     """Measure ``llm``, greedy, on random token ids.
 
@@ -37,6 +39,7 @@ def latency(
         tokens: decode steps of a measurement.
         prompts: lengths of single prompts for the time to the first token.
         repeats: measurements of each.
+        target: whose figures floors are computed from; None takes those that the plan was chosen by.
     """
     generator = np.random.default_rng(0)
     vocabulary = llm.plan.config["vocab_size"]
@@ -52,7 +55,7 @@ def latency(
             # Other prompts each time, which the prefix cache has not seen.
             once, all_ = (generate(llm, ids(count, context), n) for n in (1, tokens + 1))
             seconds.append((all_ - once) / tokens)
-        bound = floor(llm, DECODE, count, count, context + tokens // 2)
+        bound = floor(llm, DECODE, count, count, context + tokens // 2, target)
         between.append(
             {
                 "rows": count,
@@ -64,7 +67,7 @@ def latency(
     first = []
     for length in prompts:
         seconds = [generate(llm, ids(1, length), 1) for _ in range(repeats)]
-        bound = floor(llm, EXTEND, 1, length, length // 2)
+        bound = floor(llm, EXTEND, 1, length, length // 2, target)
         first.append(
             {
                 "prompt_tokens": length,
@@ -91,12 +94,13 @@ def generate(llm: LLM, prompts: list[list[int]], count: int) -> float:
     return took
 
 
-def floor(llm: LLM, phase: str, rows: int, tokens: int, context: int) -> float:
+def floor(llm: LLM, phase: str, rows: int, tokens: int, context: int, target: Target | None = None) -> float:
     """Roofline seconds of a step that has exactly so many rows and tokens, padding left out."""
     bucket = llm.engine.buckets.covering(phase, rows, tokens)
     exact = type(bucket)(phase, rows, tokens)
-    launch = TARGETS[llm.plan.target].launch_seconds
-    return sum(cost.seconds - launch for cost in launch_costs(llm.plan, exact, context))
+    target = target or target_of(llm.plan)
+    costs = launch_costs(llm.plan, exact, context, target)
+    return sum(cost.seconds - target.launch_seconds for cost in costs)
 
 
 def table(result: dict[str, Any]) -> list[str]:

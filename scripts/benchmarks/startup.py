@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from benchmarks.record import summary
+from makeready.graphs import children
 
 # Each runs in a process of its own, so that nothing is warm but the files. argv: checkpoint, dtype, plan.
 _COMPILE = """
@@ -67,12 +67,9 @@ def table(result: dict[str, Any]) -> list[str]:
 
 
 def _run(code: str, checkpoint: Path, weight_dtype: str, plan: Path, cache: Path) -> dict[str, float]:
-    done = subprocess.run(
+    done = children.run(
         [sys.executable, "-c", code, str(checkpoint), weight_dtype, str(plan)],
         env={**os.environ, "MAKEREADY_CACHE": str(cache)},
-        capture_output=True,
-        text=True,
-        check=False,
     )
     if done.returncode:
         raise RuntimeError(f"a measured process failed:\n{done.stderr}")

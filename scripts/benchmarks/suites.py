@@ -51,8 +51,12 @@ def latency(bench: Bench) -> Measured:
         tokens=job.tokens,
         prompts=job.latency.prompts,
         repeats=job.repeats,
+        target=bench.floors_by(bench.llm.plan),
     )
-    return {"latency": found}, latency.table(found)
+    measured = bench.rates
+    if measured is None:
+        return {"latency": found}, latency.table(found)
+    return {"rates": measured.record(), "latency": found}, [measured.line(), *latency.table(found)]
 
 
 def throughput(bench: Bench) -> Measured:

@@ -79,19 +79,23 @@ class FakeBindings:
     Attributes:
         refuse: status that a call returns instead of doing anything, by the call's name.
         on_launch: run when a graph's turn in its stream comes.
-        graph_ms: how long it takes, as events tell; nothing else takes time.
+        graph_ms: how long it takes, as events tell.
+        copy_ms: how long a byte takes from device memory to device memory; nothing else takes time.
+        name: of the GPU.
         on_kernel: run when the turn of a kernel that was launched by itself comes.
     """
 
     version: int = 13000
     capability: tuple[int, int] = (9, 0)
     devices: int = 1
-    memory: int = 2**30
+    memory: int = 280 * 2**20  # a cache may take what is free, and every byte is written
     registers_files: bool = True
     refuse: dict[str, Any] = field(default_factory=dict)
     on_launch: Callable[[list[FakeNode]], None] = lambda nodes: None
     graph_ms: Callable[[list[FakeNode]], float] = lambda nodes: 1.0
+    copy_ms: float = 0.0
     on_kernel: Callable[[FakeNode], None] = lambda node: None
+    name: bytes = b"Fake GPU"
 
     calls: list[str] = field(default_factory=list)
     copies: list[tuple[str, int, int, int]] = field(default_factory=list)  # kind, target, source, bytes
@@ -161,7 +165,7 @@ class FakeBindings:
         return (*OK, real.CUdevice(ordinal))
 
     def cuDeviceGetName(self, length, device):
-        return (*OK, b"Fake GPU".ljust(length, b"\0"))
+        return (*OK, self.name.ljust(length, b"\0"))
 
     def cuDeviceGetAttribute(self, which, device):
         minor = which == real.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR
@@ -240,6 +244,17 @@ class FakeBindings:
         self.copies.append(("out", target, source, nbytes))
         self._queue(stream).append(lambda: ctypes.memmove(target, source, nbytes))
         return OK
+
+    def cuMemcpyDtoDAsync(self, target, source, nbytes, stream):
+        self._inside(source, nbytes)
+        self._inside(target, nbytes)
+        self.copies.append(("across", target, source, nbytes))
+        self._queue(stream).append(lambda: self._across(target, source, nbytes))
+        return OK
+
+    def _across(self, target, source, nbytes):
+        ctypes.memmove(target, source, nbytes)
+        self.clock += nbytes * self.copy_ms
 
     def cuMemsetD8Async(self, target, byte, nbytes, stream):
         self._inside(target, nbytes)

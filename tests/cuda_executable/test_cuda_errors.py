@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -88,28 +89,69 @@ def test_too_little_memory_is_refused_with_the_numbers():
 
 def test_pages_come_from_what_is_asked_for_or_what_is_there():
     plan = tiny()
-    everything = plan.limits.max_rows * plan.limits.pages_per_row + 1
-    for kv_bytes, pages in ((None, everything), (7 * plan.kv.page_bytes + 1, 7), (2**60, everything)):
-        bindings = FakeBindings()
-        executable = CudaExecutable(plan, dummy(), driver=Driver(bindings), kv_bytes=kv_bytes)
-        assert executable.pages == pages
-        executable.close()
     from makeready.graphs.executable import cuda_memory
 
     reserved = (
         cuda_memory.RESERVED + cuda_memory.RESERVED_PER_GRAPH * len(plan.buckets) + 256 * len(plan.kv.parts)
     )
+    # One row's full context is 4 pages and 4 rows are the most: what is free goes beyond that.
+    fifty = reserved + plan.memory.fixed + 50 * plan.kv.page_bytes + 100
+    for kv_bytes, free, pages in ((None, fifty, 50), (7 * plan.kv.page_bytes + 1, fifty, 7)):
+        bindings, said = FakeBindings(memory=free), list[str]()
+        executable = CudaExecutable(
+            plan, dummy(), driver=Driver(bindings), kv_bytes=kv_bytes, report=said.append
+        )
+        assert executable.pages == pages
+        assert sum("KV cache" in line and f"{pages - 1} pages of 16 tokens" in line for line in said) == 1
+        executable.close()
+        bindings.check_released()
     free = reserved + plan.memory.fixed + 5 * plan.kv.page_bytes + 3
-    assert cuda_memory.kv_pages(plan, free, None) == 5
+    assert cuda_memory.kv_memory(plan, free, None).pages == 5
     with pytest.raises(PlanError, match="are needed"):
-        cuda_memory.kv_pages(plan, free, 6 * plan.kv.page_bytes)
+        cuda_memory.kv_memory(plan, free, 6 * plan.kv.page_bytes)
+
+
+def test_the_arithmetic_of_the_cache_is_told():
+    plan = replace(tiny(), memory=replace(tiny().memory, weights=15 * 2**30))
+    from makeready.graphs.executable import cuda_memory
+
+    memory = cuda_memory.kv_memory(plan, 140 * 2**30, None)
+    left = 140 * 2**30 - plan.memory.fixed - memory.reserve
+    assert memory.pages == left // plan.kv.page_bytes
+    said = memory.sentence(plan)
+    assert said.startswith("KV cache: 140.00 GiB free - 15.00 for weights and buffers - 0.2")
+    assert f"reserve for the driver = {left / 2**30:.2f} GiB: {memory.pages - 1:,} pages" in said
+    asked = cuda_memory.kv_memory(plan, 140 * 2**30, 2**30).sentence(plan)
+    assert "of which kv.memory_gib takes 1.00:" in asked
+
+
+@pytest.mark.parametrize(
+    ("chosen", "gpu", "said"),
+    [
+        ("h200", "NVIDIA H200", None),
+        ("h200", "NVIDIA H100 80GB HBM3", r"chosen for device h200 and runs on NVIDIA H100 .*device=h100$"),
+        ("h100", "NVIDIA H200", "device=h200$"),
+        ("h200", "NVIDIA X9000", "not known"),
+        ("one of a later version", "NVIDIA H200", "device=h200$"),
+        ("", "NVIDIA H200", None),  # a plan of before devices had names
+    ],
+)
+def test_a_plan_that_was_chosen_for_another_device_runs_and_says_so_once(chosen, gpu, said):
+    bindings, lines = FakeBindings(name=gpu.encode()), list[str]()
+    executable = CudaExecutable(
+        replace(tiny(), device=chosen), dummy(), driver=Driver(bindings), report=lines.append
+    )
+    executable.close()
+    found = [line for line in lines if "chosen for" in line]
+    assert len(found) == (said is not None)
+    assert all(re.search(str(said), line) for line in found)
 
 
 def test_memory_that_is_free_but_not_given_is_refused():
     status = (real.CUresult.CUDA_ERROR_OUT_OF_MEMORY, None)
     bindings = FakeBindings(refuse={"cuMemAlloc": lambda nbytes: status})
     refused(
-        "no memory for the plan's 0.00 GiB: cuMemAlloc of .* failed with CUDA_ERROR_OUT_OF_MEMORY",
+        "no memory for the plan's 0.0. GiB: cuMemAlloc of .* failed with CUDA_ERROR_OUT_OF_MEMORY",
         bindings=bindings,
     )
 

@@ -101,6 +101,9 @@ class FakeExecutable:
             inverses.append(inverses[-1] * inverse & _MASK)
         self._powers, self._inverses = np.array(powers, np.uint64), np.array(inverses, np.uint64)
 
+    def close(self) -> None:
+        """Nothing is held."""
+
     def write_slot(self, slot: int, values: Mapping[str, Any]) -> None:
         self._slots[slot] = dict(values)
         # What the last request left there must not matter.

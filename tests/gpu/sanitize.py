@@ -36,7 +36,7 @@ def run(plan_folder: str, checkpoint_folder: str) -> list[list[int]]:
 
     from makeready.engine.llm import LLM, SamplingParams
 
-    llm = LLM(checkpoint_folder, plan=plan_folder)
+    llm = LLM(checkpoint_folder, plan=plan_folder, kv_memory_gib=0.25)
     vocabulary = llm.plan.config["vocab_size"]
     prompts = [np.random.default_rng(n).integers(0, vocabulary, n).tolist() for n in PROMPTS]
     sampled = {"temperature": 0.9, "top_p": 0.8, "top_k": 50, "sampling_seed": 7, "return_logprob": True}

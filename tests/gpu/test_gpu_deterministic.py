@@ -53,7 +53,9 @@ def target() -> str:
 def llm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LLM:
     checkpoint = write_checkpoint(tmp_path_factory.mktemp("checkpoint"), SMALL)
     options = SchedulerOptions(deterministic=True)
-    return LLM(checkpoint, target=target(), scheduler=options, **LIMITS, **MODELS[request.param])
+    return LLM(
+        checkpoint, target=target(), scheduler=options, kv_memory_gib=1, **LIMITS, **MODELS[request.param]
+    )
 
 
 def requests() -> tuple[list[list[int]], list[SamplingParams]]:
@@ -134,7 +136,7 @@ def test_every_bucket_is_the_interpreters(tmp_path: Path, fields: dict[str, Any]
     plan = compile_plan(checkpoint, target=target(), deterministic=True, **limits, **fields)
     pages = plan.limits.max_rows * plan.limits.pages_per_row + 1
     interpreter = CpuExecutable(plan, checkpoint, pages=pages, interpret=True)
-    executable: Any = load_executable(plan, checkpoint)
+    executable: Any = load_executable(plan, checkpoint, kv_bytes=2**30)
     for case in cases(plan):
         (ours, tokens), (theirs, _) = run(executable, case), run(interpreter, case)
         errors = np.linalg.norm(ours - theirs, axis=1) / np.linalg.norm(theirs, axis=1)

@@ -148,7 +148,7 @@ def forced(executable: Any, prompts: Sequence[list[int]], tokens: Sequence[Seque
 
 def test_every_step_takes_the_cpus_token_or_one_as_good(plan, expected):
     kind = KINDS[plan.options.activation_dtype]
-    executable: Any = load_executable(plan, open_checkpoint(smollm2()))
+    executable: Any = load_executable(plan, open_checkpoint(smollm2()), kv_bytes=2**31)
     made = forced(executable, expected.prompts, expected.tokens)
     executable.close()
     wanted = np.asarray(expected.tokens)
@@ -169,7 +169,7 @@ def test_every_step_takes_the_cpus_token_or_one_as_good(plan, expected):
 
 def test_whole_texts_are_the_cpus(plan, expected):
     kind = KINDS[plan.options.activation_dtype]
-    llm = LLM(smollm2(), plan)
+    llm = LLM(smollm2(), plan, kv_memory_gib=2)
     params = SamplingParams(temperature=0, max_new_tokens=COUNT, ignore_eos=True)
     outputs = llm.generate(token_ids=expected.prompts, sampling=params)
     again = llm.generate(token_ids=expected.prompts, sampling=params)
@@ -188,7 +188,7 @@ def test_whole_texts_are_the_cpus(plan, expected):
 
 
 def test_golden_tokens_of_real_weights(plan, expected):
-    llm = LLM(smollm2(), plan)
+    llm = LLM(smollm2(), plan, kv_memory_gib=2)
     made = golden.predict(plan, llm.checkpoint, expected.prompts[0], 4)
     golden.check(made, llm.engine.executable, llm.checkpoint)
     outputs = llm.generate(

@@ -30,7 +30,9 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
         pytest.skip(f"no target for compute capability {major}.{minor}")
     checkpoint = write_checkpoint(tmp_path_factory.mktemp("checkpoint"), SMALL)
     limits = {"max_rows": 8, "max_tokens": 256, "context_len": 512, "page_size": 64, "max_logprob_tokens": 96}
-    return LLM(checkpoint, target=target, max_decode_buckets=2, max_extend_buckets=3, **limits)
+    return LLM(
+        checkpoint, target=target, max_decode_buckets=2, max_extend_buckets=3, kv_memory_gib=1, **limits
+    )
 
 
 def with_options(llm: LLM, **options: object) -> LLM:

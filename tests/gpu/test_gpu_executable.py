@@ -27,6 +27,7 @@ from makeready.graphs.executable.load import load_executable
 from makeready.graphs.plan import PlanError
 from makeready.graphs.targets import TARGETS
 
+KV_BYTES = 2**30  # several live at once, beside PyTorch: none may take all that is free
 REQUEST = {
     "max_rows": 8,
     "max_tokens": 256,
@@ -45,7 +46,7 @@ import json, re, sys
 for name in ("torch", "triton", "transformers", "cuda.bindings.nvrtc", "cuda.bindings.nvjitlink"):
     sys.modules[name] = None
 from makeready.engine.llm import LLM, SamplingParams
-llm = LLM(sys.argv[1], plan=sys.argv[2])
+llm = LLM(sys.argv[1], plan=sys.argv[2], kv_memory_gib=1)
 outputs = llm.generate(
     token_ids=json.loads(sys.argv[3]),
     sampling=SamplingParams(temperature=0, max_new_tokens=24, ignore_eos=True),
@@ -72,7 +73,7 @@ def plan(checkpoint):
 
 @pytest.fixture
 def executable(plan, checkpoint):
-    loaded = load_executable(plan, checkpoint)
+    loaded = load_executable(plan, checkpoint, kv_bytes=KV_BYTES)
     assert isinstance(loaded, CudaExecutable)
     yield loaded
     loaded.close()
@@ -82,7 +83,7 @@ def executable(plan, checkpoint):
 def reference(checkpoint):
     """The script on the CPU: the same weights, float32 between kernels."""
     plan = compile_plan(checkpoint, target="cpu", page_size=64, **REQUEST)
-    return play(load_executable(plan, checkpoint))
+    return play(load_executable(plan, checkpoint, kv_bytes=KV_BYTES))
 
 
 def same(first: list[Played], second: list[Played]) -> None:
@@ -132,7 +133,7 @@ def test_golden_tokens_are_the_interpreters(plan, checkpoint, executable, tmp_pa
     made = golden.predict(plan, checkpoint, [1, 2, 3, 4, 5], 12)
     golden.check(made, executable, checkpoint)
     other = write_checkpoint(tmp_path / "other", SMALL, scale=0.05)
-    changed = load_executable(plan, other)
+    changed = load_executable(plan, other, kv_bytes=KV_BYTES)
     with pytest.raises(PlanError, match="are not those that"):
         golden.check(made, changed, other)
     ours = replace(made, weights=golden.weights_checksum(plan, other))
@@ -149,7 +150,7 @@ def test_poisoned_memory_changes_no_bit(executable):
 def test_repeated_runs_are_identical(plan, checkpoint, executable):
     first = play(executable)
     same(play(executable), first)
-    again = load_executable(plan, checkpoint)
+    again = load_executable(plan, checkpoint, kv_bytes=KV_BYTES)
     same(play(again), first)
     again.close()
 
@@ -172,17 +173,17 @@ def test_sampled_tokens_feed_the_next_step_without_the_host(executable, plan):
 
 
 def test_everything_is_given_back(plan, checkpoint):
-    load_executable(plan, checkpoint).close()
+    load_executable(plan, checkpoint, kv_bytes=KV_BYTES).close()
     before = torch.cuda.mem_get_info()[0]
     for _ in range(3):
-        load_executable(plan, checkpoint).close()
+        load_executable(plan, checkpoint, kv_bytes=KV_BYTES).close()
     assert torch.cuda.mem_get_info()[0] >= before - 2**21
 
 
 def test_a_process_without_torch_or_any_compiler_gives_the_same_tokens(plan, checkpoint, tmp_path):
     folder = artifact.save(plan, tmp_path / "plan")
     prompts = [np.random.default_rng(n).integers(0, SMALL["vocab_size"], n).tolist() for n in PROMPTS]
-    llm = LLM(checkpoint, plan=folder)
+    llm = LLM(checkpoint, plan=folder, kv_memory_gib=1)
     sampling = SamplingParams(temperature=0, max_new_tokens=24, ignore_eos=True)
     expected = [list(o.token_ids) for o in llm.generate(token_ids=prompts, sampling=sampling)]
     made = subprocess.run(

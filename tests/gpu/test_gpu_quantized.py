@@ -79,7 +79,7 @@ def case(request, tmp_path_factory) -> tuple[Plan, Checkpoint]:
 
 @pytest.fixture
 def executable(case):
-    loaded = load_executable(*case)
+    loaded = load_executable(*case, kv_bytes=2**30)
     assert isinstance(loaded, CudaExecutable)
     yield loaded
     loaded.close()
@@ -151,6 +151,6 @@ def test_many_chunks_at_once_give_the_cpus_bytes(quant, tmp_path, monkeypatch):
     assert plan.loading is not None
     assert sum(len(c.launches) for c in plan.loading.conversions) > 50
     for _ in range(3):
-        executable = CudaExecutable(plan, checkpoint)
+        executable = CudaExecutable(plan, checkpoint, kv_bytes=2**30)
         check_weights(executable, checkpoint)
         executable.close()

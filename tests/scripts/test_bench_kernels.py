@@ -13,11 +13,23 @@ from torch.overrides import TorchFunctionMode
 pytest.importorskip("triton")
 pytest.importorskip("cuda.bindings")
 
-from benchmarks.gpu import attention, gemm, gemm_fp8, launcher, ops, quantize_fp8, sample, shapes, small_ops
+from benchmarks.gpu import (
+    attention,
+    gemm,
+    gemm_fp8,
+    launcher,
+    ops,
+    quantize_fp8,
+    rates,
+    sample,
+    shapes,
+    small_ops,
+)
 from scripts_in_process import script
 
 from makeready.engine.entrypoints import bench_options
 from makeready.graphs.cuda.aot import Kernel, compile_kernel, kernel_of
+from makeready.graphs.devices import DEVICES
 from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.device import Candidate, OpCall
 
@@ -65,7 +77,8 @@ def test_copies_rotate_through_more_than_l2():
     assert shapes.copies(1e9, over=150e6) == 2
 
 
-def test_floors_by_hand():
+def test_floors_by_hand(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(rates, "present", lambda: rates.of_device(DEVICES["h100"]))
     product = gemm.Product("qkv", 16, 6144, 4096)
     assert product.floor == pytest.approx((6144 * 4096 + 16 * 4096 + 16 * 6144) * 2 / 3e12)
     assert gemm.Product("qkv", 8192, 6144, 4096).floor == pytest.approx(2 * 8192 * 6144 * 4096 / 779e12)
@@ -175,6 +188,7 @@ def rehearsal(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     for function in (run, check, time_each, time):
         monkeypatch.setattr(launcher, function.__name__, function)
+    monkeypatch.setattr(rates, "present", lambda: rates.of_device(DEVICES["h200"]))
     monkeypatch.setattr(launcher, "fits", lambda way, call: True)
     monkeypatch.setattr(launcher, "prepare", lambda work: [None for call, ways in work for _ in ways])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -206,8 +220,9 @@ def rehearsal(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_suites_run_from_end_to_end(suite: str, rehearsal, capsys):
     options = ["gemm_fp8.matrices=[down]"] if suite.startswith("gemm_fp8") else []
     assert script("bench")(f"suite=[{suite}]", *options, "output=result.json") == 0
-    found = json.loads(Path("result.json").read_text())[suite]
-    assert found
+    result = json.loads(Path("result.json").read_text())
+    assert result[suite]
+    assert result["rates"]["bandwidth"] == 4.5e12
     printed = capsys.readouterr().out
     assert "WRONG" not in printed
     assert len(printed.splitlines()) >= 2

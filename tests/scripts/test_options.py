@@ -97,7 +97,11 @@ def test_defaults_are_those_of_the_python_interface(capsys):
     assert config["scheduler"] == dataclasses.asdict(SchedulerOptions())
     request = dataclasses.asdict(Request())
     del config["plan"]["path"]
-    stated = config["plan"] | {"target": config["target"], "quant": config["quant"]}
+    stated = config["plan"] | {
+        "target": config["target"],
+        "device": config["device"],
+        "quant": config["quant"],
+    }
     stated |= {"kv_dtype": config["kv"]["dtype"]}
     assert {k: tuple(v) if isinstance(v, list) else v for k, v in stated.items()} == request
 

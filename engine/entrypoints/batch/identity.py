@@ -25,6 +25,7 @@ EXEMPT = frozenset(
         "metrics",
         "trace",
         "target",
+        "device",
         "scale",
         "scheduler",
         "kv.memory_gib",

@@ -24,6 +24,7 @@ from makeready.engine.llm import LLM
 from makeready.engine.options import SchedulerOptions
 from makeready.engine.sampling import SamplingParams
 from makeready.graphs.checkpoint.base import open_checkpoint
+from makeready.graphs.children import Leader, follow, this_process
 from makeready.graphs.plan import Plan
 from makeready.graphs.targets import TARGETS
 
@@ -41,6 +42,8 @@ class EngineSpec:
         model: config of a dummy checkpoint.
         format, sampling, template: as for :class:`Worker`.
         scheduler: how requests share each engine.
+        leader: the process that leads the job, which makes this; an engine on the same machine ends with it, also by
+            kill -9. Ray ends those on others.
     """
 
     checkpoint: str
@@ -51,6 +54,7 @@ class EngineSpec:
     sampling: SamplingParams
     template: Mapping[str, Any]
     scheduler: SchedulerOptions
+    leader: Leader = field(default_factory=this_process)
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ class RayEngine:
     """One engine, as an actor."""
 
     def __init__(self, spec: EngineSpec) -> None:
+        follow(spec.leader)
         config = None if spec.model is None else dict(spec.model)
         checkpoint = open_checkpoint(spec.checkpoint, config=config)
         llm = LLM(checkpoint, spec.plan, kv_memory_gib=spec.kv_memory_gib, scheduler=spec.scheduler)

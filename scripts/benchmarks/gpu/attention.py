@@ -16,8 +16,8 @@ import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.gpu import launcher
-from benchmarks.gpu.shapes import BANDWIDTH, BF16_RATE, HEAD_DIM, HEADS, KV_HEADS, copies
+from benchmarks.gpu import launcher, rates
+from benchmarks.gpu.shapes import HEAD_DIM, HEADS, KV_HEADS, copies
 from makeready.kernels.attention import decode_triton, extend_tiling, extend_triton, paged
 from makeready.kernels.attention.qkv_triton import norm_rope_kv_write_cuda
 from makeready.kernels.contract import Contract
@@ -92,7 +92,7 @@ class Batch:
     def floor(self) -> float:
         """Seconds that no kernel beats: all keys and values once, or all operations."""
         queries = sum(queries for queries, _ in self.rows)
-        return max((self.nbytes + 4 * queries * HEADS * HEAD_DIM) / BANDWIDTH, self.operations / BF16_RATE)
+        return rates.present().floor(self.nbytes + 4 * queries * HEADS * HEAD_DIM, self.operations)
 
     @property
     def label(self) -> str:
@@ -273,7 +273,7 @@ def _time_qkv(tokens: int, kind: torch.dtype) -> dict[str, Any]:
         "op": "norm_rope_kv_write",
         "nbytes": moved,
         "operations": 0.0,
-        "floor": moved / BANDWIDTH,
+        "floor": rates.present().floor(moved),
         "sdpa": None,
         "backend": "",
         "seconds": {way.name: launcher.time(way, call, sets) for way in norm_rope_kv_write_cuda(call)},

@@ -3,7 +3,7 @@
 A whole step is timed as graphs with nothing between them. Its parts come from one more step under the profiler: a
 launch's time is from the end of the one before it to its own, since kernels start early and wait. Leaving a kind of
 launch out of the graph instead says little of long steps: other numbers flow, and the GPU, which runs at the limit
-of its power, clocks higher. The floor is every byte once at the target's bandwidth, or every operation at its rate.
+of its power, clocks higher. The floor is every byte once at the GPU's bandwidth, or every operation at its rate.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from makeready.graphs.executable.example import typical_step
 from makeready.graphs.inspect.analysis import work
 from makeready.graphs.plan import Launch, Plan, tuned_key
 from makeready.graphs.spec import DECODE, Bucket
-from makeready.graphs.targets import find_target
+from makeready.graphs.targets import Target, target_of
 
 _SECONDS = 20e-3  # of one measurement at least
 _SHOWN = 0.01  # of a step, from which a part is worth a line
@@ -34,6 +34,7 @@ def buckets(
     *,
     context: int,
     repeats: int,
+    target: Target | None = None,
     record: Record = timeline.kernels,
 ) -> list[dict[str, Any]]:
     """Seconds of a full step of some buckets, of its parts, and their floors.
@@ -42,6 +43,7 @@ def buckets(
         only: names of buckets.
         context: tokens of context of a decoding row; an extend step is one prompt of all its tokens.
         repeats: measurements of each whole step; the median counts.
+        target: whose figures floors are computed from; None takes those that the plan was chosen by.
         record: gives start and end of every kernel of what it is given to run.
     """
     plan = executable.plan
@@ -56,7 +58,7 @@ def buckets(
         bench.clear()
         classes = _classes_of_nodes(plan, bucket, bench.device.name)
         parts = _parts(record(lambda b=bucket, s=step: executable.launch(b, s).wait()), classes)
-        costs, names = floors(plan, bucket, context), plan.programs[bucket.phase].classes
+        costs, names = floors(plan, bucket, context, target), plan.programs[bucket.phase].classes
         found.append(
             {
                 "bucket": str(bucket),
@@ -93,9 +95,9 @@ def _parts(kernels: Sequence[tuple[float, float]], classes: Sequence[int]) -> di
     return seconds
 
 
-def floors(plan: Plan, bucket: Bucket, context: int) -> list[dict[str, Any]]:
+def floors(plan: Plan, bucket: Bucket, context: int, target: Target | None = None) -> list[dict[str, Any]]:
     """Launches, floor in seconds, and shape of the weights of each op class in a step of :func:`buckets`."""
-    target, real = find_target(plan.target), bucket
+    target, real = target or target_of(plan), bucket
     if bucket.phase != DECODE:  # one prompt: on average a token sees half of it
         real, context = Bucket(bucket.phase, 1, bucket.tokens), bucket.tokens // 2
     program = plan.programs[bucket.phase]

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import launcher
-from benchmarks.gpu.shapes import BANDWIDTH, BF16_RATE, HIDDEN, MATRICES, SPARE, VOCABULARY, copies
+from benchmarks.gpu import launcher, rates
+from benchmarks.gpu.shapes import HIDDEN, MATRICES, SPARE, VOCABULARY, copies
 from makeready.kernels.contract import Contract
 from makeready.kernels.device import Candidate, OpCall
 from makeready.kernels.gemm.linear import linear
@@ -51,7 +51,7 @@ class Product:
         """Seconds that no way beats: all bytes once, or all operations."""
         out = 4 if self.name in HEAD else 2  # bytes of a value
         nbytes = 2 * (self.N + self.T) * self.K + out * self.T * self.N
-        return max(nbytes / BANDWIDTH, 2 * self.T * self.N * self.K / BF16_RATE)
+        return rates.present().floor(nbytes, 2 * self.T * self.N * self.K)
 
     def call(self, device: str) -> tuple[OpCall, torch.Tensor]:
         """The call, and its activations; on device meta without memory."""

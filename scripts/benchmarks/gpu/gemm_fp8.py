@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import launcher
-from benchmarks.gpu.shapes import BANDWIDTH, FP8_RATE, MATRICES, SPARE, copies
+from benchmarks.gpu import launcher, rates
+from benchmarks.gpu.shapes import MATRICES, SPARE, copies
 from makeready.kernels.contract import Contract
 from makeready.kernels.device import Candidate, OpCall
 from makeready.kernels.gemm.linear_fp8 import linear_fp8, linear_fp8_block
@@ -98,7 +98,7 @@ def operands(
 
 def floor(T: int, N: int, K: int) -> float:
     """Seconds that no way to run it beats: all bytes once, or all operations."""
-    return max((N * K + T * K + 2 * T * N) / BANDWIDTH, 2 * T * N * K / FP8_RATE)
+    return rates.present().floor(N * K + T * K + 2 * T * N, 2 * T * N * K, "float8_e4m3fn")
 
 
 def calls(wanted: Wanted) -> Iterator[tuple[OpCall, Sequence[Candidate]]]:

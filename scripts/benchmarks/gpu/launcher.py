@@ -22,6 +22,7 @@ from cuda.bindings import driver  # pyright: ignore[reportAttributeAccessIssue] 
 
 from makeready.graphs.cuda.aot import Compiled, Kernel, MapLayout, compile_kernel, kernel_of
 from makeready.graphs.cuda.pool import compile_each
+from makeready.graphs.devices import Device, device_named, find_device
 from makeready.kernels.contract import Contract
 from makeready.kernels.device import (
     Candidate,
@@ -83,7 +84,20 @@ def op_call(
     if pages and "P" in dims:
         dims["P"] = "P"
     features = frozenset({"tma", "wgmma", "pdl", "fp8"})
-    return OpCall(contract.name, made, attrs, dims, row_count, token_count, context, features=features)
+    figures = _figures()
+    return OpCall(
+        contract.name,
+        made,
+        attrs,
+        dims,
+        row_count,
+        token_count,
+        context,
+        multiprocessors=figures.multiprocessors,
+        bandwidth=figures.bandwidth,
+        flops=figures.flops,
+        features=features,
+    )
 
 
 def prepare(work: Iterable[tuple[OpCall, Sequence[Candidate]]]) -> None:
@@ -334,6 +348,13 @@ def _loaded(kernel: Kernel) -> tuple[Compiled, Any]:
     limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     _ok(driver.cuFuncSetAttribute(function, limit, compiled.shared))
     return compiled, function
+
+
+@cache
+def _figures() -> Device:
+    """Of the present GPU, or where its figures are not known of the default one, by which plans are chosen then."""
+    found = device_named(torch.cuda.get_device_name()) if torch.cuda.device_count() else None
+    return found or find_device("sm_90a", None)
 
 
 @cache

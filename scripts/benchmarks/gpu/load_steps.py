@@ -12,7 +12,6 @@ import gc
 import json
 import math
 import os
-import subprocess
 import sys
 import tempfile
 import threading
@@ -26,7 +25,7 @@ from unittest import mock
 import numpy as np
 
 from benchmarks.record import ROOT
-from makeready.graphs import artifact
+from makeready.graphs import artifact, children
 from makeready.graphs.checkpoint.base import NUMPY_DTYPES, Checkpoint, open_checkpoint
 from makeready.graphs.checkpoint.safetensors_file import DTYPES
 from makeready.graphs.executable import cuda_pages, cuda_weights
@@ -279,7 +278,7 @@ def first_token(plan_folder: Path, weights: Path) -> float:
         )
         command = [sys.executable, str(ROOT / "scripts" / "generate.py"), f"plan={plan_folder}"]
         command += [f"checkpoint={weights}", f"prompts={rows}", f"output={out}"]
-        seconds = timed(lambda: subprocess.run(command, check=True, capture_output=True))
+        seconds = timed(lambda: children.run(command).check_returncode())
         assert "token_ids" in out.read_text(), out.read_text()
     return seconds
 

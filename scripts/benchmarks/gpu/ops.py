@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import launcher
-from benchmarks.gpu.shapes import BANDWIDTH, copies
+from benchmarks.gpu import launcher, rates
+from benchmarks.gpu.shapes import copies
 from makeready.kernels import registry
 from makeready.kernels.contract import CONTRACTS, Contract
 from makeready.kernels.device import Candidate, OpCall
@@ -82,7 +82,7 @@ def measure(cases: Iterable[Case], note: Callable[[str], None]) -> list[dict[str
                 "size": case.size,
                 "way": way.name,
                 "seconds": launcher.time(way, call, sets, reps),
-                "floor": case.nbytes / BANDWIDTH,
+                "floor": rates.present().floor(case.nbytes),
                 "eager": eager,
             }
             for way in candidates(call)

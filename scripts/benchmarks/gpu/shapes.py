@@ -1,9 +1,6 @@
-"""What benches of single kernels agree on: an H100's rates for floors, Qwen3-8B's sizes, operands that rotate."""
+"""What benches of single kernels agree on: Qwen3-8B's sizes, operands that rotate."""
 
 from __future__ import annotations
-
-# Measured on an H100: bytes/s of a device copy, read and written; operations/s of products.
-BANDWIDTH, BF16_RATE, FP8_RATE = 3.0e12, 779e12, 1402e12
 
 HIDDEN, INNER, VOCABULARY = 4096, 12288, 151936
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
@@ -15,7 +12,7 @@ def copies(nbytes: float, *, over: float, most: int = 1000) -> int:
     """Sets of operands of ``nbytes`` for calls to rotate over, so that each comes from memory again.
 
     Args:
-        over: bytes of all sets together; L2 has 50 MiB.
+        over: bytes of all sets together; L2 has 50 MiB on Hopper.
         most: sets at the most.
     """
     return max(2, min(most, round(over / nbytes + 0.5)))

@@ -7,7 +7,6 @@ Weights come from the page cache where the files were read before: the first pro
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import summary
+from makeready.graphs import children
 
 _CHILD = """
 import time
@@ -73,7 +73,7 @@ def start(plan: Path, checkpoint: str, config: Mapping[str, Any] | None, *, repe
 def _run(plan: Path, checkpoint: str, config: Mapping[str, Any] | None) -> dict[str, Any]:
     began = time.perf_counter()
     command = [sys.executable, "-c", _CHILD, checkpoint, json.dumps(config), str(plan)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = children.run(command)
     if done.returncode:
         raise RuntimeError(f"a measured process failed:\n{done.stderr}")
     found = json.loads(done.stdout.splitlines()[-1])

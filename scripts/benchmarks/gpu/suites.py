@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from benchmarks.bench import Bench, Measured
 from makeready.engine.entrypoints.options import UsageError
@@ -21,10 +22,12 @@ def buckets(bench: Bench) -> Measured:
     only = known if options.only is None else options.only
     if not only or not set(only) <= set(known):
         raise UsageError(f"buckets.only={only} must list some of {', '.join(known)}")
-    found = buckets.buckets(executable, only, context=context, repeats=bench.job.repeats)
+    found = buckets.buckets(
+        executable, only, context=context, repeats=bench.job.repeats, target=bench.floors_by(executable.plan)
+    )
     if options.svg is not None:
         Path(options.svg).expanduser().write_text(steps_svg.picture(found) + "\n")
-    return {"buckets": {"context": context, "steps": found}}, buckets.table(found)
+    return _with_rates({"buckets": {"context": context, "steps": found}}, buckets.table(found))
 
 
 def load(bench: Bench) -> Measured:
@@ -55,7 +58,7 @@ def gemm(bench: Bench) -> Measured:
     from benchmarks.gpu import gemm
 
     found = gemm.gemm()
-    return {"gemm": found}, gemm.gemm_table(found)
+    return _with_rates({"gemm": found}, gemm.gemm_table(found))
 
 
 def gemm_sweep(bench: Bench) -> Measured:
@@ -64,7 +67,7 @@ def gemm_sweep(bench: Bench) -> Measured:
     from benchmarks.gpu import gemm
 
     found = gemm.gemm_sweep()
-    return {"gemm_sweep": found}, gemm.sweep_table(found)
+    return _with_rates({"gemm_sweep": found}, gemm.sweep_table(found))
 
 
 def gemm_fp8(bench: Bench) -> Measured:
@@ -84,7 +87,7 @@ def _gemm_fp8(bench: Bench, name: str, *, sweep: bool) -> Measured:
     options = bench.job.gemm_fp8
     wanted = gemm_fp8.wanted(options.scales, options.matrices, sweep=sweep)
     found = gemm_fp8.measure(wanted, bench.stages.note)
-    return {name: found}, gemm_fp8.table(found)
+    return _with_rates({name: found}, gemm_fp8.table(found))
 
 
 def attention(bench: Bench) -> Measured:
@@ -102,7 +105,7 @@ def _attention(bench: Bench, name: str, *, sweep: bool) -> Measured:
     from benchmarks.gpu import attention
 
     found = attention.measure(bench.stages.note, sweep=sweep)
-    return {name: found}, attention.table(found)
+    return _with_rates({name: found}, attention.table(found))
 
 
 def small_ops(bench: Bench) -> Measured:
@@ -111,7 +114,7 @@ def small_ops(bench: Bench) -> Measured:
     from benchmarks.gpu import ops, small_ops
 
     found = small_ops.measure(bench.stages.note)
-    return {"small_ops": found}, ops.table(found)
+    return _with_rates({"small_ops": found}, ops.table(found))
 
 
 def quantize_fp8(bench: Bench) -> Measured:
@@ -120,7 +123,7 @@ def quantize_fp8(bench: Bench) -> Measured:
     from benchmarks.gpu import ops, quantize_fp8
 
     found = quantize_fp8.measure(bench.stages.note)
-    return {"quantize_fp8": found}, ops.table(found)
+    return _with_rates({"quantize_fp8": found}, ops.table(found))
 
 
 def sample(bench: Bench) -> Measured:
@@ -129,7 +132,15 @@ def sample(bench: Bench) -> Measured:
     from benchmarks.gpu import ops, sample
 
     found = sample.measure(bench.stages.note)
-    return {"sample": found}, ops.table(found)
+    return _with_rates({"sample": found}, ops.table(found))
+
+
+def _with_rates(found: dict[str, Any], lines: list[str]) -> Measured:
+    """A suite's result with what its floors were computed from."""
+    from benchmarks.gpu import rates
+
+    measured = rates.present()
+    return {"rates": measured.record(), **found}, [measured.line(), *lines]
 
 
 def _plan_for_gpu(bench: Bench, suite: str) -> Path:

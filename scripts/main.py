@@ -1,0 +1,47 @@
+"""The console command ``makeready``: ``makeready compile ...`` is ``python scripts/compile.py ...``, and so on."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from importlib.metadata import version
+
+COMMANDS = {
+    "compile": "make a plan for a checkpoint; needs no GPU",
+    "generate": "answer a prompt, or a file of prompts",
+    "inspect": "explain a plan as text or as a page",
+    "tune": "choose the fastest of the ways that a plan carries, on the GPU",
+    "bench": "measure speed",
+}
+
+
+def usage() -> str:
+    """What there is to say, a line each."""
+    lines = [f"  makeready {name:<9} {meaning}" for name, meaning in COMMANDS.items()]
+    more = "makeready COMMAND --help lists a command's options; makeready --version prints the version."
+    return "\n".join(["usage: makeready COMMAND OPTION=VALUE ...", "", *lines, "", more])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command with ``arguments``, or the process's; returns the exit code."""
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if name == "--version":
+        print(version("makeready"))
+        return 0
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        meant = f"; did you mean {near[0]}" if near else ""
+        print(f"error: makeready has no command {name}{meant}; it has {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    if name == "bench":
+        # Its modules find each other under the name that they have where the script is run as a file.
+        sys.modules.setdefault("benchmarks", importlib.import_module("makeready.scripts.benchmarks"))
+    return importlib.import_module(f"makeready.scripts.{name}").main(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
