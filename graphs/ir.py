@@ -2,8 +2,8 @@
 
 A :class:`Program` is what tracing gives and what passes rewrite. Values are of five kinds:
 
-    step    staged by the host for this step        (graphs.spec.step_fields)
-    slot    kept on the device per running request  (graphs.spec.slot_fields)
+    step    staged by the host for this step        (its StepSpec)
+    slot    kept on the device per running request  (Plan.slots)
     kv      a tensor of the paged cache             (graphs.spec.KVSpec)
     param   a weight or a constant, with a recipe
     temp    the result of a call

@@ -106,4 +106,5 @@ def program(phase: str, ops: Sequence[str] = ("silu", "silu", "multiply")) -> Lo
 def emitted(cache: Path, target: Target = TARGET, keep: int = 1, **changes: Any) -> Emitted:
     """The two programs' kernels."""
     programs: Mapping[str, LoweredProgram] = {phase: program(phase) for phase in ("decode", "extend")}
-    return emit(programs, dict.fromkeys(programs, {}), BUCKETS, target, context=1024, keep=keep, cache=cache, **changes)
+    specs: dict[str, Mapping[str, TensorSpec]] = {phase: {} for phase in programs}
+    return emit(programs, specs, BUCKETS, target, context=1024, keep=keep, cache=cache, **changes)

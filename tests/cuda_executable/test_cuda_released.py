@@ -15,7 +15,7 @@ from makeready.engine.llm import LLM, RequestError, SamplingParams
 from makeready.graphs.executable import cuda_driver
 from makeready.graphs.executable.cuda import CudaExecutable
 from makeready.graphs.executable.cuda_driver import Driver, DriverError
-from makeready.graphs.executable.typical import typical_step
+from makeready.graphs.executable.example import typical_step
 from makeready.graphs.plan import PlanError
 
 
@@ -65,7 +65,7 @@ def test_a_closed_model_says_so(bindings):
     (request,) = llm.requests([1, 2, 3], SamplingParams(max_new_tokens=2))
     executable: Any = llm.engine.executable
     bucket = min(tiny().buckets)
-    step = typical_step(tiny(), bucket, executable.pages)
+    step = typical_step(executable, bucket)
     pending = executable.launch(bucket, step)
     llm.close()
     llm.close()
