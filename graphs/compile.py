@@ -17,6 +17,7 @@ from makeready.graphs.checkpoint.base import Checkpoint, open_checkpoint
 from makeready.graphs.codec import to_json
 from makeready.graphs.cost import Cost, StepTime, program_cost
 from makeready.graphs.ir import Program
+from makeready.graphs.layers.parameter import sources
 from makeready.graphs.lower import lower, place_weights
 from makeready.graphs.models import family
 from makeready.graphs.passes import rewrite
@@ -213,10 +214,10 @@ def trace_checkpoint(checkpoint: Checkpoint | str | Path, request: Request) -> T
     model_config = family.read_config(checkpoint.config)
     limits = limits_of(request, target, model_config.rope, model_config.context_len)
     activation = activation_dtype(request, target)
-    weights = weight_dtype(request, target, checkpoint)
     cache = kv_dtype(request, target)
     scheme = quantization(request, target, checkpoint)
     model = family.build(checkpoint.config, context_len=limits.context_len, activation=activation)
+    weights = weight_dtype(request, target, checkpoint, sources(model))
     kv = KVSpec(limits.page_size, model.kv_parts(limits.page_size, cache))
     program = trace(model, limits, kv_parts=kv.parts, weight_dtype=weights, vector_dtype=activation)
     program = verify(program, after="trace")
@@ -263,11 +264,11 @@ def compile_plan(
 
 def _check_sources(params: Collection[Param], checkpoint: Checkpoint) -> None:
     """Every parameter's source exists in the checkpoint, in the shape that the config implies."""
-    sources = [(param, piece) for param in params for piece in param.pieces]
+    pieces = [(param, piece) for param in params for piece in param.pieces]
     if checkpoint.format == "dummy":
-        shapes = {piece.source: param.source_shape(piece) for param, piece in sources}
+        shapes = {piece.source: param.source_shape(piece) for param, piece in pieces}
         checkpoint.declare(shapes)  # type: ignore[attr-defined]
-    for param, piece in sources:
+    for param, piece in pieces:
         source, shape = piece.source, param.source_shape(piece)
         info = checkpoint.tensors.get(source)
         if info is None:
