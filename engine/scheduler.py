@@ -148,7 +148,8 @@ class Scheduler:
             RequestError: it could never run, being too long for the context or for all pages together; or
                 too many wait already.
         """
-        if request.most_tokens > self.limits.context_len:
+        # Without tokens of its own a prompt may fill the context: what is sampled behind it is dropped.
+        if len(request.prompt) + request.sampling.max_new_tokens > self.limits.context_len:
             raise RequestError(
                 f"{len(request.prompt)} prompt tokens and max_new_tokens={request.sampling.max_new_tokens} exceed "
                 f"the context of {self.limits.context_len} tokens; shorten the prompt or lower max_new_tokens"
