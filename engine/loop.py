@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -23,7 +24,10 @@ from makeready.graphs.spec import SCORE, TARGET_RESULTS, Bucket
 
 @dataclass(frozen=True)
 class _Flight:
-    """A step that was launched and not read, and when it was planned, staged, and launched."""
+    """A step that was launched and not read, and when it was planned, staged, and launched.
+
+    ``void`` are requests for which its results count for nothing.
+    """
 
     batch: Batch
     bucket: Bucket
@@ -31,6 +35,7 @@ class _Flight:
     planned: float
     staged: float
     launched: float
+    void: set[Request] = field(default_factory=set)
 
 
 class Engine:
@@ -122,21 +127,27 @@ class Engine:
             results = flight.pending.wait()
             self._flights.popleft()
             read = time.perf_counter()
-            kept, done = self._commit(flight.batch, results)
+            kept, done = self._commit(flight, results)
             finished += done
             if self.observer is not None:
                 self.observer(self._record(flight, kept, began, read))
         return finished
 
-    def _commit(self, batch: Batch, results: Mapping[str, np.ndarray]) -> tuple[int, list[Request]]:
+    def _commit(self, flight: _Flight, results: Mapping[str, np.ndarray]) -> tuple[int, list[Request]]:
         """Give tokens to their requests; how many were kept, and who is finished by them."""
-        finished: list[Request] = []
+        batch, finished = flight.batch, list[Request]()
         if batch.phase == SCORE:
-            _score(batch, results)
+            for request, at in _score(flight, results):
+                finished += self._spoiled(request, f"the logits of prompt token {at}", flight)
         kept, tokens = 0, results["tokens"].tolist()
         for row, request in batch.sampling():
-            if request.finish_reason is not None:
-                continue  # the step before this one ended it, or it was aborted
+            if request.finish_reason is not None or request in flight.void:
+                continue  # the step before this one ended it, or it was aborted or sent back
+            if tokens[row] < 0:
+                finished += self._spoiled(
+                    request, f"the logits of output token {len(request.output)}", flight
+                )
+                continue
             kept += 1
             logprob = None
             if request.sampling.return_logprob:
@@ -146,6 +157,19 @@ class Engine:
                 self.scheduler.retire(request)
                 finished.append(request)
         return kept, finished
+
+    def _spoiled(self, request: Request, what: str, flight: _Flight) -> list[Request]:
+        """A request has NaN or infinities: it is computed again if another may have made them, or ends."""
+        if self.scheduler.spoiled(request):
+            for under_way in (flight, *self._flights):
+                under_way.void.add(request)
+            return []
+        request.fail(
+            f"{what} are not finite: the model's weights are damaged or its activations overflow; check the "
+            "checkpoint, or compile the plan with another plan.activation_dtype or plan.weight_dtype"
+        )
+        self.scheduler.retire(request)
+        return [request]
 
     def _record(self, flight: _Flight, kept: int, began: float, read: float) -> StepRecord:
         batch, admitted = flight.batch, set(flight.batch.admitted)
@@ -174,15 +198,22 @@ class Engine:
 _OUTPUT = ("logprob", "top_ids", "top_values")
 
 
-def _score(batch: Batch, results: Mapping[str, np.ndarray]) -> None:
-    """Give log-probabilities of prompts to their requests."""
+def _score(flight: _Flight, results: Mapping[str, np.ndarray]) -> list[tuple[Request, int]]:
+    """Give log-probabilities of prompts to their requests; returns whose are NaN, and from which token on."""
+    batch, spoiled = flight.batch, list[tuple[Request, int]]()
     begin = len(batch.decoding)
     for chunk in batch.chunks:
         request = chunk.request
-        for i in range(chunk.scores):
-            token, of = request.prompt[chunk.start + 1 + i], (results[n][begin + i] for n in TARGET_RESULTS)
-            request.input_logprobs.append(_logprob(request, token, of))
+        for i in range(0 if request.done or request in flight.void else chunk.scores):
+            at = chunk.start + 1 + i
+            token, of = request.prompt[at], (results[n][begin + i] for n in TARGET_RESULTS)
+            found = _logprob(request, token, of)
+            if math.isnan(found.logprob or 0.0):
+                spoiled.append((request, at))
+                break
+            request.input_logprobs.append(found)
         begin += chunk.count
+    return spoiled
 
 
 def _logprob(request: Request, token: int, results: Iterable[np.ndarray]) -> TokenLogprob:

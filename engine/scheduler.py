@@ -216,6 +216,28 @@ class Scheduler:
         elif request in self.waiting:
             self.waiting.remove(request)
 
+    def spoiled(self, request: Request) -> bool:
+        """Numbers that a request computed are not finite: nobody else may rely on its keys and values.
+
+        In the step that computes them, attention spreads NaN to tokens before the one that it comes from, and
+        so to pages that requests with the same beginning take from the cache. Whoever took such pages is
+        computed again by itself, once: only what is not finite then is its own.
+
+        Returns:
+            Whether it was sent back to wait for that; what is under way for it counts for nothing.
+        """
+        if self.cache is not None:
+            self.cache.forget(request.salt)
+        if not request.borrowed or request.isolated:
+            return False
+        if request in self.running:
+            self._unseat(request)
+        elif request in self.waiting:
+            self.waiting.remove(request)
+        request.isolate()
+        self.waiting.add(request)
+        return True
+
     def reset(self) -> None:
         """A step that was chosen did not run: end whatever relied on it, and forget what is cached."""
         for request in list(self.running):

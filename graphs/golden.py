@@ -241,7 +241,13 @@ def _run(executable: Any, prompt: Sequence[int], count: int, take: Callable[[Buc
         bucket = table.covering(EXTEND if at == 0 else DECODE, 1, len(ids))
         results = executable.launch(bucket, _arrays(plan, bucket, ids, before)).wait()
         before += len(ids)
-        ids = [take(bucket, int(results["tokens"][0]))]
+        token = int(results["tokens"][0])
+        if token < 0:
+            raise PlanError(
+                f"logits of token {at} of the golden run are not finite: the model's weights are damaged or its "
+                "activations overflow; check the checkpoint"
+            )
+        ids = [take(bucket, token)]
 
 
 def _arrays(plan: Plan, bucket: Bucket, ids: Sequence[int], before: int) -> dict[str, np.ndarray]:
