@@ -13,7 +13,9 @@ from typing import Any
 
 from makeready.graphs import memory
 from makeready.graphs.buckets import Traffic, choose_buckets, prove_coverage
-from makeready.graphs.checkpoint.base import Checkpoint, open_checkpoint
+from makeready.graphs.checkpoint.base import BLOCKS, PLAIN, Checkpoint, counted, open_checkpoint
+from makeready.graphs.checkpoint.config import DTYPES
+from makeready.graphs.checkpoint.unread import check_unread
 from makeready.graphs.codec import to_json
 from makeready.graphs.cost import Cost, StepTime, program_cost
 from makeready.graphs.ir import Program
@@ -124,9 +126,9 @@ class Lowered:
             schema=SCHEMA,
             target=t.target.name,
             architecture=checkpoint.config["architectures"][0],
-            checkpoint=checkpoint.fingerprint(),
+            checkpoint=checkpoint.fingerprint({p.source for w in weights for p in w.param.pieces}),
             tokenizer=tokenizer_reference(checkpoint),
-            config=checkpoint.config,
+            config=counted(checkpoint.config),
             limits=t.limits,
             options=t.options,
             kv=t.kv,
@@ -278,11 +280,17 @@ def _check_sources(params: Collection[Param], checkpoint: Checkpoint) -> None:
                 f"tensor {source} of {checkpoint.path} is {list(info.shape)}, the config implies {list(shape)}; "
                 "config.json belongs to another checkpoint"
             )
+        if info.kind not in (PLAIN, BLOCKS, FP8):
+            raise PlanError(
+                f"tensor {source} of {checkpoint.path} is {info.dtype}, which is no quantization of weights that is "
+                f"known here; use a checkpoint in {', '.join(DTYPES)}, {FP8} with scales, or GGUF"
+            )
         if (info.dtype == FP8) != (param.assembled.dtype == FP8):
             raise PlanError(
                 f"tensor {source} of {checkpoint.path} is {info.dtype}, its quantization_config implies "
                 f"{'' if param.assembled.dtype == FP8 else 'no '}{FP8}; config.json belongs to another checkpoint"
             )
+    check_unread(checkpoint, {piece.source for _, piece in pieces})
 
 
 def _memory(limits: Limits, weights: int, arena: int) -> Memory:
