@@ -164,6 +164,9 @@ def test_pointwise(tokens, width):
     check_interpreted("silu", {"x": x})
     gate_up = columns_of(random(tokens, 2 * width, dtype=torch.float16))
     check_interpreted("silu_mul", {"gate_up": gate_up}, multiprocessors=1)
+    for whole in (width, width + 1, -(-width // 128) * 128, width + 300):
+        check_interpreted("pad_columns", {"x": x}, width=whole)
+        check_interpreted("pad_columns", {"x": gate_up}, width=width + whole, multiprocessors=1)
 
 
 @interpreted
