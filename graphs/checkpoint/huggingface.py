@@ -110,7 +110,8 @@ class HuggingFaceCheckpoint(Checkpoint):
         step = max(1, COMPARED // max(1, math.prod(one.shape[1:])))
         for start in range(0, one.shape[0], step):
             rows = slice(start, min(start + step, one.shape[0]))
-            if not np.array_equal(*(self.read(info.name, rows).view(np.uint8) for info in (one, other))):
+            first, second = (self.read(info.name, rows).view(np.uint8) for info in (one, other))
+            if not np.array_equal(first, second):
                 return False
         return True
 
