@@ -178,6 +178,10 @@ def _open_shards(path: Path) -> dict[str, SafetensorsFile]:
 
 
 def _stored_dtype(tensors: Mapping[str, TensorInfo]) -> str:
-    """The commonest floating dtype of the weights, for configs that state none."""
-    counts = Counter(info.dtype for info in tensors.values() if info.dtype in DTYPES)
+    """The commonest floating dtype of a decoder's weights, for configs that state none."""
+    counts = Counter(
+        info.dtype
+        for info in tensors.values()
+        if info.dtype in DTYPES and info.name.startswith(("model.", "lm_head."))
+    )
     return counts.most_common(1)[0][0] if counts else "float32"

@@ -44,7 +44,7 @@ def check_unread(checkpoint: Checkpoint, read: Collection[str]) -> None:
             raise CheckpointError(f"{checkpoint.path} has the tensor {name}, {reason}")
     more = f" and {len(unread) - NAMED} more" if len(unread) > NAMED else ""
     warnings.warn(
-        f"{checkpoint.path} has {len(unread)} tensors that the model does not read: "
+        f"{checkpoint.path} has {len(unread)} tensor{'s' if len(unread) > 1 else ''} that the model does not read: "
         f"{', '.join(unread[:NAMED])}{more}; if they belong to it, config.json is another checkpoint's",
         CheckpointWarning,
         stacklevel=1,  # from here, so that a process is told once, whether it compiles, loads, or both

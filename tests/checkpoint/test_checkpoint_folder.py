@@ -177,6 +177,9 @@ def test_dtype_of_the_weights_where_the_config_has_none(tmp_path, state):
     config = {key: value for key, value in LLAMA.items() if key != "torch_dtype"}
     halves = {name: tensor.bfloat16() for name, tensor in state.items()}
     assert open_checkpoint(write_folder(tmp_path / "m", config, halves)).config["dtype"] == "bfloat16"
+    others = {f"visual.{i}.weight": torch.zeros(2) for i in range(99)}  # read by nobody
+    folder = write_folder(tmp_path / "n", config, {**halves, **others})
+    assert open_checkpoint(folder).config["dtype"] == "bfloat16"
 
 
 def test_tokenizer_and_generation_files(folder):
