@@ -303,7 +303,8 @@ class LLM:
         """The model's own end tokens: the tokenizer's, or the config's where there is none."""
         if self.tokenizer is not None:
             return self.tokenizer.eos_ids
-        named = self.checkpoint.generation_config.get("eos_token_id", self.plan.config.get("eos_token_id"))
+        stated = self.checkpoint.config.get("eos_token_id")
+        named = self.checkpoint.generation_config.get("eos_token_id", stated)
         if named is None:
             return ()
         return tuple(named) if isinstance(named, list) else (named,)

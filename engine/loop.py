@@ -6,7 +6,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -24,7 +24,10 @@ from makeready.graphs.spec import Bucket
 
 @dataclass(frozen=True)
 class _Flight:
-    """A step that was launched and not read, and when it was planned, staged, and launched."""
+    """A step that was launched and not read, and when it was planned, staged, and launched.
+
+    ``void`` are requests for which its results count for nothing.
+    """
 
     batch: Batch
     bucket: Bucket
@@ -32,6 +35,7 @@ class _Flight:
     planned: float
     staged: float
     launched: float
+    void: set[Request] = field(default_factory=set)
 
 
 class Engine:
@@ -143,28 +147,44 @@ class Engine:
             results = flight.pending.wait()
             self._flights.popleft()
             read = time.perf_counter()
-            kept, done = self._commit(flight.batch, results)
+            kept, done = self._commit(flight, results)
             finished += done
             if self.observer is not None:
                 self.observer(self._record(flight, kept, began, read))
         return finished
 
-    def _commit(self, batch: Batch, results: Mapping[str, np.ndarray]) -> tuple[int, list[Request]]:
+    def _commit(self, flight: _Flight, results: Mapping[str, np.ndarray]) -> tuple[int, list[Request]]:
         """Give tokens to their requests; how many were kept, and who is finished by them."""
-        finished: list[Request] = []
+        batch, finished = flight.batch, list[Request]()
         counts = batch.kind.counts(batch, results)
         if counts is not None:
             self.scheduler.learned(batch, counts)
         kept = 0
-        for request, token, logprob in batch.kind.commit(batch, results):
-            if request.finish_reason is not None:
-                continue  # a token before this one ended it, or it was aborted
+        for request, token, logprob in batch.kind.commit(batch, results, flight.void):
+            if request.finish_reason is not None or request in flight.void:
+                continue  # a token before this one ended it, or it was aborted or sent back
+            if isinstance(token, str):
+                finished += self._spoiled(request, token, flight)
+                continue
             kept += 1
             request.append(token, logprob)
             if request.finish_reason is not None:
                 self.scheduler.retire(request)
                 finished.append(request)
         return kept, finished
+
+    def _spoiled(self, request: Request, what: str, flight: _Flight) -> list[Request]:
+        """A request has NaN or infinities: it is computed again if another may have made them, or ends."""
+        if self.scheduler.spoiled(request):
+            for under_way in (flight, *self._flights):
+                under_way.void.add(request)
+            return []
+        request.fail(
+            f"{what} are not finite: the model's weights are damaged or its activations overflow; check the "
+            "checkpoint, or compile the plan with another plan.activation_dtype or plan.weight_dtype"
+        )
+        self.scheduler.retire(request)
+        return [request]
 
     def _record(self, flight: _Flight, kept: int, began: float, read: float) -> StepRecord:
         batch, admitted = flight.batch, set(flight.batch.admitted)

@@ -96,6 +96,8 @@ class Request:
         ticket: its place in the order of arrival.
         passed_over: how often another was admitted while this one had waited longest.
         urgent: it has waited for so long that it goes before all others.
+        borrowed: it used pages that another request computed.
+        isolated: it shares pages with no other.
     """
 
     prompt: list[int]
@@ -118,6 +120,8 @@ class Request:
     ticket: int = -1
     passed_over: int = 0
     urgent: bool = False
+    borrowed: bool = False
+    isolated: bool = False
     finish_reason: str | None = None
     matched: int | str | None = None
     error: str | None = None
@@ -134,10 +138,20 @@ class Request:
         params = self.sampling
         if params.stop or params.stop_regex:  # what cannot be understood is refused here, not while it runs
             self._stop = StopMatcher(params.stop, params.stop_regex, include=params.no_stop_trim)  # type: ignore[arg-type]
-        first, length = params.logprob_start_len, len(self.prompt)
+        self._begin_scoring()
+
+    def _begin_scoring(self) -> None:
+        first, length = self.sampling.logprob_start_len, len(self.prompt)
         self.scored = max(first, 1) if 0 <= first < length else length
-        if first == 0:
-            self.input_logprobs.append(TokenLogprob(self.prompt[0], None))
+        self.input_logprobs = [TokenLogprob(self.prompt[0], None)] if first == 0 else []
+
+    def isolate(self) -> None:
+        """Compute what is known again, with pages of its own alone."""
+        self.isolated, self.borrowed, self.cached_tokens = True, False, 0
+        self.salt = f"{self.salt}\0{self.id}"
+        self._page_keys.clear()
+        if not self.output:
+            self._begin_scoring()
 
     @property
     def length(self) -> int:

@@ -150,7 +150,8 @@ class Scheduler:
             RequestError: it could never run, being too long for the context or for all pages together; or
                 too many wait already.
         """
-        if request.most_tokens > self.limits.context_len:
+        # Without tokens of its own a prompt may fill the context: what is sampled behind it is dropped.
+        if len(request.prompt) + request.sampling.max_new_tokens > self.limits.context_len:
             raise RequestError(
                 f"{len(request.prompt)} prompt tokens and max_new_tokens={request.sampling.max_new_tokens} exceed "
                 f"the context of {self.limits.context_len} tokens; shorten the prompt or lower max_new_tokens"
@@ -230,6 +231,28 @@ class Scheduler:
             self._unseat(request)
         elif request in self.waiting:
             self.waiting.remove(request)
+
+    def spoiled(self, request: Request) -> bool:
+        """Numbers that a request computed are not finite: nobody else may rely on its keys and values.
+
+        In the step that computes them, attention spreads NaN to tokens before the one that it comes from, and
+        so to pages that requests with the same beginning take from the cache. Whoever took such pages is
+        computed again by itself, once: only what is not finite then is its own.
+
+        Returns:
+            Whether it was sent back to wait for that; what is under way for it counts for nothing.
+        """
+        if self.cache is not None:
+            self.cache.forget(request.salt)
+        if not request.borrowed or request.isolated:
+            return False
+        if request in self.running:
+            self._unseat(request)
+        elif request in self.waiting:
+            self.waiting.remove(request)
+        request.isolate()
+        self.waiting.add(request)
+        return True
 
     def reset(self) -> None:
         """A step that was chosen did not run: end whatever relied on it, and forget what is cached."""

@@ -106,6 +106,7 @@ class Seats:
             return False
         slot = request.slot = self._free.pop()
         request.prefix = prefix
+        request.borrowed |= bool(cached)
         self.least_S[slot] = self.most_S[slot] = len(cached) * self._size
         self.left_S[slot] = request.left
         self.limit_S[slot] = request.most_tokens
@@ -199,6 +200,7 @@ class Seats:
         assert request.prefix is not None
         pages = self.pages_SP[request.slot, : len(ids) // self._size].tolist()
         request.prefix = self.cache.insert(request.prefix, ids, pages)
+        request.borrowed |= request.prefix.pages != pages
 
     def _take(self, count: int) -> list[int]:
         if self.cache is not None and count > self.pool.free:

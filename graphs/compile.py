@@ -14,10 +14,13 @@ from typing import Any
 
 from makeready.graphs import memory
 from makeready.graphs.buckets import Traffic, choose_buckets, prove_coverage
-from makeready.graphs.checkpoint.base import Checkpoint, open_checkpoint
+from makeready.graphs.checkpoint.base import BLOCKS, PLAIN, Checkpoint, counted, open_checkpoint
+from makeready.graphs.checkpoint.config import DTYPES
+from makeready.graphs.checkpoint.unread import check_unread
 from makeready.graphs.codec import to_json
 from makeready.graphs.cost import Cost, StepTime, program_cost
 from makeready.graphs.ir import Program
+from makeready.graphs.layers.parameter import sources
 from makeready.graphs.lower import lower, place_weights
 from makeready.graphs.models import family
 from makeready.graphs.passes import rewrite
@@ -120,9 +123,9 @@ class Lowered:
             schema=SCHEMA,
             target=t.target.name,
             architecture=checkpoint.config["architectures"][0],
-            checkpoint=checkpoint.fingerprint(),
+            checkpoint=checkpoint.fingerprint({p.source for w in weights for p in w.param.pieces}),
             tokenizer=tokenizer_reference(checkpoint),
-            config=checkpoint.config,
+            config=counted(checkpoint.config),
             limits=t.limits,
             options=t.options,
             kv=t.kv,
@@ -237,10 +240,10 @@ def trace_checkpoint(checkpoint: Checkpoint | str | Path, request: Request) -> T
     model_config = family.read_config(checkpoint.config)
     limits = limits_of(request, target, model_config.rope, model_config.context_len)
     activation = activation_dtype(request, target)
-    weights = weight_dtype(request, target, checkpoint)
     cache = kv_dtype(request, target)
     scheme = quantization(request, target, checkpoint)
     model = family.build(checkpoint.config, context_len=limits.context_len, activation=activation)
+    weights = weight_dtype(request, target, checkpoint, sources(model))
     kv = KVSpec(limits.page_size, model.kv_parts(limits.page_size, cache))
     steps, slots = declare(limits, request)
     kinds = step_kinds()
@@ -303,11 +306,11 @@ def compile_plan(
 
 def _check_sources(params: Collection[Param], checkpoint: Checkpoint) -> None:
     """Every parameter's source exists in the checkpoint, in the shape that the config implies."""
-    sources = [(param, piece) for param in params for piece in param.pieces]
+    pieces = [(param, piece) for param in params for piece in param.pieces]
     if checkpoint.format == "dummy":
-        shapes = {piece.source: param.source_shape(piece) for param, piece in sources}
+        shapes = {piece.source: param.source_shape(piece) for param, piece in pieces}
         checkpoint.declare(shapes)  # type: ignore[attr-defined]
-    for param, piece in sources:
+    for param, piece in pieces:
         source, shape = piece.source, param.source_shape(piece)
         info = checkpoint.tensors.get(source)
         if info is None:
@@ -317,11 +320,17 @@ def _check_sources(params: Collection[Param], checkpoint: Checkpoint) -> None:
                 f"tensor {source} of {checkpoint.path} is {list(info.shape)}, the config implies {list(shape)}; "
                 "config.json belongs to another checkpoint"
             )
+        if info.kind not in (PLAIN, BLOCKS, FP8):
+            raise PlanError(
+                f"tensor {source} of {checkpoint.path} is {info.dtype}, which is no quantization of weights that is "
+                f"known here; use a checkpoint in {', '.join(DTYPES)}, {FP8} with scales, or GGUF"
+            )
         if (info.dtype == FP8) != (param.assembled.dtype == FP8):
             raise PlanError(
                 f"tensor {source} of {checkpoint.path} is {info.dtype}, its quantization_config implies "
                 f"{'' if param.assembled.dtype == FP8 else 'no '}{FP8}; config.json belongs to another checkpoint"
             )
+    check_unread(checkpoint, {piece.source for _, piece in pieces})
 
 
 def _memory(steps: Mapping[str, StepSpec], slots: tuple[Field, ...], weights: int, arena: int) -> Memory:

@@ -244,4 +244,10 @@ def _run(executable: Any, prompt: Sequence[int], count: int, take: Callable[[Buc
         bucket = table.covering(EXTEND if at == 0 else DECODE, 1, len(ids))
         results = executable.launch(bucket, example_step(plan, bucket, [Row(0, ids, before)])).wait()
         before += len(ids)
-        ids = [take(bucket, int(results["tokens"][0]))]
+        token = int(results["tokens"][0])
+        if token < 0:
+            raise PlanError(
+                f"logits of token {at} of the golden run are not finite: the model's weights are damaged or its "
+                "activations overflow; check the checkpoint"
+            )
+        ids = [take(bucket, token)]

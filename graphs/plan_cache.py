@@ -51,6 +51,7 @@ def plan_key(checkpoint: Checkpoint, request: Request) -> str:
     """SHA-256 over everything a plan depends on: the checkpoint, the request, the planner's code and compiler."""
     parts = {
         "checkpoint": checkpoint.fingerprint(),
+        "dtype": checkpoint.config.get("dtype"),  # weights are kept in it where nothing else is asked for
         "tokenizer": tokenizer_reference(checkpoint),
         "request": to_json(request),
         "code": code_fingerprint(),

@@ -66,6 +66,7 @@ class Param:
         generated: how it is computed; exactly one of the two is there.
         derived: what is done to what the pieces assemble; None where that is the parameter itself.
         largest: the pieces are numbers, and the parameter is the largest of them.
+        columns: of the pieces' rows, where the parameter's are longer: the rest of them is zero.
         shard: axis that tensor parallelism splits, or None where every rank holds all of it.
         quantizable: whether quantizations apply.
         layout: ``rows`` (dense, row-major), or the layout that the chosen kernel wants.
@@ -77,6 +78,7 @@ class Param:
     generated: Generated | None = None
     derived: Derived | None = None
     largest: bool = False
+    columns: int | None = None
     shard: int | None = None
     quantizable: bool = False
     layout: str = "rows"
@@ -88,7 +90,9 @@ class Param:
 
     def source_shape(self, piece: Piece) -> tuple[int, ...]:
         """Least shape of a piece's tensor; more rows may follow."""
-        return (1,) if piece.repeated else (piece.stop, *self.assembled.at({})[1:])
+        if piece.repeated:
+            return (1,)
+        return (piece.stop, *((self.columns,) if self.columns else self.assembled.at({})[1:]))
 
     def fits(self, piece: Piece, shape: tuple[int, ...]) -> bool:
         """Whether a tensor of ``shape`` can be a piece's source; axes of length 1 behind the first do not

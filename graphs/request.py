@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from makeready.graphs.buckets import Traffic
-from makeready.graphs.checkpoint.base import Checkpoint
+from makeready.graphs.checkpoint.base import NUMPY_DTYPES, Checkpoint
 from makeready.graphs.plan import PlanError
 from makeready.graphs.quant.scheme import ON_LOAD, Scheme
 from makeready.graphs.quant.stored import stored_scheme
 from makeready.graphs.spec import Limits
 from makeready.graphs.targets import Target
-from makeready.kernels.spec import DTYPE_BYTES
 
 WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
 CUDA_ACTIVATION_DTYPES = ("bfloat16", "float16")  # what attention kernels multiply
@@ -120,13 +119,16 @@ def activation_dtype(request: Request, target: Target) -> str:
     return asked
 
 
-def weight_dtype(request: Request, target: Target, checkpoint: Checkpoint) -> str:
+def weight_dtype(request: Request, target: Target, checkpoint: Checkpoint, sources: Collection[str]) -> str:
     """What matrices are stored in, unless they are quantized.
+
+    Args:
+        sources: tensors of the checkpoint that the model reads; others have no say.
 
     Raises:
         PlanError: it is unknown.
     """
-    usual = activation_dtype(request, target) if target.is_cuda else _stored_dtype(checkpoint)
+    usual = activation_dtype(request, target) if target.is_cuda else _stored_dtype(checkpoint, sources)
     asked = request.weight_dtype or usual
     _known("plan.weight_dtype", asked, WEIGHT_DTYPES)
     return asked
@@ -176,13 +178,25 @@ def _needs_fp8(target: Target, what: str) -> None:
 
 
 def _longest_context(rope: Mapping[str, Any], positions: int) -> int:
-    """Dynamic scaling goes beyond the config's positions, by its factor."""
-    return int(positions * rope["factor"]) if rope["rope_type"] == "dynamic" else positions
+    """Tokens that the rotary embedding was stretched to, as vLLM reads a config.
+
+    Linear and dynamic factors count from the config's positions, which are those before scaling. Yarn's
+    counts from the original positions, wherever they are stated: Qwen adds the scaling to a config of 32,768
+    or 40,960 positions, DeepSeek states positions that are scaled already. Llama 3's are, too.
+    """
+    if rope["rope_type"] in ("linear", "dynamic"):
+        scaled = positions * rope["factor"]
+    elif rope["rope_type"] == "yarn":
+        scaled = rope["original_max_position_embeddings"] * rope["factor"]
+    else:
+        return positions
+    return int(scaled + 1e-6)  # a factor that was made by a division may fall short of a whole number
 
 
-def _stored_dtype(checkpoint: Checkpoint) -> str:
+def _stored_dtype(checkpoint: Checkpoint, sources: Collection[str]) -> str:
     """The config's dtype; fp16 for block-quantized files, whose values are products of fp16 scales."""
-    if any(info.dtype not in DTYPE_BYTES for info in checkpoint.tensors.values()):
+    read = (checkpoint.tensors[name].dtype for name in sources if name in checkpoint.tensors)
+    if any(dtype not in NUMPY_DTYPES for dtype in read):
         return "float16"
     return checkpoint.config.get("dtype") or "bfloat16"
 

@@ -40,6 +40,12 @@ def columns(x: torch.Tensor, *, start: int, stop: int) -> torch.Tensor:
     return x[:, start:stop]
 
 
+@contract("x[T,C]:A -> y[T,width]:A", rowwise="T", tolerance=Tolerance(exact=True))
+def pad_columns(x: torch.Tensor, *, width: int) -> torch.Tensor:
+    """``x``, then zeros up to ``width`` columns: whole blocks for what is quantized by blocks."""
+    return functional.pad(x, (0, width - x.shape[-1]))
+
+
 @contract(
     "x[T,C]:A query_start[R]:int32 query_len[R]:int32 -> y[R,C]:A",
     tolerance=Tolerance(exact=True),

@@ -9,7 +9,7 @@ import torch
 
 from makeready.kernels import native
 from makeready.kernels.contract import Contract
-from makeready.kernels.elementwise import add, gather_last, multiply, silu_mul
+from makeready.kernels.elementwise import add, gather_last, multiply, pad_columns, silu_mul
 from makeready.kernels.registry import Operands, by_rows, kernel
 from makeready.kernels.spec import TensorSpec
 
@@ -56,6 +56,7 @@ def silu_mul_rows(gate_up: torch.Tensor) -> torch.Tensor:
 # One rounding an element, wherever it stands.
 kernel(add, "rows", target="cpu", invariant=True, ordinary=False)(add.reference)
 kernel(multiply, "rows", target="cpu", invariant=True, ordinary=False)(multiply.reference)
+kernel(pad_columns, "rows", target="cpu", invariant=True)(pad_columns.reference)
 
 
 def _bind_gather_last(

@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from makeready.kernels.device import Argument, Candidate, DeviceLaunch, OpCall, Pointer, Scalar
-from makeready.kernels.elementwise import add, gather_last, multiply, silu, silu_mul
+from makeready.kernels.elementwise import add, gather_last, multiply, pad_columns, silu, silu_mul
 from makeready.kernels.embedding_triton import gather_launch
 from makeready.kernels.registry import cuda_kernel
 from makeready.kernels.row_tiles import row_tiles
@@ -28,6 +28,7 @@ def pointwise(
     rows,
     OP: tl.constexpr,
     C: tl.constexpr,
+    X_COLUMNS: tl.constexpr,
     X_STRIDE: tl.constexpr,
     Y_STRIDE: tl.constexpr,
     OUT_STRIDE: tl.constexpr,
@@ -36,7 +37,10 @@ def pointwise(
     COLUMNS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """``out = OP(x, y)``; ``y`` is None for silu, and for silu_mul, whose other factor stands C behind x."""
+    """``out = OP(x, y)``; ``y`` is None for silu, and for silu_mul, whose other factor stands C behind x.
+
+    For pad_columns ``x`` has but ``X_COLUMNS``, and zeros follow.
+    """
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -45,13 +49,14 @@ def pointwise(
     c = (tile % COLUMNS) * WIDTH + tl.arange(0, WIDTH)[None, :]
     inside = (row < rows) & (c < C)
     row = row.to(tl.int64)
-    a = tl.load(x + row * X_STRIDE + c, mask=inside, other=0.0).to(tl.float32)
+    there = inside & (c < X_COLUMNS) if OP == "pad_columns" else inside
+    a = tl.load(x + row * X_STRIDE + c, mask=there, other=0.0).to(tl.float32)
     if OP == "silu_mul":
         b = tl.load(x + row * X_STRIDE + (C + c), mask=inside, other=0.0).to(tl.float32)
         a = a * tl.sigmoid(a) * b
     elif OP == "silu":
         a *= tl.sigmoid(a)
-    else:
+    elif OP != "pad_columns":
         b = tl.load(y + row * Y_STRIDE + c, mask=inside, other=0.0).to(tl.float32)
         a = a + b if OP == "add" else a * b
     tl.store(out + row * OUT_STRIDE + c, a.to(out.dtype.element_ty), mask=inside)
@@ -67,6 +72,7 @@ def _launch(call: OpCall, x: str, y: str | None, out: str) -> Sequence[Candidate
     constants = {
         "OP": call.op,
         "C": width,
+        "X_COLUMNS": call.tensors[x].shape[1],
         "X_STRIDE": call.tensors[x].row_stride,
         "Y_STRIDE": call.tensors[y].row_stride if y else 0,
         "OUT_STRIDE": result.row_stride,
@@ -113,6 +119,12 @@ def silu_launches(call: OpCall) -> Sequence[Candidate]:
 def silu_mul_launches(call: OpCall) -> Sequence[Candidate]:
     """See :func:`pointwise`."""
     return _launch(call, "gate_up", None, "y")
+
+
+@cuda_kernel(pad_columns, "tiles", invariant=True)
+def pad_columns_launches(call: OpCall) -> Sequence[Candidate]:
+    """See :func:`pointwise`."""
+    return _launch(call, "x", None, "y")
 
 
 @cuda_kernel(gather_last, "tiles", invariant=True)

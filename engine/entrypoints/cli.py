@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -86,7 +87,7 @@ def launch(
     sys.argv = [str(script), *arranged(given, literals(kind), mappings(kind), folder)]
     try:
         main = hydra.main(version_base="1.3", config_path=str(conf), config_name=name)(task)
-        with patient_stderr(), _ending():
+        with patient_stderr(), _ending(), _plain_warnings():
             codes.append(_reported(main, meanings))
     finally:
         sys.argv = before
@@ -202,6 +203,22 @@ def _ending() -> Iterator[None]:
         if last < 0:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Print our warnings as sentences, without the place in the code."""
+    usual = warnings.formatwarning
+
+    def plain(message: Any, category: type[Warning], *place: Any) -> str:
+        ours = category.__module__.startswith("makeready.")
+        return f"warning: {message}\n" if ours else usual(message, category, *place)
+
+    warnings.formatwarning = plain
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 def _say(sentence: str, code: int) -> int:

@@ -176,6 +176,14 @@ class PrefixCache:
                 self._remove(node)
         return count
 
+    def forget(self, salt: str = "") -> None:
+        """Find nothing any more of what is in the tree under ``salt``; who holds of it goes on to."""
+        root = self._roots.pop(salt, None)
+        if root is not None:
+            self._ticks += 1
+            root.salt = f"{salt}\0forgotten {self._ticks}"
+            self._roots[root.salt] = root
+
     def reset(self) -> None:
         """Drop everything that nobody holds."""
         self.evict(self.evictable)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -50,11 +50,18 @@ class StepKind(Protocol):
         ...
 
     def commit(
-        self, batch: Batch, results: Mapping[str, np.ndarray]
-    ) -> Iterator[tuple[Request, int, TokenLogprob | None]]:
-        """Sampled tokens in order, and whose they are; other results are given to their requests at once."""
+        self, batch: Batch, results: Mapping[str, np.ndarray], void: Collection[Request]
+    ) -> Iterator[Sampled]:
+        """Sampled tokens in order, and whose they are; other results are given to their requests on the way.
+
+        Args:
+            void: requests that were sent back after the step was launched, which want nothing of it.
+        """
         ...
 
+
+Sampled: TypeAlias = "tuple[Request, int | str, TokenLogprob | None]"
+"""A request, its token and what was asked of it; a text in the token's place says what was not finite."""
 
 Kind = TypeVar("Kind", bound=StepKind)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from makeready.engine.request import Request, TokenLogprob
 from makeready.engine.seats import Seats
-from makeready.engine.steps.base import step_kind
+from makeready.engine.steps.base import Sampled, step_kind
 from makeready.graphs.spec import DECODE, EXTEND
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ class Generate:
         return None
 
     def commit(
-        self, batch: Batch, results: Mapping[str, np.ndarray]
-    ) -> Iterator[tuple[Request, int, TokenLogprob | None]]:
+        self, batch: Batch, results: Mapping[str, np.ndarray], void: Collection[Request]
+    ) -> Iterator[Sampled]:
         return sampled_tokens(batch, results)
 
 
@@ -79,12 +79,13 @@ def stage_sequences(batch: Batch, seats: Seats, stage: Stage) -> np.ndarray:
     return begins
 
 
-def sampled_tokens(
-    batch: Batch, results: Mapping[str, np.ndarray]
-) -> Iterator[tuple[Request, int, TokenLogprob | None]]:
+def sampled_tokens(batch: Batch, results: Mapping[str, np.ndarray]) -> Iterator[Sampled]:
     """The token of each row that samples for somebody."""
     tokens = results["tokens"].tolist()
     for row, request in batch.sampling():
+        if tokens[row] < 0:
+            yield request, f"the logits of output token {len(request.output)}", None
+            continue
         logprob = None
         if request.sampling.return_logprob and request.finish_reason is None:
             logprob = token_logprob(request, tokens[row], (results[name][row] for name in _OUTPUT))

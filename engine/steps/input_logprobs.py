@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from makeready.engine.request import Request, TokenLogprob
+from makeready.engine.request import Request
 from makeready.engine.seats import Seats
-from makeready.engine.steps.base import step_kind
+from makeready.engine.steps.base import Sampled, step_kind
 from makeready.engine.steps.generate import sampled_tokens, stage_sequences, token_logprob
 from makeready.graphs.spec import INPUT_LOGPROBS
 
@@ -47,17 +48,21 @@ class InputLogprobs:
         return None
 
     def commit(
-        self, batch: Batch, results: Mapping[str, np.ndarray]
-    ) -> Iterator[tuple[Request, int, TokenLogprob | None]]:
+        self, batch: Batch, results: Mapping[str, np.ndarray], void: Collection[Request]
+    ) -> Iterator[Sampled]:
         begin = len(batch.decoding)
         for chunk in batch.chunks:
             request = chunk.request
-            for i in range(chunk.scores):
-                token = request.prompt[chunk.start + 1 + i]
+            for i in range(0 if request.done or request in void else chunk.scores):
+                at = chunk.start + 1 + i
                 of = (results[name][begin + i] for name in _REPORTED)
-                request.input_logprobs.append(token_logprob(request, token, of))
+                found = token_logprob(request, request.prompt[at], of)
+                if math.isnan(found.logprob or 0.0):
+                    yield request, f"the logits of prompt token {at}", None
+                    break
+                request.input_logprobs.append(found)
             begin += chunk.count
-        return sampled_tokens(batch, results)
+        yield from sampled_tokens(batch, results)
 
 
 step_kind(InputLogprobs())

@@ -9,16 +9,38 @@ import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-# Every config field enters the fingerprint except these, which cannot change what is computed:
-# where the config was loaded from, at which commit, and which library version wrote it.
-FINGERPRINT_EXEMPT = frozenset({"_name_or_path", "_commit_hash", "transformers_version"})
+# Every field of a config enters the fingerprint, unknown ones too, except these, which cannot change the
+# numbers that a model gives for tokens. All that a plan keeps of a config is the others.
+FINGERPRINT_EXEMPT = frozenset(
+    {
+        # Names, and who wrote the file.
+        *(
+            "_name_or_path",
+            "_commit_hash",
+            "transformers_version",
+            "transformers.js_config",
+            "is_llama_config",
+        ),
+        # How it was trained.
+        *("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"),
+        *("initializer_range", "gradient_checkpointing"),
+        # How transformers holds and runs it. A plan says itself in what dtype it keeps weights.
+        *("dtype", "use_cache", "pretraining_tp", "output_attentions", "output_hidden_states", "return_dict"),
+        *("torchscript", "_attn_implementation_autoset"),
+        # Where texts begin and end, and how tokens are drawn: the engine asks the checkpoint, not the plan.
+        *("bos_token_id", "eos_token_id", "pad_token_id", "max_length", "do_sample", "temperature", "top_k"),
+        *("top_p", "repetition_penalty"),
+        # What `layer_types` and `sliding_window` were derived from, which do count.
+        *("use_sliding_window", "max_window_layers"),
+    }
+)
 
 # How a tensor's dtype reads into numpy. numpy has no bfloat16 or 8-bit floats: those come as raw bits.
 NUMPY_DTYPES: dict[str, np.dtype] = {
@@ -41,8 +63,16 @@ NUMPY_DTYPES: dict[str, np.dtype] = {
 }
 
 
+PLAIN_DTYPES = ("float32", "float16", "bfloat16", "float64")  # numbers that stand for themselves
+PLAIN, BLOCKS = "plain", "blocks"
+
+
 class CheckpointError(ValueError):
     """A checkpoint cannot be used; one sentence names the file or field and the remedy."""
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint is used, but something about it deserves a look."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +88,13 @@ class TensorInfo:
     name: str
     dtype: str
     shape: tuple[int, ...]
+
+    @property
+    def kind(self) -> str:
+        """What stored dtypes of weights have in common: `PLAIN`, GGUF's `BLOCKS`, or the dtype itself."""
+        if self.dtype in PLAIN_DTYPES:
+            return PLAIN
+        return self.dtype if self.dtype in NUMPY_DTYPES else BLOCKS
 
 
 class Checkpoint(ABC):
@@ -101,17 +138,23 @@ class Checkpoint(ABC):
         """Files that describe the tokenizer, by file name (`gguf` for a GGUF file); {} if none."""
         return {}
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, read: Collection[str] | None = None) -> str:
         """Hash what a plan depends on: the config and the tensor table, but no weights.
+
+        Args:
+            read: tensors that count; None takes all.
 
         Returns:
             sha256 in hex over the normalised config without `FINGERPRINT_EXEMPT` and the sorted
-            (name, dtype, shape) table. Paths, times and data bytes do not enter: the same model in
-            another folder has the same fingerprint.
+            (name, kind, shape) table. Paths, times and data bytes do not enter, nor does which plain dtype
+            a tensor has, or axes of length 1: the same model in another folder has the same fingerprint.
         """
-        config = {key: value for key, value in self.config.items() if key not in FINGERPRINT_EXEMPT}
-        table = sorted((info.name, info.dtype, info.shape) for info in self.tensors.values())
-        text = json.dumps([config, table], sort_keys=True, separators=(",", ":"))
+        table = sorted(
+            (info.name, info.kind, tuple(size for size in info.shape if size != 1))
+            for info in self.tensors.values()
+            if read is None or info.name in read
+        )
+        text = json.dumps([counted(self.config), table], sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _find(self, name: str) -> TensorInfo:
@@ -121,6 +164,11 @@ class Checkpoint(ABC):
                 f"{self.path} has no tensor {name!r}; check that the model definition fits the checkpoint"
             )
         return info
+
+
+def counted(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config that may change what is computed."""
+    return {key: value for key, value in config.items() if key not in FINGERPRINT_EXEMPT}
 
 
 def row_range(info: TensorInfo, rows: slice | None) -> tuple[int, int]:

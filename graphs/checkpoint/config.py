@@ -61,6 +61,9 @@ _COMMON_DEFAULTS: dict[str, Any] = {
     "mlp_bias": False,
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
+    # Some files say that they do not have these.
+    "rope_interleaved": False,
+    "use_mrope": False,
 }
 
 

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import math
 import os
+import warnings
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from makeready.graphs.checkpoint.base import Checkpoint, CheckpointError, TensorInfo, read_json
+from makeready.graphs.checkpoint.base import (
+    Checkpoint,
+    CheckpointError,
+    CheckpointWarning,
+    TensorInfo,
+    read_json,
+)
 from makeready.graphs.checkpoint.config import DTYPES, normalise_config
 from makeready.graphs.checkpoint.safetensors_file import SafetensorsFile
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+COMPARED = 2**20  # elements of two tensors that are compared at once
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -47,9 +58,12 @@ class HuggingFaceCheckpoint(Checkpoint):
         raw = read_json(config_path)
         self._sources = _open_weights(path)
         self._tensors = {name: file.infos[name] for name, file in sorted(self._sources.items())}
+        self._stored_names: dict[str, str] = {}  # where a tensor is another one
         self.config = normalise_config(
             raw, source=str(config_path), default_dtype=_stored_dtype(self._tensors)
         )
+        if self.config["tie_word_embeddings"]:
+            self._tie_head()
         generation = path / "generation_config.json"
         self.generation_config: dict[str, Any] = read_json(generation) if generation.is_file() else {}
 
@@ -61,11 +75,45 @@ class HuggingFaceCheckpoint(Checkpoint):
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
         """Read one tensor or a range of its rows; see `Checkpoint.read`."""
         self._find(name)
-        return self._sources[name].read(name, rows)
+        stored = self._stored_names.get(name, name)
+        return self._sources[stored].read(stored, rows)
 
     def tokenizer_files(self) -> dict[str, Path]:
         """The files of `TOKENIZER_FILES` that exist, by name."""
         return {name: self.path / name for name in TOKENIZER_FILES if (self.path / name).is_file()}
+
+    def _tie_head(self) -> None:
+        """Do with a tied head what transformers does, which believes the stored tensors.
+
+        A head that is stored beside the embeddings and differs is used; where only the head is stored, it
+        is the embeddings.
+        """
+        embedding, head = (self._tensors.get(name) for name in (EMBEDDING, HEAD))
+        if head is None:
+            return
+        if embedding is None:
+            self._stored_names[EMBEDDING] = HEAD
+            self._tensors = dict(sorted({**self._tensors, EMBEDDING: replace(head, name=EMBEDDING)}.items()))
+        elif not self._equal(embedding, head):
+            self.config["tie_word_embeddings"] = False
+            warnings.warn(
+                f"{self.path} has a {HEAD} that differs from {EMBEDDING}, though its config says "
+                "tie_word_embeddings: the stored head is used; set tie_word_embeddings to false if that is meant",
+                CheckpointWarning,
+                stacklevel=1,
+            )
+
+    def _equal(self, one: TensorInfo, other: TensorInfo) -> bool:
+        """Whether two tensors hold the same bits; reads no more of them than until they differ."""
+        if (one.dtype, one.shape) != (other.dtype, other.shape) or not one.shape:
+            return False
+        step = max(1, COMPARED // max(1, math.prod(one.shape[1:])))
+        for start in range(0, one.shape[0], step):
+            rows = slice(start, min(start + step, one.shape[0]))
+            first, second = (self.read(info.name, rows).view(np.uint8) for info in (one, other))
+            if not np.array_equal(first, second):
+                return False
+        return True
 
 
 def _without_config(path: Path) -> str:
@@ -130,6 +178,10 @@ def _open_shards(path: Path) -> dict[str, SafetensorsFile]:
 
 
 def _stored_dtype(tensors: Mapping[str, TensorInfo]) -> str:
-    """The commonest floating dtype of the weights, for configs that state none."""
-    counts = Counter(info.dtype for info in tensors.values() if info.dtype in DTYPES)
+    """The commonest floating dtype of a decoder's weights, for configs that state none."""
+    counts = Counter(
+        info.dtype
+        for info in tensors.values()
+        if info.dtype in DTYPES and info.name.startswith(("model.", "lm_head."))
+    )
     return counts.most_common(1)[0][0] if counts else "float32"

@@ -74,6 +74,9 @@ def _derive(param: Param, derived: Derived, checkpoint: Checkpoint) -> torch.Ten
 
 
 def _assemble(param: Param, checkpoint: Checkpoint, target: torch.Tensor) -> None:
+    if param.columns is not None:
+        target.view(torch.uint8).zero_()
+        target = target[:, : param.columns]
     for piece in param.pieces:
         place = target[piece.at : piece.at + piece.stop - piece.start]
         if piece.repeated:

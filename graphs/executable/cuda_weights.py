@@ -254,7 +254,7 @@ def _parts(weight: Weight, index: int, checkpoint: Checkpoint) -> Iterator[_Rows
             number = reader(checkpoint, piece.source, None, wanted)
             yield _Rows(partial(_repeat, number, piece.stop - piece.start), target, index)
             continue
-        mapped = mapped_rows(checkpoint, piece, wanted)
+        mapped = mapped_rows(checkpoint, piece, wanted) if param.columns is None else None
         if mapped is not None:
             file, array = mapped
             yield file, Span(array.ctypes.data, target, array.nbytes)
@@ -263,11 +263,19 @@ def _parts(weight: Weight, index: int, checkpoint: Checkpoint) -> Iterator[_Rows
         for first in range(piece.start, piece.stop, step):
             rows = slice(first, min(first + step, piece.stop))
             read = reader(checkpoint, piece.source, rows, wanted)
+            if param.columns is not None:
+                read = partial(_widened, read, row // DTYPE_BYTES[wanted])
             yield _Rows(read, target + (first - piece.start) * row, index)
 
 
 def _repeat(read: Callable[[], np.ndarray], count: int) -> np.ndarray:
     return np.repeat(read().reshape(1), count)
+
+
+def _widened(read: Callable[[], np.ndarray], columns: int) -> np.ndarray:
+    """Rows, each followed by zeros up to so many columns."""
+    array = read()
+    return np.pad(array, ((0, 0), (0, columns - array.shape[1])))
 
 
 def _cores() -> int:

@@ -39,6 +39,12 @@ def constant(shape: tuple[int, ...], function: str, arguments: Mapping[str, Any]
     return _declare(shape, Declaration(Generated(function, dict(arguments)), None, False))
 
 
+def sources(model: nn.Module) -> set[str]:
+    """Tensors of the checkpoint that the parameters of ``model`` are read from."""
+    declared = (p.declaration.source for p in model.parameters() if isinstance(p, Parameter))
+    return {source for source in declared if isinstance(source, str)}
+
+
 def _declare(shape: tuple[int, ...], declaration: Declaration) -> Parameter:
     made = Parameter(torch.empty(shape, device="meta"), requires_grad=False)
     made.declaration = declaration

@@ -22,7 +22,7 @@ def quantize_linears(program: Program, scheme: Scheme) -> Program:
     where the scheme quantizes on load, from an op over the checkpoint's rows.
 
     Raises:
-        PlanError: blocks do not divide a weight's inputs.
+        PlanError: blocks do not divide the inputs of a weight that is quantized when it is loaded.
     """
     rewrite = _Rewrite(program, scheme)
     calls: list[Call] = []
@@ -64,7 +64,7 @@ class _Rewrite:
         weight, scale = self._weight(param), self._scale(param)
         self.params |= {weight.name: weight, scale.name: scale}
         x = call.operands["x"]
-        before = [] if x in self.quantized else [self._activation(x)]
+        before = [] if x in self.quantized else self._activation(x)
         q, row_scale = self.quantized[x]
         operands = {"x": q, "x_scale": row_scale, "weight": weight.name, "weight_scale": scale.name}
         operands |= {k: v for k, v in call.operands.items() if k == "bias"}
@@ -76,15 +76,23 @@ class _Rewrite:
 
     def _check(self, param: Param) -> None:
         block, width = self.scheme.block, int(param.spec.shape[1])
-        if block and width % block:
+        if block and width % block and not self.scheme.stored:
             raise PlanError(
                 f"{_module(param)} has {width} inputs, which are no multiple of its blocks of {block}; "
                 "use scales by channel (quant=fp8)"
             )
 
     def _weight(self, param: Param) -> Param:
-        spec = replace(param.spec, dtype=FP8)
-        return replace(param, spec=spec, derived=self._derived(param, "q"))
+        rows, width = (int(n) for n in param.spec.shape)
+        whole = self._whole(width)
+        spec = TensorSpec((rows, whole), FP8)
+        columns = width if whole > width else None
+        return replace(param, spec=spec, derived=self._derived(param, "q"), columns=columns)
+
+    def _whole(self, width: int) -> int:
+        """Columns of all blocks that ``width`` columns of a weight or an activation touch."""
+        block = self.scheme.block or 1
+        return -(-width // block) * block
 
     def _scale(self, param: Param) -> Param:
         """One number an output, whatever stored scales stand for, or one a block."""
@@ -99,7 +107,8 @@ class _Rewrite:
         if self.scheme.weights == BLOCK:
             size = self.scheme.block
             rows = -(-rows // size)
-            made = replace(made, spec=TensorSpec((rows, width // size), "float32"), shard=param.shard)
+            bands = self._whole(width) // size
+            made = replace(made, spec=TensorSpec((rows, bands), "float32"), shard=param.shard)
         if self.scheme.stored:
             source = f"{_module(param)}.{self.scheme.scale}"
             made = replace(made, pieces=(Piece(source, 0, rows, 0, repeated=self.scheme.weights == TENSOR),))
@@ -114,16 +123,21 @@ class _Rewrite:
             attrs, op = {"block": self.scheme.block}, "quantize_fp8_block"
         return Derived(op, attrs, result, param.spec)
 
-    def _activation(self, x: str) -> Call:
-        """The call that quantizes the input ``x``."""
+    def _activation(self, x: str) -> list[Call]:
+        """The calls that quantize the input ``x``, filled up to whole blocks."""
         self.quantized[x] = q, scale = f"{x}.fp8", f"{x}.fp8_scale"
         if not self.scheme.static:
-            attrs = {"group": self.scheme.group(int(self.program.spec(x).shape[-1]))}
-            return Call("quantize_fp8", {"x": x}, {"q": q, "scale": scale}, attrs)
+            width, filled = int(self.program.spec(x).shape[-1]), []
+            whole = self._whole(width)
+            if whole > width:
+                filled = [Call("pad_columns", {"x": x}, {"y": f"{x}.whole"}, {"width": whole})]
+                x = f"{x}.whole"
+            attrs = {"group": self.scheme.group(whole)}
+            return [*filled, Call("quantize_fp8", {"x": x}, {"q": q, "scale": scale}, attrs)]
         readers = [c for c in self.program.calls if c.operands.get("x") == x and self.covers(c)]
         param = _static_scale([self.program.params[c.operands["weight"]] for c in readers])
         self.params[param.name] = param
-        return Call("quantize_fp8_static", {"x": x, "scale": param.name}, {"q": q, "row_scale": scale})
+        return [Call("quantize_fp8_static", {"x": x, "scale": param.name}, {"q": q, "row_scale": scale})]
 
 
 def _static_scale(weights: Sequence[Param]) -> Param:

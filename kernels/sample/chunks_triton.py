@@ -2,7 +2,7 @@
 
 What it leaves for the second launch depends on what the row asks for:
 
-    all rows              best    packed largest adjusted logit of the chunk and its id
+    all rows              best    packed largest adjusted logit of the chunk and its id; +inf for NaN
     temperature or top-p  drawn   id of the chunk's winner among all tokens, by gaps to its largest logit
     filters               peaks   largest adjusted logit of every GROUP tokens
     top-p without top-k   mass    of the chunk, relative to its largest logit
@@ -100,6 +100,9 @@ def look_at_chunks(
         )  # fmt: skip
         z_row = own
         z = tl.load(z_row + ids, mask=ids < V, other=float("-inf"), cache_modifier=".cg")
+    # The second launch refuses a row whose largest logit is no number. Reductions drop NaN and its bits order
+    # by its sign, so it counts as +inf.
+    z = tl.where(z < float("inf"), z, float("inf"))
     peak = tl.max(z, 0)
     first = tl.min(tl.where(z == peak, ids, V - 1), 0)
     place = row * chunks + chunk

@@ -24,6 +24,7 @@ from makeready.kernels.sample.numeric_triton import (
     scores,
 )
 from makeready.kernels.sample.rows_triton import is_changed
+from makeready.kernels.sample.sample import NOT_FINITE
 from makeready.kernels.sample.select_triton import (
     group_pivot,
     list_groups,
@@ -33,6 +34,7 @@ from makeready.kernels.sample.select_triton import (
 )
 
 _NOBODY = tl.constexpr(-(2**63))
+_NOT_FINITE = tl.constexpr(NOT_FINITE)
 
 
 @triton.jit
@@ -209,7 +211,8 @@ def draw_tokens(
     c = tl.arange(0, CHUNKS_WIDTH)
     winner = tl.max(tl.load(best + row * chunks + c, mask=c < chunks, other=-(2**63)), 0)
     largest = from_key(packed_key(winner))
-    if (heat > 0) & (largest == largest):
+    finite = tl.abs(largest) < float("inf")
+    if (heat > 0) & finite:
         z_row = logits + row.to(tl.int64) * logits_stride
         if is_changed(
             slot, length, prompt_len, presence_penalty, frequency_penalty, repetition_penalty,
@@ -235,7 +238,7 @@ def draw_tokens(
                     z_row, winner, total, largest, heat, p, least, key, peaks + groups_row,
                     groups + groups_row, V, tl.cdiv(V, GROUP), GROUP, TILE, KEPT,
                 )  # fmt: skip
-    token = tl.minimum(packed_id(winner), V - 1)  # NaNs may order below the padding
-    tl.store(tokens + row, token)
+    token = packed_id(winner)
+    tl.store(tokens + row, tl.where(finite, token, _NOT_FINITE))
     if length < L:
-        tl.store(history + slot.to(tl.int64) * L + length, token)
+        tl.store(history + slot.to(tl.int64) * L + length, tl.where(finite, token, 0))

@@ -37,7 +37,8 @@ def token_logprobs(
     * ``k > 0``: also the ``min(k, max_top, V)`` most probable tokens, descending, the lowest id first
       among equals, in ``top_ids[r]`` and ``top_values[r]``. The sampled token is not added to them.
 
-    Entries that were not asked for are 0, their ids -1.
+    Entries that were not asked for are 0, their ids -1. A negative token, which the sampler gives where there
+    is none, has the log-probability NaN.
     """
     rows, vocabulary = logits.shape
     logprob = torch.zeros(rows)
@@ -49,7 +50,7 @@ def token_logprobs(
         gaps = logits[r] - logits[r].max()
         # Summed in fp64 so that the logarithm of a sum just above 1 is exact to fp32.
         norm = gaps.exp().sum(dtype=torch.float64).log()
-        logprob[r] = gaps[int(tokens[r])] - norm
+        logprob[r] = gaps[int(tokens[r])] - norm if tokens[r] >= 0 else float("nan")
         count = min(asked, max_top, vocabulary)
         if count:
             ids = _largest(logits[r], count)

@@ -107,8 +107,10 @@ def rank_rows(
         share = tl.exp(tl.where(peak == largest, 0.0, peak - largest).to(tl.float64))
         held = tl.load(sums + row * CHUNKS + c, mask=c < CHUNKS, other=0)
         norm = tl.log(tl.sum(share * held.to(tl.float64, bitcast=True), 0))
-        z = tl.load(logits + row.to(tl.int64) * LOGITS_STRIDE + tl.load(tokens + row))
+        token = tl.load(tokens + row)
+        z = tl.load(logits + row.to(tl.int64) * LOGITS_STRIDE + tl.maximum(token, 0))
         own = ((z - largest).to(tl.float64) - norm).to(tl.float32)
+        own = tl.where(token < 0, float("nan"), own)
         count = tl.minimum(tl.minimum(asked, K), V)
         if count > 0:
             place = (row * CHUNKS + c)[:, None] * K + i[None, :]

@@ -10,6 +10,8 @@ from makeready.kernels.contract import Tolerance, contract
 from makeready.kernels.sample.filters import adjust, candidates, survivors
 from makeready.kernels.sample.noise import exponential_noise
 
+NOT_FINITE = -1  # instead of a token: the row's logits are no numbers to choose by
+
 
 class _Knobs(NamedTuple):
     """One row's scalars."""
@@ -90,9 +92,10 @@ def sample(
        is :func:`~.noise.exponential_noise` of ``seed[s]``, position ``context_len[r]`` and the token's id.
        This draws from the softmax of the survivors' gaps (Maddison et al. 2014, arXiv:1411.0030).
 
-    A token with a logit of -inf is drawn only if no other exists. A row with a NaN among its logits gets
-    some id of ``0 .. V-1``. All is computed in fp32 with IEEE division; only exp, log and log1p may
-    differ between devices, in the last bit.
+    A token with a logit of -inf is never drawn. A row with NaN or +inf among its adjusted logits, or with
+    nothing but -inf, has no distribution: its token is :data:`NOT_FINITE`, and its history gets id 0, which
+    may be run before the host learns of it. All is computed in fp32 with IEEE division; only exp, log and
+    log1p may differ between devices, in the last bit.
     """
     per_slot = (temperature, top_k, top_p, min_p, presence_penalty, frequency_penalty, repetition_penalty)
     per_slot += (seed, min_new_tokens, prompt_len, (bias_ids >= 0).any(1))
@@ -102,7 +105,9 @@ def sample(
     null = len(history) - 1
 
     if all(row.slot == null or (row.temperature <= 0 and not row.adjusts) for row in rows):
-        tokens = logits.argmax(-1).int()
+        tokens = logits.argmax(-1)
+        largest = logits.gather(1, tokens[:, None]).squeeze(1)  # NaN where any logit is
+        tokens = tokens.int().masked_fill_(~largest.isfinite(), NOT_FINITE)
     else:
         tokens = torch.zeros(len(rows), dtype=torch.int32)
         for r, row in enumerate(rows):
@@ -123,9 +128,11 @@ def sample(
                     frequency_penalty=row.frequency_penalty,
                     repetition_penalty=row.repetition_penalty,
                 )
-            greedy = row.temperature <= 0 or bool(z.max().isnan())
-            tokens[r] = int(z.argmax()) if greedy else _draw(z, row)
+            if not z.max().isfinite():
+                tokens[r] = NOT_FINITE
+            else:
+                tokens[r] = int(z.argmax()) if row.temperature <= 0 else _draw(z, row)
 
     writes = [r for r, row in enumerate(rows) if row.slot != null and row.context_len < history.shape[1]]
-    history[row_slot[writes], context_len[writes]] = tokens[writes]
+    history[row_slot[writes], context_len[writes]] = tokens[writes].clamp_min(0)
     return tokens.masked_fill_(row_slot == null, 0)

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ from checkpoint_files import LLAMA, state_dict, write_folder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 from makeready.graphs.checkpoint import CheckpointError, open_checkpoint
+from makeready.graphs.checkpoint.base import CheckpointWarning
 from makeready.graphs.checkpoint.safetensors_file import SafetensorsFile
 
 MANY = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -108,11 +111,14 @@ def test_fingerprint_is_the_same_elsewhere_and_differs_by_content(folder, tmp_pa
 
     changes = [
         ({**LLAMA, "rope_theta": 5e5}, state),
-        ({**LLAMA, "tie_word_embeddings": True}, state),
+        (
+            {**LLAMA, "tie_word_embeddings": True},
+            {name: tensor for name, tensor in state.items() if name != "lm_head.weight"},
+        ),
         ({**LLAMA, "brand_new_field": 1}, state),
         (LLAMA, {**state, "extra": torch.zeros(2)}),
         (LLAMA, {**state, "model.norm.weight": torch.zeros(97)}),
-        (LLAMA, {**state, "model.norm.weight": torch.zeros(96, dtype=torch.float16)}),
+        (LLAMA, {**state, "model.norm.weight": torch.zeros(96).to(torch.float8_e4m3fn)}),
     ]
     found = [
         open_checkpoint(write_folder(tmp_path / str(i), *c)).fingerprint() for i, c in enumerate(changes)
@@ -120,10 +126,60 @@ def test_fingerprint_is_the_same_elsewhere_and_differs_by_content(folder, tmp_pa
     assert len({first, *found}) == len(changes) + 1
 
 
+def test_a_tied_head_is_what_transformers_makes_of_it(tmp_path, state):
+    """Equal or not there: tied. Stored and different: used, with a warning. Stored alone: the embeddings."""
+    config = {**LLAMA, "tie_word_embeddings": True}
+    embedding = state["model.embed_tokens.weight"]
+    rest = {k: v for k, v in state.items() if k not in ("model.embed_tokens.weight", "lm_head.weight")}
+    last = embedding.clone()
+    last[-1, -1] += 1
+    for at, (stored, tied) in enumerate(
+        (
+            ({"model.embed_tokens.weight": embedding}, True),
+            ({"model.embed_tokens.weight": embedding, "lm_head.weight": embedding.clone()}, True),
+            ({"model.embed_tokens.weight": embedding, "lm_head.weight": last}, False),
+            ({"lm_head.weight": last}, True),
+        )
+    ):
+        folder = write_folder(tmp_path / str(at), config, {**rest, **stored})
+        with nullcontext() if tied else pytest.warns(CheckpointWarning, match="lm_head.weight that differs"):
+            checkpoint = open_checkpoint(folder)
+        assert checkpoint.config["tie_word_embeddings"] is tied
+        theirs = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+        for name in ("model.embed_tokens.weight", *(() if tied else ("lm_head.weight",))):
+            assert np.array_equal(checkpoint.read(name), theirs[name].numpy())
+            assert np.array_equal(checkpoint.read(name, slice(3, 5)), theirs[name][3:5].numpy())
+
+
+def test_a_head_is_compared_to_its_end_and_read_no_further(tmp_path, state, monkeypatch):
+    monkeypatch.setattr("makeready.graphs.checkpoint.huggingface.COMPARED", 5 * 96)
+    read = []
+    original = SafetensorsFile.read
+    monkeypatch.setattr(
+        SafetensorsFile,
+        "read",
+        lambda self, name, rows=None: (read.append(rows), original(self, name, rows))[1],
+    )
+    config = {**LLAMA, "tie_word_embeddings": True}
+    embedding = state["model.embed_tokens.weight"]
+    for row, reads in ((7, 2), (96, 20), (None, 20)):
+        head = embedding.clone()
+        if row is not None:
+            head[row, 0] += 1
+        folder = write_folder(tmp_path / str(row), config, {**state, "lm_head.weight": head})
+        read.clear()
+        with pytest.warns(CheckpointWarning) if row is not None else nullcontext():
+            assert open_checkpoint(folder).config["tie_word_embeddings"] is (row is None)
+        assert len(read) == 2 * reads
+
+
 def test_dtype_of_the_weights_where_the_config_has_none(tmp_path, state):
     config = {key: value for key, value in LLAMA.items() if key != "torch_dtype"}
     halves = {name: tensor.bfloat16() for name, tensor in state.items()}
     assert open_checkpoint(write_folder(tmp_path / "m", config, halves)).config["dtype"] == "bfloat16"
+    others = {f"visual.{i}.weight": torch.zeros(2) for i in range(99)}  # read by nobody
+    folder = write_folder(tmp_path / "n", config, {**halves, **others})
+    assert open_checkpoint(folder).config["dtype"] == "bfloat16"
 
 
 def test_tokenizer_and_generation_files(folder):

@@ -14,6 +14,7 @@ from plans import CONFIG, dummy, make_plan
 from safetensors.torch import save_file
 
 from makeready.graphs.checkpoint.base import open_checkpoint
+from makeready.graphs.checkpoint.dummy import DummyCheckpoint
 from makeready.graphs.executable import cuda_pages, cuda_weights
 from makeready.graphs.executable.cpu_weights import load_weights
 from makeready.graphs.executable.cuda import CudaExecutable
@@ -85,6 +86,23 @@ def test_mapped_files_go_straight_to_the_gpu(tmp_path, small, shards):
     assert bindings.calls.count("cuMemHostRegister") == bindings.calls.count("cuMemHostUnregister")
     copied = sum(nbytes for kind, *_, nbytes in bindings.copies if kind == "in")
     assert copied >= sum(w.nbytes for w in plan.weights)
+
+
+def test_rows_of_blocks_that_divide_nothing_get_zeros_behind_them(tmp_path, small):
+    """64 and 128 columns in blocks of 48: what a mapped file holds cannot be copied as it lies there."""
+    stored = {"quant_method": "fp8", "weight_block_size": [48, 48], "activation_scheme": "dynamic"}
+    config = {**CONFIG, "quantization_config": stored}
+    made = DummyCheckpoint(config, None, 0)
+    make_plan(made, kernels=False)
+    tensors = {}
+    for name, info in made.tensors.items():
+        array = torch.from_numpy(made.read(name))
+        kind = {"bfloat16": torch.bfloat16, "float8_e4m3fn": torch.float8_e4m3fn}.get(info.dtype)
+        tensors[name] = array if kind is None else array.view(kind)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "model.safetensors")
+    plan = check_loaded(open_checkpoint(tmp_path), FakeBindings())
+    assert {w.param.columns for w in plan.weights} == {None, 64, 128}
 
 
 def test_mapped_files_go_straight_in_windows_of_the_usual_size(tmp_path):

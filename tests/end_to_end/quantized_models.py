@@ -114,13 +114,14 @@ class QuantizedLinear(nn.Module):
         self.wide = dequantize_weight(self.q, self.scale, form)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        group = self.form.block or x.shape[-1]
-        grouped = x.unflatten(-1, (-1, group))
+        group, width = self.form.block or x.shape[-1], x.shape[-1]
+        grouped = nn.functional.pad(x, (0, -width % group)).unflatten(-1, (-1, group))
         if self.input_scale is None:
             scale = grouped.abs().amax(-1, keepdim=True) / LARGEST
         else:
             scale = torch.tensor(self.input_scale)
-        rounded = (round_fp8(grouped / scale).double() * scale.double()).flatten(-2)
+        scale = scale.clamp_min(1e-30)  # of nothing but zeros
+        rounded = (round_fp8(grouped / scale).double() * scale.double()).flatten(-2)[..., :width]
         y = rounded @ self.wide.T
         return (y if self.bias is None else y + self.bias.double()).float()
 

@@ -101,6 +101,26 @@ def test_nothing_need_be_generated(model: tuple[Path, Any]) -> None:
     assert (output.token_ids, output.logprobs, output.finish_reason) == ((), (), "length")
 
 
+def test_a_prompt_that_fills_the_context_is_scored(model: tuple[Path, Any]) -> None:
+    """Nothing is generated behind it, so nothing more needs to fit: not a token, not a page."""
+    folder, reference = model
+    llm = LLM(
+        folder,
+        max_rows=2,
+        max_tokens=24,
+        max_logprob_tokens=7,
+        page_size=PAGE,
+        context_len=32,
+        weight_dtype="float32",
+    )
+    full, longer = prompt_of(32, VOCABULARY), prompt_of(33, VOCABULARY)
+    outputs = llm.generate(token_ids=[full, longer, full], sampling=[params(count=0)] * 2 + [params(count=1)])
+    check(reference, full, outputs[0], 0)
+    assert outputs[0].finish_reason == "length"
+    assert "33 prompt tokens and max_new_tokens=0 exceed the context of 32" in (outputs[1].error or "")
+    assert "32 prompt tokens and max_new_tokens=1 exceed the context of 32" in (outputs[2].error or "")
+
+
 def test_what_cannot_be_scored_says_why(model: tuple[Path, Any]) -> None:
     folder, _ = model
     prompt = prompt_of(5, VOCABULARY)

@@ -58,6 +58,22 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "max_position_embeddings": 32,
         },
     ),
+    # Prompts beyond the positions before scaling: the scaled context is what may be used.
+    "rope-linear-beyond": (
+        "llama",
+        {
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0},
+            "max_position_embeddings": 32,
+        },
+    ),
+    "rope-yarn-beyond": (
+        "qwen3",
+        {
+            "rope_parameters": {**YARN, "original_max_position_embeddings": 32},
+            "max_position_embeddings": 40,  # Qwen3 states more positions than it scales from
+            "head_dim": 32,
+        },
+    ),
     "mistral": ("mistral", {"sliding_window": None}),
     "mistral-window": ("mistral", {"sliding_window": 13}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),

@@ -20,6 +20,9 @@ LLAMA = {"attention_bias": True, "mlp_bias": True, "initializer_range": 0.1}
 
 FORMATS = {
     "fp8-block": Format("block", 32),
+    # Hidden size 64, intermediate 96, heads of 16 or 32: what one block divides another does not.
+    "fp8-block-beyond": Format("block", 40),
+    "fp8-block-larger-than-all": Format("block", 128),
     "fp8-tensor": Format("tensor"),
     "fp8-tensor-static": Format("tensor", static=True),
     "ct-channel": Format("channel", tool="compressed-tensors"),
@@ -27,6 +30,7 @@ FORMATS = {
     "ct-tensor": Format("tensor", tool="compressed-tensors"),
     "ct-tensor-static": Format("tensor", static=True, tool="compressed-tensors"),
     "ct-block": Format("block", 16, tool="compressed-tensors"),
+    "ct-block-beyond": Format("block", 50, tool="compressed-tensors"),
 }
 LENGTHS = (1, 9, 30)
 

@@ -6,18 +6,18 @@ The host learns how many when it reads the results, a step late. It is registere
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from fake_executable import FakeExecutable, Step
 
-from makeready.engine.request import Request, TokenLogprob
+from makeready.engine.request import Request
 from makeready.engine.scheduler import Batch
 from makeready.engine.seats import Seats
 from makeready.engine.staging import Stage
-from makeready.engine.steps.base import step_kind
+from makeready.engine.steps.base import Sampled, step_kind
 from makeready.engine.steps.generate import stage_sequences
 from makeready.graphs.spec import DECODE, Bucket, Limits, StepSpec, fields
 from makeready.kernels.spec import ROWS
@@ -45,8 +45,8 @@ class Burst:
         return results["count"][: len(batch.decoding)].astype(np.int64)
 
     def commit(
-        self, batch: Batch, results: Mapping[str, np.ndarray]
-    ) -> Iterator[tuple[Request, int, TokenLogprob | None]]:
+        self, batch: Batch, results: Mapping[str, np.ndarray], void: Collection[Request]
+    ) -> Iterator[Sampled]:
         for row, request in enumerate(batch.decoding):
             for token in results["tokens"][row, : results["count"][row]].tolist():
                 yield request, token, None

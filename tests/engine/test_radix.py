@@ -258,3 +258,29 @@ def test_long_prompts_and_many_nodes() -> None:
 def test_an_unknown_policy_is_named() -> None:
     with pytest.raises(RequestError, match="no eviction policy 'mru'; use one of lru, lfu, fifo, priority"):
         PrefixCache(PagePool(3), 1, "mru")
+
+
+def test_what_is_forgotten_is_found_by_nobody_and_kept_by_its_holders():
+    pool = PagePool(9)
+    cache = PrefixCache(pool, 2)
+    tokens = [1, 2, 3, 4]
+
+    def put(salt: str) -> Prefix:
+        return cache.insert(cache.acquire(tokens, salt), tokens, pool.take(2))
+
+    held, other = put(""), put("other")
+    cache.forget()
+    cache.check()
+    assert (cache.match(tokens), cache.match(tokens, "other")) == (0, 4)
+    again = put("")
+    assert set(again.pages).isdisjoint(held.pages)
+    assert cache.match(tokens) == 4
+    cache.forget()
+    cache.forget("nothing is there")
+    for prefix in (held, again, other):
+        cache.release(prefix)
+    cache.check()
+    assert pool.cached == 6
+    cache.reset()
+    cache.check()
+    assert (pool.cached, pool.held) == (0, 0)

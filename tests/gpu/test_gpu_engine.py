@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
+from safetensors.torch import load_file, save_file
 from scripted_steps import SMALL, write_checkpoint
 
 from makeready.engine.llm import LLM, Output, SamplingParams, SchedulerOptions
@@ -167,3 +169,28 @@ def test_pages_that_run_out_lose_nothing(llm: LLM) -> None:
             top = first(other)
             worst = max(worst, abs(output.logprobs[at].logprob - top.get(tokens[at], np.inf)))
     assert worst <= TOLERANCE
+
+
+def test_a_row_that_is_not_finite_ends_alone(llm: LLM, tmp_path: Path) -> None:
+    """One token's embedding is NaN; prompts with it in the midst of common beginnings run beside others."""
+    write_checkpoint(tmp_path, SMALL)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.embed_tokens.weight"][1000] = torch.nan
+    save_file(tensors, file)
+    greedy = SamplingParams(temperature=0, max_new_tokens=12, ignore_eos=True, logit_bias={1000: -1e6})
+    sound = [[t % 1000 for t in prompt_of(n, seed=n)] for n in (9, 64, 200, 70, 300, 33)]
+    sound += [[*sound[2][:150], *sound[3]]] * 2
+    bad = [[*prompt[:-1], 1000, prompt[-1]] for prompt in sound]
+    wanted = [o.token_ids for o in with_options(llm).generate(token_ids=sound, sampling=greedy)]
+    broken = LLM(tmp_path, plan=llm.plan)
+    for _ in range(2):
+        asked = [prompt for pair in zip(bad, sound, strict=True) for prompt in pair]
+        outputs = broken.generate(token_ids=asked, sampling=greedy)
+        for failed in outputs[::2]:
+            assert failed.finish_reason == "error"
+            assert "not finite" in (failed.error or "")
+        equal = [output.token_ids == tokens for output, tokens in zip(outputs[1::2], wanted, strict=True)]
+        assert all(output.finish_reason == "length" for output in outputs[1::2])
+        # Other batches round otherwise: near ties may fall the other way.
+        assert sum(equal) >= len(equal) - 2

@@ -51,6 +51,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "fp8_block-one-layer": ({"num_hidden_layers": 1}, {"quant": "fp8_block"}),
     "fp8-cache": ({}, {"quant": "fp8", "kv_dtype": "fp8_e4m3"}),
     "stored-blocks": ({"quantization_config": BLOCKS}, {}),
+    "stored-blocks-beyond": (
+        {"quantization_config": BLOCKS, "intermediate_size": 456, "hidden_size": 288},
+        {},
+    ),
     "stored-static": ({"quantization_config": STATIC}, {}),
 }
 

@@ -86,32 +86,31 @@ def test_rows_do_not_depend_on_their_batch():
         assert alone[0] == together[r]
 
 
-def test_degenerate_logits_give_a_token_of_the_vocabulary():
+@pytest.mark.parametrize("vocabulary", [3, 5001, 151936])
+def test_rows_that_are_not_finite_have_no_token(vocabulary):
+    """A negative id, some id of the vocabulary in the history, and other rows as before."""
     nan, inf = float("nan"), float("inf")
-    rows = [
-        [nan, 1.0, 2.0],
-        [nan] * 3,
-        [-nan] * 3,
-        [-inf] * 3,
-        [inf, 0.0, -inf],
-        [inf, inf, 0.0],
-        [3e38, -3e38, 0.0],
-    ]
+    broken = [nan, -nan, inf]
     for knobs in (
         {},
+        {"presence_penalty": 0.25},
         {"temperature": 1.0},
         {"temperature": 1.0, "top_k": 2, "top_p": 0.5},
+        {"temperature": 1.0, "top_p": 0.5},
         {"temperature": 1.0, "min_p": 0.1},
     ):
-        op = requests(len(rows), 3, padding=0, greedy=True)
-        op["logits"] = torch.tensor(rows)
+        op = requests(9, vocabulary, padding=1, greedy=True)
+        for row, value in enumerate(broken * 2):
+            op["logits"][row, [0, vocabulary - 1][row % 2]] = value
+        op["logits"][6] = -inf
+        op["logits"][7] = torch.where(torch.arange(vocabulary) == 1, 3.0, -inf)
+        op["logits"][8], op["logits"][8, 0] = -3e38, 3e38
         for name, value in knobs.items():
             op[name][:] = value
-        ((tokens, _),) = device_runs(op)
-        assert ((tokens >= 0) & (tokens < 3)).all()
-        assert tokens[4] == 0
-        assert tokens[5] < 2
-        assert tokens[6] == 0
+        ((tokens, history),) = device_runs(op)
+        assert tokens.tolist() == [-1] * 7 + [1, 0, 0]
+        written = history[op["row_slot"][:9].long(), op["context_len"][:9].long()]
+        assert written.tolist() == [0] * 7 + [1, 0]
 
 
 @pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1e-6, 1e30])

@@ -86,9 +86,9 @@ def test_unsupported_models_are_refused(config, message):
         compile_plan(dummy(config), **LIMITS)
 
 
-def write_checkpoint(folder: Path, tensors: dict[str, np.ndarray]) -> Path:
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(LLAMA))
+def write_checkpoint(folder: Path, tensors: dict[str, np.ndarray], **config: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(LLAMA | config))
     save_file(tensors, folder / "model.safetensors")
     return folder
 
@@ -126,6 +126,59 @@ def test_the_defaults_are_the_models_and_the_targets():
     assert compile_plan(dummy(QWEN3)).limits.context_len == 128
     with pytest.raises(PlanError, match="beyond the 128 tokens"):
         compile_plan(dummy(QWEN3), context_len=129)
+
+
+YARN = {"type": "yarn", "factor": 4.0}
+SCALED: list[tuple[str, int, dict[str, Any], int]] = [
+    # Qwen2.5's card: this goes into config.json for 131,072 tokens.
+    ("qwen2.5", 32768, {**YARN, "original_max_position_embeddings": 32768}, 131072),
+    # Qwen3's card: as well, beside positions that leave room for an answer.
+    ("qwen3", 40960, {**YARN, "original_max_position_embeddings": 32768}, 131072),
+    ("without the original", 32768, YARN, 131072),
+    # DeepSeek-V3 states the scaled positions: 40 * 4096.
+    ("deepseek", 163840, {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}, 163840),
+    # The factor follows from both lengths, and 100000 / 30000 * 30000 is no whole number in floats.
+    ("no factor", 100000, {"type": "yarn", "original_max_position_embeddings": 30000}, 100000),
+    # vicuna-7b-v1.5-16k.
+    ("linear", 4096, {"type": "linear", "factor": 4.0}, 16384),
+    ("dynamic", 4096, {"type": "dynamic", "factor": 2.0}, 8192),
+    # Llama 3.1 states the scaled positions: 128 Ki, 16 times the original.
+    (
+        "llama3",
+        131072,
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        131072,
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("positions", "scaling", "context"), [c[1:] for c in SCALED], ids=[c[0] for c in SCALED]
+)
+def test_the_context_is_the_scaled_one(positions, scaling, context):
+    """The lengths that model cards state, and vLLM derives."""
+    config = {k: v for k, v in LLAMA.items() if k != "rope_parameters"}
+    config |= {"max_position_embeddings": positions, "rope_scaling": scaling}
+    assert traced(config, context_len=None).limits.context_len == context
+    with pytest.raises(PlanError, match=f"beyond the {context} tokens"):
+        traced(config, context_len=context + 1)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.bool_, np.int64, np.uint16], ids=str)
+def test_tensors_that_nothing_reads_have_no_say_in_the_dtype(dtype, tmp_path):
+    checkpoint = dummy()
+    compile_plan(checkpoint, **LIMITS)
+    tensors = {name: checkpoint.read(name) for name in checkpoint.tensors}
+    unread = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, dtype)}
+    folder = write_checkpoint(tmp_path, {**tensors, **unread}, dtype="bfloat16")
+    asked = {k: v for k, v in LIMITS.items() if k != "weight_dtype"}
+    assert compile_plan(folder, **asked).options.weight_dtype == "bfloat16"
 
 
 def test_a_plan_says_what_was_asked():

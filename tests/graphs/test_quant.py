@@ -304,6 +304,29 @@ def test_a_tensors_scale_is_repeated_for_each_of_its_rows(tmp_path):
     assert scale.tolist() == [1.5] * 128 + [0.25] * 32 + [3.0] * 32
 
 
+def test_stored_blocks_that_divide_nothing_are_filled_up_with_zeros(tmp_path):
+    """Rows of weights end within a block: behind them stand zeros, and scales are as they were stored."""
+    quantization = {**BLOCKS, "weight_block_size": [100, 100]}
+    tensors = everything(quantization)
+    checkpoint = stored(tmp_path, tensors, quantization)
+    plan = compile_plan(checkpoint, **LIMITS)
+    made = loaded(plan, checkpoint)
+    for module, width in (
+        ("model.layers.0.self_attn.o_proj", 128),
+        ("model.layers.1.mlp.down_proj", 256),
+    ):
+        theirs = tensors[f"{module}.weight"]
+        named = {p.source: made[w.param.name] for w in plan.weights for p in w.param.pieces}
+        ours = named[f"{module}.weight"]
+        assert theirs.shape == (128, width)
+        assert ours.shape == (128, -(-width // 100) * 100)
+        assert torch.equal(ours[:, :width].view(torch.uint8), theirs.view(torch.uint8))
+        assert (ours[:, width:].view(torch.uint8) == 0).all()
+        scale = tensors[f"{module}.weight_scale_inv"]
+        assert scale.shape == (2, -(-width // 100))
+        assert torch.equal(named[f"{module}.weight_scale_inv"], scale)
+
+
 def test_checkpoints_that_contradict_their_config_are_refused(tmp_path):
     quantization = {"quant_method": "fp8"}
     tensors = everything(quantization)

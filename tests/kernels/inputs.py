@@ -31,6 +31,14 @@ def _pointwise(op: str, *names: str, even: bool = False) -> Iterator[Case]:
     yield Case(op, "extreme", {name: extreme if name == names[0] else torch.ones(1, 8) for name in names})
 
 
+def pad_columns(op: str) -> Iterator[Case]:
+    for tokens, width, whole in ((3, 10, 12), (1, 1, 2), (7, 64, 64), (33, 1500, 1536)):
+        for dtype in FLOATS:
+            x = Random(width).normal(tokens, width, dtype=dtype)
+            yield Case(op, f"{tokens}x{width}-{dtype}", {"x": x}, {"width": whole})
+            yield Case(op, f"{tokens}x{width}-{dtype}-columns", {"x": in_columns(x)}, {"width": whole})
+
+
 def columns(op: str) -> Iterator[Case]:
     x = Random(0).normal(3, 10)
     for start, stop in ((2, 7), (0, 10), (0, 1), (9, 10)):
@@ -200,6 +208,7 @@ BUILDERS: Mapping[str, Callable[[str], Iterator[Case]]] = {
     "silu": lambda op: _pointwise(op, "x"),
     "silu_mul": lambda op: _pointwise(op, "gate_up", even=True),
     "columns": columns,
+    "pad_columns": pad_columns,
     "gather_last": gather_last,
     "locate": locate,
     "find_pages": find_pages,

@@ -77,6 +77,13 @@ def test_a_row_of_nan_does_not_touch_the_others():
     assert top_ids[1].tolist() == [8, 7]
 
 
+def test_a_token_that_could_not_be_sampled_has_none():
+    """Neither the last one's nor what lies before the row in memory."""
+    logprob, _, _ = run(torch.zeros(2, 4), [-1, 1], [0, 0], max_top=0)
+    assert logprob[0].isnan()
+    assert logprob[1] == pytest.approx(-math.log(4))
+
+
 def test_nothing_to_report_and_shapes():
     logprob, top_ids, top_values = run(torch.zeros(2, 4), [1, 1], [-1, 3], max_top=0)
     assert top_ids.shape == top_values.shape == (2, 0)

@@ -296,14 +296,27 @@ def test_a_batch_of_padding_alone_changes_nothing():
 
 
 @pytest.mark.parametrize("knobs", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 2, "top_p": 0.5}])
-def test_degenerate_logits_give_a_token_of_the_vocabulary(knobs):
+@pytest.mark.parametrize("changed", [{}, {"presence_penalty": 0.25}, {"bias": {2: 1.0}}], ids=str)
+def test_rows_that_are_not_finite_have_no_token(knobs, changed):
+    """A negative id, and beside them rows whose tokens stay what they are."""
     nan = float("nan")
-    rows = [[nan, 1.0, 2.0], [nan] * 3, [-INF] * 3, [INF, 0.0, -INF], [INF, INF, 0.0], [3e38, -3e38, 0.0]]
-    tokens = draw(torch.tensor(rows), [{"seed": i, **knobs} for i in range(len(rows))])
-    assert all(0 <= token < 3 for token in tokens)
-    assert tokens[3] == 0
-    assert tokens[4] < 2
-    assert tokens[5] == 0
+    broken = [[nan, 1.0, 2.0], [1.0, 2.0, -nan], [nan] * 3, [-INF] * 3, [INF, 0.0, -INF], [INF, INF, nan]]
+    sound = [[3e38, -3e38, 0.0], [-INF, -INF, -2.0], [-INF, 7.0, -INF]]
+    rows = [{"seed": i, **knobs, **changed} for i in range(len(broken) + len(sound))]
+    op = operands(torch.tensor(broken + sound), rows, pad_to=2)
+    assert sample(**op).tolist() == [-1] * len(broken) + [0, 2, 1] + [0, 0]
+    # What may run before the host learns of it is some token of the vocabulary.
+    assert op["history"][torch.arange(len(rows)), op["context_len"][: len(rows)]].tolist() == (
+        [0] * len(broken) + [0, 2, 1]
+    )
+
+
+def test_masks_are_no_reason_to_refuse_a_row():
+    """-inf by a minimum length, by penalties of -inf, or of all but one token."""
+    logits = torch.tensor([[5.0, 1.0, -INF]])
+    for knobs in ({}, {"temperature": 1.0, "top_p": 0.9}):
+        assert draw(logits, [{"min_new_tokens": 2, "stop": [0, 2], **knobs}]) == [1]
+        assert draw(logits, [{"repetition_penalty": 2.0, "prompt": [2], "bias": {0: -1e6}, **knobs}]) == [1]
 
 
 @pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1e-6, 1e30])

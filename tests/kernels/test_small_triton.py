@@ -173,6 +173,9 @@ def test_pointwise(tokens, width):
     check_interpreted("silu", {"x": x})
     gate_up = columns_of(random(tokens, 2 * width, dtype=torch.float16))
     check_interpreted("silu_mul", {"gate_up": gate_up}, multiprocessors=1)
+    for whole in (width, width + 1, -(-width // 128) * 128, width + 300):
+        check_interpreted("pad_columns", {"x": x}, width=whole)
+        check_interpreted("pad_columns", {"x": gate_up}, width=width + whole, multiprocessors=1)
 
 
 @interpreted
@@ -242,6 +245,37 @@ def test_sample(rows, vocabulary, spread):
 
 
 @interpreted
+@pytest.mark.parametrize("vocabulary", [131, 4200])
+@pytest.mark.parametrize("greedy", [True, False])
+def test_sample_refuses_rows_that_are_not_finite(vocabulary, greedy):
+    """One number among finite ones, of either sign, in the first chunk or the last; every other row as before."""
+    rows, nan, inf = 24, math.nan, math.inf
+    operands = requests(rows, vocabulary, greedy=greedy)
+    sound = operands["logits"].clone()
+    for row, value in enumerate([nan, -nan, inf, nan, -nan, inf]):
+        operands["logits"][4 * row, [0, vocabulary - 1][row % 2]] = value
+    operands["logits"][22] = -inf
+    operands["bias_ids"][operands["row_slot"][22].long()] = -1
+    broken = [0, 4, 8, 12, 16, 20, 22]
+    left = [r for r in range(rows) if r not in broken]
+    want_history = operands["history"].clone()
+    want = CONTRACTS["sample"].reference(**{**operands, "history": want_history})
+    clear = [r for r in left if margin({**operands, "logits": sound}, r) > MARGIN]
+    for kernel in registry.cuda_kernels("sample"):
+        for candidate in kernel.candidates(op_call("sample", operands, {})):
+            history = operands["history"].clone()
+            got = launch_interpreted(
+                candidate, op_call("sample", operands, {}), {**operands, "history": history}
+            )
+            assert got["tokens"][broken].tolist() == [-1] * len(broken)
+            assert got["tokens"][clear].equal(want[clear])
+            assert (got["tokens"][left] >= 0).all()
+            assert (got["tokens"][rows:] == 0).all()
+            slots = operands["row_slot"][[*broken, *clear]].long()
+            assert got["history"][slots].equal(want_history[slots])
+
+
+@interpreted
 @pytest.mark.parametrize(("vocabulary", "most"), [(7, 20), (131, 3), (9000, 20)])
 def test_token_logprobs(vocabulary, most):
     rows = 6
@@ -256,6 +290,22 @@ def test_token_logprobs(vocabulary, most):
         "top_logprobs": torch.tensor([20, -1, 5, 0, 20, 0, 0, -1], dtype=torch.int32),
     }
     check_interpreted("token_logprobs", operands, max_top=most)
+
+
+@interpreted
+def test_a_token_that_could_not_be_sampled_has_no_logprob():
+    operands = {
+        "logits": torch.zeros(2, 4),
+        "tokens": torch.tensor([-1, 3], dtype=torch.int32),
+        "row_slot": torch.tensor([0, 1], dtype=torch.int32),
+        "top_logprobs": torch.tensor([0, 0, -1], dtype=torch.int32),
+    }
+    call = op_call("token_logprobs", operands, {"max_top": 2})
+    for kernel in registry.cuda_kernels("token_logprobs"):
+        for candidate in kernel.candidates(call):
+            got = launch_interpreted(candidate, call, operands)["logprob"]
+            assert got[0].isnan()
+            assert got[1] == pytest.approx(-math.log(4))
 
 
 def _empty(*shape, dtype=torch.bfloat16):

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 from scripts_in_process import CONF, script
 
 from makeready.graphs.checkpoint.base import open_checkpoint
@@ -63,3 +68,28 @@ def test_a_preset_can_be_changed_on_the_command_line(capsys):
     assert all(f" s  {stage}\n" in printed.err for stage in ("trace", "lower", "compile"))
     assert script("compile")(*options, "model.num_hidden_layers=2", "plan.traffic.decode_rows={1: 2}") == 0
     assert "from the local cache" in capsys.readouterr().out
+
+
+def test_a_script_warns_in_a_sentence(tmp_path):
+    """Once, though the plan is compiled and loaded, and without the place in the code."""
+    preset = yaml.safe_load((CONF / "model" / "smollm2_135m.yaml").read_text())
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = preset | small | {"num_key_value_heads": 1, "vocab_size": 64, "max_position_embeddings": 64}
+    dummy = open_checkpoint("dummy", config=config)
+    compile_plan(dummy, max_rows=1)
+    tensors = {name: torch.zeros(info.shape) for name, info in dummy.tensors.items()}
+    save_file({**tensors, "visual.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    command = [sys.executable, CONF.parent / "scripts" / "compile.py", f"checkpoint={tmp_path}"]
+    done = subprocess.run(
+        [*command, "plan.max_rows=1", f"output={tmp_path / 'plan'}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if "visual.weight" in line]
+    assert lines == [
+        f"warning: {tmp_path} has 1 tensor that the model does not read: visual.weight; if they belong to it, "
+        "config.json is another checkpoint's"
+    ]

@@ -63,7 +63,7 @@ def write_weights(plan: Plan, folder: Path) -> int:
     for weight in plan.weights:
         for piece in weight.param.pieces:
             shapes[piece.source] = max(weight.param.source_shape(piece), shapes.get(piece.source, (0,)))
-    dtype = plan.config["dtype"]
+    dtype = plan.options.weight_dtype
     name = next(stored for stored, ours in DTYPES.items() if ours == dtype)
     header, end = {}, 0
     for source, shape in sorted(shapes.items()):
