@@ -63,15 +63,18 @@ MEANT = {
 }
 
 
-def meant(name: str, known: Collection[str]) -> str | None:
-    """The field of ``known`` that somebody who wrote ``name`` was perhaps after: by another program's name
-    for it, then as a whole, then by what follows the last dot."""
+def meant(name: str, known: Collection[str], cutoff: float = 0.75) -> str | None:
+    """The field of ``known`` that somebody who wrote ``name`` was perhaps after.
+
+    By another program's name for it, then as a whole, then by what follows the last dot; ``cutoff``, up to 1,
+    says how alike two names have to be.
+    """
     by_end = {field.rpartition(".")[2]: field for field in known}
     other = MEANT.get(name.rpartition(".")[2])
     if other is not None and (other in known or other in by_end):
         return other if other in known else by_end[other]
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
-    near = near or [by_end[end] for end in difflib.get_close_matches(name, list(by_end), n=1, cutoff=0.75)]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
+    near = near or [by_end[end] for end in difflib.get_close_matches(name, list(by_end), n=1, cutoff=cutoff)]
     return near[0] if near else None
 
 
