@@ -21,10 +21,17 @@ from makeready.engine.sampling import CHECKS, SamplingParams
 FORMATS = ("auto", "rows", "openai")  # of batch rows
 
 
+# Lists of texts, and whether backslashes in them are escapes.
+_TEXTS = {"stop": {"texts": True}, "stop_regex": {"texts": False}}
+
+
 def _sampling_options() -> type:
     """A structured config with the fields of SamplingParams, which checks what OmegaConf has no type for."""
     hints = typing.get_type_hints(SamplingParams)
-    fields = [(f.name, _plain(hints[f.name]), MISSING) for f in dataclasses.fields(SamplingParams)]
+    fields = [
+        (f.name, _plain(hints[f.name]), field(default=MISSING, metadata=_TEXTS.get(f.name, {})))
+        for f in dataclasses.fields(SamplingParams)
+    ]
     made = dataclasses.make_dataclass("SamplingOptions", fields)
     made.__doc__ = SamplingParams.__doc__
     return made
