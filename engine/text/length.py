@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import tokenizers
 
 PIECE = 2**16  # characters
-_FORMS = ("NFC", "NFD", "NFKC", "NFKD")
+Form = Literal["NFC", "NFD", "NFKC", "NFKD"]
+_FORMS: tuple[Form, ...] = get_args(Form)
 _KEEPING = ("ByteLevel", "Metaspace", "Digits", "Split", "Punctuation", "UnicodeScripts")
 _SPACE = "".join(filter(str.isspace, map(chr, range(0x3001))))  # all there is
 
@@ -28,7 +29,7 @@ class LengthBound:
     """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
-        self._forms: list[str] = []
+        self._forms: list[Form] = []
         self._spaces = True  # whether white space always ends up in a token
         self._lost = b""
         self.longest: int | None = None
