@@ -161,7 +161,7 @@ def _portable(value: Any) -> Any:
 def further_columns(answers: Iterator[bytes]) -> dict[str, Any]:
     """Arrow types of what JSON lines hand through: text, for a file cannot promise more."""
     string = arrow_module().string()
-    found: dict[str, Any] = {name: string for name in PASSED_THROUGH}
+    found: dict[str, Any] = dict.fromkeys(PASSED_THROUGH, string)
     for answer in answers:
         found |= {_storable(name): string for name in json.loads(answer) if name not in ANSWER}
     return found

@@ -17,7 +17,7 @@ from makeready.engine.sampling import SamplingParams
 from makeready.engine.text.tokenizer import Tokenizer
 
 PROMPTS = ("prompt", "messages", "token_ids")
-PASSED_THROUGH = ("id", "custom_id")
+PASSED_THROUGH: tuple[str, ...] = ("id", "custom_id")
 ROUTING = ("priority", "extra_key")  # what the scheduler is told
 OTHERS = ("chat_template_kwargs", "sampling")
 RESERVED = {"self", "template", "messages", "bos_token", "eos_token"}
