@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from makeready.engine.errors import RequestError
+from makeready.engine.given import params_of
 from makeready.engine.llm import LLM
 from makeready.engine.request import Output, Request
 from makeready.engine.sampling import SamplingParams
@@ -94,7 +95,7 @@ class AsyncLLM:
     async def generate(
         self,
         prompt: str | Sequence[int],
-        sampling: SamplingParams | None = None,
+        sampling: SamplingParams | Mapping[str, Any] | None = None,
         *,
         extra_key: str = "",
         priority: int = 0,
@@ -111,7 +112,7 @@ class AsyncLLM:
         Raises:
             RequestError, TextError: the prompt cannot be served, or the engine is closed.
         """
-        params = sampling or SamplingParams()
+        params = params_of(sampling)
         make = partial(self.llm.requests, prompt, params, extra_key=extra_key, priority=priority)
         requests = await asyncio.to_thread(make)  # a long text takes a while to tokenize
         loop, queue = asyncio.get_running_loop(), asyncio.Queue()

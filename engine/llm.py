@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from makeready.engine.errors import RequestError
+from makeready.engine.feed import Feed
+from makeready.engine.fields import shown, whole
+from makeready.engine.fields import text as field_text
+from makeready.engine.given import Conversation, ids_of, params_of, prompts_of, spread
 from makeready.engine.loop import Engine
 from makeready.engine.options import SchedulerOptions
 from makeready.engine.request import Output, Request, TokenLogprob
 from makeready.engine.sampling import SamplingParams
 from makeready.engine.text.chat import render_chat
-from makeready.engine.text.parts import TextError
 from makeready.engine.text.tokenizer import Tokenizer, load_tokenizer
 from makeready.graphs import artifact
 from makeready.graphs.checkpoint.base import Checkpoint, open_checkpoint
@@ -24,13 +27,8 @@ from makeready.graphs.plan import Plan
 __all__ = ["LLM", "Output", "RequestError", "SamplingParams", "SchedulerOptions", "TokenLogprob"]
 
 Report = Callable[[str], None]
-T = TypeVar("T")
-
-# Requests that ``generate`` lets wait beside those that run: enough to choose from, and the device need not
-# wait until thousands of texts are tokenized.
-AHEAD = 1024
-# Of these, so many are made a step.
-MADE = 32
+Sampling = SamplingParams | Mapping[str, Any] | None
+PRIORITY = whole(-(2**63))
 
 
 class LLM:
@@ -87,6 +85,7 @@ class LLM:
         except BaseException:
             executable.close()
             raise
+        self._feed = Feed(self.engine, self._made)
 
     def __enter__(self) -> LLM:
         return self
@@ -108,10 +107,10 @@ class LLM:
 
     def generate(
         self,
-        prompts: str | Sequence[str] | None = None,
-        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        prompts: str | Iterable[Any] | None = None,
+        sampling: Sampling | Sequence[Sampling] = None,
         *,
-        token_ids: Sequence[Sequence[int]] | None = None,
+        token_ids: Iterable[Any] | None = None,
         extra_key: str | Sequence[str] = "",
         priority: int | Sequence[int] = 0,
         on_finish: Callable[[int, Output], None] | None = None,
@@ -119,9 +118,9 @@ class LLM:
         """Generate for every prompt, however many there are.
 
         Args:
-            prompts: a text, or several; or
-            token_ids: prompts as token ids. Exactly one of the two.
-            sampling: for all prompts, or one for each.
+            prompts: a text, or several, from anything that gives them one after the other; or
+            token_ids: prompts as token ids: lists, or arrays of NumPy or torch. Exactly one of the two.
+            sampling: for all prompts, or one for each; parameters, or a dict of their fields.
             extra_key: prompts share cached prefixes only with those of the same key; one, or one for each.
             priority: higher goes first under that policy; one, or one for each.
             on_finish: called with the place in the returned list and the output as each finishes.
@@ -132,89 +131,57 @@ class LLM:
             ``finish_reason`` "error" and the reason in ``error``; the others run.
         """
         self._check_open()
-        if (prompts is None) == (token_ids is None):
-            raise RequestError("give either prompts or token_ids")
-        given: Sequence[Any] = (
-            token_ids or () if prompts is None else [prompts] if isinstance(prompts, str) else prompts
-        )
+        given = prompts_of(prompts, token_ids)
+        sampling = sampling if isinstance(sampling, Sequence) else params_of(sampling)
         asked = zip(
             given,
-            _spread("sampling", sampling or SamplingParams(), len(given)),
-            _spread("extra_key", extra_key, len(given)),
-            _spread("priority", priority, len(given)),
+            spread("sampling", sampling, len(given)),
+            spread("extra_key", extra_key, len(given)),
+            spread("priority", priority, len(given)),
             strict=True,
         )
         outputs: dict[int, Output] = {}
-        with closing(self._run(self._made(asked))) as finals:
+        with closing(self._feed.run(asked)) as finals:
             for place, output in finals:
                 outputs[place] = output
                 if on_finish is not None:
                     on_finish(place, output)
         return [outputs[place] for place in range(len(outputs))]
 
-    def _made(self, asked: Iterable[tuple[Any, SamplingParams, str, int]]) -> Iterator[Request | Output]:
-        """The requests of all prompts; for a prompt that cannot be served, the outputs that say why."""
-        for prompt, params, extra_key, priority in asked:
-            try:
-                yield from self.requests(prompt, params, extra_key=extra_key, priority=priority)
-            except (RequestError, TextError) as error:
-                yield from [Output.refused(str(error))] * params.n
-
-    def _run(self, made: Iterator[Request | Output]) -> Generator[tuple[int, Output], None, None]:
-        """Run requests as there is room for them; yields places and outputs as they are final."""
-        places: dict[Request, int] = {}
-        numbered = enumerate(made)
-        try:
-            while True:
-                yield from self._feed(numbered, places)
-                if not places and self.engine.room:
-                    return
-                for request in self.engine.step():
-                    if request in places:
-                        yield places.pop(request), request.result()
-        finally:
-            for request in places:
-                self.engine.abort(request)
-
-    def _feed(
-        self, made: Iterator[tuple[int, Request | Output]], places: dict[Request, int]
-    ) -> Iterator[tuple[int, Output]]:
-        """Queue further requests; yields those that are refused."""
-        rows, fed = self.engine.limits.max_rows, 0
-        while self.engine.room and (len(places) < rows or (fed < MADE and len(places) < rows + AHEAD)):
-            place, request = next(made, (0, None))
-            if request is None:
-                return
-            fed += 1
-            if isinstance(request, Request):
-                try:
-                    self.engine.submit(request)
-                    places[request] = place
-                    continue
-                except RequestError as error:
-                    request = Output.refused(str(error))
-            yield place, request
+    def _made(self, prompt: Any, sampling: Any, extra_key: Any, priority: Any) -> list[Request]:
+        """The requests of a prompt."""
+        params = params_of(sampling)
+        if isinstance(prompt, Conversation):
+            prompt = self.render(prompt.messages, **prompt.template)
+        return self.requests(prompt, params, extra_key=extra_key, priority=priority)
 
     def chat(
         self,
-        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
-        sampling: SamplingParams | None = None,
+        messages: Iterable[Mapping[str, Any]] | Iterable[Sequence[Mapping[str, Any]]],
+        sampling: Sampling | Sequence[Sampling] = None,
         **template: Any,
     ) -> list[Output]:
         """Generate the assistant's answer to a conversation, or to each of several.
 
         Args:
             messages: ``{"role": ..., "content": ...}`` each, or a list of such conversations.
-            sampling: for all of them.
+            sampling: for all of them, or one for each.
             template: further variables of the chat template, such as ``tools`` or ``enable_thinking``.
+
+        Returns:
+            As :meth:`generate` does: a conversation that cannot be rendered comes back with the reason in
+            ``error``, and the others run.
         """
-        several = messages if messages and not isinstance(messages[0], Mapping) else [messages]
-        return self.generate(token_ids=[self.render(m, **template) for m in several], sampling=sampling)  # type: ignore[arg-type]
+        if not isinstance(messages, Iterable) or isinstance(messages, str | bytes | Mapping):
+            raise RequestError(f"messages={shown(messages)} must be a list of messages, or of such lists")
+        given = list(messages)
+        several = given if not any(isinstance(message, Mapping) for message in given) else [given]
+        return self.generate([Conversation(each, template) for each in several], sampling)
 
     def stream(
         self,
         prompt: str | Sequence[int],
-        sampling: SamplingParams | None = None,
+        sampling: Sampling = None,
         *,
         extra_key: str = "",
         priority: int = 0,
@@ -226,7 +193,7 @@ class LLM:
         """
         self._check_open()
         pieces: list[str] = []
-        params = sampling or SamplingParams()
+        params = params_of(sampling)
         if params.n != 1:
             raise RequestError("a stream is of one sample; use n=1")
         (request,) = self.requests(prompt, params, extra_key=extra_key, priority=priority)
@@ -254,7 +221,7 @@ class LLM:
             eos_token=special.get("eos_token"),
             **template,
         )
-        return tokenizer.encode(text, add_special_tokens=False)
+        return self._encode(tokenizer, text, add_special_tokens=False)
 
     def requests(
         self,
@@ -270,12 +237,13 @@ class LLM:
             RequestError, TextError: the prompt or the parameters are beyond what the plan allows.
         """
         vocabulary = self.plan.config["vocab_size"]
-        ids = self._tokenizer("text").encode(prompt) if isinstance(prompt, str) else list(prompt)
-        if not ids:
-            raise RequestError("the prompt is empty; give at least one token")
-        for token in ids:
-            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocabulary:
-                raise RequestError(f"token id {token!r} of the prompt is not from 0 to {vocabulary - 1}")
+        extra_key, priority = field_text("extra_key", extra_key), PRIORITY("priority", priority)
+        if isinstance(prompt, str):
+            ids = self._encode(self._tokenizer("text"), prompt)
+            if not ids:
+                raise RequestError("the prompt is empty; give at least one token")
+        else:
+            ids = ids_of(prompt, vocabulary)
         sampling.check(self.plan.limits, vocabulary, self.plan.steps)
         if sampling.logprob_start_len >= len(ids):
             raise RequestError(
@@ -297,6 +265,18 @@ class LLM:
             Request(ids, sampling, seed, ends, self.tokenizer, salt=extra_key, priority=priority)
             for seed in map(sampling.seed, range(sampling.n))
         ]
+
+    def _encode(self, tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, which is refused by its length alone where that is enough."""
+        most = self.plan.limits.context_len
+        if isinstance(text, str) and len(text) > most:
+            fewest = tokenizer.length_bound.fewest(text)
+            if fewest > most:
+                raise RequestError(
+                    f"a prompt of {len(text):,} characters has at least {fewest:,} tokens, which exceed the context "
+                    f"of {most} tokens; shorten it, or recompile with a larger plan.context_len"
+                )
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -355,11 +335,3 @@ def _shareable(plan: Plan, options: SchedulerOptions, report: Report) -> Schedul
     # Dynamic rotary scaling goes by the length of the prompt: equal beginnings have different keys.
     report("prefixes are not shared: the model's position encoding depends on the length of the prompt")
     return dataclasses.replace(options, prefix_cache=False)
-
-
-def _spread(name: str, value: T | Sequence[T], count: int) -> Sequence[T]:
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        return [value] * count  # type: ignore[list-item]
-    if len(value) != count:
-        raise RequestError(f"{len(value)} values of {name} were given for {count} prompts; give one for each")
-    return value

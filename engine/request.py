@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 
+from makeready.engine.errors import reason_of
 from makeready.engine.kv.radix import Prefix
 from makeready.engine.sampling import SamplingParams
 from makeready.engine.text.detokenize import StreamDetokenizer
-from makeready.engine.text.parts import TextError
 from makeready.engine.text.stop import StopMatcher
 from makeready.engine.text.tokenizer import Tokenizer
 
 STOP, LENGTH, ABORT, ERROR = "stop", "length", "abort", "error"
+TEXT_FAILED = "the request's text cannot be made"
 
 
 @dataclass(frozen=True)
@@ -129,15 +130,14 @@ class Request:
     admitted: float = 0.0
     first_token: float = 0.0
     finished: float = 0.0
-    _stop: StopMatcher | None = field(default=None, init=False, repr=False)
     _watch: _Watch | None = field(default=None, init=False, repr=False)
     _ids: np.ndarray | None = field(default=None, init=False, repr=False)
     _page_keys: list[int] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         params = self.sampling
-        if params.stop or params.stop_regex:  # what cannot be understood is refused here, not while it runs
-            self._stop = StopMatcher(params.stop, params.stop_regex, include=params.no_stop_trim)  # type: ignore[arg-type]
+        if self._stops:  # what cannot be understood is refused here, not while it runs
+            self._matcher()
         self._begin_scoring()
 
     def _begin_scoring(self) -> None:
@@ -211,25 +211,40 @@ class Request:
                 keys.append(key)
         return keys[page]
 
+    @property
+    def _stops(self) -> bool:
+        return bool(self.sampling.stop or self.sampling.stop_regex)
+
+    def _matcher(self) -> StopMatcher:
+        """Made when the request starts to generate: patterns take memory, and thousands may wait."""
+        params = self.sampling
+        return StopMatcher(params.stop, params.stop_regex, include=params.no_stop_trim)
+
     def append(self, token: int, logprob: TokenLogprob | None = None) -> None:
-        """Take in a sampled token; sets ``finish_reason`` if it was the last, or if none is wanted."""
+        """Take in a sampled token; sets ``finish_reason`` if it was the last, or if none is wanted.
+
+        Whatever its text or its stops raise ends this request alone.
+        """
+        try:
+            self._append(token, logprob)
+        except BaseException as error:
+            self.fail(reason_of(error, TEXT_FAILED))
+
+    def _append(self, token: int, logprob: TokenLogprob | None) -> None:
         output = self.output
         if not self.sampling.max_new_tokens:
             self.finish(LENGTH)
             return
         if not output:
             self.first_token = time.perf_counter()
-            if self.tokenizer is not None and (self._stop is not None or self.on_text is not None):
+            if self.tokenizer is not None and (self._stops or self.on_text is not None):
                 self._watch = _Watch(self, self.tokenizer)
         output.append(token)
         if logprob is not None:
             self.logprobs.append(logprob)
         ended = token in self.end_ids and len(output) > self.sampling.min_new_tokens
         if self._watch is not None:
-            try:
-                self._watch.take(token, ended)
-            except TextError as error:
-                self.fail(str(error))
+            self._watch.take(token, ended)
             if self.finish_reason is not None:
                 return
         if ended:
@@ -244,8 +259,8 @@ class Request:
         if self._watch is not None and not isinstance(matched, str):
             try:
                 self._watch.end()
-            except TextError as error:
-                self.fail(str(error))
+            except BaseException as error:
+                self.fail(reason_of(error, TEXT_FAILED))
 
     def fail(self, reason: str) -> None:
         """End the request for a reason that is its own."""
@@ -254,6 +269,11 @@ class Request:
 
     def result(self) -> Output:
         """The finished request as the user sees it."""
+        try:
+            text = self._text()
+        except BaseException as error:
+            text = ""
+            self.fail(reason_of(error, TEXT_FAILED))
         reason: dict[str, Any] = {"type": self.finish_reason}
         if self.finish_reason == STOP:
             reason["matched"] = self.matched
@@ -274,7 +294,7 @@ class Request:
             "e2e_latency": self.finished - self.arrived,
         }
         return Output(
-            text=self._text(),
+            text=text,
             token_ids=tuple(self.output),
             finish_reason=self.finish_reason or ABORT,
             prompt_tokens=len(self.prompt),
@@ -301,7 +321,7 @@ class _Watch:
     def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
         self._request = request
         self._detokenizer = StreamDetokenizer(tokenizer, request.sampling.skip_special_tokens)
-        self._stop = request._stop or StopMatcher(())
+        self._stop = request._matcher()
         self.pieces: list[str] = []
 
     def take(self, token: int, ended: bool) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import secrets
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from makeready.engine import fields as fields_module
 from makeready.engine.errors import RequestError
+from makeready.engine.fields import biases, boolean, number, optional, texts, token_ids, whole
 from makeready.graphs.spec import INPUT_LOGPROBS, Limits
 
 
@@ -66,22 +66,8 @@ class SamplingParams:
     top_logprobs_num: int = 0
 
     def __post_init__(self) -> None:
-        for name, low, high in _RANGES:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or value != value:  # NaN
-                raise RequestError(f"{name}={value!r} must be a number")
-            if not low <= value <= high:
-                raise RequestError(f"{name}={value} is out of range; it must be {_range(low, high)}")
-        for name in _WHOLE:
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise RequestError(f"{name}={value!r} must be a whole number")
-        if self.sampling_seed is not None and (
-            not isinstance(self.sampling_seed, int) or not 0 <= self.sampling_seed < 2**63
-        ):
-            raise RequestError(
-                f"sampling_seed={self.sampling_seed!r} must be a whole number from 0 to 2**63 - 1"
-            )
+        for name, check in CHECKS.items():
+            object.__setattr__(self, name, check(name, getattr(self, name)))
         if self.min_new_tokens > self.max_new_tokens:
             raise RequestError(
                 f"min_new_tokens={self.min_new_tokens} is above max_new_tokens={self.max_new_tokens}; lower it"
@@ -96,34 +82,22 @@ class SamplingParams:
             raise RequestError(
                 "max_new_tokens=0 asks for nothing; it must be at least 1, or logprob_start_len at least 0"
             )
-        object.__setattr__(self, "stop", _strings("stop", self.stop))
-        object.__setattr__(self, "stop_regex", _strings("stop_regex", self.stop_regex))
-        object.__setattr__(self, "stop_token_ids", tuple(_ids("stop_token_ids", self.stop_token_ids)))
-        bias = {_id("logit_bias", key): value for key, value in self.logit_bias.items()}
-        for value in bias.values():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _MOST_BIAS:
-                raise RequestError(
-                    f"logit_bias={value!r} must be a number from {-_MOST_BIAS:g} to {_MOST_BIAS:g}"
-                )
-        object.__setattr__(self, "logit_bias", bias)
 
     @classmethod
     def from_mapping(cls, fields: Mapping[str, Any]) -> SamplingParams:
-        """Parameters from a row's fields.
+        """Parameters from a row's fields, of which those that are None are as if they were not there.
 
         Raises:
-            RequestError: a field is unknown or its value is out of range.
+            RequestError: a field is unknown, or its value of the wrong type or out of range.
         """
-        known = {f.name for f in dataclasses.fields(cls)}
-        unknown = sorted(set(fields) - known)
+        unknown = sorted(str(name) for name in fields if name not in CHECKS)
         if unknown:
+            close = fields_module.meant(unknown[0], CHECKS)
             raise RequestError(
-                f"there is no sampling field {unknown[0]!r}; fields are {', '.join(sorted(known))}"
+                f"there is no sampling field {fields_module.shown(unknown[0])}"
+                + (f"; did you mean {close}" if close else f"; fields are {', '.join(sorted(CHECKS))}")
             )
-        try:
-            return cls(**fields)
-        except (TypeError, AttributeError) as error:
-            raise RequestError(f"sampling fields cannot be read: {error}") from None
+        return cls(**{name: value for name, value in fields.items() if value is not None})
 
     def check(self, limits: Limits, vocabulary: int, steps: Collection[str]) -> None:
         """Hold the request to what a plan was made for.
@@ -153,7 +127,8 @@ class SamplingParams:
             for token in ids:
                 if not 0 <= token < vocabulary:
                     raise RequestError(
-                        f"{name} has token id {token}; the vocabulary ends at {vocabulary - 1}"
+                        f"{name} has token id {fields_module.shown(token)}; "
+                        f"the vocabulary ends at {vocabulary - 1}"
                     )
 
     def seed(self, sample: int) -> int:
@@ -162,47 +137,31 @@ class SamplingParams:
         return (first + sample * 0x9E3779B97F4A7C15) % 2**63  # odd constant: no two samples below 2**63 alike
 
 
-_INF = math.inf
 _MOST_BIAS = 1e6  # decides any choice, and is far from the end of float32
-_RANGES: tuple[tuple[str, float, float], ...] = (
-    ("max_new_tokens", 0, _INF),
-    ("min_new_tokens", 0, _INF),
-    ("temperature", 0, 1e4),
-    ("top_k", -1, 2**31 - 1),
-    ("top_p", 0, 1),
-    ("min_p", 0, 1),
-    ("frequency_penalty", -2, 2),
-    ("presence_penalty", -2, 2),
-    ("repetition_penalty", 1e-6, 1e6),
-    ("n", 1, 1024),
-    ("logprob_start_len", -1, _INF),
-    ("top_logprobs_num", 0, _INF),
-)
-_WHOLE = ("max_new_tokens", "min_new_tokens", "top_k", "n", "logprob_start_len", "top_logprobs_num")
+MOST_STOPS, LONGEST_STOP = 128, 1024  # every token's text is held against all of them
+MOST_PATTERNS, LONGEST_PATTERN = 16, 1024
 
-
-def _range(low: float, high: float) -> str:
-    return f"at least {low:g}" if high == _INF else f"from {low:g} to {high:g}"
-
-
-def _strings(name: str, value: Any) -> tuple[str, ...]:
-    values = (value,) if isinstance(value, str) else tuple(value or ())
-    if any(not isinstance(v, str) or not v for v in values):
-        raise RequestError(f"{name} must be a non-empty string or a list of them")
-    return values
-
-
-def _id(name: str, value: Any) -> int:
-    """A token id; JSON objects have theirs as text."""
-    try:
-        if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
-            return int(value)
-    except ValueError:
-        pass
-    raise RequestError(f"{name} has {value!r}, which is no token id")
-
-
-def _ids(name: str, values: Any) -> list[int]:
-    if isinstance(values, str | bytes) or not isinstance(values, Sequence):
-        raise RequestError(f"{name} must be a list of token ids")
-    return [_id(name, value) for value in values]
+# Every field: what it may hold. The only place that knows; rows, OpenAI's bodies and the command line come here.
+CHECKS: Mapping[str, fields_module.Checker] = {
+    "max_new_tokens": whole(0),
+    "min_new_tokens": whole(0),
+    "temperature": number(0, 1e4),
+    "top_k": whole(-1, 2**31 - 1),
+    "top_p": number(0, 1),
+    "min_p": number(0, 1),
+    "frequency_penalty": number(-2, 2),
+    "presence_penalty": number(-2, 2),
+    "repetition_penalty": number(1e-6, 1e6),
+    "logit_bias": biases(_MOST_BIAS),
+    "stop": texts(MOST_STOPS, LONGEST_STOP),
+    "stop_token_ids": token_ids,
+    "stop_regex": texts(MOST_PATTERNS, LONGEST_PATTERN),
+    "ignore_eos": boolean,
+    "n": whole(1, 1024),
+    "sampling_seed": optional(whole(0)),
+    "skip_special_tokens": boolean,
+    "no_stop_trim": boolean,
+    "return_logprob": boolean,
+    "logprob_start_len": whole(-1),
+    "top_logprobs_num": whole(0),
+}

@@ -1,13 +1,14 @@
 """From a command line to a job: Hydra composes the options, errors become one sentence, no folder is made.
 
-Two things are arranged before Hydra sees the command line. Values that are text or paths are quoted, so
-that ``prompt="Well, who's {there}?"`` means what it says. And ``plan=FOLDER`` becomes ``plan.path=FOLDER``
-unless FOLDER is the name of a preset, since Hydra knows ``plan`` as a group of options.
+Three things are arranged before Hydra sees the command line. Values that are text or paths are quoted, so
+that ``prompt="Well, who's {there}?"`` means what it says. Lists of texts are read as people type them. And
+``plan=FOLDER`` becomes ``plan.path=FOLDER`` unless FOLDER is the name of a preset, since Hydra knows ``plan`` as
+a group of options.
 """
 
 from __future__ import annotations
 
-import difflib
+import dataclasses
 import math
 import os
 import re
@@ -16,10 +17,11 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import hydra
@@ -30,14 +32,25 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from makeready.engine.entrypoints.describe import describe, literals, mappings, option_table, preset_table
+from makeready.engine.entrypoints.describe import (
+    describe,
+    literals,
+    mappings,
+    option_table,
+    preset_table,
+    switches,
+    text_lists,
+)
 from makeready.engine.entrypoints.options import UsageError
 from makeready.engine.entrypoints.streams import open_streams, patient_stderr
+from makeready.engine.entrypoints.texts import texts
+from makeready.engine.fields import meant
 
 T = TypeVar("T")
 
 OK, FAILED, MISUSED, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 128 + signal.SIGINT, 128 + 13
 TERMINATED = 128 + signal.SIGTERM
+_QUESTION = "\N{NULL}???"  # no command line holds a zero byte
 ONCE_SECONDS = 1.0  # signals so close to each other are one: launchers pass on what the terminal sent as well
 
 
@@ -84,7 +97,13 @@ def launch(
     # Hydra would print errors in several lines and exit; like this they come up here.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     folder = presets if "plan.path" in meanings else None
-    sys.argv = [str(script), *arranged(given, literals(kind), mappings(kind), folder)]
+    try:
+        sys.argv = [
+            str(script),
+            *arranged(given, literals(kind), mappings(kind), folder, text_lists(kind), switches(kind)),
+        ]
+    except UsageError as error:
+        return _say(f"{error}", MISUSED)
     try:
         main = hydra.main(version_base="1.3", config_path=str(conf), config_name=name)(task)
         with patient_stderr(), _ending(), _plain_warnings():
@@ -101,7 +120,12 @@ def _called(program: Sequence[str], name: str) -> str:
 
 
 def arranged(
-    arguments: Sequence[str], verbatim: frozenset[str], open_ended: frozenset[str], presets: set[str] | None
+    arguments: Sequence[str],
+    verbatim: frozenset[str],
+    open_ended: frozenset[str],
+    presets: set[str] | None,
+    lists: Mapping[str, bool] = MappingProxyType({}),
+    booleans: frozenset[str] = frozenset(),
 ) -> list[str]:
     """The command line as Hydra should see it.
 
@@ -110,17 +134,29 @@ def arranged(
         verbatim: options whose values are quoted; in a sweep, where commas separate values, none is.
         open_ended: options that map any names, for which Hydra wants a ``++``.
         presets: choices of the group ``plan``; None where a plan is not read from a folder.
+        lists: options that are lists of texts, and whether these have escapes; left to Hydra in a sweep.
+        booleans: options that are true or false, for which OmegaConf would take any number or ``on``.
+
+    Raises:
+        UsageError: a list that cannot be read, or what is neither true nor false.
     """
     sweep = any(argument in ("-m", "--multirun") for argument in arguments)
     made = []
     for argument in arguments:
         name, equals, value = argument.partition("=")
+        if not name.startswith("+hydra") and not name.startswith("++hydra"):
+            name = name.lstrip("+")  # Hydra would take any name then, and nobody would read it
         if name == "plan" and presets is not None and not set(value.split(",")) <= presets:
             name = "plan.path"
         if not equals or name.startswith("-"):
             made.append(argument)
         elif name in verbatim and not sweep:
             made.append(f"{name}={quoted(value)}")
+        elif name in lists and not sweep:
+            read = texts(name, value, escapes=lists[name])
+            made.append(f"{name}=[{','.join(map(quoted, read))}]")
+        elif name in booleans and not sweep and value.lower() not in ("true", "false", "null"):
+            raise UsageError(f"{name}={value} must be true or false")
         elif any(name == option or name.startswith(option + ".") for option in open_ended):
             made.append(f"++{name}={value}")
         else:
@@ -129,7 +165,11 @@ def arranged(
 
 
 def quoted(text: str) -> str:
-    """``text`` so that Hydra and OmegaConf read it back unchanged: no interpolation, no list, no null."""
+    """``text`` so that Hydra and OmegaConf read it back unchanged: no interpolation, no list, no null.
+
+    But for ``???``, OmegaConf's word for what is missing, which nothing escapes; :func:`restored` does.
+    """
+    text = _QUESTION if text == "???" else text
     safe = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", text)
     return QuotedString(text=safe, quote=Quote.single).with_quotes()
 
@@ -138,9 +178,20 @@ def _job(config: DictConfig, kind: type[T], overrides: Sequence[str]) -> T:
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise UsageError(f"{missing[0].removesuffix('.path')}= is missing: {describe(kind)[missing[0]]}")
-    job: Any = OmegaConf.to_object(config)
+    job: Any = restored(OmegaConf.to_object(config))
     job.check({override.partition("=")[0].lstrip("+~") for override in overrides})
     return job
+
+
+def restored(value: Any) -> Any:
+    """Options in which texts are as the user gave them."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            setattr(value, field.name, restored(getattr(value, field.name)))
+        return value
+    if isinstance(value, list):
+        return [restored(item) for item in value]
+    return "???" if value == _QUESTION else value
 
 
 def _reported(run: Callable[[], Any], options: Sequence[str] | dict[str, str] = ()) -> int:
@@ -254,8 +305,6 @@ def explained(error: Exception, options: list[str]) -> str:
 
 
 def _similar(name: str, options: list[str]) -> str:
-    """The option that was perhaps meant: alike as a whole, or in what follows the last dot."""
-    by_end = {option.rpartition(".")[2]: option for option in options}
-    near = difflib.get_close_matches(name, options, n=1, cutoff=0.75)
-    near = near or [by_end[end] for end in difflib.get_close_matches(name, list(by_end), n=1, cutoff=0.75)]
-    return f"; did you mean {near[0]}" if near else ""
+    """The option that was perhaps meant."""
+    near = meant(name, options)
+    return f"; did you mean {near}" if near else ""

@@ -68,6 +68,16 @@ def literals(kind: Any) -> frozenset[str]:
     return frozenset(name for name, f, _ in _leaves(kind) if f.metadata.get("literal"))
 
 
+def text_lists(kind: Any) -> dict[str, bool]:
+    """Full names of the options that are lists of texts, and whether these have escapes such as ``\\n``."""
+    return {name: f.metadata["texts"] for name, f, _ in _leaves(kind) if "texts" in f.metadata}
+
+
+def switches(kind: Any) -> frozenset[str]:
+    """Full names of the options that are true or false."""
+    return frozenset(name for name, _, hint in _leaves(kind) if hint is bool)
+
+
 def mappings(kind: Any) -> frozenset[str]:
     """Full names of the options that map whatever names the user likes."""
     return frozenset(name for name, _, hint in _leaves(kind) if typing.get_origin(hint) is dict)

@@ -90,8 +90,10 @@ def print_text(llm: LLM, job: GenerateJob, prompt: str | Sequence[int]) -> Outpu
 
 def run_file(job: GenerateJob, plan: Plan | None, prompts: Path, output: Path) -> None:
     """Answer a file of requests, from where an earlier start of the same job was cut off."""
-    given = open_input(prompts, output, job.format)
+    given = open_input(prompts, output, job.format, job.carry)
     named = identity(job, plan, given.identity)
+    if "max_new_tokens" not in job.row_fields(given.format):
+        named["sampling.max_new_tokens"] = None  # which other jobs have, perhaps with the same figure
     files = Files(output)
     journal = open_journal(files, named, given.survey, overwrite=job.overwrite)
     if not isinstance(journal, Journal):
@@ -114,7 +116,9 @@ def _run(job: GenerateJob, plan: Plan | None, format: str, rows: Rows) -> None:
     if job.scale.runner == "local":
         with Watch(job.metrics, job.trace, rows.say) as watch, load(job, plan) as llm:
             watch.attach(llm.engine)
-            run_local(Worker(llm, format, job.params(), job.chat_template_kwargs, watch.finish), rows)
+            fields = job.row_fields(format)
+            worker = Worker(llm, format, fields, job.chat_template_kwargs, watch.finish, carry=job.carry)
+            run_local(worker, rows)
         return
     spec = EngineSpec(
         job.checkpoint if job.model else str(Path(job.checkpoint).expanduser().resolve()),
@@ -122,9 +126,10 @@ def _run(job: GenerateJob, plan: Plan | None, format: str, rows: Rows) -> None:
         plan or _planned(job),
         job.kv.memory_gib,
         format,
-        job.params(),
+        job.row_fields(format),
         job.chat_template_kwargs,
         job.scheduling(),
+        job.carry,
     )
     with Stages() as stages:
         stages.begin("load the model on every engine")

@@ -16,15 +16,22 @@ from makeready.engine.entrypoints.options import Job, PlanOrPath, UsageError, ch
 from makeready.engine.entrypoints.scheduler_options import SchedulerSettings, scheduler_options
 from makeready.engine.errors import RequestError
 from makeready.engine.options import SchedulerOptions
-from makeready.engine.sampling import SamplingParams
+from makeready.engine.sampling import CHECKS, SamplingParams
 
 FORMATS = ("auto", "rows", "openai")  # of batch rows
+
+
+# Lists of texts, and whether backslashes in them are escapes.
+_TEXTS = {"stop": {"texts": True}, "stop_regex": {"texts": False}}
 
 
 def _sampling_options() -> type:
     """A structured config with the fields of SamplingParams, which checks what OmegaConf has no type for."""
     hints = typing.get_type_hints(SamplingParams)
-    fields = [(f.name, _plain(hints[f.name]), MISSING) for f in dataclasses.fields(SamplingParams)]
+    fields = [
+        (f.name, _plain(hints[f.name]), field(default=MISSING, metadata=_TEXTS.get(f.name, {})))
+        for f in dataclasses.fields(SamplingParams)
+    ]
     made = dataclasses.make_dataclass("SamplingOptions", fields)
     made.__doc__ = SamplingParams.__doc__
     return made
@@ -87,7 +94,10 @@ class GenerateJob(Job):
             name. A row that cannot be served gets {"error": ...}. It appears when all rows are done;
             until then OUTPUT.partial keeps them, and the same command goes on after any interruption.
         overwrite: replace an existing output, and drop what is kept of another job.
-        format: how JSON rows are written: rows, openai, or auto, which looks at the first one.
+        format: how JSON rows are written: rows, openai, or auto, which looks at the first one. OpenAI rows
+            without a limit generate up to 16 tokens as completions and up to the context as chats, unless
+            sampling.max_new_tokens is given.
+        carry: hand columns of rows that are no fields through to their answers; false refuses them.
         chat_template_kwargs: further variables of the chat template, such as
             chat_template_kwargs.enable_thinking=false.
         golden: before anything else, check that the model gives the tokens that were predicted when the
@@ -105,6 +115,7 @@ class GenerateJob(Job):
     output: str | None = literal()
     overwrite: bool = False
     format: str = "auto"
+    carry: bool = True
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     golden: bool = False
     sampling: SamplingOptions = field(default_factory=SamplingOptions)  # type: ignore[valid-type]
@@ -113,8 +124,12 @@ class GenerateJob(Job):
     metrics: str | None = literal()
     trace: str | None = literal()
 
+    def __post_init__(self) -> None:
+        self._given: frozenset[str] = frozenset()  # no field: options as named on the command line
+
     def check(self, given: Collection[str]) -> None:
         super().check(given)
+        self._given = frozenset(given)
         check_compiled(self.plan, given)
         asked = [name for name in ("prompt", "chat", "prompts") if getattr(self, name) is not None]
         if len(asked) != 1:
@@ -197,6 +212,19 @@ class GenerateJob(Job):
     def params(self) -> SamplingParams:
         """What ``sampling`` says, checked."""
         return SamplingParams.from_mapping(dataclasses.asdict(self.sampling))  # type: ignore[call-overload]
+
+    def row_fields(self, format: str) -> dict[str, Any]:
+        """Sampling fields of rows that do not say otherwise.
+
+        Without ``max_new_tokens`` where the format has a limit of its own and the job sets none: neither on the
+        command line nor in a preset, which is told by its differing from the default.
+        """
+        params = self.params()
+        fields = {name: getattr(params, name) for name in CHECKS}
+        default = params.max_new_tokens == SamplingParams().max_new_tokens
+        if format == "openai" and default and "sampling.max_new_tokens" not in self._given:
+            del fields["max_new_tokens"]
+        return fields
 
 
 def check_files(prompts: Path, output: Path) -> None:

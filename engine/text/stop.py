@@ -7,15 +7,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from makeready.engine.text.parts import TextError
+from makeready.engine.text.patterns import compile_pattern
 
 if TYPE_CHECKING:
-    import regex
+    import re2
 
 # Longest match of a stop pattern, in characters. That much text is held back while patterns are in
 # use, since a match may begin in it.
 REGEX_WINDOW = 256
 # Processor seconds that the patterns of a text may take: at once, and more for each character. Ordinary ones take
-# microseconds a character; some take forever, and would keep everybody else waiting.
+# 2 us a character. The largest that are compiled take 2 ms, and others would wait for that at every token.
 REGEX_SECONDS, REGEX_SECONDS_A_CHARACTER = 0.25, 1e-4
 
 
@@ -41,11 +42,11 @@ class StopMatcher:
 
     Args:
         strings: stop strings.
-        regexes: stop patterns in the syntax of `re` and what `regex` adds to it (SGLang's `stop_regex`).
+        regexes: stop patterns (SGLang's `stop_regex`); see `makeready.engine.text.patterns`.
         include: keep the match in the text (SGLang's `no_stop_trim`); else text ends before it.
 
     Raises:
-        TextError: an empty stop string, or a pattern that is broken or matches the empty text.
+        TextError: an empty stop string, or a pattern that is broken, too large or matches the empty text.
     """
 
     def __init__(self, strings: Sequence[str], regexes: Sequence[str] = (), include: bool = False) -> None:
@@ -54,7 +55,10 @@ class StopMatcher:
         if not all(isinstance(text, str) and text for text in strings):
             raise TextError(f"stop strings must be non-empty texts, not {list(strings)!r}; remove the others")
         self._strings = tuple(dict.fromkeys(strings))
-        self._patterns = tuple(_compile(regex) for regex in regexes)
+        if not all(isinstance(text, str) for text in regexes):
+            raise TextError(f"stop patterns must be texts, not {list(regexes)!r}; remove the others")
+        self._patterns = tuple(compile_pattern(regex, len(regexes)) for regex in regexes)
+        self._sources = tuple(regexes)
         self._include = include
         self._longest = max(map(len, self._strings), default=0)
         self._first_characters = frozenset(string[0] for string in self._strings)
@@ -139,26 +143,30 @@ class StopMatcher:
             return
         self._seconds += REGEX_SECONDS_A_CHARACTER * max(0, end - self._searched)
         for end_seen in range(self._searched + 1, end + 1):
-            found = [stop for pattern in self._patterns if (stop := self._search(pattern, end_seen))]
+            # One character before the window tells `^` and `\\b` that they are not at the beginning.
+            start = max(0, end_seen - REGEX_WINDOW - 1)
+            text = self._text[start:end_seen].encode()
+            skipped = len(self._text[start].encode()) if end_seen - start > REGEX_WINDOW else 0
+            found = [
+                _Stop(start + _characters(text, stop[0]), start + _characters(text, stop[1]), source)
+                for pattern, source in zip(self._patterns, self._sources, strict=True)
+                if (stop := self._search(pattern, text, skipped, source))
+            ]
             if found:
                 self._regex_match = min(found, key=lambda stop: (stop.start, -stop.end))
                 return
         self._searched = max(self._searched, end)
 
-    def _search(self, pattern: regex.Pattern[str], end: int) -> _Stop | None:
-        """A match of ``pattern`` in the window before ``end``."""
-        began = time.thread_time()
-        try:
-            match = pattern.search(
-                self._text, max(0, end - REGEX_WINDOW), end, timeout=max(self._seconds, 1e-3)
-            )
-        except TimeoutError:
+    def _search(self, pattern: re2._Regexp, text: bytes, begin: int, source: str) -> tuple[int, int] | None:
+        """Begin and end of a match in ``text`` from ``begin`` on, in bytes."""
+        if self._seconds <= 0:
             raise TextError(
-                f"stop pattern {pattern.pattern!r} takes too long to look for; avoid repetitions that can match in "
-                "many ways, such as (a|aa)+"
-            ) from None
+                f"stop pattern {source!r} takes too long to look for; make it shorter, or let it repeat less"
+            )
+        began = time.thread_time()
+        match = pattern.search(text, begin)
         self._seconds -= time.thread_time() - began
-        return _Stop(match.start(), match.end(), pattern.pattern) if match else None
+        return match.span() if match else None
 
     def _emit_until(self, end: int) -> str:
         """Give out text up to `end`; with patterns, two windows of it stay for what they look back at."""
@@ -174,13 +182,6 @@ class StopMatcher:
         return emit
 
 
-def _compile(text: str) -> regex.Pattern[str]:
-    import regex  # 20 ms, for which only those wait who have patterns
-
-    try:
-        pattern = regex.compile(text)
-    except (regex.error, TypeError) as error:
-        raise TextError(f"stop pattern {text!r} is no regular expression ({error}); correct it") from None
-    if pattern.search("") is not None:
-        raise TextError(f"stop pattern {text!r} matches the empty text; make it match at least one character")
-    return pattern
+def _characters(text: bytes, end: int) -> int:
+    """Characters before a byte."""
+    return len(text[:end].decode())

@@ -11,7 +11,11 @@ import tokenizers
 
 from makeready.engine.text.gguf_tokenizer import read_gguf_tokenizer
 from makeready.engine.text.hf_tokenizer import read_hf_tokenizer
+from makeready.engine.text.length import LengthBound
 from makeready.engine.text.parts import TextError, TokenizerParts
+
+# Characters of a text that takes so long (10 ms and more) that whoever runs meanwhile should not wait for it.
+LONG = 2**15
 
 # What transformers replaces after decoding when `clean_up_tokenization_spaces` holds, in this order.
 _CLEAN_UP = (
@@ -80,12 +84,19 @@ class Tokenizer:
                 f"a prompt must be a text, not {type(text).__name__}; pass token ids as token_ids"
             )
         try:
+            if len(text) > LONG:  # as a batch, during which other threads run
+                return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
             return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         except TypeError:
             place = next((i for i, char in enumerate(text) if "\ud800" <= char <= "\udfff"), 0)
             raise TextError(
                 f"the text has a lone surrogate at character {place}; pass valid Unicode"
             ) from None
+
+    @cached_property
+    def length_bound(self) -> LengthBound:
+        """Tells by a text's length how many tokens it has at least."""
+        return LengthBound(self.backend)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids; ids outside the vocabulary give no text.

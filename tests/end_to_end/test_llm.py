@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,9 @@ from smollm2 import smollm2
 
 from makeready.engine.errors import RequestError
 from makeready.engine.llm import LLM, SamplingParams
+from makeready.engine.text import stop as stop_module
+from makeready.engine.text.detokenize import StreamDetokenizer
+from makeready.engine.text.tokenizer import Tokenizer
 from makeready.graphs.checkpoint.base import CheckpointError
 from makeready.graphs.models.family import UnsupportedModelError
 from makeready.graphs.plan import PlanError
@@ -61,15 +65,64 @@ def test_leaving_a_stream_frees_its_pages(llm: LLM) -> None:
     assert not llm.engine.busy
 
 
-def test_a_stop_pattern_that_takes_forever_ends_its_own_request(llm: LLM) -> None:
-    forever = SamplingParams(temperature=0, max_new_tokens=40, stop_regex=r"(\w|\w\w|\W)+[%#]")
+def test_a_stop_pattern_that_takes_long_ends_its_own_request(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stop_module, "REGEX_SECONDS", 1e-9)
+    monkeypatch.setattr(stop_module, "REGEX_SECONDS_A_CHARACTER", 0.0)
+    slow = SamplingParams(temperature=0, max_new_tokens=40, stop_regex="[%#]")
     plain = SamplingParams(temperature=0, max_new_tokens=40)
-    failed, other = llm.generate(["Once upon a time"] * 2, [forever, plain])
+    failed, other = llm.generate(["Once upon a time"] * 2, [slow, plain])
     assert (failed.finish_reason, other.finish_reason) == ("error", "length")
     assert "takes too long" in (failed.error or "")
     with pytest.raises(RequestError, match="takes too long"):
-        list(llm.stream("Once upon a time", forever))
+        list(llm.stream("Once upon a time", slow))
     assert llm.engine.pool.held == 0
+
+
+class Panic(BaseException):
+    """What a library in Rust raises: no Exception."""
+
+
+Panic.__name__ = "PanicException"
+
+
+@pytest.mark.parametrize("error", [TypeError("odd"), MemoryError(), RecursionError("deep"), Panic("rust")])
+@pytest.mark.parametrize("place", ["decode", "push", "flush"])
+def test_whatever_a_requests_text_raises_ends_that_request_alone(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, error: BaseException, place: str
+) -> None:
+    """``decode`` makes the text of who has no stops, ``push`` and ``flush`` that of who has."""
+    stop = () if place == "decode" else "zzz"
+    bad = SamplingParams(temperature=0, max_new_tokens=6, stop=stop, n=2, skip_special_tokens=False)
+    (expected,) = llm.generate(["The capital of France is"], GREEDY)
+
+    decode = Tokenizer.decode
+
+    def fail(*arguments: Any, **named: Any) -> str:
+        if named.get("skip_special_tokens"):
+            return decode(*arguments, **named)
+        raise error
+
+    monkeypatch.setattr(Tokenizer if place == "decode" else StreamDetokenizer, place, fail)
+    outputs = llm.generate(["The capital of France is"] * 2, [bad, GREEDY])
+    assert [output.finish_reason for output in outputs] == ["error", "error", "length"]
+    for output in outputs[:2]:
+        assert f"{type(error).__name__}: {error}" in (output.error or "")
+        assert output.text == "" or place == "flush"
+    assert outputs[2].text == expected.text
+    assert llm.engine.pool.held == 0
+    assert not llm.engine.busy
+
+
+def test_an_interruption_is_no_requests_own(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: Any) -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StreamDetokenizer, "push", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(["Once upon a time"], SamplingParams(stop="zzz"))
 
 
 def test_stop_strings_end_the_text(llm: LLM) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -15,6 +16,7 @@ from makeready.engine.entrypoints.batch.worker import READ, Worker
 from makeready.engine.errors import RequestError
 from makeready.engine.llm import LLM
 from makeready.engine.sampling import SamplingParams
+from makeready.engine.text.tokenizer import LONG
 from makeready.graphs.checkpoint.base import open_checkpoint
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=4, ignore_eos=True)
@@ -40,7 +42,7 @@ def answers(llm: LLM, lines: list[bytes], **options: Any) -> list[dict[str, Any]
             break
         for done in worker.step():
             assert done.number not in made
-            assert done.failed == ("error" in json.loads(done.answer))
+            assert done.failed == bool(json.loads(done.answer).get("error"))
             made[done.number] = done.answer
     llm.engine.pool.check()
     return [json.loads(made[number]) for number in sorted(made)]
@@ -164,3 +166,47 @@ def test_a_queue_that_is_full_costs_rows_and_leaves_nothing_behind(llm, monkeypa
     made = answers(llm, encoded({"token_ids": [1], "n": 3}, {"token_ids": [1], "n": 3}, {"token_ids": [1]}))
     assert [answer.get("error", {}).get("message") for answer in made] == [None] + ["the queue is full"] * 2
     assert not llm.engine.busy
+
+
+def test_no_row_waits_while_a_long_one_is_tokenized(llm, monkeypatch):
+    """A text keeps its thread until another row is answered; in one thread that would be never."""
+    answered, requests = threading.Event(), llm.requests
+
+    def slow(prompt: Any, *arguments: Any, **named: Any) -> Any:
+        if len(prompt) > LONG:
+            assert answered.wait(60), "the other row was not answered meanwhile"
+        return requests([5], *arguments, **named)
+
+    monkeypatch.setattr(llm, "requests", slow)
+    worker = Worker(llm, "rows", GREEDY)
+    texts = ["a" * (LONG + 1), "a", "b" * (LONG + 1)]
+    worker.put([(i, line) for i, line in enumerate(encoded(*({"prompt": text} for text in texts)), 1)])
+    worker.put([(4, b"{}")])
+    numbers = []
+    while worker.busy:
+        assert worker.room <= 4 + READ
+        for done in worker.step():
+            numbers.append(done.number)
+            assert done.failed == (done.number == 4)
+            if done.number == 2:
+                answered.set()
+    assert numbers[:2] == [4, 2]
+    assert sorted(numbers[2:]) == [1, 3]
+
+
+@pytest.mark.parametrize("length", [1, 10, 63])
+def test_a_chat_without_a_limit_goes_on_to_the_end_of_the_context(llm, monkeypatch, length):
+    monkeypatch.setattr(llm, "render", lambda messages, **template: [5] * length)
+    chat = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions"}
+    body = {
+        "model": "m",
+        "messages": [{"role": "user", "content": "a"}],
+        "ignore_eos": True,
+        "temperature": 0,
+    }
+    rows = encoded({**chat, "body": body}, {**chat, "body": {**body, "min_tokens": 64}})
+    unlimited, impossible = answers(llm, rows, format="openai", sampling={})
+    assert unlimited["response"]["body"]["usage"]["completion_tokens"] == 64 - length
+    assert "min_tokens=64 is above" in impossible["error"]["message"]
+    (limited,) = answers(llm, rows[:1], format="openai", sampling=SamplingParams(max_new_tokens=1))
+    assert limited["response"]["body"]["usage"]["completion_tokens"] == 1

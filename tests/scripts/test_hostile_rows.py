@@ -16,7 +16,7 @@ from makeready.engine.entrypoints.batch.base import Done, JobError, RowError
 from makeready.engine.entrypoints.batch.job import Rows, open_input
 from makeready.engine.entrypoints.batch.journal import Journal
 from makeready.engine.entrypoints.batch.output import Files, open_journal
-from makeready.engine.entrypoints.batch.rows import DEEPEST, encode, parse
+from makeready.engine.entrypoints.batch.rows import DEEPEST, RowFormat, encode, parse
 
 OPTIONS = (*TINY, "sampling=greedy", "sampling.ignore_eos=true", "sampling.max_new_tokens=2")
 
@@ -69,7 +69,7 @@ def test_a_file_of_hostile_lines_costs_those_lines():
     bad = [
         nested(990),
         b'{"id": "long value", "token_ids": [1], "temperature": "' + b"z" * 100_000 + b'"}',
-        b'{"id": "long name", "token_ids": [1], "' + b"z" * 100_000 + b'": 1}',
+        b'{"id": "long name", "token_ids": [1], "sampling": {"' + b"z" * 100_000 + b'": 1}}',
         b'{"id": "digits", "token_ids": [1], "logit_bias": {"3": ' + b"9" * 4000 + b"}}",
         b"\xff\xfe\x00",
     ]
@@ -82,6 +82,81 @@ def test_a_file_of_hostile_lines_costs_those_lines():
     for answer in made[1:-1]:
         assert len(answer["error"]["message"]) < 1100
     assert made[2]["error"]["message"].endswith("must be a number")
+
+
+HOSTILE: dict[str, Any] = {
+    "skip_special_tokens": "no",
+    "ignore_eos": "false",
+    "return_logprob": "false",
+    "no_stop_trim": 0,
+    "sampling_seed": True,
+    "stop": {"a": 1},
+    "stop_regex": "a{1000000000}",
+    "logit_bias": {"5": 1, "05": -1},
+    "stop_token_ids": [True],
+    "temperature": True,
+    "extra_key": ["a"],
+    "priority": True,
+    "token_ids": [1, {}],
+}
+
+
+@pytest.mark.parametrize("form", ["rows", "nested", "openai"])
+def test_a_wrong_type_costs_its_row(form):
+    """Each of the first is one that ended the whole job, or meant what nobody asked for."""
+    lines = []
+    for name, value in HOSTILE.items():
+        given = {"token_ids": [1]} | {name: value}
+        if form == "nested" and name not in ("extra_key", "priority", "token_ids"):
+            given = {"token_ids": [1], "sampling": {name: value}}
+        if form == "openai":
+            given["prompt"] = given.pop("token_ids")
+            for ours, theirs in {"sampling_seed": "seed", "return_logprob": "echo"}.items():
+                if ours in given:
+                    given[theirs] = given.pop(ours)
+            given = {
+                "custom_id": name,
+                "method": "POST",
+                "url": "/v1/completions",
+                "body": {"model": "m", **given},
+            }
+        lines.append(json.dumps(given).encode())
+    good = lines[0].replace(b'"no"', b"true")
+    made = answers([good, *lines, good])
+    assert [answer.get("error") is None for answer in made] == [True, *[False] * len(lines), True]
+    for name, answer in zip(HOSTILE, made[1:-1], strict=True):
+        message = answer["error"]["message"]
+        names = {"sampling_seed": "seed", "return_logprob": "echo"} if form == "openai" else {}
+        assert names.get(name, name) in message or name in ("token_ids", "stop_regex"), message
+
+
+def test_a_null_or_a_float_of_a_table_is_what_was_meant():
+    made = answers(
+        [
+            b'{"token_ids": [1], "max_new_tokens": 1.0, "skip_special_tokens": null, "label": "x"}',
+            b'{"token_ids": [1], "max_new_tokens": null, "stop": null, "logit_bias": null, "messages": null}',
+        ]
+    )
+    assert [answer["completion_tokens"] for answer in made] == [1, 2]
+    assert (made[0]["label"], "label" in made[1]) == ("x", False)
+
+
+@pytest.mark.parametrize(
+    "error", [TypeError("odd"), ValueError("x" * 5000), RecursionError("deep"), MemoryError()]
+)
+def test_whatever_an_answer_raises_costs_its_row(monkeypatch, error):
+    answer = RowFormat.answer
+
+    def failing(format: Any, fields: Any, *arguments: Any) -> Any:
+        if fields["id"] == 2:
+            raise error
+        return answer(format, fields, *arguments)
+
+    monkeypatch.setattr(RowFormat, "answer", failing)
+    made = answers([b'{"id": %d, "token_ids": [1]}' % i for i in (1, 2, 3)])
+    assert ["error" in answer for answer in made] == [False, True, False]
+    assert made[1]["id"] == 2
+    assert f"the row's answer cannot be written ({type(error).__name__}: " in made[1]["error"]["message"]
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \r\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\r\n"])

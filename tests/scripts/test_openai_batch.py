@@ -94,6 +94,15 @@ def test_a_completion_takes_prompts_in_every_shape(prompt, kind, prompts):
 def test_fields_that_ask_for_nothing_are_taken():
     idle = {"stream": False, "store": False, "tools": [], "response_format": {"type": "text"}, "user": None}
     assert OpenAIFormat().read(row(CHAT, **idle)).sampling == {}
+    tools = {"tool_choice": "auto", "parallel_tool_calls": True, "modalities": ["text"]}
+    kept = {
+        "store": True,
+        "user": "me",
+        "metadata": {"a": "b"},
+        "service_tier": "flex",
+        "safety_identifier": "x",
+    }
+    assert OpenAIFormat().read(row(CHAT, prompt_cache_key="k", **tools, **kept)).sampling == {}
     assert OpenAIFormat().read(row(COMPLETIONS, echo=False, best_of=1, suffix=None)).sampling == {}
 
 
@@ -101,7 +110,14 @@ REFUSED = [
     (CHAT, {"tools": [{"type": "function"}]}, "tools"),
     (CHAT, {"response_format": {"type": "json_object"}}, "response_format"),
     (CHAT, {"stream": True}, "stream"),
-    (CHAT, {"user": "u"}, "user"),
+    (CHAT, {"user": 3}, "user"),
+    (CHAT, {"metadata": "x"}, "metadata"),
+    (CHAT, {"store": 1}, "store"),
+    (CHAT, {"parallel_tool_calls": "no"}, "parallel_tool_calls"),
+    (CHAT, {"stream": 0}, "stream"),
+    (COMPLETIONS, {"best_of": True}, "best_of"),
+    (CHAT, {"modalities": ["audio"]}, "modalities"),
+    (CHAT, {"max_tokens": 1, "max_completion_tokens": True}, "max_completion_tokens"),
     (CHAT, {"prompt": "x"}, "prompt"),
     (CHAT, {"logprobs": 3}, "logprobs"),
     (CHAT, {"top_logprobs": 3}, "top_logprobs"),
@@ -221,6 +237,22 @@ def test_an_echo_begins_with_the_prompt_and_its_logprobs():
     assert [choice["token_ids"] for choice in choices([[0, 1], [5]], None)] == [[0, 1, 2], [5, 2]]
 
 
+def test_an_answer_without_a_limit_has_openais():
+    """16 tokens as a completion; as a chat, all that the context holds."""
+    rows = [row(COMPLETIONS, prompt=[[5, 6], [7]]), row(COMPLETIONS, prompt=[5], max_tokens=3)]
+    Path("in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def counts(*more: str) -> list[int]:
+        job = (*TINY, "prompts=in.jsonl", "output=out.jsonl", "sampling=greedy", "sampling.ignore_eos=true")
+        assert script("generate")(*job, "overwrite=true", *more) == 0
+        made = map(json.loads, Path("out.jsonl").read_text().splitlines())
+        return [answer["response"]["body"]["usage"]["completion_tokens"] for answer in made]
+
+    assert counts() == [32, 3]
+    assert counts("sampling.max_new_tokens=5") == [10, 3]
+    assert counts("sampling.max_new_tokens=40") == [80, 3]
+
+
 def test_a_file_of_openais_format_is_known_by_its_rows(capsys):
     rows = [
         row(COMPLETIONS, prompt=[5, 6], max_tokens=3, logprobs=1),
@@ -240,7 +272,7 @@ def test_a_file_of_openais_format_is_known_by_its_rows(capsys):
     messages = [answer["response"]["body"]["error"]["message"] for answer in refused]
     assert [answer["response"]["status_code"] for answer in refused] == [400] * 4
     assert "max_tokens=99 exceed the context of 64" in messages[0]
-    assert messages[1].startswith("seed=-1 must be")
+    assert messages[1].startswith("seed=-1 is out of range; it must be at least 0")
     assert [answer["response"]["body"]["error"]["param"] for answer in refused[1:]] == [
         "seed",
         "tools",
@@ -249,4 +281,6 @@ def test_a_file_of_openais_format_is_known_by_its_rows(capsys):
     assert [answer["error"]["message"] for answer in refused] == messages
 
     assert script("generate")(*job, "format=rows", "overwrite=true") == 0
-    assert all("there is no field" in line for line in Path("out.jsonl").read_text().splitlines()[1:-1])
+    assert all(
+        "this one has none of them" in line for line in Path("out.jsonl").read_text().splitlines()[1:-1]
+    )

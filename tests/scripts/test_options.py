@@ -12,11 +12,11 @@ import pytest
 import yaml
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
-from scripts_in_process import SCRIPTS, TINY, script
+from scripts_in_process import ROOT, SCRIPTS, TINY, script
 
 from makeready.engine.entrypoints.batch.worker import FORMATS as READABLE
-from makeready.engine.entrypoints.cli import arranged
-from makeready.engine.entrypoints.generate_options import FORMATS
+from makeready.engine.entrypoints.cli import arranged, launch, restored
+from makeready.engine.entrypoints.generate_options import FORMATS, GenerateJob
 from makeready.engine.options import SchedulerOptions
 from makeready.engine.sampling import SamplingParams
 from makeready.graphs.compile import Request
@@ -48,15 +48,76 @@ def test_help_tells_every_option_and_config_prints_it(name, capsys):
 
 
 @hypothesis.given(TEXT)
+@hypothesis.example("???")  # OmegaConf's word for a missing value, which nothing escapes
 @hypothesis.settings(max_examples=300)
 def test_text_and_paths_are_taken_as_they_stand(text):
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    hypothesis.assume(text != "???")  # OmegaConf's word for a missing value, which nothing escapes
     (argument,) = arranged([f"prompt={text}"], frozenset({"prompt"}), frozenset(), None)
     config = OmegaConf.create({"prompt": None})
     config.prompt = OverridesParser.create().parse_override(argument).value()
-    assert OmegaConf.to_object(config) == {"prompt": text}
+    assert not OmegaConf.is_missing(config, "prompt")
+    made: Any = OmegaConf.to_object(config)
+    assert restored([made["prompt"]]) == [text]
+
+
+def job(*arguments: str) -> GenerateJob:
+    """The job that a command line comes to."""
+    jobs: list[GenerateJob] = []
+    assert (
+        launch(ROOT / "scripts" / "generate.py", GenerateJob, jobs.append, ["checkpoint=x", *arguments]) == 0
+    )
+    return jobs[0]
+
+
+@pytest.mark.parametrize(
+    ("value", "stops"),
+    [
+        ("</s>", ("</s>",)),
+        ("###", ("###",)),
+        ("<|im_end|>", ("<|im_end|>",)),
+        ("a, b", ("a, b",)),
+        (" ", (" ",)),
+        ("[]", ()),
+        ("null", ()),
+        (r"\n", ("\n",)),
+        (r"\n\n", ("\n\n",)),
+        (r"\nabla", (r"\nabla",)),
+        (r'"\n"', ("\n",)),
+        (r"'\n'", ("\n",)),
+        (r'["\n"]', ("\n",)),
+        (r"['\n', '###']", ("\n", "###")),
+        (r'["\u4e2d\ud83c\udf89", "a\"b", "[INST]"]', ("中🎉", 'a"b', "[INST]")),
+        (r"['it\'s, \\n', \t]", (r"it's, \n", "\t")),
+        ("[</s>,###]", ("</s>", "###")),
+        ("[</s>, <|im_end|>]", ("</s>", "<|im_end|>")),
+        ('["${x}", "$", "{a: b}"]', ("${x}", "$", "{a: b}")),
+        ("???", ("???",)),
+        ("true", ("true",)),
+        ("5", ("5",)),
+    ],
+)
+def test_stop_strings_as_people_type_them(value, stops):
+    assert job("prompt=a", f"sampling.stop={value}").params().stop == stops
+    assert job("prompt=a", f"++sampling.stop={value}").params().stop == stops
+
+
+@pytest.mark.parametrize(
+    ("value", "patterns"),
+    [
+        (r"\d+\.", (r"\d+\.",)),
+        (r'["\d+", "[.?!]\n"]', (r"\d+", r"[.?!]\n")),
+        (r"['a\'b', \n]", ("a'b", r"\n")),
+        (r"a{2,3}|b", ("a{2,3}|b",)),
+    ],
+)
+def test_stop_patterns_keep_their_backslashes(value, patterns):
+    assert job("prompt=a", f"sampling.stop_regex={value}").params().stop_regex == patterns
+
+
+def test_question_marks_are_text():
+    assert job("prompt=???").prompt == "???"
+    assert job("chat=???").chat == "???"
 
 
 @pytest.mark.parametrize(
@@ -111,7 +172,32 @@ def test_every_format_of_rows_can_be_named():
 
 
 ROWS = ("checkpoint=x", "prompts=rows", "output=o")
+ONE = ("checkpoint=x", "prompt=a")
+MEANT = {
+    "seed": "sampling.sampling_seed",
+    "+seed": "sampling.sampling_seed",
+    "max_tokens": "sampling.max_new_tokens",
+    "sampling.max_tokens": "sampling.max_new_tokens",
+    "sampling.seed": "sampling.sampling_seed",
+    "temperatur": "sampling.temperature",
+    "top_logprobs": "sampling.top_logprobs_num",
+    "max_model_len": "plan.context_len",
+    "model_path": "checkpoint",
+    "kv_cache_dtype": "kv.dtype",
+}
 REFUSED = [
+    *(("generate", [*ONE, f"{name}=1"], 2, f"did you mean {option};") for name, option in MEANT.items()),
+    ("generate", [*ONE, "+nonsense=1"], 2, "there is no option nonsense"),
+    ("generate", [*ONE, "sampling.stop=[a"], 2, "sampling.stop=[a begins a list that does not end"),
+    ("generate", [*ONE, "sampling.stop=['a, b]"], 2, "has a quote that does not end"),
+    ("generate", [*ONE, "sampling.stop="], 2, "sampling.stop has ''"),
+    ("generate", [*ONE, "sampling.ignore_eos=1"], 2, "sampling.ignore_eos=1 must be true or false"),
+    ("generate", [*ONE, "sampling.ignore_eos=no"], 2, "sampling.ignore_eos=no must be true or false"),
+    ("generate", [*ONE, "sampling.ignore_eos=2"], 2, "sampling.ignore_eos=2 must be true or false"),
+    ("generate", [*ONE, "scheduler.overlap=0"], 2, "scheduler.overlap=0 must be true or false"),
+    ("generate", [*ROWS, "overwrite=7"], 2, "overwrite=7 must be true or false"),
+    ("generate", [*ONE, "sampling.top_k=true"], 2, "sampling.top_k=true: "),
+    ("generate", [*ONE, "sampling.stop_token_ids=[true]"], 2, "True, which is no token id"),
     ("generate", [], 2, "checkpoint= is missing"),
     ("generate", ["checkpoint=x"], 2, "give one of prompt=TEXT, chat=TEXT and prompts=FILE"),
     ("generate", ["checkpoint=x", "prompt=a", "chat=b"], 2, "prompt= and chat= were given together"),
@@ -158,7 +244,12 @@ REFUSED = [
     ("generate", ["checkpoint=x", "prompt=a", "model=qwen3_8b"], 2, "drop one of them"),
     ("generate", ["checkpoint=x", "prompt=a"], 1, "x does not exist"),
     ("generate", ["checkpoint=x", "prompt=a", "stop"], 2, "'stop' cannot be read as OPTION=VALUE"),
-    ("generate", ["checkpoint=x", "prompt=a", "sampling.stop=[a"], 2, "cannot be read as OPTION=VALUE"),
+    (
+        "generate",
+        ["checkpoint=x", "prompt=a", "sampling.stop_token_ids=[1"],
+        2,
+        "cannot be read as OPTION=VALUE",
+    ),
     ("generate", ["checkpoint=x", "prompt=a", "sampling.top_k=1,2"], 2, "--multirun"),
     ("generate", ["checkpoint=x", "prompt=a", "chat_template_kwargs.x=1"], 2, "is for chat= and prompts="),
     ("generate", ["checkpoint=x", "prompt=a", "scheduler.policy=sjf"], 2, "take one of fcfs"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import json
 import signal
 import struct
@@ -110,8 +112,18 @@ def test_a_table_is_cut_off_and_continued(monkeypatch):
 @pytest.mark.parametrize(
     ("columns", "more", "reason"),
     [
-        ({"prompt": ["a"], "source": ["b"]}, [], "has a column 'source', which is no field"),
-        ({"prompt": ["a"], "id": [1.5]}, [], "a column id of type double; make it text or whole numbers"),
+        (
+            {"prompt": ["a"], "source": ["b"]},
+            ["carry=false"],
+            "has a column 'source': there is no field 'source'",
+        ),
+        (
+            {"prompt": ["a"], "seed": [1]},
+            [],
+            "has a column 'seed': there is no field 'seed'; did you mean sampling_seed",
+        ),
+        ({"prompt": ["a"], "text": ["b"]}, [], "the answer has a field 'text' of its own; rename the column"),
+        ({"prompt": ["a"], "id": [b"1"]}, [], "a column id of type binary, which cannot be handed through"),
         ({"prompt": ["a"]}, ["format=openai"], "OpenAI's batch format is JSON lines"),
     ],
 )
@@ -181,7 +193,8 @@ def test_what_utf8_has_not_is_escaped_as_in_json():
         (r'{"a": "\ud803"}', None),
     ]
     assert made[0]["error"] is None
-    assert all(row["error"] for row in made[1:])
+    assert [row["error"] is None for row in made] == [True, True, False]
+    assert [row[r"\ud802"] for row in made] == [None, "1", None]
 
 
 def test_a_table_that_is_damaged_is_said_with_what_is_kept(capsys):
@@ -219,3 +232,45 @@ def test_a_table_that_changes_while_it_is_read_ends_the_job():
     pq.write_table(pa.table({"token_ids": [[3]]}), "in.parquet")
     with pytest.raises(JobError, match=r"in.parquet was changed while the job ran"):
         next(source.rows())
+
+
+def test_further_columns_come_back_with_their_values_and_types():
+    """Also as pandas writes them: whole numbers beside nulls are floats, a category is a dictionary."""
+    when = [datetime.datetime(2026, 1, 2, 3, 4, 5), None]
+    columns = {
+        "id": pa.array([7.0, None]),
+        "token_ids": pa.array([[1.0, 2.0], [3.0]]),
+        "max_new_tokens": pa.array([1.0, None]),
+        "top_k": pa.array([None, 5.0]),
+        "label": pa.array(["x", None]).dictionary_encode(),
+        "score": pa.array([0.5, float("nan")], pa.float32()),
+        "flag": pa.array([True, None]),
+        "nested": pa.array([{"a": [1, None]}, None]),
+        "nothing": pa.nulls(2),
+        "when": pa.array(when),
+        "price": pa.array([decimal.Decimal("1.50"), None]),
+        "__index_level_0__": pa.array([3, 1]),
+    }
+    pq.write_table(pa.table(columns), "in.parquet")
+    assert run("in.parquet", "out.parquet") == 0
+    made = pq.read_table("out.parquet")
+    assert made["error"].to_pylist() == [None, None]
+    assert made["completion_tokens"].to_pylist() == [1, 3]
+    for name in ("id", "flag", "nested", "nothing", "__index_level_0__"):
+        assert made.schema.field(name).type == columns[name].type
+        assert made[name].to_pylist() == columns[name].to_pylist()
+    assert made["label"].to_pylist() == ["x", None]
+    assert made["score"].to_pylist() == [0.5, None]
+    assert made["when"].to_pylist() == ["2026-01-02T03:04:05", None]
+    assert made["price"].to_pylist() == ["1.50", None]
+    assert run("in.parquet", "out.jsonl") == 0
+    first, second = map(json.loads, Path("out.jsonl").read_text().splitlines())
+    assert (first["nested"], first["label"], second["score"]) == ({"a": [1, None]}, "x", None)
+
+
+def test_further_columns_of_json_lines_are_text_in_a_table():
+    rows = [{"token_ids": [1], "a": "x"}, {"token_ids": [1], "b": [1, None]}, {"prompt": "no", "a": None}]
+    Path("in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run("in.jsonl", "out.parquet") == 0
+    made = pq.read_table("out.parquet").to_pylist()
+    assert [(row["a"], row["b"]) for row in made] == [("x", None), (None, "[1, null]"), (None, None)]

@@ -22,25 +22,31 @@ BAD_LINES = [
     (b'{"prompt": "a", "top_p": NaN}', "NaN is no number"),
     (b'{"n": ' + b"9" * 5000 + b"}", "thousands of digits"),
     (b"[" * 100_000, "nested too deeply"),
+    (b'{"prompt": "a", "id": 1e400}', "1e400, which is beyond those of 64-bit floats"),
+    (b'{"prompt": "a", "id": {"x": [-1e999]}}', "-1e999, which is beyond"),
 ]
 BAD_FIELDS = [
     ({}, "this one has none of them"),
     ({"prompt": "a", "messages": []}, "this one has prompt and messages"),
     ({"prompt": "a", "token_ids": [1]}, "this one has prompt and token_ids"),
-    ({"prompt": "a", "temprature": 1}, "there is no field 'temprature'"),
+    ({"prompt": "a", "temprature": 1}, "there is no field 'temprature'; did you mean temperature"),
+    ({"prompt": "a", "max_tokens": 1}, "there is no field 'max_tokens'; did you mean max_new_tokens"),
+    ({"prompt": "a", "seed": 1}, "did you mean sampling_seed"),
+    ({"prompt": "a", "text": 1}, "the answer has a field 'text' of its own; rename the column"),
+    ({"prompt": "a", "error": 1}, "the answer has a field 'error' of its own"),
     (
         {"prompt": "a", "sampling": {"top_k": 1}, "top_k": 1},
         "top_k is given both in the row and under sampling",
     ),
     ({"prompt": 1}, "prompt must be a string, not number"),
-    ({"prompt": None}, "prompt must be a string, not null"),
+    ({"prompt": None}, "this one has none of them"),
     ({"messages": "hi"}, "messages must be a list, not string"),
     ({"token_ids": {}}, "token_ids must be a list, not object"),
     ({"prompt": "a", "sampling": 1}, "sampling must be an object"),
     ({"prompt": "a", "chat_template_kwargs": {"x": 1}}, "is for messages"),
-    ({"prompt": "a", "priority": 1.5}, "priority=1.5 is no whole number"),
-    ({"prompt": "a", "priority": True}, "priority=True is no whole number"),
-    ({"prompt": "a", "extra_key": 3}, "extra_key must be a string, not number"),
+    ({"prompt": "a", "priority": 1.5}, "priority=1.5 must be a whole number"),
+    ({"prompt": "a", "priority": True}, "priority=True must be a number"),
+    ({"prompt": "a", "extra_key": 3}, "extra_key=3 must be a string"),
     ({"messages": [], "chat_template_kwargs": {"messages": 1}}, "cannot set messages"),
     ({"messages": [], "chat_template_kwargs": {"tools": 1}}, "tools .* must be a list"),
 ]
@@ -65,6 +71,34 @@ def test_a_row_is_read_with_its_sampling_fields_from_both_places():
     assert ask.routing == {}
     ask = RowFormat().read({"prompt": "a", "priority": -2, "extra_key": "tenant"})
     assert ask.routing == {"priority": -2, "extra_key": "tenant"}
+
+
+def test_a_null_is_a_field_that_is_not_there():
+    """What pandas writes for a cell without a value."""
+    nothing = {name: None for name in rows.FIELDS if name != "prompt"}
+    ask = RowFormat().read({"prompt": "a"} | nothing)
+    assert (ask.kind, ask.prompts, ask.sampling, ask.template, ask.routing) == ("prompt", ("a",), {}, {}, {})
+    ask = RowFormat().read({"prompt": "a", "sampling": {"top_k": None, "n": 2}, "top_k": 3})
+    assert ask.sampling == {"n": 2, "top_k": 3}
+
+
+def test_further_columns_are_handed_through_or_refused():
+    fields = {"id": 1, "prompt": "a", "label": {"x": [1.5, None]}, "prompt_id": None, "idx": "b", "input": 2}
+    RowFormat().read(fields)
+    handed = {"id": 1, "label": {"x": [1.5, None]}, "prompt_id": None, "idx": "b", "input": 2}
+    made = answer(fields, [output("text")], 0)
+    assert {name: value for name, value in made.items() if name in fields} == handed
+    assert made["text"] == "text"
+    refused = RowFormat().refusal({**fields, "text": "mine", "error": "mine"}, "why", None, 3)
+    assert refused == handed | {"error": {"message": "why", "line": 3}}
+    with pytest.raises(RowError, match="there is no field 'label'; fields are prompt, messages"):
+        RowFormat(carry=False).read(fields)
+
+
+def test_what_is_written_is_json_whatever_it_holds():
+    line = rows.encode({"id": float("inf"), "x": [{"y": float("nan")}, "\ud800", (1.5, float("-inf"))]})
+    read = json.loads(line, parse_constant=pytest.fail)
+    assert read == {"id": None, "x": [{"y": None}, "\ud800", [1.5, None]]}
 
 
 def output(text: str, *values: float) -> Output:

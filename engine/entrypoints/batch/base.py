@@ -54,6 +54,7 @@ class Ask:
         sampling: sampling fields that it sets.
         template: variables of the chat template that it sets.
         routing: what it tells the scheduler: ``priority`` and ``extra_key``.
+        max_new_tokens: most tokens where neither it nor the job says how many; None for as many as fit.
     """
 
     kind: str
@@ -61,6 +62,7 @@ class Ask:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     template: Mapping[str, Any] = field(default_factory=dict)
     routing: Mapping[str, Any] = field(default_factory=dict)
+    max_new_tokens: int | None = None
 
 
 @dataclass(frozen=True)

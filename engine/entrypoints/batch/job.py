@@ -44,16 +44,17 @@ class Input:
         return {"prompts": [self.survey.size, self.survey.sha256], "format": self.format}
 
 
-def open_input(prompts: Path, output: Path, format: str) -> Input:
+def open_input(prompts: Path, output: Path, format: str, carry: bool = True) -> Input:
     """Survey a job's input.
 
     Args:
+        carry: whether columns that are no fields are handed through.
         format: a key of :data:`worker.FORMATS`, or auto: as the first row that can be read is written.
 
     Raises:
         JobError: no row, or a format that the files cannot have.
     """
-    source = open_source(prompts)
+    source = open_source(prompts, carry)
     survey = source.survey()
     if not survey.count:
         raise JobError(

@@ -40,7 +40,7 @@ class EngineSpec:
     Attributes:
         checkpoint: path of the checkpoint, which every machine must see; or dummy.
         model: config of a dummy checkpoint.
-        format, sampling, template: as for :class:`Worker`.
+        format, sampling, template, carry: as for :class:`Worker`.
         scheduler: how requests share each engine.
         leader: the process that leads the job, which makes this; an engine on the same machine ends with it, also by
             kill -9. Ray ends those on others.
@@ -51,10 +51,11 @@ class EngineSpec:
     plan: Plan
     kv_memory_gib: float | None
     format: str
-    sampling: SamplingParams
+    sampling: SamplingParams | Mapping[str, Any]
     template: Mapping[str, Any]
     scheduler: SchedulerOptions
     leader: Leader = field(default_factory=this_process)
+    carry: bool = True
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class RayEngine:
         config = None if spec.model is None else dict(spec.model)
         checkpoint = open_checkpoint(spec.checkpoint, config=config)
         llm = LLM(checkpoint, spec.plan, kv_memory_gib=spec.kv_memory_gib, scheduler=spec.scheduler)
-        self._worker = Worker(llm, spec.format, spec.sampling, spec.template)
+        self._worker = Worker(llm, spec.format, spec.sampling, spec.template, carry=spec.carry)
 
     def depth(self) -> int:
         """Rows that it takes before any is final; answers when the model is loaded."""

@@ -59,13 +59,27 @@ COMPLETION_FIELDS = ("model", "prompt", "logprobs", "echo")
 # Fields that ask for nothing by these values; by any other they are refused. null always asks for nothing.
 IDLE: Mapping[str, Sequence[Any]] = {
     "stream": (False,),
-    "store": (False,),
     "best_of": (1,),
     "suffix": ("",),
     "tools": ([],),
-    "tool_choice": ("none",),
+    "tool_choice": ("none", "auto"),
     "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
 }
+# Fields that change nothing in an answer, whatever they say: what the request is for, where it is to be kept, how
+# it is to be billed, and how tools would be called, which are refused themselves.
+WITHOUT_EFFECT: Mapping[str, type] = {
+    "user": str,
+    "safety_identifier": str,
+    "prompt_cache_key": str,
+    "prompt_cache_retention": str,
+    "service_tier": str,
+    "metadata": dict,
+    "store": bool,
+    "parallel_tool_calls": bool,
+}
+# OpenAI's own limit of a completion; a chat's is the context.
+COMPLETION_TOKENS = 16
 
 
 class OpenAIFormat:
@@ -84,19 +98,20 @@ class OpenAIFormat:
         table = CHAT_SAMPLING if chat else SAMPLING
         known = (*(CHAT_FIELDS if chat else COMPLETION_FIELDS), *table, *ROUTING)
         for name in body:
-            if name not in known and body[name] not in IDLE.get(name, ()):
-                raise RowError(f"{name} is not supported; leave it out (fields are {', '.join(known)})", name)
+            if name not in known:
+                _check_idle(name, body[name], known)
         if not isinstance(body.get("model"), str):
             raise RowError("model must be a string; the answer repeats it", "model")
         sampling: dict[str, Any] = {}
         for name, ours in table.items():
             if name in body:
-                if sampling.get(ours, body[name]) != body[name]:
+                if ours in sampling and not _same(sampling[ours], body[name]):
                     raise RowError("max_tokens and max_completion_tokens differ; give one of them", name)
                 sampling[ours] = body[name]
         sampling |= _chat_logprobs(body) if chat else _completion_logprobs(body)
         if not chat:
-            return Ask(*_prompts(body.get("prompt")), sampling, routing=routing_of(body))
+            kind, prompts = _prompts(body.get("prompt"))
+            return Ask(kind, prompts, sampling, routing=routing_of(body), max_new_tokens=COMPLETION_TOKENS)
         if not isinstance(body.get("messages"), list):
             raise RowError(f"messages must be a list, not {kind_of(body.get('messages'))}", "messages")
         template = body.get("chat_template_kwargs", {})
@@ -167,6 +182,21 @@ def _body(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields["body"].items() if value is not None}
 
 
+def _check_idle(name: str, value: Any, known: Sequence[str]) -> None:
+    """Raise :class:`RowError` for a field that is none of ours, unless it asks for nothing."""
+    if name in WITHOUT_EFFECT:
+        kind = WITHOUT_EFFECT[name]
+        if not isinstance(value, kind):
+            raise RowError(f"{name} must be {_KINDS[kind]}, not {kind_of(value)}", name)
+    elif not any(_same(value, idle) for idle in IDLE.get(name, ())):
+        raise RowError(f"{name} is not supported; leave it out (fields are {', '.join(known)})", name)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two values of JSON are the same; 0 is not false."""
+    return one == other and isinstance(one, bool) == isinstance(other, bool)
+
+
 def _prompts(prompt: Any) -> tuple[str, tuple[Any, ...]]:
     """A text, token ids, or a list of either."""
     if isinstance(prompt, str):
@@ -174,8 +204,8 @@ def _prompts(prompt: Any) -> tuple[str, tuple[Any, ...]]:
     if isinstance(prompt, list) and prompt:
         if all(isinstance(item, str) for item in prompt):
             return "prompt", tuple(prompt)
-        if all(isinstance(item, int) for item in prompt):
-            return "token_ids", (prompt,)
+        if not any(isinstance(item, str | list | dict | None.__class__) for item in prompt):
+            return "token_ids", (prompt,)  # which of them are ids is checked with all others
         if all(isinstance(item, list) for item in prompt):
             return "token_ids", tuple(prompt)
     raise RowError(
@@ -260,3 +290,6 @@ def _row(
 def _identity(fields: Mapping[str, Any], number: int) -> str:
     """Of the row's place and name, so that a row that runs again has the same one."""
     return hashlib.sha256(f"{number} {fields.get('custom_id')!r}".encode(errors="replace")).hexdigest()[:24]
+
+
+_KINDS = {str: "a string", dict: "an object", bool: "true or false"}

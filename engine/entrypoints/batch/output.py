@@ -22,7 +22,7 @@ from typing import Any
 
 from makeready.engine.entrypoints.batch.base import JobError
 from makeready.engine.entrypoints.batch.journal import SCHEMA, Journal, Totals
-from makeready.engine.entrypoints.batch.parquet import write_table
+from makeready.engine.entrypoints.batch.parquet import further_columns, write_table
 from makeready.engine.entrypoints.batch.source import Survey, is_parquet
 
 
@@ -112,7 +112,8 @@ def publish(
     staging, manifest = files.staging, aside(files.manifest)
     try:
         if is_parquet(files.output):
-            write_table(staging, journal.answers(), names)
+            lines = further_columns(journal.answers()) if names is None else None
+            write_table(staging, journal.answers(), names, lines)
         else:
             with open(staging, "wb", buffering=2**20) as file:
                 for answer in journal.answers():

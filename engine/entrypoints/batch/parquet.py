@@ -2,10 +2,9 @@
 
 The input has the columns that a JSON row has fields: prompt, messages or token_ids, and sampling fields; a
 null is a field that is not there. A whole number may be a float, since pandas makes floats of a column of
-whole numbers and nulls. The output has the same columns for every job, so that tables of several jobs can
-be joined:
+whole numbers and nulls. Other columns, id and custom_id among them, are handed through; times and decimals become
+text. Beside them the output has the same columns for every job:
 
-    id, custom_id        as in the input, where it has them
     text                 string; null where there is no tokenizer, or several samples
     token_ids            list<int32>; where there is no tokenizer
     finish_reason        string
@@ -18,20 +17,19 @@ be joined:
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import json
-import typing
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from makeready.engine.entrypoints.batch.base import Damaged, JobError, optional
-from makeready.engine.entrypoints.batch.rows import FIELDS, PASSED_THROUGH
-from makeready.engine.sampling import SamplingParams
+from makeready.engine.entrypoints.batch.base import Damaged, JobError, RowError, optional
+from makeready.engine.entrypoints.batch.rows import ANSWER, CONSUMED, PASSED_THROUGH, check_column
 
 ROWS = 4096  # of a row group: few enough for the memory, enough for the columns to compress
 LOGPROBS = ("input_logprobs", "logprobs")
-WHOLE = {name for name, hint in typing.get_type_hints(SamplingParams).items() if hint in (int, int | None)}
 
 
 def arrow_module(name: str = "pyarrow") -> Any:
@@ -44,12 +42,13 @@ class ParquetSource:
 
     Args:
         path: the file.
+        carry: hand columns that are no fields through to the answers; else they are refused.
 
     Raises:
         JobError: it is no Parquet file, or has a column that no row may have.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, carry: bool = True) -> None:
         self._path = path
         arrow, parquet = arrow_module(), arrow_module("pyarrow.parquet")
         try:
@@ -62,19 +61,17 @@ class ParquetSource:
         twice = {name for name in self.schema.names if self.schema.names.count(name) > 1}
         if twice:
             raise JobError(f"{path} has a column {min(twice)!r} twice; drop or rename one")
-        unknown = [name for name in self.schema.names if name not in FIELDS]
-        if unknown:
-            raise JobError(
-                f"{path} has a column {unknown[0]!r}, which is no field; drop or rename it (id and custom_id are "
-                f"handed through; fields are {', '.join(FIELDS)})"
-            )
+        for name in self.schema.names:
+            try:
+                check_column(name, carry=carry)
+            except RowError as error:
+                raise JobError(f"{path} has a column {name!r}: {error}") from None
         for name, kind in self.names().items():
-            if not (
-                arrow.types.is_integer(kind)
-                or arrow.types.is_string(kind)
-                or arrow.types.is_large_string(kind)
-            ):
-                raise JobError(f"{path} has a column {name} of type {kind}; make it text or whole numbers")
+            if kind is None:
+                raise JobError(
+                    f"{path} has a column {name} of type {self.schema.field(name).type}, which cannot be handed "
+                    "through; make it text or numbers, or drop it"
+                )
 
     def rows(self, file: IO[bytes]) -> Iterator[dict[str, Any] | Damaged]:
         """Its rows as fields; nulls are left out, in messages too.
@@ -95,10 +92,27 @@ class ParquetSource:
 
     def names(self) -> dict[str, Any]:
         """Arrow types of the columns that are handed through."""
-        made = {name: self.schema.field(name).type for name in PASSED_THROUGH if name in self.schema.names}
-        types = arrow_module().types
-        # Few values, each written once, are the same values.
-        return {name: kind.value_type if types.is_dictionary(kind) else kind for name, kind in made.items()}
+        return {
+            name: _carried(self.schema.field(name).type) for name in self.schema.names if name not in CONSUMED
+        }
+
+
+def _carried(kind: Any) -> Any:
+    """What a column of a type is written as, JSON in between; None where its values cannot be."""
+    arrow = arrow_module()
+    types = arrow.types
+    if types.is_dictionary(kind):  # few values, each written once, are the same values
+        return _carried(kind.value_type)
+    if types.is_temporal(kind) or types.is_decimal(kind):
+        return arrow.string()
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        inner = _carried(kind.value_type)
+        return None if inner is None else arrow.list_(inner)
+    if types.is_struct(kind):
+        inner = [(field.name, _carried(field.type)) for field in kind]
+        return None if any(each is None for _, each in inner) else arrow.struct(inner)
+    plain = types.is_boolean(kind) or types.is_integer(kind) or types.is_floating(kind) or types.is_null(kind)
+    return kind if plain or types.is_string(kind) or types.is_large_string(kind) else None
 
 
 def _rows(batch: Any) -> Iterator[dict[str, Any] | Damaged]:
@@ -129,29 +143,52 @@ def _row(batch: Any, at: int) -> dict[str, Any] | Damaged:
 
 def _fields(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row as if it were of JSON."""
-    return {
-        name: int(value) if name in WHOLE and isinstance(value, float) and value.is_integer() else value
-        for name, value in _given(row).items()
-    }
+    fields = _given({name: value for name, value in row.items() if name in CONSUMED})
+    return fields | {name: _portable(value) for name, value in row.items() if name not in CONSUMED}
 
 
-def write_table(path: Path, answers: Iterator[bytes], names: Mapping[str, Any] | None) -> None:
+def _portable(value: Any) -> Any:
+    """A value that is handed through, as JSON can hold it."""
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, datetime.timedelta | decimal.Decimal):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {name: _portable(item) for name, item in value.items()}
+    return [_portable(item) for item in value] if isinstance(value, list) else value
+
+
+def further_columns(answers: Iterator[bytes]) -> dict[str, Any]:
+    """Arrow types of what JSON lines hand through: text, for a file cannot promise more."""
+    string = arrow_module().string()
+    found: dict[str, Any] = dict.fromkeys(PASSED_THROUGH, string)
+    for answer in answers:
+        found |= {_storable(name): string for name in json.loads(answer) if name not in ANSWER}
+    return found
+
+
+def write_table(
+    path: Path,
+    answers: Iterator[bytes],
+    names: Mapping[str, Any] | None,
+    lines: Mapping[str, Any] | None = None,
+) -> None:
     """Write answers as a table.
 
     Args:
         answers: rows of our own format, as JSON.
-        names: Arrow types of id and custom_id where the input is a table; None where it is JSON lines:
-            then both are strings, and a value that is none is written as JSON.
+        names: Arrow types of what is handed through where the input is a table; None where it is JSON lines.
+        lines: where it is, the same by :func:`further_columns`; a value that is no text is written as JSON.
     """
     arrow, parquet = arrow_module(), arrow_module("pyarrow.parquet")
-    schema = _schema(arrow, names)
+    schema = _schema(arrow, names or lines or dict.fromkeys(PASSED_THROUGH, arrow.string()))
     with parquet.ParquetWriter(path, schema, compression="zstd") as writer:
         while rows := [json.loads(answer) for answer in islice(answers, ROWS)]:
             made = [_columns(row, as_text=names is None) for row in rows]
             writer.write_table(arrow.Table.from_pylist(made, schema=schema))
 
 
-def _schema(arrow: Any, names: Mapping[str, Any] | None) -> Any:
+def _schema(arrow: Any, names: Mapping[str, Any]) -> Any:
     pair = arrow.struct([("token_id", arrow.int32()), ("logprob", arrow.float64())])
     token = arrow.struct([*pair, arrow.field("top", arrow.list_(pair))])
     sample = [
@@ -162,10 +199,9 @@ def _schema(arrow: Any, names: Mapping[str, Any] | None) -> Any:
         ("seed", arrow.int64()),
         *((name, arrow.list_(token)) for name in LOGPROBS),
     ]
-    own = dict.fromkeys(PASSED_THROUGH, arrow.string()) if names is None else names
     return arrow.schema(
         [
-            *own.items(),
+            *names.items(),
             *sample,
             ("prompt_tokens", arrow.int64()),
             ("samples", arrow.list_(arrow.struct(sample))),
@@ -181,9 +217,10 @@ def _columns(row: dict[str, Any], *, as_text: bool) -> dict[str, Any]:
     if "error" in row:
         made["error"] = _storable(row["error"]["message"])
     if as_text:
-        for name in PASSED_THROUGH:
-            if name in row:
-                made[name] = _storable(row[name] if isinstance(row[name], str) else json.dumps(row[name]))
+        for name, value in row.items():
+            if name not in ANSWER:
+                text = value if value is None or isinstance(value, str) else json.dumps(value)
+                made[_storable(name)] = text if text is None else _storable(text)
     return made
 
 

@@ -9,35 +9,62 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from makeready.engine.entrypoints.batch.base import Ask, RowError
+from makeready.engine.errors import RequestError
+from makeready.engine.fields import MEANT, Checker, meant, shown, whole
+from makeready.engine.fields import text as text_of
 from makeready.engine.request import ERROR, Output
 from makeready.engine.sampling import SamplingParams
 from makeready.engine.text.tokenizer import Tokenizer
 
 PROMPTS = ("prompt", "messages", "token_ids")
-PASSED_THROUGH = ("id", "custom_id")
+PASSED_THROUGH: tuple[str, ...] = ("id", "custom_id")
 ROUTING = ("priority", "extra_key")  # what the scheduler is told
 OTHERS = ("chat_template_kwargs", "sampling")
 RESERVED = {"self", "template", "messages", "bos_token", "eos_token"}
 DEEPEST = 100  # levels of a row: it must be read again from deeper ones, where Python's limit is closer
 SAMPLING = tuple(f.name for f in dataclasses.fields(SamplingParams))
 FIELDS = (*PROMPTS, *PASSED_THROUGH, *ROUTING, *OTHERS, *SAMPLING)
+CONSUMED = frozenset(FIELDS) - frozenset(PASSED_THROUGH)
+# Fields of an answer, which no column that is handed through may have.
+ANSWER = frozenset(
+    {
+        "text",
+        "token_ids",
+        "finish_reason",
+        "completion_tokens",
+        "seed",
+        "input_logprobs",
+        "logprobs",
+        "samples",
+    }
+    | {"prompt_tokens", "error"}
+)
 
 
 class RowFormat:
-    """``{"prompt": ..., "max_new_tokens": ...}`` to ``{"text": ..., "finish_reason": ...}``."""
+    """``{"prompt": ..., "max_new_tokens": ...}`` to ``{"text": ..., "finish_reason": ...}``.
+
+    A null is a field that is not there.
+
+    Args:
+        carry: hand columns that are no fields through to the answer; else they are refused.
+    """
 
     name = "rows"
+
+    def __init__(self, carry: bool = True) -> None:
+        self._carry = carry
 
     def read(self, fields: Mapping[str, Any]) -> Ask:
         """The request that a row's fields make.
 
         Raises:
-            RowError: an unknown field, none or several of prompt, messages and token_ids, a sampling field
-                both bare and under sampling, or a field of the wrong type.
+            RowError: none or several of prompt, messages and token_ids, a sampling field both bare and under
+                sampling, a field of the wrong type, or a column that is not handed through.
         """
-        unknown = [name for name in fields if name not in FIELDS]
-        if unknown:
-            raise RowError(f"there is no field {unknown[0]!r}; fields are {', '.join(FIELDS)}")
+        for name in fields:
+            check_column(name, carry=self._carry)
+        fields = _given(fields)
         kinds = [name for name in PROMPTS if name in fields]
         if len(kinds) != 1:
             found = " and ".join(kinds) or "none of them"
@@ -50,6 +77,7 @@ class RowFormat:
         if template and kinds[0] != "messages":
             raise RowError(f"chat_template_kwargs is for messages; {kinds[0]} need no template")
         check_template(template)
+        nested = _given(nested)
         bare = {name: fields[name] for name in SAMPLING if name in fields}
         twice = sorted(bare.keys() & nested.keys())
         if twice:
@@ -83,7 +111,12 @@ def parse(line: bytes) -> dict[str, Any]:
         RowError: it is not UTF-8, not JSON, no object, or has a field twice.
     """
     try:
-        fields = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_unique, parse_constant=_no_number)
+        fields = json.loads(
+            line.decode("utf-8-sig"),
+            object_pairs_hook=_unique,
+            parse_float=_float,
+            parse_constant=_no_number,
+        )
     except RowError:
         raise
     except UnicodeDecodeError as error:
@@ -122,21 +155,42 @@ def routing_of(fields: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         RowError: one is of the wrong type.
     """
-    routing = {name: fields[name] for name in ROUTING if name in fields}
-    priority, extra_key = routing.get("priority", 0), routing.get("extra_key", "")
-    if not isinstance(priority, int) or isinstance(priority, bool):
-        raise RowError(f"priority={priority!r} is no whole number; higher ones go first", "priority")
-    if not isinstance(extra_key, str):
-        raise RowError(f"extra_key must be a string, not {kind_of(extra_key)}", "extra_key")
-    return routing
+    return {
+        name: _checked(check, name, fields[name])
+        for name, check in _ROUTING.items()
+        if fields.get(name) is not None
+    }
+
+
+def _checked(check: Checker, name: str, value: Any) -> Any:
+    try:
+        return check(name, value)
+    except RequestError as error:
+        raise RowError(str(error), name) from None
 
 
 def encode(fields: Mapping[str, Any]) -> bytes:
-    """A line without its end. Text stays readable; a lone surrogate, which UTF-8 has not, is an escape."""
+    """A line without its end, valid JSON whatever it holds.
+
+    Text stays readable; a lone surrogate, which UTF-8 has not, is an escape. What JSON has not, such as an
+    infinity in a table's column, is null.
+    """
     try:
-        return json.dumps(fields, ensure_ascii=False).encode()
+        text = json.dumps(fields, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_without_infinities(fields), ensure_ascii=False, allow_nan=False)
+    try:
+        return text.encode()
     except UnicodeEncodeError:
-        return json.dumps(fields).encode()
+        return json.dumps(json.loads(text)).encode()
+
+
+def _without_infinities(value: Any) -> Any:
+    if isinstance(value, float):
+        return _finite(value)
+    if isinstance(value, Mapping):
+        return {name: _without_infinities(item) for name, item in value.items()}
+    return [_without_infinities(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def kind_of(value: Any) -> str:
@@ -144,8 +198,31 @@ def kind_of(value: Any) -> str:
     return "number" if type(value) in (int, float) else _KINDS.get(type(value), type(value).__name__)
 
 
+def check_column(name: str, *, carry: bool) -> None:
+    """Whether a column is a field, or one that is handed through.
+
+    Raises:
+        RowError: it is neither; it seems to be meant for a field; or a field of the answer has its name.
+    """
+    if name in FIELDS:
+        return
+    # A column may be called what it likes, but not almost like a field, or as another program calls one.
+    close = meant(name, SAMPLING) if name in MEANT else meant(name, FIELDS, cutoff=0.9)
+    if close is not None:
+        raise RowError(f"there is no field {shown(name)}; did you mean {close} (rename the column if not)")
+    if not carry:
+        raise RowError(f"there is no field {shown(name)}; fields are {', '.join(FIELDS)}")
+    if name in ANSWER:
+        raise RowError(f"the answer has a field {shown(name)} of its own; rename the column")
+
+
+def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
 def _own_names(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: fields[name] for name in PASSED_THROUGH if name in fields}
+    """What is handed through."""
+    return {name: value for name, value in fields.items() if name not in CONSUMED and name not in ANSWER}
 
 
 def _sample(output: Output, params: SamplingParams, with_text: bool) -> dict[str, Any]:
@@ -198,8 +275,18 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
+def _float(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise RowError(
+            f"the row has the number {text[:20]}, which is beyond those of 64-bit floats; write it as text"
+        )
+    return value
+
+
 def _no_number(text: str) -> Any:
     raise RowError(f"the row is not JSON: {text} is no number there")
 
 
+_ROUTING: Mapping[str, Checker] = {"priority": whole(-(2**63)), "extra_key": text_of}
 _KINDS = {str: "string", list: "list", dict: "object", bool: "boolean", type(None): "null"}

@@ -100,8 +100,8 @@ class LineSource:
 class TableSource:
     """A Parquet table."""
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._watched, self._table = path, _Watched(path), ParquetSource(path)
+    def __init__(self, path: Path, carry: bool = True) -> None:
+        self._path, self._watched, self._table = path, _Watched(path), ParquetSource(path, carry)
         self.names = self._table.names()  # Arrow types of the columns that are handed through
 
     def survey(self) -> Survey:
@@ -127,13 +127,13 @@ def is_parquet(path: Path) -> bool:
     return path.suffix.lower() in (".parquet", ".pq")
 
 
-def open_source(path: Path) -> Source:
-    """The input file.
+def open_source(path: Path, carry: bool = True) -> Source:
+    """The input file; ``carry`` as for :class:`ParquetSource`.
 
     Raises:
         JobError: a Parquet table that cannot be read or has unknown columns, or pyarrow is not installed.
     """
-    return TableSource(path) if is_parquet(path) else LineSource(path)
+    return TableSource(path, carry) if is_parquet(path) else LineSource(path)
 
 
 def _is_row(line: bytes) -> bool:

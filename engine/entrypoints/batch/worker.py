@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
 from makeready.engine.entrypoints.batch.base import Ask, Damaged, Done, Format, Numbered, RowError
 from makeready.engine.entrypoints.batch.openai import OpenAIFormat
 from makeready.engine.entrypoints.batch.rows import SAMPLING, RowFormat, encode, parse
-from makeready.engine.errors import RequestError
+from makeready.engine.errors import reason_of
+from makeready.engine.given import is_long
 from makeready.engine.llm import LLM
 from makeready.engine.request import Output, Request
 from makeready.engine.sampling import SamplingParams
-from makeready.engine.text.parts import TextError
 
 FORMATS: dict[str, Format] = {format.name: format for format in (RowFormat(), OpenAIFormat())}
 
@@ -21,8 +23,13 @@ FORMATS: dict[str, Format] = {format.name: format for format in (RowFormat(), Op
 AHEAD = 1024
 # Of these so many are read a step: a device that is running shall not wait for text to be tokenized.
 READ = 16
+# Between two looks at long texts, where nothing runs.
+IDLE_SECONDS = 0.1
 # Characters of an error: one that repeats what a row says may be as long as the row.
 TOLD = 1000
+
+
+_Prepared = tuple[SamplingParams, list[Request]]
 
 
 @dataclass
@@ -43,8 +50,10 @@ class Worker:
     Args:
         llm: what answers.
         format: how rows are written, a key of :data:`FORMATS`.
-        sampling: what rows that do not say otherwise ask for.
+        sampling: what rows that do not say otherwise ask for; parameters, or those of their fields that the job
+            sets. Without ``max_new_tokens`` among them each format has a limit of its own.
         template: variables of the chat template for rows of messages.
+        carry: hand further columns of rows through to their answers; else such rows are refused.
         told: of every sample that is final and, once, of every row that is refused.
     """
 
@@ -52,22 +61,29 @@ class Worker:
         self,
         llm: LLM,
         format: str,
-        sampling: SamplingParams,
+        sampling: SamplingParams | Mapping[str, Any],
         template: Mapping[str, Any] | None = None,
         told: Callable[[Output], None] = lambda output: None,
+        *,
+        carry: bool = True,
     ) -> None:
         self._llm = llm
-        self._format = FORMATS[format]
-        self._sampling = {name: getattr(sampling, name) for name in SAMPLING}
+        self._format = FORMATS[format] if carry or format != RowFormat.name else RowFormat(carry=False)
+        if isinstance(sampling, SamplingParams):
+            sampling = {name: getattr(sampling, name) for name in SAMPLING}
+        self._sampling = dict(sampling)
         self._template = dict(template or {})
         self._told = told
         self._running: dict[int, tuple[_Entry, int]] = {}  # id of a request → its row and place
         self._refused: list[Done] = []
+        self._reading: dict[Future[_Prepared], tuple[int, Mapping[str, Any]]] = {}  # rows with long texts
+        # One thread: texts that are long enough for it take memory, 300 bytes a byte of text.
+        self._reader = ThreadPoolExecutor(1, "makeready reader")
 
     @property
     def busy(self) -> bool:
         """Whether any row is not final or not handed back."""
-        return bool(self._running or self._refused)
+        return bool(self._running or self._refused or self._reading)
 
     @property
     def depth(self) -> int:
@@ -77,8 +93,8 @@ class Worker:
     @property
     def room(self) -> int:
         """Rows that it should be given before the next step."""
-        rows = self._llm.engine.limits.max_rows
-        return max(rows - len(self._running), min(READ, self.depth - len(self._running)), 0)
+        rows, taken = self._llm.engine.limits.max_rows, len(self._running) + len(self._reading)
+        return max(rows - taken, min(READ, self.depth - taken), 0)
 
     @property
     def output_tokens(self) -> int:
@@ -94,16 +110,26 @@ class Worker:
                     fields = row.fields
                     raise RowError(row.reason)
                 fields = parse(row) if isinstance(row, bytes) else row
-                self._submit(number, fields)
-            except (RequestError, TextError) as error:
-                self._refuse(number, fields, str(error))
-            except RowError as error:
-                self._refuse(number, fields, str(error), error.field)
-            except Exception as error:  # what nobody foresaw in one row must not cost the others their text
-                self._refuse(number, fields, f"the row cannot be read ({type(error).__name__}: {error})")
+                ask = self._format.read(fields)
+                if any(map(is_long, ask.prompts)):
+                    self._reading[self._reader.submit(self._prepare, ask)] = number, fields
+                else:
+                    self._submit(number, fields, *self._prepare(ask))
+            except (
+                BaseException
+            ) as error:  # what nobody foresaw in one row must not cost the others their text
+                self._refuse(number, fields, error)
 
     def step(self) -> list[Done]:
         """Run one step of the engine; returns the rows that are final now."""
+        if self._reading and not (self._running or self._refused):
+            wait(self._reading, IDLE_SECONDS, FIRST_COMPLETED)
+        for future in [future for future in self._reading if future.done()]:
+            number, fields = self._reading.pop(future)
+            try:
+                self._submit(number, fields, *future.result())
+            except BaseException as error:
+                self._refuse(number, fields, error)
         done, self._refused = self._refused, []
         if self._running:
             for request in self._llm.engine.step():
@@ -115,10 +141,23 @@ class Worker:
                     done.append(self._answer(entry))
         return done
 
-    def _submit(self, number: int, fields: Mapping[str, Any]) -> None:
-        ask = self._format.read(fields)
-        params = SamplingParams.from_mapping({**self._sampling, **ask.sampling})
-        requests = [request for prompt in ask.prompts for request in self._requests(ask, prompt, params)]
+    def _prepare(self, ask: Ask) -> _Prepared:
+        """The requests of a row; may run in a thread."""
+        asked = {**self._sampling, **ask.sampling}
+        limited, context = "max_new_tokens" in asked, self._llm.plan.limits.context_len
+        params = SamplingParams.from_mapping({"max_new_tokens": ask.max_new_tokens or context} | asked)
+        requests: list[Request] = []
+        for prompt in ask.prompts:
+            if ask.kind == "messages":
+                prompt = self._llm.render(prompt, **{**self._template, **ask.template})
+            if not limited and ask.max_new_tokens is None:
+                params = dataclasses.replace(params, max_new_tokens=max(1, context - len(prompt)))
+            requests += self._llm.requests(prompt, params, **ask.routing)
+        return params, requests
+
+    def _submit(
+        self, number: int, fields: Mapping[str, Any], params: SamplingParams, requests: list[Request]
+    ) -> None:
         entry = _Entry(number, fields, params, requests, len(requests), [None] * len(requests))
         submitted: list[Request] = []
         try:
@@ -131,27 +170,29 @@ class Worker:
             raise
         self._running |= {id(request): (entry, place) for place, request in enumerate(requests)}
 
-    def _requests(self, ask: Ask, prompt: Any, params: SamplingParams) -> list[Request]:
-        if ask.kind == "messages":
-            prompt = self._llm.render(prompt, **{**self._template, **ask.template})
-        return self._llm.requests(prompt, params, **ask.routing)
-
     def _answer(self, entry: _Entry) -> Done:
         outputs = [output for output in entry.outputs if output is not None]
         failed = next((output.error for output in outputs if output.error is not None), None)
         if failed is not None:
             return self._refused_row(entry.number, entry.fields, failed)
-        made = self._format.answer(entry.fields, outputs, entry.params, self._llm.tokenizer, entry.number)
+        try:
+            made = self._format.answer(entry.fields, outputs, entry.params, self._llm.tokenizer, entry.number)
+            answer = encode(made)
+        except BaseException as error:
+            reason = reason_of(error, "the row's answer cannot be written")
+            return self._refused_row(entry.number, entry.fields, reason)
         return Done(
             entry.number,
-            encode(made),
+            answer,
             failed=False,
             prompt_tokens=sum(output.prompt_tokens for output in outputs),
             cached_tokens=sum(output.meta_info["cached_tokens"] for output in outputs),
             output_tokens=sum(output.completion_tokens for output in outputs),
         )
 
-    def _refuse(self, number: int, fields: Mapping[str, Any], message: str, name: str | None = None) -> None:
+    def _refuse(self, number: int, fields: Mapping[str, Any], error: BaseException) -> None:
+        message = reason_of(error, "the row cannot be read")
+        name = error.field if isinstance(error, RowError) else None
         self._refused.append(self._refused_row(number, fields, message, name))
         self._told(Output.refused(message))
 
@@ -159,4 +200,9 @@ class Worker:
         self, number: int, fields: Mapping[str, Any], message: str, name: str | None = None
     ) -> Done:
         message = message if len(message) <= TOLD else f"{message[: TOLD // 2]} ... {message[-TOLD // 2 :]}"
-        return Done(number, encode(self._format.refusal(fields, message, name, number)), failed=True)
+        try:
+            answer = encode(self._format.refusal(fields, message, name, number))
+        except BaseException as error:  # a name that cannot be written; the row is known by its line
+            message = f"{message}; {reason_of(error, 'its columns cannot be handed through')}"
+            answer = encode(self._format.refusal({}, message, name, number))
+        return Done(number, answer, failed=True)

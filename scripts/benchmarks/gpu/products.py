@@ -105,7 +105,7 @@ def build(product: Product, target: Target, *, keep: int) -> Built:
     with tempfile.TemporaryDirectory() as cache:
         made = emit(
             {EXTEND: LoweredProgram(EXTEND, (launch,), buffers)},
-            weights,
+            {EXTEND: weights},
             (bucket,),
             target,
             context=1024,
