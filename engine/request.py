@@ -135,7 +135,6 @@ class Request:
     _page_keys: list[int] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        params = self.sampling
         if self._stops:  # what cannot be understood is refused here, not while it runs
             self._matcher()
         self._begin_scoring()
