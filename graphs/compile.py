@@ -20,7 +20,7 @@ from makeready.graphs.ir import Program
 from makeready.graphs.lower import lower, place_weights
 from makeready.graphs.models import family
 from makeready.graphs.passes import rewrite
-from makeready.graphs.passes.specialize import specialize
+from makeready.graphs.passes.expand import expand
 from makeready.graphs.plan import LOAD, SCHEMA, LoweredProgram, Memory, Options, Plan, PlanError
 from makeready.graphs.plan_cache import cache_folder
 from makeready.graphs.quant.fp8 import FP8, quantize_linears
@@ -65,8 +65,8 @@ class Traced:
         """Make each phase's program and rewrite it."""
         programs, options = {}, self.options
         for phase in self.limits.phases:
-            special = specialize(self.program, phase, deterministic=options.deterministic)
-            programs[phase] = rewrite(verify(special, after="specialize"), disabled=options.disabled_passes)
+            expanded = expand(self.program, phase, deterministic=options.deterministic)
+            programs[phase] = rewrite(verify(expanded, after="expand"), disabled=options.disabled_passes)
         if options.deterministic:
             verify_alike(programs)
         return Lowered(self, programs)
@@ -113,6 +113,7 @@ class Lowered:
             programs[phase], nbytes = lower(
                 program, t.target, largest, stored, deterministic=t.options.deterministic
             )
+            memory.prove_places(programs[phase].buffers, (b for b in buckets if b.phase == phase), largest)
             arena = max(arena, nbytes)
         weights, weight_bytes = place_weights(list(stored.values()))
         loading = loading_of(weights) if t.target.is_cuda else None

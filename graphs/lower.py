@@ -15,8 +15,6 @@ from makeready.graphs.targets import Target
 from makeready.kernels import registry
 from makeready.kernels.spec import DTYPE_BYTES
 
-VIEW = "columns"  # the one op that moves nothing: an offset and a stride into its operand
-
 
 @dataclass(frozen=True)
 class _View:
@@ -47,8 +45,12 @@ def lower(
     views = _views(program)
     launches = []
     for call in program.calls:
-        if call.op == VIEW:
+        if call.contract.view is not None:
             continue
+        if call.contract.expands:
+            raise PlanError(
+                f"{call.op} is to be expanded for steps of kind {program.phase} before it is lowered"
+            )
         specs = program.operand_specs(call)
         try:
             chosen = registry.choose(call.op, target.name, specs, call.attrs, invariant=invariant)
@@ -92,8 +94,8 @@ def _stored(param: Param, layout: str, stored: dict[bytes, Param]) -> str:
 def _views(program: Program) -> dict[str, _View]:
     views: dict[str, _View] = {}
     for call in program.calls:
-        if call.op == VIEW:
-            source, start = call.operands["x"], call.attrs["start"]
+        if call.contract.view is not None:
+            (source,), start = call.operands.values(), call.attrs[call.contract.view]
             outer = views.get(source, _View(source, 0))
             views[call.result] = _View(outer.base, outer.start + start)
     return views
@@ -115,6 +117,11 @@ def _place(
     outside = {v.base for v in views.values()} - temps
     if outside:
         raise PlanError(f"columns of {min(outside)} are taken, which is not a temporary value")
+    returned = views.keys() & set(program.results.values())
+    if returned:
+        raise PlanError(
+            f"{min(returned)} is a view and a result of the step, which the host reads as a whole"
+        )
     offsets, nbytes = assign(
         [Interval(n, program.spec(n).nbytes(largest.sizes), first[n], last[n]) for n in bases]
     )
@@ -122,7 +129,9 @@ def _place(
     for name, view in views.items():
         if view.base in buffers:
             base = buffers[view.base]
-            width = int(base.spec.shape[-1])
+            width = base.spec.shape[-1]
+            if not isinstance(width, int):
+                raise PlanError(f"columns of {view.base} are taken, whose rows are as long as {width}")
             offset = base.offset + view.start * DTYPE_BYTES[base.spec.dtype]
             buffers[name] = replace(base, spec=program.spec(name), offset=offset, row_stride=width)
     return buffers, nbytes

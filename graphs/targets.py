@@ -50,12 +50,26 @@ class Target:
         """Whether plans for it hold compiled kernels."""
         return self.arch > 0
 
+    def rate(self, dtype: str) -> float:
+        """Multiply-add rate of ``dtype``, operations a second.
+
+        Raises:
+            PlanError: it is not known.
+        """
+        if dtype not in self.flops:
+            raise PlanError(
+                f"the cost model of {self.name} knows no rate for {dtype}, only for {', '.join(self.flops)}; "
+                "add it to graphs/targets.py"
+            )
+        return self.flops[dtype]
+
 
 # Two AVX2 cores: 20 GB/s and 150 GFLOP/s were seen with fp16-packed weights, 15 µs an op through PyTorch.
+# 8-bit floats are widened to fp32 and multiplied as that.
 _CPU = Target(
     name="cpu",
     bandwidth=20e9,
-    flops={"float32": 100e9, "bfloat16": 150e9, "float16": 150e9},
+    flops={"float32": 100e9, "bfloat16": 150e9, "float16": 150e9, "float8_e4m3fn": 100e9},
     launch_seconds=15e-6,
     activation_dtype="float32",
     page_size=16,

@@ -43,7 +43,7 @@ def trace(
         vector_dtype: dtype that norms and biases are stored in; generated constants are float32.
 
     Returns:
-        The most general of ``limits.phases``; ``passes/specialize.py`` derives the others.
+        The most general of ``limits.phases``; ``passes/expand.py`` makes each kind's of it.
     """
     phase = limits.phases[-1]
     values = {f.name: Value(f.name, f.spec, STEP) for f in step_fields(limits, phase)}

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import zip_longest
 from typing import Any
 
-from makeready.graphs.ir import KV, PARAM, SLOT, TEMP, Program
+from makeready.graphs.ir import KV, PARAM, SLOT, STEP, TEMP, Program
 from makeready.graphs.spec import TARGET_RESULTS
 from makeready.kernels.contract import CONTRACTS, ContractError
 
@@ -49,7 +49,8 @@ def _calls_of_a_token(program: Program) -> Iterator[tuple[str, dict[str, str], d
     """Op, parameters and attributes of the calls that a sampled token and its log-probability come from."""
     reported = {program.results.get(result) for result in TARGET_RESULTS}
     for call in program.calls:
-        if call.op in ("columns", "gather_last") or reported & set(call.results.values()):
+        op = call.contract
+        if op.view is not None or op.selects_rows is not None or reported & set(call.results.values()):
             continue
         params = {k: v for k, v in call.operands.items() if program.values[v].kind == PARAM}
         yield call.op, params, dict(call.attrs)
@@ -109,6 +110,15 @@ def caches_are_written_before_they_are_read(program: Program) -> Iterator[str]:
                 yield f"{call.op} reads {value} before this step's keys and values are in it"
 
 
+def sizes_are_of_the_step(program: Program) -> Iterator[str]:
+    """Temps grow with what is staged for a step alone, parameters with nothing."""
+    staged = {axis for v in program.values.values() if v.kind == STEP for axis in v.spec.axes}
+    for name, value in program.values.items():
+        known = staged if value.kind == TEMP else frozenset() if value.kind == PARAM else value.spec.axes
+        for axis in sorted(value.spec.axes - known):
+            yield f"{name} is {value.spec}, and nothing that is staged for the step has an axis {axis}"
+
+
 def params_have_recipes(program: Program) -> Iterator[str]:
     for name, value in program.values.items():
         if value.kind == PARAM and name not in program.params:
@@ -128,6 +138,7 @@ RULES: tuple[Callable[[Program], Iterator[str]], ...] = (
     every_op_has_a_contract,
     temps_are_defined_once_and_before_use,
     calls_meet_their_contracts,
+    sizes_are_of_the_step,
     only_slots_and_caches_are_written,
     caches_are_written_before_they_are_read,
     params_have_recipes,

@@ -63,6 +63,10 @@ class Size:
             else:  # ceil((ceil(a / b) + c) / d) = ceil((a + b*c) / (b*d))
                 times, plus, over = axis.times, axis.plus + plus * axis.over, axis.over * over
             axis = axis.axis
+        if isinstance(axis, Size):  # whole steps that the inner shift makes belong to the outer one
+            steps = -(-axis.plus // axis.over)
+            plus += times * steps
+            axis = Size(axis.axis, axis.times, axis.plus - steps * axis.over, axis.over) if steps else axis
         for name, part in (("axis", axis), ("times", times), ("plus", plus), ("over", over)):
             object.__setattr__(self, name, part)
 

@@ -12,7 +12,7 @@ from tiny_programs import CONFIGS, Machine, Weights, steps, traced
 from makeready.graphs.compile import Traced
 from makeready.graphs.ir import Program
 from makeready.graphs.passes import REWRITES, rewrite
-from makeready.graphs.passes.specialize import specialize
+from makeready.graphs.passes.expand import expand
 from makeready.graphs.spec import DECODE, EXTEND
 from makeready.graphs.verify import verify
 
@@ -54,7 +54,7 @@ def general(name: str) -> list[dict[str, torch.Tensor]]:
 def test_passes_change_nothing(name, disabled):
     program = model(name)[0].program
     programs = {
-        phase: rewrite(verify(specialize(program, phase), after="specialize"), disabled=disabled)
+        phase: rewrite(verify(expand(program, phase), after="expand"), disabled=disabled)
         for phase in (EXTEND, DECODE)
     }
     for made, wanted in zip(run(name, programs), general(name), strict=True):

@@ -11,14 +11,14 @@ from tiny_programs import LLAMA, QWEN3, handmade, ops, traced
 
 from makeready.graphs.ir import Call, Program
 from makeready.graphs.passes import REWRITES, rewrite
+from makeready.graphs.passes.expand import expand
 from makeready.graphs.passes.fuse_add_norm import fuse_add_norm
 from makeready.graphs.passes.fuse_qkv import fuse_qkv
 from makeready.graphs.passes.fuse_silu_mul import fuse_silu_mul
 from makeready.graphs.passes.hoist_gather import hoist_gather
 from makeready.graphs.passes.merge_linears import merge_linears
-from makeready.graphs.passes.specialize import specialize
 from makeready.graphs.recipe import Piece
-from makeready.graphs.spec import DECODE, EXTEND
+from makeready.graphs.spec import DECODE, EXTEND, SCORE
 from makeready.graphs.verify import verify
 from makeready.kernels import registry
 from makeready.kernels.spec import ROWS, TOKENS, TensorSpec
@@ -34,7 +34,7 @@ SELECTION_STEP = dict.fromkeys(SELECTION, ROW_INDEX)
 @cache
 def general(model: str = "llama", phase: str = EXTEND) -> Program:
     config = LLAMA | {"mlp_bias": True} if model == "llama" else QWEN3
-    return specialize(traced(config).program, phase)
+    return expand(traced(config).program, phase)
 
 
 def square(*names: str) -> dict[str, TensorSpec]:
@@ -329,7 +329,7 @@ def test_a_value_gathered_for_two_readers_is_gathered_once():
     assert ops(after) == ["gather_last", "rms_norm", "linear", "add"]
 
 
-# specialize
+# expand
 
 
 def test_decode_has_one_token_a_row():
@@ -337,4 +337,13 @@ def test_decode_has_one_token_a_row():
     assert not {"gather_last", "extend_attention"} & set(ops(program))
     assert ops(program).count("decode_attention") == LAYERS
     assert all(TOKENS not in value.spec.shape for value in program.values.values())
-    assert specialize(traced().program, EXTEND) == traced().program
+
+
+def test_other_steps_are_the_general_program_with_attention_of_any_rows():
+    general = traced(max_logprob_tokens=8).program
+    for kind in (EXTEND, SCORE):
+        program = expand(general, kind)
+        renamed = ["extend_attention" if op == "paged_attention" else op for op in ops(general)]
+        assert ops(program)[: len(renamed) - 1] == renamed[:-1]
+        assert (ops(program)[-1] == ops(program)[-2] == "token_logprobs") == (kind == SCORE)
+    assert expand(general, SCORE).results == general.results
