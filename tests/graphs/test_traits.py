@@ -1,0 +1,388 @@
+"""Passes know ops by the traits of their contracts alone: ops that a test declares go all the way.
+
+What a compiled program computes is held to the model written in plain torch here, with 8-bit floats made by
+PyTorch's own casts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_programs import LIMITS, LLAMA, Weights, _step, dummy, handmade, ops, traced
+from toy_ops import BLOCK, COPIES, SKIPPED, VOCABULARY, ToyModel, toy_ops
+
+from makeready.graphs.compile import Traced
+from makeready.graphs.cost import StepTime, call_cost, op_cost, program_cost
+from makeready.graphs.executable.cpu import CpuExecutable
+from makeready.graphs.ir import Call, Program
+from makeready.graphs.lower import lower
+from makeready.graphs.memory import prove_places
+from makeready.graphs.passes.expand import expand
+from makeready.graphs.passes.hoist_gather import hoist_gather
+from makeready.graphs.passes.merge_linears import merge_linears
+from makeready.graphs.plan import Buffer, PlanError
+from makeready.graphs.quant.fp8 import quantize_linears
+from makeready.graphs.quant.scheme import ON_LOAD
+from makeready.graphs.spec import DECODE, EXTEND, SCORE, Bucket, KVSpec
+from makeready.graphs.targets import find_target
+from makeready.graphs.trace import trace
+from makeready.graphs.verify import VerificationError, verify, verify_alike
+from makeready.kernels import registry
+from makeready.kernels.contract import CONTRACTS, contract
+from makeready.kernels.spec import DTYPE_BYTES, TensorSpec
+
+ROWS = [(0, 0, 5), (2, 0, 1), (1, 0, 4)]  # slot, tokens before, tokens now
+SELECTION = {"query_start": TensorSpec(("R",), "int32"), "query_len": TensorSpec(("R",), "int32")}
+
+
+@pytest.fixture
+def toys():
+    with toy_ops() as made:
+        yield made
+
+
+def toy_traced(toys: Any, quant: str | None, **request: Any) -> Traced:
+    """The toy model, traced in the place of a decoder."""
+    made = traced(LLAMA, **request)
+    model: Any = ToyModel(toys)
+    program = trace(model, made.limits, kv_parts=(), weight_dtype="float32", vector_dtype="float32")
+    program = verify(program, after="trace")
+    if quant is not None:
+        program = verify(quantize_linears(program, ON_LOAD[quant]), after="quantize_linears")
+    checkpoint = dummy(LLAMA)
+    checkpoint.declare(  # type: ignore[attr-defined]
+        {p.source: param.source_shape(p) for param in program.params.values() for p in param.pieces}
+    )
+    return replace(made, program=program, checkpoint=checkpoint, kv=KVSpec(made.limits.page_size, ()))
+
+
+def eighths(x: torch.Tensor) -> torch.Tensor:
+    """Rows of ``x`` through 8-bit floats with a scale each."""
+    scale = x.abs().amax(-1, keepdim=True) / 448
+    return (x / scale).to(torch.float8_e4m3fn).float() * scale
+
+
+def by_hand(checkpoint: Any, ids: torch.Tensor, quant: str | None) -> torch.Tensor:
+    """The toy model's logits of every token."""
+    embed, scale, a, b, head = (
+        torch.from_numpy(checkpoint.read(name)).float()
+        for name in ("embed.weight", "norm.weight", "a.weight", "b.weight", "lm_head.weight")
+    )
+    x = embed[ids.long()] * scale
+    if quant is not None:
+        x, a, b = eighths(x), eighths(a), eighths(b)
+    h = COPIES * (x @ a.T) * (x @ b.T)
+    return h[:, SKIPPED:] @ head.T
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
+@pytest.mark.parametrize("quant", [None, "fp8"])
+def test_ops_of_a_test_go_all_the_way(toys, quant, deterministic):
+    made = toy_traced(toys, quant, deterministic=deterministic)
+    plan = made.lower().compile()
+    executable = CpuExecutable(plan, made.checkpoint, pages=8)
+    generator = np.random.default_rng(0)
+    for bucket in plan.buckets:
+        ids = generator.integers(0, VOCABULARY, (made.limits.slots, made.limits.context_len))
+        rows = [(slot, 0, 1) for slot, *_ in ROWS] if bucket.phase == DECODE else ROWS
+        rows = rows[: bucket.rows]
+        if sum(count for *_, count in rows) > bucket.tokens:
+            rows = [(slot, 0, 1) for slot, *_ in rows]
+        step = {k: v.numpy() for k, v in _step(made.limits, bucket, ids, rows).items()}
+        executable.poison()
+        executable.launch(bucket, step).wait()
+        logits = executable.operand(bucket, "sample", "logits")
+        last = torch.tensor([ids[slot, count - 1] for slot, _, count in rows])
+        wanted = by_hand(made.checkpoint, last, quant)
+        torch.testing.assert_close(torch.from_numpy(logits[: len(rows)]), wanted, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("quant", [None, "fp8"])
+def test_each_trait_has_its_effect(toys, quant):
+    programs = toy_traced(toys, quant).lower().programs
+    body = {DECODE: ["toy_times"], EXTEND: ["toy_repeat", "toy_fold", "gather_last"]}
+    project = ["toy_scale_quantize", "toy_project_fp8"] if quant else ["toy_scale", "toy_project"]
+    for kind, program in programs.items():
+        assert ops(program) == [
+            "load_tokens", "embedding", *project,  # quantized in one, a and b merged
+            "columns", "columns", "multiply", *body[kind], "toy_tail", "toy_project",
+            "sample", "token_logprobs",
+        ]  # fmt: skip
+    plan = toy_traced(toys, quant).lower().compile()
+    launched = Counter(launch.op for program in plan.programs.values() for launch in program.launches)
+    assert not {"toy_tail", "columns", "toy_mix"} & launched.keys(), (
+        "views and what was expanded are no launches"
+    )
+    copies = next(b for n, b in plan.programs[EXTEND].buffers.items() if n.endswith(".copies"))
+    assert str(copies.spec) == f"float32[T*{COPIES}, 40]"
+    tokens = next(b for n, b in plan.programs[EXTEND].buffers.items() if n.endswith(".tokens"))
+    assert str(tokens.spec) == f"int32[cdiv(T,{BLOCK})]"
+
+
+def test_deterministic_plans_keep_one_op(toys):
+    made = toy_traced(toys, None, deterministic=True)
+    programs = made.lower().programs
+    assert all({"toy_repeat", "toy_fold"} <= set(ops(p)) for p in programs.values())
+    copies = next(n for n in programs[DECODE].values if n.endswith(".copies"))
+    assert str(programs[DECODE].spec(copies)) == f"float32[R*{COPIES}, 40]"
+    with pytest.raises(VerificationError, match="compute tokens differently"):
+        verify_alike(toy_traced(toys, None).lower().programs)
+
+
+def test_a_selection_is_hoisted_and_is_the_row_where_rows_have_one_token(toys):
+    calls = [
+        Call("toy_scale", {"x": "x", "weight": "w"}, {"y": "scaled"}),
+        Call("toy_tail", {"x": "scaled"}, {"y": "tail"}, {"start": 2}),
+        Call("add", {"x": "tail", "y": "tail"}, {"z": "sum"}),
+        Call("toy_first", {"x": "sum", "query_start": "query_start"}, {"y": "first"}),
+    ]
+    step = {"x": TensorSpec(("T", 8), "float32"), **SELECTION}
+    program = handmade(calls, step=step, params={"w": TensorSpec((8,), "float32")}, results=["first"])
+    hoisted = verify(hoist_gather(program), after="hoist_gather")
+    assert ops(hoisted) == ["toy_first", "toy_scale", "toy_tail", "add"]
+    assert hoisted.spec(hoisted.results["first"]).shape == ("R", 6)
+    decode = verify(expand(program, DECODE), after="expand")
+    assert ops(decode) == ["toy_scale", "toy_tail", "add"]
+    assert decode.spec(decode.results["first"]).shape == ("R", 6)
+    x, w = torch.randn(7, 8), torch.randn(8)
+    wanted = 2 * (x * w)[[0, 5], 2:]
+    assert torch.equal(run(hoisted, {"x": x, "w": w, "query_start": torch.tensor([0, 5])})["first"], wanted)
+    assert torch.equal(run(decode, {"x": x[[0, 5]], "w": w})["first"], wanted)
+
+
+def test_a_selection_stays_below_what_sees_other_sizes_of_its_axis(toys):
+    """``toy_glance`` is row-wise in x, but reads three rows a token besides."""
+
+    @contract("x[T,C]:A copies[T*3,C]:A -> y[T,C]:A", rowwise="T")
+    def toy_glance(x, copies):
+        return x + copies[: len(x)]
+
+    calls = [
+        Call("toy_glance", {"x": "x", "copies": "copies"}, {"y": "glanced"}),
+        Call("toy_first", {"x": "glanced", "query_start": "query_start"}, {"y": "first"}),
+    ]
+    step = {"x": TensorSpec(("T", 8), "float32"), "copies": TensorSpec(("T*3", 8), "float32"), **SELECTION}
+    program = handmade(calls, step=step, params={}, results=["first"])
+    assert ops(hoist_gather(program)) == ["toy_glance", "toy_first"]
+
+
+def run(program: Program, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    for call in program.calls:
+        given = [values[call.operands[o.name]] for o in call.contract.inputs]
+        values[call.result] = call.contract.reference(*given, **call.attrs)
+    return {name: values[value] for name, value in program.results.items()}
+
+
+@pytest.mark.parametrize(("rows", "merged"), [((8, 16), 1), ((8, 7), 1), ((7, 8), 2), ((8, 6, 8), 3)])
+def test_operands_of_whole_blocks_are_merged(toys, rows, merged):
+    """A scale for every 4 outputs: another weight's may follow where a block ends."""
+
+    @contract("x[T,K]:A weight[N,K]:A scale[cdiv(N,block)]:float32 -> y[T,N]:A", merges="N", shares=("x",))
+    def toy_blocks(x, weight, scale, *, block: int):
+        return x @ (weight * scale.repeat_interleave(block)[: len(weight), None]).T
+
+    calls, params = [], {}
+    for i, n in enumerate(rows):
+        params |= {f"w{i}": TensorSpec((n, 5), "float32"), f"s{i}": TensorSpec((-(-n // 4),), "float32")}
+        operands = {"x": "x", "weight": f"w{i}", "scale": f"s{i}"}
+        calls.append(Call("toy_blocks", operands, {"y": f"y{i}"}, {"block": 4}))
+    results = [f"y{i}" for i in range(len(rows))]
+    program = handmade(calls, step={"x": TensorSpec(("T", 5), "float32")}, params=params, results=results)
+    after = verify(merge_linears(program), after="merge_linears")
+    assert ops(after).count("toy_blocks") == merged
+    weights, x = Weights(), torch.randn(3, 5)
+    before, made = (
+        run(p, {"x": x} | {name: weights.param(param) for name, param in p.params.items()})
+        for p in (program, after)
+    )
+    for name in results:
+        torch.testing.assert_close(made[name], before[name])
+
+
+@pytest.mark.parametrize("plus", ["N+1", "N*2"])
+def test_what_does_not_tile_is_not_merged(toys, plus):
+    """Of ``N+1`` rows each, two weights have one too many for a merged call; of ``N*2`` they have as many."""
+
+    @contract(f"x[T,K]:A weight[{plus},K]:A b[N]:A -> y[T,N]:A", merges="N", shares=("x",))
+    def toy_more(x, weight, b):
+        raise NotImplementedError
+
+    rows = 7 if plus == "N+1" else 12
+    params = {f"w{i}": TensorSpec((rows, 5), "float32") for i in (0, 1)}
+    params |= {f"b{i}": TensorSpec((6,), "float32") for i in (0, 1)}
+    calls = [Call("toy_more", {"x": "x", "weight": f"w{i}", "b": f"b{i}"}, {"y": f"y{i}"}) for i in (0, 1)]
+    program = handmade(
+        calls, step={"x": TensorSpec(("T", 5), "float32")}, params=params, results=["y0", "y1"]
+    )
+    assert ops(merge_linears(program)).count("toy_more") == (2 if plus == "N+1" else 1)
+
+
+def expanding(**expands: Any) -> Program:
+    @contract("x[T,C]:A -> y[T,C]:A", expands=expands)
+    def toy_expanding(x):
+        return x
+
+    calls = [Call("toy_expanding", {"x": "x"}, {"y": "y"})]
+    return handmade(calls, step={"x": TensorSpec(("T", 8), "float32")}, params={}, results=["y"])
+
+
+def becomes(op: str, **changes: Any) -> Any:
+    return lambda program, call: [replace(call, op=op, **changes)]
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (becomes("toy_expanding"), "becomes itself in steps of kind extend"),
+        (becomes("toy_tail", attrs={"start": 1}), r"y becomes float32\[T, 7\], it was float32\[T, 8\]"),
+        (becomes("silu", results={"y": "z"}), r"y becomes nothing, it was float32\[T, 8\]"),
+        (becomes("silu", operands={"x": "missing"}), "becomes silu: 'missing'"),
+        (becomes("add"), "becomes add"),
+        (lambda program, call: [], "y becomes nothing"),
+    ],
+)
+def test_wrong_expansions_are_named(toys, function, message):
+    program = expanding(extend=function)
+    with pytest.raises(VerificationError, match=f"^after expand, toy_expanding.*{message}"):
+        expand(program, EXTEND)
+
+
+def test_an_op_that_says_nothing_of_a_kind_is_named(toys):
+    program = expanding(decode=becomes("silu"))
+    assert ops(expand(program, DECODE)) == ["silu"]
+    for kind, deterministic in ((SCORE, False), (DECODE, True)):
+        with pytest.raises(VerificationError, match="toy_expanding says nothing of steps of kind"):
+            expand(program, kind, deterministic=deterministic)
+
+
+def test_what_an_op_becomes_may_become_something_else(toys):
+    program = expanding(**{"*": becomes("toy_mix", attrs={"k": 2, "block": 4})})
+    assert ops(expand(program, EXTEND)) == ["toy_repeat", "toy_fold"]
+    assert ops(expand(program, DECODE)) == ["toy_times"]
+
+
+def test_what_was_not_expanded_is_not_lowered(toys):
+    with pytest.raises(PlanError, match="toy_expanding is to be expanded for steps of kind extend"):
+        lower(expanding(extend=becomes("silu")), find_target("cpu"), Bucket(EXTEND, 2, 4), {})
+
+
+def test_what_cannot_be_a_view_is_named(toys):
+    x = TensorSpec(("T", 8), "float32")
+    target, bucket = find_target("cpu"), Bucket(EXTEND, 2, 4)
+    tail = Call("toy_tail", {"x": "made"}, {"y": "tail"}, {"start": 2})
+    made = Call("silu", {"x": "x"}, {"y": "made"})
+    reader = Call("silu", {"x": "tail"}, {"y": "y"})
+    outside = handmade([replace(tail, operands={"x": "x"}), reader], step={"x": x}, params={}, results=["y"])
+    with pytest.raises(PlanError, match="columns of x are taken, which is not a temporary value"):
+        lower(outside, target, bucket, {})
+    with pytest.raises(PlanError, match="tail is a view and a result of the step"):
+        lower(handmade([made, tail], step={"x": x}, params={}, results=["tail"]), target, bucket, {})
+    step = {"x": TensorSpec((4, "T*2+2"), "float32"), "positions": TensorSpec(("T",), "int32")}
+    growing = handmade([made, tail, reader], step=step, params={}, results=["y"])
+    with pytest.raises(PlanError, match=r"columns of made are taken, whose rows are as long as T\*2\+2"):
+        lower(growing, target, bucket, {})
+
+
+# costs
+
+
+def elements(spec: TensorSpec, sizes: dict[str, int]) -> int:
+    count = 1
+    for dim in spec.shape:
+        count *= eval(str(dim), {**sizes, "cdiv": lambda a, b: -(-a // b)})
+    return count
+
+
+def test_costs_are_those_of_loops_over_the_program(toys):
+    """Bytes and operations of the toy program, counted one call at a time from what the ops are."""
+    made = toy_traced(toys, "fp8")
+    program = made.lower().programs[EXTEND]
+    target = find_target("cpu")
+    for bucket in (Bucket(EXTEND, 1, 1), Bucket(EXTEND, 2, 9), Bucket(EXTEND, 4, 16)):
+        rows, tokens = bucket.rows, bucket.tokens
+        expected = {
+            "toy_scale_quantize": (5 * tokens * 24, "float32"),
+            "toy_project_fp8": (2 * tokens * 80 * 24, "float8_e4m3fn"),
+            "multiply": (tokens * 40, "float32"),
+            "toy_repeat": (min(tokens, 40) * COPIES, "float32"),
+            "toy_fold": (tokens * COPIES * 40, "float32"),
+            "toy_project": (2 * rows * 61 * 32, "float32"),
+        }
+        seconds = 0.0
+        for call in program.calls:
+            cost = call_cost(program, call, bucket, 16, target)
+            if call.op in expected:
+                flops, dtype = expected[call.op]
+                values = (*call.operands.values(), *call.results.values())
+                nbytes = sum(
+                    elements(program.spec(v), bucket.sizes) * DTYPE_BYTES[program.spec(v).dtype]
+                    for v in values
+                )
+                assert (cost.flops, cost.nbytes) == (flops, nbytes), call.op
+                bound = max(nbytes / target.bandwidth, flops / target.flops[dtype])
+                assert cost.seconds == pytest.approx(bound + target.launch_seconds)
+            if call.op not in ("columns", "toy_tail"):
+                seconds += cost.seconds
+        assert program_cost(program, bucket, 16, target).seconds == pytest.approx(seconds)
+        assert StepTime(program, target, 16)(bucket) == pytest.approx(seconds)
+
+
+def test_calls_that_differ_in_attributes_alone_differ_in_cost(toys):
+    @contract("x[T,C]:A -> y[T,C]:A", flops="T*C*k")
+    def toy_mixed_cost(x, *, k: int):
+        return x
+
+    calls = [Call("toy_mixed_cost", {"x": "x"}, {"y": f"y{k}"}, {"k": k}) for k in (1, 10**9)]
+    results = ["y1", "y1000000000"]
+    x = {"x": TensorSpec(("T", 8), "float32")}
+    program = handmade(calls, step=x, params={}, results=results)
+    bucket, target = Bucket(EXTEND, 1, 4), find_target("cpu")
+    assert StepTime(program, target, 1)(bucket) == pytest.approx(
+        sum(call_cost(program, call, bucket, 1, target).seconds for call in program.calls)
+    )
+    assert StepTime(program, target, 1)(bucket) > 4 * 8 * 10**9 / target.flops["float32"]
+
+
+@pytest.mark.parametrize("name", ["cpu", "sm_80", "sm_90a"])
+def test_a_dtype_without_a_rate_is_an_error(toys, name):
+    @contract("x[T,K]:int8 packed[N,K]:int8 -> y[T,N]:float32", flops="2*T*N*K", rate="packed")
+    def toy_int8(x, packed):
+        raise NotImplementedError
+
+    operands = {"x": TensorSpec(("T", 8), "int8"), "packed": TensorSpec((4, 8), "int8")}
+    results = [TensorSpec(("T", 4), "float32")]
+    target = find_target(name)
+    with pytest.raises(PlanError, match=f"{name} knows no rate for int8, only for float32"):
+        op_cost(toy_int8, operands, results, {}, Bucket(EXTEND, 1, 4), 16, target)
+    known = replace(target, flops={**target.flops, "int8": 7e12}, bandwidth=1e30, launch_seconds=0.0)
+    cost = op_cost(toy_int8, operands, results, {}, Bucket(EXTEND, 1, 4), 16, known)
+    assert cost.seconds == pytest.approx(2 * 4 * 4 * 8 / 7e12)
+
+
+def test_every_product_names_what_decides_its_rate():
+    registry.discover()
+    for name, op in CONTRACTS.items():
+        assert (op.rate is not None) == name.startswith(("linear", "paged_", "extend_", "decode_")), name
+
+
+# places
+
+
+def test_places_are_large_enough_in_all_buckets():
+    def buffer(shape: tuple[Any, ...]) -> Buffer:
+        return Buffer(TensorSpec(shape, "int8"), 0, None, 0, 1)
+
+    buckets = [Bucket(EXTEND, 2, 9), Bucket(EXTEND, 4, 9), Bucket(EXTEND, 1, 16)]
+    buffers = {"a": buffer(("T*3+1", 2)), "b": buffer(("cdiv(T,4)",)), "c": buffer(("R*2",))}
+    prove_places(buffers, buckets, Bucket(EXTEND, 4, 16))
+    with pytest.raises(PlanError, match=r"c takes 4 bytes in bucket extend-2x9 and has 2: .* extend-1x16"):
+        prove_places(buffers, buckets, Bucket(EXTEND, 1, 16))
+    prove_places({k: buffers[k] for k in "ab"}, buckets, Bucket(EXTEND, 1, 16))
+
+
+assert LIMITS["max_rows"] >= len(ROWS)
