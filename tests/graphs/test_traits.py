@@ -13,28 +13,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_programs import LIMITS, LLAMA, Weights, _step, dummy, handmade, ops, traced
-from toy_ops import BLOCK, COPIES, SKIPPED, VOCABULARY, ToyModel, toy_ops
+from tiny_programs import Weights, _step, handmade, ops
+from toy_ops import BLOCK, COPIES, SKIPPED, VOCABULARY, toy_ops, toy_traced
 
-from makeready.graphs.compile import Traced
-from makeready.graphs.cost import StepTime, call_cost, op_cost, program_cost
 from makeready.graphs.executable.cpu import CpuExecutable
 from makeready.graphs.ir import Call, Program
 from makeready.graphs.lower import lower
-from makeready.graphs.memory import prove_places
 from makeready.graphs.passes.expand import expand
 from makeready.graphs.passes.hoist_gather import hoist_gather
 from makeready.graphs.passes.merge_linears import merge_linears
-from makeready.graphs.plan import Buffer, PlanError
-from makeready.graphs.quant.fp8 import quantize_linears
-from makeready.graphs.quant.scheme import ON_LOAD
-from makeready.graphs.spec import DECODE, EXTEND, SCORE, Bucket, KVSpec
+from makeready.graphs.plan import PlanError
+from makeready.graphs.spec import DECODE, EXTEND, SCORE, Bucket
 from makeready.graphs.targets import find_target
-from makeready.graphs.trace import trace
 from makeready.graphs.verify import VerificationError, verify, verify_alike
-from makeready.kernels import registry
-from makeready.kernels.contract import CONTRACTS, contract
-from makeready.kernels.spec import DTYPE_BYTES, TensorSpec
+from makeready.kernels.contract import contract
+from makeready.kernels.spec import TensorSpec
 
 ROWS = [(0, 0, 5), (2, 0, 1), (1, 0, 4)]  # slot, tokens before, tokens now
 SELECTION = {"query_start": TensorSpec(("R",), "int32"), "query_len": TensorSpec(("R",), "int32")}
@@ -44,21 +37,6 @@ SELECTION = {"query_start": TensorSpec(("R",), "int32"), "query_len": TensorSpec
 def toys():
     with toy_ops() as made:
         yield made
-
-
-def toy_traced(toys: Any, quant: str | None, **request: Any) -> Traced:
-    """The toy model, traced in the place of a decoder."""
-    made = traced(LLAMA, **request)
-    model: Any = ToyModel(toys)
-    program = trace(model, made.limits, kv_parts=(), weight_dtype="float32", vector_dtype="float32")
-    program = verify(program, after="trace")
-    if quant is not None:
-        program = verify(quantize_linears(program, ON_LOAD[quant]), after="quantize_linears")
-    checkpoint = dummy(LLAMA)
-    checkpoint.declare(  # type: ignore[attr-defined]
-        {p.source: param.source_shape(p) for param in program.params.values() for p in param.pieces}
-    )
-    return replace(made, program=program, checkpoint=checkpoint, kv=KVSpec(made.limits.page_size, ()))
 
 
 def eighths(x: torch.Tensor) -> torch.Tensor:
@@ -286,103 +264,3 @@ def test_what_cannot_be_a_view_is_named(toys):
     growing = handmade([made, tail, reader], step=step, params={}, results=["y"])
     with pytest.raises(PlanError, match=r"columns of made are taken, whose rows are as long as T\*2\+2"):
         lower(growing, target, bucket, {})
-
-
-# costs
-
-
-def elements(spec: TensorSpec, sizes: dict[str, int]) -> int:
-    count = 1
-    for dim in spec.shape:
-        count *= eval(str(dim), {**sizes, "cdiv": lambda a, b: -(-a // b)})
-    return count
-
-
-def test_costs_are_those_of_loops_over_the_program(toys):
-    """Bytes and operations of the toy program, counted one call at a time from what the ops are."""
-    made = toy_traced(toys, "fp8")
-    program = made.lower().programs[EXTEND]
-    target = find_target("cpu")
-    for bucket in (Bucket(EXTEND, 1, 1), Bucket(EXTEND, 2, 9), Bucket(EXTEND, 4, 16)):
-        rows, tokens = bucket.rows, bucket.tokens
-        expected = {
-            "toy_scale_quantize": (5 * tokens * 24, "float32"),
-            "toy_project_fp8": (2 * tokens * 80 * 24, "float8_e4m3fn"),
-            "multiply": (tokens * 40, "float32"),
-            "toy_repeat": (min(tokens, 40) * COPIES, "float32"),
-            "toy_fold": (tokens * COPIES * 40, "float32"),
-            "toy_project": (2 * rows * 61 * 32, "float32"),
-        }
-        seconds = 0.0
-        for call in program.calls:
-            cost = call_cost(program, call, bucket, 16, target)
-            if call.op in expected:
-                flops, dtype = expected[call.op]
-                values = (*call.operands.values(), *call.results.values())
-                nbytes = sum(
-                    elements(program.spec(v), bucket.sizes) * DTYPE_BYTES[program.spec(v).dtype]
-                    for v in values
-                )
-                assert (cost.flops, cost.nbytes) == (flops, nbytes), call.op
-                bound = max(nbytes / target.bandwidth, flops / target.flops[dtype])
-                assert cost.seconds == pytest.approx(bound + target.launch_seconds)
-            if call.op not in ("columns", "toy_tail"):
-                seconds += cost.seconds
-        assert program_cost(program, bucket, 16, target).seconds == pytest.approx(seconds)
-        assert StepTime(program, target, 16)(bucket) == pytest.approx(seconds)
-
-
-def test_calls_that_differ_in_attributes_alone_differ_in_cost(toys):
-    @contract("x[T,C]:A -> y[T,C]:A", flops="T*C*k")
-    def toy_mixed_cost(x, *, k: int):
-        return x
-
-    calls = [Call("toy_mixed_cost", {"x": "x"}, {"y": f"y{k}"}, {"k": k}) for k in (1, 10**9)]
-    results = ["y1", "y1000000000"]
-    x = {"x": TensorSpec(("T", 8), "float32")}
-    program = handmade(calls, step=x, params={}, results=results)
-    bucket, target = Bucket(EXTEND, 1, 4), find_target("cpu")
-    assert StepTime(program, target, 1)(bucket) == pytest.approx(
-        sum(call_cost(program, call, bucket, 1, target).seconds for call in program.calls)
-    )
-    assert StepTime(program, target, 1)(bucket) > 4 * 8 * 10**9 / target.flops["float32"]
-
-
-@pytest.mark.parametrize("name", ["cpu", "sm_80", "sm_90a"])
-def test_a_dtype_without_a_rate_is_an_error(toys, name):
-    @contract("x[T,K]:int8 packed[N,K]:int8 -> y[T,N]:float32", flops="2*T*N*K", rate="packed")
-    def toy_int8(x, packed):
-        raise NotImplementedError
-
-    operands = {"x": TensorSpec(("T", 8), "int8"), "packed": TensorSpec((4, 8), "int8")}
-    results = [TensorSpec(("T", 4), "float32")]
-    target = find_target(name)
-    with pytest.raises(PlanError, match=f"{name} knows no rate for int8, only for float32"):
-        op_cost(toy_int8, operands, results, {}, Bucket(EXTEND, 1, 4), 16, target)
-    known = replace(target, flops={**target.flops, "int8": 7e12}, bandwidth=1e30, launch_seconds=0.0)
-    cost = op_cost(toy_int8, operands, results, {}, Bucket(EXTEND, 1, 4), 16, known)
-    assert cost.seconds == pytest.approx(2 * 4 * 4 * 8 / 7e12)
-
-
-def test_every_product_names_what_decides_its_rate():
-    registry.discover()
-    for name, op in CONTRACTS.items():
-        assert (op.rate is not None) == name.startswith(("linear", "paged_", "extend_", "decode_")), name
-
-
-# places
-
-
-def test_places_are_large_enough_in_all_buckets():
-    def buffer(shape: tuple[Any, ...]) -> Buffer:
-        return Buffer(TensorSpec(shape, "int8"), 0, None, 0, 1)
-
-    buckets = [Bucket(EXTEND, 2, 9), Bucket(EXTEND, 4, 9), Bucket(EXTEND, 1, 16)]
-    buffers = {"a": buffer(("T*3+1", 2)), "b": buffer(("cdiv(T,4)",)), "c": buffer(("R*2",))}
-    prove_places(buffers, buckets, Bucket(EXTEND, 4, 16))
-    with pytest.raises(PlanError, match=r"c takes 4 bytes in bucket extend-2x9 and has 2: .* extend-1x16"):
-        prove_places(buffers, buckets, Bucket(EXTEND, 1, 16))
-    prove_places({k: buffers[k] for k in "ab"}, buckets, Bucket(EXTEND, 1, 16))
-
-
-assert LIMITS["max_rows"] >= len(ROWS)

@@ -9,10 +9,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from tiny_programs import LLAMA, dummy, traced
 from torch import nn
 
+from makeready.graphs.compile import Traced
 from makeready.graphs.layers.inputs import Inputs
 from makeready.graphs.layers.parameter import parameter
+from makeready.graphs.quant.fp8 import quantize_linears
+from makeready.graphs.quant.scheme import ON_LOAD
+from makeready.graphs.trace import trace
+from makeready.graphs.verify import verify
 from makeready.kernels import elementwise, embedding, quantize
 from makeready.kernels.contract import ANY, CONTRACTS, Quantizes, Tolerance, contract
 
@@ -139,3 +145,20 @@ class ToyModel(nn.Module):
         h = elementwise.multiply(ops.toy_project(x, self.a), ops.toy_project(x, self.b))
         h = ops.toy_mix(h, k=COPIES, block=BLOCK)
         return ops.toy_project(ops.toy_tail(h, start=SKIPPED), self.head, out_dtype="float32")
+
+
+def toy_traced(toys: Any, quant: str | None, **request: Any) -> Traced:
+    """The toy model, traced in the place of a decoder."""
+    made = traced(LLAMA, **request)
+    model: Any = ToyModel(toys)
+    program = trace(
+        model, made.limits, kv_parts=made.kv.parts, weight_dtype="float32", vector_dtype="float32"
+    )
+    program = verify(program, after="trace")
+    if quant is not None:
+        program = verify(quantize_linears(program, ON_LOAD[quant]), after="quantize_linears")
+    checkpoint = dummy(LLAMA)
+    checkpoint.declare(  # type: ignore[attr-defined]
+        {p.source: param.source_shape(p) for param in program.params.values() for p in param.pieces}
+    )
+    return replace(made, program=program, checkpoint=checkpoint)
