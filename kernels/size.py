@@ -90,6 +90,9 @@ class Size:
         inner = axis if isinstance(self.axis, str) else self.axis.of(axis)
         return -(-(inner * self.times + self.plus) // self.over)
 
+    def __int__(self) -> int:
+        raise SizeError(f"{self} is not the same in all buckets, and a number is needed")
+
     def __add__(self, other: Size | int) -> Size:
         if isinstance(other, int):
             return Size(self, 1, other)

@@ -107,6 +107,11 @@ def test_specs_compute_their_shapes():
         spec.at({"R": 1})
 
 
+def test_a_size_is_no_number():
+    with pytest.raises(SizeError, match=r"T\*8\+3 is not the same in all buckets"):
+        int(Size("T", 8, 3))
+
+
 @pytest.mark.parametrize("dim", [-1, "T-1", "T*8-9", 1.5, None, True, "T*", "T R", Size("T", 1, -1)])
 def test_specs_of_no_size_are_refused(dim):
     with pytest.raises(ValueError, match="size"):
