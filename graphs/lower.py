@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from makeready.graphs.codec import canonical, to_json
-from makeready.graphs.ir import PARAM, TEMP, Program
+from makeready.graphs.ir import PARAM, TEMP, Columns, Program
 from makeready.graphs.memory import Interval, align, assign
 from makeready.graphs.plan import Buffer, Launch, LoweredProgram, PlanError, Weight
 from makeready.graphs.recipe import Param
@@ -14,14 +14,6 @@ from makeready.graphs.spec import Bucket
 from makeready.graphs.targets import Target
 from makeready.kernels import registry
 from makeready.kernels.spec import DTYPE_BYTES
-
-
-@dataclass(frozen=True)
-class _View:
-    """A value as columns ``start:`` of the rows of ``base``."""
-
-    base: str
-    start: int
 
 
 def lower(
@@ -91,18 +83,26 @@ def _stored(param: Param, layout: str, stored: dict[bytes, Param]) -> str:
     return stored.setdefault(content, replace(param, name=name, layout=layout)).name
 
 
-def _views(program: Program) -> dict[str, _View]:
-    views: dict[str, _View] = {}
+def _views(program: Program) -> dict[str, Columns]:
+    """By name of each view the columns of what is no view itself."""
+    views: dict[str, Columns] = {}
     for call in program.calls:
-        if call.contract.view is not None:
-            (source,), start = call.operands.values(), call.attrs[call.contract.view]
-            outer = views.get(source, _View(source, 0))
-            views[call.result] = _View(outer.base, outer.start + start)
+        seen = program.columns(call)
+        if seen is None and call.contract.view is not None:
+            width = program.spec(call.result).shape[-1]
+            raise PlanError(
+                f"{call.op} gives {call.result}, whose rows are as long as {width}; views have one width"
+            )
+        if seen is not None:
+            outer = views.get(seen.base)
+            shift = 0 if outer is None else outer.start
+            base = seen.base if outer is None else outer.base
+            views[call.result] = Columns(base, shift + seen.start, shift + seen.stop)
     return views
 
 
 def _place(
-    program: Program, launches: Sequence[Launch], views: Mapping[str, _View], largest: Bucket
+    program: Program, launches: Sequence[Launch], views: Mapping[str, Columns], largest: Bucket
 ) -> tuple[dict[str, Buffer], int]:
     """Arena buffers of all temps and views that the launches name."""
     first: dict[str, int] = {}
@@ -129,9 +129,7 @@ def _place(
     for name, view in views.items():
         if view.base in buffers:
             base = buffers[view.base]
-            width = base.spec.shape[-1]
-            if not isinstance(width, int):
-                raise PlanError(f"columns of {view.base} are taken, whose rows are as long as {width}")
+            width = int(base.spec.shape[-1])
             offset = base.offset + view.start * DTYPE_BYTES[base.spec.dtype]
             buffers[name] = replace(base, spec=program.spec(name), offset=offset, row_stride=width)
     return buffers, nbytes
