@@ -99,7 +99,7 @@ class Program:
         return found
 
     def columns(self, call: Call | None) -> Columns | None:
-        """What a call whose op is a view looks at; None for all others, and where it is not as wide in all buckets."""
+        """What a call whose op is a view looks at; None for other ops, and where buckets differ in its width."""
         if call is None or call.contract.view is None:
             return None
         (base,), start = call.operands.values(), int(call.attrs[call.contract.view])
