@@ -13,16 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_programs import Weights, _step, handmade, ops
+from tiny_programs import QWEN2, Weights, _step, handmade, ops, traced
 from toy_ops import BLOCK, COPIES, SKIPPED, VOCABULARY, toy_ops, toy_traced
 
 from makeready.graphs.executable.cpu import CpuExecutable
 from makeready.graphs.ir import Call, Program
 from makeready.graphs.lower import lower
 from makeready.graphs.passes.expand import expand
+from makeready.graphs.passes.fuse_quantize import fuse_quantize
 from makeready.graphs.passes.hoist_gather import hoist_gather
 from makeready.graphs.passes.merge_linears import merge_linears
 from makeready.graphs.plan import PlanError
+from makeready.graphs.quant.fp8 import quantize_linears
+from makeready.graphs.quant.scheme import ON_LOAD
 from makeready.graphs.spec import DECODE, EXTEND, SCORE, Bucket
 from makeready.graphs.targets import find_target
 from makeready.graphs.verify import VerificationError, verify, verify_alike
@@ -264,3 +267,41 @@ def test_what_cannot_be_a_view_is_named(toys):
     growing = handmade([made, tail, reader], step=step, params={}, results=["y"])
     with pytest.raises(PlanError, match=r"toy_tail gives tail, whose rows are as long as T\*2;"):
         lower(growing, target, bucket, {})
+
+
+def test_what_others_read_is_not_fused(toys):
+    calls = [
+        Call("toy_scale", {"x": "x", "weight": "w"}, {"y": "scaled"}),
+        Call("quantize_fp8", {"x": "scaled"}, {"q": "q", "scale": "s"}, {"group": 8}),
+        Call("silu", {"x": "scaled"}, {"y": "other"}),
+    ]
+    step, params = {"x": TensorSpec(("T", 8), "float32")}, {"w": TensorSpec((8,), "float32")}
+    alone = handmade(calls[:2], step=step, params=params, results=["q", "s"])
+    assert ops(fuse_quantize(alone)) == ["toy_scale_quantize"]
+    for results, count in ((["q", "s", "other"], 3), (["q", "s", "scaled"], 2)):
+        program = handmade(calls[:count], step=step, params=params, results=results)
+        assert fuse_quantize(program) == program
+
+
+def test_quantized_ops_give_what_the_wide_ones_gave(toys):
+    """The dtype that the result had, whether it was said or followed from the input."""
+    calls = [
+        Call("toy_project", {"x": "x", "weight": "w"}, {"y": "same"}, {"out_dtype": ""}),
+        Call("toy_project", {"x": "x", "weight": "v"}, {"y": "wide"}, {"out_dtype": "float32"}),
+    ]
+    params = dict.fromkeys("vw", TensorSpec((4, 8), "bfloat16"))
+    step = {"x": TensorSpec(("T", 8), "bfloat16")}
+    program = handmade(calls, step=step, params=params, results=["same", "wide"])
+    program = replace(program, params={k: replace(p, quantizable=True) for k, p in program.params.items()})
+    made = verify(quantize_linears(program, ON_LOAD["fp8"]), after="quantize_linears")
+    assert ops(made) == ["quantize_fp8", "toy_project_fp8", "toy_project_fp8"]
+    assert [made.spec(name).dtype for name in ("same", "wide")] == ["bfloat16", "float32"]
+
+
+def test_what_is_looked_up_stays_wide():
+    """Qwen2's head is its embedding: one tensor, which a lookup reads as it is."""
+    program = quantize_linears(traced(QWEN2).program, ON_LOAD["fp8"])
+    head = [c for c in program.calls if c.op == "linear"]
+    assert [c.operands["weight"] for c in head] == ["head"]
+    assert ops(program).count("linear_fp8") == 7 * QWEN2["num_hidden_layers"]
+    assert program.params["head"].spec.dtype == program.params["embedding"].spec.dtype

@@ -29,12 +29,11 @@ COPIES, BLOCK = 3, 4
 @contextmanager
 def toy_ops() -> Iterator[SimpleNamespace]:
     """The contracts by name, registered for as long as the context lasts."""
-    before = dict(CONTRACTS)
     try:
         yield SimpleNamespace(**_declared())
     finally:
-        CONTRACTS.clear()
-        CONTRACTS.update(before)
+        for name in [name for name in CONTRACTS if name.startswith("toy_")]:
+            del CONTRACTS[name]
 
 
 def _declared() -> dict[str, Any]:
