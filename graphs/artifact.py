@@ -138,7 +138,24 @@ def load(folder: str | Path) -> Plan:
         plan = from_json(Plan, data)
     except CodecError as error:
         raise PlanError(f"{folder}: {error}; compile the plan again") from None
+    _check_axes(plan, folder)
     return replace(plan, cubins={key: _machine_code(plan, key, folder) for key in plan.binaries})
+
+
+def _check_axes(plan: Plan, folder: Path) -> None:
+    """Check that what a plan places depends on axes that its buckets give a length."""
+    sizes = [(f"weights of {w.param.name}", w.param.spec, set[str]()) for w in plan.weights]
+    for bucket in {b.phase: b for b in plan.buckets}.values():
+        program = plan.programs.get(bucket.phase)
+        for name, buffer in program.buffers.items() if program is not None else ():
+            sizes.append((f"{name} of {bucket.phase} steps", buffer.spec, set(bucket.sizes)))
+    for what, spec, known in sizes:
+        if not spec.axes <= known:
+            axis = min(spec.axes - known)
+            raise PlanError(
+                f"{folder}: {what}: {spec} depends on axis {axis}, which nothing gives a length; "
+                "compile the plan again"
+            )
 
 
 def _read_tuned(folder: Path, made: str) -> Any:
