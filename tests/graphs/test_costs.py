@@ -101,9 +101,10 @@ def test_a_dtype_without_a_rate_is_an_error(toys, name):
     operands = {"x": TensorSpec(("T", 8), "int8"), "packed": TensorSpec((4, 8), "int8")}
     results = [TensorSpec(("T", 4), "float32")]
     target = find_target(name)
-    with pytest.raises(PlanError, match=f"{name} knows no rate for int8, only for float32"):
+    with pytest.raises(PlanError, match=f"{target.device.name} knows no rate for int8, only for float32"):
         op_cost(toy_int8, operands, results, {}, Bucket(EXTEND, 1, 4), 16, target)
-    known = replace(target, flops={**target.flops, "int8": 7e12}, bandwidth=1e30, launch_seconds=0.0)
+    device = replace(target.device, flops={**target.flops, "int8": 7e12}, bandwidth=1e30)
+    known = replace(target.on(device), launch_seconds=0.0)
     cost = op_cost(toy_int8, operands, results, {}, Bucket(EXTEND, 1, 4), 16, known)
     assert cost.seconds == pytest.approx(2 * 4 * 4 * 8 / 7e12)
 

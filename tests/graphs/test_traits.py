@@ -90,7 +90,7 @@ def test_each_trait_has_its_effect(toys, quant):
     project = ["toy_scale_quantize", "toy_project_fp8"] if quant else ["toy_scale", "toy_project"]
     for kind, program in programs.items():
         assert ops(program) == [
-            "locate", "embedding", *project,  # quantized in one, a and b merged
+            "locate", "find_pages", "embedding", *project,  # quantized in one, a and b merged
             "columns", "columns", "multiply", *body[kind], "toy_tail", "toy_project",
             "sample", "token_logprobs",
         ]  # fmt: skip
