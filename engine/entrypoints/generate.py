@@ -7,9 +7,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from makeready.engine.entrypoints.batch.base import JobError
 from makeready.engine.entrypoints.batch.identity import identity
 from makeready.engine.entrypoints.batch.job import Rows, open_input, run_local
-from makeready.engine.entrypoints.batch.journal import Journal
+from makeready.engine.entrypoints.batch.journal import Journal, Totals
 from makeready.engine.entrypoints.batch.on_ray import EngineSpec, Fleet
 from makeready.engine.entrypoints.batch.output import Files, open_journal, publish
 from makeready.engine.entrypoints.batch.rows import check_template
@@ -98,6 +99,7 @@ def run_file(job: GenerateJob, plan: Plan | None, prompts: Path, output: Path) -
     if not isinstance(journal, Journal):
         done = count_rows(journal.rows, journal.failed)
         _say(f"{output} is complete: {done}; overwrite=true would run them again")
+        _check_some_served(journal, output)
         return
     with journal, Rows(given, journal, files) as rows:
         if journal.totals.rows:
@@ -109,6 +111,13 @@ def run_file(job: GenerateJob, plan: Plan | None, prompts: Path, output: Path) -
         with rows.kept():
             publish(files, journal, named, names=given.names)
         _say(f"{rows.summary()}, written to {output}")
+        _check_some_served(journal.totals, output)
+
+
+def _check_some_served(totals: Totals, output: Path) -> None:
+    """A job of which every row failed has failed: whatever comes behind it in a pipeline has nothing to work on."""
+    if totals.rows == totals.failed:
+        raise JobError(f"no row could be served; {output} says of each what is wrong with it")
 
 
 def _run(job: GenerateJob, plan: Plan | None, format: str, rows: Rows) -> None:

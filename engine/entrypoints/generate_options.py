@@ -78,7 +78,8 @@ class GenerateJob(Job):
     Attributes:
         prompt: text to continue.
         chat: what a user says; answered under the model's chat template.
-        prompts: file of requests: JSON lines, or Parquet by its name. A row has prompt, messages or
+        prompts: file of requests: JSON lines (also compressed by gzip, zstd, xz or bzip2), or Parquet by
+            its name. A row has prompt, messages or
             token_ids, and where wanted id or custom_id (handed through), chat_template_kwargs,
             priority (higher goes first under that scheduler.policy), extra_key (rows share cached
             prefixes only with those of the same one), and sampling fields, bare or under sampling; or
