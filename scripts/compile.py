@@ -12,7 +12,7 @@ from makeready.engine.entrypoints.status import Stages
 from makeready.graphs import artifact
 from makeready.graphs.executable.load import kv_pages
 from makeready.graphs.inspect.units import nbytes
-from makeready.graphs.plan import Plan
+from makeready.graphs.plan import Plan, PlanError
 
 
 def compile_job(job: CompileJob) -> None:
@@ -23,7 +23,7 @@ def compile_job(job: CompileJob) -> None:
         checkpoint = job.open()
         stages.begin("import the planner")
         from makeready.graphs.compile import Request, compile_plan
-        from makeready.graphs.plan_cache import cached_plan
+        from makeready.graphs.plan_cache import cache_folder, cached_plan
 
         request = Request(**job.plan_fields())
         stages.begin("look into the local cache")
@@ -33,6 +33,11 @@ def compile_job(job: CompileJob) -> None:
         if job.output is not None:
             stages.begin("save")
             folder = artifact.save(plan, Path(job.output).expanduser())
+        if folder is None:
+            raise PlanError(
+                f"the plan was compiled, but {cache_folder()} cannot be written; name a folder with output=, or "
+                "set MAKEREADY_CACHE to one that can"
+            )
         golden = write_golden(plan, checkpoint, folder, stages) if job.golden else None
     made = "from the local cache" if found else "compiled"
     if plan.binaries:

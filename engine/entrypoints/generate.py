@@ -12,7 +12,7 @@ from makeready.engine.entrypoints.batch.identity import identity
 from makeready.engine.entrypoints.batch.job import Rows, open_input, run_local
 from makeready.engine.entrypoints.batch.journal import Journal, Totals
 from makeready.engine.entrypoints.batch.on_ray import EngineSpec, Fleet
-from makeready.engine.entrypoints.batch.output import Files, open_journal, publish
+from makeready.engine.entrypoints.batch.output import Files, check_output, open_journal, publish
 from makeready.engine.entrypoints.batch.rows import check_template
 from makeready.engine.entrypoints.batch.worker import Worker
 from makeready.engine.entrypoints.generate_options import GenerateJob
@@ -93,8 +93,9 @@ def print_text(llm: LLM, job: GenerateJob, prompt: str | Sequence[int]) -> Outpu
 def run_file(job: GenerateJob, plan: Plan | None, prompts: Path, output: Path) -> None:
     """Answer a file of requests, from where an earlier start of the same job was cut off."""
     given = open_input(prompts, output, job.format)
-    named = identity(job, plan, given.identity)
     files = Files(output)
+    check_output(files, overwrite=job.overwrite)
+    named = identity(job, job.open(), plan, given.identity)
     journal = open_journal(files, named, given.survey, overwrite=job.overwrite)
     if not isinstance(journal, Journal):
         done = count_rows(journal.rows, journal.failed)
@@ -153,9 +154,7 @@ def _planned(job: GenerateJob) -> Plan:
     with Stages() as stages:
         stages.begin("find or compile a plan")
         checkpoint, request = job.open(), Request(**job.plan_fields())
-        plan, folder, found = cached_plan(checkpoint, request, lambda: compile_plan(checkpoint, request))
-        stages.say(f"plan {'found in' if found else 'compiled to'} {folder}")
-    return plan
+        return cached_plan(checkpoint, request, lambda: compile_plan(checkpoint, request), stages.say)[0]
 
 
 def _say(sentence: str) -> None:

@@ -88,6 +88,8 @@ class GenerateJob(Job):
             name. A row that cannot be served gets {"error": ...}. It appears when all rows are done;
             until then OUTPUT.partial keeps them, and the same command goes on after any interruption.
         overwrite: replace an existing output, and drop what is kept of another job.
+        weights_digest: tell weights from those that an interrupted job began with by their content, which
+            reads all of them at every start; false goes by each file's size, time of change and header.
         format: how JSON rows are written: rows, openai, or auto, which looks at the first one.
         chat_template_kwargs: further variables of the chat template, such as
             chat_template_kwargs.enable_thinking=false.
@@ -105,6 +107,7 @@ class GenerateJob(Job):
     prompts: str | None = literal()
     output: str | None = literal()
     overwrite: bool = False
+    weights_digest: bool = False
     format: str = "auto"
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     golden: bool = False
@@ -150,8 +153,10 @@ class GenerateJob(Job):
             raise UsageError(f"sampling.{error}") from None
 
     def _check_single(self) -> None:
-        if self.output is not None or self.overwrite or self.format != "auto":
-            name = "output=" if self.output is not None else "overwrite=" if self.overwrite else "format="
+        if self.output is not None or self.overwrite or self.weights_digest or self.format != "auto":
+            flags = {"output=": self.output is not None, "overwrite=": self.overwrite}
+            flags |= {"weights_digest=": self.weights_digest, "format=": True}
+            name = next(name for name, given in flags.items() if given)
             raise UsageError(f"{name} is for the answers to prompts=; without it the text is printed")
         if self.prompt == "":
             raise UsageError("prompt= is empty; give at least a word")

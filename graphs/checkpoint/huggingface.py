@@ -24,7 +24,9 @@ TOKENIZER_FILES = (
     "generation_config.json",
     "vocab.json",
     "merges.txt",
+    "added_tokens.json",
 )
+TEMPLATES = "additional_chat_templates"
 
 
 class HuggingFaceCheckpoint(Checkpoint):
@@ -64,8 +66,15 @@ class HuggingFaceCheckpoint(Checkpoint):
         return self._sources[name].read(name, rows)
 
     def tokenizer_files(self) -> dict[str, Path]:
-        """The files of `TOKENIZER_FILES` that exist, by name."""
-        return {name: self.path / name for name in TOKENIZER_FILES if (self.path / name).is_file()}
+        """The files of `TOKENIZER_FILES` and the further chat templates that exist, by name."""
+        templates = sorted((self.path / TEMPLATES).glob("*.jinja"))
+        names = (*TOKENIZER_FILES, *(f"{TEMPLATES}/{path.name}" for path in templates))
+        return {name: self.path / name for name in names if (self.path / name).is_file()}
+
+    def weight_files(self) -> dict[str, tuple[Path, int]]:
+        """The safetensors files that a tensor is read from."""
+        files = {file.path: file for file in self._sources.values()}
+        return {path.name: (path, files[path].data_start) for path in sorted(files)}
 
 
 def _without_config(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Inputs of other kinds than plain JSON lines: compressed ones are read, others refused before anything is written."""
+"""Inputs that are no plain JSON lines: compressed ones are read, others refused before anything is written."""
 
 from __future__ import annotations
 

@@ -301,7 +301,7 @@ def test_no_changed_bit_reaches_the_output(files):
         try:
             opened = begun(files, 4)
         except JobError as error:
-            assert bit // 8 <= held.index(b"\n"), f"bit {bit}"  # noqa: PT017
+            assert bit // 8 <= held.index(b"\n"), f"bit {bit}"
             assert "away" in str(error)  # noqa: PT017
             refused += 1
             continue

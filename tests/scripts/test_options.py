@@ -223,3 +223,19 @@ def test_prompts_are_no_file_that_a_job_writes_beside_its_output(end, capsys):
     assert script("generate")(*TINY, f"prompts={prompts}", "output=out") == 2
     assert f"output=out also writes {prompts}, the file of prompts=" in capsys.readouterr().err
     assert prompts.read_text() == '{"token_ids": [1]}\n'
+
+
+def test_a_plan_that_can_be_kept_nowhere_is_said(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MAKEREADY_CACHE", str(tmp_path / "file"))
+    assert script("compile")(*TINY) == 1
+    said = capsys.readouterr().err
+    assert (
+        f"{tmp_path / 'file'} cannot be written; name a folder with output=, or set MAKEREADY_CACHE" in said
+    )
+    assert script("compile")(*TINY, "output=plan") == 0
+    assert Path("plan/plan.json").is_file()
+    assert script("generate")(*TINY, "prompts=in.jsonl", "output=out.jsonl") == 2  # no such file
+    Path("in.jsonl").write_text('{"token_ids": [1], "max_new_tokens": 1}\n')
+    assert script("generate")(*TINY, "prompts=in.jsonl", "output=out.jsonl") == 0
+    assert "set MAKEREADY_CACHE" in capsys.readouterr().err

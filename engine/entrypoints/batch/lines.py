@@ -1,4 +1,4 @@
-"""Files of JSON lines, plain or compressed, by what their first bytes say; another kind of file is refused by name."""
+"""Files of JSON lines, plain or compressed, by what their first bytes say; other files are refused by name."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _decompressed(file: IO[bytes], head: bytes, path: Path) -> tuple[IO[bytes], 
     elif head.startswith(BZIP2):
         opened, errors = bz2.BZ2File(file), (EOFError, OSError)
     elif head.startswith(XZ):
-        opened, errors = lzma.LZMAFile(file), (EOFError, lzma.LZMAError)
+        opened, errors = lzma.LZMAFile(file), (EOFError, lzma.LZMAError)  # noqa: SIM115, the caller closes it
     elif head.startswith(ZSTD):
         zstd = _zstd(path)
         opened, errors = zstd.ZstdFile(file), (EOFError, zstd.ZstdError)
