@@ -25,7 +25,7 @@ from makeready.graphs.recipe import Param, Piece
 from makeready.graphs.spec import Bucket, KVSpec, Limits, result_fields, slot_fields, step_fields
 from makeready.kernels.spec import TensorSpec
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 class PlanError(ValueError):
@@ -72,6 +72,7 @@ class Binary:
     Attributes:
         function: its entry point.
         sha256: of the machine code.
+        nbytes: of the machine code.
         warps: threads of a block over 32.
         shared: bytes of dynamic shared memory.
         registers: of a thread.
@@ -88,6 +89,7 @@ class Binary:
     registers: int
     spill_bytes: int
     dependent: bool
+    nbytes: int
 
 
 @dataclass(frozen=True)

@@ -311,6 +311,7 @@ def _binary(made: Compiled) -> Binary:
         registers=made.registers,
         spill_bytes=made.spill_bytes,
         dependent=made.waits,
+        nbytes=len(made.cubin),
     )
 
 

@@ -17,6 +17,15 @@ def check_checkpoint(plan: Plan, checkpoint: Checkpoint) -> None:
             {p.source: w.param.source_shape(p) for w in plan.weights for p in w.param.pieces}
         )
     if checkpoint.fingerprint() == plan.checkpoint:
+        # A plan that says so may still ask for rows that there are not.
+        for weight in plan.weights:
+            for piece in weight.param.pieces:
+                info = checkpoint.tensors.get(piece.source)
+                if info is None or not weight.param.fits(piece, info.shape):
+                    raise PlanError(
+                        f"the plan contradicts its checkpoint: {checkpoint.path} has no rows {piece.start} to "
+                        f"{piece.stop} of {piece.source} for {weight.param.name}; compile a plan for this checkpoint"
+                    )
         return
     for name in sorted({*plan.config, *checkpoint.config} - FINGERPRINT_EXEMPT):
         made_for, given = plan.config.get(name), checkpoint.config.get(name)
