@@ -35,7 +35,8 @@ from typing import Any
 
 from makeready.graphs.codec import CodecError, canonical, from_json, to_json
 from makeready.graphs.plan import SCHEMA, Plan, PlanError
-from makeready.graphs.plan_check import KEY, check_plan
+from makeready.graphs.plan_check import check_plan
+from makeready.graphs.plan_check_cuda import KEY
 
 MANIFEST, TUNED = "plan.json", "tuned.json"
 PARTS = re.compile(
