@@ -227,10 +227,11 @@ def regular_bytes(path: Path, nbytes: Any = None) -> bytes:
         file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise PlanError(f"{path} cannot be read ({error.strerror}); compile the plan again") from None
+    held = os.fstat(file)
+    if not stat.S_ISREG(held.st_mode):
+        os.close(file)
+        raise PlanError(f"{path} is no file; compile the plan again")
     with open(file, "rb") as opened:
-        held = os.fstat(file)
-        if not stat.S_ISREG(held.st_mode):
-            raise PlanError(f"{path} is no file; compile the plan again")
         if nbytes is not None and held.st_size != nbytes:
             raise PlanError(
                 f"{path}: content does not match its digest ({held.st_size} bytes, the plan states {nbytes}); "

@@ -227,7 +227,7 @@ def _order(plan: Plan, program: LoweredProgram, names: set[str]) -> None:
                 f"{where} before any launch gives it",
             )
             if plan.spec(phase, value).dtype in ("int32", "int64"):
-                index = (operand, INDICES.get(operand))
+                index = {operand, INDICES.get(operand, operand)}
                 need(value in index or made.get(value) in index, f"{where} as {operand}")
         for result, value in launch.results.items():
             need(

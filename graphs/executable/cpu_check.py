@@ -6,8 +6,9 @@ operands is held against the signature lines before memory is touched. See also 
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from makeready.graphs.plan import Launch, Plan, PlanError
@@ -108,31 +109,28 @@ def _check_reach(plan: Plan, phase: str, launch: Launch, specs: Mapping[str, Ten
 
 
 def _check_attributes(contract: Contract, attrs: Mapping[str, Any]) -> None:
-    """Counts are counts and numbers finite, whatever arithmetic they satisfy: -2 heads of -64 are 128, too."""
+    """Attributes have the type that the op's code says, and counts are counts: -2 heads of -64 are 128, too."""
+    parameters = inspect.signature(contract.reference).parameters
     for name, value in attrs.items():
-        if type(value) is int:
-            fine = 0 <= value <= MOST
-        else:
-            fine = (
-                value is None
-                or isinstance(value, str | bool)
-                or (isinstance(value, float) and math.isfinite(value))
-            )
-        if not fine or (
-            name in ("heads", "kv_heads", "head_dim", "block", "group", "rotary_dim") and not _is_count(value)
+        if not _KINDS.get(str(parameters[name].annotation), _is_text)(value) or (
+            name in _COUNTS and value < 1
         ):
             raise ValueError(f"attribute {name} is {value!r}")
     heads, kv_heads = attrs.get("heads"), attrs.get("kv_heads")
     if heads is not None and kv_heads is not None and heads % kv_heads:
         raise ValueError(f"{heads} heads do not share {kv_heads} KV heads")
-    for name, default in contract.attrs.items():
-        value = attrs[name]
-        if isinstance(default, bool | str) and type(value) is not type(default) and value is not None:
-            raise ValueError(f"attribute {name} is {value!r}")
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 1
+def _is_text(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+_COUNTS = {"heads", "kv_heads", "head_dim", "block", "group", "rotary_dim"}
+_KINDS: Mapping[str, Callable[[Any], bool]] = {
+    "int": lambda value: type(value) is int and 0 <= value <= MOST,
+    "float": lambda value: type(value) in (int, float) and math.isfinite(value),
+    "bool": lambda value: type(value) is bool,
+}
 
 
 def _check_derived(param: Param, derived: Derived) -> None:

@@ -28,7 +28,7 @@ def seal(folder: Path) -> None:
     """Give every file the digest and the size that the manifest states."""
     manifest = json.loads((folder / "plan.json").read_text())
     manifest.pop("digest", None)
-    for name in manifest["files"]:
+    for name in manifest["files"] if isinstance(manifest["files"], dict) else ():
         raw = (folder / name).read_bytes()
         manifest["files"][name], manifest["sizes"][name] = hashlib.sha256(raw).hexdigest(), len(raw)
     manifest["digest"] = hashlib.sha256(canonical(manifest)).hexdigest()
@@ -82,7 +82,11 @@ def main(source: Path, seed: int, count: int) -> None:
             shutil.copytree(source, folder)
             name = pick.choice(FILES)
             content = json.loads((folder / name).read_text())
-            places = [(node, key) for node, key in leaves(content) if key not in ("digest", "files", "sizes", "schema")]
+            places = [
+                (node, key)
+                for node, key in leaves(content)
+                if key not in ("digest", "files", "sizes", "schema")
+            ]
             said = []
             for _ in range(pick.choice((1, 1, 1, 2))):
                 node, key = pick.choice(places)
