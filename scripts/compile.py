@@ -1,8 +1,12 @@
 """Compile a plan for a checkpoint; see --help."""
 
+import signal
 import sys
 import time
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules are imported ends without a traceback
 
 from makeready.engine.entrypoints.cli import launch
 from makeready.engine.entrypoints.golden import summary as golden_summary

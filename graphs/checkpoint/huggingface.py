@@ -12,6 +12,7 @@ import numpy as np
 
 from makeready.graphs.checkpoint.base import Checkpoint, CheckpointError, TensorInfo, read_json
 from makeready.graphs.checkpoint.config import DTYPES, normalise_config
+from makeready.graphs.checkpoint.generation_config import check_generation_config
 from makeready.graphs.checkpoint.safetensors_file import SafetensorsFile
 
 WEIGHTS = "model.safetensors"
@@ -53,7 +54,9 @@ class HuggingFaceCheckpoint(Checkpoint):
             raw, source=str(config_path), default_dtype=_stored_dtype(self._tensors)
         )
         generation = path / "generation_config.json"
-        self.generation_config: dict[str, Any] = read_json(generation) if generation.is_file() else {}
+        self.generation_config: dict[str, Any] = {}
+        if generation.is_file():
+            self.generation_config = check_generation_config(read_json(generation), str(generation))
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
