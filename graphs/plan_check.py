@@ -70,13 +70,14 @@ def _cache(plan: Plan) -> None:
     need(bool(kv.parts), "kv.parts has none")
     for part in kv.parts:
         need(part.dtype in DTYPE_BYTES, f"KV part {part.name} has the dtype {part.dtype!r}")
+        shape = list(part.page_shape)
         need(
-            len(part.page_shape) > 1 and all(1 <= n <= MOST for n in part.page_shape),
-            f"a page of KV part {part.name} has the shape {list(part.page_shape)}",
+            len(shape) > 1 and all(1 <= n <= MOST for n in shape),
+            f"a page of KV part {part.name} has the shape {shape}",
         )
         need(
-            part.page_shape[0] == kv.page_size,
-            f"a page of KV part {part.name} holds {part.page_shape[0]} tokens, kv.page_size is {kv.page_size}",
+            shape[0] == kv.page_size,
+            f"a page of KV part {part.name} holds {shape[0]} tokens, kv.page_size is {kv.page_size}",
         )
     fields = [f.name for fields in _all_fields(plan).values() for f in fields]
     names = [*dict.fromkeys(fields), *(part.name for part in kv.parts), *(w.param.name for w in plan.weights)]

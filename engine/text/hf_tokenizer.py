@@ -54,6 +54,8 @@ def read_hf_tokenizer(
         return None
     config = _read_json(files.get("tokenizer_config.json"))
     check_tokenizer_config(config, str(folder / "tokenizer_config.json"))
+    if config.get("added_tokens_decoder") is None:
+        config.pop("added_tokens_decoder", None)
     kind = _kind(config, model_type)
     if has_json:
         backend = _read_backend(files["tokenizer.json"])

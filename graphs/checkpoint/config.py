@@ -90,6 +90,11 @@ def normalise_config(
             f"{source}: multimodal configs (field text_config) are not supported; use a text model"
         )
     config = dict(raw)
+    for field, value in config.items():
+        if not _is_finite(value):
+            raise CheckpointError(
+                f"{source}: {field} is {value!r:.80}, which is no number in JSON; correct the config"
+            )
     model_type = _model_type(config, source)
     for key, value in {**_COMMON_DEFAULTS, **_DEFAULTS.get(model_type, {})}.items():
         config.setdefault(key, value)
@@ -131,6 +136,13 @@ def positive_int(config: dict[str, Any], field: str, source: str) -> int:
             f"{source}: {field} must be a positive integer, not {value!r}; correct the config"
         )
     return value
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether all numbers in a JSON value are: Python reads Infinity, NaN and 1e400, and JSON cannot hold them."""
+    if isinstance(value, dict | list):
+        return all(map(_is_finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _model_type(config: dict[str, Any], source: str) -> str:
