@@ -90,11 +90,6 @@ def normalise_config(
             f"{source}: multimodal configs (field text_config) are not supported; use a text model"
         )
     config = dict(raw)
-    for field, value in config.items():
-        if not _is_finite(value):
-            raise CheckpointError(
-                f"{source}: {field} is {value!r:.80}, which is no number in JSON; correct the config"
-            )
     model_type = _model_type(config, source)
     for key, value in {**_COMMON_DEFAULTS, **_DEFAULTS.get(model_type, {})}.items():
         config.setdefault(key, value)
@@ -119,6 +114,11 @@ def normalise_config(
     if model_type in ARCHITECTURES:
         config.setdefault("architectures", [ARCHITECTURES[model_type]])
         _fill_windows(config, model_type, source)
+    for field, value in config.items():
+        if not _is_finite(value):
+            raise CheckpointError(
+                f"{source}: {field} is {value!r:.80}, which is no number in JSON; correct the config"
+            )
     return config
 
 
