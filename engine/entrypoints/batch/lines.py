@@ -80,11 +80,11 @@ def _kind(head: bytes, rows: int) -> str | None:
     text = head.removeprefix(codecs.BOM_UTF8).lstrip()
     if text[:2] in (b"{\0", b"[\0", b"\0{", b"\0[") or text[:4] in (b"\0\0\0{", b"\0\0\0["):
         return "UTF-16 or UTF-32 text; save it as UTF-8"
-    line, newline, _ = text.partition(b"\n")
+    line, newline, rest = text.partition(b"\n")
     first = line.strip()
     if first.startswith(b"[") and (rows == 1 or (newline and not _is_json(first))):
         return "one array; write its entries a line each, as jq -c '.[]' FILE does"
-    if first == b"{":
+    if first == b"{" and not _is_json(rest.lstrip().partition(b"\n")[0]):
         return "JSON over several lines; write each object on a line of its own, as jq -c . FILE does"
     return None
 
