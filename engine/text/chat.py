@@ -1,7 +1,8 @@
 """Render a conversation to a prompt by the model's jinja chat template.
 
 Templates are code from a model's folder: they run in jinja's immutable sandbox, with the filters and
-functions that Hugging Face templates expect (transformers, "Writing a chat template").
+functions that Hugging Face templates expect (transformers, "Writing a chat template"), in a process with
+limits to time and memory (engine/text/sandbox.py).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from makeready.engine.text.parts import TextError
+from makeready.engine.text.sandbox import SANDBOX, BrokenTemplateError, LimitError
 
 
 def render_chat(
@@ -59,20 +61,29 @@ def render_chat(
         "messages": list(messages),
     }
     try:
-        return _compile(source).render(variables)
-    except jinja2.TemplateSyntaxError as error:
+        return SANDBOX.render(source, variables)
+    except LimitError as error:
+        raise TextError(f"the chat template {error}") from None
+    except BrokenTemplateError as error:
+        if error.kind in ("TemplateSyntaxError", "TemplateAssertionError"):
+            raise TextError(
+                f"the chat template is broken at line {error.line} ({error}); pass another template"
+            ) from None
+        if error.kind in _REFUSALS:
+            raise TextError(
+                f"the chat template refuses the messages ({error}); change them as it asks"
+            ) from None
         raise TextError(
-            f"the chat template is broken at line {error.lineno} ({error.message}); pass another template"
-        ) from error
-    except jinja2.TemplateError as error:
-        raise TextError(
-            f"the chat template refuses the messages ({error}); change them as it asks"
-        ) from error
-    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RecursionError) as error:
-        raise TextError(
-            f"the chat template fails on these messages ({type(error).__name__}: {error}); "
+            f"the chat template fails on these messages ({error.kind}: {error}); "
             "check each message's fields against the template"
-        ) from error
+        ) from None
+    except TypeError as error:
+        raise TextError(f"{error}; pass texts, numbers, lists and objects") from None
+    except OSError as error:
+        raise TextError(f"the chat template cannot be run ({error}); free memory or processes") from None
+
+
+_REFUSALS = ("TemplateError", "UndefinedError", "SecurityError", "TemplateRuntimeError", "TemplateNotFound")
 
 
 def _choose(template: str | Mapping[str, str] | None, tools: Sequence[Mapping[str, Any]] | None) -> str:
@@ -120,7 +131,8 @@ class _Generation(Extension):
 
 
 @lru_cache(maxsize=64)
-def _compile(template: str) -> jinja2.Template:
+def compile_template(template: str) -> jinja2.Template:
+    """A template under the filters and functions of Hugging Face's; raises jinja2.TemplateError."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )

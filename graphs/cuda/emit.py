@@ -320,6 +320,7 @@ def _binary(made: Compiled) -> Binary:
         registers=made.registers,
         spill_bytes=made.spill_bytes,
         dependent=made.waits,
+        nbytes=len(made.cubin),
     )
 
 

@@ -215,7 +215,13 @@ def test_sizes_of_no_axis_of_the_step_are_named(saved, tmp_path):
         program["buffers"][name]["spec"]["shape"][0] = dim
         path.write_bytes(canonical(program))
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        resealed(folder, lambda manifest: manifest["files"].update({"programs/decode.json": digest}))
+        size = path.stat().st_size
+
+        def stated(manifest: Any) -> None:
+            manifest["files"]["programs/decode.json"] = digest
+            manifest["sizes"]["programs/decode.json"] = size
+
+        resealed(folder, stated)
         return folder, name
 
     folder, name = resized("T*3+1")
