@@ -21,6 +21,7 @@ from makeready.graphs.plan import Launch, Plan, PlanError
 from makeready.graphs.spec import Bucket, Field, result_fields, slot_fields, step_fields
 from makeready.kernels import registry
 from makeready.kernels.contract import CONTRACTS
+from makeready.kernels.idle_threads import spin_briefly
 from makeready.kernels.spec import PAGES, TensorSpec
 
 
@@ -84,6 +85,7 @@ class CpuExecutable:
             )
         check_checkpoint(plan, checkpoint)
         registry.discover()
+        spin_briefly()
         self.plan = plan
         self.pages = pages
         self._arena = torch.empty(plan.memory.arena, dtype=torch.uint8)
