@@ -90,7 +90,10 @@ def _steps(plan: Plan) -> None:
             sane = shape[:1] in ((ROWS,), (TOKENS,)) and all(
                 type(n) is int and 1 <= n <= MOST for n in shape[1:]
             )
-            need(sane and _holds(field), f"{field.name} of {kind} steps is {field.spec}, by default {field.default}")
+            need(
+                sane and _holds(field),
+                f"{field.name} of {kind} steps is {field.spec}, by default {field.default}",
+            )
     widths = {"history": limits.context_len, "pages": limits.pages_per_row}
     for field in plan.slots:
         shape = field.spec.shape

@@ -23,6 +23,7 @@ from makeready.graphs.plan import Launch, Plan, PlanError
 from makeready.graphs.spec import HOST, Bucket, Field
 from makeready.kernels import registry
 from makeready.kernels.contract import CONTRACTS
+from makeready.kernels.idle_threads import spin_briefly
 from makeready.kernels.spec import PAGES, TensorSpec
 
 
@@ -88,6 +89,7 @@ class CpuExecutable:
         registry.discover()
         check_launches(plan)
         check_memory(plan)
+        spin_briefly()
         self.plan = plan
         self.pages = pages
         with room_for(plan, pages):

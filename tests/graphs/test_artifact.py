@@ -217,7 +217,7 @@ def test_sizes_of_no_axis_of_the_step_are_named(saved, tmp_path):
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         size = path.stat().st_size
 
-        def stated(manifest: Any) -> None:
+        def stated(manifest: dict) -> None:
             manifest["files"]["programs/decode.json"] = digest
             manifest["sizes"]["programs/decode.json"] = size
 

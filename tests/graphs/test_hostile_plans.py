@@ -206,7 +206,9 @@ def test_hundreds_of_changes_crash_nothing(saved):
     lines = made.stdout.splitlines()
     assert made.returncode == 0, (lines[-1:], made.stderr[-2000:])
     strange = [
-        line for line in lines if not line.endswith(('"ran"', '"unsigned"', '"refused rows"')) and '"refused: ' not in line
+        line
+        for line in lines
+        if not line.endswith(('"ran"', '"unsigned"', '"refused rows"')) and '"refused: ' not in line
     ]
     assert strange == []
     assert sum('"refused: ' in line for line in lines) > 30
