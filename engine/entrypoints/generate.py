@@ -139,7 +139,7 @@ def _run(job: GenerateJob, plan: Plan | None, format: str, rows: Rows) -> None:
         job.row_fields(format),
         job.chat_template_kwargs,
         job.scheduling(),
-        job.carry,
+        carry=job.carry,
     )
     with Stages() as stages:
         stages.begin("load the model on every engine")
