@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,11 +29,13 @@ class _Running:
 
     Attributes:
         places: of requests that are queued or run, in the list that is returned.
+        made: requests that wait for room in the queue, and their places.
         reading: places of prompts that are being tokenized.
         next: place of the next prompt.
     """
 
     places: dict[Request, int] = field(default_factory=dict)
+    made: deque[tuple[int, Request]] = field(default_factory=deque)
     reading: dict[Future[list[Request]], range] = field(default_factory=dict)
     next: int = 0
 
@@ -43,7 +46,7 @@ class _Running:
 
 
 class Feed:
-    """Runs prompts, however many there are.
+    """Runs the prompts of one call, however many there are.
 
     Args:
         engine: what runs them.
@@ -61,7 +64,7 @@ class Feed:
         try:
             while True:
                 yield from self._feed(asked, running)
-                if not (running.places or running.reading) and self._engine.room:
+                if not (running.places or running.made or running.reading) and self._engine.room:
                     return
                 if not running.places and running.reading:
                     wait(running.reading, return_when=FIRST_COMPLETED)
@@ -72,15 +75,19 @@ class Feed:
         finally:
             for future in running.reading:
                 future.cancel()
+            self._reader.shutdown(wait=False)
             for request in running.places:
                 self._engine.abort(request)
 
     def _feed(self, asked: Iterator[Asked], running: _Running) -> Iterator[tuple[int, Output]]:
         """Queue further requests; yields those that are refused."""
         for future in [future for future in running.reading if future.done()]:
-            yield from self._queue(running.reading.pop(future), future.result, running)
+            yield from self._prepare(running.reading.pop(future), future.result, running)
         rows, fed = self._engine.limits.max_rows, 0
-        while self._engine.room > running.samples:
+        while True:
+            yield from self._submit(running)
+            if running.made or self._engine.room <= running.samples:
+                return
             known = len(running.places) + running.samples
             if known >= rows and (fed >= MADE or known >= rows + AHEAD):
                 return
@@ -93,23 +100,25 @@ class Feed:
             if is_long(item[0]):
                 running.reading[self._reader.submit(make)] = places
             else:
-                yield from self._queue(places, make, running)
+                yield from self._prepare(places, make, running)
 
-    def _queue(
+    def _prepare(
         self, places: range, make: Callable[[], list[Request]], running: _Running
     ) -> Iterator[tuple[int, Output]]:
-        """Queue the requests that ``make`` gives; where they are refused, yields the outputs that say why."""
-        reason = ""
+        """Keep the requests that ``make`` gives; where it refuses, yields the outputs that say why."""
         try:
-            requests: Sequence[Request | None] = make()
+            running.made.extend(zip(places, make(), strict=True))
         except BaseException as error:
-            requests, reason = [None] * len(places), reason_of(error, "the prompt cannot be read")
-        for place, request in zip(places, requests, strict=True):
+            reason = reason_of(error, "the prompt cannot be read")
+            for place in places:
+                yield place, Output.refused(reason)
+
+    def _submit(self, running: _Running) -> Iterator[tuple[int, Output]]:
+        """Queue as many requests as there is room for; yields those that are refused."""
+        while running.made and self._engine.room:
+            place, request = running.made.popleft()
             try:
-                if request is not None:
-                    self._engine.submit(request)
-                    running.places[request] = place
-                    continue
+                self._engine.submit(request)
+                running.places[request] = place
             except RequestError as error:
-                reason = str(error)
-            yield place, Output.refused(reason)
+                yield place, Output.refused(str(error))
