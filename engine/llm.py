@@ -219,14 +219,7 @@ class LLM:
     def render(self, messages: Sequence[Mapping[str, Any]], **template: Any) -> list[int]:
         """Token ids of a conversation under the model's chat template."""
         tokenizer = self._tokenizer("chat")
-        special = tokenizer.special_tokens
-        text = render_chat(
-            tokenizer.chat_template,
-            messages,
-            bos_token=special.get("bos_token"),
-            eos_token=special.get("eos_token"),
-            **template,
-        )
+        text = render_chat(tokenizer.chat_template, messages, **{**tokenizer.special_tokens, **template})
         return tokenizer.encode(text, add_special_tokens=False)
 
     def requests(
