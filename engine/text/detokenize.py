@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from makeready.engine.text.tokenizer import Tokenizer
 
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _ENOUGH = 4  # bytes of a character; and where a text has begun, its first space is gone
 
 
@@ -102,6 +102,11 @@ class StreamDetokenizer:
         return "".join(pieces)
 
     @property
+    def streams(self) -> bool:
+        """Whether any text comes before `flush`."""
+        return self._steps is not None
+
+    @property
     def kept(self) -> bytes:
         """The half of a character that waits for its other half."""
         steps = self._steps or ()
@@ -124,7 +129,7 @@ class StreamDetokenizer:
         while first and size < _ENOUGH:
             first -= 1
             text = self._tokenizer.id_to_token(prompt[first])
-            if text is not None and text not in self._skipped and not _BYTE_TOKEN.fullmatch(text):
+            if text is not None and text not in self._skipped and not BYTE_TOKEN.fullmatch(text):
                 size += len(text)
         return list(prompt[first:])
 
@@ -143,7 +148,7 @@ class _ByteLevel:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def feed(self, text: str) -> list[str]:
-        out = self._decoder.decode(_bytes_of(text))
+        out = self._decoder.decode(bytes_of(text))
         return [out] if out else []
 
     def end(self) -> list[str]:
@@ -164,7 +169,7 @@ class _ByteFallback:
         self._run = bytearray()
 
     def feed(self, text: str) -> list[str]:
-        byte = _BYTE_TOKEN.fullmatch(text)
+        byte = BYTE_TOKEN.fullmatch(text)
         if byte is not None:
             self._run.append(int(byte[1], 16))
             return []
@@ -301,7 +306,7 @@ _BYTE_OF = _byte_of_character()
 
 
 @lru_cache(maxsize=1 << 18)  # a vocabulary or two
-def _bytes_of(text: str) -> bytes:
+def bytes_of(text: str) -> bytes:
     """Bytes of a byte-level token; a token with any other character (an added one) is its own UTF-8."""
     try:
         return bytes([_BYTE_OF[char] for char in text])

@@ -17,6 +17,7 @@ from makeready.engine.entrypoints.batch.openai_logprobs import chat_logprobs, co
 from makeready.engine.entrypoints.batch.rows import ROUTING, check_template, kind_of, routing_of
 from makeready.engine.request import Output
 from makeready.engine.sampling import SamplingParams
+from makeready.engine.text.token_text import prompt_text
 from makeready.engine.text.tokenizer import Tokenizer
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -124,7 +125,7 @@ class OpenAIFormat:
             "choices": [
                 _chat_choice(i, output, tokenizer)
                 if chat
-                else _completion_choice(i, output, tokenizer, _echo(fields["body"], i // params.n))
+                else _completion_choice(i, output, tokenizer, _echo(fields["body"], i // params.n), params)
                 for i, output in enumerate(outputs)
             ],
             "usage": _usage(outputs, params.n),
@@ -216,17 +217,20 @@ def _echo(body: Mapping[str, Any], index: int) -> str | Sequence[int]:
 
 
 def _completion_choice(
-    index: int, output: Output, tokenizer: Tokenizer | None, echo: str | Sequence[int]
+    index: int, output: Output, tokenizer: Tokenizer | None, echo: str | Sequence[int], params: SamplingParams
 ) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    begins = echo if isinstance(echo, str) else ""
     if tokenizer is None:
         made = {"token_ids": [*echo, *output.token_ids]}
-    else:
-        made = {}
-        echo = echo if isinstance(echo, str) else tokenizer.decode(echo, skip_special_tokens=False)
+    elif not isinstance(echo, str):
+        begins = prompt_text(tokenizer, echo)
     return made | {
         "index": index,
-        "text": output.text if tokenizer is None else f"{echo}{output.text}",
-        "logprobs": completion_logprobs(output, tokenizer),
+        "text": f"{begins}{output.text}",
+        "logprobs": completion_logprobs(
+            output, tokenizer, echo=begins, prompt=echo, skip_special_tokens=params.skip_special_tokens
+        ),
         "finish_reason": output.finish_reason,
     }
 
