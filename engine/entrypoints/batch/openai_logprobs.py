@@ -50,7 +50,7 @@ def completion_logprobs(
         return None
     before, after = output.input_logprobs or (), _of_text(output)
     tokens = (*before, *after)
-    texts = [_completion_text(token.token_id, tokenizer) for token in tokens]
+    texts = [token_text(token.token_id, tokenizer) for token in tokens]
     places = [0] * len(tokens)
     if tokenizer is None:
         for at, text in enumerate(texts[:-1], 1):
@@ -81,18 +81,19 @@ def completion_logprobs(
 
 
 def token_text(token: int, tokenizer: Tokenizer | None) -> str:
-    r"""The text of one token inside a text; ``\xf0\x9f`` for half of a character.
+    r"""The text of one token inside a text; ``bytes:\xf0\x9f`` for half of a character.
 
     Without a tokenizer, or outside its vocabulary, ``token_id:7``, as some servers write it on demand.
     """
-    data = None if tokenizer is None else token_bytes(tokenizer, token)
-    return f"token_id:{token}" if data is None else data.decode(errors="backslashreplace")
-
-
-def _completion_text(token: int, tokenizer: Tokenizer | None) -> str:
-    text = token_text(token, tokenizer)
+    text = _escaped(token, tokenizer)
     data = None if tokenizer is None else token_bytes(tokenizer, token)
     return text if data is None or data == text.encode() else f"bytes:{text}"
+
+
+def _escaped(token: int, tokenizer: Tokenizer | None) -> str:
+    """The same as chat answers have it."""
+    data = None if tokenizer is None else token_bytes(tokenizer, token)
+    return f"token_id:{token}" if data is None else data.decode(errors="backslashreplace")
 
 
 def _by_text(
@@ -108,7 +109,7 @@ def _by_text(
     for token, value in top:
         data = None if tokenizer is None else token_bytes(tokenizer, token)
         spelled = "".join(f"\\x{byte:02x}" for byte in data or b"")
-        names = (chosen.get(token) or _completion_text(token, tokenizer), f"bytes:{spelled}")
+        names = (chosen.get(token) or token_text(token, tokenizer), f"bytes:{spelled}")
         name = next((name for name in names if name not in made), f"token_id:{token}")
         made[name] = _finite(value)
     return made
@@ -117,7 +118,7 @@ def _by_text(
 def _entry(token: int, logprob: float | None, tokenizer: Tokenizer | None) -> dict[str, Any]:
     data = None if tokenizer is None else token_bytes(tokenizer, token)
     spelled = None if data is None else list(data)
-    return {"token": token_text(token, tokenizer), "logprob": _finite(logprob), "bytes": spelled}
+    return {"token": _escaped(token, tokenizer), "logprob": _finite(logprob), "bytes": spelled}
 
 
 def _of_text(output: Output) -> Sequence[TokenLogprob]:
