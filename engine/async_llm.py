@@ -97,6 +97,7 @@ class AsyncLLM:
         *,
         extra_key: str = "",
         priority: int = 0,
+        add_special_tokens: bool = True,
     ) -> AsyncIterator[Piece]:
         """Yield what each step adds to the ``n`` samples of a prompt.
 
@@ -104,14 +105,20 @@ class AsyncLLM:
 
         Args:
             prompt: a text, or token ids.
-            sampling: how to generate.
-            extra_key, priority: see :meth:`makeready.engine.llm.LLM.generate`.
+            sampling: how to generate; None takes the model's ``default_sampling``.
+            extra_key, priority, add_special_tokens: see :meth:`makeready.engine.llm.LLM.generate`.
 
         Raises:
             RequestError, TextError: the prompt cannot be served, or the engine is closed.
         """
-        params = sampling or SamplingParams()
-        make = partial(self.llm.requests, prompt, params, extra_key=extra_key, priority=priority)
+        make = partial(
+            self.llm.requests,
+            prompt,
+            sampling,
+            extra_key=extra_key,
+            priority=priority,
+            add_special_tokens=add_special_tokens,
+        )
         requests = await asyncio.to_thread(make)  # a long text takes a while to tokenize
         loop, queue = asyncio.get_running_loop(), asyncio.Queue()
         streams = [_Stream(i, request, loop, queue) for i, request in enumerate(requests)]

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar
 
 from makeready.engine.errors import RequestError
+from makeready.engine.generation_config import sampling_defaults, told
 from makeready.engine.loop import Engine
 from makeready.engine.options import SchedulerOptions
 from makeready.engine.request import Output, Request, TokenLogprob
 from makeready.engine.sampling import SamplingParams
-from makeready.engine.text.chat import render_chat
+from makeready.engine.text.chat import read_template, render_chat
 from makeready.engine.text.parts import TextError
 from makeready.engine.text.tokenizer import Tokenizer, load_tokenizer
 from makeready.graphs import artifact
@@ -25,6 +27,8 @@ __all__ = ["LLM", "Output", "RequestError", "SamplingParams", "SchedulerOptions"
 
 Report = Callable[[str], None]
 T = TypeVar("T")
+
+_LOG = logging.getLogger("makeready")
 
 # Requests that ``generate`` lets wait beside those that run: enough to choose from, and the device need not
 # wait until thousands of texts are tokenized.
@@ -44,7 +48,12 @@ class LLM:
         plan: a plan, or the folder of one; without it, one is compiled or found in the local cache.
         kv_memory_gib: memory for KV pages; None gives every row its full context, up to 4 GiB.
         scheduler: how requests share the device.
-        report: told in a sentence what is going on while the model loads.
+        chat_template: jinja template to use in place of the model's: its text, the path of a file, or the name of
+            one of several that the model has.
+        generation_config: take the model's own sampling values from its generation_config.json for requests
+            without sampling parameters; see ``default_sampling``.
+        report: told in a sentence what is going on while the model loads, and of what may be not as expected;
+            without it the latter goes to the logger ``makeready``.
         progress: told how many of how many parameters are loaded.
         options: fields of :class:`makeready.graphs.compile.Request` for the plan to compile, such as
             ``target``, ``max_rows`` or ``weight_dtype``; none may be given beside ``plan``.
@@ -60,17 +69,32 @@ class LLM:
         *,
         kv_memory_gib: float | None = None,
         scheduler: SchedulerOptions | None = None,
-        report: Report = lambda sentence: None,
+        chat_template: str | Path | None = None,
+        generation_config: bool = True,
+        report: Report | None = None,
         progress: Callable[[int, int], None] = lambda done, total: None,
         **options: Any,
     ) -> None:
         self.checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
         scheduler = scheduler or SchedulerOptions()
+        self.warn: Report = report or _LOG.warning
+        report = report or (lambda sentence: None)
         if plan is None and scheduler.deterministic:
             options = {**options, "deterministic": True}
         self.plan = _plan(self.checkpoint, plan, options, report)
         scheduler.check(self.plan)  # before anything large is loaded
         self.tokenizer: Tokenizer | None = load_tokenizer(self.checkpoint)
+        if chat_template is not None:
+            tokenizer = self._tokenizer("chat_template")
+            tokenizer.chat_template = read_template(chat_template, tokenizer.chat_template)
+        stated = sampling_defaults(self.checkpoint.generation_config) if generation_config else {}
+        self.generation_defaults: Mapping[str, Any] = stated
+        self._bos_told = False
+        for sentence in (
+            *(self.tokenizer.warnings if self.tokenizer else ()),
+            *([told(stated)] if stated else []),
+        ):
+            self.warn(sentence)
         self.engine = Engine(
             load_executable(
                 self.plan,
@@ -81,6 +105,14 @@ class LLM:
             _shareable(self.plan, scheduler, report),
         )
 
+    @property
+    def default_sampling(self) -> SamplingParams:
+        """What requests without sampling parameters are sampled with: the model's own values, where it has some.
+
+        ``dataclasses.replace(llm.default_sampling, max_new_tokens=16)`` changes one of them.
+        """
+        return SamplingParams(**self.generation_defaults)
+
     def generate(
         self,
         prompts: str | Sequence[str] | None = None,
@@ -89,6 +121,7 @@ class LLM:
         token_ids: Sequence[Sequence[int]] | None = None,
         extra_key: str | Sequence[str] = "",
         priority: int | Sequence[int] = 0,
+        add_special_tokens: bool = True,
         on_finish: Callable[[int, Output], None] | None = None,
     ) -> list[Output]:
         """Generate for every prompt, however many there are.
@@ -96,9 +129,10 @@ class LLM:
         Args:
             prompts: a text, or several; or
             token_ids: prompts as token ids. Exactly one of the two.
-            sampling: for all prompts, or one for each.
+            sampling: for all prompts, or one for each; None takes :attr:`default_sampling`.
             extra_key: prompts share cached prefixes only with those of the same key; one, or one for each.
             priority: higher goes first under that policy; one, or one for each.
+            add_special_tokens: put bos (and eos) around texts where the tokenizer does.
             on_finish: called with the place in the returned list and the output as each finishes.
 
         Returns:
@@ -113,26 +147,34 @@ class LLM:
         )
         asked = zip(
             given,
-            _spread("sampling", sampling or SamplingParams(), len(given)),
+            _spread("sampling", sampling or None, len(given)),
             _spread("extra_key", extra_key, len(given)),
             _spread("priority", priority, len(given)),
             strict=True,
         )
         outputs: dict[int, Output] = {}
-        with closing(self._run(self._made(asked))) as finals:
+        with closing(self._run(self._made(asked, add_special_tokens))) as finals:
             for place, output in finals:
                 outputs[place] = output
                 if on_finish is not None:
                     on_finish(place, output)
         return [outputs[place] for place in range(len(outputs))]
 
-    def _made(self, asked: Iterable[tuple[Any, SamplingParams, str, int]]) -> Iterator[Request | Output]:
+    def _made(
+        self, asked: Iterable[tuple[Any, SamplingParams | None, str, int]], add_special_tokens: bool
+    ) -> Iterator[Request | Output]:
         """The requests of all prompts; for a prompt that cannot be served, the outputs that say why."""
         for prompt, params, extra_key, priority in asked:
             try:
-                yield from self.requests(prompt, params, extra_key=extra_key, priority=priority)
+                yield from self.requests(
+                    prompt,
+                    params,
+                    extra_key=extra_key,
+                    priority=priority,
+                    add_special_tokens=add_special_tokens,
+                )
             except (RequestError, TextError) as error:
-                yield from [Output.refused(str(error))] * params.n
+                yield from [Output.refused(str(error))] * (1 if params is None else params.n)
 
     def _run(self, made: Iterator[Request | Output]) -> Generator[tuple[int, Output], None, None]:
         """Run requests as there is room for them; yields places and outputs as they are final."""
@@ -173,17 +215,27 @@ class LLM:
         self,
         messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
         sampling: SamplingParams | None = None,
+        *,
+        chat_template: str | Path | None = None,
+        add_special_tokens: bool = False,
         **template: Any,
     ) -> list[Output]:
         """Generate the assistant's answer to a conversation, or to each of several.
 
         Args:
             messages: ``{"role": ..., "content": ...}`` each, or a list of such conversations.
-            sampling: for all of them.
+            sampling: for all of them; None takes :attr:`default_sampling`.
+            chat_template: as for the class, for these alone.
+            add_special_tokens: put bos around what the template makes, which most templates write themselves.
             template: further variables of the chat template, such as ``tools`` or ``enable_thinking``.
         """
         several = messages if messages and not isinstance(messages[0], Mapping) else [messages]
-        return self.generate(token_ids=[self.render(m, **template) for m in several], sampling=sampling)  # type: ignore[arg-type]
+        more: dict[str, Any] = {
+            "chat_template": chat_template,
+            "add_special_tokens": add_special_tokens,
+            **template,
+        }
+        return self.generate(token_ids=[self.render(m, **more) for m in several], sampling=sampling)  # type: ignore[arg-type]
 
     def stream(
         self,
@@ -192,17 +244,27 @@ class LLM:
         *,
         extra_key: str = "",
         priority: int = 0,
+        add_special_tokens: bool = True,
+        fit: bool = False,
     ) -> Iterator[str]:
         """Yield the text of one sample as it becomes final; the generator's value is the output.
+
+        Arguments are those of :meth:`requests`.
 
         Raises:
             RequestError, TextError: it cannot be served, or could not go on.
         """
         pieces: list[str] = []
-        params = sampling or SamplingParams()
-        if params.n != 1:
+        if sampling is not None and sampling.n != 1:
             raise RequestError("a stream is of one sample; use n=1")
-        (request,) = self.requests(prompt, params, extra_key=extra_key, priority=priority)
+        (request,) = self.requests(
+            prompt,
+            sampling,
+            extra_key=extra_key,
+            priority=priority,
+            add_special_tokens=add_special_tokens,
+            fit=fit,
+        )
         request.on_text = pieces.append
         self.engine.submit(request)
         try:
@@ -216,32 +278,64 @@ class LLM:
             raise RequestError(request.error)
         return request.result()
 
-    def render(self, messages: Sequence[Mapping[str, Any]], **template: Any) -> list[int]:
-        """Token ids of a conversation under the model's chat template."""
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        chat_template: str | Path | None = None,
+        add_special_tokens: bool = False,
+        **template: Any,
+    ) -> list[int]:
+        """Token ids of a conversation under the model's chat template, or another; see :meth:`chat`."""
         tokenizer = self._tokenizer("chat")
-        text = render_chat(tokenizer.chat_template, messages, **{**tokenizer.special_tokens, **template})
-        return tokenizer.encode(text, add_special_tokens=False)
+        source = tokenizer.chat_template
+        if chat_template is not None:
+            source = read_template(chat_template, source)
+        text = render_chat(source, messages, **{**tokenizer.special_tokens, **template})
+        return self._encode(text, add_special_tokens)
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        tokenizer = self._tokenizer("text")
+        ids = tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        bos = tokenizer.bos_id
+        if bos is not None and ids[:2] == [bos, bos] and not self._bos_told:
+            self._bos_told = True
+            self.warn(
+                f"a prompt begins with {tokenizer.bos_token} and the tokenizer adds another; "
+                "add_special_tokens=false leaves that out"
+            )
+        return ids
 
     def requests(
         self,
         prompt: str | Sequence[int],
-        sampling: SamplingParams,
+        sampling: SamplingParams | None,
         *,
         extra_key: str = "",
         priority: int = 0,
+        add_special_tokens: bool = True,
+        fit: bool = False,
     ) -> list[Request]:
         """The ``n`` requests of one prompt, checked but not queued; see :meth:`generate` for the rest.
+
+        Args:
+            fit: lower ``max_new_tokens`` to what the context has room for; as without ``sampling``.
 
         Raises:
             RequestError, TextError: the prompt or the parameters are beyond what the plan allows.
         """
         vocabulary = self.plan.config["vocab_size"]
-        ids = self._tokenizer("text").encode(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = self._encode(prompt, add_special_tokens) if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise RequestError("the prompt is empty; give at least one token")
         for token in ids:
             if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocabulary:
                 raise RequestError(f"token id {token!r} of the prompt is not from 0 to {vocabulary - 1}")
+        if sampling is None:
+            sampling, fit = self.default_sampling, "max_new_tokens" in self.generation_defaults
+        if fit:
+            room = max(1, self.plan.limits.context_len - len(ids))
+            sampling = dataclasses.replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
         sampling.check(self.plan.limits, vocabulary)
         if sampling.logprob_start_len >= len(ids):
             raise RequestError(

@@ -15,6 +15,7 @@ from makeready.engine.entrypoints.batch.output import Files, aside
 from makeready.engine.entrypoints.options import Job, PlanOrPath, UsageError, check_compiled, literal
 from makeready.engine.entrypoints.scheduler_options import SchedulerSettings, scheduler_options
 from makeready.engine.errors import RequestError
+from makeready.engine.generation_config import FIELDS as STATED
 from makeready.engine.options import SchedulerOptions
 from makeready.engine.sampling import SamplingParams
 
@@ -24,10 +25,18 @@ FORMATS = ("auto", "rows", "openai")  # of batch rows
 def _sampling_options() -> type:
     """A structured config with the fields of SamplingParams, which checks what OmegaConf has no type for."""
     hints = typing.get_type_hints(SamplingParams)
-    fields = [(f.name, _plain(hints[f.name]), MISSING) for f in dataclasses.fields(SamplingParams)]
+    fields = [
+        (f.name, _plain(_settable(f.name, hints[f.name])), MISSING)
+        for f in dataclasses.fields(SamplingParams)
+    ]
     made = dataclasses.make_dataclass("SamplingOptions", fields)
     made.__doc__ = SamplingParams.__doc__
     return made
+
+
+def _settable(name: str, hint: Any) -> Any:
+    """null leaves a field to the model's generation_config.json."""
+    return hint | None if name in STATED else hint
 
 
 def _plain(hint: Any) -> Any:
@@ -88,6 +97,13 @@ class GenerateJob(Job):
             until then OUTPUT.partial keeps them, and the same command goes on after any interruption.
         overwrite: replace an existing output, and drop what is kept of another job.
         format: how JSON rows are written: rows, openai, or auto, which looks at the first one.
+        chat_template: jinja template to use in place of the model's: a file, the text itself, or the name of one of
+            several that the model has.
+        add_special_tokens: put bos (and eos) around prompts that are texts where the tokenizer does; false for
+            texts that have them. Rows may say otherwise.
+        generation_config: sampling values that are null are those of the model's generation_config.json, where it
+            has them: temperature, top_k, top_p, min_p, repetition_penalty, max_new_tokens. Without it, or with
+            false: 1.0, -1, 1.0, 0.0, 1.0, 128.
         chat_template_kwargs: further variables of the chat template, such as
             chat_template_kwargs.enable_thinking=false.
         golden: before anything else, check that the model gives the tokens that were predicted when the
@@ -105,6 +121,9 @@ class GenerateJob(Job):
     output: str | None = literal()
     overwrite: bool = False
     format: str = "auto"
+    chat_template: str | None = literal()
+    add_special_tokens: bool = True
+    generation_config: bool = True
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     golden: bool = False
     sampling: SamplingOptions = field(default_factory=SamplingOptions)  # type: ignore[valid-type]
@@ -156,6 +175,8 @@ class GenerateJob(Job):
             raise UsageError("prompt= is empty; give at least a word")
         if self.chat_template_kwargs and self.chat is None:
             raise UsageError("chat_template_kwargs is for chat= and prompts=; a plain prompt has no template")
+        if self.chat_template is not None and self.chat is None:
+            raise UsageError("chat_template= is for chat= and prompts=; a plain prompt has no template")
         for name, wanted in (("n", 1), ("return_logprob", False)):
             if getattr(self.sampling, name) != wanted:
                 raise UsageError(
@@ -194,9 +215,15 @@ class GenerateJob(Job):
         """What ``scheduler`` says, checked."""
         return scheduler_options(self.scheduler)
 
-    def params(self) -> SamplingParams:
-        """What ``sampling`` says, checked."""
-        return SamplingParams.from_mapping(dataclasses.asdict(self.sampling))  # type: ignore[call-overload]
+    def params(self, defaults: Mapping[str, Any] | None = None) -> SamplingParams:
+        """What ``sampling`` says, checked; ``defaults`` stand in for fields that it leaves to the model."""
+        asked = dataclasses.asdict(self.sampling)  # type: ignore[call-overload]
+        given = {name: value for name, value in asked.items() if value is not None or name not in STATED}
+        return SamplingParams.from_mapping({**(defaults or {}), **given})
+
+    def fits(self, defaults: Mapping[str, Any]) -> bool:
+        """Whether the model alone says how many tokens are generated at most."""
+        return self.sampling.max_new_tokens is None and "max_new_tokens" in defaults  # type: ignore[attr-defined]
 
 
 def check_files(prompts: Path, output: Path) -> None:

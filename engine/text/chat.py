@@ -80,33 +80,30 @@ def render_chat(
     raise failure
 
 
-def read_template(
-    given: str | Path, named: str | Mapping[str, str] | None = None, *, suffixes: Sequence[str] = ()
-) -> str:
+def is_template(text: str) -> bool:
+    """Whether a text is a template, rather than the path or the name of one."""
+    return "{" in text or "\n" in text
+
+
+def read_template(given: str | Path, named: str | Mapping[str, str] | None = None) -> str:
     """A chat template that a user passes.
 
     Args:
         given: the template's text, the path of a file with it, or the name of one of the model's templates.
         named: the model's templates.
-        suffixes: what the name of a file must end in, if anything.
 
     Raises:
         TextError: there is no such file, it is no template, or the template is broken.
     """
     if isinstance(named, Mapping) and given in named:
         return named[str(given)]
-    source = given if isinstance(given, str) and ("{" in given or "\n" in given) else _file(given, suffixes)
+    source = given if isinstance(given, str) and is_template(given) else _file(given)
     _compiled(source)
     return source
 
 
-def _file(given: str | Path, suffixes: Sequence[str]) -> str:
+def _file(given: str | Path) -> str:
     path = Path(given).expanduser()
-    if suffixes and path.suffix not in suffixes:
-        raise TextError(
-            f"chat_template={str(given)!r} is neither a template's text nor a file that ends in "
-            f"{' or '.join(suffixes)}; give one of them"
-        )
     try:
         if not path.is_file():
             raise TextError(

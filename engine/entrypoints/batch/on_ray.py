@@ -41,6 +41,8 @@ class EngineSpec:
         model: config of a dummy checkpoint.
         format, sampling, template: as for :class:`Worker`.
         scheduler: how requests share each engine.
+        chat_template: text of the chat template, or name of one of the model's; None for the model's own.
+        text: further arguments of :class:`Worker`.
     """
 
     checkpoint: str
@@ -51,6 +53,8 @@ class EngineSpec:
     sampling: SamplingParams
     template: Mapping[str, Any]
     scheduler: SchedulerOptions
+    chat_template: str | None = None
+    text: Mapping[str, bool] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,8 +71,15 @@ class RayEngine:
     def __init__(self, spec: EngineSpec) -> None:
         config = None if spec.model is None else dict(spec.model)
         checkpoint = open_checkpoint(spec.checkpoint, config=config)
-        llm = LLM(checkpoint, spec.plan, kv_memory_gib=spec.kv_memory_gib, scheduler=spec.scheduler)
-        self._worker = Worker(llm, spec.format, spec.sampling, spec.template)
+        llm = LLM(
+            checkpoint,
+            spec.plan,
+            kv_memory_gib=spec.kv_memory_gib,
+            scheduler=spec.scheduler,
+            chat_template=spec.chat_template,
+            generation_config=False,  # its values are in spec.sampling
+        )
+        self._worker = Worker(llm, spec.format, spec.sampling, spec.template, **spec.text)
 
     def depth(self) -> int:
         """Rows that it takes before any is final; answers when the model is loaded."""

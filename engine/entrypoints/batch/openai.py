@@ -14,7 +14,7 @@ from typing import Any
 
 from makeready.engine.entrypoints.batch.base import Ask, RowError
 from makeready.engine.entrypoints.batch.openai_logprobs import chat_logprobs, completion_logprobs
-from makeready.engine.entrypoints.batch.rows import ROUTING, check_template, kind_of, routing_of
+from makeready.engine.entrypoints.batch.rows import ROUTING, check_template, kind_of, routing_of, text_of
 from makeready.engine.request import Output
 from makeready.engine.sampling import SamplingParams
 from makeready.engine.text.token_text import prompt_text
@@ -54,8 +54,8 @@ RENAMED = {
     "logprobs": "top_logprobs_num",
     "echo": "logprob_start_len",
 }
-CHAT_FIELDS = ("model", "messages", "logprobs", "chat_template_kwargs")
-COMPLETION_FIELDS = ("model", "prompt", "logprobs", "echo")
+CHAT_FIELDS = ("model", "messages", "logprobs", "chat_template_kwargs", "chat_template", "add_special_tokens")
+COMPLETION_FIELDS = ("model", "prompt", "logprobs", "echo", "add_special_tokens")
 
 # Fields that ask for nothing by these values; by any other they are refused. null always asks for nothing.
 IDLE: Mapping[str, Sequence[Any]] = {
@@ -97,14 +97,16 @@ class OpenAIFormat:
                 sampling[ours] = body[name]
         sampling |= _chat_logprobs(body) if chat else _completion_logprobs(body)
         if not chat:
-            return Ask(*_prompts(body.get("prompt")), sampling, routing=routing_of(body))
+            kind, prompts = _prompts(body.get("prompt"))
+            return Ask(kind, prompts, sampling, routing=routing_of(body), text=text_of(body, kind))
         if not isinstance(body.get("messages"), list):
             raise RowError(f"messages must be a list, not {kind_of(body.get('messages'))}", "messages")
         template = body.get("chat_template_kwargs", {})
         if not isinstance(template, dict):
             raise RowError("chat_template_kwargs must be an object", "chat_template_kwargs")
         check_template(template)
-        return Ask("messages", (body["messages"],), sampling, template, routing_of(body))
+        text = text_of(body, "messages")
+        return Ask("messages", (body["messages"],), sampling, template, routing_of(body), text)
 
     def answer(
         self,

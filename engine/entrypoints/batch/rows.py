@@ -5,22 +5,25 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from makeready.engine.entrypoints.batch.base import Ask, RowError
 from makeready.engine.request import ERROR, Output
 from makeready.engine.sampling import SamplingParams
+from makeready.engine.text.chat import is_template
 from makeready.engine.text.tokenizer import Tokenizer
 
 PROMPTS = ("prompt", "messages", "token_ids")
 PASSED_THROUGH = ("id", "custom_id")
 ROUTING = ("priority", "extra_key")  # what the scheduler is told
+TEXT = ("chat_template", "add_special_tokens")  # how text becomes tokens
 OTHERS = ("chat_template_kwargs", "sampling")
-RESERVED = {"self", "template", "messages", "bos_token", "eos_token"}
+RESERVED = {"self", "template", "messages", "bos_token", "eos_token", *TEXT}
 DEEPEST = 100  # levels of a row: it must be read again from deeper ones, where Python's limit is closer
 SAMPLING = tuple(f.name for f in dataclasses.fields(SamplingParams))
-FIELDS = (*PROMPTS, *PASSED_THROUGH, *ROUTING, *OTHERS, *SAMPLING)
+FIELDS = (*PROMPTS, *PASSED_THROUGH, *ROUTING, *TEXT, *OTHERS, *SAMPLING)
 
 
 class RowFormat:
@@ -54,7 +57,9 @@ class RowFormat:
         twice = sorted(bare.keys() & nested.keys())
         if twice:
             raise RowError(f"{twice[0]} is given both in the row and under sampling; give it once")
-        return Ask(kinds[0], (prompt,), bare | nested, template, routing_of(fields))
+        return Ask(
+            kinds[0], (prompt,), bare | nested, template, routing_of(fields), text_of(fields, kinds[0])
+        )
 
     def answer(
         self,
@@ -114,6 +119,40 @@ def check_template(variables: Mapping[str, Any]) -> None:
         raise RowError(
             "tools in chat_template_kwargs must be a list of function schemas", "chat_template_kwargs"
         )
+
+
+def text_of(fields: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """Those of a row's fields that say how its text becomes tokens.
+
+    A template is given as text, as the name of one of the model's, or as the path of a ``.jinja`` file: a row is
+    data, and other files are not for it to read.
+
+    Args:
+        kind: what its prompts are.
+
+    Raises:
+        RowError: one is of the wrong type, or of no use for that kind of prompt.
+    """
+    made = {name: fields[name] for name in TEXT if fields.get(name) is not None}
+    template, special = made.get("chat_template", ""), made.get("add_special_tokens", True)
+    if not isinstance(template, str):
+        raise RowError(f"chat_template must be a string, not {kind_of(template)}", "chat_template")
+    if template and kind != "messages":
+        raise RowError(f"chat_template is for messages; {kind} need no template", "chat_template")
+    if not (is_template(template) or re.fullmatch(r"[\w-]*|.*\.jinja", template)):
+        raise RowError(
+            f"chat_template={template[:80]!r} is neither a template's text nor the path of a .jinja file; give one",
+            "chat_template",
+        )
+    if not isinstance(special, bool):
+        raise RowError(
+            f"add_special_tokens must be true or false, not {kind_of(special)}", "add_special_tokens"
+        )
+    if "add_special_tokens" in made and kind == "token_ids":
+        raise RowError(
+            "add_special_tokens is for texts; token_ids are taken as they are", "add_special_tokens"
+        )
+    return made
 
 
 def routing_of(fields: Mapping[str, Any]) -> dict[str, Any]:

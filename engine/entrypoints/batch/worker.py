@@ -46,6 +46,8 @@ class Worker:
         sampling: what rows that do not say otherwise ask for.
         template: variables of the chat template for rows of messages.
         told: of every sample that is final and, once, of every row that is refused.
+        add_special_tokens: put bos around texts where the tokenizer does; rows may say otherwise.
+        fit: ``max_new_tokens`` of ``sampling`` was chosen by nobody, and ends where the context does.
     """
 
     def __init__(
@@ -55,12 +57,17 @@ class Worker:
         sampling: SamplingParams,
         template: Mapping[str, Any] | None = None,
         told: Callable[[Output], None] = lambda output: None,
+        *,
+        add_special_tokens: bool = True,
+        fit: bool = False,
     ) -> None:
         self._llm = llm
         self._format = FORMATS[format]
         self._sampling = {name: getattr(sampling, name) for name in SAMPLING}
         self._template = dict(template or {})
         self._told = told
+        self._add_special_tokens = add_special_tokens
+        self._fit = fit
         self._running: dict[int, tuple[_Entry, int]] = {}  # id of a request → its row and place
         self._refused: list[Done] = []
 
@@ -132,9 +139,11 @@ class Worker:
         self._running |= {id(request): (entry, place) for place, request in enumerate(requests)}
 
     def _requests(self, ask: Ask, prompt: Any, params: SamplingParams) -> list[Request]:
+        fit = self._fit and "max_new_tokens" not in ask.sampling
+        special = ask.text.get("add_special_tokens", self._add_special_tokens)
         if ask.kind == "messages":
-            prompt = self._llm.render(prompt, **{**self._template, **ask.template})
-        return self._llm.requests(prompt, params, **ask.routing)
+            prompt = self._llm.render(prompt, **{**self._template, **ask.template, **ask.text})
+        return self._llm.requests(prompt, params, **ask.routing, add_special_tokens=special, fit=fit)
 
     def _answer(self, entry: _Entry) -> Done:
         outputs = [output for output in entry.outputs if output is not None]
