@@ -153,7 +153,8 @@ def _run(job: GenerateJob, plan: Plan | None, format: str, rows: Rows) -> None:
         job.chat_template_kwargs,
         job.scheduling(),
         job.chat_template,
-        {"add_special_tokens": job.add_special_tokens, "fit": job.fits(defaults)},
+        job.add_special_tokens,
+        job.fits(defaults),
     )
     with Stages() as stages:
         stages.begin("load the model on every engine")

@@ -42,7 +42,7 @@ class EngineSpec:
         format, sampling, template: as for :class:`Worker`.
         scheduler: how requests share each engine.
         chat_template: text of the chat template, or name of one of the model's; None for the model's own.
-        text: further arguments of :class:`Worker`.
+        add_special_tokens, fit: as for :class:`Worker`.
     """
 
     checkpoint: str
@@ -54,7 +54,8 @@ class EngineSpec:
     template: Mapping[str, Any]
     scheduler: SchedulerOptions
     chat_template: str | None = None
-    text: Mapping[str, bool] = field(default_factory=dict)
+    add_special_tokens: bool = True
+    fit: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,14 @@ class RayEngine:
             chat_template=spec.chat_template,
             generation_config=False,  # its values are in spec.sampling
         )
-        self._worker = Worker(llm, spec.format, spec.sampling, spec.template, **spec.text)
+        self._worker = Worker(
+            llm,
+            spec.format,
+            spec.sampling,
+            spec.template,
+            add_special_tokens=spec.add_special_tokens,
+            fit=spec.fit,
+        )
 
     def depth(self) -> int:
         """Rows that it takes before any is final; answers when the model is loaded."""
