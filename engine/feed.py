@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,7 +14,7 @@ from makeready.engine.given import is_long, samples_of
 from makeready.engine.loop import Engine
 from makeready.engine.request import Output, Request
 
-Asked = tuple[Any, Any, Any, Any]  # prompt, sampling, extra_key, priority
+Asked = tuple[Any, Any, Any, Any, Any]  # prompt, sampling, extra_key, priority, add_special_tokens
 
 # Requests that ``generate`` lets wait beside those that run: enough to choose from, and the device need not
 # wait until thousands of texts are tokenized.
@@ -29,11 +30,13 @@ class _Running:
     Attributes:
         places: of requests that are queued or run, in the list that is returned.
         reading: places of prompts that are being tokenized.
+        ready: requests that the engine's queue has no room for yet, the rest of a prompt's samples, by place.
         next: place of the next prompt.
     """
 
     places: dict[Request, int] = field(default_factory=dict)
     reading: dict[Future[list[Request]], range] = field(default_factory=dict)
+    ready: deque[tuple[int, Request]] = field(default_factory=deque)
     next: int = 0
 
     @property
@@ -50,7 +53,7 @@ class Feed:
         make: the requests of a prompt; what it raises is that prompt's own error.
     """
 
-    def __init__(self, engine: Engine, make: Callable[[Any, Any, Any, Any], list[Request]]) -> None:
+    def __init__(self, engine: Engine, make: Callable[[Any, Any, Any, Any, Any], list[Request]]) -> None:
         self._engine, self._make = engine, make
         # One thread: texts that are long enough for it take memory, 300 bytes a byte of text.
         self._reader = ThreadPoolExecutor(1, "makeready reader")
@@ -61,9 +64,9 @@ class Feed:
         try:
             while True:
                 yield from self._feed(asked, running)
-                if not (running.places or running.reading) and self._engine.room:
+                if not (running.places or running.reading or running.ready) and self._engine.room:
                     return
-                if not running.places and running.reading:
+                if not (running.places or running.ready) and running.reading:
                     wait(running.reading, return_when=FIRST_COMPLETED)
                     continue
                 for request in self._engine.step():
@@ -78,9 +81,12 @@ class Feed:
     def _feed(self, asked: Iterator[Asked], running: _Running) -> Iterator[tuple[int, Output]]:
         """Queue further requests; yields those that are refused."""
         for future in [future for future in running.reading if future.done()]:
-            yield from self._queue(running.reading.pop(future), future.result, running)
+            yield from self._take(running.reading.pop(future), future.result, running)
         rows, fed = self._engine.limits.max_rows, 0
-        while self._engine.room > running.samples:
+        while True:
+            yield from self._submit(running)
+            if running.ready or self._engine.room <= running.samples:
+                return
             known = len(running.places) + running.samples
             if known >= rows and (fed >= MADE or known >= rows + AHEAD):
                 return
@@ -93,23 +99,24 @@ class Feed:
             if is_long(item[0]):
                 running.reading[self._reader.submit(make)] = places
             else:
-                yield from self._queue(places, make, running)
+                yield from self._take(places, make, running)
 
-    def _queue(
+    def _take(
         self, places: range, make: Callable[[], list[Request]], running: _Running
     ) -> Iterator[tuple[int, Output]]:
-        """Queue the requests that ``make`` gives; where they are refused, yields the outputs that say why."""
-        reason = ""
+        """The requests that ``make`` gives are ready; where it refuses, yields the outputs that say why."""
         try:
-            requests: Sequence[Request | None] = make()
+            running.ready.extend(list(zip(places, make(), strict=True)))
         except BaseException as error:
-            requests, reason = [None] * len(places), reason_of(error, "the prompt cannot be read")
-        for place, request in zip(places, requests, strict=True):
+            reason = reason_of(error, "the prompt cannot be read")
+            yield from ((place, Output.refused(reason)) for place in places)
+
+    def _submit(self, running: _Running) -> Iterator[tuple[int, Output]]:
+        """Queue what is ready, as far as there is room; yields what the engine refuses."""
+        while running.ready and self._engine.room:
+            place, request = running.ready.popleft()
             try:
-                if request is not None:
-                    self._engine.submit(request)
-                    running.places[request] = place
-                    continue
+                self._engine.submit(request)
+                running.places[request] = place
             except RequestError as error:
-                reason = str(error)
-            yield place, Output.refused(reason)
+                yield place, Output.refused(str(error))

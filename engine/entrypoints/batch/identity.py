@@ -22,6 +22,7 @@ EXEMPT = frozenset(
         "output",
         "overwrite",
         "golden",
+        "generation_config",  # by the values that it gives
         "metrics",
         "trace",
         "target",
@@ -41,15 +42,18 @@ EXEMPT = frozenset(
 )
 
 
-def identity(job: GenerateJob, plan: Plan | None, given: Mapping[str, Any]) -> dict[str, Any]:
+def identity(
+    job: GenerateJob, plan: Plan | None, given: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Name → value, as JSON reads it back.
 
     Args:
         job: the options.
         plan: the plan that ``plan=`` names; its own options stand for those under ``plan`` and ``kv``.
         given: what tells the input from others.
+        defaults: sampling values that the model states.
     """
-    fields = dataclasses.asdict(job)
+    fields = dataclasses.asdict(job) | {"sampling": dataclasses.asdict(job.params(defaults))}
     if job.checkpoint != "dummy":
         fields["checkpoint"] = os.path.abspath(os.path.expanduser(job.checkpoint))
     if plan is not None:
