@@ -5,17 +5,16 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from makeready.engine.errors import RequestError
-from makeready.engine.given import params_of
+from makeready.engine.given import Sampling
 from makeready.engine.llm import LLM
 from makeready.engine.request import Output, Request
-from makeready.engine.sampling import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -95,10 +94,11 @@ class AsyncLLM:
     async def generate(
         self,
         prompt: str | Sequence[int],
-        sampling: SamplingParams | Mapping[str, Any] | None = None,
+        sampling: Sampling = None,
         *,
         extra_key: str = "",
         priority: int = 0,
+        add_special_tokens: bool = True,
     ) -> AsyncIterator[Piece]:
         """Yield what each step adds to the ``n`` samples of a prompt.
 
@@ -106,14 +106,20 @@ class AsyncLLM:
 
         Args:
             prompt: a text, or token ids.
-            sampling: how to generate.
-            extra_key, priority: see :meth:`makeready.engine.llm.LLM.generate`.
+            sampling: how to generate; None takes the model's ``default_sampling``, a dict changes fields of it.
+            extra_key, priority, add_special_tokens: see :meth:`makeready.engine.llm.LLM.generate`.
 
         Raises:
             RequestError, TextError: the prompt cannot be served, or the engine is closed.
         """
-        params = params_of(sampling)
-        make = partial(self.llm.requests, prompt, params, extra_key=extra_key, priority=priority)
+        make = partial(
+            self.llm.requests,
+            prompt,
+            sampling,
+            extra_key=extra_key,
+            priority=priority,
+            add_special_tokens=add_special_tokens,
+        )
         requests = await asyncio.to_thread(make)  # a long text takes a while to tokenize
         loop, queue = asyncio.get_running_loop(), asyncio.Queue()
         streams = [_Stream(i, request, loop, queue) for i, request in enumerate(requests)]

@@ -14,7 +14,7 @@ from makeready.engine.given import is_long, samples_of
 from makeready.engine.loop import Engine
 from makeready.engine.request import Output, Request
 
-Asked = tuple[Any, Any, Any, Any]  # prompt, sampling, extra_key, priority
+Asked = tuple[Any, Any, Any, Any, Any]  # prompt, sampling, extra_key, priority, add_special_tokens
 
 # Requests that ``generate`` lets wait beside those that run: enough to choose from, and the device need not
 # wait until thousands of texts are tokenized.
@@ -29,14 +29,14 @@ class _Running:
 
     Attributes:
         places: of requests that are queued or run, in the list that is returned.
-        made: requests that wait for room in the queue, and their places.
         reading: places of prompts that are being tokenized.
+        ready: requests that the engine's queue has no room for yet, the rest of a prompt's samples, by place.
         next: place of the next prompt.
     """
 
     places: dict[Request, int] = field(default_factory=dict)
-    made: deque[tuple[int, Request]] = field(default_factory=deque)
     reading: dict[Future[list[Request]], range] = field(default_factory=dict)
+    ready: deque[tuple[int, Request]] = field(default_factory=deque)
     next: int = 0
 
     @property
@@ -53,7 +53,7 @@ class Feed:
         make: the requests of a prompt; what it raises is that prompt's own error.
     """
 
-    def __init__(self, engine: Engine, make: Callable[[Any, Any, Any, Any], list[Request]]) -> None:
+    def __init__(self, engine: Engine, make: Callable[[Any, Any, Any, Any, Any], list[Request]]) -> None:
         self._engine, self._make = engine, make
         # One thread: texts that are long enough for it take memory, 300 bytes a byte of text.
         self._reader = ThreadPoolExecutor(1, "makeready reader")
@@ -64,9 +64,9 @@ class Feed:
         try:
             while True:
                 yield from self._feed(asked, running)
-                if not (running.places or running.made or running.reading) and self._engine.room:
+                if not (running.places or running.reading or running.ready) and self._engine.room:
                     return
-                if not running.places and running.reading:
+                if not (running.places or running.ready) and running.reading:
                     wait(running.reading, return_when=FIRST_COMPLETED)
                     continue
                 for request in self._engine.step():
@@ -82,11 +82,11 @@ class Feed:
     def _feed(self, asked: Iterator[Asked], running: _Running) -> Iterator[tuple[int, Output]]:
         """Queue further requests; yields those that are refused."""
         for future in [future for future in running.reading if future.done()]:
-            yield from self._prepare(running.reading.pop(future), future.result, running)
+            yield from self._take(running.reading.pop(future), future.result, running)
         rows, fed = self._engine.limits.max_rows, 0
         while True:
             yield from self._submit(running)
-            if running.made or self._engine.room <= running.samples:
+            if running.ready or self._engine.room <= running.samples:
                 return
             known = len(running.places) + running.samples
             if known >= rows and (fed >= MADE or known >= rows + AHEAD):
@@ -100,23 +100,22 @@ class Feed:
             if is_long(item[0]):
                 running.reading[self._reader.submit(make)] = places
             else:
-                yield from self._prepare(places, make, running)
+                yield from self._take(places, make, running)
 
-    def _prepare(
+    def _take(
         self, places: range, make: Callable[[], list[Request]], running: _Running
     ) -> Iterator[tuple[int, Output]]:
-        """Keep the requests that ``make`` gives; where it refuses, yields the outputs that say why."""
+        """The requests that ``make`` gives are ready; where it refuses, yields the outputs that say why."""
         try:
-            running.made.extend(zip(places, make(), strict=True))
+            running.ready.extend(list(zip(places, make(), strict=True)))
         except BaseException as error:
             reason = reason_of(error, "the prompt cannot be read")
-            for place in places:
-                yield place, Output.refused(reason)
+            yield from ((place, Output.refused(reason)) for place in places)
 
     def _submit(self, running: _Running) -> Iterator[tuple[int, Output]]:
-        """Queue as many requests as there is room for; yields those that are refused."""
-        while running.made and self._engine.room:
-            place, request = running.made.popleft()
+        """Queue what is ready, as far as there is room; yields what the engine refuses."""
+        while running.ready and self._engine.room:
+            place, request = running.ready.popleft()
             try:
                 self._engine.submit(request)
                 running.places[request] = place

@@ -14,10 +14,12 @@ from makeready.engine.fields import plain, shown, whole
 from makeready.engine.sampling import SamplingParams
 from makeready.engine.text.tokenizer import LONG
 
+Sampling = SamplingParams | Mapping[str, Any] | None
+
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages that are to be a prompt, with variables of the chat template."""
+    """Messages that are to be a prompt; ``template`` holds further arguments of ``LLM.render``."""
 
     messages: Any
     template: Mapping[str, Any]
@@ -84,19 +86,39 @@ def ids_of(prompt: Any, vocabulary: int) -> list[int]:
     return ids
 
 
-def params_of(sampling: Any) -> SamplingParams:
-    """Sampling parameters; None for the defaults, or a mapping of their fields.
+def conversations_of(messages: Any) -> list[Any]:
+    """Several conversations, or the only one; what is wrong within one is its own error.
+
+    Raises:
+        RequestError: it is no list.
+    """
+    if not isinstance(messages, Iterable) or isinstance(messages, str | bytes | Mapping):
+        raise RequestError(f"messages={shown(messages)} must be a list of messages, or of such lists")
+    given = list(messages)
+    return given if not any(isinstance(message, Mapping) for message in given) else [given]
+
+
+def params_of(sampling: Any, defaults: Mapping[str, Any] | None = None) -> SamplingParams:
+    """Sampling parameters, which stand for themselves; or a mapping of their fields, or None.
+
+    Args:
+        defaults: fields that stand in for those that a mapping leaves out, and for all where there is none.
 
     Raises:
         RequestError: it is something else, or a field is wrong.
     """
-    if sampling is None:
-        return SamplingParams()
-    if isinstance(sampling, Mapping):
-        return SamplingParams.from_mapping(sampling)
-    if not isinstance(sampling, SamplingParams):
+    if isinstance(sampling, SamplingParams):
+        return sampling
+    if sampling is not None and not isinstance(sampling, Mapping):
         raise RequestError(f"sampling={shown(sampling)} must be SamplingParams, or a dict of its fields")
-    return sampling
+    asked = {name: value for name, value in (sampling or {}).items() if value is not None}
+    return SamplingParams.from_mapping({**(defaults or {}), **asked})
+
+
+def limit_is_models(sampling: Any, defaults: Mapping[str, Any]) -> bool:
+    """Whether ``max_new_tokens`` is the model's own, which ends where the context does."""
+    named = sampling.get("max_new_tokens") if isinstance(sampling, Mapping) else sampling
+    return named is None and "max_new_tokens" in defaults
 
 
 def samples_of(sampling: Any) -> int:

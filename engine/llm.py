@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -10,25 +11,34 @@ from typing import Any
 
 from makeready.engine.errors import RequestError
 from makeready.engine.feed import Feed
-from makeready.engine.fields import shown, whole
+from makeready.engine.fields import boolean, whole
 from makeready.engine.fields import text as field_text
-from makeready.engine.given import Conversation, ids_of, params_of, prompts_of, spread
+from makeready.engine.generation_config import sampling_defaults, told
+from makeready.engine.given import (
+    Conversation,
+    Sampling,
+    conversations_of,
+    ids_of,
+    limit_is_models,
+    params_of,
+    prompts_of,
+    spread,
+)
 from makeready.engine.loop import Engine
 from makeready.engine.options import SchedulerOptions
+from makeready.engine.planned import Report, plan_of, shareable
 from makeready.engine.request import Output, Request, TokenLogprob
 from makeready.engine.sampling import SamplingParams
-from makeready.engine.text.chat import render_chat
+from makeready.engine.text.chat import read_template, render_chat
 from makeready.engine.text.tokenizer import Tokenizer, load_tokenizer
-from makeready.graphs import artifact
 from makeready.graphs.checkpoint.base import Checkpoint, open_checkpoint
 from makeready.graphs.executable.load import load_executable
 from makeready.graphs.plan import Plan
 
 __all__ = ["LLM", "Output", "RequestError", "SamplingParams", "SchedulerOptions", "TokenLogprob"]
 
-Report = Callable[[str], None]
-Sampling = SamplingParams | Mapping[str, Any] | None
 PRIORITY = whole(-(2**63))
+_LOG = logging.getLogger("makeready")
 
 
 class LLM:
@@ -45,7 +55,12 @@ class LLM:
         kv_memory_gib: memory for KV pages; None takes what is free on a GPU, less a reserve, and on the CPU gives
             every row its full context, up to 4 GiB.
         scheduler: how requests share the device.
-        report: told in a sentence what is going on while the model loads.
+        chat_template: jinja template to use in place of the model's: its text, the path of a file, or the name of
+            one of several that the model has.
+        generation_config: take the model's own sampling values from its generation_config.json for requests
+            without sampling parameters; see ``default_sampling``.
+        report: told in a sentence what is going on while the model loads, and of what may be not as expected;
+            without it the latter goes to the logger ``makeready``.
         progress: told how many of how many parameters are loaded.
         options: fields of :class:`makeready.graphs.compile.Request` for the plan to compile, such as
             ``target``, ``max_rows`` or ``weight_dtype``; none may be given beside ``plan``.
@@ -61,18 +76,32 @@ class LLM:
         *,
         kv_memory_gib: float | None = None,
         scheduler: SchedulerOptions | None = None,
-        report: Report = lambda sentence: None,
+        chat_template: str | Path | None = None,
+        generation_config: bool = True,
+        report: Report | None = None,
         progress: Callable[[int, int], None] = lambda done, total: None,
         **options: Any,
     ) -> None:
         self.checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
         scheduler = scheduler or SchedulerOptions()
+        self.warn: Report = report or _LOG.warning
+        report = report or (lambda sentence: None)
         if plan is None and scheduler.deterministic:
             options = {**options, "deterministic": True}
-        self.plan = _plan(self.checkpoint, plan, options, report)
+        self.plan = plan_of(self.checkpoint, plan, options, report)
         scheduler.check(self.plan)  # before anything large is loaded
         self.tokenizer: Tokenizer | None = load_tokenizer(self.checkpoint)
-        shared = _shareable(self.plan, scheduler, report)
+        if chat_template is not None:
+            tokenizer = self._tokenizer("chat_template")
+            tokenizer.chat_template = read_template(chat_template, tokenizer.chat_template)
+        stated = sampling_defaults(self.checkpoint.generation_config) if generation_config else {}
+        self.generation_defaults: Mapping[str, Any] = stated
+        self._bos_told = False
+        for sentence in self.tokenizer.warnings if self.tokenizer else ():
+            self.warn(sentence)
+        if stated:
+            self.warn(told(stated))
+        shared = shareable(self.plan, scheduler, report)
         executable = load_executable(
             self.plan,
             self.checkpoint,
@@ -104,6 +133,14 @@ class LLM:
         if self.engine.closed:
             raise RequestError("the model is closed; load it again")
 
+    @property
+    def default_sampling(self) -> SamplingParams:
+        """What requests without sampling parameters are sampled with: the model's own values, where it has some.
+
+        ``dataclasses.replace(llm.default_sampling, max_new_tokens=16)`` changes one of them.
+        """
+        return params_of(None, self.generation_defaults)
+
     def generate(
         self,
         prompts: str | Iterable[Any] | None = None,
@@ -112,6 +149,7 @@ class LLM:
         token_ids: Iterable[Any] | None = None,
         extra_key: str | Sequence[str] = "",
         priority: int | Sequence[int] = 0,
+        add_special_tokens: bool = True,
         on_finish: Callable[[int, Output], None] | None = None,
     ) -> list[Output]:
         """Generate for every prompt, however many there are.
@@ -119,9 +157,11 @@ class LLM:
         Args:
             prompts: a text, or several, from anything that gives them one after the other; or
             token_ids: prompts as token ids: lists, or arrays of NumPy or torch. Exactly one of the two.
-            sampling: for all prompts, or one for each; parameters, or a dict of their fields.
+            sampling: for all prompts, or one for each: parameters; or a dict of their fields, which changes
+                :attr:`default_sampling` by these; or None for that as it is.
             extra_key: prompts share cached prefixes only with those of the same key; one, or one for each.
             priority: higher goes first under that policy; one, or one for each.
+            add_special_tokens: put bos (and eos) around texts where the tokenizer does.
             on_finish: called with the place in the returned list and the output as each finishes.
 
         Returns:
@@ -131,12 +171,14 @@ class LLM:
         """
         self._check_open()
         given = prompts_of(prompts, token_ids)
-        sampling = sampling if isinstance(sampling, Sequence) else params_of(sampling)
+        if not isinstance(sampling, Sequence):
+            params_of(sampling, self.generation_defaults)  # wrong for one, wrong for all
         asked = zip(
             given,
             spread("sampling", sampling, len(given)),
             spread("extra_key", extra_key, len(given)),
             spread("priority", priority, len(given)),
+            [add_special_tokens] * len(given),
             strict=True,
         )
         outputs: dict[int, Output] = {}
@@ -147,35 +189,44 @@ class LLM:
                     on_finish(place, output)
         return [outputs[place] for place in range(len(outputs))]
 
-    def _made(self, prompt: Any, sampling: Any, extra_key: Any, priority: Any) -> list[Request]:
+    def _made(
+        self, prompt: Any, sampling: Any, extra_key: Any, priority: Any, add_special_tokens: Any
+    ) -> list[Request]:
         """The requests of a prompt."""
-        params = params_of(sampling)
         if isinstance(prompt, Conversation):
             prompt = self.render(prompt.messages, **prompt.template)
-        return self.requests(prompt, params, extra_key=extra_key, priority=priority)
+        return self.requests(
+            prompt,
+            sampling,
+            extra_key=extra_key,
+            priority=priority,
+            add_special_tokens=add_special_tokens,
+        )
 
     def chat(
         self,
         messages: Iterable[Mapping[str, Any]] | Iterable[Sequence[Mapping[str, Any]]],
         sampling: Sampling | Sequence[Sampling] = None,
+        *,
+        chat_template: str | Path | None = None,
+        add_special_tokens: bool = False,
         **template: Any,
     ) -> list[Output]:
         """Generate the assistant's answer to a conversation, or to each of several.
 
         Args:
             messages: ``{"role": ..., "content": ...}`` each, or a list of such conversations.
-            sampling: for all of them, or one for each.
+            sampling: for all of them, or one for each; as for :meth:`generate`.
+            chat_template: as for the class, for these alone.
+            add_special_tokens: put bos around what the template makes, which most templates write themselves.
             template: further variables of the chat template, such as ``tools`` or ``enable_thinking``.
 
         Returns:
             As :meth:`generate` does: a conversation that cannot be rendered comes back with the reason in
             ``error``, and the others run.
         """
-        if not isinstance(messages, Iterable) or isinstance(messages, str | bytes | Mapping):
-            raise RequestError(f"messages={shown(messages)} must be a list of messages, or of such lists")
-        given = list(messages)
-        several = given if not any(isinstance(message, Mapping) for message in given) else [given]
-        return self.generate([Conversation(each, template) for each in several], sampling)
+        more = {"chat_template": chat_template, "add_special_tokens": add_special_tokens, **template}
+        return self.generate([Conversation(each, more) for each in conversations_of(messages)], sampling)
 
     def stream(
         self,
@@ -184,18 +235,28 @@ class LLM:
         *,
         extra_key: str = "",
         priority: int = 0,
+        add_special_tokens: bool = True,
+        fit: bool = False,
     ) -> Iterator[str]:
         """Yield the text of one sample as it becomes final; the generator's value is the output.
+
+        Arguments are those of :meth:`requests`.
 
         Raises:
             RequestError, TextError: it cannot be served, or could not go on.
         """
         self._check_open()
         pieces: list[str] = []
-        params = params_of(sampling)
-        if params.n != 1:
+        if params_of(sampling, self.generation_defaults).n != 1:
             raise RequestError("a stream is of one sample; use n=1")
-        (request,) = self.requests(prompt, params, extra_key=extra_key, priority=priority)
+        (request,) = self.requests(
+            prompt,
+            sampling,
+            extra_key=extra_key,
+            priority=priority,
+            add_special_tokens=add_special_tokens,
+            fit=fit,
+        )
         request.on_text = pieces.append
         self.engine.submit(request)
         try:
@@ -209,40 +270,54 @@ class LLM:
             raise RequestError(request.error)
         return request.result()
 
-    def render(self, messages: Sequence[Mapping[str, Any]], **template: Any) -> list[int]:
-        """Token ids of a conversation under the model's chat template."""
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        chat_template: str | Path | None = None,
+        add_special_tokens: bool = False,
+        **template: Any,
+    ) -> list[int]:
+        """Token ids of a conversation under the model's chat template, or another; see :meth:`chat`."""
         tokenizer = self._tokenizer("chat")
-        special = tokenizer.special_tokens
-        text = render_chat(
-            tokenizer.chat_template,
-            messages,
-            bos_token=special.get("bos_token"),
-            eos_token=special.get("eos_token"),
-            **template,
-        )
-        return self._encode(tokenizer, text, add_special_tokens=False)
+        source = tokenizer.chat_template
+        if chat_template is not None:
+            source = read_template(chat_template, source)
+        text = render_chat(source, messages, **{**tokenizer.special_tokens, **template})
+        return self._encode(text, boolean("add_special_tokens", add_special_tokens))
 
     def requests(
         self,
         prompt: str | Sequence[int],
-        sampling: SamplingParams,
+        sampling: Sampling,
         *,
         extra_key: str = "",
         priority: int = 0,
+        add_special_tokens: bool = True,
+        fit: bool = False,
     ) -> list[Request]:
         """The ``n`` requests of one prompt, checked but not queued; see :meth:`generate` for the rest.
+
+        Args:
+            fit: lower ``max_new_tokens`` to what the context has room for; as without ``sampling``.
 
         Raises:
             RequestError, TextError: the prompt or the parameters are beyond what the plan allows.
         """
         vocabulary = self.plan.config["vocab_size"]
         extra_key, priority = field_text("extra_key", extra_key), PRIORITY("priority", priority)
+        special = boolean("add_special_tokens", add_special_tokens)
         if isinstance(prompt, str):
-            ids = self._encode(self._tokenizer("text"), prompt)
+            ids = self._encode(prompt, special)
             if not ids:
                 raise RequestError("the prompt is empty; give at least one token")
         else:
             ids = ids_of(prompt, vocabulary)
+        fit = fit or limit_is_models(sampling, self.generation_defaults)
+        sampling = params_of(sampling, self.generation_defaults)
+        if fit:
+            room = max(1, self.plan.limits.context_len - len(ids))
+            sampling = dataclasses.replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
         sampling.check(self.plan.limits, vocabulary, self.plan.steps)
         if sampling.logprob_start_len >= len(ids):
             raise RequestError(
@@ -265,17 +340,25 @@ class LLM:
             for seed in map(sampling.seed, range(sampling.n))
         ]
 
-    def _encode(self, tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids of a text, which is refused by its length alone where that is enough."""
-        most = self.plan.limits.context_len
-        if isinstance(text, str) and len(text) > most:
+        tokenizer, most = self._tokenizer("text"), self.plan.limits.context_len
+        if len(text) > most:
             fewest = tokenizer.length_bound.fewest(text)
             if fewest > most:
                 raise RequestError(
                     f"a prompt of {len(text):,} characters has at least {fewest:,} tokens, which exceed the context "
                     f"of {most} tokens; shorten it, or recompile with a larger plan.context_len"
                 )
-        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        ids = tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        bos = tokenizer.bos_id
+        if bos is not None and ids[:2] == [bos, bos] and not self._bos_told:
+            self._bos_told = True
+            self.warn(
+                f"a prompt begins with {tokenizer.bos_token} and the tokenizer adds another; "
+                "add_special_tokens=false leaves that out"
+            )
+        return ids
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -294,41 +377,3 @@ class LLM:
                 f"{purpose} needs a tokenizer, and {self.checkpoint.path} has none; give prompts as token_ids"
             )
         return self.tokenizer
-
-
-def _plan(
-    checkpoint: Checkpoint, plan: Plan | str | Path | None, options: dict[str, Any], report: Report
-) -> Plan:
-    if plan is not None:
-        if options:
-            raise RequestError(
-                f"{', '.join(sorted(options))} cannot be chosen for a plan that is already compiled; "
-                "leave them out, or leave out plan"
-            )
-        return plan if isinstance(plan, Plan) else artifact.load(plan)
-    # The planner needs torch; a plan that is ready does not.
-    from makeready.graphs.compile import Request as PlanRequest
-    from makeready.graphs.compile import compile_plan
-    from makeready.graphs.plan_cache import cached_plan
-
-    try:
-        request = PlanRequest(**options)
-    except TypeError as error:
-        raise RequestError(f"there is no such plan option: {error}") from None
-    return cached_plan(checkpoint, request, lambda: compile_plan(checkpoint, request), report)[0]
-
-
-def _shareable(plan: Plan, options: SchedulerOptions, report: Report) -> SchedulerOptions:
-    """The options, without the prefix cache where keys depend on more than the tokens before them."""
-    operands = {
-        name
-        for program in plan.programs.values()
-        for launch in program.launches
-        if launch.op != "sample"
-        for name in launch.operands.values()
-    }
-    if not options.prefix_cache or "prompt_len" not in operands:
-        return options
-    # Dynamic rotary scaling goes by the length of the prompt: equal beginnings have different keys.
-    report("prefixes are not shared: the model's position encoding depends on the length of the prompt")
-    return dataclasses.replace(options, prefix_cache=False)

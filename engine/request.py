@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -309,35 +310,61 @@ class Request:
             return "".join(self._watch.pieces)
         if self.tokenizer is None:
             return ""
-        # The token that ends a text is no part of it.
-        ids = self.output[:-1] if isinstance(self.matched, int) else self.output
-        return self.tokenizer.decode(ids, skip_special_tokens=self.sampling.skip_special_tokens)
+        # The token that ends a text is no part of it, unless that was asked for.
+        trimmed = isinstance(self.matched, int) and not self.sampling.no_stop_trim
+        text = StreamDetokenizer(self.tokenizer, self.sampling.skip_special_tokens, self.prompt)
+        return text.whole(self.output[:-1] if trimmed else self.output)
 
 
 class _Watch:
-    """A request's text as its tokens come, for stop strings and for who reads along."""
+    """A request's text as its tokens come, for stop strings and for who reads along.
+
+    Stop strings and patterns see special tokens too, as in SGLang; where these are to be skipped, they are taken
+    out of what comes back from the matcher.
+    """
 
     def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
         self._request = request
-        self._detokenizer = StreamDetokenizer(tokenizer, request.sampling.skip_special_tokens)
+        skip = request.sampling.skip_special_tokens
+        self._detokenizer = StreamDetokenizer(tokenizer, skip, request.prompt)
+        self._tokenizer = tokenizer
+        self._hidden = tokenizer.special_texts if skip and request._stops else frozenset()
         self._stop = request._matcher()
+        # Lengths of what the matcher was given and has not given back, and whether it is to be shown.
+        self._stretches: deque[tuple[int, bool]] = deque()
         self.pieces: list[str] = []
 
     def take(self, token: int, ended: bool) -> None:
-        """The next token; ``ended`` if it ends the text, no part of which it is then."""
-        # Stop strings may reach back before the end.
-        piece = self._detokenizer.flush() if ended else self._detokenizer.push((token,))
-        self._emit(*self._stop.push(piece))
+        """The next token; ``ended`` if it ends the text, no part of which it is then unless asked for."""
+        if ended:
+            kept = (token,) if self._request.sampling.no_stop_trim else ()
+            self._feed(
+                self._detokenizer.push(kept) + self._detokenizer.flush()
+            )  # stops may reach back before it
+            return
+        if self._hidden and (text := self._tokenizer.id_to_token(token)) in self._hidden:
+            self._feed(self._detokenizer.settle())
+            if not self._request.done:
+                self._feed(text or "", shown=False)
+            return
+        self._feed(self._detokenizer.push((token,)))
 
     def end(self) -> None:
         """No token comes any more."""
-        emit, stopped, matched = self._stop.push(self._detokenizer.flush())
-        self._emit(emit, stopped, matched)
-        if not stopped:
+        if not self._feed(self._detokenizer.flush()):
             self._emit(*self._stop.flush())
+
+    def _feed(self, text: str, shown: bool = True) -> bool:
+        """Show a piece of text to the matcher; returns whether the text ends there."""
+        if text:
+            self._stretches.append((len(text), shown))
+        emit, stopped, matched = self._stop.push(text)
+        self._emit(emit, stopped, matched)
+        return stopped
 
     def _emit(self, text: str, stopped: bool, matched: str | None) -> None:
         request = self._request
+        text = self._shown(text)
         if text:
             self.pieces.append(text)
             if request.on_text is not None:
@@ -345,3 +372,16 @@ class _Watch:
         if stopped:
             request.finish_reason, request.matched = STOP, matched
             request.finished = time.perf_counter()
+
+    def _shown(self, text: str) -> str:
+        """What the matcher gives back, without special tokens that are to be skipped."""
+        pieces, at = [], 0
+        while at < len(text):
+            length, shown = self._stretches.popleft()
+            taken = min(length, len(text) - at)
+            if taken < length:
+                self._stretches.appendleft((length - taken, shown))
+            if shown:
+                pieces.append(text[at : at + taken])
+            at += taken
+        return "".join(pieces)

@@ -28,7 +28,8 @@ class SamplingParams:
         presence_penalty: taken from the logit of every token that was generated.
         repetition_penalty: divides positive and multiplies negative logits of prompt and output tokens.
         logit_bias: added to the logits of token ids.
-        stop: strings that end the text; they are cut off unless ``no_stop_trim``.
+        stop: strings that end the text, the text of special tokens among them; they are cut off unless
+            ``no_stop_trim``.
         stop_token_ids: token ids that end it, besides the model's own end tokens.
         stop_regex: patterns that end it.
         ignore_eos: generate past the model's end tokens.
@@ -36,7 +37,7 @@ class SamplingParams:
         sampling_seed: with the position it determines every random choice; None draws one, which the
             output reports.
         skip_special_tokens: leave special tokens out of the text.
-        no_stop_trim: keep the stop string in the text.
+        no_stop_trim: keep the stop string or stop token in the text.
         return_logprob: report the log-probability of every generated token.
         logprob_start_len: report those of the prompt's tokens as well, from this one on; -1 for none. The
             first token of all has none.

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from makeready.engine.entrypoints.batch.base import JobError
 from makeready.engine.entrypoints.batch.identity import identity
@@ -19,8 +20,10 @@ from makeready.engine.entrypoints.generate_options import GenerateJob
 from makeready.engine.entrypoints.golden import check_golden, summary
 from makeready.engine.entrypoints.status import Stages, count_rows
 from makeready.engine.entrypoints.watch import Watch
+from makeready.engine.generation_config import stated_defaults, told
 from makeready.engine.llm import LLM
 from makeready.engine.request import Output
+from makeready.engine.text.chat import is_template, read_template
 from makeready.graphs import artifact
 from makeready.graphs.plan import Plan
 
@@ -28,6 +31,7 @@ from makeready.graphs.plan import Plan
 def generate_job(job: GenerateJob) -> None:
     """Print a text or run a file; all but the text goes to stderr."""
     check_template(job.chat_template_kwargs)
+    job.chat_template = _template_text(job.chat_template)
     plan = None if job.plan.path is None else artifact.load(Path(job.plan.path).expanduser())
     if job.prompts is not None and job.output is not None:
         run_file(job, plan, Path(job.prompts).expanduser(), Path(job.output).expanduser())
@@ -56,6 +60,8 @@ def load(job: GenerateJob, plan: Plan | None) -> LLM:
             plan,
             kv_memory_gib=job.kv.memory_gib,
             scheduler=job.scheduling(),
+            chat_template=job.chat_template,
+            generation_config=job.generation_config,
             report=report,
             progress=lambda done, total: stages.note(f"{done} of {total} weights"),
             **(job.plan_fields() if plan is None else {}),
@@ -63,13 +69,18 @@ def load(job: GenerateJob, plan: Plan | None) -> LLM:
         if job.golden and job.plan.path is not None:
             stages.begin("golden check")
             stages.say(f"as predicted: {summary(check_golden(llm, Path(job.plan.path).expanduser()))}")
+        llm.warn = _say
         return llm
 
 
 def print_text(llm: LLM, job: GenerateJob, prompt: str | Sequence[int]) -> Output:
     """Print one text as it becomes final, and its figures to stderr."""
     began = time.perf_counter()
-    stream = llm.stream(prompt, job.params())
+    # As of a request without parameters, the model's own most tokens end where the context does.
+    fit = job.fits(llm.generation_defaults)
+    stream = llm.stream(
+        prompt, job.params(llm.generation_defaults), add_special_tokens=job.add_special_tokens, fit=fit
+    )
     while True:
         try:
             piece = next(stream)
@@ -94,9 +105,8 @@ def run_file(job: GenerateJob, plan: Plan | None, prompts: Path, output: Path) -
     given = open_input(prompts, output, job.format, job.carry)
     files = Files(output)
     check_output(files, overwrite=job.overwrite)
-    named = identity(job, job.open(), plan, given.identity)
-    if "max_new_tokens" not in job.row_fields(given.format):
-        named["sampling.max_new_tokens"] = None  # which other jobs have, perhaps with the same figure
+    stated = _stated(job)
+    named = identity(job, job.open(), plan, given.identity, stated) | job.row_limit(given.format, stated)
     journal = open_journal(files, named, given.survey, overwrite=job.overwrite)
     if not isinstance(journal, Journal):
         done = count_rows(journal.rows, journal.failed)
@@ -125,20 +135,36 @@ def _check_some_served(totals: Totals, output: Path) -> None:
 def _run(job: GenerateJob, plan: Plan | None, format: str, rows: Rows) -> None:
     if job.scale.runner == "local":
         with Watch(job.metrics, job.trace, rows.say) as watch, load(job, plan) as llm:
+            llm.warn = rows.say
             watch.attach(llm.engine)
-            fields = job.row_fields(format)
-            worker = Worker(llm, format, fields, job.chat_template_kwargs, watch.finish, carry=job.carry)
+            defaults = llm.generation_defaults
+            worker = Worker(
+                llm,
+                format,
+                job.row_fields(format, defaults),
+                job.chat_template_kwargs,
+                watch.finish,
+                carry=job.carry,
+                add_special_tokens=job.add_special_tokens,
+                fit=job.fits(defaults),
+            )
             run_local(worker, rows)
         return
+    defaults = _stated(job)
+    if defaults:
+        _say(told(defaults))
     spec = EngineSpec(
         job.checkpoint if job.model else str(Path(job.checkpoint).expanduser().resolve()),
         job.model,
         plan or _planned(job),
         job.kv.memory_gib,
         format,
-        job.row_fields(format),
+        job.row_fields(format, defaults),
         job.chat_template_kwargs,
         job.scheduling(),
+        chat_template=job.chat_template,
+        add_special_tokens=job.add_special_tokens,
+        fit=job.fits(defaults),
         carry=job.carry,
     )
     with Stages() as stages:
@@ -158,6 +184,18 @@ def _planned(job: GenerateJob) -> Plan:
         stages.begin("find or compile a plan")
         checkpoint, request = job.open(), Request(**job.plan_fields())
         return cached_plan(checkpoint, request, lambda: compile_plan(checkpoint, request), stages.say)[0]
+
+
+def _stated(job: GenerateJob) -> dict[str, Any]:
+    """Sampling values that the model states, known before it is loaded."""
+    return stated_defaults(job.checkpoint) if job.generation_config else {}
+
+
+def _template_text(given: str | None) -> str | None:
+    """The text of a template that is given by its path, as it is now; a name stays for the model to look up."""
+    if given is None or is_template(given) or not Path(given).expanduser().is_file():
+        return given
+    return read_template(given)
 
 
 def _say(sentence: str) -> None:

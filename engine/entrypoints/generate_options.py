@@ -15,6 +15,7 @@ from makeready.engine.entrypoints.batch.output import Files, aside
 from makeready.engine.entrypoints.options import Job, PlanOrPath, UsageError, check_compiled, literal
 from makeready.engine.entrypoints.scheduler_options import SchedulerSettings, scheduler_options
 from makeready.engine.errors import RequestError
+from makeready.engine.generation_config import FIELDS as STATED
 from makeready.engine.options import SchedulerOptions
 from makeready.engine.sampling import CHECKS, SamplingParams
 
@@ -29,12 +30,21 @@ def _sampling_options() -> type:
     """A structured config with the fields of SamplingParams, which checks what OmegaConf has no type for."""
     hints = typing.get_type_hints(SamplingParams)
     fields = [
-        (f.name, _plain(hints[f.name]), field(default=MISSING, metadata=_TEXTS.get(f.name, {})))
+        (
+            f.name,
+            _plain(_settable(f.name, hints[f.name])),
+            field(default=MISSING, metadata=_TEXTS.get(f.name, {})),
+        )
         for f in dataclasses.fields(SamplingParams)
     ]
     made = dataclasses.make_dataclass("SamplingOptions", fields)
     made.__doc__ = SamplingParams.__doc__
     return made
+
+
+def _settable(name: str, hint: Any) -> Any:
+    """null leaves a field to the model's generation_config.json."""
+    return hint | None if name in STATED else hint
 
 
 def _plain(hint: Any) -> Any:
@@ -99,8 +109,15 @@ class GenerateJob(Job):
             reads all of them at every start; false goes by each file's size, time of change and header.
         format: how JSON rows are written: rows, openai, or auto, which looks at the first one. OpenAI rows
             without a limit generate up to 16 tokens as completions and up to the context as chats, unless
-            sampling.max_new_tokens is given.
+            sampling.max_new_tokens is given; or fewer, where the model's generation_config.json says so.
         carry: hand columns of rows that are no fields through to their answers; false refuses them.
+        chat_template: jinja template to use in place of the model's: a file, the text itself, or the name of one of
+            several that the model has.
+        add_special_tokens: put bos (and eos) around prompts that are texts where the tokenizer does; false for
+            texts that have them. Rows may say otherwise.
+        generation_config: sampling values that are null are those of the model's generation_config.json, where it
+            has them: temperature, top_k, top_p, min_p, repetition_penalty, max_new_tokens. Without it, or with
+            false: 1.0, -1, 1.0, 0.0, 1.0, 128.
         chat_template_kwargs: further variables of the chat template, such as
             chat_template_kwargs.enable_thinking=false.
         golden: before anything else, check that the model gives the tokens that were predicted when the
@@ -120,6 +137,9 @@ class GenerateJob(Job):
     weights_digest: bool = False
     format: str = "auto"
     carry: bool = True
+    chat_template: str | None = literal()
+    add_special_tokens: bool = True
+    generation_config: bool = True
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     golden: bool = False
     sampling: SamplingOptions = field(default_factory=SamplingOptions)  # type: ignore[valid-type]
@@ -128,12 +148,8 @@ class GenerateJob(Job):
     metrics: str | None = literal()
     trace: str | None = literal()
 
-    def __post_init__(self) -> None:
-        self._given: frozenset[str] = frozenset()  # no field: options as named on the command line
-
     def check(self, given: Collection[str]) -> None:
         super().check(given)
-        self._given = frozenset(given)
         check_compiled(self.plan, given)
         asked = [name for name in ("prompt", "chat", "prompts") if getattr(self, name) is not None]
         if len(asked) != 1:
@@ -177,6 +193,8 @@ class GenerateJob(Job):
             raise UsageError("prompt= is empty; give at least a word")
         if self.chat_template_kwargs and self.chat is None:
             raise UsageError("chat_template_kwargs is for chat= and prompts=; a plain prompt has no template")
+        if self.chat_template is not None and self.chat is None:
+            raise UsageError("chat_template= is for chat= and prompts=; a plain prompt has no template")
         for name, wanted in (("n", 1), ("return_logprob", False)):
             if getattr(self.sampling, name) != wanted:
                 raise UsageError(
@@ -215,22 +233,40 @@ class GenerateJob(Job):
         """What ``scheduler`` says, checked."""
         return scheduler_options(self.scheduler)
 
-    def params(self) -> SamplingParams:
-        """What ``sampling`` says, checked."""
-        return SamplingParams.from_mapping(dataclasses.asdict(self.sampling))  # type: ignore[call-overload]
+    def params(self, defaults: Mapping[str, Any] | None = None) -> SamplingParams:
+        """What ``sampling`` says, checked; ``defaults`` stand in for fields that it leaves to the model."""
+        asked = dataclasses.asdict(self.sampling)  # type: ignore[call-overload]
+        given = {name: value for name, value in asked.items() if value is not None or name not in STATED}
+        return SamplingParams.from_mapping({**(defaults or {}), **given})
 
-    def row_fields(self, format: str) -> dict[str, Any]:
-        """Sampling fields of rows that do not say otherwise.
+    def fits(self, defaults: Mapping[str, Any]) -> bool:
+        """Whether the model alone says how many tokens are generated at most."""
+        return self._limitless and "max_new_tokens" in defaults
 
-        Without ``max_new_tokens`` where the format has a limit of its own and the job sets none: neither on the
-        command line nor in a preset, which is told by its differing from the default.
+    def row_fields(self, format: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+        """Sampling fields of rows that do not say otherwise; ``defaults`` as for :meth:`params`.
+
+        Without ``max_new_tokens`` where neither the job nor the model says it and the format has a limit of its own.
         """
-        params = self.params()
+        params = self.params(defaults)
         fields = {name: getattr(params, name) for name in CHECKS}
-        default = params.max_new_tokens == SamplingParams().max_new_tokens
-        if format == "openai" and default and "sampling.max_new_tokens" not in self._given:
+        if format == "openai" and self._limitless and not self.fits(defaults):
             del fields["max_new_tokens"]
         return fields
+
+    def row_limit(self, format: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+        """What a job's identity says of a limit of tokens that the job does not set itself.
+
+        None, which no job sets: rows end otherwise under the same figure, where somebody asks for it.
+        """
+        if not self._limitless or (format != "openai" and not self.fits(defaults)):
+            return {}
+        stated = defaults.get("max_new_tokens")
+        return {"sampling.max_new_tokens": None, "generation_config.max_new_tokens": stated}
+
+    @property
+    def _limitless(self) -> bool:
+        return self.sampling.max_new_tokens is None  # type: ignore[attr-defined]
 
 
 def check_files(prompts: Path, output: Path) -> None:

@@ -1,7 +1,8 @@
 r"""How byte-level BPE vocabularies split text before merging, by the names that GGUF files use.
 
 The patterns are part of each vocabulary's format (a text must be split as it was in training): GPT-2's,
-Llama 3's, Qwen2's and DeepSeek's published tokenizer.json files state them. `\p{..}` are Unicode classes
+Llama 3's, Qwen2's, DeepSeek's and Mistral's published tokenizer.json files state them. Those of `default` are
+llama.cpp's. `\p{..}` are Unicode classes
 of the Oniguruma engine inside `tokenizers`.
 """
 
@@ -16,6 +17,20 @@ _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN2_SPLIT = (rf"{_WORDS}|\p{{N}}|{_REST}",)
 _LLAMA3_SPLIT = (rf"{_WORDS}|\p{{N}}{{1,3}}|{_REST}",)
+
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_BEFORE = r"[^\r\n\p{L}\p{N}]?"
+_TEKKEN_SPLIT = (
+    rf"{_BEFORE}{_UPPER}*{_LOWER}+|{_BEFORE}{_UPPER}+{_LOWER}*|\p{{N}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+# One after the other: punctuation, GPT-2's words, numbers, and of these three digits at a time.
+_DEFAULT_SPLIT = (
+    r"[\p{P}\$\+<=>\^~\|]+",
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
+    r"\p{N}+",
+    r"[0-9][0-9][0-9]",
+)
 
 _DEEPSEEK_V3_SPLIT = (
     r"\p{N}{1,3}",
@@ -92,15 +107,19 @@ class ByteLevelKind:
 
 _GPT2 = ByteLevelKind(_gpt2)
 _LLAMA3 = ByteLevelKind(lambda: split_then_bytes(_LLAMA3_SPLIT), ignore_merges=True, add_bos=True)
+_QWEN2 = ByteLevelKind(lambda: split_then_bytes(QWEN2_SPLIT), normalizer=normalizers.NFC)
 
+DEFAULT = "default"  # of files that do not say how text is split
 # Values of `tokenizer.ggml.pre`.
 BYTE_LEVEL_KINDS: dict[str, ByteLevelKind] = {
-    "default": _GPT2,
+    DEFAULT: ByteLevelKind(lambda: split_then_bytes(_DEFAULT_SPLIT)),
     "gpt-2": _GPT2,
     "smollm": ByteLevelKind(_smollm),
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
-    "qwen2": ByteLevelKind(lambda: split_then_bytes(QWEN2_SPLIT), normalizer=normalizers.NFC),
+    "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,
     "deepseek-llm": ByteLevelKind(lambda: split_then_bytes(_DEEPSEEK_LLM_SPLIT, digits=True)),
     "deepseek-v3": ByteLevelKind(lambda: split_then_bytes(_DEEPSEEK_V3_SPLIT)),
+    "tekken": ByteLevelKind(lambda: split_then_bytes(_TEKKEN_SPLIT), ignore_merges=True, add_bos=True),
 }

@@ -11,6 +11,7 @@ import datetime
 import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -19,8 +20,12 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from makeready.engine.text.messages import Parts, check_messages, forms
 from makeready.engine.text.parts import TextError
 from makeready.engine.text.sandbox import SANDBOX, BrokenTemplateError, LimitError
+
+# Bytes of a template's file: the longest known are 30 kB, and what is larger is another file.
+LARGEST = 1 << 20
 
 
 def render_chat(
@@ -29,8 +34,6 @@ def render_chat(
     *,
     tools: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = True,
-    bos_token: str | None = None,
-    eos_token: str | None = None,
     **kwargs: Any,
 ) -> str:
     """Render messages to a prompt; encode it with `add_special_tokens=False`, as it writes its own bos.
@@ -38,28 +41,104 @@ def render_chat(
     Args:
         template: a jinja template; or several by name, of which `tool_use` is taken where there are
             tools, else `default`.
-        messages: `{"role": ..., "content": ...}` each; content is a text, a list of parts, or null
-            where `tool_calls` stand in its place.
+        messages: `{"role": ..., "content": ...}` each; content is a text, a list of text parts, or null
+            where `tool_calls` stand in its place. `makeready.engine.text.messages` says in which forms
+            templates get them.
         tools: JSON schemas of functions, for templates that know tools.
         add_generation_prompt: end with the opening of the assistant's answer.
-        bos_token: text of the token that begins a sequence; left undefined if None.
-        eos_token: text of the token that ends a sequence; left undefined if None.
-        **kwargs: further variables of the template, such as `enable_thinking` or `documents`.
+        **kwargs: further variables of the template: the tokenizer's special tokens by name (`bos_token`),
+            `enable_thinking`, `documents`, ...; those that are None are left undefined if their name
+            ends in `_token`.
 
     Raises:
         TextError: no template, malformed messages, a broken template, or one that refuses the messages.
     """
     source = _choose(template, tools)
-    _check_messages(messages)
-    tokens = {"bos_token": bos_token, "eos_token": eos_token}
+    check_messages(messages)
     variables = {
         "tools": None if tools is None else list(tools),
         "documents": None,
         "add_generation_prompt": add_generation_prompt,
-        **{name: token for name, token in tokens.items() if token is not None},
-        **kwargs,
-        "messages": list(messages),
+        **{name: value for name, value in kwargs.items() if value is not None or not name.endswith("_token")},
     }
+    return _rendered(source, {**variables, "messages": [dict(message) for message in messages]})
+
+
+def render_forms(source: str, variables: Mapping[str, Any] | None) -> str:
+    """Offer a template the messages in one form after the other until it takes one.
+
+    Runs in the sandbox's process; without variables the template is compiled only.
+
+    Raises:
+        Exception: what the template raises on the last form, or jinja2's error where it is broken.
+    """
+    template = compile_template(source)
+    if variables is None:
+        return ""
+    failure: Exception | None = None
+    with_nulls: str | None = None
+    for form in forms(variables["messages"]):
+        try:
+            text = template.render({**variables, "messages": form.messages})
+        except _FAILURES as error:
+            failure = error
+            continue
+        if form.misread:
+            continue
+        if form.nulls and "None" in text:  # perhaps a null that was printed; the form without nulls tells
+            with_nulls = text
+            continue
+        if with_nulls is not None and _without_none(with_nulls) != _without_none(text):
+            return with_nulls
+        return text
+    if with_nulls is not None:
+        return with_nulls
+    assert failure is not None, "the last form is of texts alone, which cannot be misread"
+    raise failure
+
+
+def is_template(text: str) -> bool:
+    """Whether a text is a template, rather than the path or the name of one."""
+    return "{" in text or "\n" in text
+
+
+def read_template(given: str | Path, named: str | Mapping[str, str] | None = None) -> str:
+    """A chat template that a user passes.
+
+    Args:
+        given: the template's text, the path of a file with it, or the name of one of the model's templates.
+        named: the model's templates.
+
+    Raises:
+        TextError: there is no such file, it is no template, or the template is broken.
+    """
+    if isinstance(named, Mapping) and given in named:
+        return named[str(given)]
+    source = given if isinstance(given, str) and is_template(given) else _file(given)
+    _rendered(source, None)
+    return source
+
+
+def _file(given: str | Path) -> str:
+    path = Path(given).expanduser()
+    try:
+        if not path.is_file():
+            raise TextError(
+                f"chat_template={str(given)!r} is no file and no template's text; give the path of a jinja template"
+            )
+        if path.stat().st_size > LARGEST:
+            raise TextError(f"chat_template={path} has more than {LARGEST:,} bytes; give a jinja template")
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        if isinstance(error, TextError):
+            raise
+        raise TextError(
+            f"chat_template={str(given)!r} cannot be read ({error}); give a jinja template"
+        ) from None
+
+
+def _rendered(source: str, variables: Mapping[str, Any] | None) -> str:
+    """The text of a template; without variables it is compiled only."""
     try:
         return SANDBOX.render(source, variables)
     except LimitError as error:
@@ -83,7 +162,16 @@ def render_chat(
         raise TextError(f"the chat template cannot be run ({error}); free memory or processes") from None
 
 
+# What a template may raise on a form of messages that it does not take.
+_FAILURES = (
+    *(jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RecursionError),
+)
 _REFUSALS = ("TemplateError", "UndefinedError", "SecurityError", "TemplateRuntimeError", "TemplateNotFound")
+
+
+def _without_none(text: str) -> str:
+    """What is left of a text if printed nulls, and spaces that were trimmed around them, do not count."""
+    return "".join(text.replace("None", "").split())
 
 
 def _choose(template: str | Mapping[str, str] | None, tools: Sequence[Mapping[str, Any]] | None) -> str:
@@ -91,32 +179,16 @@ def _choose(template: str | Mapping[str, str] | None, tools: Sequence[Mapping[st
         name = "tool_use" if tools is not None and "tool_use" in template else "default"
         if name not in template:
             raise TextError(
-                f"the model has chat templates {sorted(template)} but no default; pass one of them"
+                f"the model has chat templates {sorted(template)} but no default; "
+                "pass the name of one as chat_template"
             )
         return template[name]
     if not template:
-        raise TextError("the model has no chat template; pass one, or a prompt in place of messages")
+        raise TextError(
+            "the model has no chat template; pass one as chat_template (text or path), "
+            "or a prompt in place of messages"
+        )
     return template
-
-
-def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
-    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence) or not messages:
-        raise TextError('messages must be a non-empty list; write [{"role": "user", "content": "..."}]')
-    for place, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise TextError(f"message {place} must be an object with role and content, not {message!r}")
-        if not isinstance(message.get("role"), str) or not message["role"]:
-            raise TextError(f"message {place} needs a role: one of system, user, assistant or tool")
-        content = message.get("content")
-        if content is None:
-            if not message.get("tool_calls"):
-                raise TextError(f"message {place} needs content: a text or a list of parts")
-        elif not isinstance(content, str) and not _is_parts(content):
-            raise TextError(f"content of message {place} must be a text or a list of parts, not {content!r}")
-
-
-def _is_parts(content: Any) -> bool:
-    return isinstance(content, (list, tuple)) and all(isinstance(part, (str, Mapping)) for part in content)
 
 
 class _Generation(Extension):
@@ -150,6 +222,8 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     """JSON as it is: jinja's own filter writes <, > and & as escapes."""
+    if isinstance(value, Parts):  # as good as printed: what is wanted is the JSON of a text
+        value.note_print()
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

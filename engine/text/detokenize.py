@@ -11,19 +11,28 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Protocol
 
 from makeready.engine.text.tokenizer import Tokenizer
 
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_ENOUGH = 4  # bytes of a character; and where a text has begun, its first space is gone
 
 
 class _Step(Protocol):
+    """One step of a decoder.
+
+    ``feed`` takes a token's text, ``end`` gives what is kept back when the last one was taken. ``settle`` gives
+    what only a broken text would still change, and keeps the rest.
+    """
+
     def feed(self, text: str) -> list[str]: ...
 
     def end(self) -> list[str]: ...
+
+    def settle(self) -> list[str]: ...
 
 
 class StreamDetokenizer:
@@ -35,20 +44,29 @@ class StreamDetokenizer:
     characters). Where the decoder looks at a whole text (WordPiece and its clean-up), everything is kept
     until `flush`.
 
-    To continue a prompt, push its last ids first and drop what that returns: a vocabulary that
-    writes words with their leading space then keeps the space between prompt and answer.
+    Behind a prompt it gives the text of the whole sequence without the prompt's: a vocabulary that writes
+    words with their leading space keeps the one between prompt and answer.
 
     Args:
         tokenizer: a tokenizer from `load_tokenizer`.
         skip_special_tokens: leave special tokens out, as `decode` does.
+        prompt: ids that the sequence begins with, whose text is not given.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, skip_special_tokens: bool = True, prompt: Sequence[int] = ()
+    ) -> None:
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_texts if skip_special_tokens else frozenset()
         self._skip_special_tokens = skip_special_tokens
         self._steps = _steps(tokenizer)
         self._kept_ids: list[int] = []
+        self._prompt: list[int] = list(prompt) if self._steps is None else self._end_of(prompt)
+        self._after_byte = False  # the prompt ends in a byte token
+        if self._steps is not None and self._prompt:
+            self.push(self._prompt)
+            self._after_byte = any(isinstance(step, _ByteFallback) and step.kept for step in self._steps)
+            self.settle()
 
     def push(self, ids: Iterable[int]) -> str:
         """Take the next ids; returns the text that became final.
@@ -70,11 +88,50 @@ class StreamDetokenizer:
         """The rest of the text; call it once, after the last id."""
         if self._steps is None:
             ids, self._kept_ids = self._kept_ids, []
-            return self._tokenizer.decode(ids, skip_special_tokens=self._skip_special_tokens)
+            return self._behind_prompt(ids)
         pieces = []
         for place, step in enumerate(self._steps):
             pieces += self._through(place + 1, step.end())
         return "".join(pieces)
+
+    def settle(self) -> str:
+        """Text that is kept back only because a broken character may follow; no half of a character."""
+        pieces = []
+        for place, step in enumerate(self._steps or ()):
+            pieces += self._through(place + 1, step.settle())
+        return "".join(pieces)
+
+    @property
+    def streams(self) -> bool:
+        """Whether any text comes before `flush`."""
+        return self._steps is not None
+
+    @property
+    def kept(self) -> bytes:
+        """The half of a character that waits for its other half."""
+        steps = self._steps or ()
+        return b"".join(step.kept for step in steps if isinstance(step, (_ByteLevel, _ByteFallback)))
+
+    def whole(self, ids: Sequence[int]) -> str:
+        """What `push` and `flush` would give for all ids of an answer, faster."""
+        if self._after_byte or self.kept:
+            return self.push(ids) + self.flush()
+        return self._behind_prompt(ids)
+
+    def _behind_prompt(self, ids: Sequence[int]) -> str:
+        skip = self._skip_special_tokens
+        before = self._tokenizer.decode(self._prompt, skip_special_tokens=skip) if self._prompt else ""
+        return self._tokenizer.decode([*self._prompt, *ids], skip_special_tokens=skip)[len(before) :]
+
+    def _end_of(self, prompt: Sequence[int]) -> list[int]:
+        """As much of a prompt's end as decides how its answer begins: a character, or a run of byte tokens."""
+        size, first = 0, len(prompt)
+        while first and size < _ENOUGH:
+            first -= 1
+            text = self._tokenizer.id_to_token(prompt[first])
+            if text is not None and text not in self._skipped and not BYTE_TOKEN.fullmatch(text):
+                size += len(text)
+        return list(prompt[first:])
 
     def _through(self, place: int, texts: list[str]) -> list[str]:
         """Lead texts through the steps from `place` on."""
@@ -91,11 +148,18 @@ class _ByteLevel:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def feed(self, text: str) -> list[str]:
-        out = self._decoder.decode(_bytes_of(text))
+        out = self._decoder.decode(bytes_of(text))
         return [out] if out else []
 
     def end(self) -> list[str]:
         return [self._decoder.decode(b"", final=True)]
+
+    def settle(self) -> list[str]:
+        return []
+
+    @property
+    def kept(self) -> bytes:
+        return self._decoder.getstate()[0]
 
 
 class _ByteFallback:
@@ -105,7 +169,7 @@ class _ByteFallback:
         self._run = bytearray()
 
     def feed(self, text: str) -> list[str]:
-        byte = _BYTE_TOKEN.fullmatch(text)
+        byte = BYTE_TOKEN.fullmatch(text)
         if byte is not None:
             self._run.append(int(byte[1], 16))
             return []
@@ -120,6 +184,19 @@ class _ByteFallback:
         except UnicodeDecodeError:
             return ["\ufffd"] * len(run)  # one for each byte of the run, the good ones too
 
+    def settle(self) -> list[str]:
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        try:
+            text = decoder.decode(bytes(self._run))
+        except UnicodeDecodeError:
+            return self.end()
+        self._run = bytearray(decoder.getstate()[0])
+        return [text] if text else []
+
+    @property
+    def kept(self) -> bytes:
+        return bytes(self._run)
+
 
 class _Replace:
     """Replaces a text within a token. Keeps nothing."""
@@ -131,6 +208,9 @@ class _Replace:
         return [text.replace(self._old, self._new)]
 
     def end(self) -> list[str]:
+        return []
+
+    def settle(self) -> list[str]:
         return []
 
 
@@ -145,6 +225,9 @@ class _Metaspace:
         return [text.replace(self._mark, "" if drop else " ")]
 
     def end(self) -> list[str]:
+        return []
+
+    def settle(self) -> list[str]:
         return []
 
 
@@ -164,6 +247,9 @@ class _StripStart:
         return [text]
 
     def end(self) -> list[str]:
+        return []
+
+    def settle(self) -> list[str]:
         return []
 
 
@@ -220,7 +306,7 @@ _BYTE_OF = _byte_of_character()
 
 
 @lru_cache(maxsize=1 << 18)  # a vocabulary or two
-def _bytes_of(text: str) -> bytes:
+def bytes_of(text: str) -> bytes:
     """Bytes of a byte-level token; a token with any other character (an added one) is its own UTF-8."""
     try:
         return bytes([_BYTE_OF[char] for char in text])

@@ -6,13 +6,13 @@ leaves open (whether bos is added by default, what precedes a text) follows llam
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, processors
 
-from makeready.engine.text.byte_level import BYTE_LEVEL_KINDS
+from makeready.engine.text.byte_level import BYTE_LEVEL_KINDS, DEFAULT
 from makeready.engine.text.parts import TextError, TokenizerParts
 
 # Values of `tokenizer.ggml.token_type`.
@@ -26,6 +26,29 @@ _NAMED_IDS = {
 }
 # Ids that end a sequence: the text, a chat turn, a message that calls a tool.
 _END_IDS = ("eos_token_id", "eot_token_id", "eom_token_id")
+# Texts of tokens that end a text, a turn or a call, whatever else the file says; as llama.cpp has them.
+_END_TEXTS = (
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
+    "<|calls|>",
+    "<|flush|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "</s>",
+    "<|eom_id|>",
+    "<EOT>",
+    "_<EOT>",
+    "[EOT]",
+    "[EOS]",
+    "<|end_of_text|>",
+    "<end_of_utterance>",
+    "<eos>",
+    "<turn|>",
+    "<｜end▁of▁sentence｜>",
+)
 _SPACE = "▁"
 
 
@@ -53,13 +76,15 @@ def read_gguf_tokenizer(metadata: Mapping[str, Any]) -> TokenizerParts | None:
     build = _byte_level if kind == "gpt2" else _sentencepiece
     backend, add_bos, ids = build(metadata, tokens)
     ids = {**ids, **_special_ids(metadata, len(tokens))}
-    backend.add_tokens(_added_tokens(metadata, tokens, ids))
+    ends = tuple(dict.fromkeys((*(ids[key] for key in _END_IDS if key in ids), *_ends_by_text(tokens))))
+    backend.add_tokens(_added_tokens(metadata, tokens, {*ids.values(), *ends}))
     backend.post_processor = _template(metadata, tokens, ids, add_bos)
     return TokenizerParts(
         backend=backend,
         special_tokens={name: tokens[ids[key]] for name, key in _NAMED_IDS.items() if key in ids},
-        eos_ids=tuple(ids[key] for key in _END_IDS if key in ids),
+        eos_ids=ends,
         chat_template=_chat_template(metadata),
+        warnings=_warnings(metadata) if kind == "gpt2" else (),
     )
 
 
@@ -94,7 +119,7 @@ def _byte_level(
     metadata: Mapping[str, Any], tokens: Sequence[str]
 ) -> tuple[tokenizers.Tokenizer, bool, dict[str, int]]:
     """The tokenizer, whether it adds bos by default, and ids of special tokens that go without saying."""
-    name = metadata.get("tokenizer.ggml.pre", "default")
+    name = metadata.get("tokenizer.ggml.pre") or DEFAULT
     if name not in BYTE_LEVEL_KINDS:
         raise TextError(
             f"tokenizer.ggml.pre {name!r} is not supported ({', '.join(sorted(BYTE_LEVEL_KINDS))} are); use "
@@ -186,11 +211,35 @@ def _special_ids(metadata: Mapping[str, Any], length: int) -> dict[str, int]:
     return ids
 
 
-def _added_tokens(
-    metadata: Mapping[str, Any], tokens: Sequence[str], ids: Mapping[str, int]
-) -> list[AddedToken]:
-    """Tokens that text is searched for before it is split: special ones and user-defined ones."""
-    named = set(ids.values())
+def _ends_by_text(tokens: Sequence[str]) -> list[int]:
+    """Ids of the tokens that end a turn by what they are called.
+
+    Files often name the end of the text as eos where a chat ends its turns with another token.
+    """
+    places = {text: token for token, text in reversed(list(enumerate(tokens))) if text in _END_TEXTS}
+    # A harmony vocabulary ends a message, not a turn, with this one.
+    if "<|end|>" in places and {"<|return|>", "<|flush|>"} & places.keys():
+        del places["<|end|>"]
+    return [places[text] for text in _END_TEXTS if text in places]
+
+
+def _warnings(metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    name = metadata.get("tokenizer.ggml.pre")
+    if name not in (None, "", DEFAULT):
+        return ()
+    found = "has no tokenizer.ggml.pre" if not name else f"has tokenizer.ggml.pre {name!r}"
+    return (
+        f"the GGUF file {found}, which says how text is split into words: llama.cpp's default patterns are used, "
+        "and tokens may differ from those of the model's training; convert the model again with a recent llama.cpp",
+    )
+
+
+def _added_tokens(metadata: Mapping[str, Any], tokens: Sequence[str], named: Set[int]) -> list[AddedToken]:
+    """Tokens that text is searched for before it is split: special ones and user-defined ones.
+
+    Args:
+        named: ids of tokens that are special whatever their type says.
+    """
     added = []
     for token, kind in enumerate(_types(metadata, len(tokens))):
         special = kind in (_CONTROL, _UNKNOWN) or token in named

@@ -25,6 +25,7 @@ class TokenizerParts:
         eos_ids: ids that end a sequence, as far as the tokenizer's own files know.
         chat_template: one jinja template, several by name, or None.
         clean_up: remove spaces before punctuation after decoding (tokenizers that are not BPE only).
+        warnings: sentences about what the files leave open and how it was understood.
     """
 
     backend: tokenizers.Tokenizer
@@ -32,3 +33,4 @@ class TokenizerParts:
     eos_ids: tuple[int, ...] = ()
     chat_template: str | Mapping[str, str] | None = None
     clean_up: bool = False
+    warnings: tuple[str, ...] = ()

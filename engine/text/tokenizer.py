@@ -58,6 +58,7 @@ class Tokenizer:
         eos_ids: ids that end a sequence.
         chat_template: one jinja template, several by name, or None.
         clean_up: spaces before punctuation are removed after decoding.
+        warnings: what its files leave open and how it was understood, for whoever loads it to say.
     """
 
     def __init__(self, parts: TokenizerParts, eos_ids: Iterable[int] | None = None) -> None:
@@ -66,6 +67,7 @@ class Tokenizer:
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(parts.eos_ids if eos_ids is None else eos_ids))
         self.chat_template: str | Mapping[str, str] | None = parts.chat_template
         self.clean_up = parts.clean_up
+        self.warnings = parts.warnings
         # A length limit or padding left in tokenizer.json is for training; transformers clears both too.
         self.backend.no_truncation()
         self.backend.no_padding()

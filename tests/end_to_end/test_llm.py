@@ -97,14 +97,15 @@ def test_whatever_a_requests_text_raises_ends_that_request_alone(
     bad = SamplingParams(temperature=0, max_new_tokens=6, stop=stop, n=2, skip_special_tokens=False)
     (expected,) = llm.generate(["The capital of France is"], GREEDY)
 
-    decode = Tokenizer.decode
+    kind = Tokenizer if place == "decode" else StreamDetokenizer
+    original = getattr(kind, place)
 
-    def fail(*arguments: Any, **named: Any) -> str:
-        if named.get("skip_special_tokens"):
-            return decode(*arguments, **named)
+    def fail(self: Any, *arguments: Any, **named: Any) -> str:
+        if named.get("skip_special_tokens", getattr(self, "_skip_special_tokens", False)):
+            return original(self, *arguments, **named)  # the other request's
         raise error
 
-    monkeypatch.setattr(Tokenizer if place == "decode" else StreamDetokenizer, place, fail)
+    monkeypatch.setattr(kind, place, fail)
     outputs = llm.generate(["The capital of France is"] * 2, [bad, GREEDY])
     assert [output.finish_reason for output in outputs] == ["error", "error", "length"]
     for output in outputs[:2]:

@@ -109,8 +109,8 @@ def test_bad_rows_get_errors_and_the_others_their_tokens(llm):
 def test_what_nobody_foresaw_in_a_row_costs_that_row_alone(llm, monkeypatch):
     requests = llm.requests
 
-    def broken(prompt: Any, sampling: SamplingParams) -> Any:
-        return requests(prompt, sampling) if prompt != [13] else 1 / 0
+    def broken(prompt: Any, sampling: SamplingParams, **more: Any) -> Any:
+        return requests(prompt, sampling, **more) if prompt != [13] else 1 / 0
 
     monkeypatch.setattr(llm, "requests", broken)
     made = answers(llm, encoded({"token_ids": [1]}, {"token_ids": [13]}, {"token_ids": [2]}))

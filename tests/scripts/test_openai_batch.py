@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from scripts_in_process import TINY, script
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from makeready.engine.entrypoints.batch.base import RowError
 from makeready.engine.entrypoints.batch.openai import CHAT, COMPLETIONS, OpenAIFormat
-from makeready.engine.entrypoints.batch.openai_logprobs import chat_logprobs, completion_logprobs, token_text
+from makeready.engine.entrypoints.batch.openai_logprobs import chat_logprobs, completion_logprobs
 from makeready.engine.request import Output, TokenLogprob
 from makeready.engine.sampling import SamplingParams
+from makeready.engine.text.parts import TokenizerParts
+from makeready.engine.text.tokenizer import Tokenizer
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 
@@ -30,12 +34,15 @@ def output(ids: tuple[int, ...], reason: str = "length", **finish: Any) -> Outpu
     return Output("é b", ids, reason, 7, logprobs, meta_info=meta)
 
 
-class Tokens:
-    """Tokens a, b, c, ...; as some tokenizers do, the first word of a text loses its space."""
-
-    def decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:
-        assert not skip_special_tokens
-        return "".join("\ufffd" if i == 9 else f" {chr(97 + i)}" for i in ids).removeprefix(" ")
+def tokens() -> Tokenizer:
+    """Tokens a, b, c, ..., each a word; as with SentencePiece the first of a text loses its space. 26 is a byte."""
+    vocabulary = {f"▁{chr(97 + i)}": i for i in range(26)} | {"<0xF0>": 26}
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.pre_tokenizer = pre_tokenizers.Split("▁", behavior="merged_with_next")
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1)]
+    backend.decoder = decoders.Sequence(steps)
+    return Tokenizer(TokenizerParts(backend))
 
 
 def test_every_field_reaches_the_sampling_parameter_of_its_meaning():
@@ -163,7 +170,7 @@ def test_what_is_around_a_body_is_checked(change, field):
 
 def test_a_chat_comes_to_a_completion_object():
     outputs = [output((1, 2)), output((3,))]
-    made = OpenAIFormat().answer(row(CHAT), outputs, SamplingParams(n=2), Tokens(), 3)  # type: ignore[arg-type]
+    made = OpenAIFormat().answer(row(CHAT), outputs, SamplingParams(n=2), tokens(), 3)
     assert (made["custom_id"], made["error"], made["response"]["status_code"]) == ("a", None, 200)
     body = made["response"]["body"]
     assert (body["object"], body["model"]) == ("chat.completion", "m")
@@ -175,14 +182,14 @@ def test_a_chat_comes_to_a_completion_object():
         "total_tokens": 10,
         "prompt_tokens_details": {"cached_tokens": 2},
     }
-    again = OpenAIFormat().answer(row(CHAT), outputs, SamplingParams(n=2), Tokens(), 3)  # type: ignore[arg-type]
-    other = OpenAIFormat().answer(row(CHAT), outputs, SamplingParams(n=2), Tokens(), 4)  # type: ignore[arg-type]
+    again = OpenAIFormat().answer(row(CHAT), outputs, SamplingParams(n=2), tokens(), 3)
+    other = OpenAIFormat().answer(row(CHAT), outputs, SamplingParams(n=2), tokens(), 4)
     assert made["id"] == again["id"] != other["id"]
 
 
 def test_several_prompts_count_each_once_in_the_usage():
     outputs = [output((1, 2)), output((3,)), output((1,)), output((2,))]
-    made = OpenAIFormat().answer(row(COMPLETIONS), outputs, SamplingParams(n=2), Tokens(), 1)  # type: ignore[arg-type]
+    made = OpenAIFormat().answer(row(COMPLETIONS), outputs, SamplingParams(n=2), tokens(), 1)
     body = made["response"]["body"]
     assert body["object"] == "text_completion"
     assert [choice["text"] for choice in body["choices"]] == ["é b"] * 4
@@ -190,25 +197,23 @@ def test_several_prompts_count_each_once_in_the_usage():
 
 
 def test_logprobs_have_openais_shapes():
-    tokens: Any = Tokens()
-    assert [token_text(i, tokens) for i in (0, 1, 9)] == [" a", " b", "\ufffd"]
-    made = chat_logprobs(output((1, 9)), tokens)
+    made = chat_logprobs(output((1, 26)), tokens())
     assert made is not None
     json.dumps(made, allow_nan=False)
     first, second = made["content"]
     assert first["token"] == " b"
     assert first["bytes"] == list(b" b")
     assert first["top_logprobs"][1] == {"token": " a", "logprob": -9999.0, "bytes": list(b" a")}
-    assert (second["token"], second["bytes"]) == ("\ufffd", None)
+    assert (second["token"], second["bytes"]) == ("\\xf0", [0xF0])
 
-    ended = output((1, 2, 3), "stop", matched=3)  # an end token is no part of the text
-    assert completion_logprobs(ended, tokens) == {
+    ended = dataclasses.replace(output((1, 2, 3), "stop", matched=3), text=" b c")
+    assert completion_logprobs(ended, tokens()) == {  # an end token is no part of the text
         "tokens": [" b", " c"],
         "token_logprobs": [-0.125, -0.25],
         "top_logprobs": [{" b": -0.125, " a": -9999.0}, {" c": -0.25, " a": -9999.0}],
         "text_offset": [0, 2],
     }
-    assert len((chat_logprobs(output((1, 2), "stop", matched="x"), tokens) or {})["content"]) == 2
+    assert len((chat_logprobs(output((1, 2), "stop", matched="x"), tokens()) or {})["content"]) == 2
 
 
 def test_an_echo_begins_with_the_prompt_and_its_logprobs():
@@ -218,22 +223,23 @@ def test_an_echo_begins_with_the_prompt_and_its_logprobs():
     assert OpenAIFormat().read(row(COMPLETIONS, prompt="x", echo=True)).sampling == {}
 
     scored = (TokenLogprob(0, None), TokenLogprob(1, -0.5, ((3, -0.25),)))
-    outputs = [dataclasses.replace(output((2,)), input_logprobs=scored) for _ in range(2)]
+    outputs = [dataclasses.replace(output((2,)), text=" c", input_logprobs=scored) for _ in range(2)]
 
     def choices(prompt: Any, tokenizer: Any) -> list[dict[str, Any]]:
         fields = row(COMPLETIONS, prompt=prompt, **asks)
         made = OpenAIFormat().answer(fields, outputs, SamplingParams(), tokenizer, 1)
         return made["response"]["body"]["choices"]
 
-    assert [choice["text"] for choice in choices(["a b", "x "], Tokens())] == ["a bé b", "x é b"]
-    first, second = choices([[0, 1], [5]], Tokens())
-    assert (first["text"], second["text"]) == ("a bé b", "fé b")
-    assert first["logprobs"] == {
-        "tokens": [" a", " b", " c"],
+    logprobs = {
+        "tokens": ["a", " b", " c"],
         "token_logprobs": [None, -0.5, -0.25],
         "top_logprobs": [None, {" d": -0.25}, {" c": -0.25, " a": -9999.0}],
-        "text_offset": [0, 2, 4],
+        "text_offset": [0, 1, 3],
     }
+    for prompt in ("a b", [0, 1]):
+        made = choices([prompt, prompt], tokens())
+        assert [choice["text"] for choice in made] == ["a b c"] * 2
+        assert [choice["logprobs"] for choice in made] == [logprobs] * 2
     assert [choice["token_ids"] for choice in choices([[0, 1], [5]], None)] == [[0, 1, 2], [5, 2]]
 
 

@@ -17,7 +17,9 @@ from scripts_in_process import ROOT, SCRIPTS, TINY, script
 
 from makeready.engine.entrypoints.batch.worker import FORMATS as READABLE
 from makeready.engine.entrypoints.cli import arranged, launch, restored
+from makeready.engine.entrypoints.describe import describe
 from makeready.engine.entrypoints.generate_options import FORMATS, GenerateJob
+from makeready.engine.generation_config import FIELDS as STATED
 from makeready.engine.options import SchedulerOptions
 from makeready.engine.sampling import SamplingParams
 from makeready.graphs.compile import Request
@@ -155,6 +157,10 @@ def test_defaults_are_those_of_the_python_interface(capsys):
     assert script("generate")("--cfg", "job") == 0
     config = yaml.safe_load(capsys.readouterr().out)
     params = dataclasses.asdict(SamplingParams())
+    # Those that the model may state are null; what they are without it stands in the help.
+    told = ", ".join(str(params[name]) for name in STATED)
+    assert told in describe(GenerateJob)["generation_config"]
+    params |= dict.fromkeys(STATED)
     assert {k: tuple(v) if isinstance(v, list) else v for k, v in config["sampling"].items()} == params
     assert config["scheduler"] == dataclasses.asdict(SchedulerOptions())
     request = dataclasses.asdict(Request())

@@ -48,6 +48,20 @@ BAD_FIELDS = [
     ({"prompt": "a", "priority": True}, "priority=True must be a number"),
     ({"prompt": "a", "extra_key": 3}, "extra_key=3 must be a string"),
     ({"messages": [], "chat_template_kwargs": {"messages": 1}}, "cannot set messages"),
+    ({"messages": [], "chat_template_kwargs": {"chat_template": "{x}"}}, "cannot set chat_template"),
+    ({"messages": [], "chat_template": 1}, "chat_template must be a string, not number"),
+    (
+        {"messages": [], "chat_template": "/etc/passwd"},
+        "neither a template's text nor the path of a .jinja file",
+    ),
+    (
+        {"messages": [], "chat_template": "../x.txt"},
+        "neither a template's text nor the path of a .jinja file",
+    ),
+    ({"prompt": "a", "chat_template": "{{ x }}"}, "chat_template is for messages"),
+    ({"prompt": "a", "add_special_tokens": "no"}, "add_special_tokens must be true or false, not string"),
+    ({"prompt": "a", "add_special_tokens": 0}, "add_special_tokens must be true or false, not number"),
+    ({"token_ids": [1], "add_special_tokens": False}, "add_special_tokens is for texts"),
     ({"messages": [], "chat_template_kwargs": {"tools": 1}}, "tools .* must be a list"),
 ]
 

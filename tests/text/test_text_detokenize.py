@@ -4,7 +4,7 @@ import json
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 from tokenizers_fixture import CORPUS, byte_fallback_json, byte_level_json, wrap
@@ -153,14 +153,67 @@ def test_one_bad_byte_changes_the_run_before_it():
     assert stream.push([3 + 0xFF, tokenizer.token_to_id("d")]) == "\ufffd" * 4 + "d"
 
 
-def test_prompt_ids_first_keep_the_space_before_the_answer():
+PROMPTS = ["The quick", "The quick brown fox jumps over the lazy dog", "The ", " ", "o", "<s>The", "o" * 9]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None)
+@given(data=st.data())
+def test_an_answer_is_the_whole_without_the_prompt(kind, data):
+    tokenizer = KINDS[kind]
+    if kind == "word_piece" or kind == "clean_up":
+        prompt = data.draw(st.lists(st.integers(0, 8), min_size=1, max_size=5))
+    else:
+        prompt = tokenizer.encode(data.draw(st.sampled_from(PROMPTS)))
+    # A bad byte would change a run of bytes before it, which here is the prompt's.
+    assume(not str(tokenizer.id_to_token(prompt[-1])).startswith("<0x"))
+    ids, skip = data.draw(id_lists(kind)), data.draw(st.booleans())
+    before = tokenizer.backend.decode(prompt, skip_special_tokens=skip)
+    expected = tokenizer.decode([*prompt, *ids], skip_special_tokens=skip)
+    stream = StreamDetokenizer(tokenizer, skip, prompt)
+    streamed = "".join(stream.push([token]) for token in ids) + stream.flush()
+    if kind != "clean_up":  # which may take a space away from the prompt
+        assert before + streamed == expected
+    assert StreamDetokenizer(tokenizer, skip, prompt).whole(ids) == streamed
+
+
+def test_the_space_before_an_answer_is_kept():
     tokenizer = KINDS["byte_fallback"]
     prompt = tokenizer.encode("The quick")
     answer = tokenizer.encode("brown", add_special_tokens=False)
     assert tokenizer.decode(answer) == "brown"
-    stream = StreamDetokenizer(tokenizer)
-    stream.push(prompt[-3:])
+    stream = StreamDetokenizer(tokenizer, prompt=prompt)
     assert stream.push(answer) + stream.flush() == " brown"
+    # Behind a bos alone nothing goes before the answer.
+    assert StreamDetokenizer(tokenizer, prompt=[1]).push(answer) == "brown"
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
+def test_a_character_that_the_prompt_begins_is_whole(kind):
+    tokenizer, order = KINDS[kind], sorted(pre_tokenizers.ByteLevel.alphabet())
+    smile = [
+        BYTES[kind][order.index(char) if kind == "byte_level" else ord_]
+        for char, ord_ in zip("ðŁĻĤ", "🙂".encode(), strict=True)
+    ]
+    prompt = [*tokenizer.encode("The"), *smile[:2]]
+    stream = StreamDetokenizer(tokenizer, prompt=prompt)
+    assert stream.push(smile[2:]) + stream.flush() == "🙂"
+    assert StreamDetokenizer(tokenizer, prompt=prompt).whole(smile[2:]) == "🙂"
+
+
+def test_a_bad_byte_leaves_the_prompt_as_it_was():
+    tokenizer = KINDS["byte_fallback"]
+    prompt = [*tokenizer.encode("The"), *(3 + byte for byte in "好".encode())]
+    for ids in ([3 + 0xFF], [3 + 0xFF, *(3 + byte for byte in "好".encode())]):
+        assert StreamDetokenizer(tokenizer, prompt=prompt).whole(ids) == "\ufffd" * len(ids)
+
+
+def test_what_is_kept_back_for_a_bad_byte_can_be_had():
+    tokenizer = KINDS["byte_fallback"]
+    stream = StreamDetokenizer(tokenizer)
+    assert stream.push([3 + byte for byte in "好🙂".encode()[:-1]]) == ""
+    assert (stream.settle(), stream.kept) == ("好", "🙂".encode()[:-1])
+    assert stream.push([3 + "🙂".encode()[-1]]) + stream.flush() == "🙂"
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "byte_fallback", "metaspace"])

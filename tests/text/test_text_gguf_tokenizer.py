@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
@@ -84,7 +85,7 @@ def test_smollm2_encodes_as_transformers_gpt2_class():
         assert ours.decode(ids, skip_special_tokens=False) == theirs.decode(ids) == text
     assert ours.special_tokens == dict(theirs.special_tokens_map)
     assert ours.special_ids == set(range(17))
-    assert (ours.vocab_size, ours.bos_id, ours.eos_ids) == (49152, 1, (2,))
+    assert (ours.vocab_size, ours.bos_id, ours.eos_ids) == (49152, 1, (2, 0))
     assert ours.chat_template == metadata["tokenizer.chat_template"]
 
 
@@ -133,10 +134,86 @@ def test_llama3_splits_as_transformers_converter():
         ("deepseek-llm", "a b\n c12", ["a", " b", "\n", " c", "1", "2"]),
         ("deepseek-llm", "x = 你好! ", ["x", " =", " ", "你好", "!", " "]),
         ("deepseek-llm", "Ωμ ƻb", ["Ωμ", " ƻ", "b"]),  # U+01BB is a letter without case
+        ("tekken", "HelloWorld USAtoday", ["Hello", "World", " USAtoday"]),
+        ("tekken", "it's 1234 a/b/ c", ["it", "'s", " ", "1", "2", "3", "4", " a", "/b", "/", " c"]),
+        ("tekken", "x ==/\n\n y", ["x", " ==/\n\n", " y"]),
+        ("deepseek-r1-qwen", "I'M 12 ok\n\n x", ["I", "'M", " ", "1", "2", " ok", "\n\n", " x"]),
+        ("default", "it's 12345, ok $5", ["it", "'", "s", " ", "123", "45", ",", " ok", " ", "$", "5"]),
     ],
 )
 def test_splits_by_pre(pre, text, expected):
     assert pieces(pre, text) == expected
+
+
+# As the vocabularies' files and llama.cpp's source state them; split here by another engine.
+PUBLISHED = {
+    "tekken": [
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+        r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ],
+    "deepseek-r1-qwen": [
+        r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ],
+    "default": [
+        r"[\p{P}\$\+<=>\^~\|]+",
+        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
+        r"\p{N}+",
+        r"[0-9][0-9][0-9]",
+    ],
+}
+
+
+@pytest.mark.parametrize("pre", PUBLISHED)
+@pytest.mark.parametrize("text", [*TEXTS[1:], *CORPUS[:5], "A1 ++ B, 12345678 ²³ ǅx ﬁﬂ  "])
+def test_splits_as_published(pre, text):
+    split = [text]
+    for pattern in PUBLISHED[pre]:
+        split = [piece for part in split for piece in regex.split(f"({pattern})", part) if piece]
+    assert pieces(pre, text) == split
+
+
+@pytest.mark.parametrize("pre", [None, "", "default"])
+def test_a_file_that_does_not_say_how_to_split_warns(pre):
+    metadata = byte_level_metadata("default")
+    assert not load_tokenizer(Gguf(byte_level_metadata("gpt-2"))).warnings
+    if pre is None:
+        del metadata["tokenizer.ggml.pre"]
+    else:
+        metadata["tokenizer.ggml.pre"] = pre
+    ours = load_tokenizer(Gguf(metadata))
+    (warning,) = ours.warnings
+    assert "llama.cpp's default patterns" in warning
+    assert ours.encode("12345") == load_tokenizer(Gguf(byte_level_metadata("default"))).encode("12345")
+
+
+def test_tekken_adds_bos_and_takes_whole_words():
+    ours = load_tokenizer(Gguf(byte_level_metadata("tekken")))
+    assert ours.encode("Hello")[0] == 1
+    assert load_tokenizer(Gguf(byte_level_metadata("deepseek-r1-qwen"))).encode("Hello")[0] != 1
+
+
+@pytest.mark.parametrize(
+    "text", ["<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<EOT>", "<｜end▁of▁sentence｜>"]
+)
+@pytest.mark.parametrize("kind", [1, 3, 4])
+def test_the_end_of_a_turn_is_known_by_its_text(text, kind):
+    metadata = byte_level_metadata("gpt-2", **{"tokenizer.ggml.eos_token_id": 0})
+    metadata["tokenizer.ggml.tokens"] = [*metadata["tokenizer.ggml.tokens"], text, text]
+    metadata["tokenizer.ggml.token_type"] = [*metadata["tokenizer.ggml.token_type"], kind, 1]
+    ours = load_tokenizer(Gguf(metadata))
+    assert ours.eos_ids[0] == 0  # what the file names goes first
+    assert set(ours.eos_ids) == {0, 2, 509}  # <|endoftext|>, <|end|>, and this one
+    assert ours.encode(f"x{text}")[-1] == 509
+    assert ours.decode([509]) == ""
+
+
+def test_the_end_of_a_message_of_several_is_none_of_a_turn():
+    metadata = byte_level_metadata("gpt-2", **{"tokenizer.ggml.eos_token_id": 0})
+    metadata["tokenizer.ggml.tokens"] = [*metadata["tokenizer.ggml.tokens"], "<|return|>", "<|call|>"]
+    metadata["tokenizer.ggml.token_type"] = [*metadata["tokenizer.ggml.token_type"], 3, 3]
+    assert set(load_tokenizer(Gguf(metadata)).eos_ids) == {0, 509, 510}
 
 
 def test_llama3_takes_whole_words_before_merges():

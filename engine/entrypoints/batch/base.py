@@ -54,6 +54,7 @@ class Ask:
         sampling: sampling fields that it sets.
         template: variables of the chat template that it sets.
         routing: what it tells the scheduler: ``priority`` and ``extra_key``.
+        text: how its text becomes tokens: ``chat_template`` and ``add_special_tokens``.
         max_new_tokens: most tokens where neither it nor the job says how many; None for as many as fit.
     """
 
@@ -62,6 +63,7 @@ class Ask:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     template: Mapping[str, Any] = field(default_factory=dict)
     routing: Mapping[str, Any] = field(default_factory=dict)
+    text: Mapping[str, Any] = field(default_factory=dict)
     max_new_tokens: int | None = None
 
 

@@ -24,6 +24,7 @@ EXEMPT = frozenset(
         "output",
         "overwrite",
         "golden",
+        "generation_config",  # by the values that it gives
         "metrics",
         "trace",
         "target",
@@ -44,7 +45,11 @@ EXEMPT = frozenset(
 
 
 def identity(
-    job: GenerateJob, checkpoint: Checkpoint, plan: Plan | None, given: Mapping[str, Any]
+    job: GenerateJob,
+    checkpoint: Checkpoint,
+    plan: Plan | None,
+    given: Mapping[str, Any],
+    defaults: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Name → value, as JSON reads it back.
 
@@ -53,8 +58,9 @@ def identity(
         checkpoint: the one that they name; what its files hold counts, not only where they lie.
         plan: the plan that ``plan=`` names; its own options stand for those under ``plan`` and ``kv``.
         given: what tells the input from others.
+        defaults: sampling values that the model states.
     """
-    fields = dataclasses.asdict(job)
+    fields = dataclasses.asdict(job) | {"sampling": dataclasses.asdict(job.params(defaults))}
     if job.checkpoint != "dummy":
         fields["checkpoint"] = os.path.abspath(os.path.expanduser(job.checkpoint))
     if plan is not None:

@@ -42,6 +42,8 @@ class EngineSpec:
         model: config of a dummy checkpoint.
         format, sampling, template, carry: as for :class:`Worker`.
         scheduler: how requests share each engine.
+        chat_template: text of the chat template, or name of one of the model's; None for the model's own.
+        add_special_tokens, fit: as for :class:`Worker`.
         leader: the process that leads the job, which makes this; an engine on the same machine ends with it, also by
             kill -9. Ray ends those on others.
     """
@@ -54,6 +56,9 @@ class EngineSpec:
     sampling: SamplingParams | Mapping[str, Any]
     template: Mapping[str, Any]
     scheduler: SchedulerOptions
+    chat_template: str | None = None
+    add_special_tokens: bool = True
+    fit: bool = False
     leader: Leader = field(default_factory=this_process)
     carry: bool = True
 
@@ -73,8 +78,23 @@ class RayEngine:
         follow(spec.leader)
         config = None if spec.model is None else dict(spec.model)
         checkpoint = open_checkpoint(spec.checkpoint, config=config)
-        llm = LLM(checkpoint, spec.plan, kv_memory_gib=spec.kv_memory_gib, scheduler=spec.scheduler)
-        self._worker = Worker(llm, spec.format, spec.sampling, spec.template, carry=spec.carry)
+        llm = LLM(
+            checkpoint,
+            spec.plan,
+            kv_memory_gib=spec.kv_memory_gib,
+            scheduler=spec.scheduler,
+            chat_template=spec.chat_template,
+            generation_config=False,  # its values are in spec.sampling
+        )
+        self._worker = Worker(
+            llm,
+            spec.format,
+            spec.sampling,
+            spec.template,
+            carry=spec.carry,
+            add_special_tokens=spec.add_special_tokens,
+            fit=spec.fit,
+        )
 
     def depth(self) -> int:
         """Rows that it takes before any is final; answers when the model is loaded."""

@@ -14,9 +14,10 @@ from typing import Any
 
 from makeready.engine.entrypoints.batch.base import Ask, RowError
 from makeready.engine.entrypoints.batch.openai_logprobs import chat_logprobs, completion_logprobs
-from makeready.engine.entrypoints.batch.rows import ROUTING, check_template, kind_of, routing_of
+from makeready.engine.entrypoints.batch.rows import ROUTING, check_template, kind_of, routing_of, text_of
 from makeready.engine.request import Output
 from makeready.engine.sampling import SamplingParams
+from makeready.engine.text.token_text import prompt_text
 from makeready.engine.text.tokenizer import Tokenizer
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -53,8 +54,8 @@ RENAMED = {
     "logprobs": "top_logprobs_num",
     "echo": "logprob_start_len",
 }
-CHAT_FIELDS = ("model", "messages", "logprobs", "chat_template_kwargs")
-COMPLETION_FIELDS = ("model", "prompt", "logprobs", "echo")
+CHAT_FIELDS = ("model", "messages", "logprobs", "chat_template_kwargs", "chat_template", "add_special_tokens")
+COMPLETION_FIELDS = ("model", "prompt", "logprobs", "echo", "add_special_tokens")
 
 # Fields that ask for nothing by these values; by any other they are refused. null always asks for nothing.
 IDLE: Mapping[str, Sequence[Any]] = {
@@ -111,14 +112,16 @@ class OpenAIFormat:
         sampling |= _chat_logprobs(body) if chat else _completion_logprobs(body)
         if not chat:
             kind, prompts = _prompts(body.get("prompt"))
-            return Ask(kind, prompts, sampling, routing=routing_of(body), max_new_tokens=COMPLETION_TOKENS)
+            text = text_of(body, kind)
+            return Ask(kind, prompts, sampling, {}, routing_of(body), text, max_new_tokens=COMPLETION_TOKENS)
         if not isinstance(body.get("messages"), list):
             raise RowError(f"messages must be a list, not {kind_of(body.get('messages'))}", "messages")
         template = body.get("chat_template_kwargs", {})
         if not isinstance(template, dict):
             raise RowError("chat_template_kwargs must be an object", "chat_template_kwargs")
         check_template(template)
-        return Ask("messages", (body["messages"],), sampling, template, routing_of(body))
+        text = text_of(body, "messages")
+        return Ask("messages", (body["messages"],), sampling, template, routing_of(body), text)
 
     def answer(
         self,
@@ -139,7 +142,7 @@ class OpenAIFormat:
             "choices": [
                 _chat_choice(i, output, tokenizer)
                 if chat
-                else _completion_choice(i, output, tokenizer, _echo(fields["body"], i // params.n))
+                else _completion_choice(i, output, tokenizer, _echo(fields["body"], i // params.n), params)
                 for i, output in enumerate(outputs)
             ],
             "usage": _usage(outputs, params.n),
@@ -246,17 +249,20 @@ def _echo(body: Mapping[str, Any], index: int) -> str | Sequence[int]:
 
 
 def _completion_choice(
-    index: int, output: Output, tokenizer: Tokenizer | None, echo: str | Sequence[int]
+    index: int, output: Output, tokenizer: Tokenizer | None, echo: str | Sequence[int], params: SamplingParams
 ) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    begins = echo if isinstance(echo, str) else ""
     if tokenizer is None:
         made = {"token_ids": [*echo, *output.token_ids]}
-    else:
-        made = {}
-        echo = echo if isinstance(echo, str) else tokenizer.decode(echo, skip_special_tokens=False)
+    elif not isinstance(echo, str):
+        begins = prompt_text(tokenizer, echo)
     return made | {
         "index": index,
-        "text": output.text if tokenizer is None else f"{echo}{output.text}",
-        "logprobs": completion_logprobs(output, tokenizer),
+        "text": f"{begins}{output.text}",
+        "logprobs": completion_logprobs(
+            output, tokenizer, echo=begins, prompt=echo, skip_special_tokens=params.skip_special_tokens
+        ),
         "finish_reason": output.finish_reason,
     }
 

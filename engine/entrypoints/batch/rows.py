@@ -5,25 +5,28 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from makeready.engine.entrypoints.batch.base import Ask, RowError
 from makeready.engine.errors import RequestError
 from makeready.engine.fields import MEANT, Checker, meant, shown, whole
-from makeready.engine.fields import text as text_of
+from makeready.engine.fields import text as checked_text
 from makeready.engine.request import ERROR, Output
 from makeready.engine.sampling import SamplingParams
+from makeready.engine.text.chat import is_template
 from makeready.engine.text.tokenizer import Tokenizer
 
 PROMPTS = ("prompt", "messages", "token_ids")
 PASSED_THROUGH: tuple[str, ...] = ("id", "custom_id")
 ROUTING = ("priority", "extra_key")  # what the scheduler is told
+TEXT = ("chat_template", "add_special_tokens")  # how text becomes tokens
 OTHERS = ("chat_template_kwargs", "sampling")
-RESERVED = {"self", "template", "messages", "bos_token", "eos_token"}
+RESERVED = {"self", "template", "messages", "bos_token", "eos_token", *TEXT}
 DEEPEST = 100  # levels of a row: it must be read again from deeper ones, where Python's limit is closer
 SAMPLING = tuple(f.name for f in dataclasses.fields(SamplingParams))
-FIELDS = (*PROMPTS, *PASSED_THROUGH, *ROUTING, *OTHERS, *SAMPLING)
+FIELDS = (*PROMPTS, *PASSED_THROUGH, *ROUTING, *TEXT, *OTHERS, *SAMPLING)
 CONSUMED = frozenset(FIELDS) - frozenset(PASSED_THROUGH)
 # Fields of an answer, which no column that is handed through may have.
 ANSWER = frozenset(
@@ -82,7 +85,9 @@ class RowFormat:
         twice = sorted(bare.keys() & nested.keys())
         if twice:
             raise RowError(f"{twice[0]} is given both in the row and under sampling; give it once")
-        return Ask(kinds[0], (prompt,), bare | nested, template, routing_of(fields))
+        return Ask(
+            kinds[0], (prompt,), bare | nested, template, routing_of(fields), text_of(fields, kinds[0])
+        )
 
     def answer(
         self,
@@ -147,6 +152,40 @@ def check_template(variables: Mapping[str, Any]) -> None:
         raise RowError(
             "tools in chat_template_kwargs must be a list of function schemas", "chat_template_kwargs"
         )
+
+
+def text_of(fields: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """Those of a row's fields that say how its text becomes tokens.
+
+    A template is given as text, as the name of one of the model's, or as the path of a ``.jinja`` file: a row is
+    data, and other files are not for it to read.
+
+    Args:
+        kind: what its prompts are.
+
+    Raises:
+        RowError: one is of the wrong type, or of no use for that kind of prompt.
+    """
+    made = {name: fields[name] for name in TEXT if fields.get(name) is not None}
+    template, special = made.get("chat_template", ""), made.get("add_special_tokens", True)
+    if not isinstance(template, str):
+        raise RowError(f"chat_template must be a string, not {kind_of(template)}", "chat_template")
+    if template and kind != "messages":
+        raise RowError(f"chat_template is for messages; {kind} need no template", "chat_template")
+    if not (is_template(template) or re.fullmatch(r"[\w-]*|.*\.jinja", template)):
+        raise RowError(
+            f"chat_template={template[:80]!r} is neither a template's text nor the path of a .jinja file; give one",
+            "chat_template",
+        )
+    if not isinstance(special, bool):
+        raise RowError(
+            f"add_special_tokens must be true or false, not {kind_of(special)}", "add_special_tokens"
+        )
+    if "add_special_tokens" in made and kind == "token_ids":
+        raise RowError(
+            "add_special_tokens is for texts; token_ids are taken as they are", "add_special_tokens"
+        )
+    return made
 
 
 def routing_of(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -288,5 +327,5 @@ def _no_number(text: str) -> Any:
     raise RowError(f"the row is not JSON: {text} is no number there")
 
 
-_ROUTING: Mapping[str, Checker] = {"priority": whole(-(2**63)), "extra_key": text_of}
+_ROUTING: Mapping[str, Checker] = {"priority": whole(-(2**63)), "extra_key": checked_text}
 _KINDS = {str: "string", list: "list", dict: "object", bool: "boolean", type(None): "null"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -51,10 +50,13 @@ class Worker:
         llm: what answers.
         format: how rows are written, a key of :data:`FORMATS`.
         sampling: what rows that do not say otherwise ask for; parameters, or those of their fields that the job
-            sets. Without ``max_new_tokens`` among them each format has a limit of its own.
+            sets. Without ``max_new_tokens`` among them each format has a limit of its own, and ends where the
+            context does.
         template: variables of the chat template for rows of messages.
         carry: hand further columns of rows through to their answers; else such rows are refused.
         told: of every sample that is final and, once, of every row that is refused.
+        add_special_tokens: put bos around texts where the tokenizer does; rows may say otherwise.
+        fit: ``max_new_tokens`` of ``sampling`` was chosen by nobody, and ends where the context does.
     """
 
     def __init__(
@@ -66,6 +68,8 @@ class Worker:
         told: Callable[[Output], None] = lambda output: None,
         *,
         carry: bool = True,
+        add_special_tokens: bool = True,
+        fit: bool = False,
     ) -> None:
         self._llm = llm
         self._format = FORMATS[format] if carry or format != RowFormat.name else RowFormat(carry=False)
@@ -74,6 +78,8 @@ class Worker:
         self._sampling = dict(sampling)
         self._template = dict(template or {})
         self._told = told
+        self._add_special_tokens = add_special_tokens
+        self._fit = fit
         self._running: dict[int, tuple[_Entry, int]] = {}  # id of a request → its row and place
         self._refused: list[Done] = []
         self._reading: dict[Future[_Prepared], tuple[int, Mapping[str, Any]]] = {}  # rows with long texts
@@ -144,15 +150,20 @@ class Worker:
     def _prepare(self, ask: Ask) -> _Prepared:
         """The requests of a row; may run in a thread."""
         asked = {**self._sampling, **ask.sampling}
-        limited, context = "max_new_tokens" in asked, self._llm.plan.limits.context_len
-        params = SamplingParams.from_mapping({"max_new_tokens": ask.max_new_tokens or context} | asked)
+        chosen = "max_new_tokens" in (ask.sampling if self._fit else asked)
+        if not chosen:
+            own = (ask.max_new_tokens, self._sampling.get("max_new_tokens"))  # the format's and the model's
+            context = self._llm.plan.limits.context_len
+            asked["max_new_tokens"] = min((most for most in own if most is not None), default=context)
+        params = SamplingParams.from_mapping(asked)
+        special = ask.text.get("add_special_tokens", self._add_special_tokens)
         requests: list[Request] = []
         for prompt in ask.prompts:
             if ask.kind == "messages":
-                prompt = self._llm.render(prompt, **{**self._template, **ask.template})
-            if not limited and ask.max_new_tokens is None:
-                params = dataclasses.replace(params, max_new_tokens=max(1, context - len(prompt)))
-            requests += self._llm.requests(prompt, params, **ask.routing)
+                prompt = self._llm.render(prompt, **{**self._template, **ask.template, **ask.text})
+            requests += self._llm.requests(
+                prompt, params, **ask.routing, add_special_tokens=special, fit=not chosen
+            )
         return params, requests
 
     def _submit(

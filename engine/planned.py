@@ -1,0 +1,62 @@
+"""The plan that a model runs under: given, found in the cache or compiled; and what it allows the scheduler."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from makeready.engine.errors import RequestError
+from makeready.engine.options import SchedulerOptions
+from makeready.graphs import artifact
+from makeready.graphs.checkpoint.base import Checkpoint
+from makeready.graphs.plan import Plan
+
+Report = Callable[[str], None]
+
+
+def plan_of(
+    checkpoint: Checkpoint, plan: Plan | str | Path | None, options: dict[str, Any], report: Report
+) -> Plan:
+    """The plan that is given, or that the options ask for.
+
+    Raises:
+        RequestError: options beside a plan, or unknown ones.
+        PlanError, UnsupportedModelError: as the planner's.
+    """
+    if plan is not None:
+        if options:
+            raise RequestError(
+                f"{', '.join(sorted(options))} cannot be chosen for a plan that is already compiled; "
+                "leave them out, or leave out plan"
+            )
+        return plan if isinstance(plan, Plan) else artifact.load(plan)
+    # The planner needs torch; a plan that is ready does not.
+    from makeready.graphs.compile import Request as PlanRequest
+    from makeready.graphs.compile import compile_plan
+    from makeready.graphs.plan_cache import cached_plan
+
+    try:
+        request = PlanRequest(**options)
+    except TypeError as error:
+        raise RequestError(f"there is no such plan option: {error}") from None
+    made, folder, found = cached_plan(checkpoint, request, lambda: compile_plan(checkpoint, request))
+    report(f"plan {'found in' if found else 'compiled to'} {folder}")
+    return made
+
+
+def shareable(plan: Plan, options: SchedulerOptions, report: Report) -> SchedulerOptions:
+    """The options, without the prefix cache where keys depend on more than the tokens before them."""
+    operands = {
+        name
+        for program in plan.programs.values()
+        for launch in program.launches
+        if launch.op != "sample"
+        for name in launch.operands.values()
+    }
+    if not options.prefix_cache or "prompt_len" not in operands:
+        return options
+    # Dynamic rotary scaling goes by the length of the prompt: equal beginnings have different keys.
+    report("prefixes are not shared: the model's position encoding depends on the length of the prompt")
+    return dataclasses.replace(options, prefix_cache=False)
