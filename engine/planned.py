@@ -41,9 +41,7 @@ def plan_of(
         request = PlanRequest(**options)
     except TypeError as error:
         raise RequestError(f"there is no such plan option: {error}") from None
-    made, folder, found = cached_plan(checkpoint, request, lambda: compile_plan(checkpoint, request))
-    report(f"plan {'found in' if found else 'compiled to'} {folder}")
-    return made
+    return cached_plan(checkpoint, request, lambda: compile_plan(checkpoint, request), report)[0]
 
 
 def shareable(plan: Plan, options: SchedulerOptions, report: Report) -> SchedulerOptions:

@@ -10,10 +10,10 @@
     kernels/<key>.cubin     the machine code of each, where the target is a GPU
     golden.json             predicted tokens, where they were asked for; no part of the plan: graphs/golden.py
 
-``plan.json`` carries the SHA-256 of every other JSON file and one over its own remaining content, the
-plan's digest; ``binaries.json`` carries that of each kernel. No path, host, time or environment enters any
-of them. ``tuned.json`` stands apart: it names the digest of the plan that it is for, and the plan is the same
-with and without it.
+``plan.json`` carries the SHA-256 and the bytes of every other JSON file and a SHA-256 over its own remaining
+content, the plan's digest; ``binaries.json`` carries those of each kernel. No path, host, time or environment
+enters any of them. ``tuned.json`` stands apart: it names the digest of the plan that it is for, and the plan is
+the same with and without it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -34,8 +35,14 @@ from typing import Any
 
 from makeready.graphs.codec import CodecError, canonical, from_json, to_json
 from makeready.graphs.plan import SCHEMA, Plan, PlanError
+from makeready.graphs.plan_check import check_plan
+from makeready.graphs.plan_check_cuda import KEY
 
 MANIFEST, TUNED = "plan.json", "tuned.json"
+PARTS = re.compile(
+    r"(weights|loading|config|binaries|programs/[a-z0-9_]{1,64})\.json"
+)  # what plan.json may name
+MOST_BYTES = 2**30  # of one file: far above any plan's, and short of what would take a machine's memory
 NAMES = re.compile(
     r"(plan|weights|loading|config|tuned|golden|binaries|programs/[^/]+)\.json|programs|kernels|kernels/[^/]+\.cubin"
 )
@@ -88,7 +95,7 @@ def save_tuned(plan: Plan, folder: str | Path) -> None:
         PlanError: there is another plan in ``folder``.
     """
     folder, made = Path(folder), digest(plan)
-    raw = _bytes(folder / MANIFEST)
+    raw = regular_bytes(folder / MANIFEST)
     if _parse(folder / MANIFEST, raw)["digest"] != made:
         raise PlanError(f"{folder} holds another plan than the one that was measured; tune that one")
     with tempfile.NamedTemporaryFile(dir=folder.parent, prefix=f".{folder.name}-", delete=False) as file:
@@ -110,13 +117,17 @@ def _tuned(plan: Plan, made: str) -> bytes:
 def load(folder: str | Path) -> Plan:
     """Read and check the plan in ``folder``.
 
+    Whoever made it may mean ill: only regular files of the stated sizes in ``folder`` are read, and the plan's
+    parts are held against each other; see docs/plans.md.
+
     Raises:
-        PlanError: no plan there, a file is missing or damaged, or the schema is another version's.
+        PlanError: no plan there, a file is missing or damaged, the schema is another version's, or the plan
+            contradicts itself.
     """
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
         raise PlanError(f"{folder} holds no plan (no {MANIFEST}); make one with scripts/compile.py")
-    raw = _bytes(folder / MANIFEST)
+    raw = regular_bytes(folder / MANIFEST)
     manifest = _parse(folder / MANIFEST, raw)
     schema = manifest.get("schema") if isinstance(manifest, dict) else None
     if schema != SCHEMA:
@@ -127,18 +138,44 @@ def load(folder: str | Path) -> Plan:
     claimed = manifest.pop("digest", None)
     if not written or claimed != _sha(canonical(manifest)):
         raise PlanError(f"{folder / MANIFEST}: digest does not match its content; compile the plan again")
-    data = {k: v for k, v in manifest.items() if k != "files"}
-    for name, expected in manifest["files"].items():
-        raw = _bytes(folder / name)
-        if _sha(raw) != expected:
-            raise PlanError(f"{folder / name}: content does not match its digest; compile the plan again")
+    data = {k: v for k, v in manifest.items() if k not in ("files", "sizes")}
+    files, sizes = manifest.get("files"), manifest.get("sizes")
+    if not isinstance(files, Mapping) or not isinstance(sizes, Mapping):
+        raise PlanError(f"{folder / MANIFEST} does not list the plan's files; compile the plan again")
+    for name, expected in files.items():
+        if not PARTS.fullmatch(name) or name.removesuffix(".json").partition("/")[0] in manifest:
+            raise PlanError(
+                f"{folder / MANIFEST} names {name!r}, which is no file of a plan; compile the plan again"
+            )
+        raw = _stated(folder / name, sizes.get(name), expected)
         _insert(data, name, _parse(folder / name, raw))
     data["tuned"] = _read_tuned(folder, str(claimed))
     try:
         plan = from_json(Plan, data)
     except CodecError as error:
         raise PlanError(f"{folder}: {error}; compile the plan again") from None
+    _check_axes(plan, folder)
+    try:
+        check_plan(plan)
+    except PlanError as error:
+        raise PlanError(f"{folder}: {error}") from None
     return replace(plan, cubins={key: _machine_code(plan, key, folder) for key in plan.binaries})
+
+
+def _check_axes(plan: Plan, folder: Path) -> None:
+    """Check that what a plan places depends on axes that its buckets give a length."""
+    sizes = [(f"weights of {w.param.name}", w.param.spec, set[str]()) for w in plan.weights]
+    for bucket in {b.phase: b for b in plan.buckets}.values():
+        program = plan.programs.get(bucket.phase)
+        for name, buffer in program.buffers.items() if program is not None else ():
+            sizes.append((f"{name} of {bucket.phase} steps", buffer.spec, set(bucket.sizes)))
+    for what, spec, known in sizes:
+        if not spec.axes <= known:
+            axis = min(spec.axes - known)
+            raise PlanError(
+                f"{folder}: {what}: {spec} depends on axis {axis}, which nothing gives a length; "
+                "compile the plan again"
+            )
 
 
 def _read_tuned(folder: Path, made: str) -> Any:
@@ -146,7 +183,7 @@ def _read_tuned(folder: Path, made: str) -> Any:
     path = folder / TUNED
     if not path.exists():
         return {}
-    raw = _bytes(path)
+    raw = regular_bytes(path)
     content = _parse(path, raw)
     if not isinstance(content, Mapping) or not _is_canonical(raw, content) or content.get("plan") != made:
         raise PlanError(f"{path} is damaged or for another plan; delete it, and tune again if you like")
@@ -154,13 +191,11 @@ def _read_tuned(folder: Path, made: str) -> Any:
 
 
 def _machine_code(plan: Plan, key: str, folder: Path) -> bytes:
-    raw = _bytes(folder / _cubin(key))
-    if _sha(raw) != plan.binaries[key].sha256:
-        raise PlanError(f"{folder / _cubin(key)}: content does not match its digest; compile the plan again")
-    return raw
+    return _stated(folder / _cubin(key), plan.binaries[key].nbytes, plan.binaries[key].sha256)
 
 
 def _cubin(key: str) -> str:
+    assert KEY.fullmatch(key), key
     return f"kernels/{key}.cubin"
 
 
@@ -172,7 +207,9 @@ def _split(plan: Plan) -> dict[str, Any]:
         if name in manifest
     }
     files |= {f"programs/{phase}.json": program for phase, program in manifest.pop("programs").items()}
-    manifest["files"] = {name: _sha(canonical(data)) for name, data in sorted(files.items())}
+    written = {name: canonical(data) for name, data in sorted(files.items())}
+    manifest["files"] = {name: _sha(raw) for name, raw in written.items()}
+    manifest["sizes"] = {name: len(raw) for name, raw in written.items()}
     manifest["digest"] = _sha(canonical(manifest))
     return {MANIFEST: manifest, **files}
 
@@ -190,11 +227,41 @@ def _sha(raw: bytes) -> str:
     return hashlib.sha256(raw).hexdigest()
 
 
-def _bytes(path: Path) -> bytes:
+def _stated(path: Path, nbytes: Any, sha256: Any) -> bytes:
+    """A file's content, where it is what the plan says."""
+    raw = regular_bytes(path, nbytes)
+    if _sha(raw) != sha256:
+        raise PlanError(f"{path}: content does not match its digest; compile the plan again")
+    return raw
+
+
+def regular_bytes(path: Path, nbytes: Any = None) -> bytes:
+    """A regular file's content; ``nbytes`` is how long it is said to be, None where nobody said.
+
+    A pipe or a device is neither waited for nor read.
+    """
     try:
-        return path.read_bytes()
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise PlanError(f"{path} cannot be read ({error.strerror}); compile the plan again") from None
+    held = os.fstat(file)
+    if not stat.S_ISREG(held.st_mode):
+        os.close(file)
+        raise PlanError(f"{path} is no file; compile the plan again")
+    with open(file, "rb") as opened:
+        if nbytes is not None and held.st_size != nbytes:
+            raise PlanError(
+                f"{path}: content does not match its digest ({held.st_size} bytes, the plan states {nbytes}); "
+                "compile the plan again"
+            )
+        if held.st_size > MOST_BYTES:
+            raise PlanError(
+                f"{path} has {held.st_size} bytes, more than any plan's file; compile the plan again"
+            )
+        try:
+            return opened.read(held.st_size)
+        except OSError as error:
+            raise PlanError(f"{path} cannot be read ({error.strerror}); compile the plan again") from None
 
 
 def _parse(path: Path, raw: bytes) -> Any:

@@ -114,7 +114,7 @@ def _cut(distribution: Distribution, most: int, count: int, seconds: Callable[[i
         mass[j + 1] += mass[j]
     best = [mass[j + 1] * cost[j] for j in range(len(candidates))]
     chosen: list[tuple[int, ...]] = [(j,) for j in range(len(candidates))]
-    for _ in range(count - 1):
+    for _ in range(min(count, len(candidates)) - 1):
         previous, paths = best[:], chosen[:]
         for j in range(len(candidates)):
             for i in range(j):

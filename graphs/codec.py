@@ -1,4 +1,7 @@
-"""Frozen dataclasses to JSON values and back, strictly: an unknown or a missing field is an error."""
+"""Frozen dataclasses to JSON values and back, strictly: an unknown or a missing field is an error.
+
+A size (kernels/size.py) is written as text: ``"T*8+3"``.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ import typing
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, NoReturn, TypeAlias, TypeVar
+
+from makeready.kernels.size import Size, SizeError, parse
 
 T = TypeVar("T")
 Reader: TypeAlias = Callable[[Any], Any]
@@ -26,6 +31,8 @@ def canonical(value: Any) -> bytes:
 
 def to_json(value: Any) -> Any:
     """``value`` as JSON data; dataclass fields that hold their default are left out."""
+    if isinstance(value, Size):
+        return str(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         made = {}
         for f in dataclasses.fields(value):
@@ -81,6 +88,8 @@ def _reader(kind: Any) -> Reader:
     origin = typing.get_origin(kind)
     if kind is Any:
         return lambda data: data
+    if kind is Size:
+        return _read_size
     if dataclasses.is_dataclass(kind):
         return _dataclass_reader(typing.cast(type, kind))
     if origin in (typing.Union, types.UnionType):
@@ -107,6 +116,14 @@ def _plain_reader(kind: type) -> Reader:
         return data
 
     return read_float if kind is float else read
+
+
+def _read_size(data: Any) -> Any:
+    """Of a size (kernels/size.py), which is written as text."""
+    try:
+        return parse(data) if isinstance(data, str) else _refuse("a size", data)
+    except SizeError as error:
+        raise _ShapeError(f": {error}") from None
 
 
 def _list_reader(item: Any) -> Reader:

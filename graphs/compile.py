@@ -24,7 +24,7 @@ from makeready.graphs.layers.parameter import sources
 from makeready.graphs.lower import lower, place_weights
 from makeready.graphs.models import family
 from makeready.graphs.passes import rewrite
-from makeready.graphs.passes.specialize import specialize
+from makeready.graphs.passes.expand import expand
 from makeready.graphs.plan import LOAD, SCHEMA, LoweredProgram, Memory, Options, Plan, PlanError
 from makeready.graphs.plan_cache import cache_folder
 from makeready.graphs.quant.fp8 import FP8, quantize_linears
@@ -71,9 +71,8 @@ class Traced:
         """Rewrite each program."""
         programs, options = {}, self.options
         for kind, program in self.programs.items():
-            one_token = self.steps[kind].each == 1
-            special = specialize(program, one_token=one_token, deterministic=options.deterministic)
-            programs[kind] = rewrite(verify(special, after="specialize"), disabled=options.disabled_passes)
+            expanded = verify(expand(program, deterministic=options.deterministic), after="expand")
+            programs[kind] = rewrite(expanded, disabled=options.disabled_passes)
         if options.deterministic:
             verify_alike(programs)
         return Lowered(self, programs)
@@ -113,6 +112,7 @@ class Lowered:
             programs[phase], nbytes = lower(
                 program, t.target, largest, stored, deterministic=t.options.deterministic
             )
+            memory.prove_places(programs[phase].buffers, (b for b in buckets if b.phase == phase), largest)
             arena = max(arena, nbytes)
         weights, weight_bytes = place_weights(list(stored.values()))
         loading = loading_of(weights) if t.target.is_cuda else None

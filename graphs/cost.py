@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from makeready.graphs.ir import Call, Program
 from makeready.graphs.spec import Bucket
 from makeready.graphs.targets import Target
 from makeready.kernels.contract import Contract, evaluate
+from makeready.kernels.size import Size, value
 from makeready.kernels.spec import DTYPE_BYTES, PAGES, TensorSpec
 
 
@@ -31,6 +33,45 @@ class Cost:
         return Cost(self.nbytes + other.nbytes, self.flops + other.flops, self.seconds + other.seconds)
 
 
+def op_work(
+    contract: Contract,
+    operands: Mapping[str, TensorSpec],
+    results: Iterable[TensorSpec],
+    attrs: Mapping[str, Any],
+    sizes: Mapping[str, Any],
+    context: int,
+) -> tuple[Any, Any]:
+    """Bytes that one op moves, each operand once, and its floating-point operations.
+
+    Args:
+        sizes: length of every axis of the step, numbers or arrays of them.
+        context: tokens of context a row.
+    """
+    sizes = {**sizes, PAGES: 0}
+    dims = contract.dims(operands, attrs)
+    # The contract's axis T may stand for the bucket's R: what the call binds it to decides.
+    names = {"context": context} | {
+        k: value(v, sizes) if isinstance(v, str | Size) else v for k, v in dims.items()
+    }
+    nbytes = sum(spec.nbytes(sizes) for spec in results)
+    for name, spec in operands.items():
+        if name in contract.traffic:
+            nbytes = nbytes + evaluate(contract.traffic[name], names) * DTYPE_BYTES[spec.dtype]
+        else:
+            nbytes = nbytes + spec.nbytes(sizes)
+    return nbytes, evaluate(contract.flops, names)
+
+
+def op_rate(contract: Contract, operands: Mapping[str, TensorSpec], target: Target) -> float:
+    """Operations a second of one op: of products the rate of the dtype that the contract names, of all else
+    that of the ordinary cores, which is fp32's.
+
+    Raises:
+        PlanError: the target's rate is not known.
+    """
+    return target.rate(operands[contract.rate].dtype if contract.rate is not None else "float32")
+
+
 def op_cost(
     contract: Contract,
     operands: Mapping[str, TensorSpec],
@@ -40,22 +81,13 @@ def op_cost(
     context: int,
     target: Target,
 ) -> Cost:
-    """Cost of one op in ``bucket`` where rows have ``context`` tokens of context."""
-    sizes = {**bucket.sizes, PAGES: 0}
-    dims = contract.dims(operands, attrs)
-    # The contract's axis T may stand for the bucket's R: what the call binds it to decides.
-    names = {"context": context} | {k: sizes[v] if isinstance(v, str) else v for k, v in dims.items()}
-    nbytes = float(sum(spec.nbytes(sizes) for spec in results))
-    for name, spec in operands.items():
-        if name in contract.traffic:
-            nbytes += evaluate(contract.traffic[name], names) * DTYPE_BYTES[spec.dtype]
-        else:
-            nbytes += spec.nbytes(sizes)
-    flops = float(evaluate(contract.flops, names))
-    # Products run at the rate of what they multiply, weights or queries; all else on the ordinary cores.
-    factor = operands.get("weight", operands.get("q"))
-    rate = target.flops.get(factor.dtype if factor else "float32", target.flops["float32"])
-    bound = max(nbytes / target.bandwidth, flops / rate)
+    """Cost of one op in ``bucket`` where rows have ``context`` tokens of context.
+
+    Raises:
+        PlanError: the op multiplies a dtype whose rate on the target is not known.
+    """
+    nbytes, flops = map(float, op_work(contract, operands, results, attrs, bucket.sizes, context))
+    bound = max(nbytes / target.bandwidth, flops / op_rate(contract, operands, target))
     return Cost(nbytes, flops, bound + target.launch_seconds)
 
 
@@ -66,8 +98,8 @@ def call_cost(program: Program, call: Call, bucket: Bucket, context: int, target
 
 
 def program_cost(program: Program, bucket: Bucket, context: int, target: Target) -> Cost:
-    """Cost of one step in ``bucket``; column views cost nothing."""
-    calls = [c for c in program.calls if c.op != "columns"]
+    """Cost of one step in ``bucket``; views cost nothing."""
+    calls = [c for c in program.calls if c.contract.view is None]
     return sum((call_cost(program, c, bucket, context, target) for c in calls), Cost())
 
 
@@ -83,16 +115,23 @@ class StepTime:
     context: int
 
     def __call__(self, bucket: Bucket) -> float:
-        seen: dict[tuple, float] = {}
-        total = 0.0
+        kinds, order = self._kinds
+        seconds = [call_cost(self.program, c, bucket, self.context, self.target).seconds for c in kinds]
+        return sum(seconds[kind] for kind in order)
+
+    @cached_property
+    def _kinds(self) -> tuple[list[Call], list[int]]:
+        """Calls that differ in what they cost, and which of them each call of the program is like."""
+        kinds: dict[tuple[Any, ...], int] = {}
+        examples: list[Call] = []
+        order: list[int] = []
         for call in self.program.calls:
-            if call.op == "columns":
+            if call.contract.view is not None:
                 continue
-            key = (
-                call.op,
-                *(self.program.spec(v) for v in (*call.operands.values(), *call.results.values())),
-            )
-            if key not in seen:
-                seen[key] = call_cost(self.program, call, bucket, self.context, self.target).seconds
-            total += seen[key]
-        return total
+            specs = (self.program.spec(v) for v in (*call.operands.values(), *call.results.values()))
+            key = (call.op, *call.operands, *specs, repr(sorted(call.attrs.items())))
+            if key not in kinds:
+                kinds[key] = len(examples)
+                examples.append(call)
+            order.append(kinds[key])
+        return examples, order

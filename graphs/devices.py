@@ -66,7 +66,13 @@ DEVICES: Mapping[str, Device] = {
     device.name: device
     for device in (
         # Two AVX2 cores: 20 GB/s and 150 GFLOP/s were seen with fp16-packed weights.
-        Device("cpu", "cpu", 20e9, {"float32": 100e9, "bfloat16": 150e9, "float16": 150e9}),
+        Device(
+            "cpu",
+            "cpu",
+            20e9,
+            # 8-bit floats are widened to fp32 and multiplied as that.
+            {"float32": 100e9, "bfloat16": 150e9, "float16": 150e9, "float8_e4m3fn": 100e9},
+        ),
         # 2.04 TB/s, 312 TFLOP/s; 8-bit weights would be widened to bf16.
         _gpu("a100", "sm_80", r"NVIDIA A100.*80GB.*", (1.75, 265, 265, 108, 80)),
         # 1.56 TB/s.

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from makeready.graphs import artifact
 from makeready.graphs.buckets import BucketTable
 from makeready.graphs.checkpoint.base import Checkpoint
 from makeready.graphs.codec import CodecError, canonical, from_json, to_json
@@ -178,7 +179,7 @@ def load(folder: str | Path) -> Golden:
             f"{folder} holds no {FILE}; compile the plan with golden=true where the weights are, or leave golden out"
         )
     try:
-        data = json.loads(path.read_bytes())
+        data = json.loads(artifact.regular_bytes(path))
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             raise CodecError(f"is of another version than {SCHEMA}")
         return from_json(Golden, data)

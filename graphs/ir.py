@@ -60,6 +60,15 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Columns:
+    """Columns ``start:stop`` of the value ``base``."""
+
+    base: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
 class Program:
     """Calls in order, the values they name, and the values that the host reads afterwards."""
 
@@ -88,6 +97,14 @@ class Program:
             for value in dict.fromkeys(call.operands.values()):
                 found[value].append(call)
         return found
+
+    def columns(self, call: Call | None) -> Columns | None:
+        """What a call whose op is a view looks at; None for other ops, and where buckets differ in its width."""
+        if call is None or call.contract.view is None:
+            return None
+        (base,), start = call.operands.values(), int(call.attrs[call.contract.view])
+        width = self.spec(call.result).shape[-1]
+        return Columns(base, start, start + width) if isinstance(width, int) else None
 
     def with_calls(
         self, calls: Iterator[Call] | list[Call], params: Mapping[str, Param] | None = None

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from makeready.graphs.codec import canonical, to_json
-from makeready.graphs.ir import PARAM, TEMP, Program
+from makeready.graphs.ir import PARAM, TEMP, Columns, Program
 from makeready.graphs.memory import Interval, align, assign
 from makeready.graphs.plan import Buffer, Launch, LoweredProgram, PlanError, Weight
 from makeready.graphs.recipe import Param
@@ -14,16 +14,6 @@ from makeready.graphs.spec import Bucket
 from makeready.graphs.targets import Target
 from makeready.kernels import registry
 from makeready.kernels.spec import DTYPE_BYTES
-
-VIEW = "columns"  # the one op that moves nothing: an offset and a stride into its operand
-
-
-@dataclass(frozen=True)
-class _View:
-    """A value as columns ``start:`` of the rows of ``base``."""
-
-    base: str
-    start: int
 
 
 def lower(
@@ -47,8 +37,12 @@ def lower(
     views = _views(program)
     launches = []
     for call in program.calls:
-        if call.op == VIEW:
+        if call.contract.view is not None:
             continue
+        if call.contract.expands:
+            raise PlanError(
+                f"{call.op} is to be expanded for steps of kind {program.phase} before it is lowered"
+            )
         specs = program.operand_specs(call)
         try:
             chosen = registry.choose(call.op, target.name, specs, call.attrs, invariant=invariant)
@@ -89,18 +83,26 @@ def _stored(param: Param, layout: str, stored: dict[bytes, Param]) -> str:
     return stored.setdefault(content, replace(param, name=name, layout=layout)).name
 
 
-def _views(program: Program) -> dict[str, _View]:
-    views: dict[str, _View] = {}
+def _views(program: Program) -> dict[str, Columns]:
+    """By name of each view the columns of what is no view itself."""
+    views: dict[str, Columns] = {}
     for call in program.calls:
-        if call.op == VIEW:
-            source, start = call.operands["x"], call.attrs["start"]
-            outer = views.get(source, _View(source, 0))
-            views[call.result] = _View(outer.base, outer.start + start)
+        seen = program.columns(call)
+        if seen is None and call.contract.view is not None:
+            width = program.spec(call.result).shape[-1]
+            raise PlanError(
+                f"{call.op} gives {call.result}, whose rows are as long as {width}; views have one width"
+            )
+        if seen is not None:
+            outer = views.get(seen.base)
+            shift = 0 if outer is None else outer.start
+            base = seen.base if outer is None else outer.base
+            views[call.result] = Columns(base, shift + seen.start, shift + seen.stop)
     return views
 
 
 def _place(
-    program: Program, launches: Sequence[Launch], views: Mapping[str, _View], largest: Bucket
+    program: Program, launches: Sequence[Launch], views: Mapping[str, Columns], largest: Bucket
 ) -> tuple[dict[str, Buffer], int]:
     """Arena buffers of all temps and views that the launches name."""
     first: dict[str, int] = {}
@@ -115,6 +117,11 @@ def _place(
     outside = {v.base for v in views.values()} - temps
     if outside:
         raise PlanError(f"columns of {min(outside)} are taken, which is not a temporary value")
+    returned = views.keys() & set(program.results.values())
+    if returned:
+        raise PlanError(
+            f"{min(returned)} is a view and a result of the step, which the host reads as a whole"
+        )
     offsets, nbytes = assign(
         [Interval(n, program.spec(n).nbytes(largest.sizes), first[n], last[n]) for n in bases]
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from makeready.graphs.spec import Field
+from makeready.graphs.plan import Buffer, PlanError
+from makeready.graphs.spec import Bucket, Field
 
 ALIGNMENT = (
     256  # bytes; what cudaMalloc gives and TMA descriptors, vector loads and cache lines are happy with
@@ -61,3 +62,23 @@ def assign(intervals: Sequence[Interval]) -> tuple[dict[str, int], int]:
         placed.append(interval)
         total = max(total, offset + align(interval.nbytes))
     return offsets, total
+
+
+def prove_places(buffers: Mapping[str, Buffer], buckets: Iterable[Bucket], largest: Bucket) -> None:
+    """Check that a place that is large enough in the ``largest`` bucket is in all.
+
+    So it is where no axis of another bucket is longer, since sizes never fall while an axis grows
+    (kernels/size.py).
+
+    Raises:
+        PlanError: a bucket needs more of a buffer's place.
+    """
+    specs = {buffer.spec: name for name, buffer in buffers.items()}
+    held = {spec: spec.nbytes(largest.sizes) for spec in specs}
+    for bucket in buckets:
+        for spec, name in specs.items():
+            if spec.nbytes(bucket.sizes) > held[spec]:
+                raise PlanError(
+                    f"{name} takes {spec.nbytes(bucket.sizes)} bytes in bucket {bucket} and has {held[spec]}: places "
+                    f"are those of {largest}, which must be the largest on every axis"
+                )

@@ -73,6 +73,7 @@ class Binary:
     Attributes:
         function: its entry point.
         sha256: of the machine code.
+        nbytes: of the machine code.
         warps: threads of a block over 32.
         shared: bytes of dynamic shared memory.
         registers: of a thread.
@@ -89,6 +90,7 @@ class Binary:
     registers: int
     spill_bytes: int
     dependent: bool
+    nbytes: int
 
 
 @dataclass(frozen=True)

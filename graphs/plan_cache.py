@@ -23,27 +23,53 @@ if TYPE_CHECKING:
 SOURCES = Path(__file__).resolve().parents[1]
 
 
+# Where a user without a home folder, as in many containers, would have the cache: no folder can be made there.
+NOWHERE = Path(os.devnull) / "no-home-folder"
+
+
 def cache_folder() -> Path:
-    """``$MAKEREADY_CACHE`` or ``~/.cache/makeready``; where it lies enters no key."""
-    return Path(os.environ.get("MAKEREADY_CACHE") or Path.home() / ".cache" / "makeready")
+    """``$MAKEREADY_CACHE`` or ``~/.cache/makeready``; where it lies enters no key. It need not be there."""
+    named = os.environ.get("MAKEREADY_CACHE")
+    try:
+        return Path(named) if named else Path.home() / ".cache" / "makeready"
+    except RuntimeError:
+        return NOWHERE
 
 
 def cached_plan(
-    checkpoint: Checkpoint, request: Request, make: Callable[[], Plan]
-) -> tuple[Plan, Path, bool]:
+    checkpoint: Checkpoint,
+    request: Request,
+    make: Callable[[], Plan],
+    report: Callable[[str], None] = lambda sentence: None,
+) -> tuple[Plan, Path | None, bool]:
     """The plan of ``request`` for ``checkpoint``: from the cache, or made and put there.
 
+    Args:
+        report: told where the plan is, or why it could not be kept.
+
     Returns:
-        The plan, its folder, and whether it was there already. A damaged entry is made anew.
+        The plan, its folder, and whether it was there already. A damaged entry is made anew. A cache that
+        cannot be written costs nothing but the next start's time: the folder is then None.
     """
     folder = cache_folder() / "plans" / plan_key(checkpoint, request)
-    if folder.exists():
-        try:
-            return artifact.load(folder), folder, True
-        except PlanError:
-            pass
+    try:
+        if folder.exists():
+            plan = artifact.load(folder)
+            report(f"plan found in {folder}")
+            return plan, folder, True
+    except (PlanError, OSError):
+        pass
     plan = make()
-    artifact.save(plan, folder)
+    try:
+        artifact.save(plan, folder)
+    except (PlanError, OSError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        report(
+            f"plan compiled, but not kept for the next start: {folder.parent} cannot be written ({reason}); "
+            "set MAKEREADY_CACHE to a folder that can"
+        )
+        return plan, None, False
+    report(f"plan compiled to {folder}")
     return plan, folder, False
 
 

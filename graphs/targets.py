@@ -66,6 +66,19 @@ class Target:
         """The same architecture with another device's figures."""
         return replace(self, device=device)
 
+    def rate(self, dtype: str) -> float:
+        """Multiply-add rate of ``dtype``, operations a second.
+
+        Raises:
+            PlanError: it is not known.
+        """
+        if dtype not in self.flops:
+            raise PlanError(
+                f"the cost model of {self.device.name} knows no rate for {dtype}, only for {', '.join(self.flops)}; "
+                "add it to graphs/devices.py"
+            )
+        return self.flops[dtype]
+
 
 _CPU = Target(
     name="cpu",

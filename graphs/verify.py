@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import zip_longest
 from typing import Any
 
-from makeready.graphs.ir import KV, PARAM, SLOT, TEMP, Program, live
+from makeready.graphs.ir import KV, PARAM, SLOT, STEP, TEMP, Program, live
 from makeready.kernels.contract import CONTRACTS, ContractError
 
 
@@ -50,7 +50,8 @@ def _calls_of_a_token(
 ) -> Iterator[tuple[str, dict[str, str], dict[str, Any]]]:
     """Op, parameters and attributes of the calls that these ``results`` come from."""
     for call in live(list(program.calls), {v for k, v in program.results.items() if k in results}):
-        if call.op in ("columns", "gather_last"):
+        op = call.contract
+        if op.view is not None or op.selects_rows is not None:
             continue
         params = {k: v for k, v in call.operands.items() if program.values[v].kind == PARAM}
         yield call.op, params, dict(call.attrs)
@@ -110,6 +111,15 @@ def caches_are_written_before_they_are_read(program: Program) -> Iterator[str]:
                 yield f"{call.op} reads {value} before this step's keys and values are in it"
 
 
+def sizes_are_of_the_step(program: Program) -> Iterator[str]:
+    """Temps grow with what is staged for a step alone, parameters with nothing."""
+    staged = {axis for v in program.values.values() if v.kind == STEP for axis in v.spec.axes}
+    for name, value in program.values.items():
+        known = staged if value.kind == TEMP else frozenset() if value.kind == PARAM else value.spec.axes
+        for axis in sorted(value.spec.axes - known):
+            yield f"{name} is {value.spec}, and nothing that is staged for the step has an axis {axis}"
+
+
 def params_have_recipes(program: Program) -> Iterator[str]:
     for name, value in program.values.items():
         if value.kind == PARAM and name not in program.params:
@@ -129,6 +139,7 @@ RULES: tuple[Callable[[Program], Iterator[str]], ...] = (
     every_op_has_a_contract,
     temps_are_defined_once_and_before_use,
     calls_meet_their_contracts,
+    sizes_are_of_the_step,
     only_slots_and_caches_are_written,
     caches_are_written_before_they_are_read,
     params_have_recipes,

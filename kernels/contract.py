@@ -9,10 +9,14 @@ dtype; the function body is the specification that each kernel is held to::
 In the signature line
 
 * an axis is a name, bound where it is first seen and checked afterwards, or an expression over names
-  and attributes (``(heads+2*kv_heads)*head_dim``), checked in inputs and computed in outputs;
+  and attributes (``(heads+2*kv_heads)*head_dim``, ``T*k+c``, ``cdiv(T,64)``), checked in inputs and computed in
+  outputs; where a name stands for an axis of the step, so does what is computed from it (kernels/size.py);
 * a dtype is a concrete name (``int32``), a variable in capitals, bound like an axis, or
   ``attribute|variable``: the attribute where it is set, else the variable;
 * ``?`` marks an optional operand, ``!`` one that the op also writes.
+
+What passes and cost models must know of an op are traits of its contract, see :class:`Contract`; none of them
+knows ops by name.
 
 Keyword-only parameters of the function are the op's attributes: constants known when the plan is made.
 Called with tensors a contract runs its reference; called with ``torch.fx`` proxies it records itself.
@@ -22,17 +26,21 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import fx
 
-from makeready.kernels.spec import DTYPE_BYTES, Dim, TensorSpec
+from makeready.kernels import size
+from makeready.kernels.size import Dim, SizeError
+from makeready.kernels.spec import DTYPE_BYTES, TensorSpec
 
 CONTRACTS: dict[str, Contract] = {}
+ANY = "*"  # kind of step: those for which nothing else is said
 
 _OPERAND = re.compile(r"(?P<name>\w+)(?P<mark>[?!]?)\[(?P<axes>[^\]]*)\]:(?P<dtype>[\w|]+)")
 
@@ -63,9 +71,25 @@ class Tolerance:
     exact: bool = False  # integers and pure data movement: every element equal
 
 
+@dataclass(frozen=True)
+class Quantizes:
+    """The op computes what another does from fewer bits.
+
+    Every operand ``n`` of the other that comes with an operand ``n_scale`` here is quantized; all else of the other
+    stays. An attribute ``block`` is the scheme's, ``out_dtype`` the dtype that the other's result has.
+
+    Attributes:
+        op: the other's name.
+        schemes: the kinds of scheme that make the one of the other (``Scheme.kind`` of graphs/quant).
+    """
+
+    op: str
+    schemes: tuple[str, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Contract:
-    """An op: operands, attributes, reference and cost. See the module's docstring."""
+    """An op: operands, attributes, reference, cost and traits. See the module's docstring and :func:`contract`."""
 
     name: str
     inputs: tuple[Operand, ...]
@@ -76,6 +100,14 @@ class Contract:
     rowwise: str | None = None
     flops: str = "0"
     traffic: Mapping[str, str] = field(default_factory=dict)
+    rate: str | None = None
+    view: str | None = None
+    selects_rows: str | None = None
+    merges: str | None = None
+    shares: tuple[str, ...] = ()
+    quantizes: Quantizes | None = None
+    fuses: tuple[str, str] | None = None
+    expands: Mapping[str, Expansion] = field(default_factory=dict, repr=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         tracer = next((a.tracer for a in (*args, *kwargs.values()) if isinstance(a, fx.Proxy)), None)
@@ -124,7 +156,7 @@ class Contract:
         dims, dtypes = self._solve(operands, attrs)
         outputs = {}
         for operand in self.outputs:
-            shape = tuple(_evaluate(axis, dims) for axis in operand.axes)
+            shape = tuple(self._evaluate(axis, dims) for axis in operand.axes)
             outputs[operand.name] = TensorSpec(shape, _dtype(operand.dtype, dtypes, attrs))
         return outputs
 
@@ -160,12 +192,23 @@ class Contract:
                     f"{self.name}: {operand.name} is {spec.dtype}, the contract wants {bound}"
                 )
         for operand, axis, dim in deferred:
-            value = _evaluate(axis, dims)
+            value = self._evaluate(axis, dims)
             if value != dim:
                 raise ContractError(
                     f"{self.name}: axis {axis} of {operand.name} is {dim}, it must be {value}"
                 )
         return dims, dtypes
+
+    def _evaluate(self, axis: str, names: Mapping[str, Any]) -> Dim:
+        try:
+            return names[axis] if axis.isidentifier() else evaluate(axis, names)
+        except (ContractError, KeyError) as error:
+            raise ContractError(f"{self.name}: axis {axis} cannot be computed: {error}") from None
+
+
+Expansion: TypeAlias = Callable[[Any, Any], "Sequence[Any]"]
+"""Of a program (graphs.ir.Program) and one of its calls (graphs.ir.Call): the calls that take its place. They
+define what it defines; further values are named after one of those and a dot."""
 
 
 def contract(
@@ -175,6 +218,14 @@ def contract(
     rowwise: str | None = None,
     flops: str = "0",
     traffic: Mapping[str, str] | None = None,
+    rate: str | None = None,
+    view: str | None = None,
+    selects_rows: str | None = None,
+    merges: str | None = None,
+    shares: Sequence[str] = (),
+    quantizes: Quantizes | None = None,
+    fuses: tuple[str, str] | None = None,
+    expands: Mapping[str, Expansion] | None = None,
 ) -> Callable[[Callable[..., Any]], Contract]:
     """Register the decorated reference as the contract of the op that it is named after.
 
@@ -184,9 +235,26 @@ def contract(
         rowwise: axis along which rows neither see each other nor have side effects, so that selecting
             rows commutes with the op.
         flops: floating-point operations, an expression over axis names, attributes and ``context``
-            (expected tokens of context a row).
+            (expected tokens of context a row), with ``min``, ``max`` and ``cdiv``.
         traffic: elements of an operand that are really moved where that is not all of them (a cache, an
-            embedding table), by operand name, as such expressions.
+            embedding table, the weights of experts that few tokens reach), by operand name, as such expressions.
+        rate: operand whose dtype decides how fast the target multiplies; None where the op does no matrix
+            products, and its operations run on the ordinary cores.
+        view: attribute that holds the column of the only operand at which the result begins. Such an op moves
+            nothing: lowering makes an offset and a stride of it.
+        selects_rows: operand of which the op gives, for every row of the batch, one of that row's tokens; the
+            other operands say which. Where rows have one token the op is the identity.
+        merges: last axis of the result, along which calls on the same input merge into one: what is not shared is
+            put together along its first axis, and what each call gave is columns of the result.
+        shares: operands that merged calls have in common.
+        quantizes: the op that this one takes the place of under a quantization.
+        fuses: names of two ops; this one is the second over the first result of the first, with the operands and
+            attributes of both and the further results of the first.
+        expands: by kind of step, what the op becomes there; :data:`ANY` for all kinds without an entry, and for
+            all kinds of a deterministic plan. Such an op is never lowered.
+
+    Raises:
+        TypeError: the signature line, the function and the traits do not fit together.
     """
 
     def register(reference: Callable[..., Any]) -> Contract:
@@ -199,7 +267,7 @@ def contract(
             raise TypeError(f"contract {name}: signature names {[o.name for o in inputs]}, code {positional}")
         if name in CONTRACTS:
             raise TypeError(f"contract {name} is declared twice")
-        CONTRACTS[name] = Contract(
+        made = Contract(
             name=name,
             inputs=inputs,
             outputs=outputs,
@@ -209,18 +277,79 @@ def contract(
             rowwise=rowwise,
             flops=flops,
             traffic=traffic or {},
+            rate=rate,
+            view=view,
+            selects_rows=selects_rows,
+            merges=merges,
+            shares=tuple(shares),
+            quantizes=quantizes,
+            fuses=fuses,
+            expands=expands or {},
         )
-        return CONTRACTS[name]
+        for complaint in _contradictions(made):
+            raise TypeError(f"contract {name}: {complaint}")
+        CONTRACTS[name] = made
+        return made
 
     return register
+
+
+def _contradictions(op: Contract) -> Iterator[str]:
+    """What of an op's traits and expressions does not fit its operands."""
+    operands = {o.name: o for o in op.inputs}
+    bound = {axis for o in op.inputs for axis in o.axes if axis.isidentifier()} | set(op.attrs)
+    for axis in (axis for o in (*op.inputs, *op.outputs) for axis in o.axes):
+        for name in sorted(_names(axis) - bound):
+            yield f"the axis {axis} needs {name}, which is neither an axis of an operand nor an attribute"
+    for text in (op.flops, *op.traffic.values()):
+        for name in sorted(_names(text) - bound - {"context"}):
+            yield f"the cost {text} needs {name}, which is neither an axis of an operand nor an attribute"
+    named = {
+        "rate": (op.rate,),
+        "selects_rows": (op.selects_rows,),
+        "shares": op.shares,
+        "traffic": op.traffic,
+    }
+    for trait, names in named.items():
+        for name in names:
+            if name is not None and name not in operands:
+                yield f"{trait} names {name}, which is no operand"
+    if op.rate in operands and operands[op.rate].optional:
+        yield f"rate names {op.rate}, which may be absent"
+    if op.view is not None and (op.view not in op.attrs or len(op.inputs) != 1 or len(op.outputs) != 1):
+        yield "a view has one operand, one result and an attribute that says where the result begins"
+    if op.selects_rows is not None and len(op.outputs) != 1:
+        yield "selects_rows is for ops with one result"
+    if op.merges is not None:
+        if len(op.outputs) != 1 or op.outputs[0].axes[-1] != op.merges:
+            yield f"merges names {op.merges}, which is not the last axis of its only result"
+        for o in op.inputs:
+            along = [op.merges in _names(axis) for axis in o.axes]
+            if any(along[1:]) or any(along) == (o.name in op.shares):
+                yield f"calls cannot be merged along {op.merges} with {o.name}[{', '.join(o.axes)}]"
+
+
+def _names(expression: str) -> set[str]:
+    """The axes and attributes that an expression names."""
+    nodes = list(ast.walk(ast.parse(expression, mode="eval")))
+    functions = {id(node.func) for node in nodes if isinstance(node, ast.Call)}
+    return {node.id for node in nodes if isinstance(node, ast.Name) and id(node) not in functions}
 
 
 def _operand(text: str) -> Operand:
     match = _OPERAND.fullmatch(text)
     if match is None:
         raise TypeError(f"cannot read operand {text!r}; write name[axes]:dtype")
-    axes = tuple(axis for axis in match["axes"].split(",") if axis)
-    return Operand(match["name"], axes, match["dtype"], match["mark"] == "?", match["mark"] == "!")
+    return Operand(
+        match["name"], _axes(match["axes"]), match["dtype"], match["mark"] == "?", match["mark"] == "!"
+    )
+
+
+def _axes(text: str) -> tuple[str, ...]:
+    """Axes separated by commas, those within parentheses aside."""
+    depths = itertools.accumulate((c == "(") - (c == ")") for c in text)
+    parts = "".join("\n" if c == "," and depth == 0 else c for c, depth in zip(text, depths, strict=True))
+    return tuple(axis for axis in parts.split("\n") if axis)
 
 
 def _dtype(rule: str, bound: Mapping[str, str], attrs: Mapping[str, Any]) -> str:
@@ -231,29 +360,12 @@ def _dtype(rule: str, bound: Mapping[str, str], attrs: Mapping[str, Any]) -> str
 
 
 def evaluate(expression: str, names: Mapping[str, Any]) -> Any:
-    """Value of an arithmetic expression of a contract (``+ - * // / %`` over names and numbers)."""
-    return _walk(ast.parse(expression, mode="eval").body, names)
+    """Value of an expression of a contract, see :func:`makeready.kernels.size.evaluate`.
 
-
-def _evaluate(axis: str, names: Mapping[str, Any]) -> Dim:
-    return names[axis] if axis.isidentifier() else evaluate(axis, names)
-
-
-_BINARY: Mapping[type, Callable[[Any, Any], Any]] = {
-    ast.Add: lambda a, b: a + b,
-    ast.Sub: lambda a, b: a - b,
-    ast.Mult: lambda a, b: a * b,
-    ast.FloorDiv: lambda a, b: a // b,
-    ast.Div: lambda a, b: a / b,
-    ast.Mod: lambda a, b: a % b,
-}
-
-
-def _walk(node: ast.expr, names: Mapping[str, Any]) -> Any:
-    if isinstance(node, ast.Constant):
-        return node.value
-    if isinstance(node, ast.Name):
-        return names[node.id]
-    if isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
-        return _BINARY[type(node.op)](_walk(node.left, names), _walk(node.right, names))
-    raise ContractError(f"contracts compute with + - * // / % only, not {ast.dump(node)}")
+    Raises:
+        ContractError: it has none.
+    """
+    try:
+        return size.evaluate(expression, names)
+    except SizeError as error:
+        raise ContractError(str(error)) from None

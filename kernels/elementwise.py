@@ -34,7 +34,7 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     return (functional.silu(gate) * up).to(gate_up.dtype)
 
 
-@contract("x[T,C]:A -> y[T,stop-start]:A", rowwise="T", tolerance=Tolerance(exact=True))
+@contract("x[T,C]:A -> y[T,stop-start]:A", rowwise="T", view="start", tolerance=Tolerance(exact=True))
 def columns(x: torch.Tensor, *, start: int, stop: int) -> torch.Tensor:
     """Columns ``start:stop`` of ``x``: a view, which lowering turns into an offset and a stride."""
     return x[:, start:stop]
@@ -50,6 +50,7 @@ def pad_columns(x: torch.Tensor, *, width: int) -> torch.Tensor:
     "x[T,C]:A query_start[R]:int32 query_len[R]:int32 -> y[R,C]:A",
     tolerance=Tolerance(exact=True),
     traffic={"x": "R*C"},
+    selects_rows="x",
 )
 def gather_last(x: torch.Tensor, query_start: torch.Tensor, query_len: torch.Tensor) -> torch.Tensor:
     """Every row's last token: ``y[r] = x[query_start[r] + query_len[r] - 1]``.

@@ -84,6 +84,7 @@ def quantize_fp8_block(x: torch.Tensor, *, block: int) -> tuple[torch.Tensor, to
     rowwise="T",
     flops="7*T*C",
     tolerance=_FUSED_TOLERANCE,
+    fuses=("rms_norm", "quantize_fp8"),
 )
 def rms_norm_quantize_fp8(
     x: torch.Tensor, weight: torch.Tensor, *, eps: float, group: int
@@ -98,6 +99,7 @@ def rms_norm_quantize_fp8(
     rowwise="T",
     flops="8*T*C",
     tolerance=_FUSED_TOLERANCE,
+    fuses=("add_rms_norm", "quantize_fp8"),
 )
 def add_rms_norm_quantize_fp8(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, *, eps: float, group: int
@@ -112,6 +114,7 @@ def add_rms_norm_quantize_fp8(
     rowwise="T",
     flops="4*T*J",
     tolerance=_FUSED_TOLERANCE,
+    fuses=("silu_mul", "quantize_fp8"),
 )
 def silu_mul_quantize_fp8(gate_up: torch.Tensor, *, group: int) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`quantize_fp8` of ``silu_mul(gate_up)``."""

@@ -1,7 +1,11 @@
 """Measure speed; see --help."""
 
+import signal
 import sys
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules are imported ends without a traceback
 
 from makeready.engine.entrypoints.bench_options import BenchJob, shares_model
 from makeready.engine.entrypoints.cli import launch

@@ -1,8 +1,12 @@
 """Compile a plan for a checkpoint; see --help."""
 
+import signal
 import sys
 import time
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules are imported ends without a traceback
 
 from makeready.engine.entrypoints.cli import launch
 from makeready.engine.entrypoints.golden import summary as golden_summary
@@ -25,7 +29,7 @@ def compile_job(job: CompileJob) -> None:
         checkpoint = job.open()
         stages.begin("import the planner")
         from makeready.graphs.compile import Request, compile_plan
-        from makeready.graphs.plan_cache import cached_plan
+        from makeready.graphs.plan_cache import cache_folder, cached_plan
 
         request = Request(**job.plan_fields())
         stages.begin("look into the local cache")
@@ -35,6 +39,11 @@ def compile_job(job: CompileJob) -> None:
         if job.output is not None:
             stages.begin("save")
             folder = artifact.save(plan, Path(job.output).expanduser())
+        if folder is None:
+            raise PlanError(
+                f"the plan was compiled, but {cache_folder()} cannot be written; name a folder with output=, or "
+                "set MAKEREADY_CACHE to one that can"
+            )
         golden = write_golden(plan, checkpoint, folder, stages) if job.golden else None
     made = "from the local cache" if found else "compiled"
     if plan.binaries:

@@ -1,6 +1,10 @@
 """Generate text with a checkpoint; see --help."""
 
+import signal
 import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules are imported ends without a traceback
 
 from makeready.engine.entrypoints.cli import launch
 from makeready.engine.entrypoints.generate import generate_job

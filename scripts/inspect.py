@@ -56,6 +56,12 @@ def _hand_over() -> None:
 
 
 if __name__ == "__main__":
+    import signal
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        )  # Ctrl-C while modules are imported ends without a traceback
     sys.exit(main())
 if __name__ == "inspect":
     _hand_over()

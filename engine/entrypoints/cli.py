@@ -90,6 +90,7 @@ def launch(
             return
         codes.append(_reported(lambda: run(_job(config, kind, HydraConfig.get().overrides.task))))
 
+    groups = {path.name for path in conf.iterdir() if path.is_dir()}
     given = list(sys.argv[1:] if arguments is None else arguments)
     meanings = describe(kind)
     presets = {path.stem for path in (conf / "plan").glob("*.yaml")} if "plan.max_rows" in meanings else set()
@@ -98,12 +99,10 @@ def launch(
     os.environ["HYDRA_FULL_ERROR"] = "1"
     folder = presets if "plan.path" in meanings else None
     try:
-        sys.argv = [
-            str(script),
-            *arranged(given, literals(kind), mappings(kind), folder, text_lists(kind), switches(kind)),
-        ]
+        made = arranged(given, literals(kind), mappings(kind), folder, text_lists(kind), switches(kind))
     except UsageError as error:
         return _say(f"{error}", MISUSED)
+    sys.argv = [str(script), *(_by_name(argument, groups) for argument in made)]
     try:
         main = hydra.main(version_base="1.3", config_path=str(conf), config_name=name)(task)
         with patient_stderr(), _ending(), _plain_warnings():
@@ -162,6 +161,13 @@ def arranged(
         else:
             made.append(f"{name}={value}")
     return made
+
+
+def _by_name(argument: str, groups: set[str]) -> str:
+    """A choice of a group is a name, also where Hydra would read a number, a truth value or null."""
+    name, equals, value = argument.partition("=")
+    plain = re.fullmatch(r"[-+]?[\d_.]+(e[-+]?\d+)?|[-+]?(inf|nan)|true|false|null|", value, re.IGNORECASE)
+    return f"{name}={quoted(value)}" if equals and name.lstrip("+~") in groups and plain else argument
 
 
 def quoted(text: str) -> str:

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from makeready.engine.entrypoints.batch.base import JobError
 from makeready.engine.entrypoints.batch.identity import identity
 from makeready.engine.entrypoints.batch.job import Rows, open_input, run_local
-from makeready.engine.entrypoints.batch.journal import Journal
+from makeready.engine.entrypoints.batch.journal import Journal, Totals
 from makeready.engine.entrypoints.batch.on_ray import EngineSpec, Fleet
-from makeready.engine.entrypoints.batch.output import Files, open_journal, publish
+from makeready.engine.entrypoints.batch.output import Files, check_output, open_journal, publish
 from makeready.engine.entrypoints.batch.rows import check_template
 from makeready.engine.entrypoints.batch.worker import Worker
 from makeready.engine.entrypoints.generate_options import GenerateJob
@@ -102,13 +103,15 @@ def print_text(llm: LLM, job: GenerateJob, prompt: str | Sequence[int]) -> Outpu
 def run_file(job: GenerateJob, plan: Plan | None, prompts: Path, output: Path) -> None:
     """Answer a file of requests, from where an earlier start of the same job was cut off."""
     given = open_input(prompts, output, job.format, job.carry)
-    stated = _stated(job)
-    named = identity(job, plan, given.identity, stated) | job.row_limit(given.format, stated)
     files = Files(output)
+    check_output(files, overwrite=job.overwrite)
+    stated = _stated(job)
+    named = identity(job, job.open(), plan, given.identity, stated) | job.row_limit(given.format, stated)
     journal = open_journal(files, named, given.survey, overwrite=job.overwrite)
     if not isinstance(journal, Journal):
         done = count_rows(journal.rows, journal.failed)
         _say(f"{output} is complete: {done}; overwrite=true would run them again")
+        _check_some_served(journal, output)
         return
     with journal, Rows(given, journal, files) as rows:
         if journal.totals.rows:
@@ -120,6 +123,13 @@ def run_file(job: GenerateJob, plan: Plan | None, prompts: Path, output: Path) -
         with rows.kept():
             publish(files, journal, named, names=given.names)
         _say(f"{rows.summary()}, written to {output}")
+        _check_some_served(journal.totals, output)
+
+
+def _check_some_served(totals: Totals, output: Path) -> None:
+    """A job of which every row failed has failed: whatever comes behind it in a pipeline has nothing to work on."""
+    if totals.rows == totals.failed:
+        raise JobError(f"no row could be served; {output} says of each what is wrong with it")
 
 
 def _run(job: GenerateJob, plan: Plan | None, format: str, rows: Rows) -> None:
@@ -173,9 +183,7 @@ def _planned(job: GenerateJob) -> Plan:
     with Stages() as stages:
         stages.begin("find or compile a plan")
         checkpoint, request = job.open(), Request(**job.plan_fields())
-        plan, folder, found = cached_plan(checkpoint, request, lambda: compile_plan(checkpoint, request))
-        stages.say(f"plan {'found in' if found else 'compiled to'} {folder}")
-    return plan
+        return cached_plan(checkpoint, request, lambda: compile_plan(checkpoint, request), stages.say)[0]
 
 
 def _stated(job: GenerateJob) -> dict[str, Any]:

@@ -95,7 +95,8 @@ class GenerateJob(Job):
     Attributes:
         prompt: text to continue.
         chat: what a user says; answered under the model's chat template.
-        prompts: file of requests: JSON lines, or Parquet by its name. A row has prompt, messages or
+        prompts: file of requests: JSON lines (also compressed by gzip, zstd, xz or bzip2), or Parquet by
+            its name. A row has prompt, messages or
             token_ids, and where wanted id or custom_id (handed through), chat_template_kwargs,
             priority (higher goes first under that scheduler.policy), extra_key (rows share cached
             prefixes only with those of the same one), and sampling fields, bare or under sampling; or
@@ -104,6 +105,8 @@ class GenerateJob(Job):
             name. A row that cannot be served gets {"error": ...}. It appears when all rows are done;
             until then OUTPUT.partial keeps them, and the same command goes on after any interruption.
         overwrite: replace an existing output, and drop what is kept of another job.
+        weights_digest: tell weights from those that an interrupted job began with by their content, which
+            reads all of them at every start; false goes by each file's size, time of change and header.
         format: how JSON rows are written: rows, openai, or auto, which looks at the first one. OpenAI rows
             without a limit generate up to 16 tokens as completions and up to the context as chats, unless
             sampling.max_new_tokens is given; or fewer, where the model's generation_config.json says so.
@@ -131,6 +134,7 @@ class GenerateJob(Job):
     prompts: str | None = literal()
     output: str | None = literal()
     overwrite: bool = False
+    weights_digest: bool = False
     format: str = "auto"
     carry: bool = True
     chat_template: str | None = literal()
@@ -180,8 +184,10 @@ class GenerateJob(Job):
             raise UsageError(f"sampling.{error}") from None
 
     def _check_single(self) -> None:
-        if self.output is not None or self.overwrite or self.format != "auto":
-            name = "output=" if self.output is not None else "overwrite=" if self.overwrite else "format="
+        if self.output is not None or self.overwrite or self.weights_digest or self.format != "auto":
+            flags = {"output=": self.output is not None, "overwrite=": self.overwrite}
+            flags |= {"weights_digest=": self.weights_digest, "format=": True}
+            name = next(name for name, given in flags.items() if given)
             raise UsageError(f"{name} is for the answers to prompts=; without it the text is printed")
         if self.prompt == "":
             raise UsageError("prompt= is empty; give at least a word")

@@ -1,7 +1,8 @@
 """Render a conversation to a prompt by the model's jinja chat template.
 
 Templates are code from a model's folder: they run in jinja's immutable sandbox, with the filters and
-functions that Hugging Face templates expect (transformers, "Writing a chat template").
+functions that Hugging Face templates expect (transformers, "Writing a chat template"), in a process with
+limits to time and memory (engine/text/sandbox.py).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from makeready.engine.text.messages import Parts, forms
 from makeready.engine.text.parts import TextError
+from makeready.engine.text.sandbox import SANDBOX, BrokenTemplateError, LimitError
 
 # Bytes of a template's file: the longest known are 30 kB, and what is larger is another file.
 LARGEST = 1 << 20
@@ -51,33 +54,16 @@ def render_chat(
     Raises:
         TextError: no template, malformed messages, a broken template, or one that refuses the messages.
     """
-    compiled = _compiled(_choose(template, tools))
+    source = _choose(template, tools)
+    next(forms(messages))  # malformed ones are refused before anything is sent
     variables = {
         "tools": None if tools is None else list(tools),
         "documents": None,
         "add_generation_prompt": add_generation_prompt,
         **{name: value for name, value in kwargs.items() if value is not None or not name.endswith("_token")},
+        "messages": list(messages),
     }
-    failure: TextError | None = None
-    with_nulls: str | None = None
-    for form in forms(messages):
-        try:
-            text = _rendered(compiled, {**variables, "messages": form.messages})
-        except TextError as error:
-            failure = error
-            continue
-        if form.misread:
-            continue
-        if form.nulls and "None" in text:  # perhaps a null that was printed; the form without nulls tells
-            with_nulls = text
-            continue
-        if with_nulls is not None and _without_none(with_nulls) != _without_none(text):
-            return with_nulls
-        return text
-    if with_nulls is not None:
-        return with_nulls
-    assert failure is not None, "the last form is of texts alone, which cannot be misread"
-    raise failure
+    return _sandboxed(source, variables)
 
 
 def is_template(text: str) -> bool:
@@ -98,7 +84,7 @@ def read_template(given: str | Path, named: str | Mapping[str, str] | None = Non
     if isinstance(named, Mapping) and given in named:
         return named[str(given)]
     source = given if isinstance(given, str) and is_template(given) else _file(given)
-    _compiled(source)
+    _sandboxed(source, None)
     return source
 
 
@@ -120,18 +106,34 @@ def _file(given: str | Path) -> str:
         ) from None
 
 
-def _rendered(template: jinja2.Template, variables: Mapping[str, Any]) -> str:
+def _sandboxed(source: str, variables: Mapping[str, Any] | None) -> str:
+    """What a template makes of variables, in the sandbox; without them it is only compiled."""
     try:
-        return template.render(variables)
-    except jinja2.TemplateError as error:
+        return SANDBOX.render(source, variables)
+    except LimitError as error:
+        raise TextError(f"the chat template {error}") from None
+    except BrokenTemplateError as error:
+        if error.kind == TextError.__name__:  # of messages, not of the template
+            raise TextError(str(error)) from None
+        if error.kind in ("TemplateSyntaxError", "TemplateAssertionError"):
+            raise TextError(
+                f"the chat template is broken at line {error.line} ({error}); pass another template"
+            ) from None
+        if error.kind in _REFUSALS:
+            raise TextError(
+                f"the chat template refuses the messages ({error}); change them as it asks"
+            ) from None
         raise TextError(
-            f"the chat template refuses the messages ({error}); change them as it asks"
-        ) from error
-    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RecursionError) as error:
-        raise TextError(
-            f"the chat template fails on these messages ({type(error).__name__}: {error}); "
+            f"the chat template fails on these messages ({error.kind}: {error}); "
             "check each message's fields against the template"
-        ) from error
+        ) from None
+    except TypeError as error:
+        raise TextError(f"{error}; pass texts, numbers, lists and objects") from None
+    except OSError as error:
+        raise TextError(f"the chat template cannot be run ({error}); free memory or processes") from None
+
+
+_REFUSALS = ("TemplateError", "UndefinedError", "SecurityError", "TemplateRuntimeError", "TemplateNotFound")
 
 
 def _without_none(text: str) -> str:
@@ -167,24 +169,50 @@ class _Generation(Extension):
         return nodes.Scope(body).set_lineno(line)
 
 
-def _compiled(template: str) -> jinja2.Template:
-    try:
-        return _compile(template)
-    except jinja2.TemplateSyntaxError as error:
-        raise TextError(
-            f"the chat template is broken at line {error.lineno} ({error.message}); pass another template"
-        ) from error
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A compiled template, which is offered messages in one form after the other; run it in the sandbox alone."""
+
+    compiled: jinja2.Template
+
+    def render(self, variables: Mapping[str, Any]) -> str:
+        """The text under the first form of ``messages`` that the template takes; raises what the last one raises."""
+        if "messages" not in variables:
+            return self.compiled.render(variables)
+        failure: Exception | None = None
+        with_nulls: str | None = None
+        for form in forms(variables["messages"]):
+            try:
+                text = self.compiled.render({**variables, "messages": form.messages})
+            except MemoryError:
+                raise
+            except Exception as error:
+                failure = error
+                continue
+            if form.misread:
+                continue
+            if form.nulls and "None" in text:  # perhaps a null that was printed; the form without nulls tells
+                with_nulls = text
+                continue
+            if with_nulls is not None and _without_none(with_nulls) != _without_none(text):
+                return with_nulls
+            return text
+        if with_nulls is not None:
+            return with_nulls
+        assert failure is not None, "the last form is of texts alone, which cannot be misread"
+        raise failure
 
 
 @lru_cache(maxsize=64)
-def _compile(template: str) -> jinja2.Template:
+def compile_template(template: str) -> ChatTemplate:
+    """A template under the filters and functions of Hugging Face's; raises jinja2.TemplateError."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
-    return environment.from_string(template)
+    return ChatTemplate(environment.from_string(template))
 
 
 def _to_json(

@@ -17,6 +17,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from makeready.engine.text.byte_level import QWEN2_SPLIT, split_then_bytes
+from makeready.engine.text.file_types import check_added_tokens, check_tokenizer_config, library_errors
 from makeready.engine.text.parts import NAMED_TOKENS, TextError, TokenizerParts
 
 # Vocabulary files that only other libraries read.
@@ -52,6 +53,9 @@ def read_hf_tokenizer(
         _refuse_foreign(files, folder)
         return None
     config = _read_json(files.get("tokenizer_config.json"))
+    check_tokenizer_config(config, str(folder / "tokenizer_config.json"))
+    if config.get("added_tokens_decoder") is None:
+        config.pop("added_tokens_decoder", None)
     kind = _kind(config, model_type)
     if has_json:
         backend = _read_backend(files["tokenizer.json"])
@@ -109,7 +113,7 @@ def _read_json(path: Path | None) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TextError(f"{path} cannot be read as JSON ({error}); download the file again") from None
     if not isinstance(value, dict):
         raise TextError(
@@ -119,10 +123,8 @@ def _read_json(path: Path | None) -> dict[str, Any]:
 
 
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
-    try:
+    with library_errors(f"{path} cannot be read as a tokenizer ({{error}}); download the file again"):
         return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise TextError(f"{path} cannot be read as a tokenizer ({error}); download the file again") from None
 
 
 def _rebuild_llama(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
@@ -147,12 +149,10 @@ def _rebuild_llama(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> 
 
 def _byte_level_bpe(files: Mapping[str, Path], kind: str, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
     """Byte-level BPE of Qwen2 or GPT-2."""
-    try:
+    with library_errors(
+        f"{files['vocab.json']} and merges.txt do not make a BPE ({{error}}); download both again"
+    ):
         model = models.BPE.from_file(str(files["vocab.json"]), str(files["merges.txt"]))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise TextError(
-            f"{files['vocab.json']} and merges.txt do not make a BPE ({error}); download both again"
-        ) from None
     backend = tokenizers.Tokenizer(model)
     backend.decoder = decoders.ByteLevel()
     prefix = bool(config.get("add_prefix_space"))
@@ -192,6 +192,7 @@ def _declared_tokens(
     else:
         # Older folders keep special tokens in a file of their own, which then overrides the config.
         special = _read_json(files.get("special_tokens_map.json"))
+        check_tokenizer_config(special, str(folder / "special_tokens_map.json"))
         declared.update(special)
     extra = declared.get("extra_special_tokens", declared.get("additional_special_tokens")) or []
     by_name: dict[str, Any] = {}
@@ -210,7 +211,9 @@ def _declared_tokens(
     extra_tokens = [_token(value, "extra_special_tokens") for value in listed]
     if "added_tokens_decoder" not in config and (folder / "added_tokens.json").is_file():
         texts = {token.content for token in (*named.values(), *extra_tokens)}
-        for text, key in _read_json(folder / "added_tokens.json").items():
+        numbered = _read_json(folder / "added_tokens.json")
+        check_added_tokens(numbered, str(folder / "added_tokens.json"))
+        for text, key in numbered.items():
             added[int(key)] = AddedToken(text, special=text in texts, normalized=text not in texts)
     return named, extra_tokens, [added[key] for key in sorted(added)]
 
@@ -235,7 +238,10 @@ def _add_tokens(
         if token.content in names:
             token.special = True
     if missing:
-        backend.add_tokens(missing)
+        with library_errors(
+            "the tokens of tokenizer_config.json cannot be added ({error}); correct the file"
+        ):
+            backend.add_tokens(missing)
 
 
 def _template(

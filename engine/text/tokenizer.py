@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import tokenizers
 
+from makeready.engine.text.file_types import library_errors
 from makeready.engine.text.gguf_tokenizer import read_gguf_tokenizer
 from makeready.engine.text.hf_tokenizer import read_hf_tokenizer
 from makeready.engine.text.length import LengthBound
@@ -86,10 +87,15 @@ class Tokenizer:
                 f"a prompt must be a text, not {type(text).__name__}; pass token ids as token_ids"
             )
         try:
-            if len(text) > LONG:  # as a batch, during which other threads run
-                return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
-            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except TypeError:
+            with library_errors("the tokenizer cannot take this text ({error}); check tokenizer.json"):
+                if len(text) > LONG:  # as a batch, during which other threads run
+                    return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[
+                        0
+                    ].ids
+                return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TextError:
+            if not any("\ud800" <= char <= "\udfff" for char in text):
+                raise
             place = next((i for i, char in enumerate(text) if "\ud800" <= char <= "\udfff"), 0)
             raise TextError(
                 f"the text has a lone surrogate at character {place}; pass valid Unicode"
@@ -106,10 +112,10 @@ class Tokenizer:
         Raises:
             TextError: a negative id, or one of 2**32 or more.
         """
-        try:
+        if not all(0 <= token < 2**32 for token in ids):
+            raise TextError(f"token ids must be from 0 to 2**32 - 1; got {min(ids)} to {max(ids)}")
+        with library_errors("the tokenizer cannot write these tokens ({error}); check tokenizer.json"):
             text = self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
-        except OverflowError:
-            raise TextError(f"token ids must be from 0 to 2**32 - 1; got {min(ids)} to {max(ids)}") from None
         if self.clean_up:
             for old, new in _CLEAN_UP:
                 text = text.replace(old, new)

@@ -138,6 +138,10 @@ class Checkpoint(ABC):
         """Files that describe the tokenizer, by file name (`gguf` for a GGUF file); {} if none."""
         return {}
 
+    def weight_files(self) -> dict[str, tuple[Path, int]]:
+        """Files that hold weights by name, each with the bytes of the header before its data; {} if none."""
+        return {}
+
     def fingerprint(self, read: Collection[str] | None = None) -> str:
         """Hash what a plan depends on: the config and the tensor table, but no weights.
 

@@ -105,6 +105,11 @@ def normalise_config(
             "correct the config"
         )
     _check_heads(config, source)
+    for field in (*REQUIRED_SIZES, "max_position_embeddings", "num_key_value_heads", "head_dim"):
+        if config[field] >= 2**31:
+            raise CheckpointError(
+                f"{source}: {field} {config[field]} must be below 2**31; correct the config"
+            )
     _check_scalars(config, source)
     config["rope_parameters"] = normalise_rope(config, source)
     for field in ("torch_dtype", "rope_theta", "rope_scaling"):
@@ -112,6 +117,11 @@ def normalise_config(
     if model_type in ARCHITECTURES:
         config.setdefault("architectures", [ARCHITECTURES[model_type]])
         _fill_windows(config, model_type, source)
+    for field, value in config.items():
+        if not _is_finite(value):
+            raise CheckpointError(
+                f"{source}: {field} is {value!r:.80}, which is no number in JSON; correct the config"
+            )
     return config
 
 
@@ -129,6 +139,13 @@ def positive_int(config: dict[str, Any], field: str, source: str) -> int:
             f"{source}: {field} must be a positive integer, not {value!r}; correct the config"
         )
     return value
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether all numbers in a JSON value are: Python reads Infinity, NaN and 1e400, and JSON cannot hold them."""
+    if isinstance(value, dict | list):
+        return all(map(_is_finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _model_type(config: dict[str, Any], source: str) -> str:
@@ -188,7 +205,7 @@ def _check_scalars(config: dict[str, Any], source: str) -> None:
             )
 
     def is_token(value: Any) -> bool:
-        return value is None or type(value) is int
+        return value is None or (type(value) is int and -(2**31) <= value < 2**31)
 
     eps = config["rms_norm_eps"]
     require(
@@ -199,12 +216,19 @@ def _check_scalars(config: dict[str, Any], source: str) -> None:
     config["rms_norm_eps"] = float(eps)
     for field in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
         require(field, lambda value: type(value) is bool, "true or false")
+    require(
+        "architectures",
+        lambda value: (
+            value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+        ),
+        "a list of names",
+    )
     require("hidden_act", lambda value: isinstance(value, str), "a string")
     require("bos_token_id", is_token, "an integer or null")
     require(
         "eos_token_id",
         lambda value: (
-            is_token(value) or (isinstance(value, list) and all(type(item) is int for item in value))
+            is_token(value) or (isinstance(value, list) and None not in value and all(map(is_token, value)))
         ),
         "an integer, a list of integers or null",
     )

@@ -101,6 +101,7 @@ class GGUFFile:
     Attributes:
         metadata: key to int, float, bool, str or list.
         tensors: tensor table by GGUF name.
+        data_start: bytes before the first tensor's.
 
     Raises:
         CheckpointError: not a GGUF file, truncated, malformed, or holding a type that is not read.
@@ -133,7 +134,7 @@ class GGUFFile:
                 f"{self.path}: general.alignment must be a positive multiple of 8, not {alignment!r}; "
                 "download the file again"
             )
-        start = -(-header_end // alignment) * alignment
+        self.data_start = start = -(-header_end // alignment) * alignment
         placed: dict[str, GGUFTensor] = {}
         end = start
         for entry in sorted(entries, key=lambda entry: entry.begin):

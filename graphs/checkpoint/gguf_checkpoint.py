@@ -99,6 +99,10 @@ class GGUFCheckpoint(Checkpoint):
         if out.size:
             dequantize(info.dtype, self._stored(info, start, stop), out, self._pool)
 
+    def weight_files(self) -> dict[str, tuple[Path, int]]:
+        """The file itself."""
+        return {self.path.name: (self.path, self._file.data_start)}
+
     def tokenizer_files(self) -> dict[str, Path]:
         """The file itself, which holds the tokenizer in its metadata."""
         return {"gguf": self.path}

@@ -2,7 +2,8 @@
 
 Layouts: ggml-common.h and ggml-quants.c of ggml-org/ggml. A block of 32 (or 256, the K types) elements
 holds integers of 2 to 8 bits, spread over its bytes, and one or two float16 scales; K types scale their
-sub-blocks of 16 or 32 elements once more. A value is `scale * q` or `scale * q - offset`.
+sub-blocks of 16 or 32 elements once more. A value is `scale * q` or `scale * q - offset`; IQ4 types and MXFP4
+look q up in a table.
 
 Unpacking moves eight bytes at a time: eight elements of a block lie side by side in equal bit positions,
 so one shift and one mask on a 64-bit word give eight unpacked bytes. That and working in pieces that stay
@@ -202,6 +203,38 @@ def _q6_k(records: np.ndarray) -> Unpacked:
     return q.view(np.int8) - np.int8(32), scale, None
 
 
+# The 16 values of IQ4 types (ggml-common.h, kvalues_iq4nl) and of MXFP4 (twice the OCP FP4 E2M1 numbers; the
+# scale is halved for it).
+_IQ4_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
+_FP4_VALUES = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
+
+
+def _iq4_nl(records: np.ndarray) -> Unpacked:
+    return _IQ4_VALUES[_nibbles(records)], _f32(records["d"]), None
+
+
+def _iq4_xs(records: np.ndarray) -> Unpacked:
+    # 8 groups of 32, each like an IQ4_NL block. Scales of 6 bits, less 32: nibbles in `scales_l` (even groups
+    # low), bits 4-5 as pairs of `scales_h`, from the lowest on.
+    group = np.arange(8)
+    low = (records["scales_l"][:, group // 2] >> (group % 2 * 4).astype(np.uint8)) & 15
+    high = (records["scales_h"][:, None] >> (2 * group).astype(np.uint16)) & 3
+    scales = (low | (high << 4)).astype(np.int8) - np.int8(32)
+    q = _words(len(records), 256)
+    for part in range(8):
+        source, target = records["qs"][:, 2 * part : 2 * part + 2], q[:, 4 * part : 4 * part + 4]
+        _spread(source, target[:, :2], 4, 0)
+        _spread(source, target[:, 2:], 4, 4)
+    return _IQ4_VALUES[q.view(np.uint8)], _f32(records["d"]) * scales.astype(np.float32), None
+
+
+def _mxfp4(records: np.ndarray) -> Unpacked:
+    # The scale is a power of two alone: 2^(e - 128), where 0 and 1 give fp32's subnormals 2^-128 and 2^-127.
+    e = records["e"].astype(np.uint32)
+    bits = np.where(e < 2, np.uint32(0x00200000) << e, (e - np.uint32(1)) << np.uint32(23))
+    return _FP4_VALUES[_nibbles(records)], bits.astype(np.uint32).view(np.float32)[:, None], None
+
+
 _D, _M, _DMIN, _QH = ("d", "<f2"), ("m", "<f2"), ("dmin", "<f2"), ("qh", "u1", 4)
 _QS16, _QS64, _QS128 = ("qs", "<u8", 2), ("qs", "<u8", 8), ("qs", "<u8", 16)
 _SCALES12, _SCALES16 = ("scales", "u1", 12), ("scales", "u1", 16)
@@ -218,4 +251,7 @@ BLOCK_TYPES = {
     "q4_k": BlockType(256, np.dtype([_D, _DMIN, _SCALES12, _QS128]), _q4_k),
     "q5_k": BlockType(256, np.dtype([_D, _DMIN, _SCALES12, ("qh", "<u8", 4), _QS128]), _q5_k),
     "q6_k": BlockType(256, np.dtype([("ql", "<u8", 16), ("qh", "<u8", 8), ("scales", "i1", 16), _D]), _q6_k),
+    "iq4_nl": BlockType(32, np.dtype([_D, _QS16]), _iq4_nl),
+    "iq4_xs": BlockType(256, np.dtype([_D, ("scales_h", "<u2"), ("scales_l", "u1", 4), _QS128]), _iq4_xs),
+    "mxfp4": BlockType(32, np.dtype([("e", "u1"), _QS16]), _mxfp4),
 }

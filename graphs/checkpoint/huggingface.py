@@ -21,6 +21,7 @@ from makeready.graphs.checkpoint.base import (
     read_json,
 )
 from makeready.graphs.checkpoint.config import DTYPES, normalise_config
+from makeready.graphs.checkpoint.generation_config import check_generation_config
 from makeready.graphs.checkpoint.safetensors_file import SafetensorsFile
 
 WEIGHTS = "model.safetensors"
@@ -35,7 +36,9 @@ TOKENIZER_FILES = (
     "generation_config.json",
     "vocab.json",
     "merges.txt",
+    "added_tokens.json",
 )
+TEMPLATES = "additional_chat_templates"
 
 
 class HuggingFaceCheckpoint(Checkpoint):
@@ -65,7 +68,9 @@ class HuggingFaceCheckpoint(Checkpoint):
         if self.config["tie_word_embeddings"]:
             self._tie_head()
         generation = path / "generation_config.json"
-        self.generation_config: dict[str, Any] = read_json(generation) if generation.is_file() else {}
+        self.generation_config: dict[str, Any] = {}
+        if generation.is_file():
+            self.generation_config = check_generation_config(read_json(generation), str(generation))
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -79,8 +84,15 @@ class HuggingFaceCheckpoint(Checkpoint):
         return self._sources[stored].read(stored, rows)
 
     def tokenizer_files(self) -> dict[str, Path]:
-        """The files of `TOKENIZER_FILES` that exist, by name."""
-        return {name: self.path / name for name in TOKENIZER_FILES if (self.path / name).is_file()}
+        """The files of `TOKENIZER_FILES` and the further chat templates that exist, by name."""
+        templates = sorted((self.path / TEMPLATES).glob("*.jinja"))
+        names = (*TOKENIZER_FILES, *(f"{TEMPLATES}/{path.name}" for path in templates))
+        return {name: self.path / name for name in names if (self.path / name).is_file()}
+
+    def weight_files(self) -> dict[str, tuple[Path, int]]:
+        """The safetensors files that a tensor is read from."""
+        files = {file.path: file for file in self._sources.values()}
+        return {path.name: (path, files[path].data_start) for path in sorted(files)}
 
     def _tie_head(self) -> None:
         """Do with a tied head what transformers does, which believes the stored tensors.

@@ -142,6 +142,10 @@ def _number(value: Any, field: str, source: str) -> int | float:
 
 
 def _check(rope: dict[str, Any], source: str) -> None:
+    if rope["rope_type"] == "yarn" and rope["rope_theta"] <= 1:
+        raise CheckpointError(
+            f"{source}: rope_theta must be above 1 for yarn, not {rope['rope_theta']}; correct it"
+        )
     if rope.get("factor", 1.0) < 1:
         raise CheckpointError(f"{source}: rope factor must be at least 1, not {rope['factor']}; correct it")
     if not isinstance(rope.get("truncate", True), bool):

@@ -45,6 +45,7 @@ class SafetensorsFile:
 
     Attributes:
         infos: tensor table by name.
+        data_start: bytes before the first tensor's.
 
     Raises:
         CheckpointError: not a safetensors file, truncated, or a header that contradicts the data.
@@ -56,6 +57,7 @@ class SafetensorsFile:
         self._begins: dict[str, int] = {}
         self._bytes = map_file(path)
         header, data_start = _read_header(path, self._bytes)
+        self.data_start = data_start
         spans = []
         for name, entry in header.items():
             if name == "__metadata__":

@@ -46,6 +46,7 @@ from makeready.kernels.device import (
     Scratch,
     Tensor,
 )
+from makeready.kernels.size import Dim
 from makeready.kernels.spec import DTYPE_BYTES, ROWS, TOKENS, TensorSpec
 
 _Key: TypeAlias = tuple[str, int, Bucket]  # phase, class, bucket
@@ -91,10 +92,7 @@ class _Class:
     @property
     def alike(self) -> tuple[object, ...]:
         """What the class has in common with those of the same calls in other phases, where T may be R."""
-        values = tuple(
-            replace(v, spec=replace(v.spec, shape=tuple(ROWS if d == TOKENS else d for d in v.spec.shape)))
-            for v in self.values
-        )
+        values = tuple(replace(v, spec=v.spec.renamed({TOKENS: ROWS})) for v in self.values)
         return self.op, values, self.attrs
 
     def call(self, bucket: Bucket, context: int, target: Target, *, most_rows: int = 0) -> OpCall:
@@ -104,18 +102,16 @@ class _Class:
             most_rows: of the plan's buckets, where it is deterministic; 0 where it is not.
         """
         attrs = json.loads(self.attrs)
-        sizes = bucket.sizes
-        specs = {
-            v.name: replace(v.spec, shape=tuple(sizes.get(d, d) if isinstance(d, str) else d for d in v.spec.shape))
-            for v in self.values
-        }  # fmt: skip
+        specs = {v.name: v.spec.under(bucket.sizes) for v in self.values}
         inputs = {operand.name for operand in CONTRACTS[self.op].inputs}
         dims = CONTRACTS[self.op].dims({k: s for k, s in specs.items() if k in inputs}, attrs)
         tensors = {
             v.name: Tensor(
                 specs[v.name].shape,
                 v.spec.dtype,
-                math.prod(int(d) for d in v.spec.shape[1:]) if v.row_stride is None else v.row_stride,
+                math.prod(_length(d) for d in specs[v.name].shape[1:])
+                if v.row_stride is None
+                else v.row_stride,
                 v.alignment,
                 v.spare,
             )
@@ -137,6 +133,12 @@ class _Class:
             invariant=most_rows > 0,
             most_rows=max(most_rows, bucket.rows),
         )
+
+
+def _length(dim: Dim) -> int:
+    """Behind the first axis nothing depends on pages."""
+    assert isinstance(dim, int), dim
+    return dim
 
 
 def emit(
@@ -243,7 +245,7 @@ def _check_alike(
         phase: [
             (classes[phase][launch.op_class].alike, launch)
             for launch in program.launches
-            if launch.op != "gather_last" and not set(reports) & set(launch.results.values())
+            if CONTRACTS[launch.op].selects_rows is None and not set(reports) & set(launch.results.values())
         ]
         for phase, program in programs.items()
         if phase != LOAD.phase
@@ -318,6 +320,7 @@ def _binary(made: Compiled) -> Binary:
         registers=made.registers,
         spill_bytes=made.spill_bytes,
         dependent=made.waits,
+        nbytes=len(made.cubin),
     )
 
 
@@ -347,7 +350,7 @@ def _argument(name: str, argument: Argument, way: Way, made: Compiled, counters:
         "descriptor",
         operand=argument.operand,
         dtype=dtype,
-        shape=argument.shape,
+        shape=tuple(d if isinstance(d, int) else str(d) for d in argument.shape),
         strides=argument.strides,
         block=layout.block,
         swizzle=layout.swizzle,

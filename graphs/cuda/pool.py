@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from queue import SimpleQueue
@@ -149,7 +149,14 @@ def _read(path: Path) -> Compiled | None:
 def _write(path: Path, made: Compiled) -> None:
     data = {k: v for k, v in asdict(made).items() if k not in ("cubin", "ptx")}
     data["sha256"] = hashlib.sha256(made.cubin).hexdigest()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(json.dumps(data).encode() + b"\n" + made.cubin)
-    os.replace(file.name, path)
+    # A cache that cannot be written costs time alone; who asked for the plan is told when that is not kept either.
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            try:
+                file.write(json.dumps(data).encode() + b"\n" + made.cubin)
+                file.flush()
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise

@@ -15,12 +15,15 @@ import torch
 
 from makeready.graphs import memory
 from makeready.graphs.checkpoint.base import Checkpoint
+from makeready.graphs.executable.cpu_check import check_launches
+from makeready.graphs.executable.cpu_memory import check_memory, room_for
 from makeready.graphs.executable.cpu_weights import Progress, load_weights
 from makeready.graphs.executable.match import check_checkpoint
 from makeready.graphs.plan import Launch, Plan, PlanError
 from makeready.graphs.spec import HOST, Bucket, Field
 from makeready.kernels import registry
 from makeready.kernels.contract import CONTRACTS
+from makeready.kernels.idle_threads import spin_briefly
 from makeready.kernels.spec import PAGES, TensorSpec
 
 
@@ -84,18 +87,22 @@ class CpuExecutable:
             )
         check_checkpoint(plan, checkpoint)
         registry.discover()
+        check_launches(plan)
+        check_memory(plan)
+        spin_briefly()
         self.plan = plan
         self.pages = pages
-        self._arena = torch.empty(plan.memory.arena, dtype=torch.uint8)
-        self._tensors: dict[str, Any] = dict(load_weights(plan, checkpoint, progress))
-        for part in plan.kv.parts:  # zeroed: a page is read up to its last written token only
-            self._tensors[part.name] = _zeros(part.spec, {PAGES: pages})
-        self._slots = {f.name: _zeros(f.spec, {}) for f in plan.slots}
+        with room_for(plan, pages):
+            self._arena = torch.empty(plan.memory.arena, dtype=torch.uint8)
+            self._tensors: dict[str, Any] = dict(load_weights(plan, checkpoint, progress))
+            for part in plan.kv.parts:  # zeroed: a page is read up to its last written token only
+                self._tensors[part.name] = _zeros(part.spec, {PAGES: pages})
+            self._slots = {f.name: _zeros(f.spec, {}) for f in plan.slots}
+            self._step = torch.empty(plan.memory.step, dtype=torch.uint8)
+            self._result = torch.empty(plan.memory.result, dtype=torch.uint8)
         self._tensors |= self._slots
         for slot in range(plan.limits.slots):
             self.write_slot(slot, {})
-        self._step = torch.empty(plan.memory.step, dtype=torch.uint8)
-        self._result = torch.empty(plan.memory.result, dtype=torch.uint8)
         self._programs: dict[Bucket, _Program] = {}
 
     def write_slot(self, slot: int, values: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from makeready.graphs.executable.cuda_driver import Driver, Function
 from makeready.graphs.plan import Choice, Launch, Node, NodeArgument, Plan, PlanError, tuned_key
 from makeready.graphs.spec import Bucket
+from makeready.kernels.size import parse, value
 from makeready.kernels.spec import DTYPE_BYTES, PAGES
 
 _MAP_BYTES, _MAP_ALIGNMENT = 128, 64  # of a CUtensorMap
@@ -212,4 +213,4 @@ class PreparedNode:
 
 
 def _shape(argument: NodeArgument, pages: int) -> list[int]:
-    return [pages if n == PAGES else int(n) for n in argument.shape]
+    return [n if isinstance(n, int) else value(parse(n), {PAGES: pages}) for n in argument.shape]

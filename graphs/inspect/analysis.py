@@ -123,30 +123,33 @@ def contracts() -> Mapping[str, Contract]:
     return CONTRACTS
 
 
-def work(plan: Plan, launch: Launch, bucket: Bucket, context: int, target: Target) -> tuple[float, ...]:
-    """Bytes, operations and compute seconds of a launch, before any bound is taken."""
-    from makeready.graphs.cost import op_cost
+def work(
+    plan: Plan, phase: str, launch: Launch, sizes: Mapping[str, Any], context: int, target: Target
+) -> tuple[Any, Any, float]:
+    """Bytes and operations of a launch, at one length of every axis or at arrays of them, and the target's rate
+    of such operations.
+    """
+    from makeready.graphs.cost import op_rate, op_work
 
-    operands = {role: value_spec(plan, bucket.phase, value) for role, value in launch.operands.items()}
-    results = [value_spec(plan, bucket.phase, value) for value in launch.results.values()]
-    # With free memory and free launches what is left of the roofline is the time to compute.
-    free = replace(target.on(replace(target.device, bandwidth=math.inf)), launch_seconds=0.0)
-    cost = op_cost(contracts()[launch.op], operands, results, launch.attrs, bucket, context, free)
-    return cost.nbytes, cost.flops, cost.seconds
+    operands = {role: value_spec(plan, phase, value) for role, value in launch.operands.items()}
+    results = [value_spec(plan, phase, value) for value in launch.results.values()]
+    contract = contracts()[launch.op]
+    nbytes, flops = op_work(contract, operands, results, launch.attrs, sizes, context)
+    return nbytes, flops, op_rate(contract, operands, target)
 
 
 def _launch_cost(plan: Plan, launch: Launch, bucket: Bucket, context: int, target: Target) -> LaunchCost:
-    nbytes, flops, compute = work(plan, launch, bucket, context, target)
+    nbytes, flops, rate = work(plan, bucket.phase, launch, bucket.sizes, context, target)
     weight = launch.operands.get("weight")
     return LaunchCost(
         op=launch.op,
         kernel=kernel_of(plan, launch, bucket),
         layer="",
         weight=None if weight is None else value_spec(plan, bucket.phase, weight),
-        nbytes=nbytes,
-        flops=flops,
+        nbytes=float(nbytes),
+        flops=float(flops),
         memory_seconds=nbytes / target.bandwidth,
-        compute_seconds=compute,
+        compute_seconds=flops / rate,
         launch_seconds=target.launch_seconds,
     )
 

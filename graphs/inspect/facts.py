@@ -18,7 +18,7 @@ def facts(plan: Plan, memory: Mapping[str, Any]) -> list[tuple[str, str]]:
     options, limits = plan.options, plan.limits
     target = target_of(plan)
     launches = ", ".join(f"{phase} {len(program.launches)}" for phase, program in plan.programs.items())
-    peak = units.rate(target.flops.get(options.weight_dtype, target.flops["float32"]), "FLOP")
+    peak = units.rate(target.rate(options.weight_dtype), "FLOP")
     return [
         ("architecture", plan.architecture),
         ("parameters", f"{units.count(memory['parameters'])} ({memory['parameters']:,})"),

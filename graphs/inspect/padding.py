@@ -26,6 +26,7 @@ from makeready.graphs.inspect.analysis import largest_bucket, launch_key, work
 from makeready.graphs.plan import Launch, Plan
 from makeready.graphs.spec import DECODE, Bucket
 from makeready.graphs.targets import target_of
+from makeready.kernels.spec import ROWS, TOKENS
 
 
 @dataclass(frozen=True)
@@ -177,39 +178,16 @@ def _weights(distribution: Distribution, sizes: np.ndarray) -> np.ndarray:
 def _step_seconds(
     plan: Plan, phase: str, rows: np.ndarray, tokens: np.ndarray, traffic: Traffic
 ) -> np.ndarray:
-    """Roofline time of a program made for each batch; broadcasts like ``rows`` and ``tokens``.
-
-    Bytes and operations of a launch are polynomials of the rows and tokens, of degree two at most in
-    either (attention among a step's own tokens). Nine evaluations of the cost model therefore give every
-    batch's; the roofline's maximum is taken behind that.
-    """
+    """Roofline time of a program made for each batch; broadcasts like ``rows`` and ``tokens``."""
     program, target = plan.programs[phase], target_of(plan)
     context = min(traffic.context, plan.limits.context_len)
+    sizes = {ROWS: rows, TOKENS: tokens}
     kinds: dict[tuple, list[Launch]] = {}
     for launch in program.launches:
         kinds.setdefault(launch_key(plan, phase, launch), []).append(launch)
     total = np.zeros((1, 1))
     for same in kinds.values():
-        known = [
-            [work(plan, same[0], Bucket(phase, r, t), context, target) for t in (1, 2, 3)] for r in (1, 2, 3)
-        ]
-        nbytes, flops = (
-            _spread(np.array([[cost[n] for cost in row] for row in known]), rows, tokens) for n in (0, 1)
-        )
-        _, largest, compute = known[-1][-1]
-        memory_time, compute_time = nbytes / target.bandwidth, flops * (compute / largest if largest else 0.0)
-        total = total + len(same) * (np.maximum(memory_time, compute_time) + target.launch_seconds)
+        nbytes, flops, rate = work(plan, phase, same[0], sizes, context, target)
+        bound = np.maximum(nbytes / target.bandwidth, flops / rate)
+        total = total + len(same) * (bound + target.launch_seconds)
     return total
-
-
-def _spread(known: np.ndarray, rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """A polynomial of degree two in each size, known at sizes 1 to 3, at all sizes.
-
-    Newton's forward differences, exact for whole numbers; terms that are nought are left out, which keeps
-    what depends on one size alone a single row or column.
-    """
-    differences = np.array([[1.0, 0, 0], [-1, 1, 0], [1, -2, 1]])
-    coefficients = differences @ known @ differences.T
-    by_rows, by_tokens = ((1.0, x - 1.0, (x - 1.0) * (x - 2.0) / 2) for x in (rows, tokens))
-    terms = [coefficients[i, j] * by_rows[i] * by_tokens[j] for i, j in np.argwhere(coefficients)]
-    return np.asarray(sum(terms))

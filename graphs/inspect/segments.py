@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -51,7 +51,7 @@ def value_spec(plan: Plan, phase: str, name: str) -> TensorSpec:
     """Spec of a value as the phase's launches see it: a decode step has as many tokens as rows."""
     spec = plan.spec(phase, name)
     if phase == DECODE:
-        return replace(spec, shape=tuple(ROWS if dim == TOKENS else dim for dim in spec.shape))
+        return spec.renamed({TOKENS: ROWS})
     return spec
 
 

@@ -68,7 +68,7 @@ class Attention(nn.Module):
         k = rope.rope(k, rows_TQ, heads=self.kv_heads, head_dim=self.head_dim)
         k_cache, v_cache = inputs.kv(f"{self.name}.k"), inputs.kv(f"{self.name}.v")
         paged.kv_write(k, v, inputs.kv_slot, k_cache, v_cache, kv_heads=self.kv_heads, head_dim=self.head_dim)
-        y = paged.extend_attention(
+        y = paged.paged_attention(
             q,
             k_cache,
             v_cache,

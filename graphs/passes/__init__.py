@@ -1,8 +1,8 @@
 """Graph rewrites: one a file, ``program -> program``, the verifier after each.
 
 :data:`REWRITES` are optional and preserve numerics up to the order of sums inside a matrix product; a plan
-may be compiled without any of them and gives the same tokens. ``specialize`` is not one of them: it makes
-a phase's program out of the general one.
+may be compiled without any of them and gives the same tokens. ``expand`` is not one of them: it makes the program
+of a kind of step out of the general one.
 """
 
 from __future__ import annotations

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from makeready.graphs.ir import Call, Program
+from makeready.graphs.ir import Call, Columns, Program
 
 
 @dataclass(frozen=True)
 class _Head:
     """How one of q, k, v comes out of the projection: its columns and what is done to them."""
 
-    columns: Call
+    columns: Columns
     norm: Call | None
     rope: Call | None
 
@@ -47,29 +47,30 @@ def fuse_qkv(program: Program) -> Program:
 def _match(
     program: Program, write: Call, producers: dict[str, Call], rotated: dict[str, list[Call]]
 ) -> Call | None:
-    k, v = _head(write.operands["k"], producers), _head(write.operands["v"], producers)
+    k, v = (_head(program, write.operands[name], producers) for name in ("k", "v"))
     if k is None or v is None or k.rope is None or v.rope or v.norm:
         return None
-    qkv, rows = k.columns.operands["x"], k.rope.operands["rows"]
+    qkv, rows = k.columns.base, k.rope.operands["rows"]
     for rope in rotated[rows]:
-        q = _head(rope.result, producers)
-        if q is None or q.columns.operands["x"] != qkv or q.columns.attrs["start"] != 0:
+        q = _head(program, rope.result, producers)
+        if q is None or q.columns.base != qkv or q.columns.start != 0:
             continue
-        stops = [h.columns.attrs["stop"] for h in (q, k, v)]
-        starts = [h.columns.attrs["start"] for h in (k, v)]
+        stops = [h.columns.stop for h in (q, k, v)]
+        starts = [h.columns.start for h in (k, v)]
         if starts == stops[:2] and stops[2] == program.spec(qkv).shape[-1]:
             return _fused(write, q, k, qkv, rope)
     return None
 
 
-def _head(value: str, producers: dict[str, Call]) -> _Head | None:
+def _head(program: Program, value: str, producers: dict[str, Call]) -> _Head | None:
     rope = norm = None
     call = producers.get(value)
     if call is not None and call.op == "rope":
         rope, call = call, producers.get(call.operands["x"])
     if call is not None and call.op == "head_rms_norm":
         norm, call = call, producers.get(call.operands["x"])
-    return _Head(call, norm, rope) if call is not None and call.op == "columns" else None
+    columns = program.columns(call)
+    return _Head(columns, norm, rope) if columns is not None else None
 
 
 def _fused(write: Call, q: _Head, k: _Head, qkv: str, rope: Call) -> Call | None:

@@ -2,35 +2,47 @@
 
 from __future__ import annotations
 
-from makeready.graphs.ir import Call, Program
+import itertools
+from collections.abc import Mapping
 
-FUSED = {
-    "rms_norm": "rms_norm_quantize_fp8",
-    "add_rms_norm": "add_rms_norm_quantize_fp8",
-    "silu_mul": "silu_mul_quantize_fp8",
-}
+from makeready.graphs.ir import Call, Program
+from makeready.kernels.contract import CONTRACTS
 
 
 def fuse_quantize(program: Program) -> Program:
-    """``quantize_fp8(f(x))`` → ``f_quantize_fp8(x)`` for the ops of :data:`FUSED`.
+    """``quantize(f(x))`` → ``f_quantize(x)`` for every op whose contract ``fuses`` the two.
 
     The wide value never leaves the chip. Applies where nobody else reads it.
     """
+    known = {op.fuses: op for op in CONTRACTS.values() if op.fuses is not None}
     producers, uses = program.producers(), program.uses()
     fused: dict[int, Call] = {}  # identity of the producer → what takes its place
     gone: set[int] = set()
     for call in program.calls:
-        if call.op != "quantize_fp8":
-            continue
-        y = call.operands["x"]
-        made = producers.get(y)
-        if made is None or made.op not in FUSED or len(uses[y]) > 1 or y in program.results.values():
-            continue
-        if made.results["y"] != y:
-            continue
-        kept = {k: v for k, v in made.results.items() if k != "y"}
-        fused[id(made)] = Call(
-            FUSED[made.op], made.operands, {**call.results, **kept}, {**made.attrs, **call.attrs}
-        )
-        gone.add(id(call))
+        for y in call.operands.values():
+            made = producers.get(y)
+            op = known.get((made.op, call.op)) if made is not None else None
+            if made is None or op is None or len(uses[y]) > 1 or y in program.results.values():
+                continue
+            first = made.contract.outputs[0].name
+            others = {k: v for k, v in call.operands.items() if v != y}
+            if made.results[first] != y or id(made) in fused or not _before(program, made, others):
+                continue
+            kept = {k: v for k, v in made.results.items() if k != first}
+            fused[id(made)] = Call(
+                op.name,
+                {**made.operands, **others},
+                {**call.results, **kept},
+                {**made.attrs, **call.attrs},
+            )
+            gone.add(id(call))
+            break
     return program.with_calls([fused.get(id(c), c) for c in program.calls if id(c) not in gone])
+
+
+def _before(program: Program, at: Call, operands: Mapping[str, str]) -> bool:
+    """Whether the values are there when ``at`` runs."""
+    if not operands:
+        return True
+    later = itertools.dropwhile(lambda call: call is not at, program.calls)
+    return not {v for call in later for v in call.results.values()} & set(operands.values())

@@ -14,7 +14,7 @@ def fuse_silu_mul(program: Program) -> Program:
     uses = program.uses()
     calls = []
     for call in program.calls:
-        gate_up = _halves(call, producers) if call.op == "multiply" else None
+        gate_up = _halves(program, call, producers) if call.op == "multiply" else None
         if gate_up is not None and len(uses[call.operands["x"]]) == 1:
             half = int(program.spec(call.result).shape[-1])
             if program.spec(gate_up).shape[-1] == 2 * half:
@@ -23,13 +23,13 @@ def fuse_silu_mul(program: Program) -> Program:
     return program.with_calls(calls)
 
 
-def _halves(call: Call, producers: dict[str, Call]) -> str | None:
+def _halves(program: Program, call: Call, producers: dict[str, Call]) -> str | None:
     """The value whose left columns the call's gate are and whose right ones its up, if there is one."""
     activated = producers.get(call.operands["x"])
     if activated is None or activated.op != "silu":
         return None
-    gate, up = producers.get(activated.operands["x"]), producers.get(call.operands["y"])
-    if gate is None or up is None or gate.op != "columns" or up.op != "columns":
+    halves = (activated.operands["x"], call.operands["y"])
+    gate, up = (program.columns(producers.get(half)) for half in halves)
+    if gate is None or up is None or gate.base != up.base:
         return None
-    adjacent = gate.attrs["start"] == 0 and gate.attrs["stop"] == up.attrs["start"]
-    return gate.operands["x"] if adjacent and gate.operands["x"] == up.operands["x"] else None
+    return gate.base if gate.start == 0 and gate.stop == up.start else None

@@ -4,60 +4,70 @@ from __future__ import annotations
 
 from makeready.graphs.ir import Call, Program
 from makeready.graphs.recipe import Param, concatenate
-
-LINEARS = ("linear", "linear_fp8", "linear_fp8_block")
-INPUTS = ("x", "x_scale")  # what merged linears have in common
+from makeready.kernels.contract import evaluate
+from makeready.kernels.elementwise import columns
+from makeready.kernels.size import Size
 
 
 def merge_linears(program: Program) -> Program:
     """Merge linears that read one value into one linear and column views of its result.
 
-    q, k and v (and gate and up) are read in one sweep by a matrix product with more rows, which fills a
-    GPU better and costs one launch instead of three. Only parameters that this program reads once are
-    merged, so no weight is stored twice; and only those stored alike, in dtype and shard axis. Weights with
-    block scales are merged where no block would hold rows of two.
+    A linear is any op whose contract ``merges``. q, k and v (and gate and up) are read in one sweep by a matrix
+    product with more rows, which fills a GPU better and costs one launch instead of three. Only parameters that
+    this program reads once are merged, so no weight is stored twice; and only those stored alike, in dtype and
+    shard axis. Weights with block scales are merged where no block would hold rows of two.
     """
     uses = program.uses()
     groups: dict[tuple, list[Call]] = {}
     for call in program.calls:
-        if call.op not in LINEARS:
+        op = call.contract
+        if op.merges is None:
             continue
-        operands = {k: program.params.get(v) for k, v in call.operands.items() if k not in INPUTS}
+        operands = {k: program.params.get(v) for k, v in call.operands.items() if k not in op.shares}
         if all(p is not None and p.pieces and len(uses[p.name]) == 1 for p in operands.values()):
             stored = tuple((k, p.spec.dtype, p.shard, p.quantizable) for k, p in operands.items() if p)
-            inputs = tuple(call.operands.get(k) for k in INPUTS)
+            inputs = tuple(call.operands.get(k) for k in op.shares)
             groups.setdefault((call.op, inputs, tuple(call.attrs.items()), stored), []).append(call)
     params: dict[str, Param] = {}
     replaced: dict[str, list[Call]] = {}
     for group in groups.values():
-        if len(group) > 1 and all(_ends_with_a_block(program, call) for call in group[:-1]):
+        if len(group) > 1 and all(_others_may_follow(program, call) for call in group[:-1]):
             first, *rest = (call.result for call in group)
             replaced[first] = _merge(program, group, params)
             replaced |= {result: [] for result in rest}
     calls = []
     for call in program.calls:
-        calls += replaced.get(call.result, [call]) if call.op in LINEARS else [call]
+        calls += replaced.get(call.result, [call]) if call.contract.merges is not None else [call]
     return program.with_calls(calls, params)
 
 
-def _ends_with_a_block(program: Program, call: Call) -> bool:
-    """Whether rows of another weight may follow: its blocks are its own."""
-    return int(program.spec(call.operands["weight"]).shape[0]) % call.attrs.get("block", 1) == 0
+def _others_may_follow(program: Program, call: Call) -> bool:
+    """Whether each operand ends where that of another call may begin: with a whole block of outputs."""
+    op, merged = call.contract, call.contract.merges or ""
+    dims = op.dims(program.operand_specs(call), call.attrs)
+    rows = {o.axes[0] for o in op.inputs if o.name in call.operands and o.name not in op.shares}
+    for axis in rows:
+        made = evaluate(axis, {**dims, merged: merged})
+        size = made if isinstance(made, Size) else Size(made)
+        # So that the operand's rows are those of all calls, one call's behind the other's.
+        if not isinstance(size.axis, str) or size.plus or size.times * dims[merged] % size.over:
+            return False
+    return True
 
 
 def _merge(program: Program, group: list[Call], params: dict[str, Param]) -> list[Call]:
     """The merged call, then a view for each of the calls that it replaces."""
-    shared = group[0]
-    operands = {k: v for k, v in shared.operands.items() if k in INPUTS}
-    for operand in shared.operands.keys() - operands.keys():
+    first = group[0]
+    operands = {k: v for k, v in first.operands.items() if k in first.contract.shares}
+    for operand in first.operands.keys() - operands.keys():
         merged = concatenate([program.params[call.operands[operand]] for call in group])
         params[merged.name] = merged
         operands[operand] = merged.name
-    operands = {o.name: operands[o.name] for o in shared.contract.inputs if o.name in operands}
+    operands = {o.name: operands[o.name] for o in first.contract.inputs if o.name in operands}
     wide = "+".join(call.result for call in group)
-    calls, start = [Call(shared.op, operands, {"y": wide}, shared.attrs)], 0
+    calls, start = [Call(first.op, operands, dict.fromkeys(first.results, wide), first.attrs)], 0
     for call in group:
         stop = start + int(program.spec(call.result).shape[-1])
-        calls.append(Call("columns", {"x": wide}, {"y": call.result}, {"start": start, "stop": stop}))
+        calls.append(Call(columns.__name__, {"x": wide}, {"y": call.result}, {"start": start, "stop": stop}))
         start = stop
     return calls

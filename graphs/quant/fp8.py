@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from makeready.graphs.ir import Call, Program
+from makeready.graphs.ir import PARAM, Call, Program
 from makeready.graphs.plan import PlanError
 from makeready.graphs.quant.scheme import BLOCK, CHANNEL, TENSOR, Scheme
 from makeready.graphs.recipe import Derived, Param, Piece, joined
+from makeready.kernels.contract import CONTRACTS, Contract
 from makeready.kernels.spec import TensorSpec
 
 FP8 = "float8_e4m3fn"
@@ -16,6 +17,8 @@ FP8 = "float8_e4m3fn"
 
 def quantize_linears(program: Program, scheme: Scheme) -> Program:
     """``linear(x, w)`` → ``linear_fp8(quantize_fp8(x), w, scales)`` wherever ``scheme`` covers the weight.
+
+    A linear is any op that another one's contract ``quantizes`` for schemes of this kind.
 
     Values that several linears read are quantized once; with a static scale that is the largest of theirs,
     so that merging them changes nothing. Weights take their place and their scale's from the checkpoint or,
@@ -38,41 +41,56 @@ class _Rewrite:
     Attributes:
         params: parameters made or changed so far.
         quantized: what an input is as 8-bit values and scales, by its name.
+        ops: what takes the place of an op, by the op's name.
+        wide: tensors of the checkpoint that ops read which nothing takes the place of.
     """
 
     program: Program
     scheme: Scheme
     params: dict[str, Param] = field(default_factory=dict)
     quantized: dict[str, tuple[str, str]] = field(default_factory=dict)
+    ops: dict[str, Contract] = field(init=False)
+    wide: set[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        p = self.program
-        embedded = [p.params[c.operands["weight"]] for c in p.calls if c.op == "embedding"]
-        self.embedded = {piece.source for param in embedded for piece in param.pieces}
+        p, kind = self.program, self.scheme.kind
+        known = (op for op in CONTRACTS.values() if op.quantizes is not None and kind in op.quantizes.schemes)
+        self.ops = {op.quantizes.op: op for op in known if op.quantizes is not None}
+        params = (p.params.get(v) for c in p.calls if c.op not in self.ops for v in c.operands.values())
+        self.wide = {piece.source for param in params if param is not None for piece in param.pieces}
 
     def covers(self, call: Call) -> bool:
-        """Whether the call is a linear to quantize. Tied embeddings are looked up, too: they stay wide."""
-        param = self.program.params.get(call.operands.get("weight", ""))
-        if call.op != "linear" or param is None or not param.quantizable:
+        """Whether the call becomes a quantized one. Tied embeddings are looked up, too: they stay wide."""
+        op = self.ops.get(call.op)
+        if op is None:
             return False
-        return param.pieces[0].source not in self.embedded and self.scheme.covers(_module(param))
+        param = self.program.params.get(call.operands[_operands(call, op, self.program)[1]])
+        if param is None or not param.quantizable or param.pieces[0].source in self.wide:
+            return False
+        return self.scheme.covers(_module(param))
 
     def linear(self, call: Call) -> list[Call]:
         """The calls that take the place of ``call``."""
-        param = self.program.params[call.operands["weight"]]
+        op = self.ops[call.op]
+        activation, weighted = _operands(call, op, self.program)
+        param = self.program.params[call.operands[weighted]]
         self._check(param)
         weight, scale = self._weight(param), self._scale(param)
         self.params |= {weight.name: weight, scale.name: scale}
-        x = call.operands["x"]
+        x = call.operands[activation]
         before = [] if x in self.quantized else self._activation(x)
         q, row_scale = self.quantized[x]
-        operands = {"x": q, "x_scale": row_scale, "weight": weight.name, "weight_scale": scale.name}
-        operands |= {k: v for k, v in call.operands.items() if k == "bias"}
-        attrs = {"out_dtype": call.attrs["out_dtype"] or self.program.spec(x).dtype}
-        if self.scheme.weights != BLOCK:
-            return [*before, Call("linear_fp8", operands, call.results, attrs)]
-        attrs["block"] = self.scheme.block
-        return [*before, Call("linear_fp8_block", operands, call.results, attrs)]
+        made = {
+            activation: q,
+            _scale(activation): row_scale,
+            weighted: weight.name,
+            _scale(weighted): scale.name,
+        }
+        given = {**call.operands, **made}
+        operands = {o.name: given[o.name] for o in op.inputs if o.name in given}
+        said = {"out_dtype": self.program.spec(call.result).dtype, "block": self.scheme.block}
+        attrs = {name: said.get(name, call.attrs.get(name)) for name in op.attrs}
+        return [*before, Call(op.name, operands, call.results, attrs)]
 
     def _check(self, param: Param) -> None:
         block, width = self.scheme.block, int(param.spec.shape[1])
@@ -134,10 +152,27 @@ class _Rewrite:
                 x = f"{x}.whole"
             attrs = {"group": self.scheme.group(whole)}
             return [*filled, Call("quantize_fp8", {"x": x}, {"q": q, "scale": scale}, attrs)]
-        readers = [c for c in self.program.calls if c.operands.get("x") == x and self.covers(c)]
-        param = _static_scale([self.program.params[c.operands["weight"]] for c in readers])
+        readers = []
+        for call in filter(self.covers, self.program.calls):
+            activation, weighted = _operands(call, self.ops[call.op], self.program)
+            if call.operands[activation] == x:
+                readers.append(self.program.params[call.operands[weighted]])
+        param = _static_scale(readers)
         self.params[param.name] = param
         return [Call("quantize_fp8_static", {"x": x, "scale": param.name}, {"q": q, "row_scale": scale})]
+
+
+def _operands(call: Call, op: Contract, program: Program) -> tuple[str, str]:
+    """The activation and the weight among the operands of ``call`` that come with scales in ``op``."""
+    names = {o.name for o in op.inputs}
+    scaled = [name for name in call.operands if _scale(name) in names]
+    weights = [name for name in scaled if program.values[call.operands[name]].kind == PARAM]
+    activations = [name for name in scaled if name not in weights]
+    return activations[0] if activations else "", weights[0] if weights else ""
+
+
+def _scale(operand: str) -> str:
+    return f"{operand}_scale"
 
 
 def _static_scale(weights: Sequence[Param]) -> Param:

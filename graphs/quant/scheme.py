@@ -31,6 +31,11 @@ class Scheme:
     scale: str = "weight_scale"
     ignored: tuple[str, ...] = ("lm_head",)
 
+    @property
+    def kind(self) -> str:
+        """What ops are asked for: those whose contract quantizes another for schemes of this kind."""
+        return f"fp8_{self.weights}"
+
     def covers(self, module: str) -> bool:
         """Whether the linear of the checkpoint called ``module`` is quantized."""
         return not any(_matches(entry, module) for entry in self.ignored)

@@ -22,7 +22,12 @@ def stored_scheme(config: Mapping[str, Any]) -> Scheme | None:
     said = config.get("quantization_config") or config.get("compression_config")
     if not said:
         return None
+    if not isinstance(said, Mapping):
+        raise UnsupportedModelError(
+            f"config.json: quantization_config must be an object, not {said!r:.80}; correct it"
+        )
     method = said.get("quant_method", "unnamed")
+    _check_types(said, "quantization_config")
     if method == "fp8":
         return _fp8(said)
     if method == "compressed-tensors":
@@ -102,10 +107,36 @@ def _compressed_tensors(said: Mapping[str, Any]) -> Scheme:
     return Scheme(weights["strategy"], static=not dynamic, stored=True, ignored=ignored)
 
 
+_OBJECTS = ("config_groups", "weights", "input_activations", "sparsity_config")
+_LISTS = ("modules_to_not_convert", "ignored_layers", "ignore", "targets")
+
+
+def _check_types(said: Mapping[str, Any], place: str) -> None:
+    """Fields that are objects or lists of names are such, at every depth."""
+    for name, value in said.items():
+        if name in _OBJECTS and value is not None and not isinstance(value, Mapping):
+            raise UnsupportedModelError(
+                f"{place}: {name} must be an object, not {value!r:.80}; correct config.json"
+            )
+        names = value if name in _LISTS and value is not None else []
+        if not isinstance(names, list) or not all(isinstance(item, str) for item in names):
+            raise UnsupportedModelError(
+                f"{place}: {name} must be a list of names, not {value!r:.80}; correct config.json"
+            )
+        if name == "config_groups":
+            for key, group in (value or {}).items():
+                if not isinstance(group, Mapping):
+                    raise UnsupportedModelError(
+                        f"{place}: {name}.{key} must be an object, not {group!r:.80}; correct config.json"
+                    )
+        if isinstance(value, Mapping):
+            _check_types(value, f"{place}.{name}")
+
+
 def _expect(said: Mapping[str, Any], field: str, known: tuple[str, ...]) -> None:
     """Refuse a field that is there and holds something else than what is known."""
     value = said.get(field)
-    if value is not None and value not in known:
+    if value is not None and (not isinstance(value, str) or value not in known):
         raise UnsupportedModelError(
             f"quantization_config: {field} {value!r} is not supported; use a checkpoint with {' or '.join(known)}"
         )

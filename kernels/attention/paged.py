@@ -12,9 +12,12 @@ widened when they are read. In float8_e4m3fn they are kept as they are, with no 
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 
-from makeready.kernels.contract import Tolerance, contract
+from makeready.kernels.contract import ANY, Tolerance, contract
 from makeready.kernels.norm import rms_norm
 from makeready.kernels.numeric import widen
 from makeready.kernels.quantize import FP8_MAX
@@ -108,6 +111,7 @@ def _attend(
     "query_start[R]:int32 query_len[R]:int32 context_len[R]:int32 -> y[T,heads*head_dim]:A",
     tolerance=Tolerance(bfloat16=1.5e-2),
     flops="4*T*context*heads*head_dim",
+    rate="q",
     traffic=_READ,
 )
 def extend_attention(
@@ -150,6 +154,7 @@ def extend_attention(
     "context_len[R]:int32 -> y[R,heads*head_dim]:A",
     tolerance=Tolerance(bfloat16=1.5e-2),
     flops="4*R*context*heads*head_dim",
+    rate="q",
     traffic=_READ,
 )
 def decode_attention(
@@ -170,5 +175,48 @@ def decode_attention(
     start = torch.arange(len(q), dtype=torch.int32)
     return extend_attention.reference(
         q, k_cache, v_cache, page_table, start, one, context_len,
+        heads=heads, kv_heads=kv_heads, head_dim=head_dim, scale=scale, window=window,
+    )  # fmt: skip
+
+
+def _extend(program: Any, call: Any) -> list[Any]:
+    return [replace(call, op="extend_attention")]
+
+
+def _decode(program: Any, call: Any) -> list[Any]:
+    kept = {k: v for k, v in call.operands.items() if k not in ("query_start", "query_len")}
+    return [replace(call, op="decode_attention", operands=kept)]
+
+
+@contract(
+    f"q[T,heads*head_dim]:A {_CACHE.format(mark='')} page_table[R,B]:int32 "
+    "query_start[R]:int32 query_len[R]:int32 context_len[R]:int32 -> y[T,heads*head_dim]:A",
+    tolerance=Tolerance(bfloat16=1.5e-2),
+    flops="4*T*context*heads*head_dim",
+    rate="q",
+    traffic=_READ,
+    expands={"decode": _decode, ANY: _extend},
+)
+def paged_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    page_table: torch.Tensor,
+    query_start: torch.Tensor,
+    query_len: torch.Tensor,
+    context_len: torch.Tensor,
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    scale: float,
+    window: int = 0,
+) -> torch.Tensor:
+    """Attention as models call it: what :func:`extend_attention` says, in steps of every kind.
+
+    Decode steps run :func:`decode_attention`.
+    """
+    return extend_attention.reference(
+        q, k_cache, v_cache, page_table, query_start, query_len, context_len,
         heads=heads, kv_heads=kv_heads, head_dim=head_dim, scale=scale, window=window,
     )  # fmt: skip

@@ -12,6 +12,9 @@ from makeready.kernels.numeric import to_dtype, widen
     "x[T,K]:A weight[N,K]:W bias?[N]:B -> y[T,N]:out_dtype|A",
     rowwise="T",
     flops="2*T*N*K",
+    rate="weight",
+    merges="N",
+    shares=("x",),
 )
 def linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, out_dtype: str = ""

@@ -10,6 +10,7 @@ plans hand it whole panels only, and check when they are bound that every place 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,25 +30,98 @@ _PANEL = 6  # rows that FBGEMM multiplies at once; a remainder of 1 or 2 rows ta
 _BLOCK = 16  # rows of every product with weights as they are
 
 
+class ProductError(ValueError):
+    """Weights that no product here takes, or a machine whose products a deterministic plan cannot use."""
+
+
+class Packed:
+    """``weight[N, K]`` in FBGEMM's panels, as one or several ranges of rows.
+
+    Args:
+        parts: what FBGEMM packed, with the first row of each and the one behind it.
+        scale: fp32 ``[N]``, powers of two that results are multiplied with; None: all are 1.
+    """
+
+    def __init__(self, parts: Sequence[tuple[int, int, Any]], scale: torch.Tensor | None = None) -> None:
+        self.parts = tuple(parts)
+        self.scale = scale
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """``x[T, K] @ weight[N, K].T`` in memory of its own, fp32 ``[T, N]``."""
+        if len(self.parts) == 1:
+            y = _MULTIPLY(x, self.parts[0][2])
+            return y if self.scale is None else y.mul_(self.scale)
+        y = torch.empty(len(x), self.parts[-1][1])
+        self.multiply_into(x, y)
+        return y
+
+    def multiply_into(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """The same into ``y[T, N]``, which may be columns of a wider buffer."""
+        for start, stop, part in self.parts:
+            y[:, start:stop].copy_(_MULTIPLY(x, part))
+        if self.scale is not None:
+            y.mul_(self.scale)
+
+
+_MULTIPLY = torch.ops.quantized.linear_dynamic_fp16.default
+
+
+def packs() -> bool:
+    """Whether PyTorch was built with FBGEMM, so that :func:`pack` has something to pack with."""
+    return "fbgemm" in torch.backends.quantized.supported_engines
+
+
+def part_rows(inputs: int) -> int:
+    """Rows that are packed at once, of ``inputs`` features.
+
+    FBGEMM walks along a column while it packs: 150,000 rows take twice as long a number as 16,000, whose cache
+    lines stay close. What is converted on the way takes at most 64 MiB then, and large weights become several
+    pieces of work for the threads that load.
+    """
+    return min(2**14, max(2**10, 2**24 // max(inputs, 1) // 16 * 16))
+
+
 def pack(weight: torch.Tensor) -> Any:
-    """``weight[N, K]`` in FBGEMM's panels; as it is where PyTorch was built without FBGEMM.
+    """``weight[N, K]`` as :class:`Packed`; as it is where PyTorch was built without FBGEMM.
 
     fp16 holds bf16's 8 bits of mantissa exactly down to 6e-5; smaller weights keep an absolute error of
-    at most 3e-8.
+    at most 3e-8. A row with weights beyond fp16's range is divided by a power of two that brings its largest
+    into it, and its results are multiplied by that: they keep an absolute error of 2^-40 of the row's largest,
+    far below what a sum in fp32 keeps.
 
     Raises:
-        ValueError: a weight is beyond fp16's range.
+        ProductError: a weight is NaN or infinite.
     """
-    if "fbgemm" not in torch.backends.quantized.supported_engines:
+    if not packs():
         return weight
-    wide = weight.float()
-    largest = wide.abs().max().item()
-    if not largest <= _FP16_MAX:
-        raise ValueError(
-            f"a weight of magnitude {largest:g} does not fit fp16 ({_FP16_MAX:g}); "
-            "compile with plan.weight_dtype=float32"
-        )
-    return torch.ops.quantized.linear_prepack_fp16(wide, None)
+    step = part_rows(weight.shape[1])
+    return join([pack_rows(weight[at : at + step]) for at in range(0, max(len(weight), 1), step)])
+
+
+def pack_rows(weight: torch.Tensor) -> Packed:
+    """:func:`pack` of rows that are packed at once."""
+    wide, scale = weight.float(), None
+    low, high = (x.item() for x in torch.aminmax(wide)) if wide.numel() else (0.0, 0.0)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ProductError("it holds NaN or an infinite number")
+    if max(-low, high) > _FP16_MAX:
+        # frexp: |w| < 2^e, so that 2^(e - 15) leaves less than 2^15.
+        exponent = torch.frexp(wide.abs().amax(1)).exponent.sub_(15).clamp_(min=0)
+        wide = torch.ldexp(wide, -exponent[:, None])
+        scale = torch.ldexp(torch.ones(len(wide)), exponent)
+    return Packed([(0, len(wide), torch.ops.quantized.linear_prepack_fp16(wide, None))], scale)
+
+
+def join(parts: Sequence[Packed]) -> Packed:
+    """Packed rows, one after the other."""
+    placed, scales, at = [], [], 0
+    for packed in parts:
+        placed += [(at + start, at + stop, part) for start, stop, part in packed.parts]
+        rows = placed[-1][1] - at
+        scales.append(torch.ones(rows) if packed.scale is None else packed.scale)
+        at += rows
+    scaled = any(packed.scale is not None for packed in parts)
+    return Packed(placed, torch.cat(scales) if scaled else None)
 
 
 def _wide(specs: Mapping[str, TensorSpec], attrs: Mapping[str, Any]) -> bool:
@@ -65,15 +139,14 @@ def _bind(
     x, weight, bias = operands
     if isinstance(weight, torch.Tensor):
         return None
-    multiply, (y,) = torch.ops.quantized.linear_dynamic_fp16.default, results
-
-    def call() -> None:
-        y.copy_(multiply(x, weight))
+    multiply, (y,) = weight.multiply, results
+    if bias is None:
+        return lambda: weight.multiply_into(x, y)
 
     def call_with_bias() -> None:
-        torch.add(multiply(x, weight), bias, out=y)
+        torch.add(multiply(x), bias, out=y)
 
-    return call if bias is None else call_with_bias
+    return call_with_bias
 
 
 @kernel(linear, "packed_fp16", target="cpu", layouts={"weight": PACKED}, applies=_applies, bind=_bind)
@@ -83,7 +156,7 @@ def linear_packed(
     """fp32 activations times packed fp16 weights, accumulated in fp32."""
     if isinstance(weight, torch.Tensor):
         return linear.reference(x, weight, bias, out_dtype=out_dtype)
-    y = torch.ops.quantized.linear_dynamic_fp16(x, weight)
+    y = weight.multiply(x)
     return y if bias is None else y.add_(bias)
 
 
@@ -110,12 +183,12 @@ def prove_invariant(multiply: Callable[[torch.Tensor], torch.Tensor], rows: int,
     Rows of random numbers differ in some output as soon as their sums have another order.
 
     Raises:
-        ValueError: it does not on this machine.
+        ProductError: it does not on this machine.
     """
     row = torch.randn(1, inputs, generator=torch.Generator().manual_seed(inputs))
     many, one = multiply(row.expand(rows, inputs).contiguous()), multiply(row)
     if not torch.equal(many, one.expand_as(many)):
-        raise ValueError(
+        raise ProductError(
             "this machine's matrix product gives equal rows different bits, so the plan cannot be deterministic; "
             "compile it without plan.deterministic"
         )
@@ -142,8 +215,7 @@ def invariant_product(weight: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     if isinstance(weight, torch.Tensor):
         wide = weight.float()
         return lambda x: in_blocks(wide, x)
-    packed = torch.ops.quantized.linear_dynamic_fp16.default
-    return lambda x: in_panels(lambda panels: packed(panels, weight), x)
+    return lambda x: in_panels(weight.multiply, x)
 
 
 @kernel(

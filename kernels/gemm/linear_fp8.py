@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from makeready.kernels.contract import contract
+from makeready.kernels.contract import Quantizes, contract
 from makeready.kernels.numeric import to_dtype, widen
 
 
@@ -13,6 +13,10 @@ from makeready.kernels.numeric import to_dtype, widen
     " -> y[T,N]:out_dtype|bfloat16",
     rowwise="T",
     flops="2*T*N*K",
+    rate="weight",
+    merges="N",
+    shares=("x", "x_scale"),
+    quantizes=Quantizes("linear", ("fp8_channel", "fp8_tensor")),
 )
 def linear_fp8(
     x: torch.Tensor,
@@ -39,6 +43,10 @@ def linear_fp8(
     " -> y[T,N]:out_dtype|bfloat16",
     rowwise="T",
     flops="2*T*N*K",
+    rate="weight",
+    merges="N",
+    shares=("x", "x_scale"),
+    quantizes=Quantizes("linear", ("fp8_block",)),
 )
 def linear_fp8_block(
     x: torch.Tensor,

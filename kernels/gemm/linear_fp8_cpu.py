@@ -34,7 +34,7 @@ def linear_fp8_packed(
     """8-bit activations widened to fp32 times packed weights, accumulated in fp32, then the scales."""
     if isinstance(weight, torch.Tensor):
         return linear_fp8.reference(x, x_scale, weight, weight_scale, bias, out_dtype=out_dtype)
-    y = torch.ops.quantized.linear_dynamic_fp16(x.float(), weight).mul_(x_scale).mul_(weight_scale)
+    y = weight.multiply(x.float()).mul_(x_scale).mul_(weight_scale)
     return y if bias is None else y.add_(bias)
 
 

@@ -12,6 +12,7 @@ from makeready.kernels.device import Argument, Candidate, DeviceLaunch, OpCall, 
 from makeready.kernels.registry import cuda_kernel
 from makeready.kernels.row_tiles import power_of_two
 from makeready.kernels.sample.sample import sample
+from makeready.kernels.size import Dim
 
 CHUNK = 2048  # tokens a block of the first launch looks at, the same in every bucket
 _PART = 128  # of them at once, where more than the largest is asked for
@@ -120,7 +121,7 @@ def _scratch(rows: int, **parts: tuple[int, str]) -> tuple[dict[str, Scratch], i
     return places, end
 
 
-def _sizes(shape: Sequence[int | str]) -> tuple[int, int]:
+def _sizes(shape: Sequence[Dim]) -> tuple[int, int]:
     rows, columns = shape
     assert isinstance(rows, int)
     assert isinstance(columns, int)

@@ -30,7 +30,18 @@ def test_random_bytes_dequantize_as_in_gguf(kind):
     assert np.array_equal(ours(kind, raw, 5 * elements), expected, equal_nan=True)
 
 
-@pytest.mark.parametrize("kind", ["q4_1", "q6_k"])
+def test_every_scale_and_code_of_mxfp4():
+    """Bytes 0-254 as the OCP microscaling format has them: E2M1 codes times 2^(e - 127)."""
+    codes = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+    codes += [-c for c in codes]
+    raw = np.zeros((255, 17), np.uint8)
+    raw[:, 0], raw[:, 1:] = np.arange(255), np.arange(16) * 17  # code i in both nibbles of byte i
+    with np.errstate(all="ignore"):
+        wanted = np.array(codes * 2) * 2.0 ** (np.arange(255)[:, None] - 127)
+        assert np.array_equal(ours("mxfp4", raw, 32), wanted.astype(np.float32))
+
+
+@pytest.mark.parametrize("kind", ["q4_1", "q6_k", "iq4_xs"])
 def test_tensors_of_several_pieces_with_a_short_last_one(kind):
     elements, size = BLOCK_TYPES[kind].sizes
     blocks = 2 * PIECE // elements + 3

@@ -20,11 +20,13 @@ from small_programs import BUCKETS, TARGET, emitted
 from makeready.graphs.codec import canonical, to_json
 from makeready.graphs.cuda import pool
 from makeready.graphs.cuda.aot import compile_launch, kernel_of
+from makeready.graphs.cuda.emit import emit
 from makeready.graphs.plan import PlanError
 from makeready.graphs.targets import find_target
 from makeready.kernels import registry
 from makeready.kernels.device import DeviceLaunch, OpCall, Pointer, Scalar, Tensor
 from makeready.kernels.elementwise import silu
+from makeready.kernels.spec import TensorSpec
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +57,24 @@ def test_calls_alike_but_for_names_share_a_class(cache):
     for key, binary in made.binaries.items():
         assert hashlib.sha256(made.cubins[key]).hexdigest() == binary.sha256
         assert binary.registers > 0
+
+
+def test_sizes_are_those_of_the_bucket(cache):
+    """Buffers of ``T*2`` rows and of a row for every four tokens: a block a row, a map of so many rows."""
+    for rows, wanted in (("T*2", {"extend-16x64": 128}), ("cdiv(R,4)", {"decode-1": 1, "decode-16": 4})):
+        phase = next(iter(wanted)).partition("-")[0]
+        program = small_programs.program(phase)
+        grown = {
+            name: replace(b, spec=TensorSpec((rows, *b.spec.shape[1:]), "bfloat16"))
+            for name, b in program.buffers.items()
+        }
+        programs = {phase: replace(program, buffers=grown)}
+        buckets = [b for b in BUCKETS if b.phase == phase]
+        made = emit(programs, {}, buckets, TARGET, context=1024, keep=2, cache=cache)
+        found = made.programs[phase].classes[0].candidates
+        assert {bucket: choices[0].nodes[0].grid[0] for bucket, choices in found.items()} == wanted
+        maps = {bucket: choices[1].nodes[0].arguments[0] for bucket, choices in found.items()}
+        assert {bucket: x.shape for bucket, x in maps.items()} == {b: (n, 256) for b, n in wanted.items()}
 
 
 def test_candidates_take_turns_and_are_bounded(cache):

@@ -183,7 +183,7 @@ def _node(
     sizes = [size for argument in arguments for size in argument_sizes(argument)] + [8, 8]
     code = cubin(name, sizes)
     shared = 100_000 if dependent else 1024
-    binaries[key] = Binary(name, hashlib.sha256(code).hexdigest(), 4, shared, 32, 0, dependent)
+    binaries[key] = Binary(name, hashlib.sha256(code).hexdigest(), 4, shared, 32, 0, dependent, len(code))
     cubins[key] = code
     return Node(key, (bucket.rows, bucket.tokens, 2), arguments, dependent)
 

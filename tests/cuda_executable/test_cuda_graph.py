@@ -12,7 +12,8 @@ from plans import argument_sizes, dummy, tiny
 from makeready.graphs import memory
 from makeready.graphs.executable.cuda import CudaExecutable
 from makeready.graphs.executable.cuda_driver import Driver
-from makeready.graphs.plan import Plan, PlanError, tuned_key
+from makeready.graphs.executable.cuda_graph import _shape
+from makeready.graphs.plan import NodeArgument, Plan, PlanError, tuned_key
 from makeready.graphs.spec import Bucket
 from makeready.kernels.spec import DTYPE_BYTES, PAGES
 
@@ -28,6 +29,11 @@ def loaded():
     yield executable, bindings
     executable.close()
     bindings.check_released()
+
+
+def test_maps_may_be_as_long_as_a_multiple_of_the_pages():
+    argument = NodeArgument("descriptor", shape=("P*16", "P", "cdiv(P,2)", 8), strides=(8, 8, 8, 1))
+    assert _shape(argument, 5) == [80, 5, 3, 8]
 
 
 def chosen(plan: Plan, bucket: Bucket):

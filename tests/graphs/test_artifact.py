@@ -203,6 +203,38 @@ def test_fields_of_another_shape_are_named(saved, tmp_path, change, message):
         artifact.load(folder)
 
 
+def test_sizes_of_no_axis_of_the_step_are_named(saved, tmp_path):
+    """A buffer of ``T*3+1`` rows is read, one of an axis that no bucket has is refused."""
+
+    def resized(dim: str) -> tuple[Path, str]:
+        folder = tmp_path / dim
+        shutil.copytree(saved, folder)
+        path = folder / "programs" / "decode.json"
+        program = json.loads(path.read_bytes())
+        name = min(program["buffers"])
+        program["buffers"][name]["spec"]["shape"][0] = dim
+        path.write_bytes(canonical(program))
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        size = path.stat().st_size
+
+        def stated(manifest: dict) -> None:
+            manifest["files"]["programs/decode.json"] = digest
+            manifest["sizes"]["programs/decode.json"] = size
+
+        resealed(folder, stated)
+        return folder, name
+
+    folder, name = resized("T*3+1")
+    assert artifact.load(folder).programs["decode"].buffers[name].spec.at({"T": 5})[0] == 16
+    with pytest.raises(
+        PlanError, match=r"of decode steps: .* depends on axis Q, which nothing gives a length"
+    ):
+        artifact.load(resized("Q*2")[0])
+    for dim in ("T*R", "3-T"):
+        with pytest.raises(PlanError, match=r"programs.decode.buffers.*is no size.*compile the plan again"):
+            artifact.load(resized(dim)[0])
+
+
 def test_a_foreign_folder_is_left_alone(plan, tmp_path):
     folder = tmp_path / "precious"
     folder.mkdir()

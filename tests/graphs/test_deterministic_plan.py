@@ -11,7 +11,7 @@ from makeready.graphs import compile as stages
 from makeready.graphs.checkpoint.dummy import DummyCheckpoint
 from makeready.graphs.compile import Request, compile_plan, trace_checkpoint
 from makeready.graphs.ir import Program
-from makeready.graphs.passes.specialize import specialize
+from makeready.graphs.passes.expand import expand
 from makeready.graphs.plan import PlanError
 from makeready.graphs.verify import VerificationError, verify_alike
 from makeready.kernels import registry
@@ -62,10 +62,7 @@ def test_phases_that_differ_are_found():
 
 
 def test_the_planner_looks(monkeypatch):
-    def ordinary(program: Program, one_token: bool, **_: Any) -> Program:
-        return specialize(program, one_token=one_token)
-
-    monkeypatch.setattr(stages, "specialize", ordinary)
+    monkeypatch.setattr(stages, "expand", lambda program, **_: expand(program))
     with pytest.raises(VerificationError, match="compute tokens differently"):
         programs(deterministic=True)
 

@@ -11,12 +11,12 @@ from tiny_programs import LLAMA, QWEN3, handmade, ops, traced
 
 from makeready.graphs.ir import Call, Program
 from makeready.graphs.passes import REWRITES, rewrite
+from makeready.graphs.passes.expand import expand
 from makeready.graphs.passes.fuse_add_norm import fuse_add_norm
 from makeready.graphs.passes.fuse_qkv import fuse_qkv
 from makeready.graphs.passes.fuse_silu_mul import fuse_silu_mul
 from makeready.graphs.passes.hoist_gather import hoist_gather
 from makeready.graphs.passes.merge_linears import merge_linears
-from makeready.graphs.passes.specialize import specialize
 from makeready.graphs.recipe import Piece
 from makeready.graphs.spec import DECODE, EXTEND
 from makeready.graphs.verify import verify
@@ -34,7 +34,7 @@ SELECTION_STEP = dict.fromkeys(SELECTION, ROW_INDEX)
 @cache
 def general(model: str = "llama", phase: str = EXTEND) -> Program:
     config = LLAMA | {"mlp_bias": True} if model == "llama" else QWEN3
-    return specialize(traced(config).programs[phase], one_token=phase == DECODE)
+    return expand(traced(config).programs[phase])
 
 
 def square(*names: str) -> dict[str, TensorSpec]:
@@ -331,7 +331,7 @@ def test_a_value_gathered_for_two_readers_is_gathered_once():
     assert ops(after) == ["gather_last", "rms_norm", "linear", "add"]
 
 
-# specialize
+# expand
 
 
 def test_decode_has_one_token_a_row():
@@ -339,5 +339,11 @@ def test_decode_has_one_token_a_row():
     assert not {"gather_last", "extend_attention"} & set(ops(program))
     assert ops(program).count("decode_attention") == LAYERS
     assert all(TOKENS not in value.spec.shape for value in program.values.values())
-    extend = traced().programs[EXTEND]
-    assert specialize(extend, one_token=False) == extend
+
+
+def test_other_steps_are_what_was_traced_with_attention_of_any_rows():
+    for kind, program in traced(max_logprob_tokens=8).programs.items():
+        renamed = ["extend_attention" if op == "paged_attention" else op for op in ops(program)]
+        assert (ops(expand(program)) == renamed) == (kind != DECODE)
+        assert ops(expand(program, deterministic=True)) == renamed
+        assert expand(program).results == program.results

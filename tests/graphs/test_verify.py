@@ -9,7 +9,7 @@ from functools import cache
 import pytest
 from tiny_programs import traced
 
-from makeready.graphs.ir import STEP, Call, Program
+from makeready.graphs.ir import PARAM, STEP, TEMP, Call, Program, Value
 from makeready.graphs.passes import rewrite
 from makeready.graphs.recipe import Generated, Piece
 from makeready.graphs.spec import EXTEND
@@ -51,6 +51,10 @@ def param(program: Program, **changes) -> Program:
 
 def spec(program: Program, value: str, made: TensorSpec) -> Program:
     return replace(program, values={**program.values, value: replace(program.values[value], spec=made)})
+
+
+def extra(program: Program, made: TensorSpec, kind: str) -> Program:
+    return replace(program, values={**program.values, "more": Value("more", made, kind)})
 
 
 def kind(program: Program, value: str) -> Program:
@@ -110,12 +114,20 @@ DEFECTS: dict[str, tuple[str, Callable[[Program], Program]]] = {
         "calls_meet_their_contracts: rms_norm gives .*, the program says",
         lambda p: spec(p, p.calls[at(p, "rms_norm")].result, TensorSpec(("T", 23), "float32")),
     ),
+    "a temp that grows with no axis of the step": (
+        r"sizes_are_of_the_step: more is float32\[2, Q\*2\+1\], and nothing .* has an axis Q",
+        lambda p: extra(p, TensorSpec((2, "Q*2+1"), "float32"), TEMP),
+    ),
+    "a parameter that grows": (
+        r"sizes_are_of_the_step: more is float32\[T, 2\], and nothing",
+        lambda p: extra(p, TensorSpec(("T", 2), "float32"), PARAM),
+    ),
     "write to a step field": (
         "only_slots_and_caches_are_written: norm_rope_kv_write writes layers.0.k, which is a step value",
         lambda p: kind(p, "layers.0.k"),
     ),
     "read before this step's write": (
-        "caches_are_written_before_they_are_read: extend_attention reads layers.0.k before",
+        "caches_are_written_before_they_are_read: paged_attention reads layers.0.k before",
         lambda p: stale_cache(p),
     ),
     "parameter without a recipe": (
@@ -148,7 +160,7 @@ DEFECTS: dict[str, tuple[str, Callable[[Program], Program]]] = {
 def stale_cache(program: Program) -> Program:
     """Unfused: kv_write defines nothing, so nothing but the rule sees that it comes too late."""
     plain = rewrite(traced().programs[EXTEND], disabled=("fuse_qkv",))
-    return moved(plain, "kv_write", "extend_attention")
+    return moved(plain, "kv_write", "paged_attention")
 
 
 def test_sound_programs_pass():

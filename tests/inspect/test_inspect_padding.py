@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from inspect_plans import make_plan
 
 from makeready.graphs.buckets import Traffic
 from makeready.graphs.inspect.analysis import launch_costs
-from makeready.graphs.inspect.padding import _spread, padding, traffic_of
+from makeready.graphs.inspect.padding import padding, traffic_of
 from makeready.graphs.plan import Plan
 from makeready.graphs.spec import DECODE, EXTEND, Bucket
 
@@ -113,17 +110,3 @@ def test_a_plan_of_one_row_and_one_bucket():
     assert waste.token.worst == pytest.approx(4 / 5)
     # Weight 1/t makes the expected tokens 5 / H(5).
     assert waste.token.expected == pytest.approx(1 - 1 / sum(1 / t for t in range(1, 6)))
-
-
-@settings(deadline=None)
-@given(st.lists(st.integers(-50, 10**6), min_size=9, max_size=9))
-def test_a_polynomial_is_known_from_nine_places(terms):
-    coefficients = np.reshape(terms, (3, 3))
-
-    def value(r, t):
-        return sum(int(coefficients[i, j]) * r**i * t**j for i in range(3) for j in range(3))
-
-    known = np.array([[value(r, t) for t in (1, 2, 3)] for r in (1, 2, 3)], float)
-    rows, tokens = np.arange(1, 9)[:, None], np.arange(1, 12)[None, :]
-    wanted = np.array([[value(r, t) for t in range(1, 12)] for r in range(1, 9)], float)
-    assert np.array_equal(np.broadcast_to(_spread(known, rows, tokens), wanted.shape), wanted)

@@ -232,6 +232,7 @@ BUILDERS: Mapping[str, Callable[[str], Iterator[Case]]] = {
     "norm_rope_kv_write": norm_rope_kv_write,
     "decode_attention": decode_attention,
     "extend_attention": extend_attention,
+    "paged_attention": extend_attention,
     "sample": sample,
     "token_logprobs": token_logprobs,
 }

@@ -4,7 +4,7 @@ it stands. With the compiled library and without it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -114,7 +114,7 @@ def test_a_row_has_the_same_bits_in_every_batch_and_place(kernel, library):
 
 
 def test_every_op_of_a_decoder_has_an_invariant_kernel():
-    without = {op for op, found in INVARIANT.items() if not found}
+    without = {op for op, found in INVARIANT.items() if not found and not CONTRACTS[op].expands}
     # Decode steps of a deterministic plan run extend attention; squares of weights are quantized when loading.
     assert without <= {"decode_attention", "quantize_fp8_block"}
 
@@ -207,13 +207,67 @@ def test_keys_and_values_are_the_same_in_every_step():
                 assert torch.equal(cache.flatten(0, 1)[slots], caches[name].flatten(0, 1)[slots])
 
 
-def test_a_product_that_depends_on_the_place_is_refused(monkeypatch):
-    """FBGEMM's own remainders, which panels avoid."""
-    weight = linear_cpu.pack(torch.randn(64, 129, generator=torch.Generator().manual_seed(1)).half())
-    if isinstance(weight, torch.Tensor):
-        pytest.skip("PyTorch was built without FBGEMM")
+def summed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``x[T, K] @ weight[N, K].T`` in fp32, one addition after the other along K, as they are given."""
+    y = torch.zeros(len(x), len(weight))
+    for k in range(x.shape[1]):
+        y += x[:, k : k + 1] * weight[:, k]
+    return y
+
+
+@pytest.mark.parametrize("rows", [7, 14, 33])
+def test_a_product_that_depends_on_the_place_is_refused(rows, monkeypatch):
+    """One that takes another way through K for the rows behind the last whole panel, on every processor."""
+    weight = torch.randn(64, 129, generator=torch.Generator().manual_seed(1))
+
+    def multiply(x: torch.Tensor) -> torch.Tensor:
+        whole = len(x) // 6 * 6
+        return torch.cat([summed(x[:whole], weight), summed(x[whole:].flip(1), weight.flip(1))])
+
     with pytest.raises(ValueError, match=r"equal rows different bits.*without plan\.deterministic"):
-        linear_cpu.prove_invariant(lambda x: torch.ops.quantized.linear_dynamic_fp16(x, weight), 7, 129)
+        linear_cpu.prove_invariant(multiply, rows, 129)
+    linear_cpu.prove_invariant(lambda x: linear_cpu.in_panels(multiply, x), rows, 129)
     monkeypatch.setattr(linear_cpu, "_PANEL", 7)
     with pytest.raises(ValueError, match="equal rows different bits"):
-        linear_cpu.prove_invariant(linear_cpu.invariant_product(weight), 7, 129)
+        linear_cpu.prove_invariant(lambda x: linear_cpu.in_panels(multiply, x), rows, 129)
+
+
+def test_a_plan_is_refused_where_the_library_gives_equal_rows_different_bits(monkeypatch):
+    """The check stands between every deterministic projection and its first step."""
+    weight = torch.randn(8, 33, generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(
+        linear_cpu,
+        "invariant_product",
+        lambda w: lambda x: (x @ weight.T).add_(torch.arange(len(x))[:, None]),
+    )
+    for name in ("blocks", "panels_fp16"):
+        kernel = registry.find("linear", name, "cpu")
+        with pytest.raises(ValueError, match=r"without plan\.deterministic"):
+            kernel.bound([torch.zeros(3, 33), weight, None], [torch.zeros(3, 8)], {"out_dtype": ""})
+
+
+def test_rows_of_the_real_library(library, record_property):
+    """A report, not a demand: at which numbers of rows this machine's products depend on them.
+
+    ``pytest -rP`` prints it. FBGEMM and MKL choose their ways by the processor, so nothing is right or wrong
+    here; what a plan relies on is proved when it is bound, and refused otherwise.
+    """
+    weight = torch.randn(64, 129, generator=torch.Generator().manual_seed(1)).half()
+    products = {"fp32": lambda x: x @ weight.float().T, "blocks": linear_cpu.invariant_product(weight)}
+    packed = linear_cpu.pack(weight)
+    if not isinstance(packed, torch.Tensor):
+        products["fp16"] = packed.multiply
+        products["panels"] = linear_cpu.invariant_product(packed)
+    for name, multiply in products.items():
+        differ = [rows for rows in range(2, 41) if not is_invariant(multiply, rows)]
+        record_property(name, str(differ))
+        print(f"{name}: rows {differ or 'of any number'} {'differ' if differ else 'agree'}")
+        assert torch.allclose(multiply(torch.eye(129)), weight.float().T, rtol=1e-3, atol=1e-6), name
+
+
+def is_invariant(multiply: Callable[[torch.Tensor], torch.Tensor], rows: int) -> bool:
+    try:
+        linear_cpu.prove_invariant(multiply, rows, 129)
+    except ValueError:
+        return False
+    return True

@@ -18,6 +18,7 @@ from torch.nn import functional
 from makeready.graphs.executable.cpu_weights import LAYOUTS
 from makeready.kernels import native, registry
 from makeready.kernels.contract import CONTRACTS, Tolerance
+from makeready.kernels.gemm import linear_cpu
 from makeready.kernels.registry import REFERENCE, Kernel
 
 registry.discover()
@@ -207,11 +208,59 @@ def test_a_row_of_nan_stays_alone(kernel, run):
             compare(made[:-1], whole[name][:-1], Tolerance(), f"{name} of {case.label}")
 
 
-def test_weights_beyond_fp16_are_refused():
-    with pytest.raises(ValueError, match=r"70000 does not fit fp16 .* plan\.weight_dtype=float32"):
-        LAYOUTS["fbgemm_fp16"](torch.full((2, 4), 70000.0))
-    with pytest.raises(ValueError, match="does not fit fp16"):
-        LAYOUTS["fbgemm_fp16"](torch.tensor([[1.0, float("nan")]]))
+@pytest.mark.parametrize("largest", [65504.0, 65505.0, 70000.0, 1e20, 3e38])
+def test_weights_beyond_fp16_are_multiplied_as_they_are(largest):
+    """bf16's range in fp16 panels: held to the same sums in float64, scaled by the row's largest weight."""
+    random = torch.Generator().manual_seed(3)
+    weight = torch.randn(40, 33, generator=random)
+    weight[7] *= largest / 4
+    weight[7, 3], weight[21, 0] = largest, -largest
+    weight, x = weight.bfloat16(), torch.rand(5, 33, generator=random) / 33
+    packed = LAYOUTS["fbgemm_fp16"](weight)
+    if isinstance(packed, torch.Tensor):
+        pytest.skip("PyTorch was built without FBGEMM")
+    y = torch.zeros(5, 60)
+    packed.multiply_into(x, y[:, 4:44])
+    wanted = x.double() @ weight.double().T
+    near = weight.double().abs().amax(1) * 1e-6
+    for made in (y[:, 4:44], packed.multiply(x)):
+        assert made.isfinite().all()
+        assert ((made - wanted).abs() <= near).all()
+    assert not y[:, :4].any()
+    assert not y[:, 44:].any()
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
+def test_weights_that_are_no_numbers_are_refused(number):
+    if not linear_cpu.packs():
+        pytest.skip("PyTorch was built without FBGEMM")
+    with pytest.raises(linear_cpu.ProductError, match="NaN or an infinite"):
+        LAYOUTS["fbgemm_fp16"](torch.tensor([[1.0, float(number)]]))
+
+
+def test_weights_packed_in_several_ranges_are_one(monkeypatch):
+    if not linear_cpu.packs():
+        pytest.skip("PyTorch was built without FBGEMM")
+    weight = torch.randn(75, 33, generator=torch.Generator().manual_seed(4)).half()
+    weight[40] = 60000.0
+    monkeypatch.setattr(linear_cpu, "part_rows", lambda inputs: 32)
+    for w in (weight, torch.where(weight == 60000, 120000.0, weight.float()).bfloat16()):
+        packed = linear_cpu.pack(w)
+        assert [(start, stop) for start, stop, _ in packed.parts] == [(0, 32), (32, 64), (64, 75)]
+        assert torch.equal(packed.multiply(torch.eye(33)), w.float().T)
+
+
+def test_the_library_rounds_to_fp16_as_pytorch_does():
+    """So weights that a file holds in fp32 may go to it directly."""
+    random = torch.Generator().manual_seed(5)
+    bits = torch.randint(-(2**31), 2**31, (2**16,), generator=random).int().view(torch.float32)
+    near = torch.randn(2**14, generator=random) * 1e-5  # subnormal in fp16
+    wide = torch.cat([torch.tensor([x for x in EDGES if x < 65505]), near, bits[bits.abs() <= 65504]])
+    wide = wide[: len(wide) // 16 * 16].view(-1, 16)
+    packed = LAYOUTS["fbgemm_fp16"](wide)
+    if isinstance(packed, torch.Tensor):
+        pytest.skip("PyTorch was built without FBGEMM")
+    assert torch.equal(packed.multiply(torch.eye(16)), wide.half().float().T)
 
 
 # fp16's ties, subnormals, smallest and largest numbers, what lies beyond them, and fp8's largest.

@@ -9,32 +9,44 @@ import multiprocessing
 import os
 import resource
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "scripts_in_process", "makeready.engine.entrypoints.generate"])
 
 
 def start(
-    folder: Path, arguments: Sequence[str], *, file_bytes: int | None = None
+    folder: Path, arguments: Sequence[str], *, file_bytes: int | None = None, most_rows: int | None = None
 ) -> multiprocessing.Process:
     """Start a job in ``folder``; its stderr is appended to ``folder/said``.
 
     Args:
         file_bytes: no file may become longer: to this process the disk is full then.
+        most_rows: with so many rows or more in its journal the job waits for a signal, so that whoever sends one
+            finds it running, however late.
     """
     environment = {"MAKEREADY_CACHE": os.environ["MAKEREADY_CACHE"]}
     process = CONTEXT.Process(
-        target=_job, args=(folder, list(arguments), environment, file_bytes), daemon=True
+        target=_job, args=(folder, list(arguments), environment, file_bytes, most_rows), daemon=True
     )
     process.start()
     return process  # type: ignore[return-value]
 
 
-def _job(folder: Path, arguments: list[str], environment: dict[str, str], file_bytes: int | None) -> None:
+def _job(
+    folder: Path,
+    arguments: list[str],
+    environment: dict[str, str],
+    file_bytes: int | None,
+    most_rows: int | None,
+) -> None:
     import torch
     from scripts_in_process import script
+
+    from makeready.engine.entrypoints.batch.journal import Journal
 
     torch.set_num_threads(1)
     os.chdir(folder)
@@ -43,4 +55,12 @@ def _job(folder: Path, arguments: list[str], environment: dict[str, str], file_b
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     if file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, resource.RLIM_INFINITY))
+    append = Journal.append
+
+    def append_and_wait(journal: Journal, rows: Sequence[Any]) -> None:
+        append(journal, rows)
+        while most_rows is not None and journal.totals.rows >= most_rows:
+            time.sleep(1)
+
+    Journal.append = append_and_wait
     sys.exit(script("generate")(*arguments))

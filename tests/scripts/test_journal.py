@@ -285,3 +285,48 @@ def test_an_output_whose_manifest_is_not_ours_is_left_alone(files):
         with pytest.raises(JobError, match=r"output=out.jsonl exists; name another file"):
             begun(files, 1)
     assert files.output.read_text() == "mine\n"
+
+
+def test_no_changed_bit_reaches_the_output(files):
+    """Each single bit of a journal in turn: what is kept is what was written, and the rest runs again."""
+    whole = [done(number, "some text, as long as an answer") for number in range(1, 5)]
+    with begun(files, 4) as journal:
+        journal.append(whole)
+    held = files.journal.read_bytes()
+    refused = 0
+    for bit in range(0, 8 * len(held), 3):  # 3 has no factor in common with 8: all bits of a byte are met
+        changed = bytearray(held)
+        changed[bit // 8] ^= 1 << bit % 8
+        files.journal.write_bytes(changed)
+        try:
+            opened = begun(files, 4)
+        except JobError as error:
+            assert bit // 8 <= held.index(b"\n"), f"bit {bit}"
+            assert "away" in str(error)  # noqa: PT017
+            refused += 1
+            continue
+        with opened as journal:
+            kept = [row.answer for row in whole if row.number in journal]
+            assert len(kept) < 4, f"bit {bit} went unnoticed"
+            assert list(journal.answers()) == kept
+            assert journal.totals.tokens == sum(row.output_tokens for row in whole[: len(kept)])
+    assert refused
+
+
+def test_a_record_that_changes_while_the_job_runs_does_not_reach_the_output(files):
+    with begun(files, 2) as journal:
+        journal.append([done(1, "first"), done(2, "second")])
+        files.journal.write_bytes(files.journal.read_bytes().replace(b"second", b"sekond"))
+        with pytest.raises(
+            JobError, match=r"out.jsonl.partial was damaged at byte \d+ .* start the same command"
+        ):
+            publish(files, journal, IDENTITY, names=None)
+    assert not files.output.exists()
+    with begun(files, 2) as journal:
+        assert [number in journal for number in (1, 2)] == [True, False]
+
+
+def test_a_journal_of_another_version_says_so(files):
+    files.journal.write_text('{"makeready": 1, "identity": {}}\n{"row": 1}\n')
+    with pytest.raises(JobError, match=r"another version of makeready \(schema 1, this one reads 2\)"):
+        begun(files, 1)

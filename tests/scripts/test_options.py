@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -324,3 +325,64 @@ def test_prompts_are_no_file_that_a_job_writes_beside_its_output(end, capsys):
     assert script("generate")(*TINY, f"prompts={prompts}", "output=out") == 2
     assert f"output=out also writes {prompts}, the file of prompts=" in capsys.readouterr().err
     assert prompts.read_text() == '{"token_ids": [1]}\n'
+
+
+def test_a_plan_that_can_be_kept_nowhere_is_said(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MAKEREADY_CACHE", str(tmp_path / "file"))
+    assert script("compile")(*TINY) == 1
+    said = capsys.readouterr().err
+    assert (
+        f"{tmp_path / 'file'} cannot be written; name a folder with output=, or set MAKEREADY_CACHE" in said
+    )
+    assert script("compile")(*TINY, "output=plan") == 0
+    assert Path("plan/plan.json").is_file()
+    assert script("generate")(*TINY, "prompts=in.jsonl", "output=out.jsonl") == 2  # no such file
+    Path("in.jsonl").write_text('{"token_ids": [1], "max_new_tokens": 1}\n')
+    assert script("generate")(*TINY, "prompts=in.jsonl", "output=out.jsonl") == 0
+    assert "set MAKEREADY_CACHE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("choice", ["0", "1.5", "true", "null", "", "-1", "1e400"])
+def test_a_choice_that_reads_as_another_type_is_named(choice, capsys):
+    assert script("generate")("checkpoint=dummy", f"model={choice}", "prompt=a") == 2
+    assert f"error: model={choice} is no choice; choose one of" in capsys.readouterr().err
+
+
+def test_a_plan_may_lie_in_a_folder_whose_name_is_a_number(capsys):
+    assert script("generate")(*TINY, "plan=3", "prompt=a") == 1
+    assert "error: 3 holds no plan" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["max_decode_buckets", "max_extend_buckets"])
+def test_any_number_of_buckets_may_be_allowed(name, capsys):
+    """There are no more than sizes worth one: for 8 rows a decode bucket for each."""
+    assert script("compile")(*TINY, "plan.max_rows=8", "plan.max_tokens=16", f"plan.{name}=2147483648") == 0
+    said = capsys.readouterr().out
+    assert "decode     8 buckets: 1 2 3 4 5 6 7 8\n" in said
+    if name == "max_extend_buckets":
+        assert "16 buckets" in said or "extend" in said
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_ctrl_c_during_imports_is_quiet(name, tmp_path):
+    """The first heavy import is replaced by one that never ends, and says that it has begun."""
+    import signal
+    import subprocess
+    import sys
+
+    (tmp_path / "hydra.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(600)\n")
+    root = Path(__file__).parents[2]
+    process = subprocess.Popen(
+        [sys.executable, str(root / "scripts" / f"{name}.py"), "--help"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert said == ""
+    assert process.returncode == -signal.SIGINT

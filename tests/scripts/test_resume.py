@@ -16,6 +16,7 @@ import pytest
 from scripts_in_process import TINY, script
 
 ROWS, KILLS = 240, 6
+HANG = 600  # seconds: no machine is so busy
 OPTIONS = (
     *TINY,
     "sampling=greedy",
@@ -80,14 +81,14 @@ def kept() -> list[int]:
 
 def run_until(rows: int, number: int, pause: float = 0) -> int:
     """Start the job and send a signal when the journal has ``rows`` rows; the exit code."""
-    process = job_processes.start(Path.cwd(), JOB)
+    process = job_processes.start(Path.cwd(), JOB, most_rows=rows + 20)
     while process.is_alive() and (not JOURNAL.exists() or JOURNAL.read_bytes().count(b"\n") <= rows):
         time.sleep(0.001)
     time.sleep(pause)
     assert process.pid is not None
     if process.is_alive():
         os.kill(process.pid, number)
-    process.join(60)
+    process.join(HANG)
     assert process.exitcode is not None
     return process.exitcode
 
@@ -152,7 +153,7 @@ def test_ctrl_c_and_sigterm_say_what_is_kept_and_how_to_go_on(number, word, code
 @pytest.mark.parametrize("pause", [0, 0.001, 0.005, 0.02])
 def test_a_second_ctrl_c_does_not_cut_the_sentence_short(pause, job):
     """Launchers pass on what the terminal sent to all of its processes as well."""
-    process = job_processes.start(Path.cwd(), JOB)
+    process = job_processes.start(Path.cwd(), JOB, most_rows=20)
     while process.is_alive() and (not JOURNAL.exists() or JOURNAL.read_bytes().count(b"\n") < 9):
         time.sleep(0.001)
     assert process.pid is not None
@@ -160,7 +161,7 @@ def test_a_second_ctrl_c_does_not_cut_the_sentence_short(pause, job):
         with suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGINT)
         time.sleep(pause)
-    process.join(60)
+    process.join(HANG)
     (said,) = [line for line in Path("said").read_text().splitlines() if "interrupted" in line]
     assert said == (
         f"interrupted; {len(kept())} of {ROWS - 1} rows are kept in out.jsonl.partial; "
@@ -171,7 +172,7 @@ def test_a_second_ctrl_c_does_not_cut_the_sentence_short(pause, job):
 
 def test_a_full_disk_ends_a_job_with_what_it_has(job, whole):
     process = job_processes.start(Path.cwd(), JOB, file_bytes=9000)
-    process.join(60)
+    process.join(HANG)
     assert process.exitcode == 1
     count = len(kept())
     assert count > 9

@@ -30,7 +30,7 @@ open("done", "w").close()
 def test_nothing_that_is_printed_gets_into_a_file_and_the_program_ends_well(closed):
     Path("program.py").write_text(PROGRAM)
     done = subprocess.run(
-        f"{sys.executable} program.py {closed}", shell=True, capture_output=True, check=False, timeout=60
+        f"{sys.executable} program.py {closed}", shell=True, capture_output=True, check=False, timeout=600
     )
     assert done.returncode == 0
     assert Path("done").exists()
@@ -42,7 +42,7 @@ def test_a_reader_that_goes_away_costs_nothing():
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "program.py"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=write, check=False, timeout=60)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=write, check=False, timeout=600)
     os.close(write)
     assert done.returncode == 0
     assert b"out\n" in done.stdout

@@ -8,6 +8,8 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from makeready.graphs.checkpoint.base import Checkpoint
+from makeready.graphs.checkpoint.identity import checkpoint_identity
 from makeready.graphs.plan import Plan
 
 if TYPE_CHECKING:
@@ -43,12 +45,17 @@ EXEMPT = frozenset(
 
 
 def identity(
-    job: GenerateJob, plan: Plan | None, given: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+    job: GenerateJob,
+    checkpoint: Checkpoint,
+    plan: Plan | None,
+    given: Mapping[str, Any],
+    defaults: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Name → value, as JSON reads it back.
 
     Args:
         job: the options.
+        checkpoint: the one that they name; what its files hold counts, not only where they lie.
         plan: the plan that ``plan=`` names; its own options stand for those under ``plan`` and ``kv``.
         given: what tells the input from others.
         defaults: sampling values that the model states.
@@ -59,7 +66,9 @@ def identity(
     if plan is not None:
         del fields["kv"]
         fields["plan"] = dataclasses.asdict(plan.options) | {"context_len": plan.limits.context_len}
-    return json.loads(json.dumps(dict(given) | dict(_flat(fields))))
+    files = checkpoint_identity(checkpoint, digest=job.weights_digest)
+    made = dict(given) | dict(_flat(fields)) | {f"checkpoint's {name}": held for name, held in files.items()}
+    return json.loads(json.dumps(made))
 
 
 def _flat(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

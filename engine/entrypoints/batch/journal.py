@@ -1,11 +1,12 @@
 """Finished rows, kept as they come: an append-only file that knows which rows it holds.
 
-    {"makeready": 1, "identity": {...}}                                   what the job is
-    {"row": 7, "failed": false, "tokens": 12, "answer": {...}}            one finished row a line
+    {"makeready": 2, "crc32": "0a1b2c3d", "identity": {...}}                       what the job is
+    {"row": 7, "failed": false, "tokens": 12, "crc32": "...", "answer": {...}}     one finished row a line
 
 A record is written in one call as soon as its row is final, so a killed process loses none; every few
 seconds the file is synced, so a machine that loses power loses those seconds. A last line that is not
-whole was being written when the end came: it is cut off, and its row runs again.
+whole was being written when the end came: it is cut off, and its row runs again. A line whose checksum does
+not fit was changed since: it and what follows it runs again.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import mmap
 import os
 import re
 import time
+import zlib
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -27,9 +29,11 @@ from typing import Any
 from makeready.engine.entrypoints.batch.base import Done, JobError
 from makeready.engine.entrypoints.batch.rows import encode
 
-SCHEMA = 1
+SCHEMA = 2
 SYNC_SECONDS = 5.0  # of work lost with the machine's power; a sync waits for the disk
-RECORD = re.compile(rb'\{"row": (\d{1,18}), "failed": (true|false), "tokens": (\d{1,18}), "answer": ')
+RECORD = re.compile(
+    rb'\{"row": (\d{1,18}), "failed": (true|false), "tokens": (\d{1,18}), "crc32": "([0-9a-f]{8})", "answer": '
+)
 HEAD = b'{"makeready"'
 NOWHERE = -1
 
@@ -89,9 +93,18 @@ class Journal:
         except ValueError:
             header = {}
         header = header if isinstance(header, dict) else {}
-        made = header.get("identity")
-        if not isinstance(made, dict) or header.get("makeready") != SCHEMA:
+        made, schema = header.get("identity"), header.get("makeready")
+        if not isinstance(made, dict) or not isinstance(schema, int):
             raise JobError(f"{self.path} is no journal of a batch job; move it away")
+        if schema != SCHEMA:
+            raise JobError(
+                f"{self.path} is of another version of makeready (schema {schema}, this one reads {SCHEMA}); "
+                "finish the job with that version, or move the file away"
+            )
+        if header.get("crc32") != _crc(encode(made)):
+            raise JobError(
+                f"{self.path} is damaged in its first line, which says what job it is; move it away"
+            )
         return made
 
     def begin(self, identity: Mapping[str, Any], last: int) -> None:
@@ -99,7 +112,8 @@ class Journal:
         os.ftruncate(self._file, 0)
         self._end, self._begun, self.totals = 0, True, Totals()
         self._offsets = array("q", [NOWHERE]) * (last + 1)
-        self._write(encode({"makeready": SCHEMA, "identity": identity}) + b"\n", self.totals)
+        header = {"makeready": SCHEMA, "crc32": _crc(encode(identity)), "identity": identity}
+        self._write(encode(header) + b"\n", self.totals)
 
     def resume(self, last: int) -> None:
         """Find what the file holds, for rows from 1 to ``last``, and cut off what is not whole."""
@@ -108,7 +122,11 @@ class Journal:
             self._end = len(file.readline())
             for line in file:
                 record = RECORD.match(line)
-                if record is None or not _is_whole(line) or not 0 < (number := int(record[1])) <= last:
+                if (
+                    record is None
+                    or not _is_whole(line, record)
+                    or not 0 < (number := int(record[1])) <= last
+                ):
                     break
                 if number in self:  # two processes wrote, on a file system without locks
                     break
@@ -123,11 +141,7 @@ class Journal:
         An interruption leaves all of them or none, and ``totals`` that say which.
         """
         assert all(row.number not in self for row in rows), "a row was answered twice"
-        lines = [
-            b'{"row": %d, "failed": %s, "tokens": %d, "answer": %s}\n'
-            % (row.number, b"true" if row.failed else b"false", row.output_tokens, row.answer)
-            for row in rows
-        ]
+        lines = [_record(row) for row in rows]
         failed, tokens = sum(row.failed for row in rows), sum(row.output_tokens for row in rows)
         offset = self._end
         self._write(b"".join(lines), self.totals.after(len(rows), failed, tokens))
@@ -146,15 +160,24 @@ class Journal:
         return self._offsets[number] != NOWHERE
 
     def answers(self) -> Iterator[bytes]:
-        """The answers in the order of their rows, each a JSON object without an end of line."""
+        """The answers in the order of their rows, each a JSON object without an end of line.
+
+        Raises:
+            JobError: a record was changed since it was written or found.
+        """
         if not self.totals.rows:
             return
         with mmap.mmap(self._file, self._end, prot=mmap.PROT_READ) as held:
             for offset in self._offsets:
                 if offset != NOWHERE:
-                    record = RECORD.match(held, offset)
-                    assert record is not None, "a record was overwritten"
-                    yield held[record.end() : held.find(b"\n", record.end()) - 1]
+                    line = held[offset : held.find(b"\n", offset) + 1]
+                    record = RECORD.match(line)
+                    if record is None or not _is_whole(line, record):
+                        raise JobError(
+                            f"{self.path} was damaged at byte {offset} while the job ran; check the disk, and start "
+                            "the same command again, which runs what is lost again"
+                        )
+                    yield line[record.end() : -2]
 
     def remove(self) -> None:
         """Delete the file."""
@@ -178,15 +201,27 @@ class Journal:
             raise
 
 
-def _is_whole(line: bytes) -> bool:
-    """Whether a record was written to its end; after a loss of power, blocks of zeros may lie in it."""
+def _record(row: Done) -> bytes:
+    """A row's line; the checksum is of all that it says."""
+    said = (row.number, b"true" if row.failed else b"false", row.output_tokens)
+    crc = _crc(b"%d %s %d %s" % (*said, row.answer)).encode()
+    return b'{"row": %d, "failed": %s, "tokens": %d, "crc32": "%s", "answer": %s}\n' % (
+        *said,
+        crc,
+        row.answer,
+    )
+
+
+def _is_whole(line: bytes, record: re.Match[bytes]) -> bool:
+    """Whether a record was written to its end and is what was written."""
     if not line.endswith(b"}\n"):
         return False
-    try:
-        json.loads(line)
-    except ValueError:
-        return False
-    return True
+    number, failed, tokens, crc = record.groups()
+    return _crc(b"%s %s %s %s" % (number, failed, tokens, line[record.end() : -2])) == crc.decode()
+
+
+def _crc(data: bytes) -> str:
+    return f"{zlib.crc32(data):08x}"
 
 
 def _locked(path: Path) -> int:

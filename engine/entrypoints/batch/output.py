@@ -62,6 +62,16 @@ class Files:
         return self.final, self.journal, self.manifest, self.staging, aside(self.manifest)
 
 
+def check_output(files: Files, *, overwrite: bool) -> None:
+    """Refuse an output that no job made before anything large is read.
+
+    Raises:
+        JobError: there is such a file, and it is not to be replaced.
+    """
+    if not overwrite:
+        _manifest(files)
+
+
 def open_journal(
     files: Files, identity: Mapping[str, Any], survey: Survey, *, overwrite: bool
 ) -> Journal | Totals:
@@ -148,22 +158,32 @@ def _begin(journal: Journal, identity: Mapping[str, Any], survey: Survey) -> Non
         ) from None
 
 
+_REPLACE = "name another file, or add overwrite=true to replace it"
+
+
 def _finished(files: Files, identity: Mapping[str, Any]) -> Totals | None:
     """Totals of the output, None where there is none."""
+    found = _manifest(files)
+    if found is None:
+        return None
+    made, size, totals = found
+    if (different := _difference(made, identity)) is not None:
+        raise JobError(f"output={files.output} is of another job ({different}); {_REPLACE}")
+    if size != files.final.stat().st_size:
+        raise JobError(f"output={files.output} was changed since it was written; {_REPLACE}")
+    return totals
+
+
+def _manifest(files: Files) -> tuple[dict[str, Any], int, Totals] | None:
+    """Identity, bytes and totals of the job that made the output; None where there is no output."""
     if not files.final.exists():
         return None
-    remedy = "name another file, or add overwrite=true to replace it"
     try:
         manifest = json.loads(files.manifest.read_bytes())
         made, size = dict(manifest["identity"]), manifest["bytes"]
-        totals = Totals(manifest["rows"], manifest["failed"], manifest["tokens"])
+        return made, size, Totals(manifest["rows"], manifest["failed"], manifest["tokens"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
-        raise JobError(f"output={files.output} exists; {remedy}") from None
-    if (different := _difference(made, identity)) is not None:
-        raise JobError(f"output={files.output} is of another job ({different}); {remedy}")
-    if size != files.final.stat().st_size:
-        raise JobError(f"output={files.output} was changed since it was written; {remedy}")
-    return totals
+        raise JobError(f"output={files.output} exists; {_REPLACE}") from None
 
 
 def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from makeready.engine.entrypoints.batch.base import JobError, Numbered, RowError
+from makeready.engine.entrypoints.batch.lines import HEAD_BYTES, check_lines, open_lines
 from makeready.engine.entrypoints.batch.parquet import ParquetSource
 from makeready.engine.entrypoints.batch.rows import parse
 
@@ -20,8 +21,8 @@ class Survey:
     """What one reading of the whole input found.
 
     Attributes:
-        size: bytes of the file.
-        sha256: of the file.
+        size: bytes of the file, decompressed.
+        sha256: of these bytes.
         last: number of the last row; 0 where there is none.
         count: rows, blank lines left out.
         openai: whether its first row that can be read is of OpenAI's format.
@@ -38,7 +39,11 @@ class Source(Protocol):
     """An input file."""
 
     def survey(self) -> Survey:
-        """Read the file once."""
+        """Read the file once.
+
+        Raises:
+            JobError: it is another kind of file than its name says, or damaged.
+        """
         ...
 
     def rows(self) -> Iterator[Numbered]:
@@ -75,23 +80,25 @@ class LineSource:
 
     def survey(self) -> Survey:
         """See :meth:`Source.survey`."""
-        digest = hashlib.sha256()
+        digest, head = hashlib.sha256(), b""
         size = count = last = 0
         openai: bool | None = None
-        with open(self._path, "rb") as file:
+        with open_lines(self._path) as (file, lines):
             self._watched.note(file)
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(lines, start=1):
                 digest.update(line)
                 size += len(line)
+                head += line[: HEAD_BYTES - len(head)]
                 if _is_row(line):
                     count, last = count + 1, number
                     openai = _is_openai(line) if openai is None else openai
+        check_lines(self._path, head, count)
         return Survey(size, digest.hexdigest(), last, count, bool(openai))
 
     def rows(self) -> Iterator[Numbered]:
         """See :meth:`Source.rows`."""
-        with open(self._path, "rb") as file:
-            for number, line in enumerate(file, start=1):
+        with open_lines(self._path) as (file, lines):
+            for number, line in enumerate(lines, start=1):
                 if _is_row(line):
                     self._watched.check(file)
                     yield number, line

@@ -106,12 +106,12 @@ def floors(plan: Plan, bucket: Bucket, context: int, target: Target | None = Non
         of_class[launch.op_class].append(launch)
     found = []
     for launches in of_class:
-        nbytes, _, compute = work(plan, launches[0], real, context, target)
+        nbytes, flops, rate = work(plan, bucket.phase, launches[0], real.sizes, context, target)
         weight = launches[0].operands.get("weight")
         found.append(
             {
                 "launches": len(launches),
-                "floor": len(launches) * max(nbytes / target.bandwidth, compute),
+                "floor": len(launches) * max(nbytes / target.bandwidth, flops / rate),
                 "weight": None if weight is None else list(plan.spec(bucket.phase, weight).shape),
             }
         )

@@ -34,6 +34,7 @@ from makeready.kernels.device import (
     Scratch,
     Tensor,
 )
+from makeready.kernels.size import value
 from makeready.kernels.spec import TensorSpec
 
 _C_TYPES = {"int32": ctypes.c_int32, "int64": ctypes.c_int64, "float32": ctypes.c_float}
@@ -305,7 +306,7 @@ def _parameters(
         else:
             tensor = tensors[argument.operand]
             sizes = {"P": tensor.shape[0]}
-            shape = [sizes[d] if isinstance(d, str) else d for d in argument.shape]
+            shape = [value(d, sizes) for d in argument.shape]
             values.append(_tensor_map(argument, tensor, shape, compiled.maps[name]))
             values += [ctypes.c_int32(d) for d in shape]
             values += [ctypes.c_int64(s) for s in argument.strides]

@@ -1,0 +1,145 @@
+"""Whether a plan's launches satisfy the contracts of the ops and kernels that they name.
+
+The CPU's kernels take addresses and go by the sizes that the plan says, so what a plan from elsewhere says of
+operands is held against the signature lines before memory is touched. See also graphs/plan_check.py.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from makeready.graphs.plan import Launch, Plan, PlanError
+from makeready.graphs.recipe import Derived, Param
+from makeready.kernels import registry
+from makeready.kernels.contract import CONTRACTS, Contract
+from makeready.kernels.spec import TensorSpec
+
+MOST = 2**31 - 1
+
+
+def check_launches(plan: Plan) -> None:
+    """Check every launch of every phase, and the ops that parameters are derived by.
+
+    Raises:
+        PlanError: naming the launch and what is wrong.
+    """
+    layouts = {weight.param.name: weight.param.layout for weight in plan.weights}
+    writable = {f.name for f in plan.slots} | {part.name for part in plan.kv.parts}
+    for phase, program in plan.programs.items():
+        for launch in program.launches:
+            try:
+                _check(plan, phase, launch, layouts, writable)
+            except PlanError:
+                raise
+            except Exception as error:  # attributes of any type meet arithmetic here
+                raise _contradiction(phase, launch, str(error)) from None
+    for weight in plan.weights:
+        if weight.param.derived is not None:
+            _check_derived(weight.param, weight.param.derived)
+
+
+def _contradiction(phase: str, launch: Launch, reason: str) -> PlanError:
+    return PlanError(f"the plan contradicts itself: {phase}: {launch.op}: {reason}; compile it again")
+
+
+def _check(plan: Plan, phase: str, launch: Launch, layouts: Mapping[str, str], writable: set[str]) -> None:
+    contract = CONTRACTS.get(launch.op)
+    if contract is None:
+        raise _contradiction(phase, launch, "there is no such op")
+    given, attrs = contract.bind((), {**launch.operands, **launch.attrs})
+    unsaid = sorted(attrs.keys() - launch.attrs.keys())
+    if unsaid:
+        raise _contradiction(phase, launch, f"has no attribute {unsaid[0]}")
+    _check_attributes(contract, attrs)
+    specs = {name: plan.spec(phase, value) for name, value in given.items()}
+    made = contract.infer(specs, attrs)
+    said = {name: plan.spec(phase, value) for name, value in launch.results.items()}
+    if made != said:
+        raise _contradiction(phase, launch, f"gives {_text(made)}, the plan says {_text(said)}")
+    for operand in contract.writes:
+        if operand in given and given[operand] not in writable:
+            raise _contradiction(
+                phase, launch, f"writes {given[operand]}, which is neither a cache nor kept by a slot"
+            )
+    try:
+        kernel = registry.find(launch.op, launch.kernel, plan.target)
+    except KeyError:  # of another version of the code; it is named when the launch is to run
+        return
+    if not kernel.applies(specs, attrs):
+        raise _contradiction(phase, launch, f"kernel {launch.kernel} does not take such operands")
+    for name, value in given.items():
+        wanted, layout = kernel.layouts.get(name, "rows"), layouts.get(value, "rows")
+        if layout != wanted:
+            raise _contradiction(
+                phase, launch, f"{name} is stored as {layout}, kernel {launch.kernel} takes {wanted}"
+            )
+    _check_reach(plan, phase, launch, specs)
+
+
+def _check_reach(plan: Plan, phase: str, launch: Launch, specs: Mapping[str, TensorSpec]) -> None:
+    """Rows that are fetched by an index are there for all the indices that the engine may give."""
+    named = {name: spec for name, spec in specs.items() if launch.operands.get(name) is not None}
+    fetched = {
+        "embedding": ("weight", int(plan.config["vocab_size"])),
+        "rope_rows": ("table", plan.limits.context_len),
+    }
+    if launch.op in fetched:
+        operand, least = fetched[launch.op]
+        rows = named[operand].shape[0]
+        if not isinstance(rows, int) or rows < least:
+            raise _contradiction(phase, launch, f"{operand} has {rows} rows, {least} may be asked for")
+    if launch.op == "sample" and named["logits"].shape[1] != plan.config["vocab_size"]:
+        raise _contradiction(
+            phase,
+            launch,
+            f"logits are of {named['logits'].shape[1]} tokens, config says {plan.config['vocab_size']}",
+        )
+
+
+def _check_attributes(contract: Contract, attrs: Mapping[str, Any]) -> None:
+    """Attributes have the type that the op's code says, and counts are counts: -2 heads of -64 are 128, too."""
+    parameters = inspect.signature(contract.reference).parameters
+    for name, value in attrs.items():
+        if not _KINDS.get(str(parameters[name].annotation), _is_text)(value) or (
+            name in _COUNTS and value < 1
+        ):
+            raise ValueError(f"attribute {name} is {value!r}")
+    heads, kv_heads = attrs.get("heads"), attrs.get("kv_heads")
+    if heads is not None and kv_heads is not None and heads % kv_heads:
+        raise ValueError(f"{heads} heads do not share {kv_heads} KV heads")
+
+
+def _is_text(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+_COUNTS = {"heads", "kv_heads", "head_dim", "block", "group", "rotary_dim"}
+_KINDS: Mapping[str, Callable[[Any], bool]] = {
+    "int": lambda value: type(value) is int and 0 <= value <= MOST,
+    "float": lambda value: type(value) in (int, float) and math.isfinite(value),
+    "bool": lambda value: type(value) is bool,
+}
+
+
+def _check_derived(param: Param, derived: Derived) -> None:
+    contract = CONTRACTS.get(derived.op)
+    try:
+        if contract is None:
+            raise ValueError(f"there is no op {derived.op}")
+        (operand,) = contract.inputs
+        _, attrs = contract.bind((), {operand.name: operand.name, **derived.attrs})
+        _check_attributes(contract, attrs)
+        made = contract.infer({operand.name: derived.operand}, attrs)[derived.result]
+        if made.dtype != param.spec.dtype or made.nbytes({}) != param.spec.nbytes({}):
+            raise ValueError(f"{derived.op} gives {made}, the plan says {param.spec}")
+    except Exception as error:  # attributes of any type meet arithmetic here
+        raise PlanError(
+            f"the plan contradicts itself: weight {param.name}: {error}; compile it again"
+        ) from None
+
+
+def _text(specs: Mapping[str, TensorSpec]) -> str:
+    return ", ".join(f"{name} {spec}" for name, spec in specs.items()) or "nothing"
