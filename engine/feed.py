@@ -46,7 +46,7 @@ class _Running:
 
 
 class Feed:
-    """Runs prompts, however many there are.
+    """Runs the prompts of one call, however many there are.
 
     Args:
         engine: what runs them.
@@ -75,6 +75,7 @@ class Feed:
         finally:
             for future in running.reading:
                 future.cancel()
+            self._reader.shutdown(wait=False)
             for request in running.places:
                 self._engine.abort(request)
 

@@ -114,7 +114,6 @@ class LLM:
         except BaseException:
             executable.close()
             raise
-        self._feed = Feed(self.engine, self._made)
 
     def __enter__(self) -> LLM:
         return self
@@ -183,7 +182,7 @@ class LLM:
             strict=True,
         )
         outputs: dict[int, Output] = {}
-        with closing(self._feed.run(asked)) as finals:
+        with closing(Feed(self.engine, self._made).run(asked)) as finals:
             for place, output in finals:
                 outputs[place] = output
                 if on_finish is not None:

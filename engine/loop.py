@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from makeready.engine.batch import Batch
 from makeready.engine.errors import RequestError
 from makeready.engine.kv.pool import PagePool
 from makeready.engine.options import SchedulerOptions
 from makeready.engine.request import ABORT, Request
-from makeready.engine.scheduler import Batch, Scheduler
+from makeready.engine.scheduler import Scheduler
 from makeready.engine.staging import Stage, slot_values
 from makeready.engine.step_record import StepRecord
 from makeready.graphs.buckets import BucketTable

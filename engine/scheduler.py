@@ -11,11 +11,12 @@ get at most is known. Only whether it ends before that is learned later, when re
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
+from makeready.engine.batch import Batch, Chunk
 from makeready.engine.errors import RequestError
 from makeready.engine.kv.pool import PagePool
 from makeready.engine.kv.radix import PrefixCache
@@ -23,69 +24,13 @@ from makeready.engine.options import PRIORITY, SchedulerOptions
 from makeready.engine.policy import WaitingQueue
 from makeready.engine.request import ABORT, Request
 from makeready.engine.seats import Seats
-from makeready.engine.steps.base import StepKind, step_kinds
+from makeready.engine.steps.base import step_kinds
 from makeready.graphs.buckets import BucketTable
 from makeready.graphs.spec import EXTEND, INPUT_LOGPROBS, Bucket, Limits, StepSpec
 
 # As SGLang has them: steps in which new_token_ratio falls from 1 to its least, and tokens that each running
 # request is given before pages may run out again.
 DECAY_STEPS, AHEAD = 600, 20
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Tokens ``start : start + count`` of a request's known ones; ``last`` if none is left behind them.
-
-    ``scores`` tokens of its prompt, from ``start + 1`` on, get their log-probabilities.
-    """
-
-    request: Request
-    start: int
-    count: int
-    last: bool
-    scores: int = 0
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One step's work: generating rows, which run the token that was sampled for them last, then chunks.
-
-    Attributes:
-        decoding: the generating requests, of ``slots``.
-        chunks: rows of prompts, and of what has to be computed again.
-        admitted: requests whose first step this is; they have their first chunk in it.
-        retractions: requests that were sent back to wait for it.
-        kind: of the step that runs it.
-    """
-
-    decoding: Sequence[Request]
-    slots: np.ndarray
-    chunks: Sequence[Chunk]
-    admitted: Sequence[Request]
-    retractions: int
-    kind: StepKind
-
-    @property
-    def rows(self) -> int:
-        """Rows of the step."""
-        return len(self.decoding) + len(self.chunks)
-
-    @property
-    def chunk_tokens(self) -> int:
-        """Tokens of chunks."""
-        return sum(chunk.count for chunk in self.chunks)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of all rows."""
-        return len(self.decoding) + self.chunk_tokens
-
-    def sampling(self) -> Iterator[tuple[int, Request]]:
-        """Rows whose sampled token belongs to their request; behind other chunks it means nothing."""
-        yield from enumerate(self.decoding)
-        for row, chunk in enumerate(self.chunks, start=len(self.decoding)):
-            if chunk.last:
-                yield row, chunk.request
 
 
 class Scheduler:

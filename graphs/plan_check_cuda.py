@@ -53,7 +53,7 @@ def _extent(plan: Plan, program: LoweredProgram, value: str) -> tuple[TensorSpec
     buffer = program.buffers.get(value)
     if buffer is not None:
         return None
-    spec = plan.specs[value]
+    spec = plan.spec(program.phase, value)
     return (spec, spec.nbytes({PAGES: 1})) if not {ROWS, TOKENS} & set(spec.shape) else None
 
 

@@ -14,28 +14,40 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
 import numpy as np
 
 from makeready.engine import steps
+from makeready.engine.batch import Batch
 from makeready.engine.request import Request, TokenLogprob
 from makeready.engine.seats import Seats
 
 if TYPE_CHECKING:
-    from makeready.engine.scheduler import Batch
     from makeready.engine.staging import Stage
 
 
 class StepKind(Protocol):
-    """A kind of step.
+    """A kind of step."""
 
-    Attributes:
-        name: key of ``Plan.steps``.
-        order: kinds are asked in this order whether they take a batch.
-        least, most: tokens by which a step lengthens a generating row. Where they differ, only the device knows,
-            and the host learns it when results are read: see :meth:`counts`.
-    """
+    @property
+    def name(self) -> str:
+        """Key of ``Plan.steps``."""
+        ...
 
-    name: str
-    order: int
-    least: int
-    most: int
+    @property
+    def order(self) -> int:
+        """Kinds are asked in this order whether they take a batch."""
+        ...
+
+    @property
+    def least(self) -> int:
+        """Tokens by which a step lengthens a generating row, at least.
+
+        Where it is not :attr:`most`, only the device knows, and the host learns it when results are read:
+        see :meth:`counts`.
+        """
+        ...
+
+    @property
+    def most(self) -> int:
+        """Tokens by which a step lengthens a generating row, at most."""
+        ...
 
     def takes(self, batch: Batch) -> bool:
         """Whether such a step can run the batch."""

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from makeready.engine.batch import Batch
 from makeready.engine.request import Request, TokenLogprob
 from makeready.engine.seats import Seats
 from makeready.engine.steps.base import Sampled, step_kind
 from makeready.graphs.spec import DECODE, EXTEND
 
 if TYPE_CHECKING:
-    from makeready.engine.scheduler import Batch
     from makeready.engine.staging import Stage
 
 DEVICE = -1  # as a token id: what the device sampled last; as a start: the length that the device has

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from makeready.engine.batch import Batch
 from makeready.engine.request import Request
 from makeready.engine.seats import Seats
 from makeready.engine.steps.base import Sampled, step_kind
@@ -16,7 +17,6 @@ from makeready.engine.steps.generate import sampled_tokens, stage_sequences, tok
 from makeready.graphs.spec import INPUT_LOGPROBS
 
 if TYPE_CHECKING:
-    from makeready.engine.scheduler import Batch
     from makeready.engine.staging import Stage
 
 _REPORTED = ("target_logprob", "target_top_ids", "target_top_values")

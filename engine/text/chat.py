@@ -10,7 +10,6 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from makeready.engine.text.messages import Parts, forms
+from makeready.engine.text.messages import Parts, check_messages, forms
 from makeready.engine.text.parts import TextError
 from makeready.engine.text.sandbox import SANDBOX, BrokenTemplateError, LimitError
 
@@ -55,15 +54,47 @@ def render_chat(
         TextError: no template, malformed messages, a broken template, or one that refuses the messages.
     """
     source = _choose(template, tools)
-    next(forms(messages))  # malformed ones are refused before anything is sent
+    check_messages(messages)
     variables = {
         "tools": None if tools is None else list(tools),
         "documents": None,
         "add_generation_prompt": add_generation_prompt,
         **{name: value for name, value in kwargs.items() if value is not None or not name.endswith("_token")},
-        "messages": list(messages),
     }
-    return _sandboxed(source, variables)
+    return _rendered(source, {**variables, "messages": [dict(message) for message in messages]})
+
+
+def render_forms(source: str, variables: Mapping[str, Any] | None) -> str:
+    """Offer a template the messages in one form after the other until it takes one.
+
+    Runs in the sandbox's process; without variables the template is compiled only.
+
+    Raises:
+        Exception: what the template raises on the last form, or jinja2's error where it is broken.
+    """
+    template = compile_template(source)
+    if variables is None:
+        return ""
+    failure: Exception | None = None
+    with_nulls: str | None = None
+    for form in forms(variables["messages"]):
+        try:
+            text = template.render({**variables, "messages": form.messages})
+        except _FAILURES as error:
+            failure = error
+            continue
+        if form.misread:
+            continue
+        if form.nulls and "None" in text:  # perhaps a null that was printed; the form without nulls tells
+            with_nulls = text
+            continue
+        if with_nulls is not None and _without_none(with_nulls) != _without_none(text):
+            return with_nulls
+        return text
+    if with_nulls is not None:
+        return with_nulls
+    assert failure is not None, "the last form is of texts alone, which cannot be misread"
+    raise failure
 
 
 def is_template(text: str) -> bool:
@@ -84,7 +115,7 @@ def read_template(given: str | Path, named: str | Mapping[str, str] | None = Non
     if isinstance(named, Mapping) and given in named:
         return named[str(given)]
     source = given if isinstance(given, str) and is_template(given) else _file(given)
-    _sandboxed(source, None)
+    _rendered(source, None)
     return source
 
 
@@ -106,15 +137,13 @@ def _file(given: str | Path) -> str:
         ) from None
 
 
-def _sandboxed(source: str, variables: Mapping[str, Any] | None) -> str:
-    """What a template makes of variables, in the sandbox; without them it is only compiled."""
+def _rendered(source: str, variables: Mapping[str, Any] | None) -> str:
+    """The text of a template; without variables it is compiled only."""
     try:
         return SANDBOX.render(source, variables)
     except LimitError as error:
         raise TextError(f"the chat template {error}") from None
     except BrokenTemplateError as error:
-        if error.kind == TextError.__name__:  # of messages, not of the template
-            raise TextError(str(error)) from None
         if error.kind in ("TemplateSyntaxError", "TemplateAssertionError"):
             raise TextError(
                 f"the chat template is broken at line {error.line} ({error}); pass another template"
@@ -133,6 +162,10 @@ def _sandboxed(source: str, variables: Mapping[str, Any] | None) -> str:
         raise TextError(f"the chat template cannot be run ({error}); free memory or processes") from None
 
 
+# What a template may raise on a form of messages that it does not take.
+_FAILURES = (
+    *(jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RecursionError),
+)
 _REFUSALS = ("TemplateError", "UndefinedError", "SecurityError", "TemplateRuntimeError", "TemplateNotFound")
 
 
@@ -169,42 +202,8 @@ class _Generation(Extension):
         return nodes.Scope(body).set_lineno(line)
 
 
-@dataclass(frozen=True)
-class ChatTemplate:
-    """A compiled template, which is offered messages in one form after the other; run it in the sandbox alone."""
-
-    compiled: jinja2.Template
-
-    def render(self, variables: Mapping[str, Any]) -> str:
-        """The text under the first form of ``messages`` that the template takes; raises what the last one raises."""
-        if "messages" not in variables:
-            return self.compiled.render(variables)
-        failure: Exception | None = None
-        with_nulls: str | None = None
-        for form in forms(variables["messages"]):
-            try:
-                text = self.compiled.render({**variables, "messages": form.messages})
-            except MemoryError:
-                raise
-            except Exception as error:
-                failure = error
-                continue
-            if form.misread:
-                continue
-            if form.nulls and "None" in text:  # perhaps a null that was printed; the form without nulls tells
-                with_nulls = text
-                continue
-            if with_nulls is not None and _without_none(with_nulls) != _without_none(text):
-                return with_nulls
-            return text
-        if with_nulls is not None:
-            return with_nulls
-        assert failure is not None, "the last form is of texts alone, which cannot be misread"
-        raise failure
-
-
 @lru_cache(maxsize=64)
-def compile_template(template: str) -> ChatTemplate:
+def compile_template(template: str) -> jinja2.Template:
     """A template under the filters and functions of Hugging Face's; raises jinja2.TemplateError."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
@@ -212,7 +211,7 @@ def compile_template(template: str) -> ChatTemplate:
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
-    return ChatTemplate(environment.from_string(template))
+    return environment.from_string(template)
 
 
 def _to_json(

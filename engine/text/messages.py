@@ -65,6 +65,16 @@ def forms(messages: Sequence[Mapping[str, Any]]) -> Iterator[Form]:
         yield form
 
 
+def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse what no form could mend.
+
+    Raises:
+        TextError: malformed messages, a content part that is no text, or arguments that are no JSON object.
+    """
+    for place, message in enumerate(_checked(messages)):
+        _read(place, message)
+
+
 class _Seen:
     """What a template did with the objects of a form."""
 

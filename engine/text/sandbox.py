@@ -60,7 +60,7 @@ class Sandbox:
         os.register_at_fork(after_in_child=self._forget)
 
     def render(self, template: str, variables: Mapping[str, Any] | None, seconds: float = SECONDS) -> str:
-        """The text of a template; without variables it is compiled and not run.
+        """The text of a template; without variables it is compiled only.
 
         Raises:
             LimitError: it took too much.
@@ -68,7 +68,7 @@ class Sandbox:
             TypeError: variables that cannot be sent, such as functions.
         """
         try:
-            sent = pickle.dumps((template, None if variables is None else dict(variables)))
+            sent = pickle.dumps((template, variables))
         except Exception as error:  # whatever an object of the user's raises
             raise TypeError(f"variables of a chat template must be plain values ({error})") from None
         with self._lock:
@@ -152,12 +152,11 @@ def _exactly(stream: IO[bytes], count: int) -> bytes:
     return made
 
 
-def answer(compile: Callable[[str], Any], sent: bytes) -> bytes:
+def answer(render: Callable[[str, Mapping[str, Any] | None], str], sent: bytes) -> bytes:
     """What the process answers to a message."""
     try:
         template, variables = pickle.loads(sent)
-        compiled = compile(template)
-        made: dict[str, Any] = {"text": "" if variables is None else compiled.render(variables)}
+        made: dict[str, Any] = {"text": render(template, variables)}
     except BaseException as error:
         line = getattr(error, "lineno", None)
         message = getattr(error, "message", None) or str(error)
@@ -169,7 +168,7 @@ def answer(compile: Callable[[str], Any], sent: bytes) -> bytes:
 
 
 def _serve() -> None:
-    from makeready.engine.text.chat import compile_template
+    from makeready.engine.text.chat import render_forms
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with suppress(OSError, AttributeError):
@@ -186,7 +185,7 @@ def _serve() -> None:
             sent = _message(source)
         except EOFError:
             return
-        made = answer(compile_template, sent)
+        made = answer(render_forms, sent)
 
 
 SANDBOX = Sandbox()

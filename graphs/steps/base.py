@@ -36,13 +36,12 @@ class Sizing:
 
 
 class StepKind(Protocol):
-    """A kind of step.
+    """A kind of step."""
 
-    Attributes:
-        name: key of ``Plan.steps``, beginning of its buckets' names.
-    """
-
-    name: str
+    @property
+    def name(self) -> str:
+        """Key of ``Plan.steps``, and how the names of its buckets begin."""
+        ...
 
     def spec(self, limits: Limits, request: Request) -> StepSpec | None:
         """The declaration; None where the request asks for no such steps.

@@ -140,7 +140,7 @@ def find_page_rows(
         own = pages + slot.to(tl.int64) * B
         if slot != NULL:
             at = tl.load(grow_at + row)
-            for g in tl.static_range(G):
+            for g in range(G):
                 new = tl.load(grow_page + row * G + g)
                 tl.store(own + at + g, new, mask=new != 0)
             tl.debug_barrier()  # all see the new pages

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from fake_executable import FakeExecutable, Step
 
+from makeready.engine.batch import Batch
 from makeready.engine.request import Request
-from makeready.engine.scheduler import Batch
 from makeready.engine.seats import Seats
 from makeready.engine.staging import Stage
 from makeready.engine.steps.base import Sampled, step_kind
