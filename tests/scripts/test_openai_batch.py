@@ -286,7 +286,7 @@ def test_a_file_of_openais_format_is_known_by_its_rows(capsys):
     ]
     assert [answer["error"]["message"] for answer in refused] == messages
 
-    assert script("generate")(*job, "format=rows", "overwrite=true") == 1
+    assert script("generate")(*job, "format=rows", "overwrite=true") == 1  # no row could be served
     assert all(
         "this one has none of them" in line for line in Path("out.jsonl").read_text().splitlines()[1:-1]
     )

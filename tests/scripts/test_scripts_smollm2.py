@@ -53,11 +53,11 @@ def test_compile_generate_inspect(checkpoint, capfd):
     )
     assert first["id"] == 1
     assert first["text"].startswith(" Paris.")
-    assert (empty["error"]["line"], broken["error"]["line"], endless["error"]["line"]) == (2, 5, 6)
-    assert "takes too long to look for" in endless["error"]["message"]  # and keeps nobody waiting
+    assert (empty["error"]["line"], broken["error"]["line"]) == (2, 5)
+    assert endless["completion_tokens"] == 40  # a search that backtracks would take forever
     assert (chatted["custom_id"], chatted["text"]) == ("x", chat.removesuffix("\n"))
     assert (stopped["text"], stopped["finish_reason"]) == (" Paris", "stop")
-    assert "6 rows (3 with errors)" in capfd.readouterr().err
+    assert "6 rows (2 with errors)" in capfd.readouterr().err
 
     assert script("inspect")("plan=plans/x", "html=page.html") == 0
     assert Path("page.html").read_text().lstrip().lower().startswith("<!doctype html>")
