@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from makeready.graphs.checkpoint.base import Checkpoint, CheckpointError, TensorInfo, read_json
+from makeready.graphs.checkpoint.base import Checkpoint, CheckpointError, Ranges, TensorInfo, read_json
 from makeready.graphs.checkpoint.config import DTYPES, normalise_config
 from makeready.graphs.checkpoint.safetensors_file import SafetensorsFile
 
@@ -58,10 +58,10 @@ class HuggingFaceCheckpoint(Checkpoint):
         """The tensor table, by Hugging Face name."""
         return self._tensors
 
-    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        """Read one tensor or a range of its rows; see `Checkpoint.read`."""
+    def read(self, name: str, box: Ranges | None = None) -> np.ndarray:
+        """Read one tensor or a box of it; see `Checkpoint.read`."""
         self._find(name)
-        return self._sources[name].read(name, rows)
+        return self._sources[name].read(name, box)
 
     def tokenizer_files(self) -> dict[str, Path]:
         """The files of `TOKENIZER_FILES` that exist, by name."""
