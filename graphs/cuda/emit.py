@@ -283,11 +283,13 @@ def _classify(
 
 
 def _value(name: str, value: str, program: LoweredProgram, specs: Mapping[str, TensorSpec]) -> _Value:
-    """Regions and everything in them but column views start at multiples of :data:`ALIGNMENT`."""
+    """Regions and everything in them start at multiples of :data:`ALIGNMENT`, but for column views and what a
+    program says otherwise.
+    """
     buffer = program.buffers.get(value)
     if buffer is None:
-        return _Value(name, specs[value], None, ALIGNMENT)
-    spare = program.phase in PHASES  # others have their buffers elsewhere than in the arena
+        return _Value(name, specs[value], None, program.alignments.get(value, ALIGNMENT))
+    spare = program.phase in PHASES  # behind a place of a load program lies the next thread's
     return _Value(name, buffer.spec, buffer.row_stride, math.gcd(buffer.offset, ALIGNMENT), spare)
 
 

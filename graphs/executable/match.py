@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from makeready.graphs.checkpoint.base import FINGERPRINT_EXEMPT, Checkpoint
 from makeready.graphs.plan import Plan, PlanError
+from makeready.graphs.reads import needs
 
 
 def check_checkpoint(plan: Plan, checkpoint: Checkpoint) -> None:
@@ -12,10 +13,9 @@ def check_checkpoint(plan: Plan, checkpoint: Checkpoint) -> None:
     Raises:
         PlanError: naming the first config field, or the tensor, that differs.
     """
+    wanted = needs(weight.param for weight in plan.weights)
     if checkpoint.format == "dummy":
-        checkpoint.declare(  # type: ignore[attr-defined]
-            {p.source: w.param.source_shape(p) for w in plan.weights for p in w.param.pieces}
-        )
+        checkpoint.declare({source: need.shape for source, need in wanted.items()})  # type: ignore[attr-defined]
     if checkpoint.fingerprint() == plan.checkpoint:
         return
     for name in sorted({*plan.config, *checkpoint.config} - FINGERPRINT_EXEMPT):
@@ -25,15 +25,14 @@ def check_checkpoint(plan: Plan, checkpoint: Checkpoint) -> None:
                 f"the plan is for another checkpoint: its config has {name}={made_for!r}, "
                 f"{checkpoint.path} has {given!r}; compile a plan for this checkpoint"
             )
-    for weight in plan.weights:
-        for piece in weight.param.pieces:
-            info = checkpoint.tensors.get(piece.source)
-            if info is None or not weight.param.fits(piece, info.shape):
-                found = "lacks it" if info is None else f"has it as {info.dtype}{list(info.shape)}"
-                raise PlanError(
-                    f"the plan is for another checkpoint: it needs tensor {piece.source}, "
-                    f"{checkpoint.path} {found}; compile a plan for this checkpoint"
-                )
+    for source, need in wanted.items():
+        info = checkpoint.tensors.get(source)
+        if info is None or not need.fits(info.shape):
+            found = "lacks it" if info is None else f"has it as {info.dtype}{list(info.shape)}"
+            raise PlanError(
+                f"the plan is for another checkpoint: it needs tensor {source}, "
+                f"{checkpoint.path} {found}; compile a plan for this checkpoint"
+            )
     raise PlanError(
         f"the plan is for another checkpoint: {checkpoint.path} stores its tensors in other dtypes or has "
         "other tensors besides; compile a plan for this checkpoint"

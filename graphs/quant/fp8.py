@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from makeready.graphs.ir import Call, Program
 from makeready.graphs.plan import PlanError
 from makeready.graphs.quant.scheme import BLOCK, CHANNEL, TENSOR, Scheme
-from makeready.graphs.recipe import Derived, Param, Piece, joined
+from makeready.graphs.recipe import Derivation, Derived, LoadCall, Operand, Param, Piece, joined, whole
 from makeready.kernels.spec import TensorSpec
 
 FP8 = "float8_e4m3fn"
@@ -53,7 +53,7 @@ class _Rewrite:
     def covers(self, call: Call) -> bool:
         """Whether the call is a linear to quantize. Tied embeddings are looked up, too: they stay wide."""
         param = self.program.params.get(call.operands.get("weight", ""))
-        if call.op != "linear" or param is None or not param.quantizable:
+        if call.op != "linear" or param is None or not param.quantizable or not param.pieces:
             return False
         return param.pieces[0].source not in self.embedded and self.scheme.covers(_module(param))
 
@@ -84,35 +84,34 @@ class _Rewrite:
 
     def _weight(self, param: Param) -> Param:
         spec = replace(param.spec, dtype=FP8)
-        return replace(param, spec=spec, derived=self._derived(param, "q"))
+        return self._made(replace(param, spec=spec), param, "q")
 
     def _scale(self, param: Param) -> Param:
         """One number an output, whatever stored scales stand for, or one a block."""
         rows, width = (int(n) for n in param.spec.shape)
-        made = Param(
-            f"{param.name}_scale",
-            TensorSpec((rows,), "float32"),
-            pieces=param.pieces,
-            derived=self._derived(param, "scale"),
-            shard=0 if param.shard == 0 else None,
-        )
+        made = Param(f"{param.name}_scale", TensorSpec((rows,), "float32"), shard=param.shard[:1])
         if self.scheme.weights == BLOCK:
             size = self.scheme.block
             rows = -(-rows // size)
             made = replace(made, spec=TensorSpec((rows, width // size), "float32"), shard=param.shard)
-        if self.scheme.stored:
-            source = f"{_module(param)}.{self.scheme.scale}"
-            made = replace(made, pieces=(Piece(source, 0, rows, 0, repeated=self.scheme.weights == TENSOR),))
-        return made
+        if not self.scheme.stored:
+            return self._made(made, param, "scale")
+        source = f"{_module(param)}.{self.scheme.scale}"
+        if self.scheme.weights == TENSOR:
+            return replace(made, pieces=(Piece(source, (), (0,), fills=(rows,)),))
+        return replace(made, pieces=(whole(source, made.spec.at({})),))
 
-    def _derived(self, param: Param, result: str) -> Derived | None:
+    def _made(self, made: Param, wide: Param, result: str) -> Param:
+        """``made`` as a result of quantizing ``wide``, unless the checkpoint has it."""
         if self.scheme.stored:
-            return None
+            return made
         if self.scheme.weights == CHANNEL:
-            attrs, op = {"group": int(param.spec.shape[1])}, "quantize_fp8"
+            attrs, op = {"group": int(wide.spec.shape[1])}, "quantize_fp8"
         else:
             attrs, op = {"block": self.scheme.block}, "quantize_fp8_block"
-        return Derived(op, attrs, result, param.spec)
+        operand = Operand(wide.spec, wide.pieces, unit=self.scheme.block or 1)
+        call = LoadCall(op, {"x": "x"}, {"q": "q", "scale": "scale"}, attrs)
+        return replace(made, pieces=(), derived=Derived(Derivation({"x": operand}, (call,)), result))
 
     def _activation(self, x: str) -> Call:
         """The call that quantizes the input ``x``."""
@@ -129,7 +128,7 @@ class _Rewrite:
 def _static_scale(weights: Sequence[Param]) -> Param:
     """The scale of what all of ``weights`` are multiplied with."""
     name = joined([w.name.removesuffix(".weight") + ".input_scale" for w in weights])
-    pieces = tuple(Piece(f"{_module(w)}.input_scale", 0, 1, 0, repeated=True) for w in weights)
+    pieces = tuple(Piece(f"{_module(w)}.input_scale", (), (0,), fills=(1,)) for w in weights)
     return Param(name, TensorSpec((1,), "float32"), pieces=pieces, largest=True)
 
 

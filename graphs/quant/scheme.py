@@ -4,9 +4,34 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from makeready.graphs.ir import Program
 
 CHANNEL, TENSOR, BLOCK = "channel", "tensor", "block"
 BLOCK_SIZE = 128  # rows and columns of a block where we choose: DeepSeek-V3's, which kernels are made for
+
+
+class Quantization(Protocol):
+    """What a quantization is to the planner: a rewrite of the traced program.
+
+    It replaces calls and says what the parameters of the new ones are: pieces of the checkpoint, or results of
+    derivations (graphs/recipe.py), whose calls may be of any contract.
+    """
+
+    @property
+    def features(self) -> frozenset[str]:
+        """What a GPU must have, of ``Target.features``."""
+        ...
+
+    def rewrite(self, program: Program) -> Program:
+        """``program`` with quantized calls.
+
+        Raises:
+            PlanError: a weight cannot be quantized so.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -31,6 +56,17 @@ class Scheme:
     scale: str = "weight_scale"
     ignored: tuple[str, ...] = ("lm_head",)
 
+    @property
+    def features(self) -> frozenset[str]:
+        """See :class:`Quantization`."""
+        return frozenset({"fp8"})
+
+    def rewrite(self, program: Program) -> Program:
+        """See :func:`makeready.graphs.quant.fp8.quantize_linears`."""
+        from makeready.graphs.quant.fp8 import quantize_linears
+
+        return quantize_linears(program, self)
+
     def covers(self, module: str) -> bool:
         """Whether the linear of the checkpoint called ``module`` is quantized."""
         return not any(_matches(entry, module) for entry in self.ignored)
@@ -40,11 +76,14 @@ class Scheme:
         return self.block or width
 
 
-ON_LOAD = {
+ON_LOAD: dict[str, Quantization] = {
     "fp8": Scheme(CHANNEL),
     "fp8_block": Scheme(BLOCK, block=BLOCK_SIZE),
 }
-"""What ``quant=`` may ask for. The logits' projection keeps its dtype, as is the field's custom."""
+"""What ``quant=`` may ask for; others may be added.
+
+The logits' projection keeps its dtype, as is the field's custom.
+"""
 
 
 def _matches(entry: str, module: str) -> bool:

@@ -138,8 +138,8 @@ def test_poisoned_and_repeated_steps_are_identical(executable):
 @pytest.mark.parametrize("quant", ["fp8", "fp8_block"])
 def test_many_chunks_at_once_give_the_cpus_bytes(quant, tmp_path, monkeypatch):
     """Small chunks of matrices that are no multiple of them, from threads that share few slots."""
-    monkeypatch.setattr(loading, "SLOT_BYTES", 300_000)
-    monkeypatch.setattr(loading, "SLOTS", 3)
+    monkeypatch.setattr(loading, "CHUNK_BYTES", 300_000)
+    monkeypatch.setattr(loading, "LOADERS", 3)
     config = SMALL | {
         "num_hidden_layers": 2,
         "hidden_size": 1024,
@@ -149,7 +149,7 @@ def test_many_chunks_at_once_give_the_cpus_bytes(quant, tmp_path, monkeypatch):
     checkpoint = write_checkpoint(tmp_path, config)
     plan = compile_plan(checkpoint, target=target(), quant=quant, **REQUEST)
     assert plan.loading is not None
-    assert sum(len(c.launches) for c in plan.loading.conversions) > 50
+    assert sum(len(c.runs) for c in plan.loading.conversions) > 50
     for _ in range(3):
         executable = CudaExecutable(plan, checkpoint)
         check_weights(executable, checkpoint)
