@@ -84,7 +84,8 @@ class GGUFCheckpoint(Checkpoint):
         elements, nbytes = BLOCK_TYPES[info.dtype].sizes
         columns = cut[-1]
         blocks = slice(columns.start // elements, -(-columns.stop // elements))
-        stored = self._stored(info, start, stop).reshape(stop - start, *info.shape[1:-1], -1, nbytes)
+        shape = (stop - start, *info.shape[1:-1], info.shape[-1] // elements, nbytes)
+        stored = self._stored(info, start, stop).reshape(shape)
         stored = np.ascontiguousarray(stored[(slice(None), *cut[:-1], blocks)])
         out = np.empty((*stored.shape[:-2], stored.shape[-2] * elements), np.float32)
         if out.size:

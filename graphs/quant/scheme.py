@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from makeready.graphs.ir import Program
@@ -63,8 +63,10 @@ class Scheme:
 
     def rewrite(self, program: Program) -> Program:
         """See :func:`makeready.graphs.quant.fp8.quantize_linears`."""
-        from makeready.graphs.quant.fp8 import quantize_linears
+        # Imported here because that module imports this one, under a second name to the type checker.
+        from makeready.graphs.quant import fp8
 
+        quantize_linears: Any = fp8.quantize_linears
         return quantize_linears(program, self)
 
     def covers(self, module: str) -> bool:
