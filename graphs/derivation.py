@@ -31,7 +31,10 @@ def infer(by: Derivation, first: int = 0, stop: int | None = None) -> dict[str, 
         if missing:
             raise ContractError(f"{call.op} reads {missing[0]}, which nothing defines")
         given, attrs = CONTRACTS[call.op].bind((), {**call.operands, **call.attrs})
-        made = CONTRACTS[call.op].infer({k: specs[v] for k, v in given.items()}, attrs)
+        try:
+            made = CONTRACTS[call.op].infer({k: specs[v] for k, v in given.items()}, attrs)
+        except (KeyError, ValueError) as error:  # a result of a shape or dtype that there is not
+            raise ContractError(f"{call.op}: {error}") from None
         if made.keys() != call.results.keys() or any(value in specs for value in call.results.values()):
             raise ContractError(f"{call.op} gives {sorted(made)}, each under a name of its own")
         specs |= {call.results[k]: spec for k, spec in made.items()}
@@ -59,11 +62,26 @@ def complaints(param: Param) -> Iterator[str]:
         return
     try:
         made = infer(by).get(param.derived.result)
-    except (ContractError, KeyError) as error:
+    except ContractError as error:
         yield f"the derivation of {param.name} is wrong: {error}"
         return
     if made is None or (made.nbytes({}), made.dtype) != (param.spec.nbytes({}), param.spec.dtype):
         yield f"{param.name} is {param.spec}, its derivation gives {made}"
+    elif by.units > 1 and not _adds_up(by, param.derived.result, made):
+        yield (
+            f"{param.name} is another tensor made in parts than made as a whole; give the operands of its "
+            "derivation no units"
+        )
+
+
+def _adds_up(by: Derivation, result: str, entire: TensorSpec) -> bool:
+    """Whether the first unit and the others give the rows of ``entire``."""
+    try:
+        first, others = infer(by, 0, 1)[result], infer(by, 1, by.units)[result]
+    except ContractError:
+        return False
+    rows = int(first.shape[0]) + int(others.shape[0])
+    return rows == entire.shape[0] and first.shape[1:] == others.shape[1:] == entire.shape[1:]
 
 
 def derived_groups(params: Sequence[Param]) -> list[tuple[Derivation, dict[str, int]]]:

@@ -17,7 +17,7 @@ from makeready.graphs.derivation import derived_groups, infer
 from makeready.graphs.ir import LOADED, Call, Program, Value
 from makeready.graphs.lower import lower
 from makeready.graphs.memory import ALIGNMENT
-from makeready.graphs.plan import Conversion, Loading, LoadProgram, LoadResult, PlanError, Weight
+from makeready.graphs.plan import Conversion, Loading, LoadProgram, LoadResult, Weight
 from makeready.graphs.recipe import CHUNK_BYTES, LOADERS, Derivation
 from makeready.graphs.spec import Bucket
 from makeready.graphs.targets import Target
@@ -28,11 +28,7 @@ MOST_CHUNKS = 4  # unless as many rows are more than this many times CHUNK_BYTES
 
 
 def loading_of(weights: Sequence[Weight], target: Target) -> Loading | None:
-    """What makes the derived parameters among ``weights``; None where there are none.
-
-    Raises:
-        PlanError: a derivation gives other results in parts than as a whole.
-    """
+    """What makes the derived parameters among ``weights``; None where there are none."""
     groups = derived_groups([weight.param for weight in weights])
     if not groups:
         return None
@@ -53,11 +49,7 @@ def _conversion(
         runs.append((stop, programs.add(by, (first, stop), specs, offsets)))
         offsets = {result: offset + specs[result].nbytes({}) for result, offset in offsets.items()}
     for result, index in results.items():
-        if offsets[result] != weights[index].offset + weights[index].nbytes:
-            raise PlanError(
-                f"{weights[index].param.name} is another tensor made in parts than made as a whole; "
-                "give the operands of its derivation no units"
-            )
+        assert offsets[result] == weights[index].offset + weights[index].nbytes, "parts leave a gap"
     return Conversion(tuple(runs), dict(results))
 
 
@@ -68,7 +60,8 @@ def _cut(by: Derivation) -> Iterator[tuple[int, int]]:
         yield 0, 1
         return
     nbytes = sum(o.unit * o.spec.nbytes({}) // int(o.spec.shape[0]) for o in cut)
-    aligned = math.lcm(*(math.lcm(ROWS, o.unit) // o.unit for o in cut))
+    tallest = max(o.unit for o in cut)
+    aligned = math.lcm(ROWS, tallest) // tallest
     fit = max(1, CHUNK_BYTES // nbytes)
     most = max(aligned, fit // aligned * aligned) if aligned * nbytes <= MOST_CHUNKS * CHUNK_BYTES else fit
     for first in range(0, by.units, most):
