@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from makeready.graphs.ir import Call, Program
 from makeready.graphs.plan import PlanError
 from makeready.graphs.quant.scheme import BLOCK, CHANNEL, TENSOR, Scheme
-from makeready.graphs.recipe import Derivation, Derived, LoadCall, Operand, Param, Piece, joined, whole
+from makeready.graphs.recipe import Derivation, Derived, LoadCall, Operand, Param, Piece, joined
 from makeready.kernels.spec import TensorSpec
 
 FP8 = "float8_e4m3fn"
@@ -96,10 +96,33 @@ class _Rewrite:
             made = replace(made, spec=TensorSpec((rows, width // size), "float32"), shard=param.shard)
         if not self.scheme.stored:
             return self._made(made, param, "scale")
-        source = f"{_module(param)}.{self.scheme.scale}"
+        return replace(made, pieces=tuple(self._scales_of(piece) for piece in param.pieces))
+
+    def _scales_of(self, piece: Piece) -> Piece:
+        """Where the scales of a stored weight's box are: rows of a fused weight have rows of its scales.
+
+        Raises:
+            PlanError: the box is no matrix of its own, or begins within a block.
+        """
+        source = f"{piece.source.removesuffix('.weight')}.{self.scheme.scale}"
+        if piece.each or piece.axes or len(piece.box) != 2:
+            raise PlanError(
+                f"{piece.source} is stored in another form than it is used in, and its scales are not known then; "
+                "use a checkpoint with 16-bit weights"
+            )
+        (first, stop), _ = piece.box
         if self.scheme.weights == TENSOR:
-            return replace(made, pieces=(Piece(source, (), (0,), fills=(rows,)),))
-        return replace(made, pieces=(whole(source, made.spec.at({})),))
+            return Piece(source, (), piece.at[:1], fills=(stop - first,))
+        if self.scheme.weights == CHANNEL:
+            return Piece(source, piece.box[:1], piece.at[:1])
+        size = self.scheme.block
+        if any(start % size for start in (*(start for start, _ in piece.box), *piece.at)):
+            raise PlanError(
+                f"a part of {piece.source} begins within a block of {size}, whose scale it would share; "
+                "use a checkpoint with 16-bit weights"
+            )
+        box = tuple((start // size, -(-end // size)) for start, end in piece.box)
+        return Piece(source, box, tuple(at // size for at in piece.at))
 
     def _made(self, made: Param, wide: Param, result: str) -> Param:
         """``made`` as a result of quantizing ``wide``, unless the checkpoint has it."""
