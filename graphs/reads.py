@@ -75,11 +75,15 @@ class Read:
 
     def offset(self, shape: Sequence[int]) -> int | None:
         """Elements before the place in a row-major array of ``shape``; None where it is no single run there."""
-        outer = next((i for i, n in enumerate(self.shape) if n > 1), len(shape))
-        if any(p != (0, n) for p, n in zip(self.place[outer + 1 :], shape[outer + 1 :], strict=True)):
-            return None
-        strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-        return sum(start * stride for (start, _), stride in zip(self.place, strides, strict=True))
+        offset, many = 0, False
+        for (start, stop), n in zip(self.place, shape, strict=True):
+            if many and (start, stop) != (
+                0,
+                n,
+            ):  # something of what an axis before has more than one of is left out
+                return None
+            offset, many = offset * n + start, many or stop - start > 1
+        return offset
 
 
 def reads(operand: Operand, rows: tuple[int, int] | None = None) -> Iterator[Read]:

@@ -74,7 +74,7 @@ def runs(
         yield Run(0, lambda: np.stack([converted(checkpoint, read, wanted).max() for read in numbers]).max())
         return
     shape = (stop - first, *operand.spec.at({})[1:])
-    boxes = [(read, read.offset(shape)) for read in reads(operand, (first, stop))]
+    boxes = [(read, read.offset(shape)) for read in reads(operand, rows)]
     if all(offset is not None for _, offset in boxes):
         for read, offset in boxes:
             yield Run(size * (offset or 0), partial(converted, checkpoint, read, wanted), read)
