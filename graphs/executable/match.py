@@ -13,9 +13,9 @@ def check_checkpoint(plan: Plan, checkpoint: Checkpoint) -> None:
     Raises:
         PlanError: naming the first config field, or the tensor, that differs.
     """
-    wanted = needs(weight.param for weight in plan.weights)
+    params = [weight.param for weight in plan.weights]
     if checkpoint.format == "dummy":
-        checkpoint.declare({source: need.shape for source, need in wanted.items()})  # type: ignore[attr-defined]
+        checkpoint.declare({source: need.shape for source, need in needs(params).items()})  # type: ignore[attr-defined]
     if checkpoint.fingerprint() == plan.checkpoint:
         return
     for name in sorted({*plan.config, *checkpoint.config} - FINGERPRINT_EXEMPT):
@@ -25,7 +25,7 @@ def check_checkpoint(plan: Plan, checkpoint: Checkpoint) -> None:
                 f"the plan is for another checkpoint: its config has {name}={made_for!r}, "
                 f"{checkpoint.path} has {given!r}; compile a plan for this checkpoint"
             )
-    for source, need in wanted.items():
+    for source, need in needs(params).items():
         info = checkpoint.tensors.get(source)
         if info is None or not need.fits(info.shape):
             found = "lacks it" if info is None else f"has it as {info.dtype}{list(info.shape)}"

@@ -24,7 +24,9 @@ from makeready.graphs.targets import Target
 from makeready.kernels.spec import TensorSpec
 
 ROWS = 128  # runs take multiples of as many rows, so that what they write begins aligned,
-MOST_CHUNKS = 4  # unless as many rows are more than this many times CHUNK_BYTES
+MOST_CHUNKS = (
+    4  # unless as many rows are more than this many times CHUNK_BYTES, which is also a place's fair share
+)
 
 
 def loading_of(weights: Sequence[Weight], target: Target) -> Loading | None:
@@ -35,7 +37,9 @@ def loading_of(weights: Sequence[Weight], target: Target) -> Loading | None:
     programs = _Programs(target)
     conversions = [_conversion(by, results, weights, programs) for by, results in groups]
     count = sum(len(conversion.runs) for conversion in conversions)
-    return Loading(programs.all(), tuple(conversions), programs.nbytes, min(LOADERS, count))
+    # What cannot be cut may need much of the arena at once: rather let threads wait than make all places so large.
+    most = max(1, LOADERS * MOST_CHUNKS * CHUNK_BYTES // programs.nbytes)
+    return Loading(programs.all(), tuple(conversions), programs.nbytes, min(LOADERS, count, most))
 
 
 def _conversion(

@@ -247,6 +247,21 @@ def test_large_units_are_runs_of_their_own(monkeypatch):
     assert made is not None
     assert [stop for stop, _ in made.conversions[0].runs] == [3, 6, 8]
     assert made.place_bytes == 3 * 8192
+    assert made.places == 3  # one for each run
+
+
+def test_places_that_must_be_large_are_few(monkeypatch):
+    """Four derivations that see 64 KiB each as a whole, where threads have a share of 16 KiB."""
+    monkeypatch.setattr(loading, "CHUNK_BYTES", 4096)
+    params = []
+    for i in range(4):
+        operand = Operand(TensorSpec((128, 128), "float32"), (whole(f"x{i}", (128, 128)),))
+        by = Derivation({"x": operand}, (LoadCall("silu", {"x": "x"}, {"y": "y"}),))
+        params.append(Param(f"y{i}", operand.spec, derived=Derived(by, "y")))
+    made = loading_of(place_weights(params)[0], find_target("sm_90a"))
+    assert made is not None
+    assert made.place_bytes == 65536
+    assert made.places == 2  # 8 threads' shares are 128 KiB
 
 
 def by_hand(checkpoint: DummyCheckpoint, module: str) -> np.ndarray:
