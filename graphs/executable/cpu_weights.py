@@ -13,8 +13,10 @@ import torch
 
 from makeready.graphs.checkpoint.base import Checkpoint
 from makeready.graphs.constants import GENERATORS
+from makeready.graphs.derivation import derived_groups
 from makeready.graphs.plan import Plan, Weight
-from makeready.graphs.recipe import Derived, Param, Piece
+from makeready.graphs.reads import Read, fetch, reads
+from makeready.graphs.recipe import Derivation, Operand, Param
 from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.gemm.linear_cpu import PACKED, pack
 
@@ -22,6 +24,7 @@ from makeready.kernels.gemm.linear_cpu import PACKED, pack
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 Progress = Callable[[int, int], None]
+Fill = Callable[[torch.Tensor], Any]  # writes a parameter into a tensor of its shape and dtype
 
 LAYOUTS: Mapping[str, Callable[[torch.Tensor], Any]] = {"rows": lambda x: x, PACKED: pack}
 
@@ -34,63 +37,84 @@ def load_weights(plan: Plan, checkpoint: Checkpoint, progress: Progress) -> dict
     """
     region = torch.empty(plan.memory.weights, dtype=torch.uint8)
     lock, done = threading.Lock(), 0
+    params = [weight.param for weight in plan.weights]
+    groups = derived_groups(params)
+    alone = set(range(len(params))).difference(*(results.values() for _, results in groups))
 
-    def load(weight: Weight) -> Any:
+    def load(task: int | tuple[Derivation, dict[str, int]]) -> dict[int, Any]:
         nonlocal done
-        view = region[weight.offset : weight.offset + weight.nbytes]
-        loaded = _load(weight, checkpoint, view)
+        made = (
+            {task: _plain(params[task], checkpoint)} if isinstance(task, int) else _derived(*task, checkpoint)
+        )
+        loaded = {index: _stored(plan.weights[index], fill, region) for index, fill in made.items()}
         with lock:
-            done += 1
-            progress(done, len(plan.weights))
+            done += len(loaded)
+            progress(done, len(params))
         return loaded
 
+    tasks = sorted(
+        [*alone, *groups], key=lambda task: task if isinstance(task, int) else min(task[1].values())
+    )
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        return dict(zip((w.param.name for w in plan.weights), pool.map(load, plan.weights), strict=True))
+        found = {index: value for made in pool.map(load, tasks) for index, value in made.items()}
+    return {param.name: found[index] for index, param in enumerate(params)}
 
 
-def _load(weight: Weight, checkpoint: Checkpoint, place: torch.Tensor) -> Any:
+def _stored(weight: Weight, fill: Fill, region: torch.Tensor) -> Any:
+    """A parameter at its place in ``region``, or packed."""
     param = weight.param
     shape, dtype = param.spec.at({}), getattr(torch, param.spec.dtype)
-    # A packed parameter passes through memory of its own; its place in the region stays untouched.
-    target = place.view(dtype).view(shape) if param.layout == "rows" else torch.empty(shape, dtype=dtype)
-    if param.generated is not None:
-        target.copy_(torch.from_numpy(GENERATORS[param.generated.function](**param.generated.arguments)))
-    elif param.largest:
-        target.fill_(max(_number(piece, checkpoint) for piece in param.pieces))
-    elif param.derived is not None:
-        target.copy_(_derive(param, param.derived, checkpoint).view(shape))
-    else:
-        _assemble(param, checkpoint, target)
+    if param.layout == "rows":
+        target = region[weight.offset : weight.offset + weight.nbytes].view(dtype).view(shape)
+    else:  # passes through memory of its own; its place in the region stays untouched
+        target = torch.empty(shape, dtype=dtype)
+    fill(target)
     return LAYOUTS[param.layout](target)
 
 
-def _derive(param: Param, derived: Derived, checkpoint: Checkpoint) -> torch.Tensor:
-    """The result of the op over the assembled rows."""
-    spec, op = derived.operand, CONTRACTS[derived.op]
-    operand = torch.empty(spec.at({}), dtype=getattr(torch, spec.dtype))
-    _assemble(param, checkpoint, operand)
-    made = op.reference(operand, **derived.attrs)
-    return dict(zip((o.name for o in op.outputs), made, strict=True))[derived.result]
+def _plain(param: Param, checkpoint: Checkpoint) -> Fill:
+    made = param.generated
+    if made is not None:
+        return lambda target: target.copy_(torch.from_numpy(GENERATORS[made.function](**made.arguments)))
+    (operand,) = param.operands
+    return lambda target: assemble(operand, checkpoint, target)
 
 
-def _assemble(param: Param, checkpoint: Checkpoint, target: torch.Tensor) -> None:
-    if param.columns is not None:
-        target.view(torch.uint8).zero_()
-        target = target[:, : param.columns]
-    for piece in param.pieces:
-        place = target[piece.at : piece.at + piece.stop - piece.start]
-        if piece.repeated:
-            place.fill_(_number(piece, checkpoint))
+def _derived(by: Derivation, results: dict[str, int], checkpoint: Checkpoint) -> dict[int, Fill]:
+    """The parameters that a derivation makes, by the contracts' references."""
+    values: dict[str, torch.Tensor] = {}
+    for name, operand in by.operands.items():
+        values[name] = torch.empty(operand.spec.at({}), dtype=getattr(torch, operand.spec.dtype))
+        assemble(operand, checkpoint, values[name])
+    for call in by.calls:
+        op = CONTRACTS[call.op]
+        given = [values[call.operands[o.name]] if o.name in call.operands else None for o in op.inputs]
+        made = op.reference(*given, **call.attrs)
+        made = made if isinstance(made, tuple) else (made,)
+        values |= {call.results[o.name]: value for o, value in zip(op.outputs, made, strict=True)}
+    return {
+        index: lambda target, value=values[result]: target.copy_(value.reshape(target.shape))
+        for result, index in results.items()
+    }
+
+
+def assemble(operand: Operand, checkpoint: Checkpoint, target: torch.Tensor) -> None:
+    """Put ``operand`` together in ``target``."""
+    if operand.largest:
+        target.fill_(max(_fetch(read, checkpoint).float().item() for read in reads(operand)))
+        return
+    if operand.padding:
+        target.view(torch.uint8).zero_()  # 8-bit floats cannot be filled
+    for read in reads(operand):
+        place = target[tuple(slice(start, stop) for start, stop in read.place)]
+        if read.number:
+            place.fill_(_fetch(read, checkpoint).float().item())
         else:
-            place.copy_(_read(piece, checkpoint, slice(piece.start, piece.stop)).view(place.shape))
+            place.copy_(_fetch(read, checkpoint))
 
 
-def _number(piece: Piece, checkpoint: Checkpoint) -> float:
-    return _read(piece, checkpoint, None).float().item()
-
-
-def _read(piece: Piece, checkpoint: Checkpoint, rows: slice | None) -> torch.Tensor:
-    return as_tensor(checkpoint.read(piece.source, rows), checkpoint.tensors[piece.source].dtype)
+def _fetch(read: Read, checkpoint: Checkpoint) -> torch.Tensor:
+    return as_tensor(fetch(checkpoint, read), checkpoint.tensors[read.source].dtype)
 
 
 def as_tensor(array: np.ndarray, dtype: str) -> torch.Tensor:
