@@ -49,6 +49,7 @@ def complaints(param: Param) -> Iterator[str]:
         return
     if param.padding and not param.pieces:
         yield f"{param.name} is padded, but not made of pieces"
+        return
     if len(param.shard) not in (0, len(param.spec.shape)):
         yield f"{param.name} has {len(param.spec.shape)} axes, mesh axes are named for {len(param.shard)}"
     for operand in param.operands:

@@ -100,6 +100,11 @@ CASES: dict[str, tuple[Operand, dict[str, np.ndarray], np.ndarray]] = {
         {"a": (a := numbers(5, 7))},
         a[1:4, 2:6],
     ),
+    "zeros behind": (
+        Operand(f32(4, 9), (Piece("a", ((1, 4), (0, 7)), (0, 0)),), padding=(1, 2)),
+        {"a": a},
+        np.pad(a[1:4], ((0, 1), (0, 2))),
+    ),
     "side by side": (
         Operand(f32(5, 9), (whole("a", (5, 7)), Piece("b", ((0, 5), (1, 3)), (0, 7)))),
         {"a": a, "b": (b := numbers(5, 3, seed=1))},
@@ -219,7 +224,7 @@ CASES: dict[str, tuple[Operand, dict[str, np.ndarray], np.ndarray]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_operands_are_put_together_as_by_hand(name):
     operand, arrays, wanted = CASES[name]
-    assert list(complaints(Param("p", operand.spec, operand.pieces))) == []
+    assert list(complaints(Param("p", operand.spec, operand.pieces, padding=operand.padding))) == []
     check(operand, Arrays(arrays), wanted)
 
 
@@ -342,6 +347,14 @@ def test_parameters_are_concatenated_only_where_no_unit_would_hold_rows_of_two()
     assert not can_concatenate(
         [derived("a", 4), Param("b", TensorSpec((4, 8), "float8_e4m3fn"), (whole("b", (4, 8)),))]
     )
+    wide, padded, taller = (
+        Param("a", f32(4, 8), (whole("a", (4 - n, 8 - m)),), padding=(n, m) if n + m else ())
+        for n, m in ((0, 0), (0, 3), (1, 0))
+    )
+    assert can_concatenate([padded, padded])
+    assert list(complaints(concatenate([padded, padded]))) == []
+    assert not can_concatenate([wide, padded])
+    assert not can_concatenate([taller, taller])
     merged = concatenate([derived("a", 3), derived("b", 5)])
     assert list(complaints(merged)) == []
     (operand,) = merged.operands

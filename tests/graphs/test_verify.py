@@ -168,6 +168,18 @@ DEFECTS: dict[str, tuple[str, Callable[[Program], Program]]] = {
         r"params_have_recipes: the pieces of .* do not tile its \[40, 24\]",
         lambda p: param(p, pieces=(whole("a", (40, 23)),)),
     ),
+    "a piece where zeros are": (
+        r"params_have_recipes: the pieces of .* do not tile its \[40, 20\]",
+        lambda p: param(p, padding=(0, 4)),
+    ),
+    "zeros of another rank": (
+        r"params_have_recipes: the pieces of .* are padded by \[4\], which does not fit \[40, 24\]",
+        lambda p: param(p, padding=(4,)),
+    ),
+    "zeros behind what is no box": (
+        "params_have_recipes: .* is padded, but not made of pieces",
+        lambda p: param(p, pieces=(), generated=Generated("rope_table"), padding=(0, 4)),
+    ),
     "a box of another rank": (
         "params_have_recipes: the pieces of .* have a piece of a whose box, axes and place do not belong",
         lambda p: param(p, pieces=(Piece("a", ((0, 40),), (0,)),)),
