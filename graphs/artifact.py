@@ -3,7 +3,7 @@
     plan.json               target, limits, options, KV geometry, buckets, memory, and the digests below
     weights.json            recipe and place of every parameter
     programs/<phase>.json   launches and arena buffers; on a GPU the kernel nodes of each bucket
-    loading.json            launches that quantize weights while they are loaded, where there are any
+    loading.json            programs that make parameters while weights are loaded, where there are any
     config.json             the checkpoint's config, normalised
     tuned.json              choices that measured best, by device, where somebody measured
     binaries.json           compiled kernels, and

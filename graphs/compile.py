@@ -25,10 +25,11 @@ from makeready.graphs.lower import lower, place_weights
 from makeready.graphs.models import family
 from makeready.graphs.passes import rewrite
 from makeready.graphs.passes.expand import expand
-from makeready.graphs.plan import LOAD, SCHEMA, LoweredProgram, Memory, Options, Plan, PlanError
+from makeready.graphs.plan import SCHEMA, Loading, LoweredProgram, Memory, Options, Plan, PlanError
 from makeready.graphs.plan_cache import cache_folder
-from makeready.graphs.quant.fp8 import FP8, quantize_linears
+from makeready.graphs.quant.fp8 import FP8
 from makeready.graphs.quant.loading import loading_of
+from makeready.graphs.reads import needs
 from makeready.graphs.recipe import Param
 from makeready.graphs.request import (
     Request,
@@ -115,15 +116,15 @@ class Lowered:
             memory.prove_places(programs[phase].buffers, (b for b in buckets if b.phase == phase), largest)
             arena = max(arena, nbytes)
         weights, weight_bytes = place_weights(list(stored.values()))
-        loading = loading_of(weights) if t.target.is_cuda else None
+        loading = loading_of(weights, t.target) if t.target.is_cuda else None
         if loading is not None:
-            arena = max(arena, loading.slots * loading.slot_bytes)
+            arena = max(arena, loading.places * loading.place_bytes)
         checkpoint = t.checkpoint
         plan = Plan(
             schema=SCHEMA,
             target=t.target.name,
             architecture=checkpoint.config["architectures"][0],
-            checkpoint=checkpoint.fingerprint({p.source for w in weights for p in w.param.pieces}),
+            checkpoint=checkpoint.fingerprint(needs(weight.param for weight in weights).keys()),
             tokenizer=tokenizer_reference(checkpoint),
             config=counted(checkpoint.config),
             limits=t.limits,
@@ -162,28 +163,25 @@ def _with_kernels(plan: Plan, target: Target, context: int, progress: Progress) 
     """``plan`` with what its launches run on a GPU."""
     from makeready.graphs.cuda.emit import emit  # imports triton
 
-    programs, buckets, loading = dict(plan.programs), plan.buckets, plan.loading
-    if loading is not None:
-        programs[LOAD.phase], buckets = loading.program, (*buckets, LOAD)
+    loads = plan.loading.programs if plan.loading is not None else ()
     emitted = emit(
-        programs,
-        {phase: plan.specs(phase) for phase in programs},
-        buckets,
+        {**plan.programs, **{load.program.phase: load.program for load in loads}},
+        {phase: plan.specs(phase) for phase in plan.programs}
+        | {load.program.phase: {made.name: made.spec for made in load.results.values()} for load in loads},
+        (*plan.buckets, *(load.bucket for load in loads)),
         target,
         context=context,
         keep=plan.options.candidates,
         cache=cache_folder() / "kernels",
         deterministic=plan.options.deterministic,
         reports=_special_results(plan.steps),
+        loads={load.program.phase for load in loads},
         progress=lambda done, total: progress(f"compile kernels {done}/{total}"),
     )
-    programs = dict(emitted.programs)
-    if loading is not None:
-        loading = replace(loading, program=_without_scratch(programs.pop(LOAD.phase)))
     return replace(
         plan,
-        programs=programs,
-        loading=loading,
+        programs={phase: emitted.programs[phase] for phase in plan.programs},
+        loading=plan.loading and _emitted(plan.loading, emitted.programs),
         binaries=emitted.binaries,
         cubins=emitted.cubins,
         dropped=emitted.dropped,
@@ -197,8 +195,14 @@ def _special_results(steps: Mapping[str, StepSpec]) -> set[str]:
     return set.union(*results) - set.intersection(*results)
 
 
+def _emitted(loading: Loading, programs: Mapping[str, LoweredProgram]) -> Loading:
+    """``loading`` with its programs' kernels."""
+    made = (replace(o, program=_without_scratch(programs[o.program.phase])) for o in loading.programs)
+    return replace(loading, programs=tuple(made))
+
+
 def _without_scratch(program: LoweredProgram) -> LoweredProgram:
-    """``program`` if its kernels may run at once in different slots.
+    """``program`` if its kernels may run at once in different places.
 
     Raises:
         PlanError: one of them has scratch, which all kernels of a plan share.
@@ -261,7 +265,7 @@ def trace_checkpoint(checkpoint: Checkpoint | str | Path, request: Request) -> T
         )
         program = verify(program, after="trace")
         if scheme is not None:
-            program = verify(quantize_linears(program, scheme), after="quantize_linears")
+            program = verify(scheme.rewrite(program), after="quantization")
         programs[name] = program
     _check_sources(
         {n: p for program in programs.values() for n, p in program.params.items()}.values(), checkpoint
@@ -306,31 +310,29 @@ def compile_plan(
 
 def _check_sources(params: Collection[Param], checkpoint: Checkpoint) -> None:
     """Every parameter's source exists in the checkpoint, in the shape that the config implies."""
-    pieces = [(param, piece) for param in params for piece in param.pieces]
+    wanted = needs(params)
     if checkpoint.format == "dummy":
-        shapes = {piece.source: param.source_shape(piece) for param, piece in pieces}
-        checkpoint.declare(shapes)  # type: ignore[attr-defined]
-    for param, piece in pieces:
-        source, shape = piece.source, param.source_shape(piece)
+        checkpoint.declare({source: need.shape for source, need in wanted.items()})  # type: ignore[attr-defined]
+    for source, need in wanted.items():
         info = checkpoint.tensors.get(source)
         if info is None:
             raise PlanError(f"the checkpoint {checkpoint.path} lacks the tensor {source}; is it complete?")
-        if not param.fits(piece, info.shape) or (not piece.repeated and info.shape[0] != shape[0]):
+        if not need.fits(info.shape, exactly=True):
             raise PlanError(
-                f"tensor {source} of {checkpoint.path} is {list(info.shape)}, the config implies {list(shape)}; "
-                "config.json belongs to another checkpoint"
+                f"tensor {source} of {checkpoint.path} is {list(info.shape)}, the config implies "
+                f"{list(need.shape)}; config.json belongs to another checkpoint"
             )
         if info.kind not in (PLAIN, BLOCKS, FP8):
             raise PlanError(
                 f"tensor {source} of {checkpoint.path} is {info.dtype}, which is no quantization of weights that is "
                 f"known here; use a checkpoint in {', '.join(DTYPES)}, {FP8} with scales, or GGUF"
             )
-        if (info.dtype == FP8) != (param.assembled.dtype == FP8):
+        if (info.dtype == FP8) != (FP8 in need.dtypes):
             raise PlanError(
                 f"tensor {source} of {checkpoint.path} is {info.dtype}, its quantization_config implies "
-                f"{'' if param.assembled.dtype == FP8 else 'no '}{FP8}; config.json belongs to another checkpoint"
+                f"{'' if FP8 in need.dtypes else 'no '}{FP8}; config.json belongs to another checkpoint"
             )
-    check_unread(checkpoint, {piece.source for _, piece in pieces})
+    check_unread(checkpoint, wanted)
 
 
 def _memory(steps: Mapping[str, StepSpec], slots: tuple[Field, ...], weights: int, arena: int) -> Memory:

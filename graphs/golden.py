@@ -28,6 +28,7 @@ from makeready.graphs.codec import CodecError, canonical, from_json, to_json
 from makeready.graphs.executable.base import Executable
 from makeready.graphs.executable.example import Row, example_step
 from makeready.graphs.plan import Plan, PlanError
+from makeready.graphs.reads import needs
 from makeready.graphs.spec import DECODE, EXTEND, Bucket
 
 FILE = "golden.json"
@@ -196,7 +197,7 @@ def model_key(plan: Plan) -> str:
 def weights_checksum(plan: Plan, checkpoint: Checkpoint) -> str:
     """SHA-256 over rows of every tensor that the plan reads: tells weights apart without reading all."""
     total = hashlib.sha256()
-    for name in sorted({piece.source for weight in plan.weights for piece in weight.param.pieces}):
+    for name in sorted(needs(weight.param for weight in plan.weights)):
         shape = checkpoint.tensors[name].shape
         total.update(f"{name} {checkpoint.tensors[name].dtype} {shape}".encode())
         if math.prod(shape) <= _SMALL:

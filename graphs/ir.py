@@ -1,12 +1,13 @@
 """The planner's program: calls of op contracts over named values, in order.
 
-A :class:`Program` is what tracing gives and what passes rewrite. Values are of five kinds:
+A :class:`Program` is what tracing gives and what passes rewrite. Values are of six kinds:
 
     step    staged by the host for this step        (its StepSpec)
     slot    kept on the device per running request  (Plan.slots)
     kv      a tensor of the paged cache             (graphs.spec.KVSpec)
     param   a weight or a constant, with a recipe
     temp    the result of a call
+    loaded  in a program that makes parameters: what the loader copies into the arena before its launches
 
 Temps are defined once. Slot and kv values are written in place by the calls whose contract says so, so
 the order of calls is meaning, and passes keep it.
@@ -22,7 +23,7 @@ from makeready.graphs.recipe import Param
 from makeready.kernels.contract import CONTRACTS, Contract
 from makeready.kernels.spec import TensorSpec
 
-STEP, SLOT, KV, PARAM, TEMP = "step", "slot", "kv", "param", "temp"
+STEP, SLOT, KV, PARAM, TEMP, LOADED = "step", "slot", "kv", "param", "temp", "loaded"
 
 
 @dataclass(frozen=True)

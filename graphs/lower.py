@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from makeready.graphs.codec import canonical, to_json
-from makeready.graphs.ir import PARAM, TEMP, Columns, Program
+from makeready.graphs.ir import LOADED, PARAM, TEMP, Columns, Program
 from makeready.graphs.memory import Interval, align, assign
 from makeready.graphs.plan import Buffer, Launch, LoweredProgram, PlanError, Weight
 from makeready.graphs.recipe import Param
@@ -105,14 +105,14 @@ def _place(
     program: Program, launches: Sequence[Launch], views: Mapping[str, Columns], largest: Bucket
 ) -> tuple[dict[str, Buffer], int]:
     """Arena buffers of all temps and views that the launches name."""
-    first: dict[str, int] = {}
-    last: dict[str, int] = {}
+    loaded = {n for n, v in program.values.items() if v.kind == LOADED}
+    first, last = dict.fromkeys(loaded, 0), dict.fromkeys(loaded, 0)
     for at, launch in enumerate(launches):
         for name in (*launch.operands.values(), *launch.results.values()):
             base = views[name].base if name in views else name
             first.setdefault(base, at)
             last[base] = at
-    temps = {n for n, v in program.values.items() if v.kind == TEMP} - set(program.results.values())
+    temps = {n for n, v in program.values.items() if v.kind == TEMP} - set(program.results.values()) | loaded
     bases = sorted(n for n in first if n in temps)
     outside = {v.base for v in views.values()} - temps
     if outside:

@@ -5,7 +5,7 @@
       steps, slots                 what each kind of step stages and reports, what the device keeps of a sequence
       weights                      recipe and place of every parameter
       programs[phase]              launches over named buffers; on a GPU the kernel nodes of each
-      loading                      on a GPU, what quantizes weights on their way in
+      loading                      on a GPU, programs that make parameters of the checkpoint's boxes
       binaries                     compiled kernels that nodes name
       memory                       bytes of every region
 
@@ -22,7 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from makeready.graphs.recipe import Param, Piece
+from makeready.graphs.recipe import Param
 from makeready.graphs.spec import Bucket, Field, KVSpec, Limits, StepSpec
 from makeready.kernels.spec import TensorSpec
 
@@ -158,12 +158,18 @@ class OpClass:
 
 @dataclass(frozen=True)
 class LoweredProgram:
-    """A phase's launches in order, the arena buffers they use, and the classes that launches index."""
+    """A phase's launches in order, the arena buffers they use, and the classes that launches index.
+
+    Attributes:
+        alignments: bytes that addresses of values outside the arena are surely multiples of, where that is
+            less than what regions and all in them are aligned to.
+    """
 
     phase: str
     launches: tuple[Launch, ...]
     buffers: Mapping[str, Buffer]
     classes: tuple[OpClass, ...] = ()
+    alignments: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -176,18 +182,43 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Conversion:
-    """How parameters are made of checkpoint rows on the GPU, a chunk of rows at a time.
+class LoadResult:
+    """A value that a load program leaves in the weights region: what launches call it, and its spec."""
+
+    name: str
+    spec: TensorSpec
+
+
+@dataclass(frozen=True)
+class LoadProgram:
+    """What makes some units of parameters: a program like a step's, over one place of the arena.
 
     Attributes:
-        pieces: the rows, in the order and at the places in which they make up the operand.
-        launches: for every chunk, in the order of rows, its launch in :attr:`Loading.program`: a chunk has
-            as many rows as that launch's operand, and its results follow those of the chunk before.
-        results: byte offset in the weights region at which each result begins, by its name in the contract.
+        program: launches under the phase ``load.<number>``, and their buffers at offsets from the start of
+            the place. The loader fills those in ``operands`` before the first launch.
+        bucket: as many tokens as the program runs units.
+        operands: the buffers that hold the derivation's operands, called like them.
+        results: by the names that the derivation has for them.
     """
 
-    pieces: tuple[Piece, ...]
-    launches: tuple[int, ...]
+    program: LoweredProgram
+    bucket: Bucket
+    operands: tuple[str, ...]
+    results: Mapping[str, LoadResult]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """The making of a derivation's parameters, in runs of some units each.
+
+    Attributes:
+        runs: the unit behind each run's last, and the number of its program in :attr:`Loading.programs`.
+            The first begins at unit 0; what each run gives follows what the run before gave.
+        results: which of ``Plan.weights`` each of the derivation's results is. Their recipes say what the
+            operands are.
+    """
+
+    runs: tuple[tuple[int, int], ...]
     results: Mapping[str, int]
 
 
@@ -195,25 +226,20 @@ class Conversion:
 class Loading:
     """What runs on the GPU while a plan is loaded, before its first step, in no particular order.
 
-    Rows of a chunk come to a slot, a launch reads them there and writes its results where parameters lie.
-    Slots lie one after the other from the start of the arena, which nothing uses yet; launches in different
-    slots may run at once, so none has scratch.
+    Places lie one after the other from the start of the arena, which no step uses yet. Runs in different
+    places may overlap, so launches have no scratch.
 
     Attributes:
-        program: one launch for each shape of a chunk, under the bucket :data:`LOAD`. Its buffers are no
-            places: an offset says what the address is a multiple of.
+        programs: one for each derivation and number of units; parameters that are alike share them.
         conversions: all parameters that have :attr:`~makeready.graphs.recipe.Param.derived`.
-        slot_bytes: of a slot, at least a chunk's.
-        slots: how many there are.
+        place_bytes: of a place, at least what the greediest program needs.
+        places: how many there are.
     """
 
-    program: LoweredProgram
+    programs: tuple[LoadProgram, ...]
     conversions: tuple[Conversion, ...]
-    slot_bytes: int
-    slots: int
-
-
-LOAD = Bucket("load", 1, 1)
+    place_bytes: int
+    places: int
 
 
 @dataclass(frozen=True)
@@ -275,8 +301,8 @@ class Plan:
             Empty in plans of versions that named none.
         steps: every kind of step that there are programs for, by name.
         slots: the slot table, which all steps share.
-        loading: how parameters are quantized on the GPU; None where none is, and on the CPU, which follows
-            the recipe with the op references.
+        loading: how parameters are derived on the GPU; None where none is, and on the CPU, which follows
+            the recipes with the op references.
         binaries: compiled kernels by key; empty for the CPU.
         cubins: their machine code by the same keys. Its bytes are files of their own, which
             :attr:`Binary.sha256` ties to the plan's digest; planning and the CPU work without them.

@@ -9,6 +9,7 @@ Imports neither torch nor triton. The CPU executable, which has the op contracts
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from makeready.graphs import memory
@@ -19,12 +20,14 @@ from makeready.graphs.constants import GENERATORS
 from makeready.graphs.plan import Buffer, LoweredProgram, Plan, PlanError, Weight
 from makeready.graphs.plan_check_cuda import check_kernels, check_nodes
 from makeready.graphs.plan_rules import MOST, ContradictionError, inside, need
-from makeready.graphs.recipe import Param
+from makeready.graphs.reads import complaint
+from makeready.graphs.recipe import Derived, Param
 from makeready.graphs.spec import DEVICE, HOST, Field
 from makeready.graphs.targets import TARGETS
 from makeready.kernels.spec import DTYPE_BYTES, PAGES, ROWS, TOKENS
 
 MOST_BUCKETS = 10_000  # a plan has some dozens
+MOST_READS = 2**16  # boxes that make up an operand: some hundreds of experts
 MOST_ROTARY = 2**16  # columns of a generated table, far above any head
 
 
@@ -198,26 +201,38 @@ def _weights(plan: Plan) -> None:
 
 def _recipe(weight: Weight) -> None:
     param = weight.param
-    need(bool(param.pieces) != (param.generated is not None), f"weight {param.name} has no recipe, or two")
+    ways = [bool(param.pieces), param.generated is not None, param.derived is not None]
+    need(sum(ways) == 1, f"weight {param.name} has no recipe, or two")
     if param.generated is not None:
         _generated(param)
-        return
-    shape = param.assembled.shape
-    need(
-        bool(shape) and all(type(n) is int for n in shape),
-        f"weight {param.name} is assembled as {param.assembled}",
-    )
-    if param.largest:
-        need(param.derived is None, f"weight {param.name} is a largest number and derived")
-        return
-    ends = 0
-    for piece in sorted(param.pieces, key=lambda piece: piece.at):
+    if param.derived is not None:
+        _derived(param, param.derived)
+    for operand in param.operands:
+        shape = operand.spec.shape
         need(
-            0 <= piece.start < piece.stop and piece.at == ends,
-            f"rows {piece.start} to {piece.stop} of {piece.source} go to row {piece.at} of weight {param.name}",
+            bool(shape) and all(type(n) is int and n >= 1 for n in shape),
+            f"weight {param.name} is assembled as {operand.spec}",
         )
-        ends += piece.stop - piece.start
-    need(ends == shape[0], f"the pieces of weight {param.name} have {ends} rows, not {shape[0]}")
+        need(operand.unit >= 0, f"weight {param.name} has units of {operand.unit} rows")
+        count = sum(math.prod(max(each.count, 0) for each in piece.each) for piece in operand.pieces)
+        need(count <= MOST_READS, f"weight {param.name} is made of {count} boxes")
+        reason = complaint(operand)
+        need(not reason, f"the pieces of weight {param.name} {reason}")
+
+
+def _derived(param: Param, derived: Derived) -> None:
+    """A derivation's calls read what is there by then, and one of them gives the parameter."""
+    known = set(derived.by.operands)
+    for call in derived.by.calls:
+        need(
+            set(call.operands.values()) <= known and not known & set(call.results.values()),
+            f"weight {param.name}: {call.op} reads what nothing gives, or gives what is there",
+        )
+        known |= set(call.results.values())
+    need(
+        derived.result in known,
+        f"weight {param.name} is {derived.result!r} of its derivation, which is nothing",
+    )
 
 
 def _generated(param: Param) -> None:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from makeready.graphs.plan import LOAD, LoweredProgram, NodeArgument, Plan, Weight
+from makeready.graphs.plan import Conversion, Loading, LoadProgram, LoweredProgram, NodeArgument, Plan
 from makeready.graphs.plan_rules import MOST, inside, need
 from makeready.kernels.spec import DTYPE_BYTES, PAGES, ROWS, TOKENS, TensorSpec
 
@@ -53,7 +53,9 @@ def _extent(plan: Plan, program: LoweredProgram, value: str) -> tuple[TensorSpec
     buffer = program.buffers.get(value)
     if buffer is not None:
         return None
-    spec = plan.spec(program.phase, value)
+    spec = plan.specs(program.phase).get(value)
+    if spec is None:  # of a program that loads: its results lie in weights
+        return None
     return (spec, spec.nbytes({PAGES: 1})) if not {ROWS, TOKENS} & set(spec.shape) else None
 
 
@@ -105,53 +107,74 @@ def check_kernels(plan: Plan) -> None:
     loading = plan.loading
     if loading is None:
         return
-    program = loading.program
     need(
-        1 <= loading.slots <= MOST and inside(0, loading.slots * loading.slot_bytes, plan.memory.arena),
-        f"{loading.slots} slots of {loading.slot_bytes} bytes do not fit an arena of {plan.memory.arena}",
+        1 <= loading.places <= MOST and inside(0, loading.places * loading.place_bytes, plan.memory.arena),
+        f"{loading.places} places of {loading.place_bytes} bytes do not fit an arena of {plan.memory.arena}",
     )
-    for name, buffer in program.buffers.items():
-        need(all(type(n) is int for n in buffer.spec.shape), f"load: buffer {name} is {buffer.spec}")
-    for launch in program.launches:
-        need(set(launch.operands) == {"x"}, f"load: {launch.op} has other operands than x")
-        for name in (*launch.operands.values(), *launch.results.values()):
-            need(name in program.buffers, f"load: {launch.op} names {name!r}, which is nothing")
-        need(
-            program.buffers[launch.operands["x"]].spec.nbytes({}) <= loading.slot_bytes,
-            f"load: a chunk of {launch.op} is longer than the {loading.slot_bytes} bytes of a slot",
-        )
-    offsets = {weight.offset: weight for weight in plan.weights}
+    for load in loading.programs:
+        _load_program(plan, loading, load)
     for conversion in loading.conversions:
-        _conversion(conversion.launches, conversion.results, program, offsets)
-    _nodes_of_loading(plan, program)
+        _conversion(plan, loading, conversion)
 
 
-def _conversion(
-    launches: Sequence[int],
-    results: Mapping[str, int],
-    program: LoweredProgram,
-    offsets: Mapping[int, Weight],
-) -> None:
-    """Chunk after chunk the results stay in the parameters that they begin."""
-    ends = dict(results)
-    for number in launches:
-        need(0 <= number < len(program.launches), f"load: a conversion has launch {number}, which is none")
-        made = program.launches[number].results
+def _load_program(plan: Plan, loading: Loading, load: LoadProgram) -> None:
+    """Its buffers lie in a place, its launches name them or its results."""
+    program = load.program
+    results = {made.name for made in load.results.values()}
+    for name, buffer in program.buffers.items():
+        spec = buffer.spec
         need(
-            set(made) == set(results), f"load: a conversion gives {', '.join(made)}, not {', '.join(results)}"
+            all(type(n) is int and n >= 1 for n in spec.shape)
+            and inside(buffer.offset, spec.nbytes({}), loading.place_bytes),
+            f"{program.phase}: buffer {name}, {spec}, at byte {buffer.offset} of {loading.place_bytes}",
         )
-        for name in ends:
-            ends[name] += program.buffers[made[name]].spec.nbytes({})
-    for name, offset in results.items():
-        weight = offsets.get(offset)
-        need(
-            weight is not None and ends[name] == offset + weight.nbytes,
-            f"load: a conversion writes bytes {offset} to {ends[name]}, which are no parameter",
-        )
-
-
-def _nodes_of_loading(plan: Plan, program: LoweredProgram) -> None:
+    need(set(load.operands) <= set(program.buffers), f"{program.phase}: an operand has no buffer")
+    for made in load.results.values():
+        need(all(type(n) is int and n >= 1 for n in made.spec.shape), f"{program.phase} gives {made.spec}")
+    for launch in program.launches:
+        for name in (*launch.operands.values(), *launch.results.values()):
+            need(
+                name in program.buffers or name in results,
+                f"{program.phase}: {launch.op} names {name!r}, which is nothing",
+            )
     if program.classes:
-        check_nodes(plan, program, [str(LOAD)], LOAD.phase)
+        bucket = str(load.bucket)
+        check_nodes(plan, program, [bucket], program.phase)
         for op_class in program.classes:
-            need(bool(op_class.candidates.get(str(LOAD))), f"load: {op_class.op} has no kernel")
+            need(bool(op_class.candidates.get(bucket)), f"{program.phase}: {op_class.op} has no kernel")
+
+
+def _conversion(plan: Plan, loading: Loading, conversion: Conversion) -> None:
+    """Run after run the results fill the parameters that they are."""
+    need(bool(conversion.results), "load: a conversion gives nothing")
+    weights = {}
+    for result, index in conversion.results.items():
+        need(0 <= index < len(plan.weights), f"load: {result} is weight {index}, which is none")
+        weights[result] = plan.weights[index]
+        derived = weights[result].param.derived
+        need(derived is not None, f"load: weight {weights[result].param.name} is not derived")
+    by = next(iter(weights.values())).param.derived.by  # type: ignore[union-attr]
+    first, made = 0, dict.fromkeys(weights, 0)
+    for stop, number in conversion.runs:
+        need(0 <= number < len(loading.programs), f"load: a conversion has program {number}, which is none")
+        load = loading.programs[number]
+        need(first < stop <= by.units, f"load: a run goes from unit {first} to {stop} of {by.units}")
+        need(set(made) <= set(load.results), f"load: program {number} does not give {', '.join(made)}")
+        for name, (start, end) in by.rows(first, stop).items():
+            spec = by.operands[name].spec
+            whole = (end - start, *spec.shape[1:])
+            buffer = load.program.buffers.get(name)
+            need(
+                buffer is not None and buffer.spec.shape == whole and buffer.spec.dtype == spec.dtype,
+                f"load: program {number} takes another {name} than {spec.dtype}{list(whole)}",
+            )
+        for result in made:
+            made[result] += load.results[result].spec.nbytes({})
+        first = stop
+    need(first == by.units, f"load: a conversion ends at unit {first} of {by.units}")
+    for result, nbytes in made.items():
+        weight = weights[result]
+        need(
+            nbytes == weight.nbytes,
+            f"load: a conversion gives {nbytes} bytes of {weight.param.name}, which has {weight.nbytes}",
+        )

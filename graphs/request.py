@@ -9,7 +9,7 @@ from typing import Any
 from makeready.graphs.buckets import Traffic
 from makeready.graphs.checkpoint.base import NUMPY_DTYPES, Checkpoint
 from makeready.graphs.plan import PlanError
-from makeready.graphs.quant.scheme import ON_LOAD, Scheme
+from makeready.graphs.quant.scheme import ON_LOAD, Quantization
 from makeready.graphs.quant.stored import stored_scheme
 from makeready.graphs.spec import Limits
 from makeready.graphs.targets import Target
@@ -147,7 +147,7 @@ def kv_dtype(request: Request, target: Target) -> str:
     return FP8_CACHE.get(asked, asked)
 
 
-def quantization(request: Request, target: Target, checkpoint: Checkpoint) -> Scheme | None:
+def quantization(request: Request, target: Target, checkpoint: Checkpoint) -> Quantization | None:
     """How linears are quantized, in the checkpoint or when it is loaded; None where they are not.
 
     Raises:
@@ -156,7 +156,7 @@ def quantization(request: Request, target: Target, checkpoint: Checkpoint) -> Sc
     """
     stored = stored_scheme(checkpoint.config)
     if request.quant is None:
-        if stored is not None:
+        if stored is not None and "fp8" in stored.features:
             _needs_fp8(target, "this quantized checkpoint")
         return stored
     _known("quant", request.quant, ON_LOAD)
@@ -165,8 +165,10 @@ def quantization(request: Request, target: Target, checkpoint: Checkpoint) -> Sc
             f"quant={request.quant} was asked for, but {checkpoint.path} is quantized already; "
             "leave quant out to run it as it is"
         )
-    _needs_fp8(target, f"quant={request.quant}")
-    return ON_LOAD[request.quant]
+    scheme = ON_LOAD[request.quant]
+    if "fp8" in scheme.features:
+        _needs_fp8(target, f"quant={request.quant}")
+    return scheme
 
 
 def _needs_fp8(target: Target, what: str) -> None:

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from makeready.graphs.derivation import infer
 from makeready.graphs.ir import KV, PARAM, SLOT, STEP, TEMP, Call, Program, Value
 from makeready.graphs.layers.inputs import Inputs
 from makeready.graphs.layers.parameter import Parameter
 from makeready.graphs.models.decoder import Decoder
-from makeready.graphs.recipe import Generated, Param, Piece
+from makeready.graphs.recipe import Generated, Param
 from makeready.graphs.spec import Field, KVPart, Limits, StepSpec
 from makeready.graphs.steps.base import StepKind
 from makeready.kernels.contract import Contract, ContractError
@@ -106,13 +107,15 @@ def _param(name: str, tensor: torch.nn.Parameter, weight_dtype: str, vector_dtyp
     said, shape = tensor.declaration, tuple(tensor.shape)
     if isinstance(said.source, Generated):
         return Param(name, TensorSpec(shape, "float32"), generated=said.source)
-    return Param(
-        name,
-        TensorSpec(shape, weight_dtype if tensor.ndim > 1 else vector_dtype),
-        pieces=(Piece(said.source, 0, shape[0], 0),),
-        shard=said.shard,
-        quantizable=said.quantizable,
-    )
+    spec = TensorSpec(shape, weight_dtype if tensor.ndim > 1 else vector_dtype)
+    if isinstance(said.source, tuple):
+        return Param(name, spec, pieces=said.source, shard=said.shard, quantizable=said.quantizable)
+    derived = said.source(weight_dtype)
+    made = infer(derived.by).get(derived.result)
+    if made is None:
+        raise TraceError(f"{name} is {derived.result}, which its derivation does not define")
+    spec = TensorSpec(shape, made.dtype)
+    return Param(name, spec, derived=derived, shard=said.shard, quantizable=said.quantizable)
 
 
 def _program(

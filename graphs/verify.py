@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import zip_longest
 from typing import Any
 
+from makeready.graphs.derivation import complaints
 from makeready.graphs.ir import KV, PARAM, SLOT, STEP, TEMP, Program, live
 from makeready.kernels.contract import CONTRACTS, ContractError
 
@@ -125,14 +126,7 @@ def params_have_recipes(program: Program) -> Iterator[str]:
         if value.kind == PARAM and name not in program.params:
             yield f"{name} has none"
     for param in program.params.values():
-        if bool(param.pieces) == bool(param.generated):
-            yield f"{param.name} needs either pieces or a generator"
-        if param.largest:
-            continue
-        rows = sorted((p.at, p.at + p.stop - p.start) for p in param.pieces)
-        ends = [0, *(stop for _, stop in rows)]
-        if param.pieces and ([at for at, _ in rows] != ends[:-1] or ends[-1] != param.assembled.shape[0]):
-            yield f"the pieces of {param.name} do not tile its {param.assembled.shape[0]} rows"
+        yield from complaints(param)
 
 
 RULES: tuple[Callable[[Program], Iterator[str]], ...] = (

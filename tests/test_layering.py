@@ -31,7 +31,7 @@ RUNTIME = sorted(
     or name
     in {
         f"makeready.graphs.{m}"
-        for m in ("artifact", "plan", "spec", "buckets", "memory", "recipe", "constants", "codec")
+        for m in ("artifact", "plan", "spec", "buckets", "memory", "recipe", "reads", "constants", "codec")
     }
 )
 

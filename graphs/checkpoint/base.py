@@ -9,10 +9,10 @@ import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -66,6 +66,9 @@ NUMPY_DTYPES: dict[str, np.dtype] = {
 PLAIN_DTYPES = ("float32", "float16", "bfloat16", "float64")  # numbers that stand for themselves
 PLAIN, BLOCKS = "plain", "blocks"
 
+# What of a tensor is read: ranges of its first axes; a bare slice is one of axis 0.
+Ranges: TypeAlias = slice | Sequence[slice]
+
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be used; one sentence names the file or field and the remedy."""
@@ -118,20 +121,21 @@ class Checkpoint(ABC):
         """The tensor table, by Hugging Face name."""
 
     @abstractmethod
-    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        """Read one tensor, or a contiguous range of its axis 0 without touching the rest.
+    def read(self, name: str, box: Ranges | None = None) -> np.ndarray:
+        """Read one tensor, or a box of it without touching the rest.
 
         Args:
             name: a key of `tensors`.
-            rows: `slice(start, stop)` of axis 0; None reads everything.
+            box: `slice(start, stop)` of axis 0, or one for each of the first axes; the others are read whole.
+                None reads everything.
 
         Returns:
             Plain dtypes: an array of `NUMPY_DTYPES[dtype]`, where the file allows a read-only view of
-            the mapped file (bfloat16 as its 16 bits, 8-bit floats as theirs). GGUF block types:
-            dequantized float32.
+            the mapped file, strided where the box is (bfloat16 as its 16 bits, 8-bit floats as
+            theirs). GGUF block types: dequantized float32.
 
         Raises:
-            CheckpointError: no such tensor, or rows out of range.
+            CheckpointError: no such tensor, or a range that leaves it.
         """
 
     def tokenizer_files(self) -> dict[str, Path]:
@@ -175,23 +179,30 @@ def counted(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in FINGERPRINT_EXEMPT}
 
 
-def row_range(info: TensorInfo, rows: slice | None) -> tuple[int, int]:
-    """Resolve `rows` to (start, stop) within axis 0 of a tensor.
+def ranges(info: TensorInfo, box: Ranges | None) -> tuple[tuple[int, int], ...]:
+    """Resolve `box` to (start, stop) on every axis of a tensor.
 
     Raises:
-        CheckpointError: a scalar tensor, a step other than 1, or a range that leaves the tensor.
+        CheckpointError: more ranges than axes, a step other than 1, or a range that leaves the tensor.
     """
-    count = info.shape[0] if info.shape else 1
-    if rows is None:
-        return 0, count
-    start = 0 if rows.start is None else rows.start
-    stop = count if rows.stop is None else rows.stop
-    if not info.shape or rows.step not in (None, 1) or not 0 <= start <= stop <= count:
+    given = () if box is None else (box,) if isinstance(box, slice) else tuple(box)
+    if len(given) > len(info.shape):
         raise CheckpointError(
-            f"rows {rows} do not fit tensor {info.name!r} of shape {info.shape}; "
-            f"ask for slice(start, stop) with 0 <= start <= stop <= {count}"
+            f"{len(given)} ranges do not fit tensor {info.name!r} of shape {info.shape}; "
+            f"ask for at most {len(info.shape)}"
         )
-    return start, stop
+    found = []
+    for axis, count in enumerate(info.shape):
+        part = given[axis] if axis < len(given) else slice(None)
+        start = 0 if part.start is None else part.start
+        stop = count if part.stop is None else part.stop
+        if part.step not in (None, 1) or not 0 <= start <= stop <= count:
+            raise CheckpointError(
+                f"range {part} of axis {axis} does not fit tensor {info.name!r} of shape {info.shape}; "
+                f"ask for slice(start, stop) with 0 <= start <= stop <= {count}"
+            )
+        found.append((start, stop))
+    return tuple(found)
 
 
 def map_file(path: Path) -> np.ndarray:

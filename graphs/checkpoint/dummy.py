@@ -10,7 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from makeready.graphs.checkpoint.base import NUMPY_DTYPES, Checkpoint, CheckpointError, TensorInfo, row_range
+from makeready.graphs.checkpoint.base import (
+    NUMPY_DTYPES,
+    Checkpoint,
+    CheckpointError,
+    Ranges,
+    TensorInfo,
+    ranges,
+)
 from makeready.graphs.checkpoint.config import DTYPES, normalise_config
 from makeready.graphs.checkpoint.float8 import to_float8
 
@@ -97,10 +104,10 @@ class DummyCheckpoint(Checkpoint):
         scaled = kind == "weight" and any(f"{module}.{scale}" in beside for scale in SCALES)
         return "float8_e4m3fn" if scaled else self.dtype
 
-    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        """Make one tensor, or a range of its rows; see `Checkpoint.read`."""
+    def read(self, name: str, box: Ranges | None = None) -> np.ndarray:
+        """Make one tensor, or a box of it; see `Checkpoint.read`."""
         info = self._find(name)
-        start, stop = row_range(info, rows)
+        (start, stop), *others = ranges(info, box) or ((0, 1),)
         row = math.prod(info.shape[1:])
         block = self._block(info)
         flat = np.empty((stop - start) * row, block.dtype)
@@ -109,7 +116,8 @@ class DummyCheckpoint(Checkpoint):
             part = block[source : source + len(flat) - filled]
             flat[filled : filled + len(part)] = part
             filled, source = filled + len(part), 0
-        return flat.reshape((stop - start, *info.shape[1:]) if info.shape else ())
+        made = flat.reshape((stop - start, *info.shape[1:]) if info.shape else ())
+        return made[(..., *(slice(*part) for part in others))] if others else made
 
     def _block(self, info: TensorInfo) -> np.ndarray:
         key = hashlib.sha256(f"{self._seed}/{info.name}".encode()).digest()[:16]

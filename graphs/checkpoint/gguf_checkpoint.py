@@ -11,11 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from makeready.graphs.checkpoint.base import NUMPY_DTYPES, Checkpoint, CheckpointError, TensorInfo, row_range
+from makeready.graphs.checkpoint.base import (
+    NUMPY_DTYPES,
+    Checkpoint,
+    CheckpointError,
+    Ranges,
+    TensorInfo,
+    ranges,
+)
 from makeready.graphs.checkpoint.config import normalise_config
 from makeready.graphs.checkpoint.gguf import GGUFFile
 from makeready.graphs.checkpoint.gguf_config import hugging_face_config, llama3_rope
-from makeready.graphs.checkpoint.gguf_dequantize import PLAIN_TYPES, dequantize
+from makeready.graphs.checkpoint.gguf_dequantize import BLOCK_TYPES, PLAIN_TYPES, dequantize
 from makeready.graphs.checkpoint.gguf_names import (
     ROPE_FACTORS,
     Fields,
@@ -61,16 +68,30 @@ class GGUFCheckpoint(Checkpoint):
         """The tensor table, by Hugging Face name."""
         return self._tensors
 
-    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        """Read one tensor or a range of its rows; see `Checkpoint.read`."""
+    def read(self, name: str, box: Ranges | None = None) -> np.ndarray:
+        """Read one tensor or a box of it; see `Checkpoint.read`."""
         info = self._find(name)
-        start, stop = row_range(info, rows)
-        shape = (stop - start, *info.shape[1:])
+        (start, stop), *others = ranges(info, box)
+        cut = [slice(*part) for part in others]
         if info.dtype in NUMPY_DTYPES:
-            return self._stored(info, start, stop).reshape(shape)
-        out = np.empty(shape, np.float32)
-        self.read_into(name, out, rows)
-        return out
+            stored = self._stored(info, start, stop).reshape(stop - start, *info.shape[1:])
+            return stored[(slice(None), *cut)]
+        if all(part == (0, n) for part, n in zip(others, info.shape[1:], strict=True)):
+            out = np.empty((stop - start, *info.shape[1:]), np.float32)
+            self.read_into(name, out, slice(start, stop))
+            return out
+        # Blocks run along the last axis: of each row those that hold the columns.
+        elements, nbytes = BLOCK_TYPES[info.dtype].sizes
+        columns = cut[-1]
+        blocks = slice(columns.start // elements, -(-columns.stop // elements))
+        shape = (stop - start, *info.shape[1:-1], info.shape[-1] // elements, nbytes)
+        stored = self._stored(info, start, stop).reshape(shape)
+        stored = np.ascontiguousarray(stored[(slice(None), *cut[:-1], blocks)])
+        out = np.empty((*stored.shape[:-2], stored.shape[-2] * elements), np.float32)
+        if out.size:
+            dequantize(info.dtype, stored, out, self._pool)
+        first = columns.start - blocks.start * elements
+        return out[..., first : first + columns.stop - columns.start]
 
     def read_into(self, name: str, out: np.ndarray, rows: slice | None = None) -> None:
         """Dequantize into memory that is there already, which saves touching fresh pages.
@@ -84,7 +105,7 @@ class GGUFCheckpoint(Checkpoint):
             CheckpointError: not a block type, or `out` does not fit.
         """
         info = self._find(name)
-        start, stop = row_range(info, rows)
+        start, stop = ranges(info, rows)[0]
         shape = (stop - start, *info.shape[1:])
         if (
             info.dtype in NUMPY_DTYPES

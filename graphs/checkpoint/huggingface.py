@@ -17,6 +17,7 @@ from makeready.graphs.checkpoint.base import (
     Checkpoint,
     CheckpointError,
     CheckpointWarning,
+    Ranges,
     TensorInfo,
     read_json,
 )
@@ -77,11 +78,11 @@ class HuggingFaceCheckpoint(Checkpoint):
         """The tensor table, by Hugging Face name."""
         return self._tensors
 
-    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        """Read one tensor or a range of its rows; see `Checkpoint.read`."""
+    def read(self, name: str, box: Ranges | None = None) -> np.ndarray:
+        """Read one tensor or a box of it; see `Checkpoint.read`."""
         self._find(name)
         stored = self._stored_names.get(name, name)
-        return self._sources[stored].read(stored, rows)
+        return self._sources[stored].read(stored, box)
 
     def tokenizer_files(self) -> dict[str, Path]:
         """The files of `TOKENIZER_FILES` and the further chat templates that exist, by name."""

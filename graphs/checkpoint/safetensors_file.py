@@ -13,7 +13,14 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from makeready.graphs.checkpoint.base import NUMPY_DTYPES, CheckpointError, TensorInfo, map_file, row_range
+from makeready.graphs.checkpoint.base import (
+    NUMPY_DTYPES,
+    CheckpointError,
+    Ranges,
+    TensorInfo,
+    map_file,
+    ranges,
+)
 
 MAX_HEADER_BYTES = 100_000_000  # the reference reader's limit
 
@@ -68,15 +75,13 @@ class SafetensorsFile:
             spans.append((begin, end, name))
         _check_spans(path, spans, len(self._bytes) - data_start)
 
-    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        """Return a read-only view of a tensor's rows (a copy only where the file misaligns it)."""
+    def read(self, name: str, box: Ranges | None = None) -> np.ndarray:
+        """Return a read-only view of a box of a tensor (a copy only where the file misaligns it)."""
         info = self.infos[name]
-        start, stop = row_range(info, rows)
-        dtype = NUMPY_DTYPES[info.dtype]
-        shape = (stop - start, *info.shape[1:]) if info.shape else ()
-        begin = self._begins[name] + start * math.prod(info.shape[1:]) * dtype.itemsize
-        data = self._bytes[begin : begin + math.prod(shape) * dtype.itemsize]
-        array = data.view(dtype).reshape(shape)
+        dtype, begin = NUMPY_DTYPES[info.dtype], self._begins[name]
+        data = self._bytes[begin : begin + math.prod(info.shape) * dtype.itemsize]
+        array = data.view(dtype).reshape(info.shape)
+        array = array[(*(slice(*part) for part in ranges(info, box)), ...)]
         return array if array.flags.aligned else array.copy()
 
 

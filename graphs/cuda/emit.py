@@ -24,7 +24,6 @@ from makeready.graphs.cuda.aot import Compiled, Kernel
 from makeready.graphs.cuda.ways import Way, select
 from makeready.graphs.memory import ALIGNMENT, align
 from makeready.graphs.plan import (
-    LOAD,
     Binary,
     Choice,
     Launch,
@@ -152,6 +151,7 @@ def emit(
     cache: Path,
     deterministic: bool = False,
     reports: Collection[str] = (),
+    loads: Collection[str] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Emitted:
     """Op classes of all programs, and the machine code that they launch.
@@ -165,6 +165,8 @@ def emit(
         deterministic: every call runs the same kernels in all buckets and phases, of those that compute a row
             from that row alone.
         reports: results that only some kinds of step have; what makes them need not run in all.
+        loads: which of ``programs`` make parameters: each has a place of the arena to itself, and none computes
+            tokens.
         progress: told how many of how many kernels are compiled.
 
     Raises:
@@ -174,10 +176,12 @@ def emit(
     classes: dict[str, list[_Class]] = {}
     classified: dict[str, LoweredProgram] = {}
     for phase, program in programs.items():
-        classified[phase], classes[phase] = _classify(program, specs[phase])
+        classified[phase], classes[phase] = _classify(program, specs[phase], spare=phase not in loads)
     if deterministic:
-        _check_alike(classified, classes, reports)
-    calls, alike = _calls(classes, buckets, context, target, deterministic=deterministic)
+        steps = {phase: program for phase, program in classified.items() if phase not in loads}
+        _check_alike(steps, classes, reports)
+    same = set(programs) - set(loads) if deterministic else set()
+    calls, alike = _calls(classes, buckets, context, target, alike=same)
     ways, compiled, dropped = select(calls, target, keep=keep, cache=cache, progress=progress, alike=alike)
     lacking = {calls[key].op: key for key, found in reversed(ways.items()) if not found}
     if lacking:
@@ -209,7 +213,7 @@ def emit(
         binaries={names[k]: _binary(made) for k, made in sorted(compiled.items(), key=lambda item: names[item[0]])},
         cubins={names[k]: made.cubin for k, made in compiled.items()},
         scratch=align(counters + rest),
-        arena=max((_reach(program) for phase, program in classified.items() if phase != LOAD.phase), default=0),
+        arena=max((_reach(program) for phase, program in classified.items() if phase not in loads), default=0),
         dropped=dropped,
     )  # fmt: skip
 
@@ -220,17 +224,17 @@ def _calls(
     context: int,
     target: Target,
     *,
-    deterministic: bool,
+    alike: Collection[str],
 ) -> tuple[dict[_Key, OpCall], dict[_Key, tuple[object, ...]]]:
-    """The call of every class in every bucket; and of those that must run alike, which those are."""
+    """The call of every class in every bucket; and of those in phases that must run ``alike``, which those are."""
     keys = [(b.phase, index, b) for b in buckets for index in range(len(classes[b.phase]))]
-    alike = {key: classes[key[0]][key[1]].alike for key in keys if deterministic and key[0] != LOAD.phase}
+    same = {key: classes[key[0]][key[1]].alike for key in keys if key[0] in alike}
     most = max(bucket.rows for bucket in buckets)
     calls = {
-        key: classes[key[0]][key[1]].call(key[2], context, target, most_rows=most if key in alike else 0)
+        key: classes[key[0]][key[1]].call(key[2], context, target, most_rows=most if key in same else 0)
         for key in keys
     }
-    return calls, alike
+    return calls, same
 
 
 def _check_alike(
@@ -248,7 +252,6 @@ def _check_alike(
             if CONTRACTS[launch.op].selects_rows is None and not set(reports) & set(launch.results.values())
         ]
         for phase, program in programs.items()
-        if phase != LOAD.phase
     }
     first, *others = made
     for phase in others:
@@ -277,13 +280,13 @@ def _reach(program: LoweredProgram) -> int:
 
 
 def _classify(
-    program: LoweredProgram, specs: Mapping[str, TensorSpec]
+    program: LoweredProgram, specs: Mapping[str, TensorSpec], *, spare: bool
 ) -> tuple[LoweredProgram, list[_Class]]:
     found: dict[_Class, int] = {}
     launches: list[Launch] = []
     for launch in program.launches:
         values = tuple(
-            _value(name, value, program, specs)
+            _value(name, value, program, specs, spare=spare)
             for name, value in (*launch.operands.items(), *launch.results.items())
         )
         one = _Class(launch.op, values, canonical(dict(launch.attrs)).decode())
@@ -291,12 +294,19 @@ def _classify(
     return replace(program, launches=tuple(launches)), list(found)
 
 
-def _value(name: str, value: str, program: LoweredProgram, specs: Mapping[str, TensorSpec]) -> _Value:
-    """Regions and everything in them but column views start at multiples of :data:`ALIGNMENT`."""
+def _value(
+    name: str, value: str, program: LoweredProgram, specs: Mapping[str, TensorSpec], *, spare: bool
+) -> _Value:
+    """Regions and everything in them start at multiples of :data:`ALIGNMENT`, but for column views and what a
+    program says otherwise.
+
+    Args:
+        spare: whether memory behind the arena's buffers may be touched; behind a place of a load program lies the
+            next thread's.
+    """
     buffer = program.buffers.get(value)
     if buffer is None:
-        return _Value(name, specs[value], None, ALIGNMENT)
-    spare = program.phase != LOAD.phase  # others have their buffers elsewhere than in the arena
+        return _Value(name, specs[value], None, program.alignments.get(value, ALIGNMENT))
     return _Value(name, buffer.spec, buffer.row_stride, math.gcd(buffer.offset, ALIGNMENT), spare)
 
 

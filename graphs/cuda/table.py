@@ -12,7 +12,7 @@ def resource_table(plan: Plan) -> str:
     that the target has too little of something for.
     """
     used: dict[str, set[str]] = {key: set() for key in plan.binaries}
-    loading = [] if plan.loading is None else [plan.loading.program]
+    loading = [] if plan.loading is None else [load.program for load in plan.loading.programs]
     for program in (*plan.programs.values(), *loading):
         for one in program.classes:
             for choices in one.candidates.values():

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from makeready.graphs.derivation import infer
 from makeready.graphs.plan import Launch, Plan, PlanError
 from makeready.graphs.recipe import Derived, Param
 from makeready.kernels import registry
@@ -125,16 +126,15 @@ _KINDS: Mapping[str, Callable[[Any], bool]] = {
 
 
 def _check_derived(param: Param, derived: Derived) -> None:
-    contract = CONTRACTS.get(derived.op)
     try:
-        if contract is None:
-            raise ValueError(f"there is no op {derived.op}")
-        (operand,) = contract.inputs
-        _, attrs = contract.bind((), {operand.name: operand.name, **derived.attrs})
-        _check_attributes(contract, attrs)
-        made = contract.infer({operand.name: derived.operand}, attrs)[derived.result]
+        for call in derived.by.calls:
+            if call.op not in CONTRACTS:
+                raise ValueError(f"there is no op {call.op}")
+            _, attrs = CONTRACTS[call.op].bind((), {**call.operands, **call.attrs})
+            _check_attributes(CONTRACTS[call.op], attrs)
+        made = infer(derived.by)[derived.result]
         if made.dtype != param.spec.dtype or made.nbytes({}) != param.spec.nbytes({}):
-            raise ValueError(f"{derived.op} gives {made}, the plan says {param.spec}")
+            raise ValueError(f"its derivation gives {made}, the plan says {param.spec}")
     except Exception as error:  # attributes of any type meet arithmetic here
         raise PlanError(
             f"the plan contradicts itself: weight {param.name}: {error}; compile it again"

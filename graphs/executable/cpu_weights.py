@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import warnings
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,8 +16,10 @@ import torch
 from makeready.graphs.checkpoint.base import Checkpoint, CheckpointError
 from makeready.graphs.checkpoint.gguf_dequantize import PIECE
 from makeready.graphs.constants import GENERATORS
+from makeready.graphs.derivation import derived_groups
 from makeready.graphs.plan import Plan, Weight
-from makeready.graphs.recipe import Derived, Param, Piece
+from makeready.graphs.reads import Read, fetch, reads
+from makeready.graphs.recipe import Derivation, Operand, Param
 from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.gemm.linear_cpu import PACKED, ProductError, join, pack, pack_rows, packs, part_rows
 
@@ -24,6 +27,7 @@ from makeready.kernels.gemm.linear_cpu import PACKED, ProductError, join, pack, 
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 Progress = Callable[[int, int], None]
+Fill = Callable[[torch.Tensor], Any]  # writes a parameter into a tensor of its shape and dtype
 
 LAYOUTS: Mapping[str, Callable[[torch.Tensor], Any]] = {"rows": lambda x: x, PACKED: pack}
 
@@ -39,37 +43,53 @@ def load_weights(plan: Plan, checkpoint: Checkpoint, progress: Progress) -> dict
         CheckpointError: a weight is NaN or infinite.
     """
     region = torch.empty(plan.memory.weights, dtype=torch.uint8)
-    ranges = [(w, at, stop) for w in plan.weights for at, stop in _ranges(w.param)]
-    left = {w.param.name: 0 for w in plan.weights}
-    for weight, _, _ in ranges:
-        left[weight.param.name] += 1
     lock = threading.Lock()
+    params = [weight.param for weight in plan.weights]
+    groups = derived_groups(params)
+    alone = set(range(len(params))).difference(*(results.values() for _, results in groups))
+    ranges = [(index, start, stop) for index in sorted(alone) for start, stop in _ranges(params[index])]
+    left = dict.fromkeys(range(len(params)), 1) | Counter(index for index, _, _ in ranges)
 
-    def load(weight: Weight, start: int, stop: int) -> Any:
-        view = region[weight.offset : weight.offset + weight.nbytes]
-        loaded = _load(weight, checkpoint, view, start, stop)
+    def count(index: int) -> None:
         with lock:
-            left[weight.param.name] -= 1
+            left[index] -= 1
             progress(sum(not n for n in left.values()), len(left))
+
+    def load_range(index: int, start: int, stop: int) -> Any:
+        made = _load(plan.weights[index], checkpoint, region, start, stop)
+        count(index)
+        return made
+
+    def load_derived(by: Derivation, results: dict[str, int]) -> dict[int, Any]:
+        made = _derived(by, results, checkpoint)
+        loaded = {index: _stored(plan.weights[index], fill, region) for index, fill in made.items()}
+        for index in loaded:
+            count(index)
         return loaded
 
     threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     try:
-        by_size = sorted(ranges, key=lambda r: -_numbers(r[0].param, r[1], r[2]))
-        waiting = {(w.param.name, start): pool.submit(load, w, start, stop) for w, start, stop in by_size}
-        found: dict[str, list[Any]] = {name: [] for name in left}
-        for weight, start, _ in ranges:
-            found[weight.param.name].append(waiting[weight.param.name, start].result())
+        derived = [pool.submit(load_derived, *group) for group in groups]
+        by_size = sorted(ranges, key=lambda r: -_numbers(params[r[0]], r[1], r[2]))
+        waiting = {
+            (index, start): pool.submit(load_range, index, start, stop) for index, start, stop in by_size
+        }
+        parts: dict[int, list[Any]] = defaultdict(list)
+        for index, start, _ in ranges:
+            parts[index].append(waiting[index, start].result())
+        found = {index: made[0] if len(made) == 1 else join(made) for index, made in parts.items()}
+        for group in derived:
+            found |= group.result()
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)  # the number that threads of later days begin with
-    return {name: parts[0] if len(parts) == 1 else join(parts) for name, parts in found.items()}
+    return {param.name: found[index] for index, param in enumerate(params)}
 
 
 def _packed_by_range(param: Param) -> bool:
-    made = param.generated is not None or param.largest or param.derived is not None
-    return param.layout == PACKED and packs() and not made
+    plain = param.generated is None and param.derived is None and not any(o.largest for o in param.operands)
+    return param.layout == PACKED and packs() and plain
 
 
 def _ranges(param: Param) -> list[tuple[int, int]]:
@@ -83,70 +103,84 @@ def _numbers(param: Param, start: int, stop: int) -> int:
     return (stop - start) * math.prod(param.spec.at({})[1:])
 
 
-def _load(weight: Weight, checkpoint: Checkpoint, place: torch.Tensor, start: int, stop: int) -> Any:
+def _load(weight: Weight, checkpoint: Checkpoint, region: torch.Tensor, start: int, stop: int) -> Any:
+    param = weight.param
+    if not _packed_by_range(param):
+        return _stored(weight, _plain(param, checkpoint), region)
+    shape, dtype = param.spec.at({}), getattr(torch, param.spec.dtype)
+    # FBGEMM rounds fp32 to fp16 as PyTorch does; what a file holds in more bits goes there directly.
+    dtype = torch.float32 if dtype == torch.float16 else dtype
+    rows = torch.empty((stop - start, *shape[1:]), dtype=dtype)
+    (operand,) = param.operands
+    assemble(operand, checkpoint, rows, (start, stop))
+    try:
+        return pack_rows(rows)
+    except ProductError as error:
+        sources = ", ".join(sorted({read.source for read in reads(operand)}))
+        raise CheckpointError(
+            f"{checkpoint.path}: {sources} cannot be multiplied with: {error}; download or convert it again"
+        ) from None
+
+
+def _stored(weight: Weight, fill: Fill, region: torch.Tensor) -> Any:
+    """A parameter at its place in ``region``, or packed."""
     param = weight.param
     shape, dtype = param.spec.at({}), getattr(torch, param.spec.dtype)
-    if _packed_by_range(param):
-        # FBGEMM rounds fp32 to fp16 as PyTorch does; what a file holds in more bits goes there directly.
-        dtype = torch.float32 if dtype == torch.float16 else dtype
-        rows = torch.empty((stop - start, *shape[1:]), dtype=dtype)
-        _assemble(param, checkpoint, rows, start)
-        try:
-            return pack_rows(rows)
-        except ProductError as error:
-            sources = ", ".join(sorted({piece.source for piece in param.pieces}))
-            raise CheckpointError(
-                f"{checkpoint.path}: {sources} cannot be multiplied with: {error}; download or convert it again"
-            ) from None
-    # A packed parameter passes through memory of its own; its place in the region stays untouched.
-    target = place.view(dtype).view(shape) if param.layout == "rows" else torch.empty(shape, dtype=dtype)
-    if param.generated is not None:
-        target.copy_(torch.from_numpy(GENERATORS[param.generated.function](**param.generated.arguments)))
-    elif param.largest:
-        target.fill_(max(_number(piece, checkpoint) for piece in param.pieces))
-    elif param.derived is not None:
-        target.copy_(_derive(param, param.derived, checkpoint).view(shape))
-    else:
-        _assemble(param, checkpoint, target)
+    if param.layout == "rows":
+        target = region[weight.offset : weight.offset + weight.nbytes].view(dtype).view(shape)
+    else:  # passes through memory of its own; its place in the region stays untouched
+        target = torch.empty(shape, dtype=dtype)
+    fill(target)
     return LAYOUTS[param.layout](target)
 
 
-def _derive(param: Param, derived: Derived, checkpoint: Checkpoint) -> torch.Tensor:
-    """The result of the op over the assembled rows."""
-    spec, op = derived.operand, CONTRACTS[derived.op]
-    operand = torch.empty(spec.at({}), dtype=getattr(torch, spec.dtype))
-    _assemble(param, checkpoint, operand)
-    made = op.reference(operand, **derived.attrs)
-    return dict(zip((o.name for o in op.outputs), made, strict=True))[derived.result]
+def _plain(param: Param, checkpoint: Checkpoint) -> Fill:
+    made = param.generated
+    if made is not None:
+        return lambda target: target.copy_(torch.from_numpy(GENERATORS[made.function](**made.arguments)))
+    (operand,) = param.operands
+    return lambda target: assemble(operand, checkpoint, target)
 
 
-def _assemble(param: Param, checkpoint: Checkpoint, target: torch.Tensor, first: int = 0) -> None:
-    """Rows from ``first`` on, as many as ``target`` has."""
-    if param.columns is not None:
-        target.view(torch.uint8).zero_()
-        target = target[:, : param.columns]
-    for piece in param.pieces:
-        start, stop = max(piece.at, first), min(piece.at + piece.stop - piece.start, first + len(target))
-        if start >= stop:
-            continue
-        place = target[start - first : stop - first]
-        if piece.repeated:
-            place.fill_(_number(piece, checkpoint))
-            continue
+def _derived(by: Derivation, results: dict[str, int], checkpoint: Checkpoint) -> dict[int, Fill]:
+    """The parameters that a derivation makes, by the contracts' references."""
+    values: dict[str, torch.Tensor] = {}
+    for name, operand in by.operands.items():
+        values[name] = torch.empty(operand.spec.at({}), dtype=getattr(torch, operand.spec.dtype))
+        assemble(operand, checkpoint, values[name])
+    for call in by.calls:
+        op = CONTRACTS[call.op]
+        given = [values[call.operands[o.name]] if o.name in call.operands else None for o in op.inputs]
+        made = op.reference(*given, **call.attrs)
+        made = made if isinstance(made, tuple) else (made,)
+        values |= {call.results[o.name]: value for o, value in zip(op.outputs, made, strict=True)}
+    return {
+        index: lambda target, value=values[result]: target.copy_(value.reshape(target.shape))
+        for result, index in results.items()
+    }
+
+
+def assemble(
+    operand: Operand, checkpoint: Checkpoint, target: torch.Tensor, rows: tuple[int, int] | None = None
+) -> None:
+    """Put ``operand``, or some of its rows, together in ``target``."""
+    if operand.largest:
+        target.fill_(max(_fetch(read, checkpoint).float().item() for read in reads(operand)))
+        return
+    if operand.padding:
+        target.view(torch.uint8).zero_()  # 8-bit floats cannot be filled
+    for read in reads(operand, rows):
         # Little by little: what is dequantized and then rounded stays in the cache, in memory that is there.
-        begin, step = piece.start + start - piece.at, max(1, PIECE // max(1, place[0].numel()))
-        for at in range(0, len(place), step):
-            part = place[at : at + step]
-            read = _read(piece, checkpoint, slice(begin + at, begin + at + len(part)))
-            part.copy_(read.view(part.shape))
+        for part in (read,) if read.number else read.cut(PIECE):
+            place = target[tuple(slice(start, stop) for start, stop in part.place)]
+            if part.number:
+                place.fill_(_fetch(part, checkpoint).float().item())
+            else:
+                place.copy_(_fetch(part, checkpoint))
 
 
-def _number(piece: Piece, checkpoint: Checkpoint) -> float:
-    return _read(piece, checkpoint, None).float().item()
-
-
-def _read(piece: Piece, checkpoint: Checkpoint, rows: slice | None) -> torch.Tensor:
-    return as_tensor(checkpoint.read(piece.source, rows), checkpoint.tensors[piece.source].dtype)
+def _fetch(read: Read, checkpoint: Checkpoint) -> torch.Tensor:
+    return as_tensor(fetch(checkpoint, read), checkpoint.tensors[read.source].dtype)
 
 
 def as_tensor(array: np.ndarray, dtype: str) -> torch.Tensor:

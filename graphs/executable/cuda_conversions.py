@@ -1,8 +1,8 @@
-"""Parameters that are quantized on their way in: rows to a slot of the arena, kernels from there to the weights.
+"""Parameters that are derived on their way in: boxes to a place of the arena, kernels from there to the weights.
 
-A plan says what runs (``Plan.loading``). Here its conversions become chunks, each a task of its own for the
-threads that load weights: rows are read, converted to the operand's dtype where they are stored in another,
-and copied to a free slot; the chunk's launch reads them there. A slot is free again when the launch ended.
+A plan says what runs (``Plan.loading``). Here its runs become tasks for the threads that load weights: the
+operands' boxes are read, converted to the dtype that launches want where they are stored in another, and copied
+to a free place; the launches read them there. A place is free again when they ended.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from makeready.graphs.checkpoint.base import Checkpoint
-from makeready.graphs.executable.cuda_convert import reader
+from makeready.graphs.executable.cuda_convert import runs
 from makeready.graphs.executable.cuda_driver import Driver, Function
 from makeready.graphs.executable.cuda_graph import GraphBuilder, PreparedNode
-from makeready.graphs.plan import LOAD, Conversion, Loading, Plan
-from makeready.graphs.recipe import Piece
+from makeready.graphs.plan import Conversion, Loading, Plan
+from makeready.graphs.recipe import CHUNK_BYTES
 
 
 class Lane(Protocol):
@@ -38,36 +38,32 @@ class Lane(Protocol):
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """One launch of a conversion.
+class LoadRun:
+    """One run of a load program.
 
     Attributes:
-        launch: its number in the loading program.
-        rows: what reads rows of the operand, and the byte of the slot where they go.
-        results: byte offset in the weights region of each result, by its name in the contract.
+        program: its number in :attr:`Loading.programs`.
+        reads: what makes bytes of operands, and the byte of the place where they go.
+        results: byte offset in the weights region of each result, by its name in the derivation.
         weights: indices of the parameters that are made.
     """
 
-    launch: int
-    rows: tuple[tuple[Callable[[], np.ndarray], int], ...]
+    program: int
+    reads: tuple[tuple[Callable[[], np.ndarray], int], ...]
     results: Mapping[str, int]
     weights: tuple[int, ...]
 
 
-def chunks(plan: Plan, checkpoint: Checkpoint) -> list[Chunk]:
-    """Every chunk of a plan's conversions."""
-    if plan.loading is None:
+def load_runs(plan: Plan, checkpoint: Checkpoint) -> list[LoadRun]:
+    """Every run of a plan's conversions."""
+    loading = plan.loading
+    if loading is None:
         return []
-    at = {weight.offset: index for index, weight in enumerate(plan.weights)}
-    return [
-        chunk
-        for conversion in plan.loading.conversions
-        for chunk in _cut(conversion, plan.loading, checkpoint, at)
-    ]
+    return [run for made in loading.conversions for run in _runs(made, plan, loading, checkpoint)]
 
 
 class Converter:
-    """Runs chunks, from several threads at once.
+    """Runs load programs, from several threads at once.
 
     Args:
         functions: loaded kernels by their key in ``Plan.binaries``.
@@ -84,64 +80,58 @@ class Converter:
         base: int,
     ) -> None:
         self._driver = driver
-        self._program = loading.program
+        self._programs = loading.programs
         self._base = base
         self._builder = GraphBuilder(driver, plan, functions, scratch=0, pages=0, device="")
-        self._slots: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for slot in range(loading.slots):
-            self._slots.put(arena + slot * loading.slot_bytes)
+        self._places: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for place in range(loading.places):
+            self._places.put(arena + place * loading.place_bytes)
         self._mine = threading.local()
 
-    def run(self, chunk: Chunk, lane: Lane) -> None:
-        """Bring a chunk's rows to the device and make parameters of them; ends when they are there."""
-        slot = self._slots.get()
+    def run(self, run: LoadRun, lane: Lane) -> None:
+        """Bring a run's operands to the device and make parameters of them; ends when they are there."""
+        place = self._places.get()
         try:
-            for read, offset in chunk.rows:
-                lane.push(read(), slot - self._base + offset)
-            launch = self._program.launches[chunk.launch]
-            names = {**launch.operands, **launch.results}
-            addresses = {launch.results[name]: self._base + offset for name, offset in chunk.results.items()}
-            addresses[launch.operands["x"]] = slot
-            for node in self._prepared(launch.op_class):
-                self._driver.launch_kernel(node.function, node.grid, node.bind(names, addresses), lane.stream)
+            for make, offset in run.reads:
+                lane.push(make(), place - self._base + offset)
+            made = self._programs[run.program]
+            addresses = {name: place + buffer.offset for name, buffer in made.program.buffers.items()}
+            addresses |= {made.results[name].name: self._base + at for name, at in run.results.items()}
+            for launch, nodes in zip(made.program.launches, self._prepared(run.program), strict=True):
+                names = {**launch.operands, **launch.results}
+                for node in nodes:
+                    bound = node.bind(names, addresses)
+                    self._driver.launch_kernel(node.function, node.grid, bound, lane.stream)
             lane.drain()
         finally:
-            self._slots.put(slot)
+            self._places.put(place)
 
-    def _prepared(self, op_class: int) -> list[PreparedNode]:
-        """The nodes of a class, this thread's own."""
-        made: dict[int, list[PreparedNode]] = self._mine.__dict__.setdefault("nodes", {})
-        if op_class not in made:
-            (choice, *_) = self._program.classes[op_class].candidates[str(LOAD)]
-            made[op_class] = [self._builder.prepare(node) for node in choice.nodes]
-        return made[op_class]
+    def _prepared(self, number: int) -> list[list[PreparedNode]]:
+        """The nodes of every launch of a program, this thread's own."""
+        prepared: dict[int, list[list[PreparedNode]]] = self._mine.__dict__.setdefault("nodes", {})
+        if number not in prepared:
+            made = self._programs[number]
+            chosen = [one.candidates[str(made.bucket)][0] for one in made.program.classes]
+            prepared[number] = [
+                [self._builder.prepare(node) for node in chosen[launch.op_class].nodes]
+                for launch in made.program.launches
+            ]
+        return prepared[number]
 
 
-def _cut(
-    conversion: Conversion, loading: Loading, checkpoint: Checkpoint, at: Mapping[int, int]
-) -> Iterator[Chunk]:
-    weights = tuple(at[offset] for offset in conversion.results.values())
-    first, results = 0, dict(conversion.results)
-    for number in conversion.launches:
-        launch = loading.program.launches[number]
-        operand = loading.program.buffers[launch.operands["x"]].spec
-        stop = first + operand.at({})[0]
-        row = operand.nbytes({}) // (stop - first)
-        rows = tuple(
-            (reader(checkpoint, part.source, slice(part.start, part.stop), operand.dtype), part.at * row)
-            for part in _between(conversion.pieces, first, stop)
+def _runs(conversion: Conversion, plan: Plan, loading: Loading, checkpoint: Checkpoint) -> Iterator[LoadRun]:
+    weights = tuple(conversion.results.values())
+    derived = plan.weights[weights[0]].param.derived
+    assert derived is not None, "a conversion makes what its recipe derives"
+    at = {result: plan.weights[index].offset for result, index in conversion.results.items()}
+    first = 0
+    for stop, number in conversion.runs:
+        made = loading.programs[number]
+        reads = tuple(
+            (run.make, made.program.buffers[name].offset + run.offset)
+            for name, rows in derived.by.rows(first, stop).items()
+            for run in runs(checkpoint, derived.by.operands[name], CHUNK_BYTES, rows)
         )
-        yield Chunk(number, rows, dict(results), weights)
-        for name in results:
-            results[name] += loading.program.buffers[launch.results[name]].spec.nbytes({})
+        yield LoadRun(number, reads, dict(at), weights)
+        at = {result: offset + made.results[result].spec.nbytes({}) for result, offset in at.items()}
         first = stop
-
-
-def _between(pieces: tuple[Piece, ...], first: int, stop: int) -> Iterator[Piece]:
-    """What of ``pieces`` makes up rows ``first:stop`` of the operand; places are counted from ``first``."""
-    for piece in pieces:
-        start = max(first, piece.at)
-        end = min(stop, piece.at + piece.stop - piece.start)
-        if start < end:
-            moved = piece.start - piece.at
-            yield Piece(piece.source, start + moved, end + moved, start - first)

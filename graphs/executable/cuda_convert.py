@@ -1,13 +1,22 @@
-"""Stored weights to the dtype that kernels want, in numpy, rounding to nearest even."""
+"""What a recipe reads, as runs of bytes on the GPU: fetched, converted and put together in numpy.
+
+Conversions round to nearest even.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from makeready.graphs.checkpoint.base import NUMPY_DTYPES, Checkpoint
 from makeready.graphs.plan import PlanError
+from makeready.graphs.reads import Read, fetch, reads
+from makeready.graphs.recipe import Operand
+from makeready.kernels.spec import DTYPE_BYTES
 
 _QUIET_NAN = np.uint16(0x7FC0)
 
@@ -33,14 +42,65 @@ def convert(source: np.ndarray, stored: str, wanted: str) -> np.ndarray:
     return _FROM_FLOAT32[wanted](_TO_FLOAT32[stored](source))
 
 
-def reader(checkpoint: Checkpoint, source: str, rows: slice | None, wanted: str) -> Callable[[], np.ndarray]:
-    """What reads rows of a tensor (None: all of it) in the dtype ``wanted`` when it is called."""
+@dataclass(frozen=True)
+class Run:
+    """Bytes of an operand that follow each other.
 
-    def read() -> np.ndarray:
-        array = checkpoint.read(source, rows)
-        return convert(array, stored_dtype(array, checkpoint.tensors[source].dtype), wanted)
+    Attributes:
+        offset: bytes before them.
+        make: gives them when it is called, as an array of any shape.
+        read: the one box that they are, as the checkpoint may have it; None where they are put together.
+    """
 
-    return read
+    offset: int
+    make: Callable[[], np.ndarray]
+    read: Read | None = None
+
+
+def runs(
+    checkpoint: Checkpoint, operand: Operand, most: int, rows: tuple[int, int] | None = None
+) -> Iterator[Run]:
+    """What an operand, or ``rows`` of it, consists of.
+
+    Boxes come one by one where each is a run, else rows are put together on the host.
+
+    Args:
+        most: bytes of rows that are put together at once.
+    """
+    wanted, size = operand.spec.dtype, DTYPE_BYTES[operand.spec.dtype]
+    first, stop = rows or (0, int(operand.spec.shape[0]))
+    if operand.largest:
+        numbers = list(reads(operand))
+        yield Run(0, lambda: np.stack([converted(checkpoint, read, wanted).max() for read in numbers]).max())
+        return
+    shape = (stop - first, *operand.spec.at({})[1:])
+    boxes = [(read, read.offset(shape)) for read in reads(operand, rows)]
+    if not operand.padding and all(offset is not None for _, offset in boxes):
+        for read, offset in boxes:
+            yield Run(size * (offset or 0), partial(converted, checkpoint, read, wanted), read)
+        return
+    row = size * math.prod(shape[1:])
+    step = max(1, most // row)
+    for at in range(first, stop, step):
+        some = (at, min(at + step, stop))
+        yield Run((at - first) * row, partial(_put_together, checkpoint, operand, some))
+
+
+def _put_together(checkpoint: Checkpoint, operand: Operand, rows: tuple[int, int]) -> np.ndarray:
+    dtype = NUMPY_DTYPES[operand.spec.dtype]
+    fresh = np.zeros if operand.padding else np.empty
+    made = fresh((rows[1] - rows[0], *operand.spec.at({})[1:]), dtype)
+    for read in reads(operand, rows):
+        place = tuple(slice(start, stop) for start, stop in read.place)
+        made[place] = converted(checkpoint, read, operand.spec.dtype)
+    return made
+
+
+def converted(checkpoint: Checkpoint, read: Read, wanted: str) -> np.ndarray:
+    """What ``read`` says in the dtype ``wanted``, in the shape of its place."""
+    array = fetch(checkpoint, read)
+    made = convert(array, stored_dtype(array, checkpoint.tensors[read.source].dtype), wanted)
+    return np.broadcast_to(made, read.shape) if read.number else made
 
 
 def stored_dtype(array: np.ndarray, declared: str) -> str:

@@ -20,7 +20,7 @@ import numpy as np
 
 from makeready.graphs.checkpoint.base import Checkpoint
 from makeready.graphs.executable.cuda_driver import Driver, DriverError, host_bytes
-from makeready.graphs.recipe import Piece
+from makeready.graphs.reads import Read, fetch
 
 WINDOW = 256 * 2**20  # bytes of a file that are pinned at once
 MAPPED = 16 * 2**20  # bytes that are mapped by one call, which holds up other changes of the address space
@@ -133,17 +133,17 @@ def map_pages(start: int, nbytes: int, stop: Callable[[], bool] = lambda: False)
             host_bytes(at, step)[:: mmap.PAGESIZE].max()  # an older system: touch each page
 
 
-def mapped_rows(checkpoint: Checkpoint, piece: Piece, wanted: str) -> tuple[int, np.ndarray] | None:
-    """The rows of a piece as they lie in a mapped file, with the file's key; None where they do not."""
-    if checkpoint.tensors[piece.source].dtype != wanted:
+def mapped(checkpoint: Checkpoint, read: Read, wanted: str) -> tuple[int, np.ndarray] | None:
+    """What a read says as it lies in a mapped file, with the file's key; None where it does not."""
+    if read.number or checkpoint.tensors[read.source].dtype != wanted:
         return None
-    # One row first: rows that are not a view of the file are copied when they are read.
-    for stop in (piece.start + 1, piece.stop):
-        array = checkpoint.read(piece.source, slice(piece.start, stop))
+    # A little first: what is not a view of the file is copied when it is read.
+    for part in (next(read.cut(1)), read):
+        array = fetch(checkpoint, part)
         file = _file_of(array)
         if file is None:
             return None
-        if stop == piece.stop:
+        if part is read:
             return file, array
     return None
 

@@ -3,11 +3,12 @@
 Rows that a mapped file holds in the very dtype that the plan wants go straight from the page cache
 (graphs/executable/cuda_pages.py). All else, conversions, dequantized blocks, generated constants, or files
 that cannot be pinned, passes through pinned buffers, two for each thread, so that one is filled while the
-other is copied. What is quantized on its way passes through them too (graphs/executable/cuda_conversions.py).
+other is copied. What derivations read passes through them too (graphs/executable/cuda_conversions.py).
 """
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections import deque
@@ -23,18 +24,19 @@ import numpy as np
 from makeready.graphs.checkpoint.base import Checkpoint
 from makeready.graphs.constants import GENERATORS
 from makeready.graphs.executable import cuda_pages
-from makeready.graphs.executable.cuda_conversions import Chunk, Converter, chunks
-from makeready.graphs.executable.cuda_convert import convert, reader
+from makeready.graphs.executable.cuda_conversions import Converter, LoadRun, load_runs
+from makeready.graphs.executable.cuda_convert import convert, converted, runs
 from makeready.graphs.executable.cuda_driver import Device, Driver, host_bytes
-from makeready.graphs.executable.cuda_pages import Pins, Span, Window, Windows, map_pages, mapped_rows
+from makeready.graphs.executable.cuda_pages import Pins, Span, Window, Windows, map_pages, mapped
 from makeready.graphs.plan import Plan, PlanError, Weight
+from makeready.graphs.recipe import CHUNK_BYTES, LOADERS
 from makeready.kernels.spec import DTYPE_BYTES
 
 Progress: TypeAlias = Callable[[int, int], None]
 
-CHUNK = 8 * 2**20  # bytes of a pinned buffer
+CHUNK = CHUNK_BYTES  # of a pinned buffer
 READ = 32 * 2**20  # bytes of a parameter that are read and converted at once
-MOST_THREADS = 8  # 40 GB/s from the page cache on 16 cores, 35 with 12
+MOST_THREADS = LOADERS
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,9 @@ class Upload:
                     rows.append(part)
                 else:
                     cut.add(*part, index)
-        windows, converted = cut.all(), chunks(plan, checkpoint)
+        windows, converted = cut.all(), load_runs(plan, checkpoint)
         # What takes the host's time goes first, so that it ends with the copies.
-        self._tasks: deque[_Rows | Chunk | Window] = deque([*rows, *converted, *windows])
+        self._tasks: deque[_Rows | LoadRun | Window] = deque([*rows, *converted, *windows])
         self._unmapped = deque(windows)
         self._left = [0] * len(plan.weights)
         for task in self._tasks:
@@ -150,8 +152,8 @@ class Upload:
                 lane.push(task.read(), task.target)
                 self._finish([task.weight])
                 continue
-            if isinstance(task, Chunk):
-                assert converter is not None, "the plan has chunks to convert"
+            if isinstance(task, LoadRun):
+                assert converter is not None, "the plan derives parameters"
                 converter.run(task, lane)
                 self._finish(task.weights)
                 continue
@@ -233,9 +235,9 @@ def _parts(weight: Weight, index: int, checkpoint: Checkpoint) -> Iterator[_Rows
             f"parameter {param.name} has the layout {param.layout!r}, which this version cannot load; "
             "compile the plan again"
         )
-    if param.derived is not None:  # its rows are those of chunks
+    if param.derived is not None:  # its runs are tasks of their own
         return
-    wanted = param.spec.dtype
+    wanted, size = param.spec.dtype, DTYPE_BYTES[param.spec.dtype]
     if param.generated is not None:
         made = param.generated
         yield _Rows(
@@ -243,39 +245,20 @@ def _parts(weight: Weight, index: int, checkpoint: Checkpoint) -> Iterator[_Rows
             start,
             index,
         )
-    if param.largest:
-        numbers = [reader(checkpoint, piece.source, None, wanted) for piece in param.pieces]
-        yield _Rows(lambda: np.stack([read().reshape(()) for read in numbers]).max(), start, index)
-        return
-    row = int(np.prod(param.spec.at({})[1:], dtype=np.int64)) * DTYPE_BYTES[wanted]
-    for piece in param.pieces:
-        target = start + piece.at * row
-        if piece.repeated:
-            number = reader(checkpoint, piece.source, None, wanted)
-            yield _Rows(partial(_repeat, number, piece.stop - piece.start), target, index)
-            continue
-        mapped = mapped_rows(checkpoint, piece, wanted) if param.columns is None else None
-        if mapped is not None:
-            file, array = mapped
-            yield file, Span(array.ctypes.data, target, array.nbytes)
-            continue
-        step = max(1, READ // row)
-        for first in range(piece.start, piece.stop, step):
-            rows = slice(first, min(first + step, piece.stop))
-            read = reader(checkpoint, piece.source, rows, wanted)
-            if param.columns is not None:
-                read = partial(_widened, read, row // DTYPE_BYTES[wanted])
-            yield _Rows(read, target + (first - piece.start) * row, index)
-
-
-def _repeat(read: Callable[[], np.ndarray], count: int) -> np.ndarray:
-    return np.repeat(read().reshape(1), count)
-
-
-def _widened(read: Callable[[], np.ndarray], columns: int) -> np.ndarray:
-    """Rows, each followed by zeros up to so many columns."""
-    array = read()
-    return np.pad(array, ((0, 0), (0, columns - array.shape[1])))
+    for operand in param.operands:
+        for run in runs(checkpoint, operand, READ):
+            target = start + run.offset
+            if run.read is None:
+                yield _Rows(run.make, target, index)
+                continue
+            view = mapped(checkpoint, run.read, wanted)
+            if view is not None:
+                file, array = view
+                yield file, Span(array.ctypes.data, target, array.nbytes)
+                continue
+            for part in run.read.cut(READ // size):
+                yield _Rows(partial(converted, checkpoint, part, wanted), target, index)
+                target += size * math.prod(part.shape)
 
 
 def _cores() -> int:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from makeready.graphs.inspect.segments import segments, value_spec
 from makeready.graphs.plan import Launch, Plan, PlanError, Weight
+from makeready.graphs.reads import reads
+from makeready.graphs.recipe import Box
 from makeready.graphs.spec import DECODE, Bucket
 from makeready.graphs.targets import Target, target_of
 from makeready.kernels.spec import TensorSpec
@@ -241,19 +243,19 @@ def _sums(items: Iterable[tuple[str, int]]) -> dict[str, int]:
 
 def _distinct(weights: Iterable[Weight]) -> tuple[int, int]:
     """Elements of the checkpoint read at least once, and bytes of those stored a second time."""
-    seen: dict[tuple[str, int, int], set[str]] = {}
+    seen: dict[tuple[str, Box], set[str]] = {}
     elements = again = 0
     for weight in weights:
         param = weight.param
-        row = TensorSpec(param.assembled.shape[1:], param.spec.dtype)
         result = param.derived.result if param.derived is not None else ""  # a weight and its scale are two
-        for piece in param.pieces:
-            rows = piece.stop - piece.start
-            results = seen.setdefault((piece.source, piece.start, piece.stop), set())
+        boxes = [read for operand in param.operands for read in reads(operand)]
+        total = sum(math.prod(read.shape) for read in boxes)
+        for read in boxes:
+            results = seen.setdefault((read.source, read.box), set())
             if not results:
-                elements += 1 if piece.repeated else rows * math.prod(row.at({}))
+                elements += read.elements
             elif result in results:
-                again += rows * row.nbytes({})
+                again += weight.nbytes * math.prod(read.shape) // total
             results.add(result)
     return elements, again
 

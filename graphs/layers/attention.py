@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from makeready.graphs.layers.dense import Linear
+from makeready.graphs.layers.dense import BY_INPUTS, BY_OUTPUTS, Linear
 from makeready.graphs.layers.inputs import Inputs
 from makeready.graphs.layers.parameter import parameter
 from makeready.graphs.spec import KVPart
@@ -42,10 +42,10 @@ class Attention(nn.Module):
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.window = window
         self.norm_eps = norm_eps
-        self.q = Linear(f"{source}.q_proj", heads * head_dim, hidden, bias=qkv_bias, shard=0)
-        self.k = Linear(f"{source}.k_proj", kv_heads * head_dim, hidden, bias=qkv_bias, shard=0)
-        self.v = Linear(f"{source}.v_proj", kv_heads * head_dim, hidden, bias=qkv_bias, shard=0)
-        self.o = Linear(f"{source}.o_proj", hidden, heads * head_dim, bias=output_bias, shard=1)
+        self.q = Linear(f"{source}.q_proj", heads * head_dim, hidden, bias=qkv_bias, shard=BY_OUTPUTS)
+        self.k = Linear(f"{source}.k_proj", kv_heads * head_dim, hidden, bias=qkv_bias, shard=BY_OUTPUTS)
+        self.v = Linear(f"{source}.v_proj", kv_heads * head_dim, hidden, bias=qkv_bias, shard=BY_OUTPUTS)
+        self.o = Linear(f"{source}.o_proj", hidden, heads * head_dim, bias=output_bias, shard=BY_INPUTS)
         if norm_eps is not None:
             self.q_norm = parameter((head_dim,), f"{source}.q_norm.weight")
             self.k_norm = parameter((head_dim,), f"{source}.k_norm.weight")

@@ -5,21 +5,21 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from makeready.graphs.layers.parameter import parameter
+from makeready.graphs.layers.parameter import TENSOR_PARALLEL, Shard, parameter
 from makeready.kernels import elementwise, norm
 from makeready.kernels.gemm import linear as gemm
 
+BY_OUTPUTS: Shard = (TENSOR_PARALLEL, None)  # of a weight [outputs, inputs]
+BY_INPUTS: Shard = (None, TENSOR_PARALLEL)
+
 
 class Linear(nn.Module):
-    """``x[T, inputs] -> y[T, outputs]``.
+    """``x[T, inputs] -> y[T, outputs]``; ``shard`` names the mesh axes of the weight's two axes."""
 
-    ``shard`` is the weight's axis that tensor parallelism splits: 0 splits the outputs, 1 the inputs.
-    """
-
-    def __init__(self, source: str, outputs: int, inputs: int, *, bias: bool, shard: int) -> None:
+    def __init__(self, source: str, outputs: int, inputs: int, *, bias: bool, shard: Shard) -> None:
         super().__init__()
         self.weight = parameter((outputs, inputs), f"{source}.weight", shard=shard, quantizable=True)
-        self.bias = parameter((outputs,), f"{source}.bias", shard=0 if shard == 0 else None) if bias else None
+        self.bias = parameter((outputs,), f"{source}.bias", shard=shard[:1]) if bias else None
 
     def forward(self, x_TK: torch.Tensor) -> torch.Tensor:
         return gemm.linear(x_TK, self.weight, self.bias)
@@ -42,9 +42,9 @@ class GatedMLP(nn.Module):
 
     def __init__(self, source: str, hidden: int, intermediate: int, *, bias: bool) -> None:
         super().__init__()
-        self.gate = Linear(f"{source}.gate_proj", intermediate, hidden, bias=bias, shard=0)
-        self.up = Linear(f"{source}.up_proj", intermediate, hidden, bias=bias, shard=0)
-        self.down = Linear(f"{source}.down_proj", hidden, intermediate, bias=bias, shard=1)
+        self.gate = Linear(f"{source}.gate_proj", intermediate, hidden, bias=bias, shard=BY_OUTPUTS)
+        self.up = Linear(f"{source}.up_proj", intermediate, hidden, bias=bias, shard=BY_OUTPUTS)
+        self.down = Linear(f"{source}.down_proj", hidden, intermediate, bias=bias, shard=BY_INPUTS)
 
     def forward(self, x_TC: torch.Tensor) -> torch.Tensor:
         return self.down(elementwise.multiply(elementwise.silu(self.gate(x_TC)), self.up(x_TC)))

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
-from makeready.graphs.recipe import Generated
+from makeready.graphs.reads import unrolled
+from makeready.graphs.recipe import Derived, Generated, Piece, whole
+
+TENSOR_PARALLEL = "tp"  # the mesh axis that layers are split over
+
+Shard: TypeAlias = tuple[str | None, ...]
+Source: TypeAlias = tuple[Piece, ...] | Generated | Callable[[str], Derived]
 
 
 @dataclass(frozen=True)
 class Declaration:
-    """What a model says of a parameter besides its shape."""
+    """What a model says of a parameter besides its shape.
 
-    source: str | Generated
-    shard: int | None
+    Attributes:
+        source: pieces, a generator, or what gives a derivation for the dtype that matrices are stored in.
+        shard: see :class:`~makeready.graphs.recipe.Param`.
+    """
+
+    source: Source
+    shard: Shard
     quantizable: bool
 
 
@@ -28,21 +39,44 @@ class Parameter(nn.Parameter):
 
 
 def parameter(
-    shape: tuple[int, ...], source: str, *, shard: int | None = None, quantizable: bool = False
+    shape: tuple[int, ...],
+    source: str | Sequence[Piece] | Callable[[str], Derived],
+    *,
+    shard: Shard = (),
+    quantizable: bool = False,
 ) -> Parameter:
-    """A weight of ``shape`` read from the checkpoint tensor ``source`` (Hugging Face spelling)."""
-    return _declare(shape, Declaration(source, shard, quantizable))
+    """A weight of ``shape``.
+
+    Args:
+        source: the checkpoint tensor that it is (Hugging Face spelling), the pieces that it is put together
+            of, or a function from the dtype that matrices are stored in to the derivation that makes it.
+        shard: the mesh axis that splits each of its axes, ``(TENSOR_PARALLEL, None)``; () for none.
+    """
+    said: Source
+    if isinstance(source, str):
+        said = (whole(source, shape),)
+    else:
+        said = source if callable(source) else tuple(source)
+    return _declare(shape, Declaration(said, shard, quantizable))
 
 
 def constant(shape: tuple[int, ...], function: str, arguments: Mapping[str, Any]) -> Parameter:
     """A float32 tensor that ``graphs.constants.<function>(**arguments)`` computes when a plan is loaded."""
-    return _declare(shape, Declaration(Generated(function, dict(arguments)), None, False))
+    return _declare(shape, Declaration(Generated(function, dict(arguments)), (), False))
 
 
 def sources(model: nn.Module) -> set[str]:
     """Tensors of the checkpoint that the parameters of ``model`` are read from."""
-    declared = (p.declaration.source for p in model.parameters() if isinstance(p, Parameter))
-    return {source for source in declared if isinstance(source, str)}
+    found: set[str] = set()
+    for said in (p.declaration.source for p in model.parameters() if isinstance(p, Parameter)):
+        if isinstance(said, Generated):
+            continue
+        # A derivation reads the same tensors, whatever matrices are stored in.
+        pieces = (
+            [said] if isinstance(said, tuple) else [o.pieces for o in said("float32").by.operands.values()]
+        )
+        found |= {read.source for some in pieces for piece in some for read in unrolled(piece)}
+    return found
 
 
 def _declare(shape: tuple[int, ...], declaration: Declaration) -> Parameter:

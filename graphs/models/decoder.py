@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from makeready.graphs.layers.attention import Attention
-from makeready.graphs.layers.dense import GatedMLP, RMSNorm
+from makeready.graphs.layers.dense import BY_OUTPUTS, GatedMLP, RMSNorm
 from makeready.graphs.layers.inputs import Inputs
 from makeready.graphs.layers.parameter import parameter
 from makeready.graphs.layers.rope import RotaryRows
@@ -91,12 +91,12 @@ class Decoder(nn.Module):
         self.config = config
         self.activation = activation
         shape = (config.vocabulary, config.hidden)
-        self.embedding = parameter(shape, "model.embed_tokens.weight", shard=0)
+        self.embedding = parameter(shape, "model.embed_tokens.weight", shard=BY_OUTPUTS)
         self.rope = RotaryRows(config.rope, config.rotary_dim, context_len)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.layers))
         self.norm = RMSNorm("model.norm", config.hidden, config.norm_eps)
         source = "model.embed_tokens.weight" if config.tied_embeddings else "lm_head.weight"
-        self.head = parameter(shape, source, shard=0, quantizable=True)
+        self.head = parameter(shape, source, shard=BY_OUTPUTS, quantizable=True)
 
     def kv_parts(self, page_size: int, dtype: str) -> tuple[KVPart, ...]:
         """Cache tensors of all layers, in layer order."""

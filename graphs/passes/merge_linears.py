@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from makeready.graphs.ir import Call, Program
-from makeready.graphs.recipe import Param, concatenate
+from makeready.graphs.recipe import Param, can_concatenate, concatenate, kind
 from makeready.kernels.contract import evaluate
 from makeready.kernels.elementwise import columns
 from makeready.kernels.size import Size
@@ -15,7 +15,7 @@ def merge_linears(program: Program) -> Program:
     A linear is any op whose contract ``merges``. q, k and v (and gate and up) are read in one sweep by a matrix
     product with more rows, which fills a GPU better and costs one launch instead of three. Only parameters that
     this program reads once are merged, so no weight is stored twice; and only those stored alike, in dtype and
-    shard axis. Weights with block scales are merged where no block would hold rows of two.
+    mesh axes. Weights with block scales are merged where no block would hold rows of two.
     """
     uses = program.uses()
     groups: dict[tuple, list[Call]] = {}
@@ -24,14 +24,15 @@ def merge_linears(program: Program) -> Program:
         if op.merges is None:
             continue
         operands = {k: program.params.get(v) for k, v in call.operands.items() if k not in op.shares}
-        if all(p is not None and p.pieces and len(uses[p.name]) == 1 for p in operands.values()):
-            stored = tuple((k, p.spec.dtype, p.shard, p.quantizable) for k, p in operands.items() if p)
+        if all(p is not None and not p.generated and len(uses[p.name]) == 1 for p in operands.values()):
+            stored = tuple((k, kind(p)) for k, p in operands.items() if p)
             inputs = tuple(call.operands.get(k) for k in op.shares)
             groups.setdefault((call.op, inputs, tuple(call.attrs.items()), stored), []).append(call)
     params: dict[str, Param] = {}
     replaced: dict[str, list[Call]] = {}
     for group in groups.values():
-        if len(group) > 1 and all(_others_may_follow(program, call) for call in group[:-1]):
+        may_follow = all(_others_may_follow(program, call) for call in group[:-1])
+        if len(group) > 1 and may_follow and _concatenable(program, group):
             first, *rest = (call.result for call in group)
             replaced[first] = _merge(program, group, params)
             replaced |= {result: [] for result in rest}
@@ -53,6 +54,11 @@ def _others_may_follow(program: Program, call: Call) -> bool:
         if not isinstance(size.axis, str) or size.plus or size.times * dims[merged] % size.over:
             return False
     return True
+
+
+def _concatenable(program: Program, group: list[Call]) -> bool:
+    names = group[0].operands.keys() - set(group[0].contract.shares)
+    return all(can_concatenate([program.params[call.operands[name]] for call in group]) for name in names)
 
 
 def _merge(program: Program, group: list[Call], params: dict[str, Param]) -> list[Call]:

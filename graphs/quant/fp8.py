@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from makeready.graphs.ir import PARAM, Call, Program
 from makeready.graphs.plan import PlanError
 from makeready.graphs.quant.scheme import BLOCK, CHANNEL, TENSOR, Scheme
-from makeready.graphs.recipe import Derived, Param, Piece, joined
+from makeready.graphs.recipe import Derivation, Derived, LoadCall, Operand, Param, Piece, joined
 from makeready.kernels.contract import CONTRACTS, Contract
 from makeready.kernels.spec import TensorSpec
 
@@ -57,7 +57,8 @@ class _Rewrite:
         known = (op for op in CONTRACTS.values() if op.quantizes is not None and kind in op.quantizes.schemes)
         self.ops = {op.quantizes.op: op for op in known if op.quantizes is not None}
         params = (p.params.get(v) for c in p.calls if c.op not in self.ops for v in c.operands.values())
-        self.wide = {piece.source for param in params if param is not None for piece in param.pieces}
+        operands = (operand for param in params if param is not None for operand in param.operands)
+        self.wide = {piece.source for operand in operands for piece in operand.pieces}
 
     def covers(self, call: Call) -> bool:
         """Whether the call becomes a quantized one. Tied embeddings are looked up, too: they stay wide."""
@@ -65,7 +66,9 @@ class _Rewrite:
         if op is None:
             return False
         param = self.program.params.get(call.operands[_operands(call, op, self.program)[1]])
-        if param is None or not param.quantizable or param.pieces[0].source in self.wide:
+        if param is None or not param.quantizable or not param.pieces:
+            return False
+        if any(piece.source in self.wide for piece in param.pieces):
             return False
         return self.scheme.covers(_module(param))
 
@@ -102,10 +105,11 @@ class _Rewrite:
 
     def _weight(self, param: Param) -> Param:
         rows, width = (int(n) for n in param.spec.shape)
-        whole = self._whole(width)
-        spec = TensorSpec((rows, whole), FP8)
-        columns = width if whole > width else None
-        return replace(param, spec=spec, derived=self._derived(param, "q"), columns=columns)
+        beyond = self._whole(width) - width
+        made = replace(
+            param, spec=TensorSpec((rows, width + beyond), FP8), padding=(0, beyond) if beyond else ()
+        )
+        return self._made(made, param, "q")
 
     def _whole(self, width: int) -> int:
         """Columns of all blocks that ``width`` columns of a weight or an activation touch."""
@@ -115,31 +119,53 @@ class _Rewrite:
     def _scale(self, param: Param) -> Param:
         """One number an output, whatever stored scales stand for, or one a block."""
         rows, width = (int(n) for n in param.spec.shape)
-        made = Param(
-            f"{param.name}_scale",
-            TensorSpec((rows,), "float32"),
-            pieces=param.pieces,
-            derived=self._derived(param, "scale"),
-            shard=0 if param.shard == 0 else None,
-        )
+        made = Param(f"{param.name}_scale", TensorSpec((rows,), "float32"), shard=param.shard[:1])
         if self.scheme.weights == BLOCK:
             size = self.scheme.block
             rows = -(-rows // size)
             bands = self._whole(width) // size
             made = replace(made, spec=TensorSpec((rows, bands), "float32"), shard=param.shard)
-        if self.scheme.stored:
-            source = f"{_module(param)}.{self.scheme.scale}"
-            made = replace(made, pieces=(Piece(source, 0, rows, 0, repeated=self.scheme.weights == TENSOR),))
-        return made
+        if not self.scheme.stored:
+            return self._made(made, param, "scale")
+        return replace(made, pieces=tuple(self._scales_of(piece) for piece in param.pieces))
 
-    def _derived(self, param: Param, result: str) -> Derived | None:
-        if self.scheme.stored:
-            return None
+    def _scales_of(self, piece: Piece) -> Piece:
+        """Where the scales of a stored weight's box are: rows of a fused weight have rows of its scales.
+
+        Raises:
+            PlanError: the box is no matrix of its own, or begins within a block.
+        """
+        source = f"{piece.source.removesuffix('.weight')}.{self.scheme.scale}"
+        if piece.each or piece.axes or len(piece.box) != 2:
+            raise PlanError(
+                f"{piece.source} is stored in another form than it is used in, and its scales are not known then; "
+                "use a checkpoint with 16-bit weights"
+            )
+        (first, stop), _ = piece.box
+        if self.scheme.weights == TENSOR:
+            return Piece(source, (), piece.at[:1], fills=(stop - first,))
         if self.scheme.weights == CHANNEL:
-            attrs, op = {"group": int(param.spec.shape[1])}, "quantize_fp8"
+            return Piece(source, piece.box[:1], piece.at[:1])
+        size = self.scheme.block
+        if any(start % size for start in (*(start for start, _ in piece.box), *piece.at)):
+            raise PlanError(
+                f"a part of {piece.source} begins within a block of {size}, whose scale it would share; "
+                "use a checkpoint with 16-bit weights"
+            )
+        box = tuple((start // size, -(-end // size)) for start, end in piece.box)
+        return Piece(source, box, tuple(at // size for at in piece.at))
+
+    def _made(self, made: Param, wide: Param, result: str) -> Param:
+        """``made`` as a result of quantizing ``wide``, unless the checkpoint has it."""
+        if self.scheme.stored:
+            return made
+        if self.scheme.weights == CHANNEL:
+            attrs, op = {"group": int(wide.spec.shape[1])}, "quantize_fp8"
         else:
             attrs, op = {"block": self.scheme.block}, "quantize_fp8_block"
-        return Derived(op, attrs, result, param.spec)
+        operand = Operand(wide.spec, wide.pieces, unit=self.scheme.block or 1)
+        call = LoadCall(op, {"x": "x"}, {"q": "q", "scale": "scale"}, attrs)
+        return replace(made, pieces=(), derived=Derived(Derivation({"x": operand}, (call,)), result))
 
     def _activation(self, x: str) -> list[Call]:
         """The calls that quantize the input ``x``, filled up to whole blocks."""
@@ -178,7 +204,7 @@ def _scale(operand: str) -> str:
 def _static_scale(weights: Sequence[Param]) -> Param:
     """The scale of what all of ``weights`` are multiplied with."""
     name = joined([w.name.removesuffix(".weight") + ".input_scale" for w in weights])
-    pieces = tuple(Piece(f"{_module(w)}.input_scale", 0, 1, 0, repeated=True) for w in weights)
+    pieces = tuple(Piece(f"{_module(w)}.input_scale", (), (0,), fills=(1,)) for w in weights)
     return Param(name, TensorSpec((1,), "float32"), pieces=pieces, largest=True)
 
 

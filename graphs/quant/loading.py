@@ -1,98 +1,139 @@
-"""Quantization on load as a program: which kernel calls turn a checkpoint's rows into parameters on a GPU."""
+"""How parameters are derived on a GPU: which programs run over which units of the checkpoint's boxes.
+
+A derivation is cut into runs of so many units that their operands fill a pinned buffer. What a run computes
+is a program like a step's: lowered and placed by the same code, with the arena place of a thread that loads
+in the place of the arena.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from makeready.graphs.codec import canonical
-from makeready.graphs.memory import align
-from makeready.graphs.plan import LOAD, Buffer, Conversion, Launch, Loading, LoweredProgram, Weight
-from makeready.graphs.recipe import Derived
-from makeready.kernels.contract import CONTRACTS
-from makeready.kernels.registry import REFERENCE
+from makeready.graphs.codec import canonical, to_json
+from makeready.graphs.derivation import derived_groups, infer
+from makeready.graphs.ir import LOADED, Call, Program, Value
+from makeready.graphs.lower import lower
+from makeready.graphs.memory import ALIGNMENT
+from makeready.graphs.plan import Conversion, Loading, LoadProgram, LoadResult, Weight
+from makeready.graphs.recipe import CHUNK_BYTES, LOADERS, Derivation
+from makeready.graphs.spec import Bucket
+from makeready.graphs.targets import Target
 from makeready.kernels.spec import TensorSpec
 
-SLOT_BYTES = 8 * 2**20  # of a chunk: what a pinned buffer holds; see executable/cuda_weights.py
-SLOTS = 12  # as many as threads load; see executable/cuda_weights.py
-ROWS = 128  # chunks are multiples of it, so that what they write begins aligned
+ROWS = 128  # runs take multiples of as many rows, so that what they write begins aligned,
+MOST_CHUNKS = (
+    4  # unless as many rows are more than this many times CHUNK_BYTES, which is also a place's fair share
+)
 
 
-def loading_of(weights: Sequence[Weight]) -> Loading | None:
-    """What makes the derived parameters among ``weights``; None where there are none.
-
-    An operand is cut into chunks of :data:`SLOT_BYTES`, so operands of one width share all launches but
-    that of a shorter last chunk.
-    """
-    groups: dict[tuple, dict[str, Weight]] = {}
-    for weight in weights:
-        made = weight.param.derived
-        if made is not None:
-            key = (weight.param.pieces, made.op, canonical(dict(made.attrs)), made.operand)
-            groups.setdefault(key, {})[made.result] = weight
+def loading_of(weights: Sequence[Weight], target: Target) -> Loading | None:
+    """What makes the derived parameters among ``weights``; None where there are none."""
+    groups = derived_groups([weight.param for weight in weights])
     if not groups:
         return None
-    launches = _Launches()
-    conversions = [_conversion(results, launches) for results in groups.values()]
-    program = launches.program()
-    chunks = [program.buffers[launch.operands["x"]].spec.nbytes({}) for launch in program.launches]
-    count = sum(len(conversion.launches) for conversion in conversions)
-    return Loading(program, tuple(conversions), align(max(chunks)), min(SLOTS, count))
+    programs = _Programs(target)
+    conversions = [_conversion(by, results, weights, programs) for by, results in groups]
+    count = sum(len(conversion.runs) for conversion in conversions)
+    # What cannot be cut may need much of the arena at once: rather let threads wait than make all places so large.
+    most = max(1, LOADERS * MOST_CHUNKS * CHUNK_BYTES // programs.nbytes)
+    return Loading(programs.all(), tuple(conversions), programs.nbytes, min(LOADERS, count, most))
 
 
-def _conversion(results: Mapping[str, Weight], launches: _Launches) -> Conversion:
-    """One operand's chunks."""
-    param = next(iter(results.values())).param
-    made = param.derived
-    assert made is not None
-    rows = made.operand.at({})[0]
-    unit = math.lcm(ROWS, made.attrs.get("block", 1))
-    most = max(unit, SLOT_BYTES * rows // made.operand.nbytes({}) // unit * unit)
-    offsets = {name: weight.offset for name, weight in results.items()}
-    chunks = []
-    for first in range(0, rows, most):
-        specs = _specs(made, min(most, rows - first))
-        assert specs.keys() - {"x"} == results.keys(), f"{made.op} has results that no parameter takes"
-        chunks.append(launches.add(made, specs, offsets))
-        offsets = {name: offset + specs[name].nbytes({}) for name, offset in offsets.items()}
-    for name, weight in results.items():
-        assert offsets[name] == weight.offset + weight.nbytes, f"chunks of {weight.param.name} leave a gap"
-    return Conversion(param.pieces, tuple(chunks), {name: weight.offset for name, weight in results.items()})
+def _conversion(
+    by: Derivation, results: Mapping[str, int], weights: Sequence[Weight], programs: _Programs
+) -> Conversion:
+    """The runs of one derivation."""
+    offsets = {result: weights[index].offset for result, index in results.items()}
+    runs = []
+    for first, stop in _cut(by):
+        specs = infer(by, first, stop)
+        runs.append((stop, programs.add(by, (first, stop), specs, offsets)))
+        offsets = {result: offset + specs[result].nbytes({}) for result, offset in offsets.items()}
+    for result, index in results.items():
+        assert offsets[result] == weights[index].offset + weights[index].nbytes, "parts leave a gap"
+    return Conversion(tuple(runs), dict(results))
 
 
-def _specs(made: Derived, rows: int) -> dict[str, TensorSpec]:
-    """Specs of operand and results for a chunk of ``rows``."""
-    operand = TensorSpec((rows, *made.operand.shape[1:]), made.operand.dtype)
-    return {"x": operand, **CONTRACTS[made.op].infer({"x": operand}, made.attrs)}
+def _cut(by: Derivation) -> Iterator[tuple[int, int]]:
+    """First and last unit of every run."""
+    cut = [o for o in by.operands.values() if o.unit]
+    if not cut:
+        yield 0, 1
+        return
+    nbytes = sum(o.unit * o.spec.nbytes({}) // int(o.spec.shape[0]) for o in cut)
+    tallest = max(o.unit for o in cut)
+    aligned = math.lcm(ROWS, tallest) // tallest
+    fit = max(1, CHUNK_BYTES // nbytes)
+    most = max(aligned, fit // aligned * aligned) if aligned * nbytes <= MOST_CHUNKS * CHUNK_BYTES else fit
+    for first in range(0, by.units, most):
+        yield first, min(first + most, by.units)
 
 
 @dataclass
-class _Launches:
-    """Launches by what they read, with the greatest common divisor of the addresses that each writes to."""
+class _Programs:
+    """Programs by what they compute, with the greatest common divisor of the addresses that each writes to.
 
-    found: dict[tuple, int] = field(default_factory=dict)
-    made: list[tuple[Derived, dict[str, TensorSpec]]] = field(default_factory=list)
-    divisors: list[dict[str, int]] = field(default_factory=list)
+    Attributes:
+        nbytes: of the arena that one run needs.
+    """
 
-    def add(self, made: Derived, specs: dict[str, TensorSpec], offsets: Mapping[str, int]) -> int:
-        """The number of the launch, and one more user of it."""
-        index = self.found.setdefault((made.op, canonical(dict(made.attrs)), specs["x"]), len(self.made))
+    target: Target
+    found: dict[Any, int] = field(default_factory=dict)
+    made: list[LoadProgram] = field(default_factory=list)
+    alignments: list[dict[str, int]] = field(default_factory=list)
+    nbytes: int = 0
+
+    def add(
+        self,
+        by: Derivation,
+        run: tuple[int, int],
+        specs: Mapping[str, TensorSpec],
+        offsets: Mapping[str, int],
+    ) -> int:
+        """The number of the program that runs some units, and one more user of it.
+
+        Args:
+            specs: of all values in this run.
+            offsets: where results go in the weights region.
+        """
+        key = canonical(to_json([by.calls, {name: specs[name] for name in by.operands}, sorted(offsets)]))
+        index = self.found.setdefault(key, len(self.made))
         if index == len(self.made):
-            self.made.append((made, specs))
-            self.divisors.append(dict.fromkeys(offsets, 0))
-        for name, offset in offsets.items():
-            self.divisors[index][name] = math.gcd(self.divisors[index][name], offset)
+            self.made.append(self._lower(by, run, specs, sorted(offsets), f"load.{index}"))
+            self.alignments.append({made.name: ALIGNMENT for made in self.made[index].results.values()})
+        for result, offset in offsets.items():
+            name = self.made[index].results[result].name
+            self.alignments[index][name] = math.gcd(self.alignments[index][name], offset)
         return index
 
-    def program(self) -> LoweredProgram:
-        """All launches; values are called as in the contract, with the launch's number behind."""
-        launches, buffers = [], {}
-        for index, (made, specs) in enumerate(self.made):
-            names = {name: f"{name}.{index}" for name in specs}
-            results = {name: value for name, value in names.items() if name != "x"}
-            launches.append(Launch(made.op, REFERENCE, {"x": names["x"]}, results, dict(made.attrs)))
-            for name, value in names.items():
-                divisor = self.divisors[index].get(name, 0)
-                buffers[value] = Buffer(specs[name], divisor, None, index, index)
-        return LoweredProgram(LOAD.phase, tuple(launches), buffers)
+    def all(self) -> tuple[LoadProgram, ...]:
+        """The programs in the order in which they were added."""
+        return tuple(
+            replace(made, program=replace(made.program, alignments=alignments))
+            for made, alignments in zip(self.made, self.alignments, strict=True)
+        )
+
+    def _lower(
+        self,
+        by: Derivation,
+        run: tuple[int, int],
+        specs: Mapping[str, TensorSpec],
+        results: Sequence[str],
+        phase: str,
+    ) -> LoadProgram:
+        values = {name: Value(name, specs[name], LOADED) for name in by.operands}
+        calls = []
+        for call in by.calls:
+            contract = Call(call.op, {}, {}).contract
+            operands, attrs = contract.bind((), {**call.operands, **call.attrs})
+            calls.append(Call(call.op, operands, call.results, attrs))
+        made = {result: LoadResult(f"{phase}/{result}", specs[result]) for result in results}
+        returned = {one.name: result for result, one in made.items()}
+        program = Program(phase, values, {}, (), returned).with_calls(calls)
+        bucket = Bucket(phase, 1, run[1] - run[0])
+        lowered, nbytes = lower(program, self.target, bucket, {})
+        self.nbytes = max(self.nbytes, nbytes)
+        return LoadProgram(lowered, bucket, tuple(by.operands), made)

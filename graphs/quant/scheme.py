@@ -4,9 +4,34 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from makeready.graphs.ir import Program
 
 CHANNEL, TENSOR, BLOCK = "channel", "tensor", "block"
 BLOCK_SIZE = 128  # rows and columns of a block where we choose: DeepSeek-V3's, which kernels are made for
+
+
+class Quantization(Protocol):
+    """What a quantization is to the planner: a rewrite of the traced program.
+
+    It replaces calls and says what the parameters of the new ones are: pieces of the checkpoint, or results of
+    derivations (graphs/recipe.py), whose calls may be of any contract.
+    """
+
+    @property
+    def features(self) -> frozenset[str]:
+        """What a GPU must have, of ``Target.features``."""
+        ...
+
+    def rewrite(self, program: Program) -> Program:
+        """``program`` with quantized calls.
+
+        Raises:
+            PlanError: a weight cannot be quantized so.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -36,6 +61,19 @@ class Scheme:
         """What ops are asked for: those whose contract quantizes another for schemes of this kind."""
         return f"fp8_{self.weights}"
 
+    @property
+    def features(self) -> frozenset[str]:
+        """See :class:`Quantization`."""
+        return frozenset({"fp8"})
+
+    def rewrite(self, program: Program) -> Program:
+        """See :func:`makeready.graphs.quant.fp8.quantize_linears`."""
+        # Imported here because that module imports this one, under a second name to the type checker.
+        from makeready.graphs.quant import fp8
+
+        quantize_linears: Any = fp8.quantize_linears
+        return quantize_linears(program, self)
+
     def covers(self, module: str) -> bool:
         """Whether the linear of the checkpoint called ``module`` is quantized."""
         return not any(_matches(entry, module) for entry in self.ignored)
@@ -45,11 +83,14 @@ class Scheme:
         return self.block or width
 
 
-ON_LOAD = {
+ON_LOAD: dict[str, Quantization] = {
     "fp8": Scheme(CHANNEL),
     "fp8_block": Scheme(BLOCK, block=BLOCK_SIZE),
 }
-"""What ``quant=`` may ask for. The logits' projection keeps its dtype, as is the field's custom."""
+"""What ``quant=`` may ask for; others may be added.
+
+The logits' projection keeps its dtype, as is the field's custom.
+"""
 
 
 def _matches(entry: str, module: str) -> bool:

@@ -6,14 +6,14 @@ Known are ``fp8`` (as Qwen3 and DeepSeek store 128x128 blocks, and as AutoFP8 st
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from makeready.graphs.models.family import UnsupportedModelError
-from makeready.graphs.quant.scheme import BLOCK, CHANNEL, TENSOR, Scheme
+from makeready.graphs.quant.scheme import BLOCK, CHANNEL, TENSOR, Quantization, Scheme
 
 
-def stored_scheme(config: Mapping[str, Any]) -> Scheme | None:
+def stored_scheme(config: Mapping[str, Any]) -> Quantization | None:
     """How a checkpoint with this ``config.json`` stores its linears; None where it does not quantize.
 
     Raises:
@@ -28,10 +28,8 @@ def stored_scheme(config: Mapping[str, Any]) -> Scheme | None:
         )
     method = said.get("quant_method", "unnamed")
     _check_types(said, "quantization_config")
-    if method == "fp8":
-        return _fp8(said)
-    if method == "compressed-tensors":
-        return _compressed_tensors(said)
+    if method in STORED:
+        return STORED[method](said)
     raise UnsupportedModelError(
         f"checkpoints quantized with {method} are not supported; use the model's bf16, fp16, GGUF or fp8 files"
     )
@@ -148,3 +146,10 @@ def _square(size: Any, field: str) -> int:
             f"quantization_config: {field} {size!r} is not supported; blocks must be square, such as [128, 128]"
         )
     return size[0]
+
+
+STORED: dict[str, Callable[[Mapping[str, Any]], Quantization]] = {
+    "fp8": _fp8,
+    "compressed-tensors": _compressed_tensors,
+}
+"""What reads a ``quantization_config``, by its ``quant_method``; others may be added."""

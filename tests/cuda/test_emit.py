@@ -22,6 +22,7 @@ from makeready.graphs.cuda import pool
 from makeready.graphs.cuda.aot import compile_launch, kernel_of
 from makeready.graphs.cuda.emit import emit
 from makeready.graphs.plan import PlanError
+from makeready.graphs.spec import Bucket
 from makeready.graphs.targets import find_target
 from makeready.kernels import registry
 from makeready.kernels.device import DeviceLaunch, OpCall, Pointer, Scalar, Tensor
@@ -70,11 +71,42 @@ def test_sizes_are_those_of_the_bucket(cache):
         }
         programs = {phase: replace(program, buffers=grown)}
         buckets = [b for b in BUCKETS if b.phase == phase]
-        made = emit(programs, {}, buckets, TARGET, context=1024, keep=2, cache=cache)
+        made = emit(programs, {phase: {}}, buckets, TARGET, context=1024, keep=2, cache=cache)
         found = made.programs[phase].classes[0].candidates
         assert {bucket: choices[0].nodes[0].grid[0] for bucket, choices in found.items()} == wanted
         maps = {bucket: choices[1].nodes[0].arguments[0] for bucket, choices in found.items()}
         assert {bucket: x.shape for bucket, x in maps.items()} == {b: (n, 256) for b, n in wanted.items()}
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_load_programs_are_apart_from_steps(cache, monkeypatch, deterministic):
+    """Buffers of steps have room behind them, places of load programs the next thread's operands; and what
+    makes parameters need not be like what makes tokens.
+    """
+    seen: set[tuple[int, bool]] = set()
+
+    def watched(call):
+        seen.add((call.tokens, call.tensors["x"].spare))
+        return small_programs.scale_rows(call)
+
+    monkeypatch.setitem(registry._CUDA_KERNELS, "silu", [])
+    registry.cuda_kernel(silu, "watched", invariant=True)(watched)
+    step, load = (
+        replace(program, launches=program.launches[:count])
+        for program, count in ((small_programs.program("decode"), 2), (small_programs.program("load.0"), 1))
+    )
+    emit(
+        {"decode": step, "load.0": load},
+        {"decode": {}, "load.0": {}},
+        (Bucket("decode", 1, 1), Bucket("load.0", 1, 7)),
+        TARGET,
+        context=1024,
+        keep=1,
+        cache=cache,
+        deterministic=deterministic,
+        loads={"load.0"},
+    )
+    assert seen == {(1, True), (7, False)}
 
 
 def test_candidates_take_turns_and_are_bounded(cache):

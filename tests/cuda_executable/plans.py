@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import threading
+from collections import Counter
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import numpy as np
-from fake_driver import cubin
+import torch
+from fake_driver import FakeNode, cubin
 
 from makeready.graphs import compile as compiler
 from makeready.graphs.checkpoint.base import Checkpoint
 from makeready.graphs.checkpoint.dummy import DummyCheckpoint
 from makeready.graphs.compile import compile_plan
+from makeready.graphs.executable.cuda_driver import host_bytes
 from makeready.graphs.memory import align
 from makeready.graphs.plan import (
-    LOAD,
     Binary,
     Choice,
     Launch,
+    LoadProgram,
     LoweredProgram,
     Node,
     NodeArgument,
@@ -28,7 +32,8 @@ from makeready.graphs.plan import (
 )
 from makeready.graphs.spec import Bucket
 from makeready.kernels import registry
-from makeready.kernels.spec import DTYPE_BYTES
+from makeready.kernels.contract import CONTRACTS
+from makeready.kernels.spec import DTYPE_BYTES, TensorSpec
 
 CONFIG = {
     "model_type": "llama",
@@ -82,28 +87,66 @@ def with_kernels(plan: Plan) -> Plan:
     binaries: dict[str, Binary] = {}
     cubins: dict[str, bytes] = {}
     programs = {phase: _program(plan, phase, binaries, cubins) for phase in plan.programs}
-    loading = plan.loading and replace(plan.loading, program=_loading(plan.loading.program, binaries, cubins))
+    loading = plan.loading and replace(
+        plan.loading, programs=tuple(_loading(load, binaries, cubins) for load in plan.loading.programs)
+    )
     memory = replace(plan.memory, scratch=align(SCRATCH))
     return replace(plan, programs=programs, loading=loading, binaries=binaries, cubins=cubins, memory=memory)
 
 
-def _loading(
-    program: LoweredProgram, binaries: dict[str, Binary], cubins: dict[str, bytes]
-) -> LoweredProgram:
-    """Each launch's kernel takes addresses of operand and results, rows and columns, and its attribute."""
+def _loading(load: LoadProgram, binaries: dict[str, Binary], cubins: dict[str, bytes]) -> LoadProgram:
+    """Each launch's kernel takes the addresses of its operands and results, in order; see :class:`Loader`."""
     launches, classes = [], []
-    for index, launch in enumerate(program.launches):
-        operand = program.buffers[launch.operands["x"]].spec
-        names = ("x", "q", "scale")
-        numbers = (*operand.at({}), *launch.attrs.values())
-        arguments = (
-            *(NodeArgument("pointer", operand=name, dtype="bfloat16") for name in names),
-            *(NodeArgument("scalar", value=number, dtype="int32") for number in numbers),
+    for index, launch in enumerate(load.program.launches):
+        names = [*launch.operands, *launch.results]
+        arguments = tuple(NodeArgument("pointer", operand=name, dtype="uint8") for name in names)
+        node = _node(
+            arguments, f"{load.bucket.phase}-{launch.op}-{index}", load.bucket, False, binaries, cubins
         )
-        node = _node(arguments, f"{launch.op}_{index}", LOAD, False, binaries, cubins)
-        classes.append(OpClass(launch.op, {str(LOAD): (Choice("only", (node,)),)}))
+        classes.append(OpClass(launch.op, {str(load.bucket): (Choice("only", (node,)),)}))
         launches.append(replace(launch, op_class=index))
-    return replace(program, launches=tuple(launches), classes=tuple(classes))
+    return replace(load, program=replace(load.program, launches=tuple(launches), classes=tuple(classes)))
+
+
+class Loader:
+    """Does in the fake's memory what the kernels of load programs are called after, by the ops' references.
+
+    Attributes:
+        plan: whose kernels they are; set it before they run.
+        launched: how often each kernel ran.
+        operands: addresses that were read.
+    """
+
+    def __init__(self) -> None:
+        self.plan: Plan | None = None
+        self.launched: Counter[str] = Counter()
+        self.operands: set[int] = set()
+        self._lock = threading.Lock()
+
+    def __call__(self, node: FakeNode) -> None:
+        assert self.plan is not None
+        assert self.plan.loading is not None
+        phase, launch_name = node.function.name.split("-", 1)
+        load = next(p for p in self.plan.loading.programs if p.program.phase == phase)
+        launch = load.program.launches[int(launch_name.rpartition("-")[2])]
+        addresses = dict(zip([*launch.operands, *launch.results], node.words(), strict=False))
+        specs = {name: buffer.spec for name, buffer in load.program.buffers.items()}
+        specs |= {result.name: result.spec for result in load.results.values()}
+        with self._lock:
+            self.launched[node.function.name] += 1
+            self.operands |= {addresses[name] for name in launch.operands}
+        op = CONTRACTS[launch.op]
+        given = [_tensor(addresses[o.name], specs[launch.operands[o.name]]) for o in op.inputs]
+        made = op.reference(*given, **launch.attrs)
+        made = made if isinstance(made, tuple) else (made,)
+        for output, value in zip(op.outputs, made, strict=True):
+            _tensor(addresses[output.name], specs[launch.results[output.name]]).copy_(value)
+
+
+def _tensor(address: int, spec: TensorSpec) -> torch.Tensor:
+    """The fake device's memory as a tensor."""
+    raw = torch.from_numpy(host_bytes(address, spec.nbytes({})))
+    return raw.view(getattr(torch, spec.dtype)).view(spec.at({}))
 
 
 def _program(plan: Plan, phase: str, binaries: dict[str, Binary], cubins: dict[str, bytes]) -> LoweredProgram:

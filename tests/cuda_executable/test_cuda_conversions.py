@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import threading
-from collections import Counter
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from fake_driver import FakeBindings, FakeNode, real
-from plans import CONFIG, make_plan
+from fake_driver import FakeBindings, real
+from plans import CONFIG, Loader, make_plan
 from test_cuda_weights import check_loaded, write_folder
 
 from makeready.graphs import artifact
 from makeready.graphs.checkpoint.dummy import DummyCheckpoint
 from makeready.graphs.executable import cuda_weights
 from makeready.graphs.executable.cuda import CudaExecutable
-from makeready.graphs.executable.cuda_driver import Driver, DriverError, host_bytes
+from makeready.graphs.executable.cuda_driver import Driver, DriverError
+from makeready.graphs.plan import LoadProgram
 from makeready.graphs.quant import loading
-from makeready.kernels.contract import CONTRACTS
 
 BLOCKY = CONFIG | {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
 
@@ -27,37 +24,11 @@ BLOCKY = CONFIG | {"hidden_size": 128, "intermediate_size": 256, "num_attention_
 @pytest.fixture
 def small(monkeypatch):
     """Chunks of a few rows, and pinned buffers smaller than they are."""
-    monkeypatch.setattr(loading, "SLOT_BYTES", 3000)
+    monkeypatch.setattr(loading, "CHUNK_BYTES", 3000)
     monkeypatch.setattr(loading, "ROWS", 4)
-    monkeypatch.setattr(loading, "SLOTS", 3)
+    monkeypatch.setattr(loading, "LOADERS", 3)
     monkeypatch.setattr(cuda_weights, "CHUNK", 1000)
     monkeypatch.setattr(cuda_weights, "READ", 3000)
-
-
-class Quantizer:
-    """Does what the kernels of ``plans.with_kernels`` are called after, in the fake's memory.
-
-    Attributes:
-        launched: how often each kernel ran.
-        operands: addresses that were read.
-    """
-
-    def __init__(self) -> None:
-        self.launched: Counter[str] = Counter()
-        self.operands: set[int] = set()
-        self.lock = threading.Lock()
-
-    def __call__(self, node: FakeNode) -> None:
-        x, q, scale, rows, columns, size = node.words()[:6]
-        op = node.function.name.rpartition("_")[0]
-        with self.lock:
-            self.launched[node.function.name] += 1
-            self.operands.add(x)
-        source = torch.from_numpy(host_bytes(x, 2 * rows * columns)).view(torch.bfloat16).view(rows, columns)
-        made = CONTRACTS[op].reference(source, **{next(iter(CONTRACTS[op].attrs)): size})
-        for place, value in zip((q, scale), made, strict=True):
-            raw = value.contiguous().view(torch.uint8).numpy().reshape(-1)
-            host_bytes(place, raw.nbytes)[:] = raw
 
 
 def dummy(config: dict[str, Any] = CONFIG) -> DummyCheckpoint:
@@ -65,49 +36,47 @@ def dummy(config: dict[str, Any] = CONFIG) -> DummyCheckpoint:
 
 
 def test_every_chunk_lands_where_the_whole_would(small):
-    quantizer = Quantizer()
-    plan = check_loaded(dummy(), FakeBindings(on_kernel=quantizer), quant="fp8")
+    loader = Loader()
+    plan = check_loaded(dummy(), FakeBindings(on_kernel=loader), quant="fp8")
     made = plan.loading
-    chunks = [index for conversion in made.conversions for index in conversion.launches]
-    assert sum(quantizer.launched.values()) == len(chunks) > 20
-    assert len(quantizer.operands) <= made.slots == 3
-    assert len(made.program.launches) < len(chunks)
-    # q, k and v of 64, 32 and 32 rows in chunks of 20: some chunks hold rows of two of them.
+    runs = [run for conversion in made.conversions for run in conversion.runs]
+    assert sum(loader.launched.values()) == len(runs) > 20
+    assert len(loader.operands) <= made.places == 3
+    assert len(made.programs) < len(runs)
+    # q, k and v of 64, 32 and 32 rows in runs of 20: some hold rows of two of them.
     (first, *_) = made.conversions
-    assert [piece.at for piece in first.pieces] == [0, 64, 96]
-    rows = [
-        made.program.buffers[made.program.launches[i].operands["x"]].spec.at({})[0] for i in first.launches
-    ]
-    assert rows == [20] * 6 + [8]
+    (operand,) = plan.weights[first.results["q"]].param.operands
+    assert [piece.at for piece in operand.pieces] == [(0, 0), (64, 0), (96, 0)]
+    assert [stop for stop, _ in first.runs] == [20, 40, 60, 80, 100, 120, 128]
+    assert [rows(made.programs[number]) for _, number in first.runs] == [20] * 6 + [8]
+
+
+def rows(load: LoadProgram) -> int:
+    """Of the operand."""
+    return load.program.buffers["x"].spec.at({})[0]
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
 def test_files_are_read_by_chunks(small, tmp_path, stored):
-    quantizer = Quantizer()
-    check_loaded(write_folder(tmp_path, stored), FakeBindings(on_kernel=quantizer), quant="fp8")
-    assert sum(quantizer.launched.values()) > 20
+    loader = Loader()
+    check_loaded(write_folder(tmp_path, stored), FakeBindings(on_kernel=loader), quant="fp8")
+    assert sum(loader.launched.values()) > 20
 
 
 def test_blocks_are_whole_but_for_the_last(small):
     """Of 128 rows; k's and v's 64 rows are chunks, and blocks, of their own."""
     config = BLOCKY | {"head_dim": 32}
-    quantizer = Quantizer()
-    plan = check_loaded(dummy(config), FakeBindings(on_kernel=quantizer), quant="fp8_block")
-    assert {op.rpartition("_")[0] for op in quantizer.launched} == {"quantize_fp8_block"}
-    rows = [
-        plan.loading.program.buffers[launch.operands["x"]].spec.at({})[0]
-        for launch in plan.loading.program.launches
-    ]
-    assert sorted(rows) == [64, 128, 128]
+    loader = Loader()
+    plan = check_loaded(dummy(config), FakeBindings(on_kernel=loader), quant="fp8_block")
+    assert {name.split("-")[1] for name in loader.launched} == {"quantize_fp8_block"}
+    assert sorted(map(rows, plan.loading.programs)) == [64, 128, 128]
 
 
 def test_chunks_of_the_usual_size(tmp_path):
-    quantizer = Quantizer()
-    plan = check_loaded(
-        write_folder(tmp_path, torch.bfloat16), FakeBindings(on_kernel=quantizer), quant="fp8"
-    )
-    assert all(len(conversion.launches) == 1 for conversion in plan.loading.conversions)
-    assert plan.memory.arena >= plan.loading.slots * plan.loading.slot_bytes
+    loader = Loader()
+    plan = check_loaded(write_folder(tmp_path, torch.bfloat16), FakeBindings(on_kernel=loader), quant="fp8")
+    assert all(len(conversion.runs) == 1 for conversion in plan.loading.conversions)
+    assert plan.memory.arena >= plan.loading.places * plan.loading.place_bytes
 
 
 @pytest.mark.parametrize(
@@ -128,15 +97,17 @@ def test_stored_scales_are_repeated_and_compared_on_the_way(small, said):
 
 def test_addresses_are_multiples_of_what_kernels_were_compiled_for(small):
     plan = make_plan(dummy(), quant="fp8")
-    program = plan.loading.program
+    least = set()
     for conversion in plan.loading.conversions:
-        at = dict(conversion.results)
-        for index in conversion.launches:
-            launch = program.launches[index]
-            for name, offset in at.items():
-                buffer = program.buffers[launch.results[name]]
-                assert offset % np.gcd(buffer.offset, 256) == 0
-                at[name] += buffer.spec.nbytes({})
+        at = {result: plan.weights[index].offset for result, index in conversion.results.items()}
+        for _, number in conversion.runs:
+            load = plan.loading.programs[number]
+            for result, offset in at.items():
+                made = load.results[result]
+                assert offset % load.program.alignments[made.name] == 0
+                least.add(load.program.alignments[made.name])
+                at[result] += made.spec.nbytes({})
+    assert min(least) < 256 == max(least)
 
 
 def test_a_refused_launch_reaches_the_caller_and_leaves_nothing(small):

@@ -16,7 +16,7 @@ def test_written_weights_are_those_that_the_plan_reads(tmp_path):
     plan = tiny()
     nbytes = load_steps.write_weights(plan, tmp_path)
     checkpoint = open_checkpoint(tmp_path)
-    sources = {piece.source for weight in plan.weights for piece in weight.param.pieces}
+    sources = {p.source for w in plan.weights for o in w.param.operands for p in o.pieces}
     assert sources == checkpoint.tensors.keys()
     read = {name: checkpoint.read(name).view(np.uint8) for name in sources}
     assert sum(tensor.size for tensor in read.values()) == nbytes

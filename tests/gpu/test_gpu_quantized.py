@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from scripted_steps import SMALL, Played, play, write_checkpoint
+from smoothed import Smoothed
 
 from makeready.graphs.checkpoint.base import Checkpoint
 from makeready.graphs.checkpoint.dummy import DummyCheckpoint
@@ -26,6 +27,7 @@ from makeready.graphs.executable.cuda import CudaExecutable
 from makeready.graphs.executable.load import load_executable
 from makeready.graphs.plan import Plan
 from makeready.graphs.quant import loading
+from makeready.graphs.quant.scheme import ON_LOAD
 from makeready.graphs.targets import TARGETS
 
 REQUEST = {
@@ -139,11 +141,22 @@ def test_poisoned_and_repeated_steps_are_identical(executable):
     same(play(executable), first)
 
 
+def test_derivations_of_two_operands_and_two_kernels_give_the_cpus_bytes(monkeypatch):
+    """One operand transposed on the host, a value between the kernels in the arena, runs of a few rows."""
+    monkeypatch.setitem(ON_LOAD, "smoothed", Smoothed())
+    monkeypatch.setattr(loading, "CHUNK_BYTES", 300_000)
+    checkpoint = DummyCheckpoint(SMALL | {"num_hidden_layers": 2}, None, 0)
+    plan = compile_plan(checkpoint, target=target(), quant="smoothed", **REQUEST)
+    executable = CudaExecutable(plan, checkpoint)
+    check_weights(executable, checkpoint)
+    executable.close()
+
+
 @pytest.mark.parametrize("quant", ["fp8", "fp8_block"])
 def test_many_chunks_at_once_give_the_cpus_bytes(quant, tmp_path, monkeypatch):
     """Small chunks of matrices that are no multiple of them, from threads that share few slots."""
-    monkeypatch.setattr(loading, "SLOT_BYTES", 300_000)
-    monkeypatch.setattr(loading, "SLOTS", 3)
+    monkeypatch.setattr(loading, "CHUNK_BYTES", 300_000)
+    monkeypatch.setattr(loading, "LOADERS", 3)
     config = SMALL | {
         "num_hidden_layers": 2,
         "hidden_size": 1024,
@@ -153,7 +166,7 @@ def test_many_chunks_at_once_give_the_cpus_bytes(quant, tmp_path, monkeypatch):
     checkpoint = write_checkpoint(tmp_path, config)
     plan = compile_plan(checkpoint, target=target(), quant=quant, **REQUEST)
     assert plan.loading is not None
-    assert sum(len(c.launches) for c in plan.loading.conversions) > 50
+    assert sum(len(c.runs) for c in plan.loading.conversions) > 50
     for _ in range(3):
         executable = CudaExecutable(plan, checkpoint, kv_bytes=2**30)
         check_weights(executable, checkpoint)

@@ -74,7 +74,7 @@ def write_checkpoint(folder: Path, **changes) -> Path:
     config = LLAMA | changes
     (folder / "config.json").write_text(json.dumps(config))
     plan = compile_plan(dummy(config), max_rows=2, weight_dtype="float32")
-    sources = {p.source: (p.stop, *w.param.spec.shape[1:]) for w in plan.weights for p in w.param.pieces}
+    sources = {p.source: [stop for _, stop in p.box] for w in plan.weights for p in w.param.pieces}
     tensors = {name: np.full(shape, 0.5, np.float32) for name, shape in sources.items()}
     save_file(tensors, folder / "model.safetensors")
     return folder

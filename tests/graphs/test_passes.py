@@ -100,9 +100,9 @@ def test_projections_of_one_value_are_merged():
     assert qkv.spec == TensorSpec(((heads + 2 * kv_heads) * size, hidden), "float32")
     source = "model.layers.0.self_attn.{}_proj.weight".format
     assert qkv.pieces == (
-        Piece(source("q"), 0, 24, 0),
-        Piece(source("k"), 0, 8, 24),
-        Piece(source("v"), 0, 8, 32),
+        Piece(source("q"), ((0, 24), (0, 24)), (0, 0)),
+        Piece(source("k"), ((0, 8), (0, 24)), (24, 0)),
+        Piece(source("v"), ((0, 8), (0, 24)), (32, 0)),
     )
     assert "layers.1.mlp.gate+up.bias" in after.params
     assert not any("attention.q.weight" in name for name in after.params)

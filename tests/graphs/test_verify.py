@@ -11,7 +11,7 @@ from tiny_programs import traced
 
 from makeready.graphs.ir import PARAM, STEP, TEMP, Call, Program, Value
 from makeready.graphs.passes import rewrite
-from makeready.graphs.recipe import Generated, Piece
+from makeready.graphs.recipe import Derivation, Derived, Generated, LoadCall, Operand, Piece, whole
 from makeready.graphs.spec import EXTEND
 from makeready.graphs.verify import RULES, VerificationError, verify
 from makeready.kernels.spec import TensorSpec
@@ -63,6 +63,16 @@ def kind(program: Program, value: str) -> Program:
 
 def without(mapping, key):
     return {k: v for k, v in mapping.items() if k != key}
+
+
+def halved(shape: tuple[int, ...], *, reads: str = "x", beside: tuple[int, ...] = ()) -> Derived:
+    """silu_mul of a tensor: as many rows, half as many columns; ``beside`` is another operand."""
+    operands = {
+        name: Operand(TensorSpec(of, "float32"), (whole(name, of),), unit=1)
+        for name, of in (("x", shape), ("other", beside))
+        if of
+    }
+    return Derived(Derivation(operands, (LoadCall("silu_mul", {"gate_up": reads}, {"y": "y"}),)), "y")
 
 
 DEFECTS: dict[str, tuple[str, Callable[[Program], Program]]] = {
@@ -135,24 +145,60 @@ DEFECTS: dict[str, tuple[str, Callable[[Program], Program]]] = {
         lambda p: replace(p, params=without(p.params, "norm.weight")),
     ),
     "parameter with no rows": (
-        "params_have_recipes: .* needs either pieces or a generator",
+        "params_have_recipes: .* needs either pieces, a generator or a derivation",
         lambda p: param(p, pieces=()),
     ),
     "parameter with both": (
-        "params_have_recipes: .* needs either pieces or a generator",
+        "params_have_recipes: .* needs either pieces, a generator or a derivation",
         lambda p: param(p, generated=Generated("rope_table")),
     ),
     "a gap in a parameter": (
-        "params_have_recipes: the pieces of .* do not tile its 40 rows",
-        lambda p: param(p, pieces=(Piece("a", 0, 24, 0), Piece("b", 0, 8, 32))),
+        "params_have_recipes: the pieces of .* do not tile its",
+        lambda p: param(p, pieces=(whole("a", (24, 24)), whole("b", (8, 24), (32, 0)))),
     ),
     "an overlap in a parameter": (
-        "params_have_recipes: the pieces of .* do not tile its 40 rows",
-        lambda p: param(p, pieces=(Piece("a", 0, 24, 0), Piece("b", 0, 16, 23))),
+        "params_have_recipes: the pieces of .* do not tile its",
+        lambda p: param(p, pieces=(whole("a", (24, 24)), whole("b", (16, 24), (23, 0)))),
     ),
     "a parameter's last row missing": (
-        "params_have_recipes: the pieces of .* do not tile its 40 rows",
-        lambda p: param(p, pieces=(Piece("a", 0, 39, 0),)),
+        "params_have_recipes: the pieces of .* do not tile its",
+        lambda p: param(p, pieces=(whole("a", (39, 24)),)),
+    ),
+    "a parameter's last column missing": (
+        r"params_have_recipes: the pieces of .* do not tile its \[40, 24\]",
+        lambda p: param(p, pieces=(whole("a", (40, 23)),)),
+    ),
+    "a piece where zeros are": (
+        r"params_have_recipes: the pieces of .* do not tile its \[40, 20\]",
+        lambda p: param(p, padding=(0, 4)),
+    ),
+    "zeros of another rank": (
+        r"params_have_recipes: the pieces of .* are padded by \[4\], which does not fit \[40, 24\]",
+        lambda p: param(p, padding=(4,)),
+    ),
+    "zeros behind what is no box": (
+        "params_have_recipes: .* is padded, but not made of pieces",
+        lambda p: param(p, pieces=(), generated=Generated("rope_table"), padding=(0, 4)),
+    ),
+    "a box of another rank": (
+        "params_have_recipes: the pieces of .* have a piece of a whose box, axes and place do not belong",
+        lambda p: param(p, pieces=(Piece("a", ((0, 40),), (0,)),)),
+    ),
+    "mesh axes of another rank": (
+        "params_have_recipes: .* has 2 axes, mesh axes are named for 1",
+        lambda p: param(p, shard=("tp",)),
+    ),
+    "a derivation of another shape": (
+        r"params_have_recipes: .* is float32\[40, 24\], its derivation gives float32\[40, 18\]",
+        lambda p: param(p, pieces=(), derived=halved((40, 36))),
+    ),
+    "a derivation that reads nothing": (
+        "params_have_recipes: the derivation of .* is wrong: silu_mul reads z, which nothing defines",
+        lambda p: param(p, pieces=(), derived=halved((40, 48), reads="z")),
+    ),
+    "operands in different units": (
+        "params_have_recipes: operands of .* are cut into 40 and 80 units",
+        lambda p: param(p, pieces=(), derived=halved((40, 48), beside=(80, 1))),
     ),
 }
 

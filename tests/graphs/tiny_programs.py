@@ -13,7 +13,7 @@ from makeready.graphs.checkpoint.base import Checkpoint, open_checkpoint
 from makeready.graphs.compile import Request, Traced, trace_checkpoint
 from makeready.graphs.constants import GENERATORS
 from makeready.graphs.ir import KV, STEP, Call, Program, Value
-from makeready.graphs.recipe import Param, Piece
+from makeready.graphs.recipe import Operand, Param, whole
 from makeready.graphs.spec import DECODE, EXTEND, Bucket
 from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.spec import TensorSpec
@@ -74,15 +74,22 @@ class Weights:
         """The parameter, by its recipe."""
         if param.generated:
             return torch.from_numpy(GENERATORS[param.generated.function](**param.generated.arguments))
-        made = torch.full(param.assembled.at({}), float("nan"))
-        for piece in param.pieces:
-            rows = self.source(piece.source, (piece.stop, *made.shape[1:]))[piece.start : piece.stop]
-            made[piece.at : piece.at + len(rows)] = rows
         if param.derived is None:
-            return made
-        op = CONTRACTS[param.derived.op]
-        at = [o.name for o in op.outputs].index(param.derived.result)
-        return op.reference(made, **param.derived.attrs)[at].view(param.spec.at({}))
+            return self._assembled(Operand(param.spec, param.pieces))
+        ((name, operand),) = param.derived.by.operands.items()
+        (call,) = param.derived.by.calls
+        op = CONTRACTS[call.op]
+        made = op.reference(self._assembled(operand), **call.attrs)
+        assert (call.operands, name) == ({"x": "x"}, "x")
+        return made[[o.name for o in op.outputs].index(param.derived.result)].view(param.spec.at({}))
+
+    def _assembled(self, operand: Operand) -> torch.Tensor:
+        """Whole rows, which is all that these models have."""
+        made = torch.full(operand.spec.at({}), float("nan"))
+        for piece in operand.pieces:
+            (start, stop), at = piece.box[0], piece.at[0]
+            made[at : at + stop - start] = self.source(piece.source, (stop, *made.shape[1:]))[start:stop]
+        return made
 
 
 @dataclass
@@ -167,7 +174,7 @@ def handmade(
 ) -> Program:
     """A program of the given calls; its parameters read whole tensors of their own names."""
     recipes = {
-        name: Param(name, spec, pieces=(Piece(f"source.{name}", 0, int(spec.shape[0]), 0),))
+        name: Param(name, spec, pieces=(whole(f"source.{name}", spec.at({})),))
         for name, spec in params.items()
     }
     values = {name: Value(name, spec, KV if name.endswith("_cache") else STEP) for name, spec in step.items()}

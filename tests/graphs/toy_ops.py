@@ -13,10 +13,12 @@ from tiny_programs import LLAMA, dummy, traced
 from torch import nn
 
 from makeready.graphs.compile import Traced
+from makeready.graphs.layers.dense import BY_OUTPUTS
 from makeready.graphs.layers.inputs import Inputs
 from makeready.graphs.layers.parameter import parameter
 from makeready.graphs.quant.fp8 import quantize_linears
 from makeready.graphs.quant.scheme import ON_LOAD
+from makeready.graphs.reads import needs
 from makeready.graphs.spec import EXTEND
 from makeready.graphs.steps.base import step_kinds
 from makeready.graphs.trace import trace
@@ -136,8 +138,8 @@ class ToyModel(nn.Module):
         self.ops = ops
         self.embedding = parameter((VOCABULARY, HIDDEN), "embed.weight")
         self.scale = parameter((HIDDEN,), "norm.weight")
-        self.a = parameter((INNER, HIDDEN), "a.weight", shard=0, quantizable=True)
-        self.b = parameter((INNER, HIDDEN), "b.weight", shard=0, quantizable=True)
+        self.a = parameter((INNER, HIDDEN), "a.weight", shard=BY_OUTPUTS, quantizable=True)
+        self.b = parameter((INNER, HIDDEN), "b.weight", shard=BY_OUTPUTS, quantizable=True)
         self.head = parameter((VOCABULARY, INNER - SKIPPED), "lm_head.weight", quantizable=True)
 
     def forward(self, ids: torch.Tensor, inputs: Inputs) -> torch.Tensor:
@@ -170,6 +172,6 @@ def toy_traced(toys: Any, quant: str | None, **request: Any) -> Traced:
         programs[name] = program
     checkpoint = dummy(LLAMA)
     checkpoint.declare(  # type: ignore[attr-defined]
-        {p.source: param.source_shape(p) for param in programs[EXTEND].params.values() for p in param.pieces}
+        {source: need.shape for source, need in needs(programs[EXTEND].params.values()).items()}
     )
     return replace(made, programs=programs, checkpoint=checkpoint)

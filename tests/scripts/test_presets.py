@@ -41,8 +41,8 @@ def parameters(plan: Plan) -> int:
     elements: dict[str, int] = {}
     for weight in plan.weights:
         for piece in weight.param.pieces:
-            rows = piece.stop * math.prod(weight.param.spec.shape[1:])
-            elements[piece.source] = max(rows, elements.get(piece.source, 0))
+            size = math.prod(stop for _, stop in piece.box)
+            elements[piece.source] = max(size, elements.get(piece.source, 0))
     return sum(elements.values())
 
 

@@ -32,6 +32,8 @@ from makeready.graphs.executable import cuda_pages, cuda_weights
 from makeready.graphs.executable.cuda import CudaExecutable
 from makeready.graphs.executable.cuda_driver import Driver, host_bytes
 from makeready.graphs.plan import Plan
+from makeready.graphs.reads import fetch, needs, reads
+from makeready.kernels.spec import DTYPE_BYTES
 
 MIB = 2**20
 BLOCK = 64 * MIB  # of random bytes, repeated
@@ -59,10 +61,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
 
 def write_weights(plan: Plan, folder: Path) -> int:
     """A checkpoint of random bytes that ``plan`` accepts; returns its bytes."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for weight in plan.weights:
-        for piece in weight.param.pieces:
-            shapes[piece.source] = max(weight.param.source_shape(piece), shapes.get(piece.source, (0,)))
+    shapes = {source: need.shape for source, need in needs(w.param for w in plan.weights).items()}
     dtype = plan.options.weight_dtype
     name = next(stored for stored, ours in DTYPES.items() if ours == dtype)
     header, end = {}, 0
@@ -82,20 +81,24 @@ def write_weights(plan: Plan, folder: Path) -> int:
 
 
 def check_weights(executable: CudaExecutable, checkpoint: Checkpoint) -> int:
-    """Hold the first and the last rows of every plain parameter against the file; returns how many there are."""
+    """Hold the first and the last rows of plain parameters' boxes against the file; returns how many there are."""
     driver, checked = executable._driver, 0
     for weight in executable.plan.weights:
-        row = weight.nbytes // int(weight.param.spec.at({})[0])
-        for piece in weight.param.pieces if weight.param.derived is None else ():
-            if checkpoint.tensors[piece.source].dtype != weight.param.spec.dtype:
+        param = weight.param
+        size, shape = DTYPE_BYTES[param.spec.dtype], param.spec.at({})
+        for box in (box for o in param.operands if param.derived is None for box in reads(o)):
+            if box.number or checkpoint.tensors[box.source].dtype != param.spec.dtype:
                 continue
-            for at in (piece.start, piece.stop - 1):
-                expected = checkpoint.read(piece.source, slice(at, at + 1)).view(np.uint8).reshape(-1)
-                found = np.empty(row, np.uint8)
-                place = executable._regions.weights + weight.offset + (piece.at + at - piece.start) * row
-                driver.to_host(found.ctypes.data, place, row, executable._stream)
+            (first, stop), offset = box.place[0], box.offset(shape)
+            for row in (box.within(0, first, first + 1), box.within(0, stop - 1, stop)):
+                if row is None or offset is None:
+                    continue
+                expected = np.ascontiguousarray(fetch(checkpoint, row)).view(np.uint8).reshape(-1)
+                found = np.empty(expected.size, np.uint8)
+                place = executable._regions.weights + weight.offset + size * (row.offset(shape) or 0)
+                driver.to_host(found.ctypes.data, place, found.size, executable._stream)
                 driver.synchronize(executable._stream)
-                assert np.array_equal(found, expected), f"row {at} of {piece.source} did not arrive"
+                assert np.array_equal(found, expected), f"a row of {box.source} did not arrive"
                 checked += 1
     return checked
 
