@@ -23,6 +23,7 @@ from makeready.graphs.checkpoint.base import open_checkpoint
 from makeready.graphs.codec import canonical
 from makeready.graphs.executable.cpu import CpuExecutable
 from makeready.graphs.plan import PlanError
+from makeready.graphs.reads import needs
 
 HERE = Path(__file__).parent
 
@@ -119,7 +120,7 @@ def test_what_contradicts_itself_is_refused(name, edit, message, folder):
 def test_rows_that_the_checkpoint_has_not_are_refused(folder, tmp_path):
     """By a plan that names the right checkpoint."""
     plan = artifact.load(folder)
-    shapes = {p.source: w.param.source_shape(p) for w in plan.weights for p in w.param.pieces}
+    shapes = {source: need.shape for source, need in needs(w.param for w in plan.weights).items()}
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(LLAMA))
     save_file(
@@ -132,7 +133,7 @@ def test_rows_that_the_checkpoint_has_not_are_refused(folder, tmp_path):
 
     def beyond(weights: Any) -> None:
         piece = next(w for w in weights if w["param"].get("pieces"))["param"]["pieces"][0]
-        piece["start"], piece["stop"] = piece["start"] + 10**6, piece["stop"] + 10**6
+        piece["box"][0] = [n + 10**6 for n in piece["box"][0]]
 
     change(folder, WEIGHTS, beyond)
     with pytest.raises(PlanError, match=r"needs tensor model\.embed_tokens\.weight"):
