@@ -192,6 +192,8 @@ def _refusal(way: Way, compiled: Mapping[Kernel, Compiled | PlanError], target: 
                 f"{where} needs {made.shared} bytes of shared memory, {target.name} has {target.shared_bytes} "
                 "for a block; use smaller tiles or fewer stages"
             )
+        if launch.grid[0] % made.cluster:
+            raise PlanError(f"{where} has clusters of {made.cluster}, of which a grid of {launch.grid} has no whole number")
         if launch.dependent and not made.waits:
             raise PlanError(
                 f"{where} is dependent and never waits for the kernels before it; call gdc_wait before the "
