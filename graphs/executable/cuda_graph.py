@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -116,9 +117,10 @@ class GraphBuilder:
 
     def _maps_of(self, argument: NodeArgument) -> _Maps:
         """The maps of ``argument``, which buckets share: weights and caches do not move."""
-        found = self._maps.get(argument)
+        key = replace(argument, kind="map")
+        found = self._maps.get(key)
         if found is None:
-            found = self._maps[argument] = _Maps(self._driver, argument, _shape(argument, self._pages))
+            found = self._maps[key] = _Maps(self._driver, argument, _shape(argument, self._pages))
         return found
 
 

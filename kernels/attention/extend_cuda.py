@@ -44,7 +44,6 @@ def _applies(call: OpCall) -> bool:
         and all(x.alignment % 16 == 0 for x in (q, y, k, v))
         and all(x.row_stride % 8 == 0 for x in (q, y))
         and call.attrs["scale"] > 0
-        and call.rows < call.tokens  # a step of one-token rows is Triton's
     )
 
 
@@ -113,19 +112,26 @@ def most_tiles(rows: int, tokens: int, a_tile: int) -> int:
 
 
 def microseconds(call: OpCall) -> float:
-    """What one prompt takes that fills the bucket, or is a chunk of the context that the plan expects."""
+    """What the batch takes that the bucket is for.
+
+    That is one prompt, or a chunk of the context that the plan expects; with fewer than two tokens a row it is rows
+    of one token, of whose tiles most is padding, so that such steps stay the Triton kernel's.
+    """
     tokens, kv_heads = int(call.tensors["q"].shape[0]), call.attrs["kv_heads"]
     a_tile, window = _M // (call.attrs["heads"] // kv_heads), call.attrs["window"]
-    before = max(0, call.context - tokens)
+    if tokens < 2 * call.rows:
+        tiles = [(call.context - 1, call.context)] * tokens
+        keys = tokens * call.context
+    else:
+        before = max(0, call.context - tokens)
+        keys = before + tokens
+        tiles = [(first, min(first + a_tile, keys)) for first in range(before, keys, a_tile)]
+    steps = [-(-end // _L) - (max(first - window + 1, 0) // _L if window else 0) for first, end in tiles]
     rate = (call.flops["bfloat16"] / call.multiprocessors) / (H100_FLOPS["bfloat16"] / 132)
-    steps = []
-    for first in range(before, before + tokens, a_tile):
-        end = -(-min(first + a_tile, before + tokens) // _L)
-        steps.append(end - (max(first - window + 1, 0) // _L if window else 0))
     ends = [0.0] * min(call.multiprocessors, kv_heads * len(steps))
     for n in sorted(steps, reverse=True):  # in the order in which blocks take them
         for _ in range(kv_heads):
             heapq.heapreplace(ends, ends[0] + _ITEM_US + n * _STEP_US / rate)
-    # Each item reads its keys and values once; what one prompt's items share stays in L2.
-    streamed = 1e6 * 4 * _D * kv_heads * (before + tokens) / (_STREAMED * call.bandwidth)
+    # Rows read their keys and values once; those of a prompt stay in L2 for its other tiles.
+    streamed = 1e6 * 4 * _D * kv_heads * keys / (_STREAMED * call.bandwidth)
     return _LAUNCH_US + max(*ends, streamed)
