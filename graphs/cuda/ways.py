@@ -200,7 +200,9 @@ def _refusal(way: Way, compiled: Mapping[Kernel, Compiled | PlanError], target: 
                 "for a block; use smaller tiles or fewer stages"
             )
         if launch.grid[0] % made.cluster:
-            raise PlanError(f"{where} has {launch.grid[0]} blocks along x, which is no multiple of its clusters of {made.cluster}")
+            raise PlanError(
+                f"{where} has {launch.grid[0]} blocks along x, which is no multiple of its clusters of {made.cluster}"
+            )
         if launch.dependent and not made.waits:
             raise PlanError(
                 f"{where} is dependent and never waits for the kernels before it; call gdc_wait before the "

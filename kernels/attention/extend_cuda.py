@@ -90,7 +90,9 @@ def candidate(call: OpCall, *, give_up: int = 0) -> Candidate:
             ),
             "k_map": cache("k_cache"),
             "v_map": cache("v_cache"),
-            **{name: Pointer(name) for name in ("y", "page_table", "query_start", "query_len", "context_len")},
+            **{
+                name: Pointer(name) for name in ("y", "page_table", "query_start", "query_len", "context_len")
+            },
             "counter": Scratch(0, "int32"),
             "rows": Scalar(rows, "int32"),
             "tokens": Scalar(tokens, "int32"),
@@ -102,7 +104,9 @@ def candidate(call: OpCall, *, give_up: int = 0) -> Candidate:
         grid=(min(call.multiprocessors, kv_heads * most_tiles(rows, tokens, a_tile)), 1, 1),
         dependent=dependent,
     )
-    return Candidate(f"wgmma_{_M}x{_L}", (launch,), scratch=256, zeroed=256, seconds=1e-6 * microseconds(call))
+    return Candidate(
+        f"wgmma_{_M}x{_L}", (launch,), scratch=256, zeroed=256, seconds=1e-6 * microseconds(call)
+    )
 
 
 def most_tiles(rows: int, tokens: int, a_tile: int) -> int:

@@ -112,7 +112,10 @@ def test_a_plan_says_how_it_is_launched(
     assert [a.kind for a in node.arguments] == ["map", "pointer", "scratch", "scalar", "scalar"]
     x = node.arguments[0]
     assert (x.operand, x.shape, x.strides, x.block) == ("x", (64, 256), (768, 1), (8, 64))
-    assert (x.swizzle, x.element_type) == (3, 9)  # CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+    assert (x.swizzle, x.element_type) == (
+        3,
+        9,
+    )  # CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
     others = [b for key, b in made.binaries.items() if key != node.binary]
     assert others
     assert {b.null_pointers for b in others} == {2}
@@ -204,7 +207,7 @@ def test_products_that_wait_for_each_other_are_refused(
         (tmp_path / name).write_text(text.replace("        wgmma_wait<1>();\n", ""))
     (launch,) = candidate(_attention()).launches
     monkeypatch.setattr(nvrtc, "FOLDER", tmp_path)
-    with pytest.raises(PlanError, match="makes matrix products wait for each other: .*serializ"):
+    with pytest.raises(PlanError, match=r"makes matrix products wait for each other: .*serializ"):
         aot.compile_launch(launch, _attention())
 
 

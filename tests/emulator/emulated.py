@@ -18,7 +18,16 @@ import torch
 
 from makeready.graphs.cuda import nvrtc
 from makeready.kernels.contract import CONTRACTS
-from makeready.kernels.device import Candidate, Descriptor, DeviceLaunch, OpCall, Pointer, Scalar, Scratch, Tensor
+from makeready.kernels.device import (
+    Candidate,
+    Descriptor,
+    DeviceLaunch,
+    OpCall,
+    Pointer,
+    Scalar,
+    Scratch,
+    Tensor,
+)
 from makeready.kernels.size import value
 from makeready.kernels.spec import TensorSpec
 
@@ -85,7 +94,16 @@ class Emulator:
             file, _, name = launch.function.rpartition("/")[2].partition(":")
             out = self._folder / f"{len(self._made)}.so"
             defines = [f"-D{k}={int(v)}" for k, v in launch.constants.items()]  # type: ignore[arg-type]
-            command = ["g++", "-DEMULATED", "-shared", "-fPIC", "-O1", "-std=c++20", "-fno-strict-aliasing", "-w"]
+            command = [
+                "g++",
+                "-DEMULATED",
+                "-shared",
+                "-fPIC",
+                "-O1",
+                "-std=c++20",
+                "-fno-strict-aliasing",
+                "-w",
+            ]
             command += [f'-DSOURCE="{file}"', f"-DKERNEL={name}", *defines, f"-I{self._sources}", f"-I{HERE}"]
             made = subprocess.run(
                 [*command, str(HERE / "library.cpp"), "-o", str(out)], capture_output=True, text=True

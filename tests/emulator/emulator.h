@@ -1,8 +1,9 @@
 // The names of kernels/csrc/hopper.h on the CPU, for tests of the kernels' logic.
 //
 // Every thread is a fiber and blocks run interleaved. Copies land late and in any order, matrix products read shared
-// memory and registers as late as a wait allows, warps fall behind at random, shared memory starts as NaN. What the
-// hardware refuses (sizes, alignment, swizzles) fails, and so does a deadlock, with the place of every warp.
+// memory and registers as late as a wait allows (with odd seeds as early as they may), warps fall behind at random,
+// shared memory starts as NaN. What the hardware refuses (sizes, alignment, swizzles) fails, and so does a deadlock,
+// with the place of every warp.
 //
 // It cannot see: missing proxy fences and memory-model races (plain stores and loads of a warpgroup run in order),
 // registers, speed, and whether it reads the PTX manual rightly. The GPU tests and compute-sanitizer are for those.
@@ -72,7 +73,7 @@ inline uint16_t narrow(float f) {  // to nearest, ties to even
 struct Map { const uint8_t* base; int rank, size; bool swizzled; uint64_t dims[5], strides[5]; uint32_t box[5]; };
 struct Bar { int count = 0, pending = 0; long bytes = 0; int phase = 0; };
 struct Named { int arrived = 0; long generation = 0; };
-struct Copy { TensorMap map; uint32_t to, bar; int at[5]; };
+struct Copy { TensorMap map; uint32_t to, bar; int at[5]; int rounds; };  // how long it takes yet
 struct Product { float* d[128]; const uint32_t* a_registers[128]; bool registers; uint64_t a, b; int accumulate, arrived; };
 struct Warpgroup { std::deque<Product> products; long first = 0; long issued[128] = {}; std::vector<long> ends[128]; };
 struct Warp { uint64_t slot[32]; int arrived = 0; long generation = 0; };
@@ -83,7 +84,7 @@ struct Block {
 struct Fiber { ucontext_t context; std::vector<uint8_t> stack; Block* block; int thread; bool done = false; const char* where = ""; };
 struct Dim { int x; };
 struct State {
-  ucontext_t main; Fiber* now = nullptr; bool progress = false; std::mt19937 random; int threads = 0, grid = 0;
+  ucontext_t main; Fiber* now = nullptr; bool progress = false; std::mt19937 random; int threads = 0, grid = 0; bool eager = false;
   std::function<void()> body; std::string failure; std::vector<Map> maps;
 };
 inline State& state() { static State s; return s; }
@@ -174,6 +175,11 @@ inline void execute(Block& c, Product& p) {
     p.d[t][i] = s;
   }
 }
+inline void run_first(Block& c, Warpgroup& w) {
+  execute(c, w.products.front());
+  w.products.pop_front();
+  w.first++;
+}
 __attribute__((noinline)) inline void issue(float* d, const uint32_t* registers, uint64_t a, uint64_t b, int accumulate) {
   Warpgroup& w = block().warpgroups[thread() / 128];
   int t = thread() % 128;
@@ -186,6 +192,7 @@ __attribute__((noinline)) inline void issue(float* d, const uint32_t* registers,
   Product& p = w.products[number - w.first];
   check(p.a == a && p.b == b && p.accumulate == accumulate && p.registers == (registers != nullptr), "threads of a warpgroup disagree about a product");
   p.d[t] = d; p.a_registers[t] = registers; p.arrived++;
+  while (state().eager && !w.products.empty() && w.products.front().arrived == 128) run_first(block(), w);
 }
 inline void wait_groups(int n) {
   Block& c = block();
@@ -196,9 +203,7 @@ inline void wait_groups(int n) {
   while (w.first < until) {
     wait_until([&] { return w.first >= until || w.products.front().arrived == 128; }, "wgmma.wait");
     if (w.first >= until) break;
-    execute(c, w.products.front());
-    w.products.pop_front();
-    w.first++;
+    run_first(c, w);
   }
 }
 
@@ -242,7 +247,7 @@ inline uint32_t ballot(bool mine) {
 inline void entry() { state().body(); state().now->done = true; state().progress = true; swapcontext(&state().now->context, &state().main); }
 inline void launch(int grid, int threads, size_t shared, unsigned seed, std::function<void()> body) {
   State& s = state();
-  s.random.seed(seed); s.threads = threads; s.grid = grid; s.body = body; s.now = nullptr; s.failure.clear();
+  s.random.seed(seed); s.eager = seed & 1; s.threads = threads; s.grid = grid; s.body = body; s.now = nullptr; s.failure.clear();
   std::vector<std::unique_ptr<Block>> blocks;
   std::vector<std::unique_ptr<Fiber>> fibers;
   for (int b = 0; b < grid; ++b) {
@@ -267,7 +272,7 @@ inline void launch(int grid, int threads, size_t shared, unsigned seed, std::fun
       std::vector<Copy> pending;
       pending.swap(c->copies);
       for (auto& copy : pending) {
-        if (s.random() & 1) run_copy(*c, copy); else c->copies.push_back(copy);
+        if (copy.rounds-- <= 0) run_copy(*c, copy); else c->copies.push_back(copy);
         s.progress = true;
       }
     }
@@ -329,11 +334,12 @@ inline void mbar_wait(uint64_t* b, uint32_t parity, const char* where) {
 }
 inline void fence_async_proxy() {}
 inline void tma_prefetch_map(const TensorMap*) {}
+inline int emulated_delay() { uint32_t r = emulator::state().random(); return r & 3 ? r >> 8 & 3 : 40; }  // now and then a long one
 inline void tma_3d(void* d, const TensorMap* m, uint64_t* b, int c0, int c1, int c2) {
-  emulator::block().copies.push_back({*m, smem_u32(d), smem_u32(b), {c0, c1, c2, 0, 0}});
+  emulator::block().copies.push_back({*m, smem_u32(d), smem_u32(b), {c0, c1, c2, 0, 0}, emulated_delay()});
 }
 inline void tma_4d(void* d, const TensorMap* m, uint64_t* b, int c0, int c1, int c2, int c3) {
-  emulator::block().copies.push_back({*m, smem_u32(d), smem_u32(b), {c0, c1, c2, c3, 0}});
+  emulator::block().copies.push_back({*m, smem_u32(d), smem_u32(b), {c0, c1, c2, c3, 0}, emulated_delay()});
 }
 inline void dependents_go() {}
 inline void dependence_wait() { if (emulator::state().random() & 1) emulator::yield("dependence"); }

