@@ -38,6 +38,9 @@ PACKAGES = packages()
 setup(
     packages=list(PACKAGES),
     package_dir=PACKAGES,
-    package_data={name: ["*.yaml"] for name in PACKAGES if name.startswith("makeready.conf")},
+    package_data={
+        **{name: ["*.yaml"] for name in PACKAGES if name.startswith("makeready.conf")},
+        "makeready.kernels": ["csrc/*.cu", "csrc/*.h"],  # compiled when a plan is made
+    },
     ext_modules=[CPU_OPS],
 )

@@ -79,8 +79,10 @@ class Binary:
         registers: of a thread.
         spill_bytes: of local memory a thread has, for spilled registers and arrays.
         dependent: it waits on the device for the kernels before it, so it may be launched early.
+        null_pointers: how many end its parameters: two of Triton's (its scratch pointers), none of CUDA C++'s.
+        cluster: blocks of a cluster along x, which the machine code holds; a grid has whole clusters.
 
-    Its parameters are a node's arguments in order, then two null pointers (Triton's scratch pointers).
+    Its parameters are a node's arguments in order, then the null pointers.
     """
 
     function: str
@@ -91,6 +93,8 @@ class Binary:
     spill_bytes: int
     dependent: bool
     nbytes: int
+    null_pointers: int = 2
+    cluster: int = 1
 
 
 @dataclass(frozen=True)
@@ -100,15 +104,15 @@ class NodeArgument:
     ``pointer``     the address of ``operand``: 8 bytes
     ``scratch``     the address of the plan's scratch region plus ``offset``: 8 bytes
     ``scalar``      ``value`` as ``dtype`` (int32, int64 or float32): 4 or 8 bytes
-    ``descriptor``  a tensor map over ``operand``, which fills rank + rank + 1 parameters: the CUtensorMap
-                    (128 bytes by value, 64-byte aligned), then ``shape`` as int32 each, then ``strides``
-                    as int64 each
+    ``map``         a tensor map over ``operand``: the CUtensorMap, 128 bytes by value, 64-byte aligned
+    ``descriptor``  the same and what Triton passes with it, which makes 2 * rank + 1 parameters: the map, then
+                    ``shape`` as int32 each, then ``strides`` as int64 each
 
     Attributes:
         operand: an operand or result of the contract; the launch says which value it stands for.
         dtype: of what is pointed at, of the scalar, or of the map's elements.
         shape, strides: of a map, in elements, outermost axis first; the shape may hold the symbol P.
-        block: elements of each axis that one copy moves, as the kernel was compiled: the box of the map.
+        block: elements of each axis that one copy moves: the box of the map.
         swizzle, element_type: the map's, as numbers of CUtensorMapSwizzle and CUtensorMapDataType.
 
     Maps have no interleave, element strides of 1, 128-byte L2 promotion, and zeros beyond their bounds.

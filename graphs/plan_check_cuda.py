@@ -104,6 +104,10 @@ def check_kernels(plan: Plan) -> None:
             1 <= binary.warps <= 32 and 0 <= binary.shared < 2**20,
             f"binary {key} has {binary.warps} warps and {binary.shared} bytes of shared memory",
         )
+        need(
+            0 <= binary.null_pointers <= 2 and 1 <= binary.cluster <= 16,
+            f"binary {key} has {binary.null_pointers} null pointers and clusters of {binary.cluster} blocks",
+        )
     loading = plan.loading
     if loading is None:
         return

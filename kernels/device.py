@@ -55,18 +55,22 @@ class Scalar:
 class Descriptor:
     """A TMA tensor map over an operand, encoded when the plan is loaded; a host tensor descriptor in Triton.
 
+    Triton's compiler decides on box and swizzle; for CUDA C++ the box is ``block`` and the swizzle ``swizzle``.
+
     Attributes:
         operand: as in :class:`Pointer`.
         shape: elements of each axis, outermost first; may hold the symbol P. The first may be more than the
             operand has where that is ``spare``.
         strides: elements between neighbours along each axis; the last is 1.
         block: elements of each axis that one copy moves.
+        swizzle: bytes of the pattern in shared memory (0, 32, 64 or 128); None for Triton alone.
     """
 
     operand: str
     shape: tuple[Dim, ...]
     strides: tuple[int, ...]
     block: tuple[int, ...]
+    swizzle: int | None = None
 
 
 Argument: TypeAlias = Pointer | Scratch | Scalar | Descriptor
@@ -77,13 +81,14 @@ class DeviceLaunch:
     """One kernel node.
 
     Attributes:
-        function: a ``@triton.jit`` function as ``module:name``.
-        constants: parameters that are known when it is compiled (None too: an absent optional operand).
+        function: a ``@triton.jit`` function as ``module:name``, or a CUDA C++ one as ``csrc/file.cu:name``.
+        constants: parameters that are known when it is compiled (None too: an absent optional operand); of CUDA
+            C++ its macros, integers or names.
         arguments: its other parameters, by name.
         grid: blocks along x, y, z.
-        num_warps, num_stages: compile options.
-        dependent: the kernel calls ``gdc_wait`` before it touches what earlier kernels wrote, so it may be
-            started before they end (a programmatic edge).
+        num_warps, num_stages: compile options of Triton. CUDA C++ says itself how many threads it has.
+        dependent: the kernel waits (``gdc_wait``, ``griddepcontrol.wait``) before it touches what earlier kernels
+            wrote, so it may be started before they end (a programmatic edge).
         local_bytes: local memory that a thread may use; a plan is refused when the compiled kernel spills
             more.
     """

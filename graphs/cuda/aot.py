@@ -1,4 +1,4 @@
-"""Triton kernels to machine code, with no GPU and no cache of Triton's own.
+"""Kernels to machine code, with no GPU: Triton's with no cache of its own, CUDA C++ by nvrtc.py.
 
 A :class:`Kernel` is all that the machine code depends on: function, constants, parameter types, which
 parameters are known to be multiples of 16, options and architecture. Two launches with the same kernel
@@ -22,6 +22,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from makeready.graphs.cuda import nvrtc
 from makeready.graphs.plan import PlanError
 from makeready.kernels.device import Descriptor, DeviceLaunch, OpCall, Pointer, Scalar, Scratch
 
@@ -47,10 +48,11 @@ class Kernel:
     """What machine code is a function of.
 
     Attributes:
-        function: a ``@triton.jit`` function as ``module:name``.
-        constants: values of constexpr parameters.
-        signature: Triton types of the other parameters, in the function's order.
-        aligned: addresses and integers that are multiples of 16.
+        function: a ``@triton.jit`` function as ``module:name``, or CUDA C++ as ``csrc/file.cu:name``.
+        constants: values of constexpr parameters; of macros.
+        signature: Triton types of the other parameters, or what C++'s are, in the function's order.
+        aligned: addresses and integers that are multiples of 16; of no matter to C++.
+        num_warps, num_stages: Triton's options; 0 for C++, which says itself how it is launched.
         arch: compute capability times ten.
     """
 
@@ -84,14 +86,16 @@ class Compiled:
 
     Attributes:
         function: the entry point.
-        arguments: parameters that are passed, in order; two null pointers follow.
+        arguments: parameters that are passed, in order; ``null_pointers`` follow.
         warps: threads of a block over 32; Triton may have raised what was asked for.
         shared: bytes of dynamic shared memory.
         registers: of a thread.
         spill_bytes: of local memory a thread has.
         waits: whether it waits for the kernels before it (``griddepcontrol.wait``).
-        maps: of parameters that are tensor maps.
+        maps: of parameters that are Triton's tensor maps; the launch says what C++'s are.
         ptx: what the machine code was assembled from; empty where it comes from the cache.
+        null_pointers: how many end the parameters: Triton's scratch pointers, which our kernels do not use.
+        cluster: blocks of a cluster along x, which the machine code holds.
     """
 
     cubin: bytes
@@ -104,6 +108,8 @@ class Compiled:
     waits: bool
     maps: Mapping[str, MapLayout]
     ptx: str = ""
+    null_pointers: int = 2
+    cluster: int = 1
 
 
 def compile_launch(launch: DeviceLaunch, call: OpCall, arch: int = 90) -> Compiled:
@@ -117,6 +123,8 @@ def kernel_of(launch: DeviceLaunch, call: OpCall, arch: int) -> Kernel:
     Raises:
         PlanError: its constants and arguments are not the function's parameters.
     """
+    if nvrtc.is_source(launch.function):
+        return _source_kernel(launch, call, arch)
     parameters = jit_function(launch.function).arg_names
     given = {**launch.constants, **launch.arguments}
     if set(parameters) != set(given) or len(given) < len(launch.constants) + len(launch.arguments):
@@ -136,6 +144,47 @@ def kernel_of(launch: DeviceLaunch, call: OpCall, arch: int) -> Kernel:
         dependent=launch.dependent,
         arch=arch,
     )
+
+
+def _source_kernel(launch: DeviceLaunch, call: OpCall, arch: int) -> Kernel:
+    """The same of CUDA C++, where constants are macros and arguments the parameters."""
+    parameters = nvrtc.parameters(launch.function)
+    names = [parameter.name for parameter in parameters]
+    if set(names) != set(launch.arguments):
+        odd = sorted(set(names) ^ set(launch.arguments))
+        raise PlanError(
+            f"{launch.function} takes {', '.join(names)}; the launch for {call.op} is wrong about {', '.join(odd)}"
+        )
+    for parameter in parameters:
+        argument = launch.arguments[parameter.name]
+        given = _kind(launch, parameter.name, call)
+        if given not in parameter.dtypes and (given, parameter.kind) != ("map", "map"):
+            raise PlanError(
+                f"{launch.function}: {parameter.name} is a {parameter.text}, the launch for {call.op} passes "
+                f"{type(argument).__name__} {given}"
+            )
+        if (parameter.kind == "scalar") != isinstance(argument, Scalar):
+            raise PlanError(f"{launch.function}: {parameter.name} is a {parameter.kind}, not {argument}")
+    return Kernel(
+        function=launch.function,
+        constants=tuple(sorted(launch.constants.items())),
+        signature=tuple((parameter.name, parameter.text) for parameter in parameters),
+        aligned=(),
+        num_warps=0,
+        num_stages=0,
+        dependent=launch.dependent,
+        arch=arch,
+    )
+
+
+def _kind(launch: DeviceLaunch, name: str, call: OpCall) -> str:
+    """``map``, or the dtype of a number or of what is pointed at."""
+    argument = launch.arguments[name]
+    if isinstance(argument, Scalar | Scratch):
+        return argument.dtype
+    if argument.operand not in call.tensors:
+        raise PlanError(f"{launch.function}: {call.op} has no operand {argument.operand!r} for {name}")
+    return "map" if isinstance(argument, Descriptor) else call.tensors[argument.operand].dtype
 
 
 def _type(launch: DeviceLaunch, name: str, call: OpCall) -> str:
@@ -175,7 +224,13 @@ def jit_function(function: str) -> Any:
 
 
 def content_key(kernel: Kernel) -> str:
-    """SHA-256 over the sources of the function and all it calls, Triton's version, and ``kernel``."""
+    """SHA-256 over the sources of the function and all it calls, the compiler's version, and ``kernel``.
+
+    Raises:
+        PlanError: CUDA C++ cannot be compiled here.
+    """
+    if nvrtc.is_source(kernel.function):
+        return hashlib.sha256(f"{nvrtc.source_key(kernel.function)}\n{kernel!r}".encode()).hexdigest()
     parts = (jit_function(kernel.function).cache_key, triton.__version__, repr(kernel))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -184,8 +239,10 @@ def compile_kernel(kernel: Kernel) -> Compiled:
     """Machine code of ``kernel``; takes 0.2 to 2 seconds.
 
     Raises:
-        PlanError: Triton or its assembler refuse; the message is theirs.
+        PlanError: Triton, NVRTC or their assemblers refuse; the message is theirs.
     """
+    if nvrtc.is_source(kernel.function):
+        return _compile_source(kernel)
     function = jit_function(kernel.function)
     position = {name: (i,) for i, name in enumerate(function.arg_names)}
     types = dict(kernel.signature)
@@ -222,6 +279,27 @@ def compile_kernel(kernel: Kernel) -> Compiled:
         waits="griddepcontrol.wait" in ptx,
         maps=_map_layouts(kernel, metadata),
         ptx=ptx,
+    )
+
+
+def _compile_source(kernel: Kernel) -> Compiled:
+    try:
+        made = nvrtc.compile_source(kernel.function, kernel.constants, kernel.arch)
+    except PlanError as error:
+        raise PlanError(f"{_label(kernel)} does not compile: {error}") from None
+    return Compiled(
+        cubin=made.cubin,
+        function=kernel.name,
+        arguments=tuple(name for name, _ in kernel.signature),
+        warps=made.threads // 32,
+        shared=made.shared,
+        registers=made.registers,
+        spill_bytes=made.stack,
+        waits="griddepcontrol.wait" in made.ptx,
+        maps={},
+        ptx=made.ptx,
+        null_pointers=0,
+        cluster=made.cluster,
     )
 
 

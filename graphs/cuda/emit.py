@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from makeready.graphs.codec import canonical
-from makeready.graphs.cuda.aot import Compiled, Kernel
+from makeready.graphs.cuda.aot import Compiled, Kernel, MapLayout
 from makeready.graphs.cuda.ways import Way, select
 from makeready.graphs.memory import ALIGNMENT, align
 from makeready.graphs.plan import (
@@ -39,6 +39,7 @@ from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.device import (
     Argument,
     Candidate,
+    Descriptor,
     OpCall,
     Pointer,
     Scalar,
@@ -49,6 +50,10 @@ from makeready.kernels.size import Dim
 from makeready.kernels.spec import DTYPE_BYTES, ROWS, TOKENS, TensorSpec
 
 _Key: TypeAlias = tuple[str, int, Bucket]  # phase, class, bucket
+
+# What CUDA C++ states of a map, as numbers of CUtensorMapSwizzle (by bytes) and CUtensorMapDataType (by dtype).
+_SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
+_ELEMENTS = {"float8_e4m3fn": 0, "uint8": 0, "int32": 3, "float16": 6, "float32": 7, "bfloat16": 9}
 
 
 @dataclass(frozen=True)
@@ -271,7 +276,7 @@ def _reach(program: LoweredProgram) -> int:
         for choices in program.classes[launch.op_class].candidates.values():
             for argument in (a for choice in choices for node in choice.nodes for a in node.arguments):
                 buffer = program.buffers.get(names.get(argument.operand, ""))
-                if argument.kind == "descriptor" and buffer is not None:
+                if argument.kind in ("descriptor", "map") and buffer is not None:
                     last = sum(
                         (int(n) - 1) * s for n, s in zip(argument.shape, argument.strides, strict=True)
                     )
@@ -331,6 +336,8 @@ def _binary(made: Compiled) -> Binary:
         spill_bytes=made.spill_bytes,
         dependent=made.waits,
         nbytes=len(made.cubin),
+        null_pointers=made.null_pointers,
+        cluster=made.cluster,
     )
 
 
@@ -355,9 +362,11 @@ def _argument(name: str, argument: Argument, way: Way, made: Compiled, counters:
     dtype = way.call.tensors[argument.operand].dtype
     if isinstance(argument, Pointer):
         return NodeArgument("pointer", operand=argument.operand, dtype=dtype)
-    layout = made.maps[name]
+    kind, layout = "descriptor", made.maps.get(name)
+    if layout is None:
+        kind, layout = "map", stated_layout(argument, dtype)
     return NodeArgument(
-        "descriptor",
+        kind,
         operand=argument.operand,
         dtype=dtype,
         shape=tuple(d if isinstance(d, int) else str(d) for d in argument.shape),
@@ -366,6 +375,25 @@ def _argument(name: str, argument: Argument, way: Way, made: Compiled, counters:
         swizzle=layout.swizzle,
         element_type=layout.element_type,
     )
+
+
+def stated_layout(argument: Descriptor, dtype: str) -> MapLayout:
+    """The layout of a map of CUDA C++, which its launch states.
+
+    Raises:
+        PlanError: the driver takes no such map.
+    """
+    inner = argument.block[-1] * DTYPE_BYTES[dtype]
+    if argument.swizzle not in _SWIZZLES:
+        raise PlanError(f"the map over {argument.operand} has no swizzle of {argument.swizzle} bytes")
+    if (argument.swizzle and inner > argument.swizzle) or inner % 16 or max(argument.block) > 256:
+        raise PlanError(
+            f"the map over {argument.operand} cannot have a box of {argument.block} with rows of {inner} bytes: rows "
+            "are multiples of 16 bytes, no longer than the swizzle, and no side is more than 256"
+        )
+    if any(s * DTYPE_BYTES[dtype] % 16 for s in argument.strides[:-1]) or argument.strides[-1] != 1:
+        raise PlanError(f"the map over {argument.operand} has strides that are no multiples of 16 bytes")
+    return MapLayout(argument.block, _SWIZZLES[argument.swizzle], _ELEMENTS[dtype])
 
 
 def _moved(offset: int, way: Way, counters: int) -> int:

@@ -92,11 +92,18 @@ def select(
 
 
 def _offered(call: OpCall, target: Target) -> Iterator[Way]:
-    """All candidates: each implementation's best first, then each one's second."""
+    """All candidates: each implementation's best first, then each one's second.
+
+    The implementation whose best way should take the least time comes first; where one does not know its own, they
+    come in the order of their registration.
+    """
     offered = [
         [(f"{kernel.name}/{candidate.name}", candidate) for candidate in kernel.candidates(call)]
         for kernel in registry.cuda_kernels(call.op)
     ]
+    offered = [found for found in offered if found]
+    if all(found[0][1].seconds > 0 for found in offered):
+        offered.sort(key=lambda found: found[0][1].seconds)
     turns = itertools.chain.from_iterable(itertools.zip_longest(*offered))
     for name, candidate in filter(None, turns):
         yield Way(
@@ -191,6 +198,10 @@ def _refusal(way: Way, compiled: Mapping[Kernel, Compiled | PlanError], target: 
             return (
                 f"{where} needs {made.shared} bytes of shared memory, {target.name} has {target.shared_bytes} "
                 "for a block; use smaller tiles or fewer stages"
+            )
+        if launch.grid[0] % made.cluster:
+            raise PlanError(
+                f"{where} has {launch.grid[0]} blocks along x, which is no multiple of its clusters of {made.cluster}"
             )
         if launch.dependent and not made.waits:
             raise PlanError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -105,13 +106,21 @@ class GraphBuilder:
 
     def prepare(self, node: Node) -> PreparedNode:
         """What it takes to launch ``node`` again and again; not for several threads at once."""
-        return PreparedNode(node, self._functions[node.binary], self._scratch, self._pages, self._maps_of)
+        return PreparedNode(
+            node,
+            self._functions[node.binary],
+            self._scratch,
+            self._pages,
+            self._maps_of,
+            null_pointers=self._plan.binaries[node.binary].null_pointers,
+        )
 
     def _maps_of(self, argument: NodeArgument) -> _Maps:
         """The maps of ``argument``, which buckets share: weights and caches do not move."""
-        found = self._maps.get(argument)
+        key = replace(argument, kind="map")
+        found = self._maps.get(key)
         if found is None:
-            found = self._maps[argument] = _Maps(self._driver, argument, _shape(argument, self._pages))
+            found = self._maps[key] = _Maps(self._driver, argument, _shape(argument, self._pages))
         return found
 
 
@@ -156,6 +165,8 @@ class PreparedNode:
         scratch: int,
         pages: int,
         maps_of: Callable[[NodeArgument], _Maps],
+        *,
+        null_pointers: int,
     ) -> None:
         self.function = function
         self.grid = node.grid
@@ -178,19 +189,21 @@ class PreparedNode:
             elif argument.kind == "scalar":
                 raw = struct.pack(_SCALARS[argument.dtype], argument.value)
                 add(raw, len(raw))
-            elif argument.kind == "descriptor":
+            elif argument.kind in ("descriptor", "map"):
                 word = add(bytes(_MAP_BYTES), _MAP_ALIGNMENT) // 8
                 self._maps.append((word, argument.operand, maps_of(argument)))
-                for size in _shape(argument, pages):
-                    add(struct.pack("<i", size), 4)
-                for stride in argument.strides:
-                    add(struct.pack("<q", stride), 8)
+                if argument.kind == "descriptor":
+                    for size in _shape(argument, pages):
+                        add(struct.pack("<i", size), 4)
+                    for stride in argument.strides:
+                        add(struct.pack("<q", stride), 8)
             else:
                 raise PlanError(
                     f"the plan has an argument of unknown kind {argument.kind!r}; compile it again"
                 )
-        for _ in range(2):  # Triton's scratch pointers, which our kernels do not use
+        for _ in range(null_pointers):
             add(bytes(8), 8)
+        values.extend(bytes(-len(values) % 8))  # whole words
         memory = np.zeros(len(values) + _MAP_ALIGNMENT, np.uint8)
         start = -memory.ctypes.data % _MAP_ALIGNMENT
         memory[start : start + len(values)] = values

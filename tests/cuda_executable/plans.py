@@ -181,8 +181,12 @@ def _choices(
     nodes = [_node((scale, *pointers, rows), f"{launch.op}_{index}", bucket, False, binaries, cubins)]
     maps = _maps(plan, bucket, launch)
     if maps:
-        arguments = (rows, *maps, long, scratch)
-        nodes.append(_node(arguments, f"{launch.op}_{index}_maps", bucket, True, binaries, cubins))
+        arguments, kind, null_pointers = (rows, *maps, long, scratch), "maps", 2
+        if index % 2:  # as CUDA C++ has them: maps alone, nothing at the end, the last argument half a word
+            arguments = (*(replace(m, kind="map") for m in maps), scratch, rows)
+            kind, null_pointers = "source_maps", 0
+        name = f"{launch.op}_{index}_{kind}"
+        nodes.append(_node(arguments, name, bucket, True, binaries, cubins, null_pointers))
     other = _node((*pointers, scratch), f"{launch.op}_{index}_other", bucket, True, binaries, cubins)
     return Choice("first", tuple(nodes)), Choice("second", (other,))
 
@@ -221,12 +225,14 @@ def _node(
     dependent: bool,
     binaries: dict[str, Binary],
     cubins: dict[str, bytes],
+    null_pointers: int = 2,
 ) -> Node:
     key = f"{bucket.phase}-{name}"
-    sizes = [size for argument in arguments for size in argument_sizes(argument)] + [8, 8]
+    sizes = [size for argument in arguments for size in argument_sizes(argument)] + [8] * null_pointers
     code = cubin(name, sizes)
     shared = 100_000 if dependent else 1024
-    binaries[key] = Binary(name, hashlib.sha256(code).hexdigest(), 4, shared, 32, 0, dependent, len(code))
+    sha256 = hashlib.sha256(code).hexdigest()
+    binaries[key] = Binary(name, sha256, 4, shared, 32, 0, dependent, len(code), null_pointers)
     cubins[key] = code
     return Node(key, (bucket.rows, bucket.tokens, 2), arguments, dependent)
 
@@ -235,6 +241,8 @@ def argument_sizes(argument: NodeArgument) -> list[int]:
     """Bytes of each parameter that an argument becomes."""
     if argument.kind == "scalar":
         return [np.dtype(argument.dtype).itemsize]
+    if argument.kind == "map":
+        return [128]
     if argument.kind == "descriptor":
         return [128, *[4] * len(argument.shape), *[8] * len(argument.strides)]
     return [8]

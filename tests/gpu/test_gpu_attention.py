@@ -6,6 +6,7 @@ Every cache slot that holds no token holds NaN, pages lie in random order, and p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -18,9 +19,11 @@ from benchmarks.gpu import launcher
 
 from makeready.kernels.attention import paged
 from makeready.kernels.attention.decode_triton import decode_attention_cuda
+from makeready.kernels.attention.extend_cuda import candidate as prefill
 from makeready.kernels.attention.extend_triton import extend_attention_cuda
 from makeready.kernels.attention.qkv_triton import kv_write_cuda, norm_rope_kv_write_cuda
 from makeready.kernels.contract import Contract
+from makeready.kernels.device import Candidate, OpCall
 from makeready.kernels.registry import Emit
 
 assert isinstance(paged.decode_attention, Contract)
@@ -116,6 +119,26 @@ def _extend_case(rows: Sequence[tuple[int, int]], dtype: torch.dtype, heads: int
     return paged.extend_attention, extend_attention_cuda, tensors, _attrs(heads, kv_heads, head_dim, window)
 
 
+def _guarded(call: OpCall) -> list[Candidate]:
+    """Prefill attention in CUDA C++ whose waits give up: a fault gives wrong numbers instead of a hang."""
+    return [prefill(call, give_up=200_000)]
+
+
+def _planned(call: OpCall) -> list[Candidate]:
+    return [prefill(call)]
+
+
+def _prefill_case(
+    emit: Emit, rows: Sequence[tuple[int, int]], dtype: torch.dtype, heads: int, *geometry: int
+) -> Case:
+    """In CUDA C++; queries are columns of the projection's output, pages before a row's window have other owners."""
+    contract, _, tensors, attrs = _extend_case(rows, dtype, heads, *geometry)
+    wide = torch.full((len(tensors["q"]), heads * 128 + 2 * geometry[0] * 128), float("nan"), device="cuda")
+    columns = wide.to(dtype)[:, : heads * 128]
+    columns.copy_(tensors["q"])
+    return contract, emit, tensors | {"q": columns}, attrs
+
+
 def _qkv_case(
     heads: int, kv_heads: int, head_dim: int, rotary: int, tokens: int, normed: bool, dtype: torch.dtype = B16
 ) -> Case:
@@ -141,7 +164,32 @@ def _kv_case(dtype: torch.dtype) -> Case:
 
 
 _QWEN3_8B = (32, 8, 128, 64, 0)
-_CASES: dict[str, Callable[[], Case]] = {f"kv_write-{kind}": partial(_kv_case, kind) for kind in (B16, F8)}
+_PREFILLS = (  # heads, KV heads, head size, page, window: of the kernel in CUDA C++
+    _QWEN3_8B,
+    (4, 4, 128, 64, 0),
+    (4, 2, 128, 128, 0),
+    (10, 2, 128, 64, 0),
+    (6, 1, 128, 64, 0),
+    (28, 4, 128, 256, 0),
+    (64, 8, 128, 64, 0),
+    (32, 8, 128, 64, 100),
+    (32, 8, 128, 128, 1000),
+)
+_MANY = (*((1 + 7 * (r % 3), 1032 - r) for r in range(200)), (700, 5000), (0, 0))
+# The first ones first, with waits that give up.
+_CASES: dict[str, Callable[[], Case]] = {
+    f"guarded-{rows}": partial(_prefill_case, _guarded, rows, B16, *_QWEN3_8B)
+    for rows in (((32, 32),), ((1, 1),), ((128, 128),), ((300, 300),), _ROWS[0])
+}
+_CASES |= {
+    f"prefill-{kind}-{geometry}-{len(rows)}-{rows[0]}": partial(
+        _prefill_case, _planned, rows, kind, *geometry
+    )
+    for kind in (B16, F16)
+    for geometry in _PREFILLS
+    for rows in (*_ROWS, *_LONG, *((_MANY,) if geometry == _QWEN3_8B else ()))
+}
+_CASES |= {f"kv_write-{kind}": partial(_kv_case, kind) for kind in (B16, F8)}
 _CASES |= {
     f"decode-{kind}-{len(lengths)}": partial(_decode_case, lengths, kind, *_QWEN3_8B)
     for kind, lengths in (
@@ -189,6 +237,25 @@ def test_against_the_reference(name: str) -> None:
     torch.manual_seed(0)
     contract, emit, tensors, attrs = _CASES[name]()
     launcher.check(contract, _emit(name, emit), tensors, attrs)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_one_prefill_kernel_serves_a_bucket() -> None:
+    """Launched over and over with one scratch, as in a plan, for other batches of one bucket and any grid."""
+    torch.manual_seed(0)
+    contract, _, tensors, attrs = _prefill_case(_planned, ((700, 700), (0, 0), (3, 900)), B16, *_QWEN3_8B)
+    call = launcher.op_call(contract, tensors, attrs)
+    way = prefill(call)
+    scratch = launcher.new_scratch(way)
+    for counts in ((700, 0, 3), (0, 0, 3), (1, 0, 1), (0, 0, 0), (700, 0, 3)):
+        now = tensors | {"query_len": torch.tensor(counts, dtype=torch.int32, device="cuda")}
+        for blocks in (132, 1, 7):
+            (launch,) = way.launches
+            launched = replace(way, launches=(replace(launch, grid=(blocks, 1, 1)),))
+            y = launcher.run(launched, call, now, scratch=scratch)["y"]
+            wide = {k: v.cpu().double() if v.is_floating_point() else v.cpu() for k, v in now.items()}
+            want = contract.reference(**wide, **attrs)
+            assert (y.cpu().double() - want).norm() <= 5e-3 * want.norm()
 
 
 @pytest.mark.usefixtures("kernels")

@@ -79,6 +79,11 @@ def test_every_preset_and_module_is_in_it(wheel: Path) -> None:
     for top in ("engine", "graphs", "kernels", "scripts"):
         for path in (ROOT / top).rglob("*.py"):
             assert f"makeready/{path.relative_to(ROOT)}" in names
+    sources = [path for kind in ("*.cu", "*.h") for path in (ROOT / "kernels" / "csrc").glob(kind)]
+    assert sources
+    assert {
+        f"makeready/{path.relative_to(ROOT)}" for path in sources
+    } <= names  # compiled when a plan is made
     assert not [name for name in names if not name.startswith("makeready")]
 
 

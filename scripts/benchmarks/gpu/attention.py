@@ -18,11 +18,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu import launcher, rates
 from benchmarks.gpu.shapes import HEAD_DIM, HEADS, KV_HEADS, copies
-from makeready.kernels.attention import decode_triton, extend_tiling, extend_triton, paged
+from makeready.kernels import registry
+from makeready.kernels.attention import decode_triton, extend_cuda, extend_tiling, extend_triton, paged
 from makeready.kernels.attention.qkv_triton import norm_rope_kv_write_cuda
 from makeready.kernels.contract import Contract
 from makeready.kernels.device import Candidate, OpCall
 
+assert extend_cuda  # imported, so that it is registered
 assert isinstance(paged.decode_attention, Contract)
 assert isinstance(paged.extend_attention, Contract)
 assert isinstance(paged.norm_rope_kv_write, Contract)
@@ -57,6 +59,10 @@ EXTENDS = (
     [(1, 32_768), (2000, 2000)],
     [(512, 8192)],
     [(16, 8192)],
+    [(4096, 4096)],
+    [(16_384, 16_384)],
+    [(2048, 10_240)],
+    [(8, 1032)] * 256,
 )
 EXTENDS_F8 = ([(1024, 1024)], [(8000, 8000)], [(1, 1024)] * 64 + [(2000, 2000)], [(512, 8192)])
 UNSWEPT = ([(1, 1024)] * 4, [(1, 4096)] * 16, [(1024, 1024)], [(1000, 1000)] * 8, [(1, 32_768), (2000, 2000)])
@@ -137,7 +143,10 @@ def ways_of(call: OpCall, *, sweep: bool) -> Sequence[Candidate]:
     """The ways to run an attention that plans carry, or more."""
     if call.op == "decode_attention":
         return _decode_ways(call) if sweep else decode_triton.decode_attention_cuda(call)
-    return _extend_ways(call) if sweep else extend_triton.extend_attention_cuda(call)
+    if sweep:
+        return _extend_ways(call)
+    ways = [way for kernel in registry.cuda_kernels(call.op) for way in kernel.candidates(call)]
+    return sorted(ways, key=lambda way: way.seconds)  # the planner's first one first
 
 
 def calls(*, sweep: bool) -> Iterator[tuple[OpCall, Sequence[Candidate]]]:

@@ -21,6 +21,7 @@ import torch
 from cuda.bindings import driver  # pyright: ignore[reportAttributeAccessIssue]  # compiled, without stubs
 
 from makeready.graphs.cuda.aot import Compiled, Kernel, MapLayout, compile_kernel, kernel_of
+from makeready.graphs.cuda.emit import stated_layout
 from makeready.graphs.cuda.pool import compile_each
 from makeready.graphs.devices import Device, device_named, find_device
 from makeready.kernels.contract import Contract
@@ -293,7 +294,7 @@ def launch_all(
 def _parameters(
     launch: DeviceLaunch, compiled: Compiled, tensors: Mapping[str, torch.Tensor], scratch: torch.Tensor
 ) -> list[Any]:
-    """C values of all parameters, in the order of the machine code, Triton's two null pointers last."""
+    """C values of all parameters, in the order of the machine code, Triton's null pointers last."""
     values: list[Any] = []
     for name in compiled.arguments:
         argument = launch.arguments[name]
@@ -307,10 +308,12 @@ def _parameters(
             tensor = tensors[argument.operand]
             sizes = {"P": tensor.shape[0]}
             shape = [value(d, sizes) for d in argument.shape]
-            values.append(_tensor_map(argument, tensor, shape, compiled.maps[name]))
-            values += [ctypes.c_int32(d) for d in shape]
-            values += [ctypes.c_int64(s) for s in argument.strides]
-    return [*values, ctypes.c_uint64(0), ctypes.c_uint64(0)]
+            layout = compiled.maps.get(name) or stated_layout(argument, _name(tensor.dtype))
+            values.append(_tensor_map(argument, tensor, shape, layout))
+            if name in compiled.maps:
+                values += [ctypes.c_int32(d) for d in shape]
+                values += [ctypes.c_int64(s) for s in argument.strides]
+    return [*values, *(ctypes.c_uint64(0) for _ in range(compiled.null_pointers))]
 
 
 def _tensor_map(argument: Descriptor, tensor: torch.Tensor, shape: list[int], layout: MapLayout) -> Any:

@@ -143,7 +143,7 @@ def loaded(driver: Driver, product: Product, built: Built, stream: Any) -> Itera
             library = driver.load(built.cubins[key])
             undo.callback(driver.unload, library)
             functions[key] = driver.function(library, binary.function, 32 * binary.warps, binary.shared)
-        nothing: Any = SimpleNamespace(tuned={}, programs={})
+        nothing: Any = SimpleNamespace(tuned={}, programs={}, binaries=built.binaries)
         builder = GraphBuilder(driver, nothing, functions, scratch=scratch, pages=0, device="")
         names = {name: name for name in (*product.operands, "y")}
 

@@ -1,0 +1,141 @@
+"""Extend attention on Hopper in CUDA C++ (csrc/prefill.cu): long rows, where Triton's leaves the tensor cores idle.
+
+No tile is split over blocks, so a few tokens behind a long prefix run on few multiprocessors; rows' sums depend on
+how their keys were cut into chunks. Both are what the Triton kernel is for.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
+
+from makeready.kernels.attention.paged import extend_attention
+from makeready.kernels.device import (
+    H100_FLOPS,
+    Candidate,
+    Descriptor,
+    DeviceLaunch,
+    OpCall,
+    Pointer,
+    Scalar,
+    Scratch,
+)
+from makeready.kernels.registry import cuda_kernel
+
+_D, _M, _L, _RUN = 128, 128, 128, 64  # head size, query vectors of a tile, keys of a step and of a copy
+_GROUPS = range(1, 9)  # query heads a KV head, for which the kernel is tested
+# Microseconds of a launch, of an item without its steps, and of a step, of 8 x 1,024 to 1 x 16,384 tokens with 32
+# heads of 128 on one H200 at bf16; other devices are taken to be as much faster or slower as their matrix rate is.
+_LAUNCH_US, _ITEM_US, _STEP_US = 2.0, 1.0, 1.85
+_STREAMED = 0.8  # share of the bandwidth at which 256 rows of 8 tokens read their 1,024 keys
+
+
+def _applies(call: OpCall) -> bool:
+    q, y, k, v = (call.tensors[name] for name in ("q", "y", "k_cache", "v_cache"))
+    heads, kv_heads = call.attrs["heads"], call.attrs["kv_heads"]
+    return (
+        call.attrs["head_dim"] == _D
+        and heads % kv_heads == 0
+        and heads // kv_heads in _GROUPS
+        and int(k.shape[1]) % _RUN == 0
+        and q.dtype in ("bfloat16", "float16")
+        and k.dtype == v.dtype == y.dtype == q.dtype
+        and all(x.alignment % 16 == 0 for x in (q, y, k, v))
+        and all(x.row_stride % 8 == 0 for x in (q, y))
+        and call.attrs["scale"] > 0
+    )
+
+
+@cuda_kernel(extend_attention, "prefill", features=("tma", "wgmma"), applies=_applies)
+def extend_attention_prefill(call: OpCall) -> Sequence[Candidate]:
+    """The one way there is."""
+    return [candidate(call)]
+
+
+def candidate(call: OpCall, *, give_up: int = 0) -> Candidate:
+    """The launch for ``call``.
+
+    Args:
+        give_up: polls after which a wait gives up, so that a fault gives wrong numbers instead of a hang; 0: never.
+            For debugging; plans hold kernels that wait.
+    """
+    heads, kv_heads = call.attrs["heads"], call.attrs["kv_heads"]
+    q, y, table = (call.tensors[name] for name in ("q", "y", "page_table"))
+    page, group = int(call.tensors["k_cache"].shape[1]), heads // kv_heads
+    rows, tokens, a_tile = int(table.shape[0]), int(q.shape[0]), _M // group
+    dependent = "pdl" in call.features
+    constants = {
+        "FP16": q.dtype == "float16",
+        "GROUP": group,
+        "PAGE": page,
+        "WINDOW": call.attrs["window"],
+        "PDL": dependent,
+    }
+    # Tiles reach beyond the last token; where the memory there is the plan's, copying is faster than zeros.
+    q_tokens = tokens + a_tile if q.spare else tokens
+    width = kv_heads * _D
+
+    def cache(name: str) -> Descriptor:
+        return Descriptor(
+            name, ("P", page, kv_heads, _D), (page * width, width, _D, 1), (1, _RUN, 1, 64), swizzle=128
+        )
+
+    launch = DeviceLaunch(
+        function="csrc/prefill.cu:attention_prefill",
+        constants=constants | ({"GIVE_UP": give_up} if give_up else {}),
+        arguments={
+            "q_map": Descriptor(
+                "q", (q_tokens, heads, _D), (q.row_stride, _D, 1), (a_tile, group, 64), swizzle=128
+            ),
+            "k_map": cache("k_cache"),
+            "v_map": cache("v_cache"),
+            **{
+                name: Pointer(name) for name in ("y", "page_table", "query_start", "query_len", "context_len")
+            },
+            "counter": Scratch(0, "int32"),
+            "rows": Scalar(rows, "int32"),
+            "tokens": Scalar(tokens, "int32"),
+            "kv_heads": Scalar(kv_heads, "int32"),
+            "table_stride": Scalar(table.row_stride, "int32"),
+            "y_stride": Scalar(y.row_stride, "int32"),
+            "scale_log2": Scalar(call.attrs["scale"] * math.log2(math.e), "float32"),
+        },
+        grid=(min(call.multiprocessors, kv_heads * most_tiles(rows, tokens, a_tile)), 1, 1),
+        dependent=dependent,
+    )
+    return Candidate(
+        f"wgmma_{_M}x{_L}", (launch,), scratch=256, zeroed=256, seconds=1e-6 * microseconds(call)
+    )
+
+
+def most_tiles(rows: int, tokens: int, a_tile: int) -> int:
+    """Tiles of ``a_tile`` tokens that rows with ``tokens`` tokens in all can make, at most."""
+    # A row wastes at most a_tile - 1 places of its last tile, and every tile has a token.
+    return min(tokens, (tokens + rows * (a_tile - 1)) // a_tile)
+
+
+def microseconds(call: OpCall) -> float:
+    """What the batch takes that the bucket is for.
+
+    That is one prompt, or a chunk of the context that the plan expects; with fewer than two tokens a row it is rows
+    of one token, of whose tiles most is padding, so that such steps stay the Triton kernel's.
+    """
+    tokens, kv_heads = int(call.tensors["q"].shape[0]), call.attrs["kv_heads"]
+    a_tile, window = _M // (call.attrs["heads"] // kv_heads), call.attrs["window"]
+    if tokens < 2 * call.rows:
+        tiles = [(call.context - 1, call.context)] * tokens
+        keys = tokens * call.context
+    else:
+        before = max(0, call.context - tokens)
+        keys = before + tokens
+        tiles = [(first, min(first + a_tile, keys)) for first in range(before, keys, a_tile)]
+    steps = [-(-end // _L) - (max(first - window + 1, 0) // _L if window else 0) for first, end in tiles]
+    rate = (call.flops["bfloat16"] / call.multiprocessors) / (H100_FLOPS["bfloat16"] / 132)
+    ends = [0.0] * min(call.multiprocessors, kv_heads * len(steps))
+    for n in sorted(steps, reverse=True):  # in the order in which blocks take them
+        for _ in range(kv_heads):
+            heapq.heapreplace(ends, ends[0] + _ITEM_US + n * _STEP_US / rate)
+    # Rows read their keys and values once; those of a prompt stay in L2 for its other tiles.
+    streamed = 1e6 * 4 * _D * kv_heads * keys / (_STREAMED * call.bandwidth)
+    return _LAUNCH_US + max(*ends, streamed)

@@ -1,0 +1,163 @@
+// Instructions of compute capability 9.0a as inline PTX; with -DEMULATED the same names run on the CPU
+// (tests/emulator/emulator.h). FP16: 16-bit elements are float16, else bfloat16.
+#pragma once
+#ifndef FP16
+#define FP16 0
+#endif
+#ifdef EMULATED
+#include "emulator.h"
+#else
+typedef unsigned char uint8_t;
+typedef unsigned short uint16_t;
+typedef unsigned int uint32_t;
+typedef unsigned long long uint64_t;
+typedef long long int64_t;
+
+struct alignas(64) TensorMap { unsigned long long opaque[16]; };  // what cuTensorMapEncodeTiled writes
+static_assert(sizeof(TensorMap) == 128, "CUtensorMap");
+struct alignas(16) Int4 { int x, y, z, w; };
+
+#define INFINITY __int_as_float(0x7f800000)
+#define GRID_CONSTANT const __grid_constant__
+#define UNROLL _Pragma("unroll")
+// What the planner reads out of the machine code: threads of a block, bytes of dynamic shared memory, blocks of a
+// cluster.
+#define LAUNCH_FACTS(threads, shared, cluster) extern "C" __device__ int launch_facts[3] = {threads, shared, cluster}
+
+#ifndef GIVE_UP
+#define GIVE_UP 0  // > 0: a wait gives up after so many polls: wrong numbers instead of a hang, for debugging alone
+#endif
+
+__device__ __forceinline__ uint32_t smem_u32(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
+__device__ __forceinline__ uint8_t* smem_base() {  // at a multiple of 1,024
+  extern __shared__ uint8_t raw[];
+  return raw + ((1024u - (smem_u32(raw) & 1023u)) & 1023u);
+}
+
+// -- mbarriers
+
+__device__ __forceinline__ void mbar_init(uint64_t* bar, uint32_t count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_u32(bar)), "r"(count) : "memory");
+}
+__device__ __forceinline__ void mbar_fence_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+__device__ __forceinline__ void mbar_expect(uint64_t* bar, uint32_t bytes) {  // arrives, too
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_u32(bar)), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void mbar_arrive(uint64_t* bar) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_u32(bar)) : "memory");
+}
+__device__ __forceinline__ bool mbar_try(uint64_t* bar, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n"
+      : "=r"(done) : "r"(smem_u32(bar)), "r"(parity) : "memory");
+  return done != 0;
+}
+// `where`: for the emulator's reports.
+__device__ __forceinline__ void mbar_wait(uint64_t* bar, uint32_t parity, const char* where) {
+#if GIVE_UP > 0
+  for (int i = 0; i < GIVE_UP && !mbar_try(bar, parity); ++i) {
+  }
+#else
+  while (!mbar_try(bar, parity)) {
+  }
+#endif
+}
+
+// -- copies
+
+__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void tma_prefetch_map(const TensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+__device__ __forceinline__ void tma_3d(void* dst, const TensorMap* map, uint64_t* bar, int c0, int c1, int c2) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];"
+      ::"r"(smem_u32(dst)), "l"(map), "r"(smem_u32(bar)), "r"(c0), "r"(c1), "r"(c2) : "memory");
+}
+__device__ __forceinline__ void tma_4d(void* dst, const TensorMap* map, uint64_t* bar, int c0, int c1, int c2, int c3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
+      ::"r"(smem_u32(dst)), "l"(map), "r"(smem_u32(bar)), "r"(c0), "r"(c1), "r"(c2), "r"(c3) : "memory");
+}
+
+// -- order
+
+__device__ __forceinline__ void dependents_go() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ __forceinline__ void dependence_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void named_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void named_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+template <int N> __device__ __forceinline__ void setmaxnreg_inc() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+}
+template <int N> __device__ __forceinline__ void setmaxnreg_dec() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
+
+// -- matrix products
+
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N> __device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+template <int N> __device__ __forceinline__ void keep(float (&x)[N]) {  // no copies of x across this point
+  UNROLL for (int i = 0; i < N; ++i) asm volatile("" : "+f"(x[i])::"memory");
+}
+
+#if FP16
+#define ELEMENT "f16"
+#else
+#define ELEMENT "bf16"
+#endif
+#define OUT4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define OUT16(d, i) OUT4(d, i), OUT4(d, i + 4), OUT4(d, i + 8), OUT4(d, i + 12)
+#define OUT64(d) OUT16(d, 0), OUT16(d, 16), OUT16(d, 32), OUT16(d, 48)
+#define NAMES64                                                                                              \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "    \
+  "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, "     \
+  "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "     \
+  "%62, %63}"
+
+// d[64 x 128] = a[64 x 16] b[128 x 16]^T, plus d where `accumulate`; operands in shared memory, columns contiguous.
+__device__ __forceinline__ void wgmma_ss_n128(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." ELEMENT "." ELEMENT " " NAMES64 ", %64, %65, p, 1, 1, 0, 0;\n}\n"
+      : OUT64(d) : "l"(a), "l"(b), "r"(accumulate));
+}
+// d[64 x 128] = a[64 x 16] b[16 x 128], plus d where `accumulate`; a in registers.
+__device__ __forceinline__ void wgmma_rs_n128(float (&d)[64], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." ELEMENT "." ELEMENT " " NAMES64
+      ", {%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}\n"
+      : OUT64(d) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+}
+
+// -- numbers
+
+__device__ __forceinline__ uint32_t pack2(float low, float high) {  // two 16-bit elements
+  uint32_t r;
+  asm("cvt.rn." ELEMENT "x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+__device__ __forceinline__ float exp2_fast(float x) {  // volatile: stays before the wait that follows
+  float r;
+  asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+#endif  // EMULATED
+
+// Descriptor of an operand in shared memory with the 128-byte swizzle; offsets in bytes.
+__device__ __forceinline__ uint64_t operand_128b(uint32_t leading, uint32_t stride) {
+  return (1ull << 62) | ((uint64_t)(stride >> 4) << 32) | ((uint64_t)(leading >> 4) << 16);
+}
+__device__ __forceinline__ uint64_t at(uint64_t descriptor, uint32_t address) { return descriptor | (uint64_t)(address >> 4); }
+__device__ __forceinline__ int ceil_div(int a, int b) { return (a + b - 1) / b; }

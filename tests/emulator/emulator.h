@@ -1,0 +1,374 @@
+// The names of kernels/csrc/hopper.h on the CPU, for tests of the kernels' logic.
+//
+// Every thread is a fiber and blocks run interleaved. Copies land late and in any order, matrix products read shared
+// memory and registers as late as a wait allows (with odd seeds as early as they may), warps fall behind at random,
+// shared memory starts as NaN. What the hardware refuses (sizes, alignment, swizzles) fails, and so does a deadlock,
+// with the place of every warp.
+//
+// It cannot see: missing proxy fences and memory-model races (plain stores and loads of a warpgroup run in order),
+// registers, speed, and whether it reads the PTX manual rightly. The GPU tests and compute-sanitizer are for those.
+#pragma once
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define GRID_CONSTANT const
+#define UNROLL
+#define LAUNCH_FACTS(threads, shared, cluster)                         \
+  static const int launch_facts[3] = {threads, shared, cluster};       \
+  static_assert((cluster) == 1, "clusters are not emulated")
+
+struct alignas(64) TensorMap { int id; char pad[124]; };
+struct alignas(16) Int4 { int x, y, z, w; };
+
+namespace emulator {
+
+// -- numbers
+
+inline float bits_float(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
+inline uint32_t float_bits(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
+inline float widen(uint16_t h) {
+#if FP16
+  int exponent = h >> 10 & 31, mantissa = h & 1023;
+  float sign = h & 0x8000 ? -1.f : 1.f;
+  if (exponent == 31) return mantissa ? NAN : sign * INFINITY;
+  return sign * (exponent ? ldexpf(1024 + mantissa, exponent - 25) : ldexpf(mantissa, -24));
+#else
+  return bits_float((uint32_t)h << 16);
+#endif
+}
+inline uint16_t narrow(float f) {  // to nearest, ties to even
+#if FP16
+  uint16_t sign = float_bits(f) >> 16 & 0x8000;
+  float a = fabsf(f);
+  if (isnan(a)) return 0x7fff;
+  if (a >= 65520.f) return sign | 0x7c00;
+  int exponent = a < ldexpf(1, -14) ? -14 : ilogbf(a);
+  int steps = (int)nearbyintf(ldexpf(a, 10 - exponent));  // 1024 to 2048, or less if subnormal; carries by itself
+  return sign | (uint16_t)(steps + ((exponent + 14) << 10));
+#else
+  uint32_t u = float_bits(f);
+  if (isnan(f)) return 0x7fff;
+  return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
+#endif
+}
+
+// -- state
+
+struct Map { const uint8_t* base; int rank, size; bool swizzled; uint64_t dims[5], strides[5]; uint32_t box[5]; };
+struct Bar { int count = 0, pending = 0; long bytes = 0; int phase = 0; };
+struct Named { int arrived = 0; long generation = 0; };
+struct Copy { TensorMap map; uint32_t to, bar; int at[5]; int rounds; };  // how long it takes yet
+struct Product { float* d[128]; const uint32_t* a_registers[128]; bool registers; uint64_t a, b; int accumulate, arrived; };
+struct Warpgroup { std::deque<Product> products; long first = 0; long issued[128] = {}; std::vector<long> ends[128]; };
+struct Warp { uint64_t slot[32]; int arrived = 0; long generation = 0; };
+struct Block {
+  int index; std::vector<uint8_t> store; uint8_t* shared; std::map<uint32_t, Bar> bars; Named named[16];
+  std::vector<Copy> copies; std::vector<Warpgroup> warpgroups; std::vector<Warp> warps;
+};
+struct Fiber { ucontext_t context; std::vector<uint8_t> stack; Block* block; int thread; bool done = false; const char* where = ""; };
+struct Dim { int x; };
+struct State {
+  ucontext_t main; Fiber* now = nullptr; bool progress = false; std::mt19937 random; int threads = 0, grid = 0; bool eager = false;
+  std::function<void()> body; std::string failure; std::vector<Map> maps;
+};
+inline State& state() { static State s; return s; }
+inline Block& block() { return *state().now->block; }
+inline int thread() { return state().now->thread; }
+
+// A fiber that fails is left where it stands.
+inline void fail(const std::string& what) {
+  if (!state().now) throw std::runtime_error(what);
+  state().failure = what;
+  swapcontext(&state().now->context, &state().main);
+}
+inline void check(bool right, const char* what) { if (!right) fail(what); }
+
+__attribute__((noinline)) inline void yield(const char* where) {
+  Fiber* f = state().now;
+  f->where = where;
+  swapcontext(&f->context, &state().main);
+}
+template <class F> __attribute__((noinline)) inline void wait_until(F ready, const char* where) {
+  while (!ready()) yield(where);
+  state().progress = true;
+}
+
+// -- mbarriers and copies
+
+inline void complete(Bar& b) { if (b.pending == 0 && b.bytes == 0) { b.phase++; b.pending = b.count; } }
+inline Bar& bar_at(Block& c, uint32_t at) {
+  auto found = c.bars.find(at);
+  check(found != c.bars.end(), "there is no such mbarrier");
+  return found->second;
+}
+inline void run_copy(Block& c, const Copy& copy) {
+  const Map& m = state().maps.at(copy.map.id);
+  uint32_t total = m.size;
+  for (int i = 0; i < m.rank; ++i) total *= m.box[i];
+  check(!m.swizzled || (m.box[0] * m.size == 128 && copy.to % 1024 == 0), "swizzled copy: 128-byte rows at multiples of 1024");
+  check(copy.to % 128 == 0, "copy: its place is no multiple of 128");
+  check((long)copy.at[0] * m.size % 16 == 0, "copy: the inner coordinate is no multiple of 16 bytes");
+  check(copy.to + total <= c.store.size(), "copy: beyond shared memory");
+  uint32_t index[5] = {};
+  for (uint32_t offset = 0; offset < total; offset += m.size) {
+    bool inside = true;
+    const uint8_t* from = m.base;
+    for (int i = 0; i < m.rank; ++i) {
+      long at = (long)copy.at[i] + index[i];
+      if (at < 0 || at >= (long)m.dims[i]) inside = false; else from += at * m.strides[i];
+    }
+    uint32_t to = copy.to + offset;
+    if (m.swizzled) to ^= (to >> 7 & 7) << 4;
+    if (inside) memcpy(c.shared + to, from, m.size); else memset(c.shared + to, 0, m.size);
+    for (int i = 0; i < m.rank; ++i) { if (++index[i] < m.box[i]) break; index[i] = 0; }
+  }
+  Bar& bar = bar_at(c, copy.bar);
+  bar.bytes -= total;
+  complete(bar);
+}
+
+// -- matrix products: 64 x 128 x 16
+
+inline float operand(Block& c, uint64_t descriptor, bool rows_contiguous, int r, int k) {
+  uint32_t start = (descriptor & 0x3fff) << 4, leading = (descriptor >> 16 & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
+  check(descriptor >> 62 == 1, "descriptor: 128-byte swizzle only");
+  uint32_t at = rows_contiguous ? start + (r / 64) * leading + (r % 64) * 2 + (k / 8) * stride + (k % 8) * 128
+                                : start + (r / 8) * stride + (r % 8) * 128 + k * 2;
+  at ^= (at >> 7 & 7) << 4;
+  uint16_t h;
+  memcpy(&h, c.shared + at, 2);
+  return widen(h);
+}
+inline int row_of(int thread, int high) { return (thread / 32) * 16 + (thread % 32) / 4 + high * 8; }
+inline void execute(Block& c, Product& p) {
+  std::vector<float> a(64 * 16), b(128 * 16);
+  for (int n = 0; n < 128; ++n) for (int k = 0; k < 16; ++k) b[n * 16 + k] = operand(c, p.b, p.registers, n, k);
+  if (p.registers) {
+    for (int t = 0; t < 128; ++t) for (int j = 0; j < 4; ++j) {
+      float* to = &a[row_of(t, j & 1) * 16 + 2 * (t % 4) + (j >> 1) * 8];
+      to[0] = widen(p.a_registers[t][j] & 0xffff);
+      to[1] = widen(p.a_registers[t][j] >> 16);
+    }
+  } else {
+    for (int m = 0; m < 64; ++m) for (int k = 0; k < 16; ++k) a[m * 16 + k] = operand(c, p.a, false, m, k);
+  }
+  for (int t = 0; t < 128; ++t) for (int i = 0; i < 64; ++i) {
+    int row = row_of(t, i >> 1 & 1), column = (i / 4) * 8 + 2 * (t % 4) + (i & 1);
+    float s = p.accumulate ? p.d[t][i] : 0.f;
+    for (int k = 0; k < 16; ++k) s += a[row * 16 + k] * b[column * 16 + k];
+    p.d[t][i] = s;
+  }
+}
+inline void run_first(Block& c, Warpgroup& w) {
+  execute(c, w.products.front());
+  w.products.pop_front();
+  w.first++;
+}
+__attribute__((noinline)) inline void issue(float* d, const uint32_t* registers, uint64_t a, uint64_t b, int accumulate) {
+  Warpgroup& w = block().warpgroups[thread() / 128];
+  int t = thread() % 128;
+  long number = w.issued[t]++;
+  while ((long)w.products.size() + w.first <= number) {
+    Product p{};
+    p.registers = registers; p.a = a; p.b = b; p.accumulate = accumulate;
+    w.products.push_back(p);
+  }
+  Product& p = w.products[number - w.first];
+  check(p.a == a && p.b == b && p.accumulate == accumulate && p.registers == (registers != nullptr), "threads of a warpgroup disagree about a product");
+  p.d[t] = d; p.a_registers[t] = registers; p.arrived++;
+  while (state().eager && !w.products.empty() && w.products.front().arrived == 128) run_first(block(), w);
+}
+inline void wait_groups(int n) {
+  Block& c = block();
+  Warpgroup& w = c.warpgroups[thread() / 128];
+  auto& ends = w.ends[thread() % 128];
+  if ((int)ends.size() <= n) return;
+  long until = ends[ends.size() - 1 - n];
+  while (w.first < until) {
+    wait_until([&] { return w.first >= until || w.products.front().arrived == 128; }, "wgmma.wait");
+    if (w.first >= until) break;
+    run_first(c, w);
+  }
+}
+
+// -- barriers and exchange within a block
+
+inline void named(int id, int threads, bool wait) {
+  Named& b = block().named[id];
+  long generation = b.generation;
+  if (++b.arrived == threads) { b.arrived = 0; b.generation++; }
+  if (wait) wait_until([&] { return b.generation != generation; }, "named barrier");
+}
+inline void warp_sync() {
+  Warp& w = block().warps[thread() / 32];
+  long generation = w.generation;
+  if (++w.arrived == 32) { w.arrived = 0; w.generation++; }
+  wait_until([&] { return w.generation != generation; }, "warp");
+}
+template <class T> inline T exchange(T mine, int from) {
+  Warp& w = block().warps[thread() / 32];
+  uint64_t raw = 0;
+  memcpy(&raw, &mine, sizeof(T));
+  w.slot[thread() % 32] = raw;
+  warp_sync();
+  T other;
+  memcpy(&other, &w.slot[from & 31], sizeof(T));
+  warp_sync();
+  return other;
+}
+inline uint32_t ballot(bool mine) {
+  Warp& w = block().warps[thread() / 32];
+  w.slot[thread() % 32] = mine;
+  warp_sync();
+  uint32_t all = 0;
+  for (int i = 0; i < 32; ++i) all |= (uint32_t)(w.slot[i] & 1) << i;
+  warp_sync();
+  return all;
+}
+
+// -- launching
+
+inline void entry() { state().body(); state().now->done = true; state().progress = true; swapcontext(&state().now->context, &state().main); }
+inline void launch(int grid, int threads, size_t shared, unsigned seed, std::function<void()> body) {
+  State& s = state();
+  s.random.seed(seed); s.eager = seed & 1; s.threads = threads; s.grid = grid; s.body = body; s.now = nullptr; s.failure.clear();
+  std::vector<std::unique_ptr<Block>> blocks;
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  for (int b = 0; b < grid; ++b) {
+    auto c = std::make_unique<Block>();
+    c->index = b; c->store.assign(shared + 2048, 0xff); c->shared = c->store.data();  // NaN
+    c->warpgroups.resize(threads / 128); c->warps.resize(threads / 32);
+    for (int t = 0; t < threads; ++t) {
+      auto f = std::make_unique<Fiber>();
+      f->block = c.get(); f->thread = t; f->stack.resize(64 << 10);
+      getcontext(&f->context);
+      f->context.uc_stack.ss_sp = f->stack.data(); f->context.uc_stack.ss_size = f->stack.size(); f->context.uc_link = &s.main;
+      makecontext(&f->context, entry, 0);
+      fibers.push_back(std::move(f));
+    }
+    blocks.push_back(std::move(c));
+  }
+  size_t left = fibers.size();
+  int idle = 0;
+  while (left) {
+    s.progress = false; s.now = nullptr;
+    for (auto& c : blocks) {
+      std::vector<Copy> pending;
+      pending.swap(c->copies);
+      for (auto& copy : pending) {
+        if (copy.rounds-- <= 0) run_copy(*c, copy); else c->copies.push_back(copy);
+        s.progress = true;
+      }
+    }
+    uint32_t luck = 0;
+    for (auto& f : fibers) {
+      if (f->thread % 32 == 0) luck = s.random() & 3;
+      if (f->done || luck == 0) continue;  // now and then a warp falls behind
+      s.now = f.get();
+      swapcontext(&s.main, &f->context);
+      s.now = nullptr;
+      if (!s.failure.empty()) throw std::runtime_error(s.failure);
+      if (f->done) left--;
+    }
+    if (s.progress) idle = 0; else if (++idle > 50) {
+      std::string text = "deadlock:";
+      for (auto& f : fibers) if (!f->done && f->thread % 32 == 0) {
+        text += " block " + std::to_string(f->block->index) + " warp " + std::to_string(f->thread / 32) + " at " + f->where + ";";
+      }
+      throw std::runtime_error(text);
+    }
+  }
+  for (auto& c : blocks) check(c->copies.empty(), "a copy is under way at the end");
+}
+// Innermost axis first and strides in bytes of all axes but that, as the driver has them.
+inline TensorMap encode(const void* base, int size, int rank, const uint64_t* dims, const uint64_t* strides, const uint32_t* box, bool swizzled) {
+  Map m{};
+  m.base = (const uint8_t*)base; m.rank = rank; m.size = size; m.swizzled = swizzled; m.strides[0] = size;
+  check((uintptr_t)base % 16 == 0, "tensor map: its base is no multiple of 16");
+  check(box[0] * size % 16 == 0, "tensor map: the inner box is no multiple of 16 bytes");
+  for (int i = 0; i < rank; ++i) {
+    m.dims[i] = dims[i]; m.box[i] = box[i];
+    check(box[i] >= 1 && box[i] <= 256, "tensor map: a side of the box");
+    if (i) { m.strides[i] = strides[i - 1]; check(strides[i - 1] % 16 == 0, "tensor map: strides are multiples of 16"); }
+  }
+  state().maps.push_back(m);
+  TensorMap t{};
+  t.id = (int)state().maps.size() - 1;
+  return t;
+}
+}  // namespace emulator
+
+#define threadIdx (emulator::Dim{emulator::thread()})
+#define blockIdx (emulator::Dim{emulator::block().index})
+#define gridDim (emulator::Dim{emulator::state().grid})
+inline uint8_t* smem_base() { return emulator::block().shared; }
+inline uint32_t smem_u32(const void* p) { return (uint32_t)((const uint8_t*)p - emulator::block().shared); }
+inline void mbar_init(uint64_t* b, uint32_t n) { emulator::Bar x; x.count = x.pending = n; emulator::block().bars[smem_u32(b)] = x; }
+inline void mbar_fence_init() {}
+inline void mbar_arrive(uint64_t* b) {
+  emulator::Bar& x = emulator::bar_at(emulator::block(), smem_u32(b));
+  emulator::check(x.pending > 0, "too many arrivals at an mbarrier");
+  x.pending--;
+  emulator::complete(x);
+}
+inline void mbar_expect(uint64_t* b, uint32_t bytes) { emulator::bar_at(emulator::block(), smem_u32(b)).bytes += bytes; mbar_arrive(b); }
+inline void mbar_wait(uint64_t* b, uint32_t parity, const char* where) {
+  emulator::Bar& x = emulator::bar_at(emulator::block(), smem_u32(b));
+  emulator::wait_until([&] { return (uint32_t)(x.phase & 1) != parity; }, where);
+}
+inline void fence_async_proxy() {}
+inline void tma_prefetch_map(const TensorMap*) {}
+inline int emulated_delay() { uint32_t r = emulator::state().random(); return r & 3 ? r >> 8 & 3 : 40; }  // now and then a long one
+inline void tma_3d(void* d, const TensorMap* m, uint64_t* b, int c0, int c1, int c2) {
+  emulator::block().copies.push_back({*m, smem_u32(d), smem_u32(b), {c0, c1, c2, 0, 0}, emulated_delay()});
+}
+inline void tma_4d(void* d, const TensorMap* m, uint64_t* b, int c0, int c1, int c2, int c3) {
+  emulator::block().copies.push_back({*m, smem_u32(d), smem_u32(b), {c0, c1, c2, c3, 0}, emulated_delay()});
+}
+inline void dependents_go() {}
+inline void dependence_wait() { if (emulator::state().random() & 1) emulator::yield("dependence"); }
+inline void named_sync(int id, int threads) { emulator::named(id, threads, true); }
+inline void named_arrive(int id, int threads) { emulator::named(id, threads, false); }
+template <int N> inline void setmaxnreg_inc() {}
+template <int N> inline void setmaxnreg_dec() {}
+inline void wgmma_fence() {}
+inline void wgmma_commit() {
+  auto& w = emulator::block().warpgroups[emulator::thread() / 128];
+  int t = emulator::thread() % 128;
+  w.ends[t].push_back(w.issued[t]);
+}
+template <int N> inline void wgmma_wait() { emulator::wait_groups(N); }
+template <int N> inline void keep(float (&)[N]) {}
+inline void wgmma_ss_n128(float (&d)[64], uint64_t a, uint64_t b, int accumulate) { emulator::issue(d, nullptr, a, b, accumulate); }
+inline void wgmma_rs_n128(float (&d)[64], const uint32_t (&a)[4], uint64_t b, int accumulate) { emulator::issue(d, a, 0, b, accumulate); }
+inline uint32_t pack2(float low, float high) { return emulator::narrow(low) | (uint32_t)emulator::narrow(high) << 16; }
+inline float exp2_fast(float x) { return exp2f(x); }
+inline void __syncthreads() { emulator::named(0, emulator::state().threads, true); }
+inline void __syncwarp() { emulator::warp_sync(); }
+template <class T> inline T __shfl_sync(unsigned, T v, int from) { return emulator::exchange(v, from); }
+template <class T> inline T __shfl_xor_sync(unsigned, T v, int mask) { return emulator::exchange(v, (emulator::thread() % 32) ^ mask); }
+template <class T> inline T __shfl_up_sync(unsigned, T v, int delta) {
+  int lane = emulator::thread() % 32;
+  return emulator::exchange(v, lane >= delta ? lane - delta : lane);
+}
+inline uint32_t __ballot_sync(unsigned, bool b) { return emulator::ballot(b); }
+inline int __ffs(uint32_t x) { return __builtin_ffs(x); }
+inline int atomicAdd(int* p, int v) { int old = *p; *p += v; return old; }
+using std::max;
+using std::min;

@@ -1,0 +1,290 @@
+"""Prefill attention in CUDA C++, emulated on the CPU, against the contract's reference in float64.
+
+Every slot without a token is NaN, and so are pages before a row's window, padding queries and what columns of a
+wider buffer lie between. Whatever was read without being a row's shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from emulated import Emulator, needs_compiler, op_call
+
+from makeready.graphs.cuda import nvrtc
+from makeready.kernels.attention import paged
+from makeready.kernels.attention.extend_cuda import candidate, extend_attention_prefill, most_tiles
+from makeready.kernels.contract import Contract
+from makeready.kernels.device import OpCall
+from makeready.kernels.registry import cuda_kernels
+
+pytestmark = needs_compiler
+NAN, D = float("nan"), 128
+Rows = Sequence[tuple[int, int]]  # queries, context with them
+Case = tuple[dict[str, torch.Tensor], dict[str, float]]
+B16, F16 = torch.bfloat16, torch.float16
+assert isinstance(paged.extend_attention, Contract)
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+    """What is compiled once serves all tests."""
+    return Emulator(tmp_path_factory.mktemp("emulated"))
+
+
+def make(
+    rows: Rows, group: int, page: int, window: int, dtype: torch.dtype, *, kv_heads: int = 2, seed: int = 0
+) -> Case:
+    """Operands and attributes; two padding tokens before the rows, one between, three behind."""
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=random)
+
+    heads, needed = kv_heads * group, [-(-context // page) for _, context in rows]
+    pages = 2 + sum(needed)
+    caches = {name: torch.full((pages, page, kv_heads, D), NAN) for name in ("k_cache", "v_cache")}
+    table = torch.full((len(rows), max(needed) + 2), pages - 1, dtype=torch.int32)
+    order = (1 + torch.randperm(pages - 2, generator=random)).tolist()
+    for r, ((queries, context), count) in enumerate(zip(rows, needed, strict=True)):
+        mine, order = order[:count], order[count:]
+        table[r, :count] = torch.tensor(mine, dtype=torch.int32)
+        freed = max(context - queries - window + 1, 0) // page * page if window else 0
+        for cache in caches.values():
+            x = torch.full((count * page, kv_heads, D), NAN)
+            x[freed:context] = normal(context - freed, kv_heads, D)
+            cache[mine] = x.view(count, page, kv_heads, D)
+    start, tokens = [], 2
+    for r, (queries, _) in enumerate(rows):
+        tokens += r == 1
+        start.append(tokens)
+        tokens += queries
+    q = torch.full((tokens + 3, heads * D + 64), NAN)
+    for (queries, _), first in zip(rows, start, strict=True):
+        q[first : first + queries, : heads * D] = normal(queries, heads * D)
+    numbers = {
+        "query_start": start,
+        "query_len": [queries for queries, _ in rows],
+        "context_len": [context for _, context in rows],
+    }
+    tensors = {"q": q.to(dtype)[:, : heads * D], "page_table": table}
+    tensors |= {name: cache.to(dtype) for name, cache in caches.items()}
+    tensors |= {name: torch.tensor(value, dtype=torch.int32) for name, value in numbers.items()}
+    return tensors, {
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": D,
+        "scale": D**-0.5,
+        "window": window,
+    }
+
+
+def error(tensors: dict[str, torch.Tensor], attrs: dict[str, float], y: torch.Tensor) -> float:
+    """Of ``y``, relative, by Frobenius norms; NaN where it has one."""
+    assert isinstance(paged.extend_attention, Contract)
+    wide = {k: v.double() if v.is_floating_point() else v for k, v in tensors.items()}
+    for name in ("k_cache", "v_cache"):  # the reference multiplies what a window hides by zero
+        wide[name] = wide[name].nan_to_num()
+    want = paged.extend_attention.reference(**wide, **attrs)
+    assert not want.isnan().any()
+    return float((y.double() - want).norm() / want.norm())
+
+
+def emulate(emulator: Emulator, case: Case, *, seed: int = 0, grid: int = 2) -> torch.Tensor:
+    tensors, attrs = case
+    call = op_call("extend_attention", tensors, attrs, multiprocessors=grid)
+    (way,) = extend_attention_prefill(call)
+    return emulator.run(way, call, tensors, seed=seed)["y"]
+
+
+MIXED: Rows = [(1, 300), (40, 40), (0, 0), (3, 130), (64, 200), (1, 1)]
+CASES = {
+    "mixed": (MIXED, 4, 64, 0, B16),
+    "one": ([(1, 1)], 4, 64, 0, B16),
+    "edges": ([(32, 128), (33, 129), (31, 191), (64, 64), (1, 257)], 4, 64, 0, B16),
+    "long": ([(70, 600)], 4, 64, 0, B16),
+    "float16": (MIXED, 4, 64, 0, F16),
+    "group1": ([(130, 200), (1, 65)], 1, 64, 0, B16),
+    "group2": ([(70, 150), (64, 64)], 2, 64, 0, B16),
+    "group8": ([(20, 150), (16, 16)], 8, 64, 0, B16),
+    "group5": ([(30, 150), (25, 25)], 5, 64, 0, B16),
+    "group7": ([(20, 300), (19, 19)], 7, 128, 0, B16),
+    "page256": (MIXED, 4, 256, 0, B16),
+    "window": ([(200, 300), (5, 64), (1, 500), (64, 400)], 4, 64, 100, B16),
+    "window1": ([(40, 140), (1, 129)], 4, 64, 1, B16),
+    "window_long": ([(150, 700), (1, 333), (130, 130)], 4, 64, 256, B16),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_against_the_reference(emulator: Emulator, name: str) -> None:
+    case = make(*CASES[name])
+    allowed = 5e-3 if CASES[name][4] == B16 else 1e-3
+    assert error(*case, emulate(emulator, case, seed=list(CASES).index(name))) < allowed
+
+
+def test_order_and_number_of_blocks_do_not_matter(emulator: Emulator) -> None:
+    """To the last bit: no tile is cut, and every launch leaves the counter for the next."""
+    case = make(MIXED, 4, 64, 0, B16)
+    ways = [emulate(emulator, case, seed=seed, grid=grid) for seed, grid in ((1, 1), (2, 3), (4, 5))]
+    assert all(torch.equal(ways[0], other) for other in ways[1:])
+
+
+def test_steps_without_a_row_give_zeros(emulator: Emulator) -> None:
+    case = make([(0, 0), (0, 0)], 4, 64, 0, B16)
+    y = emulate(emulator, case)
+    assert len(y) > 3
+    assert not y.any()
+
+
+def test_rows_beyond_a_sweep_are_found(emulator: Emulator) -> None:
+    """More rows than a warp has lanes, most of them empty."""
+    rows = [(0, 0)] * 30 + [(3, 5)] + [(0, 0)] * 34 + [(2, 70), (1, 1)]
+    case = make(rows, 4, 64, 0, B16)
+    assert error(*case, emulate(emulator, case)) < 5e-3
+
+
+FAULTS = {
+    "an mbarrier is not arrived at": ("        if (lane == 0) mbar_arrive(&bars.v_free[before]);\n", ""),
+    "bytes are miscounted": ("mbar_expect(full, KV_BYTES)", "mbar_expect(full, KV_BYTES - 128)"),
+    "a wait for values is missing": ('        mbar_wait(&bars.v_full[before], parity, "attend: v_full");\n', ""),
+    "a wait for free keys is missing": (
+        '                mbar_wait(&bars.k_free[n], (((step + i) >> 1) & 1) ^ 1, "feed: k_free");\n',
+        "",
+    ),
+    "weights are packed too early": (
+        "        wgmma_wait<0>();\n        keep(o);\n        if (lane == 0) mbar_arrive(&bars.v_free[before]);\n"
+        "        pack(p, s);\n",
+        "        pack(p, s);\n        wgmma_wait<0>();\n        keep(o);\n"
+        "        if (lane == 0) mbar_arrive(&bars.v_free[before]);\n",
+    ),
+    "sums are not rescaled": ("o[i] *= shrink[(i >> 1) & 1]", "o[i] *= 1"),
+    "the next token is seen": ("at_key <= position_a", "at_key <= position_a + 1"),
+    "slots without a token are seen": (
+        "valid > 0 ? first % PAGE + valid - RUN",
+        "valid > 0 ? first % PAGE",
+    ),
+    "the counter is left": ("*counter = 0;", ""),
+    "padding is left": ("if (total >= tokens) return;", "return;"),
+    "a turn is not passed on": (
+        "        named_arrive(2 - half, 256);\n        wgmma_wait<1>();",
+        "        wgmma_wait<1>();",
+    ),
+    "queries of another head": ("item.head * GROUP, item.token);", "item.head, item.token);"),
+    "a half lies elsewhere": ("operand_128b(HALF_BYTES, 1024)", "operand_128b(1024, HALF_BYTES)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_caught(fault: str, tmp_path: Path) -> None:
+    """A wrong line makes a wrong number, a NaN, a counter that is not zero, or a report of a deadlock."""
+    for name in ("hopper.h", "prefill.cu"):
+        (tmp_path / name).write_text((nvrtc.FOLDER / name).read_text())
+    before, after = FAULTS[fault]
+    text = (tmp_path / "prefill.cu").read_text()
+    assert before in text
+    (tmp_path / "prefill.cu").write_text(text.replace(before, after))
+    case = make([(40, 400), (9, 70)], 4, 64, 0, B16)
+    emulator = Emulator(tmp_path, tmp_path)
+
+    def right(seed: int) -> bool:
+        try:
+            return error(*case, emulate(emulator, case, seed=seed)) < 5e-3
+        except (AssertionError, RuntimeError):
+            return False
+
+    assert not all(right(seed) for seed in (4, 5))
+
+
+def test_a_deadlock_says_where_everybody_is(tmp_path: Path) -> None:
+    for name in ("hopper.h", "prefill.cu"):
+        (tmp_path / name).write_text((nvrtc.FOLDER / name).read_text())
+    text = (tmp_path / "prefill.cu").read_text()
+    broken = text.replace("              tma_3d(q + c", "              if (c == 0) tma_3d(q + c")
+    assert broken != text
+    (tmp_path / "prefill.cu").write_text(broken)
+    case = make([(3, 3)], 4, 64, 0, B16, kv_heads=1)
+    with pytest.raises(
+        RuntimeError, match=r"deadlock: .* warp 4 at attend: q_full; .* warp 11 at attend: q_full"
+    ):
+        emulate(Emulator(tmp_path, tmp_path), case, grid=1)
+
+
+def _call(rows: int, tokens: int, *, context: int = 1024, **changes: object) -> OpCall:
+    tensors, attrs = make([(1, 1)], 4, 64, 0, B16, kv_heads=8)
+    small = {
+        "q": torch.empty(tokens, 32 * D, dtype=B16, device="meta"),
+        "page_table": torch.empty(rows, 200, dtype=torch.int32, device="meta"),
+    }
+    each = ("query_start", "query_len", "context_len")
+    small |= {name: torch.empty(rows, dtype=torch.int32, device="meta") for name in each}
+    small |= {name: tensors[name].to("meta") for name in ("k_cache", "v_cache")}
+    return op_call("extend_attention", small, attrs | changes, context=context)
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "context", "measured"),
+    [(1, 1024, 1024, 21.5), (1, 4096, 4096, 231.9), (1, 8192, 8192, 934.4), (1, 16384, 16384, 3712.2)],
+)
+def test_the_model_is_what_was_measured(rows: int, tokens: int, context: int, measured: float) -> None:
+    """On one H200, in microseconds; its matrix rate is the H100's by which others are scaled, within 2 %."""
+    (way,) = extend_attention_prefill(_call(rows, tokens, context=context))
+    assert abs(1e6 * way.seconds / measured - 1) < 0.08
+
+
+def test_the_grid_has_no_block_without_work() -> None:
+    assert most_tiles(1, 32, 32) == 1
+    assert most_tiles(5, 5, 32) == 5
+    assert most_tiles(2, 33, 32) == 2
+    assert candidate(_call(1, 1)).launches[0].grid == (8, 1, 1)
+    assert candidate(_call(256, 8192)).launches[0].grid == (132, 1, 1)
+
+
+def test_long_rows_are_its_and_short_ones_triton_s() -> None:
+    """The implementation whose best way should be the faster comes first in a plan."""
+    pytest.importorskip("triton")
+    import makeready.kernels.attention.extend_triton  # noqa: F401
+
+    def best(call: OpCall) -> str:
+        ways = [(k.candidates(call)[0].seconds, k.name) for k in cuda_kernels("extend_attention")]
+        assert len(ways) == 2
+        return min(ways)[1]
+
+    assert [best(_call(256, n)) for n in (1024, 2048, 8192)] == ["prefill"] * 3
+    assert best(_call(256, 512, context=8192)) == "prefill"
+    assert best(_call(256, 256)) == "tiles"  # as good as all rows have one token
+    assert best(_call(1, 64, context=8192)) == "tiles"  # whose keys it shares out among multiprocessors
+
+
+@pytest.mark.parametrize(
+    ("group", "page", "dtype", "changes"),
+    [
+        (4, 32, B16, {}),
+        (4, 96, B16, {}),
+        (9, 64, B16, {}),
+        (4, 64, torch.float32, {}),
+        (4, 64, B16, {"scale": -1.0}),
+    ],
+)
+def test_what_it_does_not_do_is_triton_s(
+    group: int, page: int, dtype: torch.dtype, changes: dict[str, float]
+) -> None:
+    tensors, attrs = make([(1, 1)], group, page, 0, dtype)
+    call = op_call("extend_attention", tensors, attrs | changes)
+    (kernel,) = (k for k in cuda_kernels("extend_attention") if k.name == "prefill")
+    assert not kernel.candidates(call)
+
+
+def test_eight_bit_caches_and_deterministic_plans_are_triton_s() -> None:
+    from dataclasses import replace
+
+    tensors, attrs = make([(1, 1)], 4, 64, 0, B16)
+    (kernel,) = (k for k in cuda_kernels("extend_attention") if k.name == "prefill")
+    call = op_call("extend_attention", tensors, attrs)
+    assert kernel.candidates(call)
+    assert not kernel.candidates(replace(call, invariant=True))
+    assert not kernel.candidates(replace(call, features=frozenset({"tma", "pdl", "fp8"})))
+    narrow = tensors | {n: tensors[n].to(torch.float8_e4m3fn) for n in ("k_cache", "v_cache")}
+    assert not kernel.candidates(op_call("extend_attention", narrow, attrs))
