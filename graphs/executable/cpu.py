@@ -151,8 +151,9 @@ class CpuExecutable:
 
     def poke(self, bucket: Bucket, name: str, bits: np.ndarray) -> None:
         """Set the value that launches in ``bucket`` call ``name``."""
+        place = _bits(self._value(bucket, name))
         with torch.inference_mode():
-            _bits(self._value(bucket, name)).copy_(torch.from_numpy(bits))
+            place.copy_(torch.from_numpy(np.ascontiguousarray(bits)).view(place.dtype))
 
     def _value(self, bucket: Bucket, name: str) -> torch.Tensor:
         value = self._program(bucket).names[name]
