@@ -175,7 +175,8 @@ def bisect(
     table, chunk = BucketTable(plan.buckets), plan.limits.max_tokens // rows
     ids, done, made, launches, nearest = [list(prompt)] * rows, 0, [], 0, 0.0
     checked: set[str] = set()
-    for number in range(-(-len(prompt) // chunk) + count - 1):
+    steps = -(-len(prompt) // chunk) + count - 1
+    for number in range(steps):
         phase = EXTEND if done < len(prompt) else DECODE
         upto = min(done + chunk, len(prompt)) if phase == EXTEND else done + 1
         batch = [Row(slot, ids[slot][done:upto], done) for slot in range(rows)]
@@ -190,7 +191,7 @@ def bisect(
         if done >= len(prompt):
             made.append(tokens[0])
             ids = [[*row, token] for row, token in zip(ids, tokens, strict=True)]
-    return Found(None, number + 1, launches, nearest, tuple(made))
+    return Found(None, steps, launches, nearest, tuple(made))
 
 
 class _Pair:
