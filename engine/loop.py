@@ -132,7 +132,7 @@ class Engine:
         for request, chunk in zip(batch.admitted, batch.chunks[-len(batch.admitted) :], strict=False):
             request.admitted = request.admitted or planned
             pages = seats.pages_SP[request.slot, : seats.held_S[request.slot]]
-            values = slot_values(request, chunk.start, pages, self.limits)
+            values = slot_values(request, chunk.start, pages, self.executable.plan)
             self.executable.write_slot(request.slot, values)
         bucket = self.buckets.covering(batch.kind.name, batch.rows, batch.tokens)
         batch.kind.stage(batch, seats, self._stage)

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from makeready.engine.errors import RequestError
 from makeready.engine.kv.eviction import POLICIES as EVICTIONS
+from makeready.engine.ranking import RANKINGS
 from makeready.graphs.plan import Plan
 
-FCFS, LPM, LOF, DFS_WEIGHT, RANDOM, PRIORITY = "fcfs", "lpm", "lof", "dfs-weight", "random", "priority"
-POLICIES = (FCFS, LPM, LOF, DFS_WEIGHT, RANDOM, PRIORITY)
+FCFS, LPM, DFS_WEIGHT, PRIORITY = "fcfs", "lpm", "dfs-weight", "priority"
+POLICIES = (FCFS, LPM, DFS_WEIGHT, *RANKINGS)
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class SchedulerOptions:
     min_new_token_ratio: float = 0.1
 
     def __post_init__(self) -> None:
-        _check_choice("policy", self.policy, POLICIES)
+        _check_choice("policy", self.policy, (FCFS, LPM, DFS_WEIGHT, *RANKINGS))
         _check_choice("eviction", self.eviction, tuple(EVICTIONS))
         for name, least in _WHOLE.items():
             value = getattr(self, name)

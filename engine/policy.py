@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import random
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from makeready.engine.kv.radix import PrefixCache
-from makeready.engine.options import DFS_WEIGHT, FCFS, LOF, LPM, PRIORITY, RANDOM, SchedulerOptions
+from makeready.engine.options import FCFS, LPM, SchedulerOptions
+from makeready.engine.ranking import RANKINGS
 from makeready.engine.request import Request
 
 # Policies that go by the cache look at so many of those that came first: a look costs 2 to 20 us, and with so
@@ -31,7 +31,8 @@ class WaitingQueue:
         self._arrived: list[Request] = []
         self._ranked: list[Request] = []
         self._ranks: dict[Request, tuple[float, int]] = {}
-        self._rank = _rank(options)
+        ranking = RANKINGS.get(options.policy)
+        self._rank = None if ranking is None else ranking(options)
 
     def __len__(self) -> int:
         return len(self._arrived)
@@ -116,19 +117,6 @@ class WaitingQueue:
     def _match(self, request: Request) -> int:
         assert self._cache is not None
         return self._cache.match(request.ids()[:-1], request.salt)
-
-
-def _rank(options: SchedulerOptions) -> Callable[[Request], float] | None:
-    """What requests are ordered by, lowest first; None where they are not ranked one by one."""
-    if options.policy == LOF:
-        return lambda request: -request.sampling.max_new_tokens
-    if options.policy == PRIORITY:
-        return lambda request: -request.priority
-    if options.policy == RANDOM:
-        source = random.Random(options.random_seed)
-        return lambda request: source.random()
-    assert options.policy in (FCFS, LPM, DFS_WEIGHT)
-    return None
 
 
 def _ticket(request: Request) -> int:

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from makeready.engine.request import Request
-from makeready.graphs.spec import Bucket, Field, Limits, StepSpec
+from makeready.engine.sampling import CHECKS
+from makeready.graphs.plan import Plan
+from makeready.graphs.spec import Bucket, Field, StepSpec
 
 
 class Stage:
@@ -64,8 +66,10 @@ class Stage:
         return {name: self._arrays[name][: sizes[axis]] for name, axis in self._fields[bucket.phase]}
 
 
-def slot_values(request: Request, computed: int, pages: np.ndarray, limits: Limits) -> dict[str, object]:
+def slot_values(request: Request, computed: int, pages: np.ndarray, plan: Plan) -> dict[str, object]:
     """What the device's slot table is told of a request when it is admitted.
+
+    A slot field that is called like a sampling parameter holds its value; the others are said here.
 
     Args:
         computed: how many of its tokens are in the prefix cache. No step records these in the slot's
@@ -73,19 +77,12 @@ def slot_values(request: Request, computed: int, pages: np.ndarray, limits: Limi
         pages: that it holds.
     """
     sampling = request.sampling
-    stop_ids = sorted(request.end_ids)[: limits.max_stop_ids] if sampling.min_new_tokens else []
-    values: dict[str, object] = {
+    stop_ids = sorted(request.end_ids)[: plan.limits.max_stop_ids] if sampling.min_new_tokens else []
+    values: dict[str, object] = {f.name: getattr(sampling, f.name) for f in plan.slots if f.name in CHECKS}
+    values |= {
         "pages": pages,
         "prompt_len": len(request.prompt),
-        "temperature": sampling.temperature,
-        "top_k": sampling.top_k,
-        "top_p": sampling.top_p,
-        "min_p": sampling.min_p,
-        "presence_penalty": sampling.presence_penalty,
-        "frequency_penalty": sampling.frequency_penalty,
-        "repetition_penalty": sampling.repetition_penalty,
         "seed": request.seed,
-        "min_new_tokens": sampling.min_new_tokens,
         "stop_ids": stop_ids,
         "bias_ids": list(sampling.logit_bias),
         "bias_values": list(sampling.logit_bias.values()),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -270,18 +270,15 @@ def trace_checkpoint(checkpoint: Checkpoint | str | Path, request: Request) -> T
     _check_sources(
         {n: p for program in programs.values() for n, p in program.params.items()}.values(), checkpoint
     )
-    options = Options(
-        weight_dtype=weights,
-        activation_dtype=activation,
-        kv_dtype=cache,
-        quant=request.quant,
-        deterministic=request.deterministic,
-        disabled_passes=tuple(sorted(set(request.disabled_passes))),
-        max_decode_buckets=request.max_decode_buckets,
-        max_extend_buckets=request.max_extend_buckets,
-        candidates=request.candidates,
-        traffic=to_json(request.traffic),
-    )
+    asked = {f.name: getattr(request, f.name) for f in fields(Options)}
+    decided = {
+        "weight_dtype": weights,
+        "activation_dtype": activation,
+        "kv_dtype": cache,
+        "disabled_passes": tuple(sorted(set(request.disabled_passes))),
+        "traffic": to_json(request.traffic),
+    }
+    options = Options(**(asked | decided))
     return Traced(programs, checkpoint, target, limits, options, kv, steps, slots, request.traffic)
 
 
@@ -290,16 +287,16 @@ def compile_plan(
     request: Request | None = None,
     *,
     progress: Progress = lambda stage: None,
-    **fields: Any,
+    **changes: Any,
 ) -> Plan:
     """Trace, lower and compile: ``compile_plan(path, target="cpu", max_rows=8)``.
 
     Args:
         checkpoint: a checkpoint, or the path of one.
-        request: what to ask for; ``fields`` of :class:`Request` may be given instead or on top.
+        request: what to ask for; fields of :class:`Request` may be given as ``changes``, instead or on top.
         progress: called with the name of each stage as it begins, for kernels with how many are compiled.
     """
-    request = replace(request or Request(), **fields)
+    request = replace(request or Request(), **changes)
     progress("trace")
     traced = trace_checkpoint(checkpoint, request)
     progress("lower")

@@ -10,7 +10,6 @@ from makeready.graphs.buckets import Traffic
 from makeready.graphs.checkpoint.base import NUMPY_DTYPES, Checkpoint
 from makeready.graphs.plan import PlanError
 from makeready.graphs.quant.scheme import ON_LOAD, Quantization
-from makeready.graphs.quant.stored import stored_scheme
 from makeready.graphs.spec import Limits
 from makeready.graphs.targets import Target
 
@@ -23,27 +22,34 @@ FP8_CACHE = {"float8_e4m3fn": "float8_e4m3fn", "float8_e4m3": "float8_e4m3fn", "
 class Request:
     """What a plan is asked for; None leaves the choice to the model or the target.
 
+    The command line has these fields, and these sentences, as ``plan.*``; see engine/entrypoints/options.py.
+
     Attributes:
         target: a name of graphs/targets.py.
         device: which device of the target to choose kernels and batch shapes for, of graphs/devices.py; None
             takes the target's default. The plan runs on the others, too.
-        max_rows, max_tokens, context_len, page_size: see :class:`~makeready.graphs.spec.Limits`.
-        max_logprob_tokens: tokens of one step that reports log-probabilities of its input; 0 for no such steps.
-        weight_dtype: ``float32``, ``bfloat16`` or ``float16``; None takes the activations' on CUDA, else
-            the checkpoint's, fp16 for GGUF blocks.
-        activation_dtype: between kernels: ``bfloat16`` or ``float16`` on CUDA, ``float32`` on the CPU; None
-            takes the target's. fp16 is eight times as fine as bf16 and overflows at 65,504.
+        max_rows: requests that run at once.
+        max_tokens: tokens of one step over all rows; longer prompts go in chunks. null: the target's.
+        context_len: tokens of one request, prompt and output together. null: all that the model allows.
+        page_size: tokens of a KV page. null: the target's.
+        max_logprob_tokens: tokens of one step that reports log-probabilities of its input, for requests with
+            logprob_start_len; 0: no such steps. All their logits exist at once, 4 bytes a vocabulary entry.
+        weight_dtype: float32, bfloat16 or float16. null: the checkpoint's, float16 for GGUF blocks; the
+            activations' on a GPU.
+        activation_dtype: what flows between kernels: bfloat16 or float16 on a GPU, float32 on the CPU. null: the
+            target's. float16 is eight times as fine as bfloat16 and overflows at 65,504.
         quant: ``fp8`` (a scale for each output and each token) or ``fp8_block`` (for each 128 by 128 weights
             and each token's 128 inputs) quantizes the linears of a wide checkpoint when it is loaded; None
             computes as the checkpoint stores them.
         kv_dtype: dtype of the cache, ``float8_e4m3fn`` (or ``fp8_e4m3``) among them; None takes the
             activations'.
-        deterministic: a token's numbers depend on its request alone, to the last bit; only kernels that
-            allow it are taken, and the same for all batch shapes.
-        disabled_passes: rewrites to leave out.
-        max_decode_buckets, max_extend_buckets: bounds on the number of programs.
-        candidates: at most so many ways to run a call are compiled, for scripts/tune to choose from.
-        traffic: expected batches.
+        deterministic: a token's numbers depend on its request alone, to the last bit: not on the batch, on
+            how its prompt was cut, nor on what was cached; slower.
+        disabled_passes: rewrites of the program to leave out, by name.
+        max_decode_buckets: most batch sizes that decode steps are compiled for.
+        max_extend_buckets: most batch shapes that prefill steps are compiled for.
+        candidates: ways of running each call that a plan for a GPU carries, best first by the cost model.
+        traffic: batches to expect; they decide where buckets are dense, never what is legal.
     """
 
     target: str = "cpu"
@@ -154,6 +160,8 @@ def quantization(request: Request, target: Target, checkpoint: Checkpoint) -> Qu
         PlanError: an unknown scheme, a target without 8-bit floats, or both a stored one and one asked for.
         UnsupportedModelError: the checkpoint stores something else.
     """
+    from makeready.graphs.quant.stored import stored_scheme  # imports torch, which command lines do without
+
     stored = stored_scheme(checkpoint.config)
     if request.quant is None:
         if stored is not None and "fp8" in stored.features:

@@ -12,8 +12,10 @@ COMMANDS = {
     "generate": "answer a prompt, or a file of prompts",
     "inspect": "explain a plan as text or as a page",
     "tune": "choose the fastest of the ways that a plan carries, on the GPU",
+    "bisect": "find the launch that computes something else than the interpreter",
     "bench": "measure speed",
 }
+_MODULES = {"bisect": "bisect_plan"}  # a script's folder leads Python's path: no name of the standard library
 
 
 def usage() -> str:
@@ -40,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     if name == "bench":
         # Its modules find each other under the name that they have where the script is run as a file.
         sys.modules.setdefault("benchmarks", importlib.import_module("makeready.scripts.benchmarks"))
-    return importlib.import_module(f"makeready.scripts.{name}").main(rest)
+    return importlib.import_module(f"makeready.scripts.{_MODULES.get(name, name)}").main(rest)
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ def launch(
 def _called(program: Sequence[str], name: str) -> str:
     """How the command ``name`` is called where ``program`` was: by the console command or as a file of the tree."""
     by_console = [Path(path).stem for path in program] == ["makeready"]
-    return f"makeready {name}" if by_console else f"python scripts/{name}.py"
+    return f"makeready {name.removesuffix('_plan')}" if by_console else f"python scripts/{name}.py"
 
 
 def arranged(

@@ -7,6 +7,7 @@ Defaults are in conf/. A type that is checked here is checked before anything is
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from omegaconf import MISSING
 from makeready.graphs.buckets import Traffic
 from makeready.graphs.checkpoint.base import Checkpoint, open_checkpoint
 from makeready.graphs.plan import PlanError
+from makeready.graphs.request import Request
 from makeready.graphs.targets import TARGETS, find_target
 
 
@@ -46,46 +48,25 @@ class TrafficOptions:
     context: int = MISSING
 
 
-@dataclass
-class PlanOptions:
-    """What a plan is compiled for.
+OF_THEIR_OWN = ("target", "device", "quant", "kv_dtype")  # fields of Request that are no plan.* options
 
-    Attributes:
-        max_rows: requests that run at once.
-        max_tokens: tokens of one step over all rows; longer prompts go in chunks. null: the target's.
-        context_len: tokens of one request, prompt and output together. null: all that the model allows.
-        page_size: tokens of a KV page. null: the target's.
-        max_logprob_tokens: tokens of one step that reports log-probabilities of its input, for requests with
-            logprob_start_len; 0: no such steps. All their logits exist at once, 4 bytes a vocabulary entry.
-        weight_dtype: float32, bfloat16 or float16. null: the checkpoint's, float16 for GGUF blocks; the
-            activations' on a GPU.
-        activation_dtype: what flows between kernels: bfloat16 or float16 on a GPU. null: the target's.
-        deterministic: a token's numbers depend on its request alone, to the last bit: not on the batch, on
-            how its prompt was cut, nor on what was cached; slower.
-        disabled_passes: rewrites of the program to leave out, by name.
-        max_decode_buckets: most batch sizes that decode steps are compiled for.
-        max_extend_buckets: most batch shapes that prefill steps are compiled for.
-        candidates: ways of running each call that a plan for a GPU carries, best first by the cost model.
-        traffic: batches to expect; they decide where buckets are dense, never what is legal.
-    """
 
-    max_rows: int = MISSING
-    max_tokens: int | None = MISSING
-    context_len: int | None = MISSING
-    page_size: int | None = MISSING
-    max_logprob_tokens: int = MISSING
-    weight_dtype: str | None = MISSING
-    activation_dtype: str | None = MISSING
-    deterministic: bool = MISSING
-    disabled_passes: list[str] = MISSING
-    max_decode_buckets: int = MISSING
-    max_extend_buckets: int = MISSING
-    candidates: int = MISSING
-    traffic: TrafficOptions = field(default_factory=TrafficOptions)
+def _plan_options() -> Any:
+    """A structured config with the other fields of Request, its types and meanings; conf/ states the defaults."""
+    hints = typing.get_type_hints(Request) | {"disabled_passes": list[str]}
+    names = [f.name for f in dataclasses.fields(Request) if f.name not in (*OF_THEIR_OWN, "traffic")]
+    fields = [(name, hints[name], field(default=MISSING)) for name in names]
+    traffic = ("traffic", TrafficOptions, field(default_factory=TrafficOptions))
+    made = dataclasses.make_dataclass("PlanOptions", [*fields, traffic])
+    made.__doc__ = Request.__doc__
+    return made
+
+
+PlanOptions: Any = _plan_options()
 
 
 @dataclass
-class PlanOrPath(PlanOptions):
+class PlanOrPath(PlanOptions):  # pyright: ignore[reportGeneralTypeIssues]
     """What a plan is compiled for, or where a compiled one is.
 
     Attributes:
@@ -133,7 +114,7 @@ class Job:
     target: str = MISSING
     device: str | None = None
     quant: str | None = None
-    plan: PlanOptions = field(default_factory=PlanOptions)
+    plan: PlanOptions = field(default_factory=PlanOptions)  # type: ignore[valid-type]
     kv: KVOptions = field(default_factory=KVOptions)
 
     def check(self, given: Collection[str]) -> None:

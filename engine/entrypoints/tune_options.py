@@ -1,4 +1,4 @@
-"""What scripts/tune.py can be told; see engine/entrypoints/options.py."""
+"""What scripts/tune.py and its like can be told; see engine/entrypoints/options.py."""
 
 from __future__ import annotations
 
@@ -13,19 +13,17 @@ from makeready.graphs.checkpoint.base import Checkpoint, open_checkpoint
 
 
 @dataclass
-class TuneJob:
-    """Options of scripts/tune.py.
+class PlanWithWeights:
+    """What scripts are told that run a compiled plan for itself.
 
     Attributes:
         checkpoint: a Hugging Face folder, a .gguf file, or dummy: random weights of the model= preset.
         model: a preset of conf/model for checkpoint=dummy; its fields can be changed (model.head_dim=64).
-        context: tokens of context of a row that decodes.
     """
 
     checkpoint: str = literal(MISSING)
     model: dict[str, Any] | None = None
     plan: PlanPath = field(default_factory=PlanPath)
-    context: int = MISSING
 
     def check(self, given: Collection[str]) -> None:
         """See :meth:`Job.check`."""
@@ -35,9 +33,23 @@ class TuneJob:
                 if self.model is None
                 else f"model= is for checkpoint=dummy, but the checkpoint is {self.checkpoint}; drop one of them"
             )
-        if self.context < 1:
-            raise UsageError(f"context={self.context} must be at least 1")
 
     def open(self) -> Checkpoint:
         """The checkpoint, opened."""
         return open_checkpoint(self.checkpoint, config=self.model)
+
+
+@dataclass
+class TuneJob(PlanWithWeights):
+    """Options of scripts/tune.py.
+
+    Attributes:
+        context: tokens of context of a row that decodes.
+    """
+
+    context: int = MISSING
+
+    def check(self, given: Collection[str]) -> None:
+        super().check(given)
+        if self.context < 1:
+            raise UsageError(f"context={self.context} must be at least 1")

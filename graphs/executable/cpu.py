@@ -6,7 +6,7 @@ CPU implementations that the plan names. It is the oracle for every other backen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from makeready.graphs.executable.cpu_check import check_launches
 from makeready.graphs.executable.cpu_memory import check_memory, room_for
 from makeready.graphs.executable.cpu_weights import Progress, load_weights
 from makeready.graphs.executable.match import check_checkpoint
+from makeready.graphs.executable.unowned import Held, unowned
 from makeready.graphs.plan import Launch, Plan, PlanError
 from makeready.graphs.spec import HOST, Bucket, Field
 from makeready.kernels import registry
@@ -38,11 +39,12 @@ class _Bound:
 
 @dataclass(frozen=True)
 class _Program:
-    """A bucket's launches, and the step and result tensors that they read and write."""
+    """A bucket's launches, the step and result tensors that they read and write, and all values by name."""
 
     launches: tuple[_Bound, ...]
     step: Mapping[str, torch.Tensor]
     results: Mapping[str, np.ndarray]
+    names: Mapping[str, Any]
 
 
 class _Done:
@@ -121,23 +123,63 @@ class CpuExecutable:
 
     @torch.inference_mode()
     def launch(self, bucket: Bucket, step: Mapping[str, np.ndarray]) -> _Done:
-        if not self._tensors:
-            raise PlanError("the model is closed; load it again")
-        program = self._programs.get(bucket)
-        if program is None:
-            program = self._programs[bucket] = self._bind(bucket)
-        for name, tensor in program.step.items():
-            tensor.copy_(torch.from_numpy(step[name]))
+        program = self._staged(bucket, step)
         for launch in program.launches:
             launch.call()
         return _Done({name: array.copy() for name, array in program.results.items()})
 
-    def poison(self) -> None:
-        """Fill arena, results and the null page with NaN patterns: what a step reads, it must have written."""
+    def walk(
+        self, bucket: Bucket, step: Mapping[str, np.ndarray], stops: Iterable[int] | None = None
+    ) -> Iterator[int]:
+        """Run a step as :meth:`launch` does, with pauses; see :mod:`makeready.graphs.executable.bisect`.
+
+        Args:
+            stops: numbers of launches, rising; None pauses behind each.
+
+        Yields:
+            How many launches have run; meanwhile :meth:`peek` and :meth:`poke` see what they left.
+        """
+        program = self._staged(bucket, step)
+        done = 0
+        for stop in range(1, len(program.launches) + 1) if stops is None else stops:
+            with torch.inference_mode():
+                for launch in program.launches[done:stop]:
+                    launch.call()
+            done = stop
+            yield done
+
+    def peek(self, bucket: Bucket, name: str) -> np.ndarray:
+        """A copy of the value that launches in ``bucket`` call ``name``, as the bits of its elements.
+
+        Raises:
+            KeyError: it is a parameter in a layout of its kernel's own.
+        """
+        return _bits(self._value(bucket, name)).numpy().copy()
+
+    def poke(self, bucket: Bucket, name: str, bits: np.ndarray) -> None:
+        """Set the value that launches in ``bucket`` call ``name``."""
+        place = _bits(self._value(bucket, name))
+        with torch.inference_mode():
+            place.copy_(torch.from_numpy(np.ascontiguousarray(bits)).view(place.dtype))
+
+    def _value(self, bucket: Bucket, name: str) -> torch.Tensor:
+        value = self._program(bucket).names[name]
+        if not isinstance(value, torch.Tensor):
+            raise KeyError(f"{name} is stored in its kernel's layout")
+        return value
+
+    def poison(self, held: Sequence[Held] | None = None) -> None:
+        """Fill arena, results and the null page with NaN patterns: what a step reads, it must have written.
+
+        Args:
+            held: the sequences on the device; whatever belongs to none of them is poisoned as well.
+        """
         self._arena.fill_(0xFF)
         self._result.fill_(0xFF)
         for part in self.plan.kv.parts:
             self._tensors[part.name][0].fill_(float("nan"))
+        for name, start, stop in () if held is None else unowned(self.plan, self.pages, held):
+            self._tensors[name].view(torch.uint8).flatten()[start:stop] = 0xFF
 
     def operand(self, bucket: Bucket, op: str, operand: str) -> np.ndarray:
         """A copy of what the first launch of ``op`` in ``bucket`` reads as ``operand``, for comparisons.
@@ -158,6 +200,22 @@ class CpuExecutable:
         self._slots.clear()
         self._arena = self._step = self._result = torch.empty(0, dtype=torch.uint8)
 
+    @torch.inference_mode()
+    def _staged(self, bucket: Bucket, step: Mapping[str, np.ndarray]) -> _Program:
+        """The bucket's program with the step's fields filled in."""
+        if not self._tensors:
+            raise PlanError("the model is closed; load it again")
+        program = self._program(bucket)
+        for name, tensor in program.step.items():
+            tensor.copy_(torch.from_numpy(step[name]))
+        return program
+
+    def _program(self, bucket: Bucket) -> _Program:
+        found = self._programs.get(bucket)
+        if found is None:
+            found = self._programs[bucket] = self._bind(bucket)
+        return found
+
     def _bind(self, bucket: Bucket) -> _Program:
         """Look up every tensor of the bucket's program once."""
         plan = self.plan
@@ -169,7 +227,7 @@ class CpuExecutable:
         for name, buffer in lowered.buffers.items():
             names[name] = _view(self._arena, buffer.offset, buffer.spec, bucket.sizes, buffer.row_stride)
         launches = tuple(self._bound(launch, names) for launch in lowered.launches)
-        return _Program(launches, step, {name: view.numpy() for name, view in results.items()})
+        return _Program(launches, step, {name: view.numpy() for name, view in results.items()}, names)
 
     def _bound(self, launch: Launch, names: Mapping[str, Any]) -> _Bound:
         contract = CONTRACTS[launch.op]
@@ -182,6 +240,11 @@ class CpuExecutable:
         )
         results = tuple(names[launch.results[o.name]] for o in contract.outputs)
         return _Bound(kernel.bound(operands, results, launch.attrs), operands, results)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's elements as signed numbers of their width, in place."""
+    return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize])
 
 
 def _zeros(spec: TensorSpec, sizes: Mapping[str, int]) -> torch.Tensor:

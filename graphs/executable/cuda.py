@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from typing import Any
@@ -29,6 +29,7 @@ from makeready.graphs.executable.cuda_staging import Flight, PendingStep, SlotTa
 from makeready.graphs.executable.cuda_weights import Progress, Upload
 from makeready.graphs.executable.cuda_workbench import Workbench
 from makeready.graphs.executable.match import check_checkpoint
+from makeready.graphs.executable.unowned import Held, unowned
 from makeready.graphs.plan import Plan, PlanError
 from makeready.graphs.spec import Bucket
 from makeready.kernels.spec import DTYPE_BYTES, PAGES
@@ -174,14 +175,22 @@ class CudaExecutable:
         driver.record(flight.event, stream)
         return flight.pending
 
-    def poison(self) -> None:
-        """Fill arena, results and the null page with NaN patterns: what a step reads, it must have written."""
+    def poison(self, held: Sequence[Held] | None = None) -> None:
+        """Fill arena, results and the null page with NaN patterns: what a step reads, it must have written.
+
+        Args:
+            held: the sequences on the device; whatever belongs to none of them is poisoned as well.
+        """
         driver, regions = self._driver, self._regions
         driver.use(self._device)
         driver.fill(regions.arena, 0xFF, self.plan.memory.arena, self._stream)
         driver.fill(regions.result, 0xFF, self.plan.memory.result, self._stream)
         for part in self.plan.kv.parts:
             driver.fill(self._lasting[part.name], 0xFF, part.page_bytes, self._stream)
+        if held is not None:
+            for name, start, stop in unowned(self.plan, self.pages, held):
+                driver.fill(self._lasting[name] + start, 0xFF, stop - start, self._stream)
+            self._slots.forget(set(range(self.plan.limits.slots)) - {one.slot for one in held})
 
     def operand(self, bucket: Bucket, op: str, operand: str) -> np.ndarray:
         """A copy of what the first launch of ``op`` in ``bucket`` reads as ``operand``, for comparisons.
@@ -191,7 +200,61 @@ class CudaExecutable:
         """
         program = self.plan.programs[bucket.phase]
         name = next(launch.operands[operand] for launch in program.launches if launch.op == op)
-        spec, buffer = self.plan.spec(bucket.phase, name), program.buffers.get(name)
+        rows, dtype = self.peek(bucket, name), self.plan.spec(bucket.phase, name).dtype
+        if dtype in ("float16", "bfloat16"):
+            stored = rows if dtype == "bfloat16" else rows.view(np.float16)
+            return convert(stored, dtype, "float32")
+        return rows.view(NUMPY_DTYPES[dtype])
+
+    def walk(
+        self, bucket: Bucket, step: Mapping[str, np.ndarray], stops: Iterable[int] | None = None
+    ) -> Iterator[int]:
+        """Run a step as :meth:`launch` does, with pauses; see :mod:`makeready.graphs.executable.bisect`.
+
+        Args:
+            stops: numbers of launches, rising; None pauses behind each. Launches between two are one graph.
+
+        Yields:
+            How many launches have run; meanwhile :meth:`peek` and :meth:`poke` see what they left.
+        """
+        driver, regions, stream = self._driver, self._regions, self._stream
+        addresses = cuda_memory.bucket_addresses(self.plan, regions, self._lasting, bucket)
+        driver.use(self._device)
+        driver.synchronize(stream)
+        step_bytes = self._flights[self._turn].take(bucket, step)[0]
+        driver.to_device(regions.step, self._flights[self._turn].step, step_bytes, stream)
+        driver.record(self._flights[self._turn].event, stream)
+        done = 0
+        count = len(self.plan.programs[bucket.phase].launches)
+        for stop in range(1, count + 1) if stops is None else stops:
+            driver.use(self._device)
+            graph = self._builder.build(bucket, addresses, stream, only=slice(done, stop))
+            try:
+                driver.launch(graph, stream)
+                driver.synchronize(stream)
+            finally:
+                driver.destroy_executable(graph)
+            done = stop
+            yield done
+
+    def peek(self, bucket: Bucket, name: str) -> np.ndarray:
+        """A copy of the value that launches in ``bucket`` call ``name``, as the bits of its elements."""
+        return self._rows(bucket, name, lambda rows: None).copy()
+
+    def poke(self, bucket: Bucket, name: str, bits: np.ndarray) -> None:
+        """Set the value that launches in ``bucket`` call ``name``."""
+
+        def change(rows: np.ndarray) -> np.ndarray:
+            rows[...] = bits.view(rows.dtype)
+            return rows
+
+        self._rows(bucket, name, change)
+
+    def _rows(
+        self, bucket: Bucket, name: str, change: Callable[[np.ndarray], np.ndarray | None]
+    ) -> np.ndarray:
+        """The value ``name`` as bits, read from the device and written back where ``change`` gives something."""
+        spec, buffer = self.plan.spec(bucket.phase, name), self.plan.programs[bucket.phase].buffers.get(name)
         shape = spec.at({**bucket.sizes, PAGES: self.pages})
         size, row = DTYPE_BYTES[spec.dtype], int(np.prod(shape[1:], dtype=np.int64))
         stride = row if buffer is None or buffer.row_stride is None else buffer.row_stride
@@ -201,10 +264,10 @@ class CudaExecutable:
         self._driver.to_host(bits.ctypes.data, address, bits.nbytes, self._stream)
         self._driver.synchronize(self._stream)
         rows = np.lib.stride_tricks.as_strided(bits, (shape[0], row), (stride * size, size)).reshape(shape)
-        if spec.dtype in ("float16", "bfloat16"):
-            stored = rows if spec.dtype == "bfloat16" else rows.view(np.float16)
-            return convert(stored, spec.dtype, "float32")
-        return rows.view(NUMPY_DTYPES[spec.dtype]).copy()
+        if change(rows) is not None:
+            self._driver.to_device(address, bits.ctypes.data, bits.nbytes, self._stream)
+            self._driver.synchronize(self._stream)
+        return rows
 
     def workbench(self) -> Workbench:
         """Graphs of any choices, for measuring; destroyed with the executable at the latest."""

@@ -60,6 +60,7 @@ class GraphBuilder:
         stream: Any,
         *,
         choices: Mapping[str, str] | None = None,
+        only: slice = slice(None),
     ) -> Any:
         """The executable graph of ``bucket``, a chain of nodes in the order of launches.
 
@@ -67,6 +68,7 @@ class GraphBuilder:
             addresses: of every value that the launches name.
             stream: where the graph is sent to the device.
             choices: by :func:`tuned_key`, in place of those that measured best on this device.
+            only: which of the launches.
 
         Raises:
             PlanError: the plan has no kernels for the bucket.
@@ -77,7 +79,7 @@ class GraphBuilder:
         prepared: dict[int, list[PreparedNode]] = {}
         graph, last = self._driver.graph(), None
         try:
-            for launch in program.launches:
+            for launch in program.launches[only]:
                 nodes = prepared.get(launch.op_class)
                 if nodes is None:
                     chosen = self._choose(bucket, launch, best)

@@ -4,7 +4,7 @@ reads the other, and the slot table.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -135,6 +135,12 @@ class SlotTable:
                 self._write(name, slot, _row(field, values.get(name)))
             elif name in values:
                 self._send(field, slot, np.atleast_1d(np.asarray(values[name], field.spec.dtype)))
+
+    def forget(self, slots: Iterable[int]) -> None:
+        """What the device has of ``slots`` was overwritten with 0xFF: whatever is written next is sent."""
+        for slot in slots:
+            for table in self._host.values():
+                table[slot : slot + 1].view(np.uint8)[...] = 0xFF
 
     def _send(self, field: Field, slot: int, entries: np.ndarray) -> None:
         """The first entries of what the device keeps for a slot: steps write there, so the host has no copy."""

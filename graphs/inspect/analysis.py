@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from makeready.graphs.inspect.segments import segments, value_spec
+from makeready.graphs.inspect.segments import one_token, segments, value_spec
 from makeready.graphs.plan import Launch, Plan, PlanError, Weight
 from makeready.graphs.reads import reads
 from makeready.graphs.recipe import Box
-from makeready.graphs.spec import DECODE, Bucket
+from makeready.graphs.spec import Bucket
 from makeready.graphs.targets import Target, target_of
 from makeready.kernels.spec import TensorSpec
 
@@ -190,7 +190,7 @@ def cost_analysis(plan: Plan, context: int = 1024) -> dict[Bucket, dict[str, flo
             "nbytes": math.fsum(c.nbytes for c in costs),
             "flops": math.fsum(c.flops for c in costs),
             "seconds": seconds,
-            "tokens_per_second": (bucket.rows if bucket.phase == DECODE else bucket.tokens) / seconds,
+            "tokens_per_second": (bucket.rows if one_token(plan, bucket.phase) else bucket.tokens) / seconds,
         }
     return analysis
 

@@ -22,9 +22,9 @@ from makeready.graphs.inspect.colours import Colours
 from makeready.graphs.inspect.facts import facts, passes
 from makeready.graphs.inspect.markup import Markup, buttons, joined, panes, tag
 from makeready.graphs.inspect.padding import Padding, padding
-from makeready.graphs.inspect.segments import Segment, groups
+from makeready.graphs.inspect.segments import Segment, groups, one_token
 from makeready.graphs.plan import Plan
-from makeready.graphs.spec import DECODE, Bucket
+from makeready.graphs.spec import Bucket
 from makeready.graphs.targets import target_of
 
 _NAV = (("memory", "Memory"), ("buckets", "Buckets"), ("kernels", "Kernels"), ("launches", "Launches"))
@@ -149,7 +149,7 @@ def _buckets(page: _Page) -> Markup:
     for phase in page.plan.programs:
         listing = bucket_view.bucket_table(phase, page.buckets, page.padding)
         parts = [tag("div", listing, class_="scroll")]
-        if phase != DECODE:
+        if not one_token(page.plan, phase):
             caption = "Which bucket runs which batch. Darker: more of the step is padding. Both axes are logarithmic."
             parts = [
                 tag("p", caption, class_="note"),

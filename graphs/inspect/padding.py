@@ -23,8 +23,9 @@ import numpy as np
 from makeready.graphs.buckets import BucketTable, Distribution, Traffic
 from makeready.graphs.codec import from_json
 from makeready.graphs.inspect.analysis import largest_bucket, launch_key, work
+from makeready.graphs.inspect.segments import one_token
 from makeready.graphs.plan import Launch, Plan
-from makeready.graphs.spec import DECODE, Bucket
+from makeready.graphs.spec import Bucket
 from makeready.graphs.targets import target_of
 from makeready.kernels.spec import ROWS, TOKENS
 
@@ -87,7 +88,7 @@ def cells(plan: Plan, phase: str) -> tuple[Cell, ...]:
     to choose from, and looking up the largest of them answers for all.
     """
     table, mine = BucketTable(plan.buckets), [b for b in plan.buckets if b.phase == phase]
-    if phase == DECODE:
+    if one_token(plan, phase):
         spans = _between([b.rows for b in mine])
         return tuple(Cell(s, s, table.covering(phase, s[1], s[1])) for s in spans)
     pairs = product(_between([b.rows for b in mine]), _between([b.tokens for b in mine]))
@@ -123,7 +124,7 @@ class _Grid:
     """
 
     def __init__(self, plan: Plan, phase: str, traffic: Traffic) -> None:
-        self.decode = phase == DECODE
+        self.decode = one_token(plan, phase)
         rows = np.arange(1, plan.limits.max_rows + 1)[:, None]
         tokens = rows if self.decode else np.arange(1, largest_bucket(plan, phase).tokens + 1)[None, :]
         weight = _weights(traffic.decode_rows if self.decode else traffic.extend_rows, rows)

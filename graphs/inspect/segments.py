@@ -10,7 +10,6 @@ from typing import Any
 
 from makeready.graphs.inspect.units import ranges
 from makeready.graphs.plan import Launch, LoweredProgram, Plan
-from makeready.graphs.spec import DECODE
 from makeready.kernels.spec import ROWS, TOKENS, TensorSpec
 
 _LAYER = re.compile(r"layers\.(\d+)\.")
@@ -47,10 +46,16 @@ def local(name: str) -> str:
     return _LAYER.sub("", name, count=1) if _LAYER.match(name) else name
 
 
+def one_token(plan: Plan, phase: str) -> bool:
+    """Whether every row of such steps has one token, so that tokens are rows."""
+    step = plan.steps.get(phase)
+    return step is not None and step.each == 1
+
+
 def value_spec(plan: Plan, phase: str, name: str) -> TensorSpec:
-    """Spec of a value as the phase's launches see it: a decode step has as many tokens as rows."""
+    """Spec of a value as the phase's launches see it: where rows have one token, there are as many as rows."""
     spec = plan.spec(phase, name)
-    if phase == DECODE:
+    if one_token(plan, phase):
         return spec.renamed({TOKENS: ROWS})
     return spec
 

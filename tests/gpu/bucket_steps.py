@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from scripted_steps import Row, Step, make_step, open_slot
 
+from makeready.graphs.buckets import BucketTable
 from makeready.graphs.plan import Plan
 from makeready.graphs.spec import DECODE, EXTEND, Bucket
 
@@ -27,27 +28,38 @@ class Case:
     step: Step
 
 
-def cases(plan: Plan) -> Iterator[Case]:
-    """Two cases for every bucket, with rows of random lengths behind random contexts."""
+def cases(plan: Plan, least_id: int = 0) -> Iterator[Case]:
+    """Two cases for every bucket, with rows of random lengths behind random contexts.
+
+    Args:
+        least_id: smallest token id that occurs.
+    """
     for bucket in plan.buckets:
         for fill in ("full", "sparse"):
             rows, tokens = (bucket.rows, bucket.tokens) if fill == "full" else _fewest(plan, bucket)
-            yield _case(plan, bucket, fill, rows, tokens)
+            yield _case(plan, bucket, fill, rows, tokens, least_id)
 
 
 def _fewest(plan: Plan, bucket: Bucket) -> tuple[int, int]:
-    """Rows and tokens of the smallest batch that ``bucket`` and none before it covers."""
-    others = [b for b in plan.buckets if b.phase == bucket.phase and b.tokens < bucket.tokens]
-    tokens = 1 + max((b.tokens for b in others), default=0)
-    return (tokens if bucket.phase == DECODE else min(bucket.rows, tokens, 2)), tokens
+    """Rows and tokens of the smallest batch that runs in ``bucket``, of two rows where there is one."""
+    table, legal = BucketTable(plan.buckets), plan.steps[bucket.phase].legal
+    sizes = [
+        (rows, tokens)
+        for tokens in range(1, bucket.tokens + 1)
+        for rows in (range(1, bucket.rows + 1) if bucket.phase == DECODE else (2, *range(1, bucket.rows + 1)))
+        if rows <= bucket.rows and legal(rows, tokens)
+    ]
+    return next(size for size in sizes if table.covering(bucket.phase, *size) == bucket)
 
 
-def _case(plan: Plan, bucket: Bucket, fill: str, rows: int, tokens: int) -> Case:
+def _case(plan: Plan, bucket: Bucket, fill: str, rows: int, tokens: int, least_id: int) -> Case:
     random = np.random.default_rng([bucket.rows, bucket.tokens, fill == "full", bucket.phase == DECODE])
     limits, vocabulary = plan.limits, plan.config["vocab_size"]
     lengths = _lengths(random, rows, tokens, limits.context_len)
     contexts = [int(random.integers(bucket.phase == DECODE, limits.context_len - n + 1)) for n in lengths]
-    ids = [random.integers(0, vocabulary, c + n).tolist() for c, n in zip(contexts, lengths, strict=True)]
+    ids = [
+        random.integers(least_id, vocabulary, c + n).tolist() for c, n in zip(contexts, lengths, strict=True)
+    ]
     before = []
     for slot, context in enumerate(contexts):
         for at in range(0, context, limits.max_tokens):

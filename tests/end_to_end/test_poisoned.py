@@ -1,0 +1,131 @@
+"""What belongs to nobody is NaN: padding rows and tokens, unowned pages and slots, arena, results. Answers stay.
+
+Every bucket of every plan runs full and as empty as it may be, on the CPU; tests/gpu/test_gpu_poisoned.py is
+the twin on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from poisoned import Sequences, answers, assert_same, poison_memory, poisoned_cases
+
+from makeready.graphs.checkpoint.dummy import DummyCheckpoint
+from makeready.graphs.compile import compile_plan
+from makeready.graphs.executable.cpu import CpuExecutable
+from makeready.graphs.spec import INPUT_LOGPROBS
+from makeready.kernels import registry
+from makeready.kernels.contract import CONTRACTS
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 96,
+    "hidden_size": 40,  # no multiple of a vector or a panel
+    "intermediate_size": 100,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 20,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+}
+QWEN2 = {**LLAMA, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+QWEN3 = {**LLAMA, "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": False}
+DYNAMIC = {**QWEN3, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}}
+WINDOWED = {**LLAMA, "model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 11}
+WIDE = {**QWEN3, "hidden_size": 128, "head_dim": 32, "intermediate_size": 256}  # whole blocks of 128
+LIMITS: dict[str, Any] = {
+    "max_rows": 5,
+    "max_tokens": 40,
+    "context_len": 60,
+    "page_size": 8,
+    "max_logprob_tokens": 16,
+    "max_decode_buckets": 3,
+    "max_extend_buckets": 4,
+}
+MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "llama": (LLAMA, {}),
+    "qwen2": (QWEN2, {"weight_dtype": "float32"}),
+    "qwen3": (QWEN3, {"weight_dtype": "float16", "kv_dtype": "bfloat16"}),
+    "dynamic": (DYNAMIC, {}),
+    "window": (WINDOWED, {"kv_dtype": "float16"}),
+    "fp8": (QWEN3, {"quant": "fp8"}),
+    "fp8_block": (WIDE, {"quant": "fp8_block", "kv_dtype": "float8_e4m3fn"}),
+    "fp8_cache": (LLAMA, {"kv_dtype": "float8_e4m3fn"}),
+    "deterministic": (QWEN3, {"deterministic": True}),
+    "deterministic_fp8": (QWEN2, {"deterministic": True, "quant": "fp8", "kv_dtype": "float8_e4m3fn"}),
+    "plain": (QWEN3, {"disabled_passes": ("merge_linears", "fuse_add_norm", "fuse_qkv", "hoist_gather")}),
+}
+
+
+@pytest.fixture(autouse=True)
+def large_weights() -> Iterator[None]:
+    """Weights of the usual size leave the logits so small that all tokens are alike."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("makeready.graphs.checkpoint.dummy.SCALE", 0.3)
+        yield
+
+
+def load(name: str) -> CpuExecutable:
+    config, fields = MODELS[name]
+    checkpoint = DummyCheckpoint(dict(config))
+    plan = compile_plan(checkpoint, **LIMITS, **fields)
+    return CpuExecutable(plan, checkpoint, pages=Sequences(plan).needed)
+
+
+def leaking(op: str, operand: str) -> Any:
+    """``registry.find``; but NaN anywhere in ``operand`` shows in all that ``op`` gives."""
+    contract, found = CONTRACTS[op], registry.find
+    at = [o.name for o in contract.inputs].index(operand)
+
+    def run(*operands: Any, **attrs: Any) -> Any:
+        made = contract.reference(*operands, **attrs)
+        first, *rest = made if isinstance(made, tuple) else (made,)
+        nothing = 0 * operands[at].float().nan_to_num(1.0, 1.0, 1.0) + operands[at].isnan()
+        first = first + nothing.sum().to(first.dtype)
+        return (first, *rest) if rest else first
+
+    def find(name: str, kernel: str, target: str) -> registry.Kernel:
+        return registry.Kernel(op, kernel, target, run) if name == op else found(name, kernel, target)
+
+    return find
+
+
+@pytest.mark.parametrize(
+    ("op", "operand"),
+    [
+        ("decode_attention", "q"),  # padding rows
+        ("silu_mul", "gate_up"),  # padding tokens
+        ("extend_attention", "v_cache"),  # unowned pages
+        ("token_logprobs", "logits"),  # padding rows, at the end of a program
+    ],
+)
+def test_a_kernel_that_looks_at_them_is_found(op: str, operand: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "find", leaking(op, operand))
+    executable = load("llama")
+    differ = set()
+    for case in poisoned_cases(executable.plan):
+        clean, poisoned = answers(executable, case), answers(executable, case, poison_memory)
+        differ |= {name for name in clean if clean[name].tobytes() != poisoned[name].tobytes()}
+    assert differ
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_belongs_to_nobody_changes_no_bit(name: str) -> None:
+    executable = load(name)
+    seen, kinds = set(), set()
+    for case in poisoned_cases(executable.plan):
+        where = f"{case.bucket}, {case.fill}"
+        clean = answers(executable, case)
+        assert_same(clean, answers(executable, case, poison_memory), where)
+        seen.add(case.bucket)
+        kinds.add(case.bucket.phase)
+        if case.bucket.phase == INPUT_LOGPROBS:
+            assert (clean["target_logprob"] < 0).all(), "nobody asked for log-probabilities"
+    assert seen == set(executable.plan.buckets)
+    assert len(kinds) == 3
