@@ -70,7 +70,7 @@ def test_sizes_are_those_of_the_bucket(cache):
         }
         programs = {phase: replace(program, buffers=grown)}
         buckets = [b for b in BUCKETS if b.phase == phase]
-        made = emit(programs, {}, buckets, TARGET, context=1024, keep=2, cache=cache)
+        made = emit(programs, {phase: {}}, buckets, TARGET, context=1024, keep=2, cache=cache)
         found = made.programs[phase].classes[0].candidates
         assert {bucket: choices[0].nodes[0].grid[0] for bucket, choices in found.items()} == wanted
         maps = {bucket: choices[1].nodes[0].arguments[0] for bucket, choices in found.items()}
