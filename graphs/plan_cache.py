@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from functools import lru_cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,9 +81,18 @@ def plan_key(checkpoint: Checkpoint, request: Request) -> str:
         "tokenizer": tokenizer_reference(checkpoint),
         "request": to_json(request),
         "code": code_fingerprint(),
-        "compiler": version("triton") if find_target(request.target).is_cuda else "",
+        "compiler": _compilers() if find_target(request.target).is_cuda else "",
     }
     return hashlib.sha256(canonical(parts)).hexdigest()
+
+
+def _compilers() -> str:
+    """Of Triton's kernels and of CUDA C++; a plan may need no NVRTC, and one that does says so when it is made."""
+    try:
+        nvrtc = version("nvidia-cuda-nvrtc")
+    except PackageNotFoundError:
+        nvrtc = "none"
+    return f"triton {version('triton')}, NVRTC {nvrtc}"
 
 
 @lru_cache
@@ -91,7 +100,8 @@ def code_fingerprint() -> str:
     """SHA-256 over the sources of graphs/ and kernels/: a plan of other code is never taken from the cache."""
     total = hashlib.sha256()
     for layer in ("graphs", "kernels"):
-        for path in sorted((SOURCES / layer).rglob("*.py")):
+        sources = (path for path in (SOURCES / layer).rglob("*") if path.suffix in (".py", ".cu", ".h"))
+        for path in sorted(sources):
             total.update(str(path.relative_to(SOURCES)).encode())
             total.update(hashlib.sha256(path.read_bytes()).digest())
     return total.hexdigest()

@@ -17,6 +17,7 @@ pytest.importorskip("cuda.bindings.nvrtc")
 import small_programs
 from small_programs import TARGET, emitted
 
+from makeready.graphs import plan_cache
 from makeready.graphs.cuda import aot, nvrtc
 from makeready.graphs.cuda.table import resource_table
 from makeready.graphs.plan import PlanError
@@ -313,3 +314,18 @@ def test_the_resource_table_counts_its_threads(
     plan.binaries, plan.cubins, plan.programs = made.binaries, made.cubins, made.programs
     (line,) = (line for line in resource_table(plan).splitlines() if line.startswith("scale-"))
     assert line.split()[1] == "64"
+
+
+def test_cached_plans_are_of_these_sources_and_this_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "kernels" / "csrc").mkdir(parents=True)
+    monkeypatch.setattr(plan_cache, "SOURCES", tmp_path)
+    found = set()
+    for name in ("a.cu", "b.h", "ignored.txt"):
+        (tmp_path / "kernels" / "csrc" / name).write_text("1")
+        found.add(plan_cache.code_fingerprint.__wrapped__())
+    (tmp_path / "kernels" / "csrc" / "b.h").write_text("2")
+    found.add(plan_cache.code_fingerprint.__wrapped__())
+    assert len(found) == 3
+    assert nvrtc.version() in plan_cache._compilers()
