@@ -44,7 +44,7 @@ def check_nodes(plan: Plan, program: LoweredProgram, buckets: Sequence[str], pha
                     need(all(1 <= n <= MOST for n in node.grid), f"{where} has the grid {list(node.grid)}")
                     for argument in node.arguments:
                         _argument(where, argument, operands.get(index, set()), plan.memory.scratch)
-                        if argument.kind == "descriptor":
+                        if argument.kind in ("descriptor", "map"):
                             _map(where, argument, specs.get((index, argument.operand)))
 
 
@@ -61,7 +61,7 @@ def _extent(plan: Plan, program: LoweredProgram, value: str) -> tuple[TensorSpec
 
 def _argument(where: str, argument: NodeArgument, operands: set[str], scratch: int) -> None:
     kind = argument.kind
-    if kind in ("pointer", "descriptor"):
+    if kind in ("pointer", "descriptor", "map"):
         need(argument.operand in operands, f"{where} has no operand {argument.operand!r}")
     elif kind == "scratch":
         need(0 <= argument.offset < scratch, f"{where} takes byte {argument.offset} of {scratch} of scratch")
