@@ -59,6 +59,7 @@ class CpuExecutable:
         plan: what to run.
         checkpoint: the weights; must be the one that the plan was made for.
         pages: KV pages to allocate, the null page included.
+        blocks: blocks of other cache groups; those that are not named get what the plan's limits ask for.
         progress: told how many of how many parameters are loaded.
         interpret: run a plan for another target, too, by the op references that it names: slow, and what
             that target's kernels are held to.
@@ -75,6 +76,7 @@ class CpuExecutable:
         checkpoint: Checkpoint,
         *,
         pages: int,
+        blocks: Mapping[str, int] | None = None,
         progress: Progress = lambda done, total: None,
         interpret: bool = False,
     ) -> None:
@@ -86,10 +88,12 @@ class CpuExecutable:
         registry.discover()
         self.plan = plan
         self.pages = pages
+        self.blocks = {**plan.kv.blocks(pages, plan.limits), **(blocks or {})}
         self._arena = torch.empty(plan.memory.arena, dtype=torch.uint8)
         self._tensors: dict[str, Any] = dict(load_weights(plan, checkpoint, progress))
-        for part in plan.kv.parts:  # zeroed: a page is read up to its last written token only
-            self._tensors[part.name] = _zeros(part.spec, {PAGES: pages})
+        for group in plan.kv.groups:  # zeroed: a page is read up to its last written token only
+            for part in group.parts:
+                self._tensors[part.name] = _zeros(part.spec, {PAGES: self.blocks[group.name]})
         self._slots = {f.name: _zeros(f.spec, {}) for f in plan.slots}
         self._tensors |= self._slots
         for slot in range(plan.limits.slots):
@@ -129,8 +133,9 @@ class CpuExecutable:
         """Fill arena, results and the null page with NaN patterns: what a step reads, it must have written."""
         self._arena.fill_(0xFF)
         self._result.fill_(0xFF)
-        for part in self.plan.kv.parts:
-            self._tensors[part.name][0].fill_(float("nan"))
+        for group in self.plan.kv.paged:
+            for part in group.parts:
+                self._tensors[part.name][0].fill_(float("nan"))
 
     def operand(self, bucket: Bucket, op: str, operand: str) -> np.ndarray:
         """A copy of what the first launch of ``op`` in ``bucket`` reads as ``operand``, for comparisons.

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from makeready.graphs.request import Request
-from makeready.graphs.spec import DECODE, EXTEND, INPUT_LOGPROBS, Bucket, Limits
+from makeready.graphs.spec import DECODE, EXTEND, INPUT_LOGPROBS, Bucket, CacheGroup, CacheSpec, Limits
 from makeready.graphs.steps.base import declare
 
 VOCABULARY = 50
@@ -83,9 +83,12 @@ class FakeExecutable:
         self, limits: Limits, buckets: Sequence[Bucket], pages: int, asynchronous: bool = True
     ) -> None:
         scored = max((b.tokens for b in buckets if b.phase == INPUT_LOGPROBS), default=0)
-        steps, slots = declare(limits, Request(max_logprob_tokens=scored))
-        self.plan: Any = SimpleNamespace(limits=limits, buckets=tuple(buckets), steps=steps, slots=slots)
-        self.pages = pages
+        kv = CacheSpec(limits.page_size, (CacheGroup("kv", (), limits.page_size),))
+        steps, slots = declare(limits, Request(max_logprob_tokens=scored), kv)
+        self.plan: Any = SimpleNamespace(
+            limits=limits, buckets=tuple(buckets), steps=steps, slots=slots, kv=kv
+        )
+        self.pages, self.blocks = pages, {"kv": pages}
         self.asynchronous = asynchronous
         self.steps: list[tuple[Bucket, int, int]] = []
         self._tokens = np.full(pages * limits.page_size, -1)
