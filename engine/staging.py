@@ -64,18 +64,20 @@ class Stage:
         return {name: self._arrays[name][: sizes[axis]] for name, axis in self._fields[bucket.phase]}
 
 
-def slot_values(request: Request, computed: int, pages: np.ndarray, limits: Limits) -> dict[str, object]:
+def slot_values(
+    request: Request, computed: int, pages: Mapping[str, np.ndarray], limits: Limits
+) -> dict[str, object]:
     """What the device's slot table is told of a request when it is admitted.
 
     Args:
         computed: how many of its tokens are in the prefix cache. No step records these in the slot's
             history, which penalties look at.
-        pages: that it holds.
+        pages: its page lists, by field.
     """
     sampling = request.sampling
     stop_ids = sorted(request.end_ids)[: limits.max_stop_ids] if sampling.min_new_tokens else []
     values: dict[str, object] = {
-        "pages": pages,
+        **pages,
         "prompt_len": len(request.prompt),
         "temperature": sampling.temperature,
         "top_k": sampling.top_k,
