@@ -109,10 +109,10 @@ class PrefixCache:
 
     def __init__(self, pools: PagePool | Pools, page_size: int, policy: str = "lru") -> None:
         one = isinstance(pools, PagePool)
-        self.pool = pools if one else pools.first
         self._full: tuple[PagePool, ...] = (pools,) if one else pools.full
         self._windows: tuple[Counted, ...] = () if one else pools.windows
         self._states: tuple[Counted, ...] = () if one else pools.states
+        self.pool = self._full[0] if one or self._full else pools.first
         self._plain = not self._windows and not self._states  # all that the tree has is valid
         self.page_size = page_size
         self._key_bytes = page_size * _TOKEN_BYTES
@@ -122,7 +122,7 @@ class PrefixCache:
 
     @property
     def evictable(self) -> int:
-        """Cached blocks of the first group: what :meth:`evict` could free."""
+        """Cached blocks of the first group that keeps everything, if any: what :meth:`evict` could free."""
         return self.pool.cached
 
     def match(self, tokens: Tokens, salt: str = "") -> int:
@@ -236,6 +236,8 @@ class PrefixCache:
                 node = self._split(node, count)
         if at == len(tokens) and node.parent is not None:
             self._leave_states(node, states)
+            if not node.entry:
+                self._leaf(node)
 
     def release(self, prefix: Prefix) -> None:
         """Stop holding a prefix; pages that nobody else holds become cached."""
@@ -473,6 +475,11 @@ class PrefixCache:
         node.parent, node.run, node.pages = head, node.run[cut:], [its[count:] for its in node.pages]
         for counted, its in zip(self._windows, pages[len(self._full) :], strict=True):
             counted.nodes.update((block, head) for block in its if block)
+        if (
+            not node.holders and not node.children and self._empty(node)
+        ):  # all that was left is in the first part
+            self._order.remove(node)
+            head.children.clear()
         return head
 
     def _add(self, parent: _Node, run: bytes, pages: list[list[int]], priority: int) -> _Node:
