@@ -23,49 +23,11 @@ state exactly there. The tree may know more of a sequence than is valid.
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
-from typing import TypeAlias
-
-import numpy as np
 
 from makeready.engine.kv.counted import Counted
-from makeready.engine.kv.eviction import EvictionOrder
-from makeready.engine.kv.pool import PagePool
-from makeready.engine.kv.pools import Pools
-
-# Token ids in order. An int32 array spares the conversion, 20 ns a token.
-Tokens: TypeAlias = "Sequence[int] | np.ndarray"
-
-_TOKEN_BYTES = 4
-
-
-@dataclass(eq=False, slots=True)
-class _Node:
-    """A run of pages behind ``parent``; ``run`` are their tokens as the bytes of int32.
-
-    ``used`` and ``created`` are ticks; ``holders`` counts prefixes that end here or below. A root has no
-    parent, no pages and a ``salt``.
-
-    Attributes:
-        pages: a list for each group that keeps everything, then for each with a window.
-        states: a block for each group of states.
-    """
-
-    parent: _Node | None
-    run: bytes
-    pages: list[list[int]]
-    states: list[int]
-    priority: int
-    used: int
-    created: int
-    hits: int = 1
-    holders: int = 1
-    entry: int = 0
-    children: dict[bytes, _Node] = field(default_factory=dict)
-    salt: str = ""
+from makeready.engine.kv.tree import Node, Tokens, Tree, encode
 
 
 @dataclass(eq=False, slots=True)
@@ -84,7 +46,7 @@ class Prefix:
     blocks: list[list[int]]
     tokens: int
     priority: int
-    _end: _Node | None  # None once the prefix was released or replaced
+    _end: Node | None  # None once the prefix was released or replaced
     tails: list[list[int]] = field(default_factory=list)
     states: list[int] = field(default_factory=list)
 
@@ -94,7 +56,7 @@ class Prefix:
         return self.blocks[0]
 
 
-class PrefixCache:
+class PrefixCache(Tree):
     """Finds, holds, keeps and evicts prefixes.
 
     Args:
@@ -107,33 +69,10 @@ class PrefixCache:
         RequestError: there is no such policy.
     """
 
-    def __init__(self, pools: PagePool | Pools, page_size: int, policy: str = "lru") -> None:
-        one = isinstance(pools, PagePool)
-        self._full: tuple[PagePool, ...] = (pools,) if one else pools.full
-        self._windows: tuple[Counted, ...] = () if one else pools.windows
-        self._states: tuple[Counted, ...] = () if one else pools.states
-        self.pool = self._full[0] if one or self._full else pools.first
-        self._plain = not self._windows and not self._states  # all that the tree has is valid
-        self.page_size = page_size
-        self._key_bytes = page_size * _TOKEN_BYTES
-        self._roots: dict[str, _Node] = {}
-        self._order = EvictionOrder(policy)
-        self._ticks = 0
-
     @property
     def evictable(self) -> int:
         """Cached blocks of the first group that keeps everything, if any: what :meth:`evict` could free."""
         return self.pool.cached
-
-    def match(self, tokens: Tokens, salt: str = "") -> int:
-        """How many of the first tokens are a valid prefix, in whole pages; changes nothing."""
-        if self._plain:
-            return self.known(tokens, salt)
-        return self._valid(self._path(tokens, salt)) * self.page_size
-
-    def known(self, tokens: Tokens, salt: str = "") -> int:
-        """How many of the first tokens are in the tree, in whole pages, valid or not."""
-        return sum(count for _, count in self._path(tokens, salt)) * self.page_size
 
     def acquire(self, tokens: Tokens, salt: str = "", priority: int = 0) -> Prefix:
         """Hold the longest valid prefix of ``tokens``, in whole pages; possibly none.
@@ -147,7 +86,7 @@ class PrefixCache:
             tokens = tokens[: self.match(tokens, salt)]
         end = self._roots.get(salt)
         if end is None:
-            end = self._roots[salt] = _Node(None, b"", [], [], 0, 0, 0, holders=0, salt=salt)
+            end = self._roots[salt] = Node(None, b"", [], [], 0, 0, 0, holders=0, salt=salt)
         end.holders += 1
         self._ticks += 1
         count, pages, end = self._descend(end, tokens, 0, priority)
@@ -195,7 +134,7 @@ class PrefixCache:
         if self._windows:
             self._fill(last, start, at, pages[everything:])
         if at < full:
-            fresh, run = [own[at:full] for own in pages], _encode(tokens[at * size : full * size])
+            fresh, run = [own[at:full] for own in pages], encode(tokens[at * size : full * size])
             for pool, own in zip(self._full, fresh, strict=False):
                 pool.share(own)
             if last.parent is not None and last.hits == 1 and not last.children and not any(last.states):
@@ -241,7 +180,7 @@ class PrefixCache:
 
     def release(self, prefix: Prefix) -> None:
         """Stop holding a prefix; pages that nobody else holds become cached."""
-        node: _Node | None = _live(prefix)
+        node: Node | None = _live(prefix)
         prefix._end = None
         self._ticks += 1
         while node is not None:
@@ -275,7 +214,7 @@ class PrefixCache:
             return count
         while left:
             node = self._order.first()
-            assert isinstance(node, _Node)
+            assert isinstance(node, Node)
             size = self._count(node)
             cut = max(0, size - left)
             left -= size - cut
@@ -294,7 +233,7 @@ class PrefixCache:
         for _ in range(count):
             block = counted.first()
             node = counted.nodes[block]
-            assert isinstance(node, _Node)
+            assert isinstance(node, Node)
             if counted in self._states:
                 node.states[self._states.index(counted)] = 0
             else:
@@ -320,98 +259,9 @@ class PrefixCache:
         for counted in (*self._windows, *self._states):
             self.give_up(counted, counted.pool.cached)
 
-    def check(self) -> None:
-        """Assert that the tree is well formed and that the pools agree on every block of it."""
-        cached = leaves = 0
-        full, nodes = len(self._full), list(self._nodes())
-        for node in nodes:
-            assert len(node.run) == self._count(node) * self._key_bytes > 0, "a run is not of whole pages"
-            assert all(len(its) == self._count(node) for its in node.pages), "a run has too few pages"
-            assert all(all(its) for its in node.pages[:full]), "a page is missing"
-            assert node.parent is not None
-            assert node.parent.children[node.run[: self._key_bytes]] is node, "a child under a wrong key"
-            assert node.parent.holders >= node.holders >= 0, "a held node below one that is not"
-            leaf = not node.holders and not node.children
-            assert bool(node.entry) == leaf, "the eviction order is not of the leaves that nobody holds"
-            assert not leaf or not self._empty(node), "a node is left that has nothing"
-            leaves += leaf
-            cached += 0 if node.holders else self._count(node)
-        for g, pool in enumerate(self._full):
-            pages = [page for node in nodes for page in node.pages[g]]
-            assert len(set(pages)) == len(pages), "a page is in the tree twice"
-            assert cached == pool.cached, "the pool and the tree differ in what is cached"
-        for g, counted in enumerate(self._windows, start=full):
-            counted.check({page: node for node in nodes for page in node.pages[g] if page})
-        for g, counted in enumerate(self._states):
-            counted.check({node.states[g]: node for node in nodes if node.states[g]})
-        assert leaves == len(self._order), "the eviction order has lost count"
-
-    def _count(self, node: _Node) -> int:
-        """Pages of a node."""
-        return len(node.run) // self._key_bytes
-
-    def _empty(self, node: _Node) -> bool:
-        """Whether no group has anything of a run; where one keeps everything that cannot be."""
-        return not self._full and not any(node.states) and not any(any(its) for its in node.pages)
-
-    def _path(self, tokens: Tokens, salt: str) -> list[tuple[_Node, int]]:
-        """Nodes that ``tokens`` begin with, and how many pages of each."""
-        path: list[tuple[_Node, int]] = []
-        node, at = self._roots.get(salt), 0
-        while node is not None and (found := self._continue(node, tokens, at)):
-            path.append(found)
-            node, count = found
-            at += count * self.page_size
-            if count < self._count(node):
-                break
-        return path
-
-    def _valid(self, path: list[tuple[_Node, int]]) -> int:
-        """Pages of the longest prefix of ``path`` that every group can go on behind."""
-        borders = list(accumulate((count for _, count in path), initial=0))
-        end = borders[-1]
-        known = [0]  # borders at which all states are
-        if self._states:
-            whole = zip(path, borders[1:], strict=True)
-            known += [at for (node, n), at in whole if n == self._count(node) and all(node.states)]
-        tails = [
-            (counted.tail, [page for node, count in path for page in node.pages[g][:count]])
-            for g, counted in enumerate(self._windows, start=len(self._full))
-        ]
-        while True:
-            before = end
-            for tail, pages in tails:
-                at = end
-                while at and end - at < tail:
-                    at -= 1
-                    if not pages[at]:
-                        end = at
-            if self._states:
-                while known[-1] > end:
-                    known.pop()
-                end = known[-1]
-            if end == before:
-                return end
-
-    def _continue(self, node: _Node, tokens: Tokens, at: int) -> tuple[_Node, int] | None:
-        """The child that has the page of ``tokens[at:]``, and how many whole pages they share."""
-        child = node.children.get(_encode(tokens[at : at + self.page_size]))
-        if child is None:
-            return None
-        run = child.run
-        # Only as much is converted as this node can match: a long prompt with no match costs one page.
-        wanted = _encode(tokens[at : at + len(run) // _TOKEN_BYTES])
-        if wanted == run:
-            return child, self._count(child)
-        shorter = len(wanted) // self._key_bytes * self.page_size
-        ours = np.frombuffer(run, np.int32, shorter)
-        differs = ours != np.frombuffer(wanted, np.int32, shorter)
-        first = int(differs.argmax()) if differs.any() else shorter
-        return child, first // self.page_size
-
     def _descend(
-        self, node: _Node, tokens: Tokens, at: int, priority: int
-    ) -> tuple[int, list[list[int]], _Node]:
+        self, node: Node, tokens: Tokens, at: int, priority: int
+    ) -> tuple[int, list[list[int]], Node]:
         """Hold what the tree has of ``tokens[at:]`` below ``node``: pages, how many, the node they end with."""
         pages: list[list[int]] = [[] for _ in (*self._full, *self._windows)]
         total = 0
@@ -431,7 +281,7 @@ class PrefixCache:
                 held += its
         return total, pages, node
 
-    def _fill(self, node: _Node, start: int, stop: int, pages: list[list[int]]) -> None:
+    def _fill(self, node: Node, start: int, stop: int, pages: list[list[int]]) -> None:
         """Give the tree what its windows lack of pages ``start:stop``, which end with ``node``."""
         while stop > start:
             begin = stop - self._count(node)
@@ -443,13 +293,13 @@ class PrefixCache:
             assert node.parent is not None
             node, stop = node.parent, begin
 
-    def _leave_states(self, node: _Node, states: Sequence[int]) -> None:
+    def _leave_states(self, node: Node, states: Sequence[int]) -> None:
         for g, (counted, block) in enumerate(zip(self._states, states, strict=True)):
             if block and not node.states[g]:
                 node.states[g] = block
                 counted.share(block, node)
 
-    def _drop_counted(self, node: _Node, cut: int) -> None:
+    def _drop_counted(self, node: Node, cut: int) -> None:
         """Windows and states let go of a node's pages from ``cut`` on."""
         for counted, its in zip(self._windows, node.pages[len(self._full) :], strict=True):
             for block in its[cut:]:
@@ -460,7 +310,7 @@ class PrefixCache:
                 counted.drop(block)
         node.states = [0] * len(node.states)
 
-    def _split(self, node: _Node, count: int) -> _Node:
+    def _split(self, node: Node, count: int) -> Node:
         """Cut a run after ``count`` pages; returns the new node with the first part.
 
         The second part stays the same object: prefixes that end with this run still do.
@@ -468,7 +318,7 @@ class PrefixCache:
         assert node.parent is not None
         cut = count * self._key_bytes
         pages, states = [its[:count] for its in node.pages], [0] * len(node.states)
-        head = _Node(node.parent, node.run[:cut], pages, states, node.priority, node.used, node.created)
+        head = Node(node.parent, node.run[:cut], pages, states, node.priority, node.used, node.created)
         head.hits, head.holders = node.hits, node.holders
         head.children[node.run[cut : cut + self._key_bytes]] = node
         node.parent.children[node.run[: self._key_bytes]] = head
@@ -482,26 +332,26 @@ class PrefixCache:
             head.children.clear()
         return head
 
-    def _add(self, parent: _Node, run: bytes, pages: list[list[int]], priority: int) -> _Node:
+    def _add(self, parent: Node, run: bytes, pages: list[list[int]], priority: int) -> Node:
         states = [0] * len(self._states)
-        node = _Node(parent, run, pages, states, priority, self._ticks, self._ticks)
+        node = Node(parent, run, pages, states, priority, self._ticks, self._ticks)
         parent.children[run[: self._key_bytes]] = node
         return node
 
-    def _left(self, node: _Node) -> None:
+    def _left(self, node: Node) -> None:
         """The last holder of a node is gone."""
         for pool, its in zip(self._full, node.pages, strict=False):
             pool.park(its)
         self._leaf(node)
 
-    def _remove(self, node: _Node) -> None:
+    def _remove(self, node: Node) -> None:
         assert node.parent is not None
         self._order.remove(node)
         del node.parent.children[node.run[: self._key_bytes]]
         if not node.parent.holders:
             self._leaf(node.parent)
 
-    def _leaf(self, node: _Node) -> None:
+    def _leaf(self, node: Node) -> None:
         """Let a node that nobody holds be evicted, if nothing is below it; what has nothing goes at once."""
         while not node.children and not node.holders:
             if node.parent is None:
@@ -513,20 +363,7 @@ class PrefixCache:
             del node.parent.children[node.run[: self._key_bytes]]
             node = node.parent
 
-    def _nodes(self) -> Iterator[_Node]:
-        queue = [child for root in self._roots.values() for child in root.children.values()]
-        while queue:
-            node = queue.pop()
-            yield node
-            queue += node.children.values()
 
-
-def _live(prefix: Prefix) -> _Node:
+def _live(prefix: Prefix) -> Node:
     assert prefix._end is not None, "the prefix was released or replaced by an insert"
     return prefix._end
-
-
-def _encode(tokens: Tokens) -> bytes:
-    if isinstance(tokens, np.ndarray):
-        return tokens.astype(np.int32, copy=False).tobytes()
-    return array("i", tokens).tobytes()
