@@ -88,7 +88,7 @@ class CpuExecutable:
         registry.discover()
         self.plan = plan
         self.pages = pages
-        self.blocks = {**plan.kv.blocks(pages, plan.limits), **(blocks or {})}
+        self.blocks: Mapping[str, int] = {**plan.kv.blocks(pages, plan.limits), **(blocks or {})}
         self._arena = torch.empty(plan.memory.arena, dtype=torch.uint8)
         self._tensors: dict[str, Any] = dict(load_weights(plan, checkpoint, progress))
         for group in plan.kv.groups:  # zeroed: a page is read up to its last written token only

@@ -112,7 +112,7 @@ class CudaExecutable:
         with self._phase("memory"):
             room = cuda_memory.kv_memory(plan, driver.memory()[0], kv_bytes)
             self.pages = room.pages
-            self.blocks = plan.kv.blocks(room.pages, plan.limits)
+            self.blocks: Mapping[str, int] = plan.kv.blocks(room.pages, plan.limits)
             self._regions = regions = cuda_memory.allocate(driver, plan, self.pages)
             self._keep(partial(cuda_memory.release, driver, regions.allocations))
         report(room.sentence(plan))

@@ -37,7 +37,8 @@ class InstantExecutable:
         kv = CacheSpec(PAGE_SIZE, (CacheGroup("kv", (), PAGE_SIZE),))
         steps, slots = declare(limits, PlanRequest(), kv)
         self.plan: Any = SimpleNamespace(limits=limits, buckets=buckets, steps=steps, slots=slots, kv=kv)
-        self.pages, self.blocks = pages, {"kv": pages}
+        self.pages = pages
+        self.blocks: Mapping[str, int] = {"kv": pages}
         self._results = {
             f.name: np.full(f.spec.at(buckets[0].sizes), f.default, f.spec.dtype)
             for f in steps[DECODE].results

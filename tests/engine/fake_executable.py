@@ -85,7 +85,8 @@ class FakeExecutable:
         self.plan: Any = SimpleNamespace(
             limits=limits, buckets=tuple(buckets), steps=steps, slots=slots, kv=kv
         )
-        self.pages, self.blocks = pages, {kv.groups[0].name: pages, **(blocks or {})}
+        self.pages = pages
+        self.blocks: Mapping[str, int] = {kv.groups[0].name: pages, **(blocks or {})}
         self.asynchronous = asynchronous
         self.steps: list[tuple[Bucket, int, int]] = []
         self._history = np.full((limits.slots, limits.context_len), -1)
