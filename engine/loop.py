@@ -12,7 +12,7 @@ import numpy as np
 
 from makeready.engine.batch import Batch
 from makeready.engine.errors import RequestError
-from makeready.engine.kv.pool import PagePool
+from makeready.engine.kv.pools import Pools
 from makeready.engine.options import SchedulerOptions
 from makeready.engine.request import ABORT, Request
 from makeready.engine.scheduler import Scheduler
@@ -61,8 +61,10 @@ class Engine:
         plan = executable.plan
         self.limits = plan.limits
         self.buckets = BucketTable(plan.buckets)
-        self.pool = PagePool(executable.pages)
-        self.scheduler = Scheduler(plan.limits, plan.steps, plan.buckets, self.pool, self.options)
+        blocks = {**executable.blocks, plan.kv.groups[0].name: executable.pages}
+        self.pools = Pools(plan.kv, blocks, self.options.eviction)
+        self.pool = self.pools.first
+        self.scheduler = Scheduler(plan.limits, plan.steps, plan.buckets, self.pools, self.options)
         self.observer: Callable[[StepRecord], None] | None = None
         self._stage = Stage(plan.steps, plan.limits.null_slot)
         self._flights: deque[_Flight] = deque()
@@ -123,22 +125,29 @@ class Engine:
             raise
         finished += self._read(self._ahead if batch is not None else 0)
         if not self.busy:
-            self.pool.check()
-            assert self.pool.held == 0, "pages are held though nothing runs"
+            self.pools.check()
+            assert not any(pool.held for pool in self.pools.by_name.values()), "held though nothing runs"
         return finished
 
     def _launch(self, batch: Batch, began: float) -> None:
         planned, seats = time.perf_counter(), self.scheduler.seats
         for request, chunk in zip(batch.admitted, batch.chunks[-len(batch.admitted) :], strict=False):
             request.admitted = request.admitted or planned
-            pages = seats.pages_SP[request.slot, : seats.held_S[request.slot]]
-            values = slot_values(request, chunk.start, pages, self.executable.plan)
-            self.executable.write_slot(request.slot, values)
+            self._tell(request, chunk.start)
+        if seats.windows:  # a chunk may need more pages than its step can tell of
+            for chunk in batch.chunks:
+                if chunk.request not in batch.admitted:
+                    self._tell(chunk.request, chunk.start)
         bucket = self.buckets.covering(batch.kind.name, batch.rows, batch.tokens)
         batch.kind.stage(batch, seats, self._stage)
         pending = self.executable.launch(bucket, self._stage.filled(bucket))
         self._flights.append(_Flight(batch, bucket, pending, began, planned, time.perf_counter()))
         self.scheduler.launched(batch)
+
+    def _tell(self, request: Request, computed: int) -> None:
+        """Write a request's slot on the device."""
+        pages = self.scheduler.seats.page_lists(request.slot)
+        self.executable.write_slot(request.slot, slot_values(request, computed, pages, self.executable.plan))
 
     def _read(self, ahead: int) -> list[Request]:
         """Read steps until only ``ahead`` are under way; returns the requests that they finished."""

@@ -18,7 +18,7 @@ import numpy as np
 
 from makeready.engine.batch import Batch, Chunk
 from makeready.engine.errors import RequestError
-from makeready.engine.kv.pool import PagePool
+from makeready.engine.kv.pools import Pools
 from makeready.engine.kv.radix import PrefixCache
 from makeready.engine.options import PRIORITY, SchedulerOptions
 from makeready.engine.policy import WaitingQueue
@@ -38,7 +38,7 @@ class Scheduler:
 
     Args:
         limits, steps, buckets: of the plan.
-        pool: the KV pages.
+        pools: the blocks of each cache group.
         options: what the user chose.
 
     Attributes:
@@ -55,7 +55,7 @@ class Scheduler:
         limits: Limits,
         steps: Mapping[str, StepSpec],
         buckets: Sequence[Bucket],
-        pool: PagePool,
+        pools: Pools,
         options: SchedulerOptions,
     ) -> None:
         chunk, rows = options.chunked_prefill_size, options.max_running_requests
@@ -70,15 +70,14 @@ class Scheduler:
                 f"lower it, or recompile with plan.max_rows={rows}"
             )
         self.limits = limits
-        self.pool = pool
         self.options = options
-        self.cache = PrefixCache(pool, limits.page_size, options.eviction) if options.prefix_cache else None
+        self.cache = PrefixCache(pools, limits.page_size, options.eviction) if options.prefix_cache else None
         self.waiting = WaitingQueue(options, self.cache, limits.page_size)
         self.running: dict[Request, bool] = {}
         self._kinds = step_kinds(steps)
         self._steps = steps
         self._gain = max(kind.most for kind in self._kinds)
-        self.seats = Seats(limits, rows or limits.max_rows, pool, self.cache, self._gain)
+        self.seats = Seats(limits, rows or limits.max_rows, pools, self.cache, self._gain)
         self._table = BucketTable(buckets)
         self._extend = [(bucket.rows, bucket.tokens) for bucket in buckets if bucket.phase == EXTEND]
         self._decoding: list[Request] = []
@@ -103,9 +102,9 @@ class Scheduler:
             )
         # The last token is sampled but never run, so it needs no place in the cache.
         pages = self.seats.pages_for(request.most_tokens - 1)
-        if pages > self.pool.usable:
+        if pages > self.seats.usable:
             raise RequestError(
-                f"the request may need {pages} KV pages, there are {self.pool.usable}; "
+                f"the request may need {pages} KV pages, there are {self.seats.usable}; "
                 "lower max_new_tokens or raise kv.memory_gib"
             )
         most = self.options.max_queued_requests
@@ -143,10 +142,10 @@ class Scheduler:
         seats.advance(batch.slots, batch.kind.least, batch.kind.most)
         # Whose last token is being sampled has nothing left to run: the next request can have the seat.
         ended = [batch.decoding[row] for row in np.flatnonzero(seats.left_S[batch.slots] == 0).tolist()]
+        if batch.chunks:
+            self._ran(batch.chunks)
         for chunk in batch.chunks:
             request = chunk.request
-            seats.least_S[request.slot] += chunk.count
-            seats.most_S[request.slot] += chunk.count
             request.scored += chunk.scores
             if chunk.last:
                 seats.left_S[request.slot] -= 1
@@ -158,6 +157,17 @@ class Scheduler:
         for request in ended:
             seats.leave(request)
             self._slots = _STALE
+
+    def _ran(self, chunks: Sequence[Chunk]) -> None:
+        """Chunks were launched. With states, what they complete can be shared now, for it is read by later steps."""
+        seats = self.seats
+        slots = np.array([chunk.request.slot for chunk in chunks])
+        counts = np.array([chunk.count for chunk in chunks])
+        seats.least_S[slots] += counts
+        seats.most_S[slots] += counts
+        seats.ran(slots)
+        for chunk in chunks if seats.states else ():
+            seats.share(chunk.request, chunk.start + chunk.count)
 
     def learned(self, batch: Batch, counts: np.ndarray) -> None:
         """By how much a step lengthened the generating rows, where only the device knew.
@@ -226,11 +236,12 @@ class Scheduler:
         while True:
             self._collect()
             short = self.seats.short(self._slots)
+            if not len(short):
+                return
             if len(short) <= self.seats.available:
                 break
             self._retract(min(self._seated(), key=self._worth))
-        if len(short):
-            self.seats.grow(short)
+        self.seats.grow(short)
 
     def _continue(self) -> list[Chunk]:
         """Chunks of prompts that are partly computed: all of them, or as much as a step holds."""
@@ -285,8 +296,7 @@ class Scheduler:
         # Others may rely on pages that a chunk of this step is about to fill.
         stay = {chunk.request for chunk in chunks}
         lower = [r for r in self._seated() if r.priority <= highest and not r.urgent and r not in stay]
-        pages = self.seats.available + sum(self.seats.own(r) for r in lower)
-        if not lower or pages < self.seats.pages_for(request.length):
+        if not lower or not self.seats.could_enter(request, lower):
             return False
         self._retract(min(lower, key=self._worth))
         return True
@@ -338,6 +348,7 @@ class Scheduler:
         # Steps that report of their input hold fewer tokens: what comes before that is run without.
         before = request.scored - 1 - start if request.scoring else left
         count = max(0, min(left, before or left, self._room(chunks, scoring=not before)))
+        count = self.seats.chunk(request.slot, start, count)
         scores = 0 if before else min(count, len(request.prompt) - 1 - start)
         return Chunk(request, start, count, count == left, scores)
 
@@ -359,11 +370,12 @@ class Scheduler:
         after = self._table.covering(EXTEND, decoding + 1, decoding + rest).tokens
         after = after - decoding if decoding else max(after, self.limits.max_rows)
         if smaller + after < self._table.covering(EXTEND, rows, tokens).tokens:
-            chunks[-1] = Chunk(last.request, last.start, last.count - rest, last=False)
+            count = self.seats.chunk(last.request.slot, last.start, last.count - rest)
+            chunks[-1] = Chunk(last.request, last.start, count, last=False)
 
     def _share(self, chunks: Sequence[Chunk]) -> None:
         """Put what the last chunk completes into the prefix cache; those before it are there."""
-        if chunks:
+        if chunks and not self.seats.states:
             self.seats.share(chunks[-1].request, chunks[-1].start + chunks[-1].count)
 
 

@@ -4,6 +4,8 @@
 
 A running request holds pages for the tokens that it has been admitted with, and takes further ones before
 they are needed. The first of them may be of the prefix cache (``Request.prefix``); the others are its own.
+Of a cache group with a window it holds only what is still read, and takes it chunk by chunk; of states see
+``kv/rows.py``. All page lists of a row go on in the same places.
 
 The device owns the sequence: how many tokens it has is known there. The host knows bounds, which are equal
 unless a kind of step decides on the device by how much a row grows; then it reserves pages for the most,
@@ -12,50 +14,71 @@ relies on the least, and learns the truth when the step's results are read.
 The device runs steps in the order in which they are launched, and within a step every layer writes the keys
 and values of all rows before any row attends. So what a chosen step computes may be relied on at once, by
 later steps and by other rows of the same step, and pages may be given away while a step that reads or
-writes them is under way.
+writes them is under way. A state is read as the steps before left it: it is shared once its step is launched.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
+
 import numpy as np
 
+from makeready.engine.errors import RequestError
 from makeready.engine.kv.pool import PagePool
+from makeready.engine.kv.pools import Pools
 from makeready.engine.kv.radix import PrefixCache
+from makeready.engine.kv.rows import StateRows, WindowRows
 from makeready.engine.request import Request
 from makeready.graphs.spec import Limits
 
 
 class Seats:
-    """Slots and pages of running requests.
+    """Slots and blocks of running requests.
 
     Args:
         limits: of the plan.
         count: slots to use, at most ``limits.max_rows``.
-        pool: all pages.
+        pools: all blocks.
         cache: None where prefixes are not shared.
-
         gain: tokens that a generating row can gain in a step, at most.
 
     Attributes:
         least_S, most_S: bounds of the tokens whose keys and values are in the cache once what is launched has run.
         left_S: tokens that the request may still sample, at most, beyond those that are being sampled.
         limit_S: tokens that it can come to.
-        held_S: pages.
-        pages_SP: which; 0 beyond those held.
+        held_S: pages, of a group that keeps everything.
+        pages_SP: which, for each group in the order of ``Pools.lists``; 0 where none is held.
         told_S: how many of them the device knows.
+        windows, states: what rows hold of other groups.
+
+    Raises:
+        RequestError: a group has too few blocks for one row.
     """
 
     def __init__(
-        self, limits: Limits, count: int, pool: PagePool, cache: PrefixCache | None, gain: int = 1
+        self, limits: Limits, count: int, pools: Pools, cache: PrefixCache | None, gain: int = 1
     ) -> None:
-        self.pool = pool
+        self.pools = pools
         self.cache = cache
         self._gain = gain
         self.least_S, self.most_S, self.left_S, self.limit_S = np.zeros((4, limits.slots), np.int64)
         self.held_S, self.told_S = np.zeros((2, limits.slots), np.int64)
-        self.pages_SP = np.zeros((limits.slots, limits.pages_per_row), np.int32)
+        self.pages_SP = [np.zeros((limits.slots, limits.pages_per_row), np.int32) for _ in pools.lists]
         self._size = limits.page_size
+        own = self.pages_SP[len(pools.full) :]
+        self.windows = [
+            WindowRows(counted, cache, pages, self._size, gain)
+            for counted, pages in zip(pools.windows, own, strict=True)
+        ]
+        self.states = [StateRows(counted, cache, limits.slots) for counted in pools.states]
+        self._fork_S = np.zeros(limits.slots, np.int64)  # to where the tree knew a row's tokens
+        self._counted = bool(self.windows or self.states)
         self._free = list(range(count - 1, -1, -1))
+        if not self._fits(limits.pages_per_row):
+            raise RequestError(
+                "a window or state of the model's cache has too few blocks for one row; give it more"
+            )
 
     @property
     def free(self) -> int:
@@ -65,7 +88,12 @@ class Seats:
     @property
     def available(self) -> int:
         """Pages that can be had, those that the prefix cache would give up included."""
-        return self.pool.free + self.pool.cached
+        return min((pool.free + pool.cached for pool in self.pools.full), default=sys.maxsize)
+
+    @property
+    def usable(self) -> int:
+        """Pages that a request could have if it were alone."""
+        return min((pool.usable for pool in self.pools.full), default=sys.maxsize)
 
     def pages_for(self, tokens: int) -> int:
         """Pages that ``tokens`` take."""
@@ -89,30 +117,67 @@ class Seats:
         Returns:
             Whether pages suffice; nothing has changed otherwise.
         """
+        if self._counted and not self._fits(self.pages_for(request.most_tokens - 1)):
+            return False
         ids = request.ids()
         now = self.pages_for(len(ids))
         later = self.pages_for(len(ids) - 1 + int(share * request.left))
         need = max(now, later) + self.wanted(share)
+        reusable = ids[: request.reusable]
         if need > self.available:  # cached pages may make up for the difference
-            found = self.cache.match(ids[: request.reusable], request.salt) // self._size if self.cache else 0
+            found = self.cache.match(reusable, request.salt) // self._size if self.cache else 0
             if need - found > self.available:
                 return False
-        reusable = ids[: request.reusable]
+        known = self.cache.known(reusable, request.salt) if self.cache and self.states else 0
         prefix = self.cache.acquire(reusable, request.salt, request.priority) if self.cache else None
-        cached = prefix.pages if prefix else []
-        if need - len(cached) > self.available:
+        cached = prefix.tokens // self._size if prefix else 0
+        if need - cached > self.available:
             if prefix is not None and self.cache is not None:
-                self.cache.release(prefix)
+                self.cache.abandon(prefix)
             return False
         slot = request.slot = self._free.pop()
         request.prefix = prefix
         request.borrowed |= bool(cached)
-        self.least_S[slot] = self.most_S[slot] = len(cached) * self._size
+        self.least_S[slot] = self.most_S[slot] = cached * self._size
         self.left_S[slot] = request.left
         self.limit_S[slot] = request.most_tokens
         self.held_S[slot] = self.told_S[slot] = now  # the device is told of them when it is admitted
-        self.pages_SP[slot, :now] = cached + self._take(now - len(cached))
+        self._fork_S[slot] = known
+        for g, pool in enumerate(self.pools.full):
+            self.pages_SP[g][slot, :now] = (prefix.blocks[g] if prefix else []) + self._take(
+                pool, now - cached
+            )
+        for g, rows in enumerate(self.windows):
+            rows.enter(
+                slot, prefix.tails[g] if prefix else [], cached, self.pages_for(request.most_tokens - 1)
+            )
+        for g, rows in enumerate(self.states):
+            rows.enter(slot, prefix.states[g] if prefix else 0)
         return True
+
+    def could_enter(self, request: Request, leaving: Sequence[Request]) -> bool:
+        """Whether a request could be admitted, once those that are ``leaving`` are gone."""
+        if not self._fits(self.pages_for(request.most_tokens - 1), [r.slot for r in leaving]):
+            return False
+        own = sum(len(self._own(r, 0)) for r in leaving) if self.pools.full else 0
+        return self.pages_for(request.length) <= self.available + own
+
+    def chunk(self, slot: int, start: int, count: int) -> int:
+        """Of ``count`` tokens behind ``start``, how many the row's next chunk has; it has pages for these."""
+        if not self._counted or not count:
+            return count
+        if self.states and self.cache is not None:  # end where a state can be left to others
+            border, fork = (start + count) // self._size * self._size, int(self._fork_S[slot])
+            end = fork if start < fork < start + count else border
+            count = end - start if end > start else count
+        for rows in self.windows:
+            count = min(count, rows.cover(slot, self.pages_for(start + count)) * self._size - start)
+        return count
+
+    def page_lists(self, slot: int) -> dict[str, np.ndarray]:
+        """The slot fields that hold a row's pages."""
+        held = self.held_S[slot]
+        return {name: own[slot, :held] for name, own in zip(self.pools.lists, self.pages_SP, strict=True)}
 
     def short(self, slots: np.ndarray) -> np.ndarray:
         """Slots whose next step may need pages that they do not hold, once for each such page."""
@@ -123,25 +188,31 @@ class Seats:
 
     def grow(self, slots: np.ndarray) -> None:
         """Give each slot a further page for each time that it is named; as many are available."""
-        for slot, page in zip(slots.tolist(), self._take(len(slots)), strict=True):
-            self.pages_SP[slot, self.held_S[slot]] = page
-            self.held_S[slot] += 1
+        at = []
+        for slot in slots.tolist():
+            at.append(held := int(self.held_S[slot]))
+            self.held_S[slot] = held + 1
+            for rows in self.windows:
+                rows.cover(slot, held + 1)
+        for pool, own in zip(self.pools.full, self.pages_SP, strict=False):
+            own[slots, at] = self._take(pool, len(at))
 
-    def news(self, slots: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray] | None:
+    def news(self, slots: np.ndarray, width: int) -> tuple[np.ndarray, list[np.ndarray]] | None:
         """Pages of these rows that the device is to be told of in the step being staged, ``width`` at most.
 
         Returns:
-            Entry of the page list at which a row's begin, and they, ``[rows]`` and ``[rows, width]``, 0 for none;
-            or None if there are none.
+            Entry of the page lists at which a row's begin, and they for each group, ``[rows]`` and
+            ``[rows, width]``, 0 for none; or None if there are none.
         """
         told = self.told_S[slots]
         missing = np.minimum(self.held_S[slots] - told, width)
         if not missing.any():
             return None
-        pages = np.zeros((len(slots), width), np.int32)
+        pages = [np.zeros((len(slots), width), np.int32) for _ in self.pages_SP]
         for g in range(width):
             more = missing > g
-            pages[more, g] = self.pages_SP[slots[more], told[more] + g]
+            for own, new in zip(self.pages_SP, pages, strict=True):
+                new[more, g] = own[slots[more], told[more] + g]
         self.told_S[slots] += missing
         return told, pages
 
@@ -150,6 +221,15 @@ class Seats:
         self.least_S[slots] += least
         self.most_S[slots] += most
         self.left_S[slots] -= least
+        if self._counted:
+            self.ran(slots)
+
+    def ran(self, slots: np.ndarray) -> None:
+        """A step of these rows was launched, or its length learned: what it read last is no longer needed."""
+        for rows in self.windows:
+            rows.slide(slots, self.least_S[slots])
+        for rows in self.states:
+            rows.launched(slots)
 
     def learn(self, slots: np.ndarray, counts: np.ndarray, least: int, most: int) -> None:
         """By how much a step that was launched with these bounds did lengthen the rows."""
@@ -157,52 +237,74 @@ class Seats:
         self.least_S[slots] = np.minimum(self.least_S[slots] + counts - least, self.limit_S[slots] - 1)
         self.most_S[slots] -= most - counts
         self.left_S[slots] -= counts - least
+        for rows in self.windows:
+            rows.slide(slots, self.least_S[slots])
 
     def share(self, request: Request, end: int) -> None:
-        """Let others have the full pages of the first ``end`` tokens, which the step being chosen completes.
+        """Let others have what is complete of the first ``end`` tokens, which the step being chosen runs.
 
         Not where the cache has the same from elsewhere: pages that are about to be written stay the
-        request's own.
+        request's own, and only a state is left there. With states it is for steps that were launched.
         """
         if self.cache is None or request.prefix is None:
             return
         ids = request.ids()[: end // self._size * self._size]
-        if len(ids) > request.prefix.tokens >= self.cache.match(ids, request.salt):
-            self._insert(request, ids)
+        if len(ids) <= request.prefix.tokens:
+            return
+        states = self._state_behind(request, end)
+        if self.cache.ends(request.prefix, ids):
+            self._insert(request, ids, states)
+        elif any(states):
+            self.cache.keep_states(request.prefix, ids, states)
+        for rows in self.states:
+            rows.turn(request.slot)
 
     def leave(self, request: Request) -> None:
-        """Take slot and pages back; what was computed of known tokens stays in the prefix cache."""
-        slot = request.slot
-        if self.cache is not None and request.prefix is not None:
+        """Take slot and blocks back; what was computed of known tokens stays in the prefix cache."""
+        slot, prefix = request.slot, request.prefix
+        if self.cache is not None and prefix is not None:
             known = min(int(self.least_S[slot]), request.length)
-            if known // self._size > len(request.prefix.pages):
-                self._insert(request, request.ids()[:known])
-            self.pool.release(self._own(request))
+            if known // self._size > prefix.tokens // self._size:
+                exact = self.least_S[slot] == self.most_S[slot] == known
+                states = self._state_behind(request, known) if exact else []
+                self._insert(request, request.ids()[:known], states)
+        for rows in (*self.windows, *self.states):
+            rows.leave(slot)
+        for g, pool in enumerate(self.pools.full):
+            pool.release(self._own(request, g))
+            self.pages_SP[g][slot, : self.held_S[slot]] = 0
+        if self.cache is not None and request.prefix is not None:
             self.cache.release(request.prefix)
             request.prefix = None
-        else:
-            self.pool.release(self._own(request))
-        self.pages_SP[slot, : self.held_S[slot]] = 0
         self.held_S[slot] = 0
         self._free.append(slot)
         request.slot = -1
 
-    def own(self, request: Request) -> int:
-        """Pages that its leaving makes available for sure."""
-        return len(self._own(request))
+    def _fits(self, pages: int, leaving: Sequence[int] = ()) -> bool:
+        """Whether windows and states have room for one more row, of ``pages`` at most."""
+        return all(rows.fits(pages, leaving) for rows in self.windows) and all(
+            rows.fits(leaving) for rows in self.states
+        )
 
-    def _own(self, request: Request) -> list[int]:
-        shared = len(request.prefix.pages) if request.prefix is not None else 0
-        return self.pages_SP[request.slot, shared : self.held_S[request.slot]].tolist()
+    def _own(self, request: Request, group: int) -> list[int]:
+        shared = request.prefix.tokens // self._size if request.prefix is not None else 0
+        return self.pages_SP[group][request.slot, shared : self.held_S[request.slot]].tolist()
 
-    def _insert(self, request: Request, ids: np.ndarray) -> None:
+    def _state_behind(self, request: Request, end: int) -> list[int]:
+        """Blocks with the states behind the first ``end`` tokens, all that were launched; 0 for none."""
+        if end % self._size:
+            return [0 for _ in self.states]
+        return [rows.own(request.slot) for rows in self.states]
+
+    def _insert(self, request: Request, ids: np.ndarray, states: list[int]) -> None:
         assert self.cache is not None
         assert request.prefix is not None
-        pages = self.pages_SP[request.slot, : len(ids) // self._size].tolist()
-        request.prefix = self.cache.insert(request.prefix, ids, pages)
-        request.borrowed |= request.prefix.pages != pages
+        full = len(ids) // self._size
+        pages = [own[request.slot, :full].tolist() for own in self.pages_SP]
+        request.prefix = self.cache.insert(request.prefix, ids, pages, states)
+        request.borrowed |= request.prefix.blocks != pages[: len(self.pools.full)]
 
-    def _take(self, count: int) -> list[int]:
-        if self.cache is not None and count > self.pool.free:
-            self.cache.evict(count - self.pool.free)
-        return self.pool.take(count)
+    def _take(self, pool: PagePool, count: int) -> list[int]:
+        if self.cache is not None and count > pool.free:
+            self.cache.evict(count - pool.free)
+        return pool.take(count)

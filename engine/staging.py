@@ -66,7 +66,9 @@ class Stage:
         return {name: self._arrays[name][: sizes[axis]] for name, axis in self._fields[bucket.phase]}
 
 
-def slot_values(request: Request, computed: int, pages: np.ndarray, plan: Plan) -> dict[str, object]:
+def slot_values(
+    request: Request, computed: int, pages: Mapping[str, np.ndarray], plan: Plan
+) -> dict[str, object]:
     """What the device's slot table is told of a request when it is admitted.
 
     A slot field that is called like a sampling parameter holds its value; the others are said here.
@@ -74,13 +76,13 @@ def slot_values(request: Request, computed: int, pages: np.ndarray, plan: Plan) 
     Args:
         computed: how many of its tokens are in the prefix cache. No step records these in the slot's
             history, which penalties look at.
-        pages: that it holds.
+        pages: its page lists, by field.
     """
     sampling = request.sampling
     stop_ids = sorted(request.end_ids)[: plan.limits.max_stop_ids] if sampling.min_new_tokens else []
     values: dict[str, object] = {f.name: getattr(sampling, f.name) for f in plan.slots if f.name in CHECKS}
     values |= {
-        "pages": pages,
+        **pages,
         "prompt_len": len(request.prompt),
         "seed": request.seed,
         "stop_ids": stop_ids,

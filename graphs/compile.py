@@ -39,7 +39,7 @@ from makeready.graphs.request import (
     quantization,
     weight_dtype,
 )
-from makeready.graphs.spec import Bucket, Field, KVSpec, Limits, StepSpec
+from makeready.graphs.spec import Bucket, CacheSpec, Field, Limits, StepSpec
 from makeready.graphs.steps.base import Sizing, declare, step_kinds
 from makeready.graphs.targets import Target, find_target
 from makeready.graphs.tokenizer_reference import tokenizer_reference
@@ -59,7 +59,7 @@ class Traced:
     target: Target
     limits: Limits
     options: Options
-    kv: KVSpec
+    kv: CacheSpec
     steps: Mapping[str, StepSpec]
     slots: tuple[Field, ...]
     traffic: Traffic
@@ -248,8 +248,8 @@ def trace_checkpoint(checkpoint: Checkpoint | str | Path, request: Request) -> T
     scheme = quantization(request, target, checkpoint)
     model = family.build(checkpoint.config, context_len=limits.context_len, activation=activation)
     weights = weight_dtype(request, target, checkpoint, sources(model))
-    kv = KVSpec(limits.page_size, model.kv_parts(limits.page_size, cache))
-    steps, slots = declare(limits, request)
+    kv = CacheSpec(limits.page_size, model.cache_groups(limits.page_size, cache))
+    steps, slots = declare(limits, request, kv)
     kinds = step_kinds()
     programs: dict[str, Program] = {}
     for name, step in steps.items():
@@ -259,7 +259,7 @@ def trace_checkpoint(checkpoint: Checkpoint | str | Path, request: Request) -> T
             step,
             limits,
             slots=slots,
-            kv_parts=kv.parts,
+            kv=kv,
             weight_dtype=weights,
             vector_dtype=activation,
         )

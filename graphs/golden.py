@@ -229,6 +229,9 @@ def _check_length(plan: Plan, prompt: Sequence[int], count: int, pages: int | No
             f"a golden run of {len(prompt)} + {count} tokens does not fit a plan of {limits.max_tokens} tokens a "
             f"step and {limits.context_len} of context; compile with larger limits, or without golden"
         )
+    if pages is not None:
+        blocks = plan.kv.blocks(pages, limits)
+        pages = min((blocks[group.name] for group in plan.kv.paged), default=needed + 1)
     if pages is not None and needed >= pages:
         raise PlanError(f"a golden run needs {needed} KV pages, there are {pages - 1}; raise kv.memory_gib")
     return needed
@@ -240,7 +243,8 @@ def _run(executable: Any, prompt: Sequence[int], count: int, take: Callable[[Buc
     table = BucketTable(plan.buckets)
     pages = -(-(len(prompt) + count) // plan.limits.page_size)  # slot 0 gets the first ones
     # All else by default: greedy.
-    executable.write_slot(0, {"prompt_len": len(prompt), "pages": np.arange(1, pages + 1)})
+    held = {plan.kv.field(group.name, "pages"): np.arange(1, pages + 1) for group in plan.kv.paged}
+    executable.write_slot(0, {"prompt_len": len(prompt), **held})
     ids, before = list(prompt), 0
     for at in range(count):
         bucket = table.covering(EXTEND if at == 0 else DECODE, 1, len(ids))

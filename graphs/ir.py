@@ -4,7 +4,7 @@ A :class:`Program` is what tracing gives and what passes rewrite. Values are of 
 
     step    staged by the host for this step        (its StepSpec)
     slot    kept on the device per running request  (Plan.slots)
-    kv      a tensor of the paged cache             (graphs.spec.KVSpec)
+    kv      a tensor of the paged cache             (graphs.spec.CacheSpec)
     param   a weight or a constant, with a recipe
     temp    the result of a call
     loaded  in a program that makes parameters: what the loader copies into the arena before its launches

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from makeready.graphs.recipe import Param
-from makeready.graphs.spec import Bucket, Field, KVSpec, Limits, StepSpec
+from makeready.graphs.spec import Bucket, CacheSpec, Field, Limits, StepSpec
 from makeready.kernels.spec import TensorSpec
 
 SCHEMA = 2
@@ -248,7 +248,7 @@ class Loading:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of every region; KV takes ``kv.page_bytes`` for each page that fits into what is left.
+    """Bytes of every region; the cache takes what is left, see :meth:`Plan.pages_in`.
 
     ``scratch`` is shared by all kernels of a plan and must be zero when the plan is loaded; afterwards the
     kernels leave their counters in it at zero.
@@ -322,7 +322,7 @@ class Plan:
     config: Mapping[str, Any]
     limits: Limits
     options: Options
-    kv: KVSpec
+    kv: CacheSpec
     steps: Mapping[str, StepSpec]
     slots: tuple[Field, ...]
     buckets: tuple[Bucket, ...]
@@ -387,14 +387,17 @@ class Plan:
     def pages_in(self, nbytes: int) -> int:
         """KV pages, the null page included, that ``nbytes`` of memory leave room for.
 
+        Blocks of cache groups whose number does not depend on memory are counted off first.
+
         Raises:
             PlanError: not even one page that a request could use fits.
         """
-        pages = (nbytes - self.memory.fixed) // self.kv.page_bytes
+        fixed = self.memory.fixed + self.kv.bounded_bytes(self.limits)
+        pages = (nbytes - fixed) // self.kv.page_bytes
         if pages < 2:
             raise PlanError(
                 f"{nbytes / 2**30:.2f} GiB of memory are too little: the plan's fixed memory takes "
-                f"{self.memory.fixed / 2**30:.2f} GiB and two KV pages {2 * self.kv.page_bytes / 2**30:.3f} GiB"
+                f"{fixed / 2**30:.2f} GiB and two KV pages {2 * self.kv.page_bytes / 2**30:.3f} GiB"
             )
         return pages
 

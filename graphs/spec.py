@@ -1,4 +1,4 @@
-"""Values that planner and runtime share: buckets, limits, KV geometry, what a step reads and writes.
+"""Values that planner and runtime share: buckets, limits, the cache's groups, what a step reads and writes.
 
 Imports neither torch nor triton: the runtime reads this module without them.
 """
@@ -152,18 +152,112 @@ class KVPart:
 
 
 @dataclass(frozen=True)
-class KVSpec:
-    """The paged cache of a model: its tensors, each holding the same pages."""
+class CacheGroup:
+    """Cache tensors whose blocks belong together: a row has the same blocks of all of them.
 
-    page_size: int
+    Attributes:
+        name: of the group; fields of further groups end in it.
+        unit: tokens of a block, which is then a page; None where a block is the state of a whole sequence.
+        window: tokens that a token reads, itself included, so that pages before them can be freed; 0 keeps all.
+    """
+
+    name: str
     parts: tuple[KVPart, ...]
+    unit: int | None
+    window: int = 0
 
     @property
-    def page_bytes(self) -> int:
-        """Bytes of one page over all tensors."""
+    def block_bytes(self) -> int:
+        """Bytes of one block over all tensors."""
         return sum(part.page_bytes for part in self.parts)
 
     @property
+    def tail(self) -> int:
+        """Pages before a page border that the tokens behind it read, of a group with a window."""
+        assert self.unit is not None
+        return -(-(self.window - 1) // self.unit)
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """The cache of a model: groups of tensors, each with blocks of its own.
+
+    Block 0 of every group belongs to nobody. That of a state group is the state before the first token, zeros.
+
+    Raises:
+        ValueError: there is no group, two have one name, or one has pages of another size or a windowed state.
+    """
+
+    page_size: int
+    groups: tuple[CacheGroup, ...]
+
+    def __post_init__(self) -> None:
+        names = [group.name for group in self.groups]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"a cache needs groups of different names, these are {names}; rename them")
+        for group in self.groups:
+            if group.unit not in (None, self.page_size):
+                raise ValueError(
+                    f"cache group {group.name} has pages of {group.unit} tokens and the plan of {self.page_size}; "
+                    "give all groups the plan's page size"
+                )
+            if group.unit is None and group.window:
+                raise ValueError(f"cache group {group.name} is a state, which has no window; leave it out")
+
+    @property
+    def paged(self) -> tuple[CacheGroup, ...]:
+        """Groups of pages."""
+        return tuple(group for group in self.groups if group.unit is not None)
+
+    @property
+    def states(self) -> tuple[CacheGroup, ...]:
+        """Groups of states."""
+        return tuple(group for group in self.groups if group.unit is None)
+
+    @property
+    def parts(self) -> tuple[KVPart, ...]:
+        """Tensors of all groups."""
+        return tuple(part for group in self.groups for part in group.parts)
+
+    def field(self, group: str, name: str) -> str:
+        """What the field ``name`` is called that ``group`` has: plainly so for the first group."""
+        return name if group == self.groups[0].name else f"{name}.{group}"
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page over all groups of which there are as many pages as memory holds."""
+        return sum(group.block_bytes for group in self._scaling)
+
+    @property
     def token_bytes(self) -> float:
-        """Bytes of one token over all tensors."""
+        """Bytes of one token in such a page."""
         return self.page_bytes / self.page_size
+
+    def blocks(self, pages: int, limits: Limits) -> dict[str, int]:
+        """Blocks of each group, the null block included, where memory holds ``pages``.
+
+        Groups with windows and states get what all rows need at once, and as many again for what is cached.
+        """
+        return {
+            group.name: pages if group in self._scaling else self._bounded(group, limits)
+            for group in self.groups
+        }
+
+    def bounded_bytes(self, limits: Limits) -> int:
+        """Bytes of the groups whose blocks :meth:`blocks` does not count by memory."""
+        return sum(
+            group.block_bytes * self._bounded(group, limits)
+            for group in self.groups
+            if group not in self._scaling
+        )
+
+    @property
+    def _scaling(self) -> tuple[CacheGroup, ...]:
+        everything = tuple(group for group in self.paged if not group.window)
+        return everything or self.groups[:1]
+
+    def _bounded(self, group: CacheGroup, limits: Limits) -> int:
+        if group.unit is None:
+            return 4 * limits.max_rows + 1  # a row holds two where it leaves a state behind
+        row = min(limits.pages_per_row, group.tail + 2)
+        return 2 * limits.max_rows * row + -(-limits.max_tokens // group.unit) + 1

@@ -19,7 +19,7 @@ from makeready.graphs.layers.inputs import Inputs
 from makeready.graphs.layers.parameter import Parameter
 from makeready.graphs.models.decoder import Decoder
 from makeready.graphs.recipe import Generated, Param
-from makeready.graphs.spec import Field, KVPart, Limits, StepSpec
+from makeready.graphs.spec import CacheSpec, Field, Limits, StepSpec
 from makeready.graphs.steps.base import StepKind
 from makeready.kernels.contract import Contract, ContractError
 from makeready.kernels.spec import TensorSpec
@@ -36,7 +36,7 @@ def trace(
     limits: Limits,
     *,
     slots: tuple[Field, ...],
-    kv_parts: tuple[KVPart, ...],
+    kv: CacheSpec,
     weight_dtype: str,
     vector_dtype: str,
 ) -> Program:
@@ -46,7 +46,7 @@ def trace(
         model: on the meta device.
         step: the kind's declaration.
         slots: the slot table.
-        kv_parts: the model's cache tensors, in the order of its layers.
+        kv: the model's cache.
         weight_dtype: dtype that matrices are stored in.
         vector_dtype: dtype that norms and biases are stored in; generated constants are float32.
 
@@ -56,7 +56,7 @@ def trace(
     values = {f.name: Value(f.name, f.spec, STEP) for f in step.staged}
     values |= {f.name: Value(f.name, f.spec, SLOT) for f in slots}
     names = list(values)
-    values |= {part.name: Value(part.name, part.spec, KV) for part in kv_parts}
+    values |= {part.name: Value(part.name, part.spec, KV) for part in kv.parts}
     params = {
         name: _param(name, tensor, weight_dtype, vector_dtype) for name, tensor in model.named_parameters()
     }
@@ -65,7 +65,8 @@ def trace(
     tracer = _Tracer(model)
     inputs = Inputs(
         {name: tracer.input(name) for name in names},
-        {part.name: tracer.input(part.name) for part in kv_parts},
+        {part.name: tracer.input(part.name) for part in kv.parts},
+        kv,
     )
     results = kind.trace(model, inputs, limits)
     named = {name: proxy.node.name for name, proxy in results.items()}  # type: ignore[attr-defined]

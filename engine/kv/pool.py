@@ -7,12 +7,14 @@ and padding tokens write there.
     cached   in no page table; its content is a known prefix
     held     in the page table of at least one running request:
                  owned    of one request, which alone may write to it and gives it back by itself
-                 shared   a page of the prefix cache, held through a prefix; nobody writes to it
+                 shared   a page of the prefix cache, held by whoever reads it; nobody writes to it
 
            take             share             park              drop
     free ───────▶ owned ───────────▶ shared ────────▶ cached ────────▶ free
-           ◀───────                         ◀────────
-           release                            hold
+           ◀───────      ◀───────────       ◀────────
+           release            own             hold
+
+Every cache group has a pool of its own. A block that is the state of a whole sequence is a page to it.
 """
 
 from __future__ import annotations
@@ -79,6 +81,10 @@ class PagePool:
     def share(self, pages: list[int]) -> None:
         """Owned pages become pages of the prefix cache, which their owner still holds."""
         self._move(pages, _OWNED, _SHARED)
+
+    def own(self, pages: list[int]) -> None:
+        """Shared pages that one request holds are its own again."""
+        self._move(pages, _SHARED, _OWNED)
 
     def park(self, pages: list[int]) -> None:
         """Nobody holds these shared pages any more: they are cached."""

@@ -70,12 +70,18 @@ def stage_sequences(batch: Batch, seats: Seats, stage: Stage) -> np.ndarray:
     stage.write("query_start", begins)
     stage.write("query_len", counts)
     stage.write("sample_slot", samples)
-    grown = seats.news(slots, stage.width("grow_page"))
-    if grown is None:
-        stage.clear("grow_at", "grow_page")
-    else:
-        stage.write("grow_at", grown[0])
-        stage.write("grow_page", grown[1])
+    if grows := seats.pools.grows:
+        grown = seats.news(slots, stage.width(grows[0]))
+        if grown is None:
+            stage.clear("grow_at", *grows)
+        else:
+            stage.write("grow_at", grown[0])
+            for name, pages in zip(grows, grown[1], strict=True):
+                stage.write(name, pages)
+    if seats.states:
+        for (read, written), states in zip(seats.pools.state_fields, seats.states, strict=True):
+            stage.write(read, states.in_S[slots])
+            stage.write(written, states.out_S[slots])
     return begins
 
 

@@ -24,22 +24,26 @@ class Executable(Protocol):
 
     Attributes:
         plan: what was loaded.
-        pages: KV pages, page 0 (which belongs to nobody) included.
+        pages: KV pages of the first cache group, page 0 (which belongs to nobody) included.
+        blocks: blocks of every cache group by its name, block 0 included.
         asynchronous: ``launch`` returns before the step has run; the host has that time for the next one.
 
     Steps and writes to slots take effect in the order in which they are asked for. Within a step, keys and
-    values of all rows are written before any row attends: a row may read pages that another one fills.
+    values of all rows are written before any row attends: a row may read pages that another one fills. A state
+    (``state_in``) is read as the steps before left it, and rows of padding write none.
     """
 
     plan: Plan
     pages: int
+    blocks: Mapping[str, int]
     asynchronous: bool
 
     def write_slot(self, slot: int, values: Mapping[str, Any]) -> None:
         """Set fields of ``plan.slots`` for one slot; the host's fields that are not named take their default.
 
         Of a field that the device keeps (``history``, ``pages``) the first entries are set, as many as are
-        given; the others are left as they are.
+        given; the others are left as they are. A request's slot is written before its first step, and again
+        where a chunk of its prompt needs more pages than a step can tell of.
         """
         ...
 

@@ -64,6 +64,7 @@ class CpuExecutable:
         plan: what to run.
         checkpoint: the weights; must be the one that the plan was made for.
         pages: KV pages to allocate, the null page included.
+        blocks: blocks of other cache groups; those that are not named get what the plan's limits ask for.
         progress: told how many of how many parameters are loaded.
         interpret: run a plan for another target, too, by the op references that it names: slow, and what
             that target's kernels are held to.
@@ -80,6 +81,7 @@ class CpuExecutable:
         checkpoint: Checkpoint,
         *,
         pages: int,
+        blocks: Mapping[str, int] | None = None,
         progress: Progress = lambda done, total: None,
         interpret: bool = False,
     ) -> None:
@@ -94,11 +96,13 @@ class CpuExecutable:
         spin_briefly()
         self.plan = plan
         self.pages = pages
+        self.blocks: Mapping[str, int] = {**plan.kv.blocks(pages, plan.limits), **(blocks or {})}
         with room_for(plan, pages):
             self._arena = torch.empty(plan.memory.arena, dtype=torch.uint8)
             self._tensors: dict[str, Any] = dict(load_weights(plan, checkpoint, progress))
-            for part in plan.kv.parts:  # zeroed: a page is read up to its last written token only
-                self._tensors[part.name] = _zeros(part.spec, {PAGES: pages})
+            for group in plan.kv.groups:  # zeroed: a page is read up to its last written token only
+                for part in group.parts:
+                    self._tensors[part.name] = _zeros(part.spec, {PAGES: self.blocks[group.name]})
             self._slots = {f.name: _zeros(f.spec, {}) for f in plan.slots}
             self._step = torch.empty(plan.memory.step, dtype=torch.uint8)
             self._result = torch.empty(plan.memory.result, dtype=torch.uint8)
@@ -176,8 +180,9 @@ class CpuExecutable:
         """
         self._arena.fill_(0xFF)
         self._result.fill_(0xFF)
-        for part in self.plan.kv.parts:
-            self._tensors[part.name][0].fill_(float("nan"))
+        for group in self.plan.kv.paged:
+            for part in group.parts:
+                self._tensors[part.name][0].fill_(float("nan"))
         for name, start, stop in () if held is None else unowned(self.plan, self.pages, held):
             self._tensors[name].view(torch.uint8).flatten()[start:stop] = 0xFF
 

@@ -113,6 +113,7 @@ class CudaExecutable:
         with self._phase("memory"):
             room = cuda_memory.kv_memory(plan, driver.memory()[0], kv_bytes)
             self.pages = room.pages
+            self.blocks: Mapping[str, int] = plan.kv.blocks(room.pages, plan.limits)
             self._regions = regions = cuda_memory.allocate(driver, plan, self.pages)
             self._keep(partial(cuda_memory.release, driver, regions.allocations))
         report(room.sentence(plan))
@@ -185,7 +186,7 @@ class CudaExecutable:
         driver.use(self._device)
         driver.fill(regions.arena, 0xFF, self.plan.memory.arena, self._stream)
         driver.fill(regions.result, 0xFF, self.plan.memory.result, self._stream)
-        for part in self.plan.kv.parts:
+        for part in (part for group in self.plan.kv.paged for part in group.parts):
             driver.fill(self._lasting[part.name], 0xFF, part.page_bytes, self._stream)
         if held is not None:
             for name, start, stop in unowned(self.plan, self.pages, held):
@@ -255,7 +256,8 @@ class CudaExecutable:
     ) -> np.ndarray:
         """The value ``name`` as bits, read from the device and written back where ``change`` gives something."""
         spec, buffer = self.plan.spec(bucket.phase, name), self.plan.programs[bucket.phase].buffers.get(name)
-        shape = spec.at({**bucket.sizes, PAGES: self.pages})
+        group = next((g for g in self.plan.kv.groups if any(p.name == name for p in g.parts)), None)
+        shape = spec.at({**bucket.sizes, PAGES: self.pages if group is None else self.blocks[group.name]})
         size, row = DTYPE_BYTES[spec.dtype], int(np.prod(shape[1:], dtype=np.int64))
         stride = row if buffer is None or buffer.row_stride is None else buffer.row_stride
         bits = np.empty(max((shape[0] - 1) * stride + row, 0), np.dtype(f"u{size}"))
@@ -323,7 +325,8 @@ class CudaExecutable:
             plan,
             functions,
             scratch=regions.scratch,
-            pages=self.pages,
+            # A map's bound: a group of fewer blocks has no higher numbers in its page lists.
+            pages=max(self.blocks.values()),
             device=self._device.name,
         )
         self._lasting = cuda_memory.lasting_addresses(plan, regions, self.pages)

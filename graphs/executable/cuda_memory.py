@@ -12,7 +12,7 @@ import numpy as np
 from makeready.graphs import memory
 from makeready.graphs.executable.cuda_driver import Device, Driver
 from makeready.graphs.plan import Plan, PlanError
-from makeready.graphs.spec import Bucket
+from makeready.graphs.spec import Bucket, KVPart
 from makeready.kernels.spec import DTYPE_BYTES, PAGES
 
 # What the driver takes beside our allocations, a bound over what was seen on an H100 with driver 580:
@@ -90,8 +90,9 @@ def kv_memory(plan: Plan, free: int, kv_bytes: int | None) -> KVMemory:
     """
     # Each part of the cache begins at an aligned address.
     reserved = RESERVED + RESERVED_PER_GRAPH * len(plan.buckets) + memory.ALIGNMENT * len(plan.kv.parts)
-    fixed, page = plan.memory.fixed, plan.kv.page_bytes
-    wanted = 2 if kv_bytes is None else kv_bytes // page
+    page, others = plan.kv.page_bytes, plan.kv.bounded_bytes(plan.limits)
+    fixed = plan.memory.fixed + others
+    wanted = 2 if kv_bytes is None else max(0, kv_bytes - others) // page
     if wanted < 2:
         raise PlanError(
             f"{kv_bytes} bytes of KV memory hold {wanted} pages of {page} bytes, two are the least; "
@@ -110,10 +111,16 @@ def kv_memory(plan: Plan, free: int, kv_bytes: int | None) -> KVMemory:
 def kv_offsets(plan: Plan, pages: int) -> tuple[dict[str, int], int]:
     """Byte offset of each part of the cache in the KV region, and the bytes of all."""
     offsets, end = {}, 0
-    for part in plan.kv.parts:
+    for part, nbytes in part_bytes(plan, pages):
         offsets[part.name] = end
-        end += memory.align(part.spec.nbytes({PAGES: pages}))
+        end += memory.align(nbytes)
     return offsets, end
+
+
+def part_bytes(plan: Plan, pages: int) -> list[tuple[KVPart, int]]:
+    """The tensors of the cache and their bytes."""
+    blocks = plan.kv.blocks(pages, plan.limits)
+    return [(part, part.spec.nbytes({PAGES: blocks[g.name]})) for g in plan.kv.groups for part in g.parts]
 
 
 def allocate(driver: Driver, plan: Plan, pages: int) -> Regions:
@@ -190,8 +197,7 @@ def fill_random(
     """Random numbers of magnitude 0.5 to 2 in all pages of the cache; waits until they are there."""
     driver.use(device)
     stream = driver.stream()
-    for part in plan.kv.parts:
-        nbytes = part.spec.nbytes({PAGES: pages})
+    for part, nbytes in part_bytes(plan, pages):
         random_numbers(driver, addresses[part.name], nbytes, part.spec.dtype, stream, seed)
     driver.destroy_stream(stream)
 

@@ -17,7 +17,7 @@ class Row:
     """Tokens of one sequence.
 
     Attributes:
-        slot: where it lives; its page list is written to it before (``write_slot``).
+        slot: where it lives; its page list is written to it before (``write_slot``), its state is in block slot + 1.
         ids: a negative one stands for what the device sampled last.
         start: tokens that went before.
     """
@@ -33,8 +33,11 @@ def example_step(plan: Plan, bucket: Bucket, rows: Sequence[Row]) -> dict[str, n
         f.name: np.full(f.spec.at(bucket.sizes), f.default, f.spec.dtype)
         for f in plan.steps[bucket.phase].staged
     }
-    begin = 0
+    begin, kv = 0, plan.kv
     for at, row in enumerate(rows):
+        for group in kv.states:
+            step[kv.field(group.name, "state_in")][at] = 1 + row.slot if row.start else 0
+            step[kv.field(group.name, "state_out")][at] = 1 + row.slot
         count = len(row.ids)
         step["token_ids"][begin : begin + count] = row.ids
         step["row_slot"][at] = step["sample_slot"][at] = row.slot
@@ -51,7 +54,8 @@ def typical_step(executable: Executable, bucket: Bucket, context: int = 1024) ->
     Rows are given the pages that they need in turn and share them where there are too few; token ids are
     random. The step may be run again and again: it says where its rows start.
     """
-    plan, pages = executable.plan, executable.pages
+    plan = executable.plan
+    blocks = plan.kv.blocks(executable.pages, plan.limits)
     limits, each = plan.limits, plan.steps[bucket.phase].each
     rows = bucket.rows if each is not None else 1
     count = bucket.tokens // rows
@@ -59,8 +63,12 @@ def typical_step(executable: Executable, bucket: Bucket, context: int = 1024) ->
     needed = -(-last // limits.page_size)
     made = []
     for row in range(rows):
-        held = 1 + (row * needed + np.arange(needed)) % (pages - 1)
-        executable.write_slot(row, {"pages": held})
+        held = {
+            plan.kv.field(group.name, "pages"): 1
+            + (row * needed + np.arange(needed)) % (blocks[group.name] - 1)
+            for group in plan.kv.paged
+        }
+        executable.write_slot(row, held)
         ids = np.random.default_rng(row).integers(0, plan.config["vocab_size"], count)
         made.append(Row(row, ids.tolist(), last - count))
     return example_step(plan, bucket, made)

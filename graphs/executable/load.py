@@ -47,12 +47,14 @@ def load_executable(
 def kv_pages(plan: Plan, kv_bytes: int | None) -> int:
     """Pages that ``kv_bytes`` hold, the null page included."""
     everything = plan.limits.max_rows * plan.limits.pages_per_row + 1
+    others = plan.kv.bounded_bytes(plan.limits)
     if kv_bytes is None:
-        return max(2, min(everything, DEFAULT_KV_BYTES // plan.kv.page_bytes))
-    pages = kv_bytes // plan.kv.page_bytes
+        return max(2, min(everything, (DEFAULT_KV_BYTES - others) // plan.kv.page_bytes))
+    pages = max(0, kv_bytes - others) // plan.kv.page_bytes
     if pages < 2:
+        beside = f" beside {others} bytes of windows and states" if others else ""
         raise PlanError(
-            f"{kv_bytes} bytes of KV memory hold {pages} pages of {plan.kv.page_bytes} bytes, two are the least; "
-            "raise kv.memory_gib"
+            f"{kv_bytes} bytes of KV memory{beside} hold {pages} pages of {plan.kv.page_bytes} bytes, "
+            "two are the least; raise kv.memory_gib"
         )
     return min(pages, everything)

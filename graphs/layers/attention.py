@@ -20,6 +20,7 @@ class Attention(nn.Module):
         source: checkpoint prefix, ``model.layers.3.self_attn``.
         name: prefix of its cache tensors, ``layers.3``.
         window: tokens that a token sees, itself included; 0 for all.
+        group: cache group of its tensors; empty for the model's first.
         norm_eps: epsilon of the per-head query and key norms, or None where the model has none.
     """
 
@@ -36,9 +37,11 @@ class Attention(nn.Module):
         output_bias: bool,
         window: int = 0,
         norm_eps: float | None = None,
+        group: str = "",
     ) -> None:
         super().__init__()
         self.name = name
+        self.group = group
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.window = window
         self.norm_eps = norm_eps
@@ -56,6 +59,7 @@ class Attention(nn.Module):
         return KVPart(f"{self.name}.k", shape, dtype), KVPart(f"{self.name}.v", shape, dtype)
 
     def forward(self, x_TC: torch.Tensor, rows_TQ: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+        inputs = inputs.of(self.group)
         q, k, v = self.q(x_TC), self.k(x_TC), self.v(x_TC)
         if self.norm_eps is not None:
             q = norm.head_rms_norm(

@@ -6,27 +6,46 @@ from collections.abc import Mapping
 
 import torch
 
+from makeready.graphs.spec import CacheSpec
+
 
 class Inputs:
     """Step, slot and KV values by name: ``inputs.positions``, ``inputs.kv("layers.0.k")``.
 
     The names are those of the fields that the kind of step declares, of what it derives from them
-    (``positions``, ``kv_slot``, ...), and of the model's KV parts.
+    (``positions``, ``kv_slot``, ...), and of the model's KV parts. What every cache group has one of
+    (``kv_slot``, ``page_table``, ``state_in``, ...) is the first group's, and another's in ``inputs.of(name)``.
     """
 
-    def __init__(self, fields: Mapping[str, torch.Tensor], kv: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self,
+        fields: Mapping[str, torch.Tensor],
+        kv: Mapping[str, torch.Tensor],
+        cache: CacheSpec,
+        group: str = "",
+    ) -> None:
         self._fields = fields
         self._kv = kv
+        self.cache = cache
+        self._group = group or cache.groups[0].name
 
     def __getattr__(self, name: str) -> torch.Tensor:
+        own = self.cache.field(self._group, name)
+        if own in self._fields:
+            return self._fields[own]
         try:
             return self._fields[name]
         except KeyError:
             raise AttributeError(f"a step has no field {name!r}") from None
 
+    def of(self, group: str) -> Inputs:
+        """These inputs as the cache group of that name sees them."""
+        return Inputs(self._fields, self._kv, self.cache, group)
+
     def adding(self, **derived: torch.Tensor) -> Inputs:
-        """These inputs and what was derived from them."""
-        return Inputs({**self._fields, **derived}, self._kv)
+        """These inputs and what was derived from them, for the cache group that they are of."""
+        named = {self.cache.field(self._group, name): value for name, value in derived.items()}
+        return Inputs({**self._fields, **named}, self._kv, self.cache, self._group)
 
     def kv(self, name: str) -> torch.Tensor:
         """The cache tensor called ``name``."""

@@ -14,7 +14,7 @@ from makeready.graphs.layers.dense import BY_OUTPUTS, GatedMLP, RMSNorm
 from makeready.graphs.layers.inputs import Inputs
 from makeready.graphs.layers.parameter import parameter
 from makeready.graphs.layers.rope import RotaryRows
-from makeready.graphs.spec import KVPart
+from makeready.graphs.spec import CacheGroup, KVPart
 from makeready.kernels import elementwise, embedding
 from makeready.kernels.gemm import linear as gemm
 
@@ -105,6 +105,10 @@ class Decoder(nn.Module):
             for layer in self.layers
             for part in layer.attention.kv_parts(page_size, dtype)  # type: ignore[union-attr]
         )
+
+    def cache_groups(self, page_size: int, dtype: str) -> tuple[CacheGroup, ...]:
+        """All layers in one group, which keeps everything."""
+        return (CacheGroup("kv", self.kv_parts(page_size, dtype), page_size),)
 
     def forward(self, ids_T: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         x_TC = embedding.embedding(ids_T, self.embedding, out_dtype=self.activation)

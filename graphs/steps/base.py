@@ -16,7 +16,7 @@ import torch
 
 from makeready.graphs import steps
 from makeready.graphs.buckets import Shapes, Traffic
-from makeready.graphs.spec import Field, Limits, StepSpec
+from makeready.graphs.spec import CacheSpec, Field, Limits, StepSpec
 
 if TYPE_CHECKING:
     from makeready.graphs.layers.inputs import Inputs
@@ -43,15 +43,18 @@ class StepKind(Protocol):
         """Key of ``Plan.steps``, and how the names of its buckets begin."""
         ...
 
-    def spec(self, limits: Limits, request: Request) -> StepSpec | None:
+    def spec(self, limits: Limits, request: Request, cache: CacheSpec) -> StepSpec | None:
         """The declaration; None where the request asks for no such steps.
+
+        Args:
+            cache: the model's; its groups have fields of their own.
 
         Raises:
             PlanError: what is asked for is beyond the limits.
         """
         ...
 
-    def slot(self, limits: Limits) -> tuple[Field, ...]:
+    def slot(self, limits: Limits, cache: CacheSpec) -> tuple[Field, ...]:
         """What a slot has to hold for steps of this kind; kinds share fields of a name."""
         ...
 
@@ -82,17 +85,22 @@ def step_kinds() -> dict[str, StepKind]:
     return dict(_KINDS)
 
 
-def declare(limits: Limits, request: Request) -> tuple[dict[str, StepSpec], tuple[Field, ...]]:
+def declare(
+    limits: Limits, request: Request, cache: CacheSpec
+) -> tuple[dict[str, StepSpec], tuple[Field, ...]]:
     """The kinds of step that ``request`` asks for, and the slot table that they share.
+
+    Args:
+        cache: the model's.
 
     Raises:
         PlanError: what is asked for is beyond the limits.
     """
-    declared = {name: (kind, kind.spec(limits, request)) for name, kind in step_kinds().items()}
+    declared = {name: (kind, kind.spec(limits, request, cache)) for name, kind in step_kinds().items()}
     wanted = {name: spec for name, (_, spec) in declared.items() if spec is not None}
     slots: dict[str, Field] = {}
     for name in wanted:
-        for one in declared[name][0].slot(limits):
+        for one in declared[name][0].slot(limits, cache):
             known = slots.setdefault(one.name, one)
             assert known == one, f"kinds of step differ in the slot field {one.name}"
     return wanted, tuple(slots.values())

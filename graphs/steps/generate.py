@@ -14,7 +14,7 @@ import torch
 
 from makeready.graphs.buckets import Shapes
 from makeready.graphs.layers.inputs import Inputs
-from makeready.graphs.spec import DECODE, DEVICE, EXTEND, Field, Limits, StepSpec, fields
+from makeready.graphs.spec import DECODE, DEVICE, EXTEND, CacheSpec, Field, Limits, StepSpec, fields
 from makeready.graphs.steps.base import Sizing, step_kind
 from makeready.kernels import elementwise
 from makeready.kernels.sample import logprobs
@@ -27,27 +27,33 @@ if TYPE_CHECKING:
     from makeready.graphs.request import Request
 
 
-def sequence_fields(limits: Limits, tokens: str = TOKENS) -> tuple[Field, ...]:
+def sequence_fields(limits: Limits, cache: CacheSpec, tokens: str = TOKENS) -> tuple[Field, ...]:
     """What steps stage that run known tokens; padding rows point at the null slot, ``tokens`` is their axis."""
+    paged = [cache.field(group.name, "grow_page") for group in cache.paged]
+    states = [cache.field(g.name, name) for g in cache.states for name in ("state_in", "state_out")]
     return fields(
         ("token_ids", (tokens,), "int32", 0),  # negative: the token that the step before sampled
         ("row_slot", (ROWS,), "int32", limits.null_slot),
         ("row_start", (ROWS,), "int32", -1),  # tokens before the row's; negative: as the slot has it
         ("query_start", (ROWS,), "int32", 0),
         ("query_len", (ROWS,), "int32", 0),
-        ("grow_at", (ROWS,), "int32", 0),  # entry of the slot's page list
-        ("grow_page", (ROWS, 1), "int32", 0),  # page that comes there; 0 is none
+        *((("grow_at", (ROWS,), "int32", 0),) if paged else ()),  # entry of the slot's page lists
+        *((name, (ROWS, 1), "int32", 0) for name in paged),  # page that comes there; 0 is none
+        *(
+            (name, (ROWS,), "int32", 0) for name in states
+        ),  # block that a row's state is read from, written to
         ("sample_slot", (ROWS,), "int32", limits.null_slot),  # the slot whose next token is sampled
     )
 
 
-def sequence_slot(limits: Limits) -> tuple[Field, ...]:
+def sequence_slot(limits: Limits, cache: CacheSpec) -> tuple[Field, ...]:
     """A sequence on the device."""
     slots = limits.slots
+    paged = [cache.field(group.name, "pages") for group in cache.paged]
     return fields(
         ("history", (slots, limits.context_len), "int32", 0),
         ("length", (slots,), "int32", 0),  # tokens that were run
-        ("pages", (slots, limits.pages_per_row), "int32", 0),
+        *((name, (slots, limits.pages_per_row), "int32", 0) for name in paged),
         keeper=DEVICE,
     )
 
@@ -92,17 +98,15 @@ def run(model: Decoder, i: Inputs, limits: Limits) -> tuple[torch.Tensor, Inputs
     ids, positions, token_slot, context_len = locate.locate(
         i.token_ids, i.row_slot, i.row_start, i.query_start, i.query_len, i.length, i.history
     )
-    kv_slot, page_table = locate.find_pages(
-        positions, i.row_slot, i.query_start, i.query_len, context_len,
-        i.grow_at, i.grow_page, i.pages, page_size=limits.page_size,
-    )  # fmt: skip
-    i = i.adding(
-        positions=positions,
-        token_slot=token_slot,
-        context_len=context_len,
-        kv_slot=kv_slot,
-        page_table=page_table,
-    )
+    i = i.adding(positions=positions, token_slot=token_slot, context_len=context_len)
+    for group in i.cache.paged:
+        own = i.of(group.name)
+        kv_slot, page_table = locate.find_pages(
+            positions, i.row_slot, i.query_start, i.query_len, context_len,
+            i.grow_at, own.grow_page, own.pages, page_size=limits.page_size,
+        )  # fmt: skip
+        i = own.adding(kv_slot=kv_slot, page_table=page_table)
+    i = i.of(i.cache.groups[0].name)
     return model(ids, i), i
 
 
@@ -126,12 +130,12 @@ class Decode:
 
     name: str = DECODE
 
-    def spec(self, limits: Limits, request: Request) -> StepSpec:
+    def spec(self, limits: Limits, request: Request, cache: CacheSpec) -> StepSpec:
         rows = limits.max_rows
-        return StepSpec(rows, rows, 1, sequence_fields(limits, ROWS), token_results(limits))
+        return StepSpec(rows, rows, 1, sequence_fields(limits, cache, ROWS), token_results(limits))
 
-    def slot(self, limits: Limits) -> tuple[Field, ...]:
-        return sequence_slot(limits) + sampling_slot(limits)
+    def slot(self, limits: Limits, cache: CacheSpec) -> tuple[Field, ...]:
+        return sequence_slot(limits, cache) + sampling_slot(limits)
 
     def trace(self, model: Decoder, inputs: Inputs, limits: Limits) -> Mapping[str, torch.Tensor]:
         logits, i = run(model, inputs, limits)
@@ -147,13 +151,13 @@ class Extend:
 
     name: str = EXTEND
 
-    def spec(self, limits: Limits, request: Request) -> StepSpec:
+    def spec(self, limits: Limits, request: Request, cache: CacheSpec) -> StepSpec:
         return StepSpec(
-            limits.max_rows, limits.max_tokens, None, sequence_fields(limits), token_results(limits)
+            limits.max_rows, limits.max_tokens, None, sequence_fields(limits, cache), token_results(limits)
         )
 
-    def slot(self, limits: Limits) -> tuple[Field, ...]:
-        return sequence_slot(limits) + sampling_slot(limits)
+    def slot(self, limits: Limits, cache: CacheSpec) -> tuple[Field, ...]:
+        return sequence_slot(limits, cache) + sampling_slot(limits)
 
     def trace(self, model: Decoder, inputs: Inputs, limits: Limits) -> Mapping[str, torch.Tensor]:
         logits, i = run(model, inputs, limits)

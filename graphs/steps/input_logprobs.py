@@ -11,7 +11,7 @@ import torch
 from makeready.graphs.buckets import Shapes
 from makeready.graphs.layers.inputs import Inputs
 from makeready.graphs.plan import PlanError
-from makeready.graphs.spec import INPUT_LOGPROBS, Field, Limits, StepSpec, fields
+from makeready.graphs.spec import INPUT_LOGPROBS, CacheSpec, Field, Limits, StepSpec, fields
 from makeready.graphs.steps.base import Sizing, step_kind
 from makeready.graphs.steps.generate import (
     run,
@@ -38,7 +38,7 @@ class InputLogprobs:
 
     name: str = INPUT_LOGPROBS
 
-    def spec(self, limits: Limits, request: Request) -> StepSpec | None:
+    def spec(self, limits: Limits, request: Request, cache: CacheSpec) -> StepSpec | None:
         tokens, top = request.max_logprob_tokens, limits.max_top_logprobs
         if type(tokens) is not int or not (tokens == 0 or limits.max_rows <= tokens <= limits.max_tokens):
             raise PlanError(
@@ -56,11 +56,11 @@ class InputLogprobs:
             ("target_top_ids", (TOKENS, top), "int32", -1),
             ("target_top_values", (TOKENS, top), "float32", 0.0),
         )
-        staged = sequence_fields(limits) + targets
+        staged = sequence_fields(limits, cache) + targets
         return StepSpec(limits.max_rows, tokens, None, staged, token_results(limits) + reported)
 
-    def slot(self, limits: Limits) -> tuple[Field, ...]:
-        return sequence_slot(limits) + sampling_slot(limits)
+    def slot(self, limits: Limits, cache: CacheSpec) -> tuple[Field, ...]:
+        return sequence_slot(limits, cache) + sampling_slot(limits)
 
     def trace(self, model: Decoder, inputs: Inputs, limits: Limits) -> Mapping[str, torch.Tensor]:
         logits, i = run(model, inputs, limits)

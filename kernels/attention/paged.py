@@ -133,7 +133,8 @@ def extend_attention(
 
     Row r's queries are tokens ``query_start[r] : query_start[r] + query_len[r]``, the last ones of its
     ``context_len[r]`` tokens, whose keys and values (the queries' own too) lie in the cache.
-    ``window`` > 0 lets a token see itself and the ``window - 1`` before it. Tokens of no row give zeros.
+    ``window`` > 0 lets a token see itself and the ``window - 1`` before it; what no token of a row sees may be
+    anything, a page of others or NaN. Tokens of no row give zeros.
     """
     y = torch.zeros_like(q)
     for r, (start, count, length) in enumerate(
@@ -141,8 +142,9 @@ def extend_attention(
     ):
         if count == 0:
             continue
+        first = max(0, length - count - window + 1) if window else 0
         pages = page_table[r, : -(-length // k_cache.shape[1])].long()
-        k_LGD, v_LGD = (c[pages].flatten(0, 1)[:length] for c in (k_cache, v_cache))
+        k_LGD, v_LGD = (c[pages].flatten(0, 1)[first:length] for c in (k_cache, v_cache))
         rows = slice(start, start + count)
         q_NHD = q[rows].unflatten(-1, (heads, head_dim))
         y[rows] = _attend(q_NHD, k_LGD, v_LGD, scale=scale, window=window).flatten(1)

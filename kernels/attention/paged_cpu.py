@@ -220,15 +220,16 @@ def extend_attention_cpu(
     ):
         if count == 0:
             continue
+        first = max(0, length - count - window + 1) if window else 0  # pages before may hold anything
         pages = page_table[r : r + 1, : -(-length // page_size)]
-        k_1LGD, v_1LGD = (_context(cache, pages, q.dtype)[:, :length] for cache in (k_cache, v_cache))
+        k_1LGD, v_1LGD = (_context(cache, pages, q.dtype)[:, first:length] for cache in (k_cache, v_cache))
         q_1HND = q[start : start + count].view(1, count, heads, head_dim).transpose(1, 2)
         whole = count == length and not window
         made = functional.scaled_dot_product_attention(
             q_1HND,
             k_1LGD.transpose(1, 2),
             v_1LGD.transpose(1, 2),
-            attn_mask=None if whole else _visible(count, length, window),
+            attn_mask=None if whole else _visible(count, length - first, window),
             is_causal=whole,
             scale=scale,
             enable_gqa=heads != kv_heads,

@@ -20,7 +20,7 @@ from makeready.engine.options import SchedulerOptions
 from makeready.engine.request import Request
 from makeready.engine.sampling import SamplingParams
 from makeready.graphs.request import Request as PlanRequest
-from makeready.graphs.spec import DECODE, EXTEND, Bucket, Limits
+from makeready.graphs.spec import DECODE, EXTEND, Bucket, CacheGroup, CacheSpec, Limits
 from makeready.graphs.steps.base import declare
 
 MAX_TOKENS, PAGE_SIZE, TURNOVER_TOKENS = 8192, 64, 16
@@ -34,9 +34,11 @@ class InstantExecutable:
     def __init__(self, limits: Limits, pages: int) -> None:
         rows = limits.max_rows
         buckets = (Bucket(DECODE, rows, rows), Bucket(EXTEND, rows, limits.max_tokens))
-        steps, slots = declare(limits, PlanRequest())
-        self.plan: Any = SimpleNamespace(limits=limits, buckets=buckets, steps=steps, slots=slots)
+        kv = CacheSpec(PAGE_SIZE, (CacheGroup("kv", (), PAGE_SIZE),))
+        steps, slots = declare(limits, PlanRequest(), kv)
+        self.plan: Any = SimpleNamespace(limits=limits, buckets=buckets, steps=steps, slots=slots, kv=kv)
         self.pages = pages
+        self.blocks: Mapping[str, int] = {"kv": pages}
         self._results = {
             f.name: np.full(f.spec.at(buckets[0].sizes), f.default, f.spec.dtype)
             for f in steps[DECODE].results

@@ -19,7 +19,7 @@ from makeready.engine.seats import Seats
 from makeready.engine.staging import Stage
 from makeready.engine.steps.base import Sampled, step_kind
 from makeready.engine.steps.generate import stage_sequences
-from makeready.graphs.spec import DECODE, Bucket, Limits, StepSpec, fields
+from makeready.graphs.spec import DECODE, Bucket, CacheSpec, Limits, StepSpec, fields
 from makeready.kernels.spec import ROWS
 
 BURST, MOST = "burst", 4
@@ -61,7 +61,7 @@ def with_bursts(steps: Mapping[str, StepSpec], limits: Limits) -> dict[str, Step
     wider = {}
     for kind, step in steps.items():
         staged = tuple(
-            replace(f, spec=replace(f.spec, shape=(ROWS, width))) if f.name == "grow_page" else f
+            replace(f, spec=replace(f.spec, shape=(ROWS, width))) if f.name.startswith("grow_page") else f
             for f in step.staged
         )
         wider[kind] = replace(step, staged=staged)
@@ -75,10 +75,17 @@ class BurstExecutable(FakeExecutable):
     """A device that decides by itself how far a row gets."""
 
     def __init__(
-        self, limits: Limits, buckets: Sequence[Bucket], pages: int, asynchronous: bool, seed: int
+        self,
+        limits: Limits,
+        buckets: Sequence[Bucket],
+        pages: int,
+        asynchronous: bool,
+        seed: int,
+        cache: CacheSpec | None = None,
+        blocks: Mapping[str, int] | None = None,
     ) -> None:
         bursts = {Bucket(BURST, rows, rows) for rows in (1, limits.max_rows)}
-        super().__init__(limits, sorted({*buckets, *bursts}), pages, asynchronous)
+        super().__init__(limits, sorted({*buckets, *bursts}), pages, asynchronous, cache, blocks)
         self.plan.steps = with_bursts(self.plan.steps, limits)
         self._random = random.Random(seed)
 
@@ -92,7 +99,7 @@ class BurstExecutable(FakeExecutable):
         results: dict[str, Any] = {
             f.name: np.full(f.spec.at(bucket.sizes), f.default, f.spec.dtype) for f in kind.results
         }
-        self._grow(step, rows)
+        self._begin(step, rows)
         for row in range(rows):
             slot, limit = int(step["row_slot"][row]), int(step["limit"][row])
             assert step["row_start"][row] == -1, "the host says a length that only the device knows"
@@ -100,10 +107,10 @@ class BurstExecutable(FakeExecutable):
                 at = int(self._length[slot])
                 if at >= limit - 1:  # the last token is sampled but never run
                     break
-                place = self._places(slot, np.array([at]))
-                assert place[0] >= self.plan.limits.page_size, "a row grows beyond its pages"
-                self._run(slot, np.array([at]), self._history[slot, [at]], place)
-                results["tokens"][row, n] = self._sample(slot, self._read_row(slot))
+                (folded,) = self._run(slot, np.array([at]), self._history[slot, [at]])
+                self._read_row(slot, at)
+                results["tokens"][row, n] = self._sample(slot, folded)
                 results["count"][row] = n + 1
+        self._end()
         self.steps.append((bucket, rows, rows))
         return Step(results)

@@ -1,10 +1,10 @@
 """An executable that computes nothing but checks what it is given: its next token is a hash of the context.
 
-It keeps what a device keeps of a sequence: its length, its page list, its tokens. What stands in for keys and
-values of a token is a hash of it and of all tokens before it, as the real ones depend on all of these. A row's
-context is read back through its page list: a token that was written to a wrong page, a page that was given
-away too early or never told of, a prefix of another sequence, or a position off by one are found in the very
-step that would read them.
+It keeps what a device keeps of a sequence: its length, its tokens, and for each cache group its page list or its
+state. What stands in for keys and values of a token is a hash of it and of all tokens before it, as the real
+ones depend on all of these. A row's context is read back through its page list, as far as the group's window
+reaches: a token that was written to a wrong page, a page or a state that was given away too early or never
+told of, a prefix of another sequence, or a position off by one are found in the very step that would read them.
 """
 
 from __future__ import annotations
@@ -14,28 +14,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from fake_cache import MASK, FakePages, FakeStates, fold
 
 from makeready.graphs.request import Request
-from makeready.graphs.spec import DECODE, EXTEND, INPUT_LOGPROBS, Bucket, Limits
+from makeready.graphs.spec import DECODE, EXTEND, INPUT_LOGPROBS, Bucket, CacheGroup, CacheSpec, Limits
 from makeready.graphs.steps.base import declare
 
 VOCABULARY = 50
-_M = 0x9E3779B97F4A7C15  # odd, so that powers of it can be divided by
-_MASK = 2**64 - 1
-
-
-def fold(tokens: Sequence[int]) -> int:
-    """A hash of a sequence: of its beginning and its last token."""
-    value = 0
-    for token in tokens:
-        value = (value * _M + token + 1) & _MASK
-    return value
 
 
 def sample(folded: int, seed: int) -> int:
     """The next token of a sequence with this hash."""
-    mixed = (folded ^ (seed * 0xBF58476D1CE4E5B9)) & _MASK
-    mixed = ((mixed ^ mixed >> 30) * 0x94D049BB133111EB) & _MASK
+    mixed = (folded ^ (seed * 0xBF58476D1CE4E5B9)) & MASK
+    mixed = ((mixed ^ mixed >> 30) * 0x94D049BB133111EB) & MASK
     return (mixed ^ mixed >> 31) % VOCABULARY
 
 
@@ -80,26 +71,29 @@ class FakeExecutable:
     """See the module's docstring; ``steps`` keeps (bucket, live rows, live tokens) of every launch."""
 
     def __init__(
-        self, limits: Limits, buckets: Sequence[Bucket], pages: int, asynchronous: bool = True
+        self,
+        limits: Limits,
+        buckets: Sequence[Bucket],
+        pages: int,
+        asynchronous: bool = True,
+        cache: CacheSpec | None = None,
+        blocks: Mapping[str, int] | None = None,
     ) -> None:
         scored = max((b.tokens for b in buckets if b.phase == INPUT_LOGPROBS), default=0)
-        steps, slots = declare(limits, Request(max_logprob_tokens=scored))
-        self.plan: Any = SimpleNamespace(limits=limits, buckets=tuple(buckets), steps=steps, slots=slots)
+        kv = cache or CacheSpec(limits.page_size, (CacheGroup("kv", (), limits.page_size),))
+        steps, slots = declare(limits, Request(max_logprob_tokens=scored), kv)
+        self.plan: Any = SimpleNamespace(
+            limits=limits, buckets=tuple(buckets), steps=steps, slots=slots, kv=kv
+        )
         self.pages = pages
+        self.blocks: Mapping[str, int] = {kv.groups[0].name: pages, **(blocks or {})}
         self.asynchronous = asynchronous
         self.steps: list[tuple[Bucket, int, int]] = []
-        self._tokens = np.full(pages * limits.page_size, -1)
-        self._folds = np.zeros(pages * limits.page_size, np.uint64)
         self._history = np.full((limits.slots, limits.context_len), -1)
         self._length = np.full(limits.slots, -1)
-        self._pages = np.zeros((limits.slots, limits.pages_per_row), np.int64)
         self._slots: dict[int, dict[str, Any]] = {}
-        powers, inverse = [1], pow(_M, -1, 2**64)
-        inverses = [1]
-        for _ in range(limits.context_len):
-            powers.append(powers[-1] * _M & _MASK)
-            inverses.append(inverses[-1] * inverse & _MASK)
-        self._powers, self._inverses = np.array(powers, np.uint64), np.array(inverses, np.uint64)
+        self.paged = {g.name: FakePages(kv, g, self.blocks[g.name], limits) for g in kv.paged}
+        self.states = {g.name: FakeStates(kv, g, self.blocks[g.name]) for g in kv.states}
 
     def close(self) -> None:
         """Nothing is held."""
@@ -107,10 +101,11 @@ class FakeExecutable:
     def write_slot(self, slot: int, values: Mapping[str, Any]) -> None:
         self._slots[slot] = dict(values)
         # What the last request left there must not matter.
-        self._history[slot], self._pages[slot], self._length[slot] = -1, 0, -1
-        for name, table in (("history", self._history), ("pages", self._pages)):
-            first = values.get(name, ())
-            table[slot, : len(first)] = first
+        self._history[slot], self._length[slot] = -1, -1
+        first = values.get("history", ())
+        self._history[slot, : len(first)] = first
+        for group in self.paged.values():
+            group.write_slot(slot, values)
 
     def launch(self, bucket: Bucket, step: Mapping[str, np.ndarray]) -> Step:
         limits, kind = self.plan.limits, self.plan.steps[bucket.phase]
@@ -122,21 +117,35 @@ class FakeExecutable:
         if bucket.phase == DECODE:
             assert (step["query_len"][:rows] == 1).all()
         assert len(set(step["row_slot"][:rows].tolist())) == rows, "two rows of a step have one slot"
-        self._grow(step, rows)
-        places = [self._write_row(row, step) for row in range(rows)]
-        written = np.concatenate(places)
-        assert len(set(written.tolist())) == tokens, "two tokens of a step are written to one place"
-        assert (written >= limits.page_size).all(), "a live token is written to the null page"
+        self._begin(step, rows)
+        folds = [self._write_row(row, step) for row in range(rows)]
         for row in range(rows):
             slot = int(step["row_slot"][row])
-            last = self._read_row(slot)
+            self._read_row(slot, int(self._length[slot]) - len(folds[row]))
             if bucket.phase == INPUT_LOGPROBS:
-                self._score_row(row, step, places[row], results)
+                self._score_row(row, step, folds[row], results)
             if step["sample_slot"][row] != limits.null_slot:
                 assert step["sample_slot"][row] == slot
-                results["tokens"][row] = self._sample(slot, last)
+                results["tokens"][row] = self._sample(slot, folds[row][-1])
+        self._end()
         self.steps.append((bucket, rows, tokens))
         return Step(results)
+
+    def _begin(self, step: Mapping[str, np.ndarray], rows: int) -> None:
+        """Take the pages and read the states that a step names."""
+        for group in self.paged.values():
+            for row in range(rows):
+                at, pages = int(step["grow_at"][row]), step[group.grow_field][row].tolist()
+                group.grow(int(step["row_slot"][row]), at, pages)
+        for group in self.states.values():
+            group.begin(step, rows)
+        self._written: dict[str, list[int]] = {name: [] for name in self.paged}
+
+    def _end(self) -> None:
+        for group in self.states.values():
+            group.end()
+        for places in self._written.values():
+            assert len(set(places)) == len(places), "two tokens of a step are written to one place"
 
     def _sample(self, slot: int, folded: int) -> int:
         end = int(self._length[slot])
@@ -156,20 +165,8 @@ class FakeExecutable:
             live = array[tokens if of_tokens else rows :]
             assert (live == field.default).all(), f"{field.name} of padding"
 
-    def _grow(self, step: Mapping[str, np.ndarray], rows: int) -> None:
-        for row in range(rows):
-            slot, at = int(step["row_slot"][row]), int(step["grow_at"][row])
-            for g, page in enumerate(step["grow_page"][row].tolist()):
-                if page:
-                    assert self._pages[slot, at + g] == 0, "a page takes the place of another"
-                    self._pages[slot, at + g] = page
-
-    def _places(self, slot: int, at: np.ndarray) -> np.ndarray:
-        size = self.plan.limits.page_size
-        return self._pages[slot, at // size] * size + at % size
-
-    def _write_row(self, row: int, step: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Record a row's tokens, and what stands for their keys and values; where they lie."""
+    def _write_row(self, row: int, step: Mapping[str, np.ndarray]) -> list[int]:
+        """Record a row's tokens, and what stands for their keys and values; the hash up to each."""
         first, count = int(step["query_start"][row]), int(step["query_len"][row])
         slot, start = int(step["row_slot"][row]), int(step["row_start"][row])
         assert slot != self.plan.limits.null_slot
@@ -178,41 +175,38 @@ class FakeExecutable:
             assert start >= 0, "a length is taken from the device that has none"
         assert self._length[slot] in (-1, start), "host and device differ in the length of a sequence"
         at = np.arange(start, start + count)
-        places = self._places(slot, at)
         given = step["token_ids"][first : first + count]
         tokens = np.where(given >= 0, given, self._history[slot, at])
         assert (tokens >= 0).all(), "a token is taken from the device that never sampled it"
-        self._run(slot, at, tokens, places)
-        return places
+        return self._run(slot, at, tokens)
 
-    def _run(self, slot: int, at: np.ndarray, tokens: np.ndarray, places: np.ndarray) -> None:
+    def _run(self, slot: int, at: np.ndarray, tokens: np.ndarray) -> list[int]:
+        groups = (*self.paged.values(), *self.states.values())
+        value, *others = (group.before(slot, int(at[0])) for group in groups)
+        assert all(other == value for other in others), "cache groups differ in what went before"
         self._history[slot, at] = tokens
-        self._tokens[places] = tokens
-        before = int(self._folds[self._places(slot, at[:1] - 1)[0]]) if at[0] else 0
-        for place, token in zip(places.tolist(), tokens.tolist(), strict=True):
-            before = (before * _M + token + 1) & _MASK
-            self._folds[place] = before
+        folds = [value := fold([token], value) for token in tokens.tolist()]
+        for name, group in self.paged.items():
+            self._written[name] += group.write(slot, at, tokens.tolist(), folds).tolist()
+        for group in self.states.values():
+            group.write(slot, at, tokens.tolist(), folds)
         self._length[slot] = at[-1] + 1
+        return folds
 
     def _score_row(
-        self, row: int, step: Mapping[str, np.ndarray], places: np.ndarray, results: dict[str, np.ndarray]
+        self, row: int, step: Mapping[str, np.ndarray], folds: list[int], results: dict[str, np.ndarray]
     ) -> None:
         """Log-probabilities of the tokens behind a row's, where they are somebody's."""
-        for at, place in enumerate(places.tolist(), start=int(step["query_start"][row])):
+        for at, folded in enumerate(folds, start=int(step["query_start"][row])):
             if step["target_slot"][at] != self.plan.limits.null_slot:
                 assert step["target_slot"][at] == step["row_slot"][row], "a score of another's token"
-                folded, target = int(self._folds[place]), int(step["target_ids"][at])
-                results["target_logprob"][at] = score(folded, target)
+                results["target_logprob"][at] = score(folded, int(step["target_ids"][at]))
 
-    def _read_row(self, slot: int) -> int:
-        """Check a sequence's whole context; the hash of it."""
+    def _read_row(self, slot: int, first: int) -> None:
+        """Check all that a row's tokens from ``first`` on read."""
         end = int(self._length[slot])
-        places = self._places(slot, np.arange(end))
-        assert (places >= self.plan.limits.page_size).all(), "a context reaches into the null page"
-        tokens = self._tokens[places]
-        terms = (tokens + 1).astype(np.uint64) * self._inverses[:end]
-        folds = np.cumsum(terms, dtype=np.uint64) * self._powers[:end]
-        assert (folds == self._folds[places]).all(), "a page in the context is not of this sequence"
-        if self._slots[slot].get("presence_penalty"):
-            assert (self._history[slot, :end] == tokens).all(), "the history lacks tokens of the context"
-        return int(folds[-1])
+        for group in self.paged.values():
+            tokens = group.read(slot, first, end)
+            if self._slots[slot].get("presence_penalty"):
+                seen = self._history[slot, end - len(tokens) : end]
+                assert (seen == tokens).all(), "the history lacks tokens of the context"

@@ -10,7 +10,7 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
-from burst import BurstExecutable
+from burst import MOST, BurstExecutable
 from fake_executable import VOCABULARY, FakeExecutable, alone, buckets_of, scores
 
 from makeready.engine.loop import Engine
@@ -18,7 +18,7 @@ from makeready.engine.options import DFS_WEIGHT, LPM, POLICIES, SchedulerOptions
 from makeready.engine.request import ABORT, LENGTH, STOP, Request
 from makeready.engine.sampling import SamplingParams
 from makeready.engine.step_record import StepRecord
-from makeready.graphs.spec import Limits
+from makeready.graphs.spec import CacheGroup, CacheSpec, Limits
 
 PATIENCE = 3000  # steps that a drained engine may take: far above what any of these loads needs
 
@@ -50,16 +50,40 @@ def random_options(rng: random.Random) -> dict[str, Any]:
     }
 
 
+def random_cache(
+    rng: random.Random, limits: Limits, pages: int, gain: int, shares: bool
+) -> tuple[CacheSpec, dict[str, int]]:
+    """Any groups, and how many blocks of each: for one row at least, mostly for fewer than there may be."""
+    size, rows = limits.page_size, limits.max_rows
+    groups, blocks = [], {}
+    for name in rng.sample(["kv", "kv2", "near", "far", "state", "state2"], rng.randint(1, 4)):
+        if name.startswith("kv"):
+            groups.append(CacheGroup(name, (), size))
+            blocks[name] = pages + rng.randint(0, 2)
+        elif name.startswith("state"):
+            groups.append(CacheGroup(name, (), None))
+            least = 2 if shares else 1
+            blocks[name] = 1 + rng.randint(least, least * rows + 3)
+        else:
+            group = CacheGroup(name, (), size, window=rng.randint(2, 9 if name == "near" else 30))
+            groups.append(group)
+            least = min(limits.pages_per_row, group.tail + 2 + (2 * gain - 3) // size)
+            blocks[name] = 1 + rng.randint(least, least * rows + 3)
+    return CacheSpec(size, tuple(groups)), blocks
+
+
 @dataclass
 class Simulation:
     """An engine under random events; ``events`` counts submissions, aborts, steps and tokens.
 
-    With ``bursts`` the device decides how many tokens a step gives; None leaves that to chance.
+    With ``bursts`` the device decides how many tokens a step gives; None leaves that to chance. With ``groups``
+    the cache has any groups of pages, windows and states, else one that keeps everything.
     """
 
     rng: random.Random
     options: dict[str, Any] = field(default_factory=dict)
     bursts: bool | None = None
+    groups: bool = False
     events: int = 0
     retractions: int = 0
     cached: int = 0
@@ -75,11 +99,19 @@ class Simulation:
         asynchronous = rng.random() < 0.9
         if self.bursts is None:
             self.bursts = rng.random() < 0.3
+        options = {**random_options(rng), **self.options}
+        cache, blocks = None, None
+        if self.groups:
+            gain = MOST if self.bursts else 1
+            cache, blocks = random_cache(rng, limits, pages, gain, options["prefix_cache"])
+            pages = blocks[cache.groups[0].name]
         if self.bursts:
-            self.executable = BurstExecutable(limits, buckets, pages, asynchronous, rng.randrange(99))
+            self.executable = BurstExecutable(
+                limits, buckets, pages, asynchronous, rng.randrange(99), cache, blocks
+            )
         else:
-            self.executable = FakeExecutable(limits, buckets, pages, asynchronous=asynchronous)
-        self.engine = Engine(self.executable, SchedulerOptions(**{**random_options(rng), **self.options}))
+            self.executable = FakeExecutable(limits, buckets, pages, asynchronous, cache, blocks)
+        self.engine = Engine(self.executable, SchedulerOptions(**options))
         self.engine.observer = self._observe
         # Conversations that prompts are beginnings of, plus some tokens.
         self.stems = [[rng.randrange(VOCABULARY) for _ in range(limits.context_len)] for _ in range(3)]
@@ -156,7 +188,7 @@ class Simulation:
             self.step()
         assert not self.live, "somebody starves"
         assert not self.engine.busy
-        assert self.engine.pool.held == 0
+        assert all(pool.held == 0 for pool in self.engine.pools.by_name.values())
 
     def _continued(self, request: Request) -> list[int]:
         stem = [*request.prompt, *request.output]
@@ -179,7 +211,9 @@ class Simulation:
 
     def _check(self) -> None:
         scheduler = self.engine.scheduler
-        self.engine.pool.check()
+        self.engine.pools.check()
+        for name, memory in (*self.executable.paged.items(), *self.executable.states.items()):
+            memory.scribble(self.engine.pools.by_name[name]._free)
         if scheduler.cache is not None:
             scheduler.cache.check()
         assert set(scheduler.waiting) | set(scheduler.running) == set(self.live)

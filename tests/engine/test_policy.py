@@ -31,7 +31,7 @@ def cached(*prompts: list[int]) -> PrefixCache:
     cache = PrefixCache(PagePool(500), SIZE)
     for prompt in prompts:
         pages = len(prompt) // SIZE
-        cache.release(cache.insert(cache.acquire([]), prompt[: pages * SIZE], cache.pool.take(pages)))
+        cache.release(cache.insert(cache.acquire([]), prompt[: pages * SIZE], [cache.pool.take(pages)]))
     return cache
 
 

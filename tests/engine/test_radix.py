@@ -92,7 +92,7 @@ class Driver:
             return
         held.tokens, held.pages = tokens, held.pages + self.pool.take(missing)
         before = len(held.prefix.pages)
-        held.prefix = self.cache.insert(held.prefix, tokens, held.pages)
+        held.prefix = self.cache.insert(held.prefix, tokens, [held.pages])
         for i, key in enumerate(self.model.keys(tokens, held.salt)):
             if key not in self.model.page:
                 self.model.page[key] = held.pages[i]
@@ -161,7 +161,7 @@ def test_cache_is_the_dictionary_of_its_prefixes_for_long(data: st.DataObject) -
 def put(cache: PrefixCache, tokens: list[int], priority: int = 0) -> None:
     prefix = cache.acquire(tokens, priority=priority)
     missing = len(tokens) // cache.page_size - len(prefix.pages)
-    cache.release(cache.insert(prefix, tokens, prefix.pages + cache.pool.take(missing)))
+    cache.release(cache.insert(prefix, tokens, [prefix.pages + cache.pool.take(missing)]))
 
 
 @pytest.mark.parametrize(
@@ -213,8 +213,8 @@ def test_two_that_compute_the_same_prompt_share_it_in_the_end() -> None:
     tokens = [1, 2, 3, 4, 5]
     first, second = cache.acquire(tokens), cache.acquire(tokens)
     own, other = pool.take(3), pool.take(3)
-    first = cache.insert(first, tokens, own)
-    second = cache.insert(second, tokens, other)
+    first = cache.insert(first, tokens, [own])
+    second = cache.insert(second, tokens, [other])
     assert first.pages == second.pages == own[:2]
     assert pool.held == 2 + 2  # two pages shared, and each one's third page, which is not full
     cache.release(first)
@@ -266,7 +266,7 @@ def test_what_is_forgotten_is_found_by_nobody_and_kept_by_its_holders():
     tokens = [1, 2, 3, 4]
 
     def put(salt: str) -> Prefix:
-        return cache.insert(cache.acquire(tokens, salt), tokens, pool.take(2))
+        return cache.insert(cache.acquire(tokens, salt), tokens, [pool.take(2)])
 
     held, other = put(""), put("other")
     cache.forget()

@@ -35,6 +35,12 @@ def test_lengths_that_only_the_device_knows(seed: int) -> None:
     Simulation(random.Random(seed), bursts=True).run(60)
 
 
+@settings(max_examples=80)
+@given(st.integers(0, 2**32))
+def test_windows_that_free_pages_and_states(seed: int) -> None:
+    Simulation(random.Random(seed), groups=True).run(60)
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("overlap", [False, True])
 def test_every_policy_with_pages_that_run_out(policy: str, overlap: bool) -> None:

@@ -41,12 +41,12 @@ class PlannersHalf:
 
     name: str = NAME
 
-    def spec(self, limits: Limits, request: Any) -> StepSpec:
+    def spec(self, limits: Limits, request: Any, cache: Any) -> StepSpec:
         rows, reported = limits.max_rows, fields(("entropy", (ROWS,), "float32", 0.0))
-        return StepSpec(rows, rows, 1, sequence_fields(limits, ROWS), token_results(limits) + reported)
+        return StepSpec(rows, rows, 1, sequence_fields(limits, cache, ROWS), token_results(limits) + reported)
 
-    def slot(self, limits: Limits) -> tuple[Any, ...]:
-        return Decode().slot(limits)
+    def slot(self, limits: Limits, cache: Any) -> tuple[Any, ...]:
+        return Decode().slot(limits, cache)
 
     def trace(self, model: Any, inputs: Inputs, limits: Limits) -> Mapping[str, torch.Tensor]:
         logits, i = run(model, inputs, limits)

@@ -191,7 +191,10 @@ def test_another_schema_is_named(saved, tmp_path):
         (lambda m: m.update(colour="red"), "unknown field 'colour'"),
         (lambda m: m.pop("buckets"), "lacks the field 'buckets'"),
         (lambda m: m["limits"].update(max_rows="4"), "limits.max_rows must be int, not str"),
-        (lambda m: m["kv"]["parts"][0].update(page_shape=7), r"kv.parts\[0\].page_shape must be a list"),
+        (
+            lambda m: m["kv"]["groups"][0]["parts"][0].update(page_shape=7),
+            r"kv.groups\[0\].parts\[0\].page_shape must be a list",
+        ),
         (lambda m: m["files"].pop("weights.json"), "lacks the field 'weights'"),
     ],
 )

@@ -13,7 +13,7 @@ from tiny_programs import CONFIGS, traced
 
 from makeready.graphs.memory import ALIGNMENT, Interval, align, assign, layout
 from makeready.graphs.request import Request
-from makeready.graphs.spec import Field, Limits
+from makeready.graphs.spec import CacheGroup, CacheSpec, Field, Limits
 from makeready.graphs.steps.base import declare
 from makeready.kernels.spec import DTYPE_BYTES, TensorSpec
 
@@ -125,7 +125,11 @@ def test_fields_lie_one_after_the_other(widths, tokens):
 
 def test_a_small_buckets_fields_fit_where_the_largest_ones_do():
     limits = Limits(max_rows=5, max_tokens=33, context_len=100, page_size=8)
-    steps, slots = declare(limits, Request(max_logprob_tokens=20))
+    windowed = CacheGroup("local", (), 8, 20)
+    cache = CacheSpec(8, (CacheGroup("kv", (), 8), windowed, CacheGroup("state", (), None)))
+    steps, slots = declare(limits, Request(max_logprob_tokens=20), cache)
+    assert {"pages", "pages.local"} <= {field.name for field in slots}
+    assert {"grow_page.local", "state_in.state"} <= {field.name for field in steps["decode"].staged}
     assert len(steps) == 3
     for step in steps.values():
         for fields in (step.staged, slots, step.results):

@@ -162,7 +162,7 @@ def toy_traced(toys: Any, quant: str | None, **request: Any) -> Traced:
             step,
             made.limits,
             slots=made.slots,
-            kv_parts=made.kv.parts,
+            kv=made.kv,
             weight_dtype="float32",
             vector_dtype="float32",
         )
