@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -9,42 +11,56 @@ from makeready.graphs.layers.parameter import parameter
 from makeready.kernels import elementwise, norm
 from makeready.kernels.gemm import linear as gemm
 
+BY_OUTPUTS, BY_INPUTS = 0, 1  # axis of a weight [outputs, inputs] that tensor parallelism splits
+
 
 class Linear(nn.Module):
-    """``x[T, inputs] -> y[T, outputs]``.
-
-    ``shard`` is the weight's axis that tensor parallelism splits: 0 splits the outputs, 1 the inputs.
-    """
+    """``x[T, inputs] -> y[T, outputs]``; ``shard`` is ``BY_OUTPUTS`` or ``BY_INPUTS``."""
 
     def __init__(self, source: str, outputs: int, inputs: int, *, bias: bool, shard: int) -> None:
         super().__init__()
         self.weight = parameter((outputs, inputs), f"{source}.weight", shard=shard, quantizable=True)
-        self.bias = parameter((outputs,), f"{source}.bias", shard=0 if shard == 0 else None) if bias else None
+        self.bias = (
+            parameter((outputs,), f"{source}.bias", shard=0 if shard == BY_OUTPUTS else None)
+            if bias
+            else None
+        )
 
     def forward(self, x_TK: torch.Tensor) -> torch.Tensor:
         return gemm.linear(x_TK, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm of ``x[T, C]``."""
+    """Root-mean-square norm of ``x[T, C]``; ``offset`` is added to the weights as they are stored."""
 
-    def __init__(self, source: str, width: int, eps: float) -> None:
+    def __init__(self, source: str, width: int, eps: float, offset: float = 0.0) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.offset = eps, offset
         self.weight = parameter((width,), f"{source}.weight")
 
     def forward(self, x_TC: torch.Tensor) -> torch.Tensor:
-        return norm.rms_norm(x_TC, self.weight, eps=self.eps)
+        return norm.rms_norm(x_TC, self.weight, eps=self.eps, offset=self.offset)
 
 
 class GatedMLP(nn.Module):
-    """``down(silu(gate(x)) * up(x))``."""
+    """``down(activation(gate(x)) * up(x))``; ``names`` are those of gate, up and down in the checkpoint."""
 
-    def __init__(self, source: str, hidden: int, intermediate: int, *, bias: bool) -> None:
+    def __init__(
+        self,
+        source: str,
+        hidden: int,
+        intermediate: int,
+        *,
+        bias: bool,
+        activation: Callable[[torch.Tensor], torch.Tensor] = elementwise.silu,
+        names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    ) -> None:
         super().__init__()
-        self.gate = Linear(f"{source}.gate_proj", intermediate, hidden, bias=bias, shard=0)
-        self.up = Linear(f"{source}.up_proj", intermediate, hidden, bias=bias, shard=0)
-        self.down = Linear(f"{source}.down_proj", hidden, intermediate, bias=bias, shard=1)
+        self.activation = activation
+        gate, up, down = (f"{source}.{name}" for name in names)
+        self.gate = Linear(gate, intermediate, hidden, bias=bias, shard=BY_OUTPUTS)
+        self.up = Linear(up, intermediate, hidden, bias=bias, shard=BY_OUTPUTS)
+        self.down = Linear(down, hidden, intermediate, bias=bias, shard=BY_INPUTS)
 
     def forward(self, x_TC: torch.Tensor) -> torch.Tensor:
-        return self.down(elementwise.multiply(elementwise.silu(self.gate(x_TC)), self.up(x_TC)))
+        return self.down(elementwise.multiply(self.activation(self.gate(x_TC)), self.up(x_TC)))
