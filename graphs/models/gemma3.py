@@ -44,7 +44,9 @@ def _rename(config: dict[str, Any], source: str) -> None:
         kinds = {FULL: stated, SLIDING: {}}
     kinds[FULL] = {**kinds[FULL], **scaling}
     config["rope_parameters"] = {
-        kind: {"rope_theta": theta[kind] or _THETA[kind], **values} for kind, values in kinds.items()
+        kind: {"rope_theta": _THETA[kind] if theta[kind] is None else theta[kind]}
+        | {name: value for name, value in values.items() if value is not None}
+        for kind, values in kinds.items()
     }
 
 
@@ -70,7 +72,15 @@ def _longest(config: Mapping[str, Any]) -> int:
 
 
 def _of_gguf(fields: Fields, config: dict[str, Any], source: str) -> None:
-    """Norms hold 1 more than Hugging Face's; the base of sliding layers and their pattern may be left out."""
+    """Norms hold 1 more than Hugging Face's; the base of sliding layers and their pattern may be left out.
+
+    The scale of queries is never there: llama.cpp, too, knows the 27B model by its layers.
+    """
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    if config["num_hidden_layers"] == 62 and heads and hidden:
+        config["query_pre_attn_scalar"] = hidden // heads
+    elif config["head_dim"]:
+        config["query_pre_attn_scalar"] = config["head_dim"]
     config["hidden_act"] = "gelu_pytorch_tanh"
     config["norm_offset"] = 0.0
     config["rope_local_base_freq"] = fields.number("gemma3.rope.freq_base_swa")

