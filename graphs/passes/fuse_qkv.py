@@ -77,9 +77,9 @@ def _fused(write: Call, q: _Head, k: _Head, qkv: str, rope: Call) -> Call | None
     operands = {"qkv": qkv, "rows": rope.operands["rows"]}
     eps = offset = 0.0
     if q.norm is not None and k.norm is not None:
-        if any(q.norm.attrs[name] != k.norm.attrs[name] for name in ("eps", "offset")):
+        (eps, offset), of_keys = ((c.attrs["eps"], c.attrs.get("offset", 0.0)) for c in (q.norm, k.norm))
+        if (eps, offset) != of_keys:
             return None
-        eps, offset = q.norm.attrs["eps"], q.norm.attrs["offset"]
         operands |= {"q_norm": q.norm.operands["weight"], "k_norm": k.norm.operands["weight"]}
     elif q.norm is not None or k.norm is not None:
         return None
