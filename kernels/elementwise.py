@@ -28,7 +28,7 @@ def silu(x: torch.Tensor) -> torch.Tensor:
 
 
 def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
-    """``x / 2 * (1 + tanh(u))`` as ``x * sigmoid(2 u)``, where nothing cancels; u = sqrt(2 / pi) (x + 0.044715 x³)."""
+    """``x / 2 * (1 + tanh(u))`` as ``x * sigmoid(2 u)``, where nothing cancels; u = sqrt(2 / pi)(x + 0.044715 x³)"""
     return x * torch.sigmoid(1.5957691216057308 * (x + 0.044715 * x**3))
 
 

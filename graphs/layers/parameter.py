@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from makeready.graphs.recipe import Generated
+
+if TYPE_CHECKING:
+    from makeready.graphs.models.family import Model
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ def constant(shape: tuple[int, ...], function: str, arguments: Mapping[str, Any]
     return _declare(shape, Declaration(Generated(function, dict(arguments)), None, False))
 
 
-def sources(model: nn.Module) -> set[str]:
+def sources(model: Model) -> set[str]:
     """Tensors of the checkpoint that the parameters of ``model`` are read from."""
     declared = (p.declaration.source for p in model.parameters() if isinstance(p, Parameter))
     return {source for source in declared if isinstance(source, str)}
