@@ -60,6 +60,7 @@ def _name(dtype):
 def op_call(name, operands, attrs, **options):
     """The call of contract ``name`` on CPU tensors (None: absent)."""
     contract = CONTRACTS[name]
+    attrs = {**contract.attrs, **attrs}
     tensors = {k: v for k, v in operands.items() if v is not None}
     specs = {k: TensorSpec(tuple(v.shape), _name(v.dtype)) for k, v in tensors.items()}
     results = contract.infer(specs, attrs)
