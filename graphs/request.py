@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any
 
 from makeready.graphs.buckets import Traffic
 from makeready.graphs.checkpoint.base import NUMPY_DTYPES, Checkpoint
@@ -71,12 +70,11 @@ class Request:
     traffic: Traffic = field(default_factory=Traffic)
 
 
-def limits_of(request: Request, target: Target, rope: Mapping[str, Any], positions: int) -> Limits:
+def limits_of(request: Request, target: Target, longest: int) -> Limits:
     """What the runtime may ask for.
 
     Args:
-        rope: the model's normalised ``rope_parameters``.
-        positions: tokens of context that its config allows.
+        longest: tokens of context that the model was made for.
 
     Raises:
         PlanError: a limit is not positive or beyond what the model allows.
@@ -88,7 +86,6 @@ def limits_of(request: Request, target: Target, rope: Mapping[str, Any], positio
             f"plan.candidates={request.candidates} does not go with plan.deterministic, where every call has one way "
             "to run for all batch shapes; leave one of them out"
         )
-    longest = _longest_context(rope, positions)
     for name in (
         *("max_rows", "max_tokens", "context_len", "page_size"),
         *("max_decode_buckets", "max_extend_buckets"),
@@ -185,22 +182,6 @@ def _needs_fp8(target: Target, what: str) -> None:
             f"{what} needs 8-bit floats, which {target.name} does not compute with; "
             "choose a target from sm_90a on, or 16-bit weights and cache"
         )
-
-
-def _longest_context(rope: Mapping[str, Any], positions: int) -> int:
-    """Tokens that the rotary embedding was stretched to, as vLLM reads a config.
-
-    Linear and dynamic factors count from the config's positions, which are those before scaling. Yarn's
-    counts from the original positions, wherever they are stated: Qwen adds the scaling to a config of 32,768
-    or 40,960 positions, DeepSeek states positions that are scaled already. Llama 3's are, too.
-    """
-    if rope["rope_type"] in ("linear", "dynamic"):
-        scaled = positions * rope["factor"]
-    elif rope["rope_type"] == "yarn":
-        scaled = rope["original_max_position_embeddings"] * rope["factor"]
-    else:
-        return positions
-    return int(scaled + 1e-6)  # a factor that was made by a division may fall short of a whole number
 
 
 def _stored_dtype(checkpoint: Checkpoint, sources: Collection[str]) -> str:

@@ -17,7 +17,7 @@ from makeready.graphs.derivation import infer
 from makeready.graphs.ir import KV, PARAM, SLOT, STEP, TEMP, Call, Program, Value
 from makeready.graphs.layers.inputs import Inputs
 from makeready.graphs.layers.parameter import Parameter
-from makeready.graphs.models.decoder import Decoder
+from makeready.graphs.models.family import Model
 from makeready.graphs.recipe import Generated, Param
 from makeready.graphs.spec import CacheSpec, Field, Limits, StepSpec
 from makeready.graphs.steps.base import StepKind
@@ -30,7 +30,7 @@ class TraceError(TypeError):
 
 
 def trace(
-    model: Decoder,
+    model: Model,
     kind: StepKind,
     step: StepSpec,
     limits: Limits,
@@ -81,9 +81,9 @@ def trace(
 class _Tracer(fx.Tracer):
     """An FX tracer that keeps dots in the names of inputs and knows our parameters."""
 
-    def __init__(self, model: Decoder) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__()
-        self.root = model
+        self.root = model  # type: ignore[assignment]
         self.graph = fx.Graph(tracer_cls=_Tracer)
         self.tensor_attrs = {}
         self.parameter_names = {id(p): name for name, p in model.named_parameters()}

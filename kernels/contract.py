@@ -107,6 +107,7 @@ class Contract:
     shares: tuple[str, ...] = ()
     quantizes: Quantizes | None = None
     fuses: tuple[str, str] | None = None
+    gates: str | None = None
     expands: Mapping[str, Expansion] = field(default_factory=dict, repr=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -225,6 +226,7 @@ def contract(
     shares: Sequence[str] = (),
     quantizes: Quantizes | None = None,
     fuses: tuple[str, str] | None = None,
+    gates: str | None = None,
     expands: Mapping[str, Expansion] | None = None,
 ) -> Callable[[Callable[..., Any]], Contract]:
     """Register the decorated reference as the contract of the op that it is named after.
@@ -250,6 +252,8 @@ def contract(
         quantizes: the op that this one takes the place of under a quantization.
         fuses: names of two ops; this one is the second over the first result of the first, with the operands and
             attributes of both and the further results of the first.
+        gates: name of an activation function; this op is it over the left half of its only operand's columns,
+            times the right half.
         expands: by kind of step, what the op becomes there; :data:`ANY` for all kinds without an entry, and for
             all kinds of a deterministic plan. Such an op is never lowered.
 
@@ -284,6 +288,7 @@ def contract(
             shares=tuple(shares),
             quantizes=quantizes,
             fuses=fuses,
+            gates=gates,
             expands=expands or {},
         )
         for complaint in _contradictions(made):

@@ -27,11 +27,35 @@ def silu(x: torch.Tensor) -> torch.Tensor:
     return functional.silu(widen(x)).to(x.dtype)
 
 
-@contract("gate_up[T,J]:A -> y[T,J//2]:A", rowwise="T", flops="5*T*J/2")
+def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """``x / 2 * (1 + tanh(u))`` as ``x * sigmoid(2 u)``, where nothing cancels; u = sqrt(2 / pi)(x + 0.044715 x³)"""
+    return x * torch.sigmoid(1.5957691216057308 * (x + 0.044715 * x**3))
+
+
+@contract("x[T,C]:A -> y[T,C]:A", rowwise="T", flops="10*T*C")
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """GELU by its tanh approximation (Hendrycks and Gimpel 2016, arXiv:1606.08415)."""
+    return _gelu_tanh(widen(x)).to(x.dtype)
+
+
+@contract("x[T,C]:A -> y[T,C]:A", rowwise="T", flops="T*C")
+def scale(x: torch.Tensor, *, by: float) -> torch.Tensor:
+    """``x * by``."""
+    return (widen(x) * by).to(x.dtype)
+
+
+@contract("gate_up[T,J]:A -> y[T,J//2]:A", rowwise="T", flops="5*T*J/2", gates="silu")
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """``silu(gate) * up`` where ``gate_up`` holds the gate's columns, then up's."""
     gate, up = widen(gate_up).chunk(2, dim=-1)
     return (functional.silu(gate) * up).to(gate_up.dtype)
+
+
+@contract("gate_up[T,J]:A -> y[T,J//2]:A", rowwise="T", flops="11*T*J/2", gates="gelu_tanh")
+def gelu_tanh_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """``gelu_tanh(gate) * up`` where ``gate_up`` holds the gate's columns, then up's."""
+    gate, up = widen(gate_up).chunk(2, dim=-1)
+    return (_gelu_tanh(gate) * up).to(gate_up.dtype)
 
 
 @contract("x[T,C]:A -> y[T,stop-start]:A", rowwise="T", view="start", tolerance=Tolerance(exact=True))

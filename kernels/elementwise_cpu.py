@@ -9,11 +9,19 @@ import torch
 
 from makeready.kernels import native
 from makeready.kernels.contract import Contract
-from makeready.kernels.elementwise import add, gather_last, multiply, pad_columns, silu_mul
-from makeready.kernels.registry import Operands, by_rows, kernel
+from makeready.kernels.elementwise import (
+    add,
+    gather_last,
+    gelu_tanh_mul,
+    multiply,
+    pad_columns,
+    scale,
+    silu_mul,
+)
+from makeready.kernels.registry import Bind, Operands, by_rows, kernel
 from makeready.kernels.spec import TensorSpec
 
-for op in (add, multiply, silu_mul):
+for op in (add, multiply, scale, silu_mul, gelu_tanh_mul):
     assert isinstance(op, Contract)
 
 
@@ -21,41 +29,50 @@ def _float32(specs: Mapping[str, TensorSpec], attrs: Mapping[str, Any]) -> bool:
     return specs["gate_up"].dtype == "float32"
 
 
-def _bind_silu_mul(
-    operands: Operands, results: Sequence[torch.Tensor], attrs: Mapping[str, Any]
-) -> Callable[[], None] | None:
-    few = len(operands[0]) <= native.MOST_TOKENS
-    return _native_silu_mul(operands, results, attrs) if few else None
+def _native(op: str, *, most: int | None = None) -> Bind:
+    """Binds the compiled op of this name, for at most ``most`` tokens."""
+
+    def bind(
+        operands: Operands, results: Sequence[torch.Tensor], attrs: Mapping[str, Any]
+    ) -> Callable[[], None] | None:
+        (x,), (y,) = operands, results
+        if most is not None and len(x) > most:
+            return None
+        return native.prepare(op, x, x.stride(0), y, y.stride(0), *y.shape)
+
+    return bind
 
 
-def _native_silu_mul(
-    operands: Operands, results: Sequence[torch.Tensor], attrs: Mapping[str, Any]
-) -> Callable[[], None] | None:
-    (x,), (y,) = operands, results
-    return native.prepare("silu_mul", x, x.stride(0), y, y.stride(0), *y.shape)
+def _gated(op: Contract, run: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """The implementations of a gate: ``run`` and the compiled op, and these for every row by itself."""
+    few = _native(op.name, most=native.MOST_TOKENS)
+    kernel(op, "fused", target="cpu", applies=_float32, bind=few)(run)
+    rows = kernel(
+        op, "rows", target="cpu", invariant=True, ordinary=False, applies=_float32, bind=_native(op.name)
+    )
+    rows(by_rows(op, run))
 
 
-@kernel(silu_mul, "fused", target="cpu", applies=_float32, bind=_bind_silu_mul)
 def silu_mul_cpu(gate_up: torch.Tensor) -> torch.Tensor:
     """The reference in place of its own first product."""
     gate, up = gate_up.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate).mul_(up)
 
 
-_BY_ROWS = by_rows(silu_mul, silu_mul_cpu)
+def gelu_tanh_mul_cpu(gate_up: torch.Tensor) -> torch.Tensor:
+    """The reference in place of its own products."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    cube = (gate * gate).mul_(gate)
+    return torch.add(gate, cube, alpha=0.044715).mul_(1.5957691216057308).sigmoid_().mul_(gate).mul_(up)
 
 
-@kernel(
-    silu_mul, "rows", target="cpu", invariant=True, ordinary=False, applies=_float32, bind=_native_silu_mul
-)
-def silu_mul_rows(gate_up: torch.Tensor) -> torch.Tensor:
-    """:func:`silu_mul_cpu` of every row by itself, compiled for any number of them."""
-    return _BY_ROWS(gate_up)
-
+_gated(silu_mul, silu_mul_cpu)
+_gated(gelu_tanh_mul, gelu_tanh_mul_cpu)
 
 # One rounding an element, wherever it stands.
 kernel(add, "rows", target="cpu", invariant=True, ordinary=False)(add.reference)
 kernel(multiply, "rows", target="cpu", invariant=True, ordinary=False)(multiply.reference)
+kernel(scale, "rows", target="cpu", invariant=True, ordinary=False)(scale.reference)
 kernel(pad_columns, "rows", target="cpu", invariant=True)(pad_columns.reference)
 
 

@@ -14,10 +14,26 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from makeready.kernels.device import Argument, Candidate, DeviceLaunch, OpCall, Pointer, Scalar
-from makeready.kernels.elementwise import add, gather_last, multiply, pad_columns, silu, silu_mul
+from makeready.kernels.elementwise import (
+    add,
+    gather_last,
+    gelu_tanh,
+    gelu_tanh_mul,
+    multiply,
+    pad_columns,
+    scale,
+    silu,
+    silu_mul,
+)
 from makeready.kernels.embedding_triton import gather_launch
 from makeready.kernels.registry import cuda_kernel
 from makeready.kernels.row_tiles import row_tiles
+
+
+@triton.jit
+def _gelu_tanh(x):
+    """GELU by its tanh approximation: ``x * sigmoid(2 u)`` is ``x / 2 * (1 + tanh(u))``."""
+    return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
 
 
 @triton.jit
@@ -27,6 +43,7 @@ def pointwise(
     out,
     rows,
     OP: tl.constexpr,
+    BY: tl.constexpr,
     C: tl.constexpr,
     X_COLUMNS: tl.constexpr,
     X_STRIDE: tl.constexpr,
@@ -37,7 +54,7 @@ def pointwise(
     COLUMNS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """``out = OP(x, y)``; ``y`` is None for silu, and for silu_mul, whose other factor stands C behind x.
+    """``out = OP(x, y)``; ``y`` is None for activations, and for gates, whose other factor stands C behind x.
 
     For pad_columns ``x`` has but ``X_COLUMNS``, and zeros follow.
     """
@@ -54,8 +71,15 @@ def pointwise(
     if OP == "silu_mul":
         b = tl.load(x + row * X_STRIDE + (C + c), mask=inside, other=0.0).to(tl.float32)
         a = a * tl.sigmoid(a) * b
+    elif OP == "gelu_tanh_mul":
+        b = tl.load(x + row * X_STRIDE + (C + c), mask=inside, other=0.0).to(tl.float32)
+        a = _gelu_tanh(a) * b
     elif OP == "silu":
         a *= tl.sigmoid(a)
+    elif OP == "gelu_tanh":
+        a = _gelu_tanh(a)
+    elif OP == "scale":
+        a *= BY
     elif OP != "pad_columns":
         b = tl.load(y + row * Y_STRIDE + c, mask=inside, other=0.0).to(tl.float32)
         a = a + b if OP == "add" else a * b
@@ -71,6 +95,7 @@ def _launch(call: OpCall, x: str, y: str | None, out: str) -> Sequence[Candidate
     pdl = "pdl" in call.features
     constants = {
         "OP": call.op,
+        "BY": call.attrs.get("by", 1.0),
         "C": width,
         "X_COLUMNS": call.tensors[x].shape[1],
         "X_STRIDE": call.tensors[x].row_stride,
@@ -119,6 +144,24 @@ def silu_launches(call: OpCall) -> Sequence[Candidate]:
 def silu_mul_launches(call: OpCall) -> Sequence[Candidate]:
     """See :func:`pointwise`."""
     return _launch(call, "gate_up", None, "y")
+
+
+@cuda_kernel(gelu_tanh, "tiles", invariant=True)
+def gelu_tanh_launches(call: OpCall) -> Sequence[Candidate]:
+    """See :func:`pointwise`."""
+    return _launch(call, "x", None, "y")
+
+
+@cuda_kernel(gelu_tanh_mul, "tiles", invariant=True)
+def gelu_tanh_mul_launches(call: OpCall) -> Sequence[Candidate]:
+    """See :func:`pointwise`."""
+    return _launch(call, "gate_up", None, "y")
+
+
+@cuda_kernel(scale, "tiles", invariant=True)
+def scale_launches(call: OpCall) -> Sequence[Candidate]:
+    """See :func:`pointwise`."""
+    return _launch(call, "x", None, "y")
 
 
 @cuda_kernel(pad_columns, "tiles", invariant=True)

@@ -30,6 +30,7 @@ def normalise_quantize(
     residual_out,
     rows,
     EPS: tl.constexpr,
+    OFFSET: tl.constexpr,
     C: tl.constexpr,
     GROUP: tl.constexpr,
     X_STRIDE: tl.constexpr,
@@ -47,6 +48,8 @@ def normalise_quantize(
     """
     c = tl.arange(0, WIDTH)[None, :]
     w = tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)
+    if OFFSET != 0:
+        w += OFFSET
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -82,6 +85,7 @@ def _launch(call: OpCall) -> Sequence[Candidate]:
     pdl = "pdl" in call.features
     constants = {
         "EPS": call.attrs["eps"],
+        "OFFSET": call.attrs["offset"],
         "C": features,
         "GROUP": call.attrs["group"],
         "X_STRIDE": tensors["x"].row_stride,

@@ -30,6 +30,7 @@ def normalise(
     residual_out,
     rows,
     EPS: tl.constexpr,
+    OFFSET: tl.constexpr,
     HEADS: tl.constexpr,
     C: tl.constexpr,
     X_STRIDE: tl.constexpr,
@@ -46,6 +47,8 @@ def normalise(
     """
     c = tl.arange(0, WIDTH)[None, :]
     w = tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)
+    if OFFSET != 0:
+        w += OFFSET
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -78,6 +81,7 @@ def _launch(call: OpCall, heads: int = 1) -> Sequence[Candidate]:
     pdl = "pdl" in call.features
     constants = {
         "EPS": call.attrs["eps"],
+        "OFFSET": call.attrs["offset"],
         "HEADS": heads,
         "C": features,
         "X_STRIDE": tensors["x"].row_stride,

@@ -87,10 +87,10 @@ def quantize_fp8_block(x: torch.Tensor, *, block: int) -> tuple[torch.Tensor, to
     fuses=("rms_norm", "quantize_fp8"),
 )
 def rms_norm_quantize_fp8(
-    x: torch.Tensor, weight: torch.Tensor, *, eps: float, group: int
+    x: torch.Tensor, weight: torch.Tensor, *, eps: float, group: int, offset: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`quantize_fp8` of ``rms_norm(x, weight)``."""
-    return quantize_fp8(norm.rms_norm(x, weight, eps=eps), group=group)
+    return quantize_fp8(norm.rms_norm(x, weight, eps=eps, offset=offset), group=group)
 
 
 @contract(
@@ -102,10 +102,16 @@ def rms_norm_quantize_fp8(
     fuses=("add_rms_norm", "quantize_fp8"),
 )
 def add_rms_norm_quantize_fp8(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, *, eps: float, group: int
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    eps: float,
+    group: int,
+    offset: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """:func:`quantize_fp8` of ``add_rms_norm``'s norm, and its sum."""
-    y, total = norm.add_rms_norm(x, residual, weight, eps=eps)
+    y, total = norm.add_rms_norm(x, residual, weight, eps=eps, offset=offset)
     return *quantize_fp8(y, group=group), total
 
 

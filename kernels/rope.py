@@ -7,6 +7,8 @@ Rows are fetched once a step and used by every layer.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from makeready.kernels.contract import Tolerance, contract
@@ -60,6 +62,45 @@ def rope_rows_dynamic(
     exponent = torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim
     angle = positions.float().unsqueeze(-1) * (1.0 / base.unsqueeze(-1) ** exponent)
     return torch.cat((angle.cos(), angle.sin()), dim=-1)
+
+
+@contract(
+    "positions[T]:int32 token_slot[T]:int32 prompt_len[S]:int32 -> rows[T,rotary_dim]:float32",
+    rowwise="T",
+    flops="8*T*rotary_dim",
+)
+def rope_rows_stepped(
+    positions: torch.Tensor,
+    token_slot: torch.Tensor,
+    prompt_len: torch.Tensor,
+    *,
+    rotary_dim: int,
+    theta: float,
+    original_context: int,
+) -> torch.Tensor:
+    """Rotary rows under Qwen 1's dynamic NTK scaling, whose base is set by the request's prompt alone.
+
+    A prompt of ``n`` times ``original_context`` tokens stretches the base by ``a ** (d / (d - 2))``, where
+    ``a = 2 ** ceil(log2(n) + 1) - 1``: 1 up to ``original_context``, 3 up to twice, 7 up to four times as
+    many. What is generated behind the prompt keeps the prompt's base.
+    """
+    times = prompt_len[token_slot.long()].clamp_min(1).double() / original_context
+    stretch = 2 ** (torch.log2(times) + 1).ceil().clamp_min(1) - 1
+    base = theta * stretch ** (rotary_dim / (rotary_dim - 2))
+    exponent = torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim
+    angle = positions.float().unsqueeze(-1) * (1.0 / base.float().unsqueeze(-1) ** exponent)
+    return torch.cat((angle.cos(), angle.sin()), dim=-1)
+
+
+@contract("rows[T,Q]:float32 positions[T]:int32 -> scaled[T,Q]:float32", rowwise="T", flops="3*T*Q")
+def rope_rows_logn(rows: torch.Tensor, positions: torch.Tensor, *, original_context: int) -> torch.Tensor:
+    """Rotary rows that also scale what they turn, by ``max(1, log(position + 1) / log(original_context))``.
+
+    Queries turned by them attend as sharply over long contexts as over ``original_context`` tokens (Su 2021,
+    kexue.fm/archives/8823).
+    """
+    longer = torch.log(positions.double() + 1) / math.log(original_context)
+    return (rows.double() * longer.clamp_min(1).unsqueeze(-1)).to(rows.dtype)
 
 
 @contract(

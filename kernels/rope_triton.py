@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from ctypes import c_float
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -17,8 +18,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from makeready.kernels.device import Candidate, DeviceLaunch, OpCall, Pointer, Scalar
 from makeready.kernels.embedding_triton import gather_launch
 from makeready.kernels.registry import cuda_kernel
-from makeready.kernels.rope import rope, rope_rows, rope_rows_dynamic
+from makeready.kernels.rope import rope, rope_rows, rope_rows_dynamic, rope_rows_logn, rope_rows_stepped
 from makeready.kernels.row_tiles import power_of_two, row_tiles
+
+_PLACES = ("positions", "token_slot", "prompt_len", "rows")
 
 
 @triton.jit
@@ -123,6 +126,74 @@ def dynamic_rows(
     tl.store(to + Q // 2, sin, mask=inside)
 
 
+@triton.jit
+def stepped_rows(
+    positions,
+    token_slot,
+    prompt_len,
+    rows,
+    tokens,
+    THETA: tl.constexpr,
+    ORIGINAL: tl.constexpr,
+    POWER: tl.constexpr,
+    Q: tl.constexpr,
+    Q_STRIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Rotary rows whose base a prompt's length sets in steps of a doubling; see :func:`dynamic_rows`."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    c = tl.arange(0, WIDTH)[None, :]
+    position = tl.load(positions + t, mask=t < tokens, other=0)
+    slot = tl.load(token_slot + t, mask=t < tokens, other=0)
+    length = tl.load(prompt_len + slot, mask=t < tokens, other=0).to(tl.int64)
+    doubled = tl.full((ROWS, 1), 2, tl.int64)  # 2 ** (doublings of ORIGINAL that hold the prompt + 1)
+    for k in tl.static_range(24):
+        doubled = tl.where(length > (ORIGINAL << k), doubled * 2, doubled)
+    base = tl.exp2(tl.log2((doubled - 1).to(tl.float64)) * POWER) * THETA
+    base = base.to(tl.float32)
+    exponent = tl.div_rn(2.0 * c.to(tl.float32), tl.full((1, WIDTH), Q, tl.float32))
+    period = tl.exp2(tl.log2(base.to(tl.float64)) * exponent.to(tl.float64)).to(tl.float32)
+    angle = position.to(tl.float32) * tl.div_rn(tl.full((ROWS, WIDTH), 1.0, tl.float32), period)
+    inside = (t < tokens) & (c < Q // 2)
+    to = rows + t.to(tl.int64) * Q_STRIDE + c
+    cos, sin = _cos_sin(angle)
+    tl.store(to, cos, mask=inside)
+    tl.store(to + Q // 2, sin, mask=inside)
+
+
+@triton.jit
+def logn_rows(
+    rows,
+    positions,
+    scaled,
+    tokens,
+    ORIGINAL: tl.constexpr,
+    Q: tl.constexpr,
+    Q_STRIDE: tl.constexpr,
+    OUT_STRIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """``scaled = rows * max(1, log(position + 1) / log(ORIGINAL))``."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    c = tl.arange(0, WIDTH)[None, :]
+    inside = (t < tokens) & (c < Q)
+    length = tl.load(positions + t, mask=t < tokens, other=0).to(tl.float64) + 1
+    longer = tl.maximum(tl.log2(length) / tl.log2(tl.full((ROWS, 1), ORIGINAL, tl.float64)), 1.0)
+    t = t.to(tl.int64)
+    x = tl.load(rows + t * Q_STRIDE + c, mask=inside, other=0.0).to(tl.float64)
+    tl.store(scaled + t * OUT_STRIDE + c, (x * longer).to(tl.float32), mask=inside)
+
+
 @cuda_kernel(rope, "tiles", invariant=True)
 def rope_launches(call: OpCall) -> Sequence[Candidate]:
     """See :func:`rotate_heads`."""
@@ -173,31 +244,57 @@ def rope_rows_launches(call: OpCall) -> Sequence[Candidate]:
 @cuda_kernel(rope_rows_dynamic, "tiles", invariant=True)
 def rope_rows_dynamic_launches(call: OpCall) -> Sequence[Candidate]:
     """See :func:`dynamic_rows`."""
-    result = call.tensors["rows"]
-    tokens, rotary = result.shape
-    assert isinstance(tokens, int)
-    assert isinstance(rotary, int)
+    rotary = call.attrs["rotary_dim"]
+    constants = {
+        "THETA": call.attrs["theta"],
+        "FACTOR": call.attrs["factor"],
+        "ORIGINAL": call.attrs["original_context"],
+        "POWER": c_float(rotary / (rotary - 2)).value,  # fp32, as the reference's
+        "Q": rotary,
+        "Q_STRIDE": call.tensors["rows"].row_stride,
+    }
+    return _by_tokens(call, "dynamic_rows", constants, _PLACES, rotary // 2)
+
+
+@cuda_kernel(rope_rows_stepped, "tiles", invariant=True)
+def rope_rows_stepped_launches(call: OpCall) -> Sequence[Candidate]:
+    """See :func:`stepped_rows`."""
+    rotary = call.attrs["rotary_dim"]
+    constants = {
+        "THETA": call.attrs["theta"],
+        "ORIGINAL": call.attrs["original_context"],
+        "POWER": rotary / (rotary - 2),
+        "Q": rotary,
+        "Q_STRIDE": call.tensors["rows"].row_stride,
+    }
+    return _by_tokens(call, "stepped_rows", constants, _PLACES, rotary // 2)
+
+
+@cuda_kernel(rope_rows_logn, "tiles", invariant=True)
+def rope_rows_logn_launches(call: OpCall) -> Sequence[Candidate]:
+    """See :func:`logn_rows`."""
+    rotary = call.dims["Q"]
+    constants = {
+        "ORIGINAL": call.attrs["original_context"],
+        "Q": rotary,
+        "Q_STRIDE": call.tensors["rows"].row_stride,
+        "OUT_STRIDE": call.tensors["scaled"].row_stride,
+    }
+    return _by_tokens(call, "logn_rows", constants, ("rows", "positions", "scaled"), rotary)
+
+
+def _by_tokens(
+    call: OpCall, function: str, constants: dict[str, Any], names: Sequence[str], width: int
+) -> Sequence[Candidate]:
+    """A launch over tokens, each with all of its ``width`` elements."""
     tiles = row_tiles(
-        tokens, rotary // 2, multiprocessors=call.multiprocessors, invariant=call.invariant, whole_rows=True
+        call.dims["T"], width, multiprocessors=call.multiprocessors, invariant=call.invariant, whole_rows=True
     )
     pdl = "pdl" in call.features
     launch = DeviceLaunch(
-        function="makeready.kernels.rope_triton:dynamic_rows",
-        constants={
-            "THETA": call.attrs["theta"],
-            "FACTOR": call.attrs["factor"],
-            "ORIGINAL": call.attrs["original_context"],
-            "POWER": c_float(rotary / (rotary - 2)).value,  # fp32, as the reference's
-            "Q": rotary,
-            "Q_STRIDE": result.row_stride,
-            "ROWS": tiles.rows,
-            "WIDTH": tiles.width,
-            "PDL": pdl,
-        },
-        arguments={
-            **{name: Pointer(name) for name in ("positions", "token_slot", "prompt_len", "rows")},
-            "tokens": Scalar(tokens, "int32"),
-        },
+        function=f"{__name__}:{function}",
+        constants={**constants, "ROWS": tiles.rows, "WIDTH": tiles.width, "PDL": pdl},
+        arguments={**{name: Pointer(name) for name in names}, "tokens": Scalar(call.dims["T"], "int32")},
         grid=(tiles.blocks, 1, 1),
         num_warps=tiles.num_warps,
         dependent=pdl,

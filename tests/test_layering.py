@@ -28,6 +28,7 @@ RUNTIME = sorted(
     for name in MODULES
     if name in {f"makeready.engine.{m}" for m in ("llm", "loop", "scheduler")}
     or name.startswith(("makeready.engine.text.", "makeready.graphs.checkpoint."))
+    or (name.startswith("makeready.graphs.models.") and name != "makeready.graphs.models.decoder")
     or name
     in {
         f"makeready.graphs.{m}"

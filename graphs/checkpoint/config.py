@@ -2,7 +2,8 @@
 
 transformers 4 writes `torch_dtype`, `rope_theta` and `rope_scaling`; transformers 5 writes `dtype` and
 `rope_parameters`. Fields that a config may leave out take the values that transformers' config classes
-give them. Unknown fields are kept: the model definition decides what they mean.
+give them. Unknown fields are kept: the model definition decides what they mean. What one family's configs have
+of their own is said in its module of graphs/models/.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 from makeready.graphs.checkpoint.base import CheckpointError
 from makeready.graphs.checkpoint.rope import normalise_rope
+from makeready.graphs.models.family import Family, families, family_of_type
 
 DTYPES = ("float32", "float16", "bfloat16")  # what a model's weights are computed in
 MAX_LAYERS = 10_000  # far above any model; a damaged file that says 2**31 must not become a list as long
@@ -26,35 +28,8 @@ REQUIRED_SIZES = (
     "num_attention_heads",
 )
 
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-
-# What transformers' config classes assume for an absent field, where that differs from `_COMMON_DEFAULTS`.
-_QWEN_DEFAULTS = {
-    "max_position_embeddings": 32768,
-    "num_key_value_heads": 32,
-    "use_sliding_window": False,
-    "sliding_window": 4096,
-    "max_window_layers": 28,
-}
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {"max_position_embeddings": 2048},
-    "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
-    # Qwen2 has no such field: its q, k and v projections always have a bias and its o_proj never has.
-    "qwen2": {**_QWEN_DEFAULTS, "attention_bias": True},
-    "qwen3": {**_QWEN_DEFAULTS, "head_dim": 128},
-    "gemma": {"tie_word_embeddings": True},
-    "gemma2": {"tie_word_embeddings": True},
-    "gemma3_text": {"tie_word_embeddings": True},
-    "cohere": {"tie_word_embeddings": True},
-    "cohere2": {"tie_word_embeddings": True},
-    "smollm3": {"tie_word_embeddings": True},
-    "starcoder2": {"tie_word_embeddings": True},
-}
+# Families that are not computed here, but whose heads are tied where their configs do not say so.
+_TIED = ("gemma", "gemma2", "cohere", "cohere2", "smollm3", "starcoder2")
 _COMMON_DEFAULTS: dict[str, Any] = {
     "tie_word_embeddings": False,
     "attention_bias": False,
@@ -82,7 +57,7 @@ def normalise_config(
         `rope_parameters` (see `rope.normalise_rope`), `head_dim`, `num_key_value_heads`,
         `max_position_embeddings`, `rms_norm_eps`, `hidden_act`, `tie_word_embeddings`, `attention_bias`
         and `mlp_bias` filled in, and without `torch_dtype`, `rope_theta` and `rope_scaling`. For the
-        families in `ARCHITECTURES` also `architectures`, `layer_types` (one entry per layer) and
+        families of graphs/models/ also `architectures`, `layer_types` (one entry per layer) and
         `sliding_window` (None unless a layer uses it).
 
     Raises:
@@ -94,7 +69,11 @@ def normalise_config(
         )
     config = dict(raw)
     model_type = _model_type(config, source)
-    for key, value in {**_COMMON_DEFAULTS, **_DEFAULTS.get(model_type, {})}.items():
+    family = family_of_type(model_type)
+    if family is not None:
+        family.rename(config, source)
+    own = family.defaults if family is not None else {"tie_word_embeddings": model_type in _TIED}
+    for key, value in {**_COMMON_DEFAULTS, **own}.items():
         config.setdefault(key, value)
     config["dtype"] = _dtype(config, default_dtype, source)
     for field in (*REQUIRED_SIZES, "max_position_embeddings"):
@@ -111,12 +90,12 @@ def normalise_config(
                 f"{source}: {field} {config[field]} must be below 2**31; correct the config"
             )
     _check_scalars(config, source)
-    config["rope_parameters"] = normalise_rope(config, source)
+    config["rope_parameters"] = (family.rope if family is not None else normalise_rope)(config, source)
     for field in ("torch_dtype", "rope_theta", "rope_scaling"):
         config.pop(field, None)
-    if model_type in ARCHITECTURES:
-        config.setdefault("architectures", [ARCHITECTURES[model_type]])
-        _fill_windows(config, model_type, source)
+    if family is not None:
+        config.setdefault("architectures", [family.architecture])
+        _fill_windows(config, family, source)
     for field, value in config.items():
         if not _is_finite(value):
             raise CheckpointError(
@@ -152,10 +131,11 @@ def _model_type(config: dict[str, Any], source: str) -> str:
     model_type = config.get("model_type")
     if model_type is None:
         named = config.get("architectures") or []
-        model_type = next((key for key, name in ARCHITECTURES.items() if [name] == named), None)
+        model_type = next((f.model_type for name, f in families().items() if [name] == named), None)
     if not isinstance(model_type, str) or not model_type:
         raise CheckpointError(
-            f"{source} lacks model_type; add it to the config, e.g. {', '.join(ARCHITECTURES)}"
+            f"{source} lacks model_type; add it to the config, e.g. "
+            f"{', '.join(f.model_type for f in families().values())}"
         )
     config["model_type"] = model_type
     return model_type
@@ -234,23 +214,15 @@ def _check_scalars(config: dict[str, Any], source: str) -> None:
     )
 
 
-def _fill_windows(config: dict[str, Any], model_type: str, source: str) -> None:
+def _fill_windows(config: dict[str, Any], family: Family, source: str) -> None:
     """Fill `layer_types` and `sliding_window` as transformers derives them for this family."""
     layers = config["num_hidden_layers"]
-    if model_type == "llama" or not config.get("use_sliding_window", True):
-        config["sliding_window"] = None  # these ignore the field
-    window = config.get("sliding_window")
-    if window is not None:
+    if config.setdefault("sliding_window", None) is not None:
         positive_int(config, "sliding_window", source)
+    family.windows(config, source)
+    window = config["sliding_window"]
     if config.get("layer_types") is None:
-        first = 0 if window is not None else layers
-        if window is not None and "use_sliding_window" in config:
-            first = config.get("max_window_layers")
-            if type(first) is not int or first < 0:
-                raise CheckpointError(
-                    f"{source}: max_window_layers must be an integer of at least 0, not {first!r}; correct it"
-                )
-        config["layer_types"] = [LAYER_TYPES[layer >= first] for layer in range(layers)]
+        config["layer_types"] = [LAYER_TYPES[0]] * layers
     types = config["layer_types"]
     if not isinstance(types, list) or len(types) != layers or any(kind not in LAYER_TYPES for kind in types):
         raise CheckpointError(

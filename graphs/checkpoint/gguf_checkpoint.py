@@ -40,7 +40,7 @@ class GGUFCheckpoint(Checkpoint):
     """Tensors under Hugging Face names and in Hugging Face's row order; block types read as float32.
 
     Args:
-        path: a `.gguf` file of an architecture in `gguf_names.ARCHITECTURES`.
+        path: a `.gguf` file of a family of graphs/models/.
 
     Attributes:
         metadata: every metadata pair of the file, decoded on access (`tokenizer.ggml.tokens`, ...).
@@ -56,7 +56,9 @@ class GGUFCheckpoint(Checkpoint):
         self._file = GGUFFile(path)
         self.metadata: Mapping[str, Any] = self._file.metadata
         fields = Fields(self.metadata, str(path))
-        self._architecture = architecture_of(fields, str(path))
+        self._family = architecture_of(fields, str(path))
+        assert self._family.gguf is not None
+        self._gguf = self._family.gguf
         self._gguf_names = self._translate()
         self._tensors = {name: self._info(name) for name in sorted(self._gguf_names)}
         self.config = self._build_config(fields)
@@ -139,10 +141,10 @@ class GGUFCheckpoint(Checkpoint):
         for stored in self._file.tensors:
             if stored == ROPE_FACTORS:
                 continue  # becomes rope_parameters
-            name = hugging_face_name(stored)
+            name = hugging_face_name(stored, self._gguf.names)
             if name is None:
                 raise CheckpointError(
-                    f"{self.path}: tensor {stored!r} has no counterpart in {self._architecture} models; "
+                    f"{self.path}: tensor {stored!r} has no counterpart in {self._gguf.architecture} models; "
                     "use the Hugging Face folder of this model"
                 )
             names[name] = stored
@@ -157,7 +159,7 @@ class GGUFCheckpoint(Checkpoint):
         if embedding is None:
             raise CheckpointError(f"{self.path} lacks tensor 'token_embd.weight'; download the file again")
         source = str(self.path)
-        config = hugging_face_config(self._architecture, fields, self._tensors, embedding.shape[0], source)
+        config = hugging_face_config(self._family, fields, self._tensors, embedding.shape[0], source)
         normal = normalise_config(config, source=source)
         factors = self._file.tensors.get(ROPE_FACTORS)
         if factors is None:
@@ -178,18 +180,21 @@ class GGUFCheckpoint(Checkpoint):
 
     def _check_interleaved(self) -> None:
         for name, info in self._tensors.items():
-            heads = interleaved_heads(self._architecture, name, self.config)
+            heads = self._interleaved(name)
             if heads is not None and info.shape[0] != heads * self.config["head_dim"]:
                 raise CheckpointError(
                     f"{self.path}: tensor {self._gguf_names[name]!r} has {info.shape[0]} rows where "
                     f"{heads} heads of {self.config['head_dim']} are described; download the file again"
                 )
 
+    def _interleaved(self, name: str) -> int | None:
+        return interleaved_heads(name, self.config) if self._gguf.interleaved else None
+
     def _stored(self, info: TensorInfo, start: int, stop: int) -> np.ndarray:
         """Rows of a tensor in Hugging Face order: raw bytes of block types, values of plain ones."""
         tensor = self._file.tensors[self._gguf_names[info.name]]
         data = self._file.rows(tensor.name).reshape(info.shape[0], -1)
-        heads = interleaved_heads(self._architecture, info.name, self.config)
+        heads = self._interleaved(info.name)
         if heads is None:
             data = data[start:stop]
         else:

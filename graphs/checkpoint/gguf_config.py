@@ -10,6 +10,7 @@ import numpy as np
 
 from makeready.graphs.checkpoint.base import CheckpointError
 from makeready.graphs.checkpoint.gguf_names import Fields, special_tokens
+from makeready.graphs.models.family import Family
 
 _SIZES = {
     "num_hidden_layers": "block_count",
@@ -39,12 +40,12 @@ _NEUTRAL: dict[str, float] = {
 
 
 def hugging_face_config(
-    architecture: str, fields: Fields, names: Collection[str], vocab_size: int, source: str
+    family: Family, fields: Fields, names: Collection[str], vocab_size: int, source: str
 ) -> dict[str, Any]:
     """Build a config; it still has to pass `normalise_config`.
 
     Args:
-        architecture: one of `gguf_names.ARCHITECTURES`.
+        family: one with `gguf`.
         fields: the metadata.
         names: Hugging Face names of the tensors in the file.
         vocab_size: rows of the token embedding.
@@ -53,6 +54,8 @@ def hugging_face_config(
     Raises:
         CheckpointError: a setting that no supported architecture has.
     """
+    assert family.gguf is not None
+    architecture = family.gguf.architecture
     for key, neutral in _NEUTRAL.items():
         value = fields.number(f"{architecture}.{key}")
         if value not in (None, neutral):
@@ -60,7 +63,7 @@ def hugging_face_config(
                 f"{source}: {architecture}.{key}={value} is not supported; use a model without it"
             )
     config: dict[str, Any] = {
-        "model_type": architecture,
+        "model_type": family.model_type,
         "vocab_size": vocab_size,
         "hidden_act": "silu",
         # Dequantized values are float32; a plan may store them in less.
@@ -69,7 +72,7 @@ def hugging_face_config(
         "mlp_bias": "model.layers.0.mlp.gate_proj.bias" in names,
         **special_tokens(fields),
     }
-    if architecture != "qwen2":  # whose q, k and v biases are part of the architecture
+    if "attention_bias" not in family.defaults:  # where it is part of the architecture
         config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in names
     for field, key in _SIZES.items():
         config[field] = fields.integer(f"{architecture}.{key}")
@@ -80,8 +83,9 @@ def hugging_face_config(
         )
     config["rms_norm_eps"] = eps
     config["head_dim"] = _head_dim(architecture, fields, config, source)
-    _add_window(architecture, fields, config, source)
+    config["sliding_window"] = fields.integer(f"{architecture}.attention.sliding_window") or None
     config["rope_parameters"] = _rope(architecture, fields, source)
+    family.gguf.complete(fields, config, source)
     return config
 
 
@@ -100,19 +104,6 @@ def _head_dim(architecture: str, fields: Fields, config: Mapping[str, Any], sour
                 "use a model whose key, value and rotary sizes are equal"
             )
     return head_dim
-
-
-def _add_window(architecture: str, fields: Fields, config: dict[str, Any], source: str) -> None:
-    window = fields.integer(f"{architecture}.attention.sliding_window")
-    if not window:
-        return
-    if architecture != "llama":
-        raise CheckpointError(
-            f"{source}: {architecture}.attention.sliding_window is not supported, as GGUF does not say which "
-            "layers use it; use the Hugging Face folder of this model"
-        )
-    # Llama with a window on every layer is what Hugging Face calls Mistral.
-    config["model_type"], config["sliding_window"] = "mistral", window
 
 
 def _rope(architecture: str, fields: Fields, source: str) -> dict[str, Any]:

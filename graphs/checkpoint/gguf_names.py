@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from makeready.graphs.checkpoint.base import CheckpointError
+from makeready.graphs.models.family import Family, families
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral and SmolLM2 files say llama
 ROPE_FACTORS = "rope_freqs.weight"  # Llama 3's scaling, one divisor per frequency
 
 _OUTER = {
@@ -37,23 +37,24 @@ _LAYER = {
 _BLOCK = re.compile(r"blk\.(0|[1-9][0-9]*)\.([a-z_]+)\.(weight|bias)")
 
 
-def hugging_face_name(name: str) -> str | None:
-    """Translate a GGUF tensor name; None if it has no counterpart."""
+def hugging_face_name(name: str, own: Mapping[str, str]) -> str | None:
+    """Translate a GGUF tensor name; None if it has no counterpart. ``own`` are the names of the architecture's parts
+    that are not the usual ones.
+    """
     match = _BLOCK.fullmatch(name)
     if match is None:
         return _OUTER.get(name)
     layer, part, leaf = match.groups()
-    return f"model.layers.{layer}.{_LAYER[part]}.{leaf}" if part in _LAYER else None
+    known = {**_LAYER, **own}
+    return f"model.layers.{layer}.{known[part]}.{leaf}" if part in known else None
 
 
-def interleaved_heads(architecture: str, name: str, config: Mapping[str, Any]) -> int | None:
+def interleaved_heads(name: str, config: Mapping[str, Any]) -> int | None:
     """Return into how many heads a Hugging Face tensor's rows were interleaved, None if they were not.
 
-    The converter of the llama architecture reorders each head's rows of q and k, so that the two halves
-    that rotary embedding pairs alternate: row `2 i + j` of a head was row `j * head_dim / 2 + i`.
+    Where an architecture's converter reorders each head's rows of q and k, the two halves that rotary embedding
+    pairs alternate: row `2 i + j` of a head was row `j * head_dim / 2 + i`.
     """
-    if architecture != "llama":
-        return None
     if ".self_attn.q_proj." in name:
         return config["num_attention_heads"]
     if ".self_attn.k_proj." in name:
@@ -110,18 +111,19 @@ class Fields:
         return value
 
 
-def architecture_of(fields: Fields, source: str) -> str:
-    """Return `general.architecture`, one of `ARCHITECTURES`.
+def architecture_of(fields: Fields, source: str) -> Family:
+    """The family that `general.architecture` names.
 
     Raises:
         CheckpointError: missing or unsupported.
     """
     name = fields.text("general.architecture")
-    if name not in ARCHITECTURES:
+    known = {f.gguf.architecture: f for f in families().values() if f.gguf is not None}
+    if name not in known:
         raise CheckpointError(
-            f"{source}: general.architecture {name!r} is not supported; use one of {', '.join(ARCHITECTURES)}"
+            f"{source}: general.architecture {name!r} is not supported; use one of {', '.join(known)}"
         )
-    return name
+    return known[name]
 
 
 def special_tokens(fields: Fields) -> dict[str, Any]:

@@ -195,6 +195,6 @@ def _stored_dtype(tensors: Mapping[str, TensorInfo]) -> str:
     counts = Counter(
         info.dtype
         for info in tensors.values()
-        if info.dtype in DTYPES and info.name.startswith(("model.", "lm_head."))
+        if info.dtype in DTYPES and info.name.startswith(("model.", "transformer.", "lm_head."))
     )
     return counts.most_common(1)[0][0] if counts else "float32"

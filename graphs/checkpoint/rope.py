@@ -158,3 +158,16 @@ def _check(rope: dict[str, Any], source: str) -> None:
         )
     if rope.get("beta_slow", 1) > rope.get("beta_fast", 32):
         raise CheckpointError(f"{source}: beta_slow must not exceed beta_fast; correct the rope settings")
+
+
+def normalise_rope_by_kind(config: dict[str, Any], source: str) -> dict[str, Any]:
+    """Return the rotary settings of each kind of layer, as :func:`normalise_rope` gives them.
+
+    Args:
+        config: its `rope_parameters` are settings by kind of layer; it has no others.
+        source: what to call it in errors.
+    """
+    return {
+        kind: normalise_rope({**config, "rope_parameters": values}, source)
+        for kind, values in config["rope_parameters"].items()
+    }

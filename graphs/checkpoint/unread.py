@@ -14,7 +14,7 @@ NAMED = 5  # tensors that a warning names
 
 # Buffers that older transformers saved, computed from the config; masks of attention.
 _HARMLESS = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attn\.bias|masked_bias)$")
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_LAYER = re.compile(r"(?:model\.layers|transformer\.h)\.(\d+)\.")
 _SCALES = ("weight_scale", "weight_scale_inv", "weight_scale_2", "scale")
 _SHIFTS = ("bias", "weight_zero_point", "zero_point")
 

@@ -13,6 +13,55 @@ from makeready.kernels import norm, rope
 from makeready.kernels.attention import paged
 
 
+class PagedCache:
+    """A layer's keys and values in pages, and attention over them.
+
+    Args:
+        name: prefix of the cache tensors, ``layers.3``.
+        window: tokens that a token sees, itself included; 0 for all.
+        scale: of the scores; None is ``head_dim ** -0.5``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        window: int = 0,
+        scale: float | None = None,
+    ) -> None:
+        self.name = name
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.window = window
+        self.scale = head_dim**-0.5 if scale is None else scale
+
+    def parts(self, page_size: int, dtype: str) -> tuple[KVPart, KVPart]:
+        """The two cache tensors."""
+        shape = (page_size, self.kv_heads, self.head_dim)
+        return KVPart(f"{self.name}.k", shape, dtype), KVPart(f"{self.name}.v", shape, dtype)
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+        """Put keys and values ``[T, kv_heads * head_dim]`` into the cache and attend with ``q`` over it."""
+        k_cache, v_cache = inputs.kv(f"{self.name}.k"), inputs.kv(f"{self.name}.v")
+        paged.kv_write(k, v, inputs.kv_slot, k_cache, v_cache, kv_heads=self.kv_heads, head_dim=self.head_dim)
+        return paged.paged_attention(
+            q,
+            k_cache,
+            v_cache,
+            inputs.page_table,
+            inputs.query_start,
+            inputs.query_len,
+            inputs.context_len,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            scale=self.scale,
+            window=self.window,
+        )
+
+
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions, optional head norms and sliding window.
 
@@ -22,6 +71,8 @@ class Attention(nn.Module):
         window: tokens that a token sees, itself included; 0 for all.
         group: cache group of its tensors; empty for the model's first.
         norm_eps: epsilon of the per-head query and key norms, or None where the model has none.
+        norm_offset: added to the weights of these norms.
+        scale: of the scores; None is ``head_dim ** -0.5``.
     """
 
     def __init__(
@@ -37,14 +88,15 @@ class Attention(nn.Module):
         output_bias: bool,
         window: int = 0,
         norm_eps: float | None = None,
+        norm_offset: float = 0.0,
+        scale: float | None = None,
         group: str = "",
     ) -> None:
         super().__init__()
-        self.name = name
         self.group = group
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
-        self.window = window
-        self.norm_eps = norm_eps
+        self.cache = PagedCache(name, heads, kv_heads, head_dim, window=window, scale=scale)
+        self.norm_eps, self.norm_offset = norm_eps, norm_offset
         self.q = Linear(f"{source}.q_proj", heads * head_dim, hidden, bias=qkv_bias, shard=BY_OUTPUTS)
         self.k = Linear(f"{source}.k_proj", kv_heads * head_dim, hidden, bias=qkv_bias, shard=BY_OUTPUTS)
         self.v = Linear(f"{source}.v_proj", kv_heads * head_dim, hidden, bias=qkv_bias, shard=BY_OUTPUTS)
@@ -55,35 +107,15 @@ class Attention(nn.Module):
 
     def kv_parts(self, page_size: int, dtype: str) -> tuple[KVPart, KVPart]:
         """The layer's two cache tensors."""
-        shape = (page_size, self.kv_heads, self.head_dim)
-        return KVPart(f"{self.name}.k", shape, dtype), KVPart(f"{self.name}.v", shape, dtype)
+        return self.cache.parts(page_size, dtype)
 
     def forward(self, x_TC: torch.Tensor, rows_TQ: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         inputs = inputs.of(self.group)
         q, k, v = self.q(x_TC), self.k(x_TC), self.v(x_TC)
         if self.norm_eps is not None:
-            q = norm.head_rms_norm(
-                q, self.q_norm, eps=self.norm_eps, heads=self.heads, head_dim=self.head_dim
-            )
-            k = norm.head_rms_norm(
-                k, self.k_norm, eps=self.norm_eps, heads=self.kv_heads, head_dim=self.head_dim
-            )
+            by = {"eps": self.norm_eps, "offset": self.norm_offset, "head_dim": self.head_dim}
+            q = norm.head_rms_norm(q, self.q_norm, heads=self.heads, **by)
+            k = norm.head_rms_norm(k, self.k_norm, heads=self.kv_heads, **by)
         q = rope.rope(q, rows_TQ, heads=self.heads, head_dim=self.head_dim)
         k = rope.rope(k, rows_TQ, heads=self.kv_heads, head_dim=self.head_dim)
-        k_cache, v_cache = inputs.kv(f"{self.name}.k"), inputs.kv(f"{self.name}.v")
-        paged.kv_write(k, v, inputs.kv_slot, k_cache, v_cache, kv_heads=self.kv_heads, head_dim=self.head_dim)
-        y = paged.paged_attention(
-            q,
-            k_cache,
-            v_cache,
-            inputs.page_table,
-            inputs.query_start,
-            inputs.query_len,
-            inputs.context_len,
-            heads=self.heads,
-            kv_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            scale=self.head_dim**-0.5,
-            window=self.window,
-        )
-        return self.o(y)
+        return self.o(self.cache.attend(q, k, v, inputs))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -26,25 +28,36 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm of ``x[T, C]``."""
+    """Root-mean-square norm of ``x[T, C]``; ``offset`` is added to the weights as they are stored."""
 
-    def __init__(self, source: str, width: int, eps: float) -> None:
+    def __init__(self, source: str, width: int, eps: float, offset: float = 0.0) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.offset = eps, offset
         self.weight = parameter((width,), f"{source}.weight")
 
     def forward(self, x_TC: torch.Tensor) -> torch.Tensor:
-        return norm.rms_norm(x_TC, self.weight, eps=self.eps)
+        return norm.rms_norm(x_TC, self.weight, eps=self.eps, offset=self.offset)
 
 
 class GatedMLP(nn.Module):
-    """``down(silu(gate(x)) * up(x))``."""
+    """``down(activation(gate(x)) * up(x))``; ``names`` are those of gate, up and down in the checkpoint."""
 
-    def __init__(self, source: str, hidden: int, intermediate: int, *, bias: bool) -> None:
+    def __init__(
+        self,
+        source: str,
+        hidden: int,
+        intermediate: int,
+        *,
+        bias: bool,
+        activation: Callable[[torch.Tensor], torch.Tensor] = elementwise.silu,
+        names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    ) -> None:
         super().__init__()
-        self.gate = Linear(f"{source}.gate_proj", intermediate, hidden, bias=bias, shard=BY_OUTPUTS)
-        self.up = Linear(f"{source}.up_proj", intermediate, hidden, bias=bias, shard=BY_OUTPUTS)
-        self.down = Linear(f"{source}.down_proj", hidden, intermediate, bias=bias, shard=BY_INPUTS)
+        self.activation = activation
+        gate, up, down = (f"{source}.{name}" for name in names)
+        self.gate = Linear(gate, intermediate, hidden, bias=bias, shard=BY_OUTPUTS)
+        self.up = Linear(up, intermediate, hidden, bias=bias, shard=BY_OUTPUTS)
+        self.down = Linear(down, hidden, intermediate, bias=bias, shard=BY_INPUTS)
 
     def forward(self, x_TC: torch.Tensor) -> torch.Tensor:
-        return self.down(elementwise.multiply(elementwise.silu(self.gate(x_TC)), self.up(x_TC)))
+        return self.down(elementwise.multiply(self.activation(self.gate(x_TC)), self.up(x_TC)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import nn
@@ -16,6 +16,9 @@ TENSOR_PARALLEL = "tp"  # the mesh axis that layers are split over
 
 Shard: TypeAlias = tuple[str | None, ...]
 Source: TypeAlias = tuple[Piece, ...] | Generated | Callable[[str], Derived]
+
+if TYPE_CHECKING:
+    from makeready.graphs.models.family import Model
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def constant(shape: tuple[int, ...], function: str, arguments: Mapping[str, Any]
     return _declare(shape, Declaration(Generated(function, dict(arguments)), (), False))
 
 
-def sources(model: nn.Module) -> set[str]:
+def sources(model: Model) -> set[str]:
     """Tensors of the checkpoint that the parameters of ``model`` are read from."""
     found: set[str] = set()
     for said in (p.declaration.source for p in model.parameters() if isinstance(p, Parameter)):

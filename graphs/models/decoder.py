@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,16 @@ from makeready.graphs.layers.dense import BY_OUTPUTS, GatedMLP, RMSNorm
 from makeready.graphs.layers.inputs import Inputs
 from makeready.graphs.layers.parameter import parameter
 from makeready.graphs.layers.rope import RotaryRows
+from makeready.graphs.models.family import UnsupportedModelError, windows
 from makeready.graphs.spec import CacheGroup, KVPart
-from makeready.kernels import elementwise, embedding
+from makeready.kernels import elementwise
+from makeready.kernels import embedding as embeddings
 from makeready.kernels.gemm import linear as gemm
+
+ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": elementwise.silu,
+    "gelu_pytorch_tanh": elementwise.gelu_tanh,
+}
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,7 @@ class DecoderConfig:
         windows: tokens that a token of each layer sees, itself included; 0 for all.
         qk_norm: whether queries and keys are normalised per head before rotation.
         rope: normalised ``rope_parameters``, complete with what the type needs.
+        activation: what the MLP's gate goes through.
     """
 
     layers: int
@@ -37,7 +45,6 @@ class DecoderConfig:
     head_dim: int
     vocabulary: int
     norm_eps: float
-    context_len: int
     rope: Mapping[str, Any]
     windows: tuple[int, ...]
     qkv_bias: bool = False
@@ -45,6 +52,7 @@ class DecoderConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     tied_embeddings: bool = False
+    activation: Callable[[torch.Tensor], torch.Tensor] = elementwise.silu
 
     @property
     def rotary_dim(self) -> int:
@@ -72,7 +80,13 @@ class DecoderLayer(nn.Module):
             norm_eps=config.norm_eps if config.qk_norm else None,
         )
         self.mlp_norm = RMSNorm(f"{source}.post_attention_layernorm", config.hidden, config.norm_eps)
-        self.mlp = GatedMLP(f"{source}.mlp", config.hidden, config.intermediate, bias=config.mlp_bias)
+        self.mlp = GatedMLP(
+            f"{source}.mlp",
+            config.hidden,
+            config.intermediate,
+            bias=config.mlp_bias,
+            activation=config.activation,
+        )
 
     def forward(self, x_TC: torch.Tensor, rows_TQ: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         x_TC = elementwise.add(self.attention(self.input_norm(x_TC), rows_TQ, inputs), x_TC)
@@ -80,22 +94,46 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token ids ``[T]`` to the logits of the token behind each, ``[T, vocabulary]`` float32.
+    """An embedding, layers, a norm and a vocabulary projection: a Model of graphs/models/family.py.
 
-    ``context_len`` is the plan's, which rotary tables are as long as; ``activation`` names the dtype of
-    everything between the embedding and the logits.
+    Args:
+        context_len: the plan's, which rotary tables are as long as.
+        activation: dtype of everything between the embedding and the logits.
+        layer: makes the layer of an index. Called with the residual stream, what ``rope`` gives, and the inputs;
+            has ``attention`` with ``kv_parts``.
+        rope: of the inputs, what layers turn queries and keys by; None is one table or base for all.
+        norm: makes the norm of a checkpoint prefix and a width.
+        embedding_scale: what embeddings are multiplied by, rounded to ``activation`` as transformers rounds it;
+            None leaves them as they are.
+        embedding, last_norm, head: their names in the checkpoint.
     """
 
-    def __init__(self, config: DecoderConfig, *, context_len: int, activation: str) -> None:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        context_len: int,
+        activation: str,
+        layer: Callable[[DecoderConfig, int], nn.Module] = DecoderLayer,
+        rope: nn.Module | None = None,
+        norm: Callable[[str, int, float], nn.Module] = RMSNorm,
+        embedding_scale: float | None = None,
+        embedding: str = "model.embed_tokens.weight",
+        last_norm: str = "model.norm",
+        head: str = "lm_head.weight",
+    ) -> None:
         super().__init__()
         self.config = config
         self.activation = activation
+        self.embedding_scale = embedding_scale
+        if embedding_scale is not None:
+            self.embedding_scale = torch.tensor(embedding_scale, dtype=getattr(torch, activation)).item()
         shape = (config.vocabulary, config.hidden)
-        self.embedding = parameter(shape, "model.embed_tokens.weight", shard=BY_OUTPUTS)
-        self.rope = RotaryRows(config.rope, config.rotary_dim, context_len)
-        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.layers))
-        self.norm = RMSNorm("model.norm", config.hidden, config.norm_eps)
-        source = "model.embed_tokens.weight" if config.tied_embeddings else "lm_head.weight"
+        self.embedding = parameter(shape, embedding, shard=BY_OUTPUTS)
+        self.rope = rope or RotaryRows(config.rope, config.rotary_dim, context_len)
+        self.layers = nn.ModuleList(layer(config, i) for i in range(config.layers))
+        self.norm = norm(last_norm, config.hidden, config.norm_eps)
+        source = embedding if config.tied_embeddings else head
         self.head = parameter(shape, source, shard=BY_OUTPUTS, quantizable=True)
 
     def kv_parts(self, page_size: int, dtype: str) -> tuple[KVPart, ...]:
@@ -111,8 +149,43 @@ class Decoder(nn.Module):
         return (CacheGroup("kv", self.kv_parts(page_size, dtype), page_size),)
 
     def forward(self, ids_T: torch.Tensor, inputs: Inputs) -> torch.Tensor:
-        x_TC = embedding.embedding(ids_T, self.embedding, out_dtype=self.activation)
-        rows_TQ = self.rope(inputs)
+        x_TC = embeddings.embedding(ids_T, self.embedding, out_dtype=self.activation)
+        if self.embedding_scale is not None:
+            x_TC = elementwise.scale(x_TC, by=self.embedding_scale)
+        turns = self.rope(inputs)
         for layer in self.layers:
-            x_TC = layer(x_TC, rows_TQ, inputs)
+            x_TC = layer(x_TC, turns, inputs)
         return gemm.linear(self.norm(x_TC), self.head, out_dtype="float32")
+
+
+def dense(config: Mapping[str, Any], **overrides: Any) -> DecoderConfig:
+    """The part of a normalised config that dense decoders read alike; ``overrides`` is what a family knows better.
+
+    Raises:
+        UnsupportedModelError: unknown activation function.
+    """
+    act = config["hidden_act"]
+    if act not in ACTIVATIONS:
+        raise UnsupportedModelError(
+            f"hidden_act {act!r} is not supported; dense decoders use {' or '.join(map(repr, ACTIVATIONS))}"
+        )
+    rope = dict(config["rope_parameters"])
+    if rope.get("rope_type") == "dynamic":  # its scale starts where the config's context ends
+        rope["original_max_position_embeddings"] = config["max_position_embeddings"]
+    elif rope.get("rope_type") == "yarn":
+        rope.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
+    fields: dict[str, Any] = {
+        "layers": config["num_hidden_layers"],
+        "hidden": config["hidden_size"],
+        "intermediate": config["intermediate_size"],
+        "heads": config["num_attention_heads"],
+        "kv_heads": config["num_key_value_heads"],
+        "head_dim": config["head_dim"],
+        "vocabulary": config["vocab_size"],
+        "norm_eps": config["rms_norm_eps"],
+        "rope": rope,
+        "windows": windows(config),
+        "tied_embeddings": config["tie_word_embeddings"],
+        "activation": ACTIVATIONS[act],
+    }
+    return DecoderConfig(**(fields | overrides))

@@ -1,7 +1,8 @@
-"""From a checkpoint's config to a model: which architectures there are and how each reads its config.
+"""Which architectures there are: for each how its config is read and how its model is built.
 
-A family is a module of this folder that calls :func:`family` on a function from a normalised config
-(graphs/checkpoint/config.py) to a model config. Modules are found by themselves.
+A model is a module of this folder that registers a builder with :func:`model`; modules are found by themselves.
+The runtime reads checkpoints' configs by the same modules, so none of them imports torch at the top: builders
+import the layers that they put together.
 """
 
 from __future__ import annotations
@@ -9,82 +10,199 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from makeready.graphs import models
-from makeready.graphs.models.decoder import Decoder, DecoderConfig
+from makeready.graphs.checkpoint.rope import normalise_rope
 
-ReadConfig: TypeAlias = Callable[[Mapping[str, Any]], DecoderConfig]
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
-_FAMILIES: dict[str, ReadConfig] = {}
+    from makeready.graphs.checkpoint.gguf_names import Fields
+    from makeready.graphs.layers.inputs import Inputs
+    from makeready.graphs.spec import CacheGroup
 
 
 class UnsupportedModelError(ValueError):
     """The checkpoint asks for something that no model here computes."""
 
 
-def family(*architectures: str) -> Callable[[ReadConfig], ReadConfig]:
-    """Register the decorated function as the reader of these ``architectures`` of ``config.json``."""
+class Model(Protocol):
+    """What is traced: an ``nn.Module`` whose parameters carry their declarations (graphs/layers/parameter.py)."""
 
-    def register(read: ReadConfig) -> ReadConfig:
-        for name in architectures:
-            _FAMILIES[name] = read
-        return read
+    def named_parameters(self) -> Iterator[tuple[str, Any]]:
+        """Parameters by name, each once, in the order of the model."""
+        ...
+
+    def parameters(self) -> Iterator[Any]:
+        """The same without names."""
+        ...
+
+    def cache_groups(self, page_size: int, dtype: str) -> tuple[CacheGroup, ...]:
+        """Cache tensors of all layers, in the order of the layers, by what is kept of a sequence."""
+        ...
+
+    def __call__(self, ids_T: Any, inputs: Inputs) -> Any:
+        """Token ids ``[T]`` to the logits of the token behind each, ``[T, vocabulary]`` float32."""
+        ...
+
+
+class Build(Protocol):
+    """Of a normalised config to the model that it describes, on the meta device.
+
+    ``context_len`` is the plan's, which rotary tables are as long as; ``activation`` names the dtype of
+    everything between the embedding and the logits.
+    """
+
+    def __call__(self, config: Mapping[str, Any], *, context_len: int, activation: str) -> Model: ...
+
+
+Rewrite = Callable[[dict[str, Any], str], None]
+"""Brings a config into the common form in place; the text names its file in errors."""
+
+
+def nothing(config: dict[str, Any], source: str) -> None:
+    """The config is in the common form already."""
+
+
+def no_windows(config: dict[str, Any], source: str) -> None:
+    """Every layer sees all tokens, whatever ``sliding_window`` says."""
+    config["sliding_window"] = None
+
+
+def every_layer_slides(config: dict[str, Any], source: str) -> None:
+    """``sliding_window``, where there is one, holds for all layers that ``layer_types`` does not name."""
+    if config.get("layer_types") is None and config.get("sliding_window") is not None:
+        config["layer_types"] = ["sliding_attention"] * config["num_hidden_layers"]
+
+
+def longest_context(config: Mapping[str, Any]) -> int:
+    """Tokens that the rotary embedding was stretched to, as vLLM reads a config.
+
+    Linear and dynamic factors count from the config's positions, which are those before scaling. Yarn's
+    counts from the original positions, wherever they are stated: Qwen adds the scaling to a config of 32,768
+    or 40,960 positions, DeepSeek states positions that are scaled already. Llama 3's are, too.
+    """
+    rope, positions = config["rope_parameters"], config["max_position_embeddings"]
+    if rope["rope_type"] in ("linear", "dynamic"):
+        scaled = positions * rope["factor"]
+    elif rope["rope_type"] == "yarn":
+        scaled = rope.get("original_max_position_embeddings", positions) * rope["factor"]
+    else:
+        return positions
+    return int(scaled + 1e-6)  # a factor that was made by a division may fall short of a whole number
+
+
+def refuse_windows(fields: Fields, config: dict[str, Any], source: str) -> None:
+    """Raise CheckpointError where the file has a window: GGUF does not say which layers use it."""
+    from makeready.graphs.checkpoint.base import CheckpointError
+
+    if config["sliding_window"]:
+        raise CheckpointError(
+            f"{source}: {config['model_type']}.attention.sliding_window is not supported, as GGUF does not say "
+            "which layers use it; use the Hugging Face folder of this model"
+        )
+
+
+@dataclass(frozen=True)
+class GGUF:
+    """How the GGUF files of a family differ from the common form (graphs/checkpoint/gguf_config.py).
+
+    Attributes:
+        architecture: ``general.architecture``.
+        names: parts of a layer, in Hugging Face's spelling, that are called otherwise than usual.
+        interleaved: whether each head's rows of q and k are reordered, so that the two halves that rotary
+            embedding pairs alternate.
+        complete: completes the config from the metadata, in place; ``sliding_window`` is the file's.
+    """
+
+    architecture: str
+    names: Mapping[str, str] = field(default_factory=dict)
+    interleaved: bool = False
+    complete: Callable[[Fields, dict[str, Any], str], None] = refuse_windows
+
+
+@dataclass(frozen=True)
+class Family:
+    """An architecture.
+
+    Attributes:
+        architecture, model_type: as ``config.json`` names it.
+        build: makes its model.
+        defaults: of config fields, as transformers' config class has them where the common ones differ.
+        rename: brings the config's fields, as the file states them, into the common spelling.
+        windows: fills ``layer_types`` where the config lacks it; ``sliding_window`` is None where none is used.
+        rope: reads the rotary settings; see :func:`~makeready.graphs.checkpoint.rope.normalise_rope`.
+        longest: tokens of context that the model was made for, of a normalised config.
+        gguf: how its GGUF files are read; None where they are not, or as another family's.
+    """
+
+    architecture: str
+    model_type: str
+    build: Build
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    rename: Rewrite = nothing
+    windows: Rewrite = no_windows
+    rope: Callable[[dict[str, Any], str], dict[str, Any]] = normalise_rope
+    longest: Callable[[Mapping[str, Any]], int] = longest_context
+    gguf: GGUF | None = None
+
+
+_FAMILIES: dict[str, Family] = {}
+
+Builder = TypeVar("Builder", bound=Build)
+
+
+def model(architecture: str, *, model_type: str, **reading: Any) -> Callable[[Builder], Builder]:
+    """Register the decorated function as the builder of ``architecture``; see :class:`Family` for ``reading``."""
+
+    def register(build: Builder) -> Builder:
+        _FAMILIES[architecture] = Family(architecture, model_type, build, **reading)
+        return build
 
     return register
 
 
-def architectures() -> dict[str, ReadConfig]:
+def families() -> dict[str, Family]:
     """Every supported architecture, by name."""
     for module in pkgutil.iter_modules(models.__path__):
-        importlib.import_module(f"{models.__name__}.{module.name}")
+        if module.name not in ("family", "decoder"):
+            importlib.import_module(f"{models.__name__}.{module.name}")
     return dict(sorted(_FAMILIES.items()))
 
 
-def read_config(config: Mapping[str, Any]) -> DecoderConfig:
-    """The model config of a normalised checkpoint config.
+def family_of_type(model_type: str) -> Family | None:
+    """The architecture that ``model_type`` stands for."""
+    return next((f for f in families().values() if f.model_type == model_type), None)
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The architecture of a normalised config.
 
     Raises:
-        UnsupportedModelError: unknown architecture or activation function.
+        UnsupportedModelError: there is none of that name.
     """
-    known = architectures()
+    known = families()
     named = config.get("architectures") or ["(none)"]
-    read = next((known[name] for name in named if name in known), None)
-    if read is None:
+    found = next((known[name] for name in named if name in known), None)
+    if found is None:
         raise UnsupportedModelError(
             f"architecture {', '.join(named)} is not supported; supported are {', '.join(known)}"
         )
-    activation = config.get("hidden_act", "silu")
-    if activation != "silu":
-        raise UnsupportedModelError(f"hidden_act {activation!r} is not supported; dense decoders use 'silu'")
-    return read(config)
+    return found
 
 
-def build(config: Mapping[str, Any], *, context_len: int, activation: str) -> Decoder:
-    """The model that ``config`` describes, on the meta device."""
-    return Decoder(read_config(config), context_len=context_len, activation=activation)
+def build(config: Mapping[str, Any], *, context_len: int, activation: str) -> Model:
+    """The model that a normalised config describes, on the meta device.
+
+    Raises:
+        UnsupportedModelError: unknown architecture, or something in its config that is not computed here.
+    """
+    return family_of(config).build(config, context_len=context_len, activation=activation)
 
 
-def dense(config: Mapping[str, Any], **overrides: Any) -> DecoderConfig:
-    """The part that dense decoders read alike; ``overrides`` is what a family knows better."""
-    rope = dict(config["rope_parameters"])
-    if rope["rope_type"] == "dynamic":  # its scale starts where the config's context ends
-        rope["original_max_position_embeddings"] = config["max_position_embeddings"]
-    elif rope["rope_type"] == "yarn":
-        rope.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
-    layers = config["num_hidden_layers"]
-    fields: dict[str, Any] = {
-        "layers": layers,
-        "hidden": config["hidden_size"],
-        "intermediate": config["intermediate_size"],
-        "heads": config["num_attention_heads"],
-        "kv_heads": config["num_key_value_heads"],
-        "head_dim": config["head_dim"],
-        "vocabulary": config["vocab_size"],
-        "norm_eps": config["rms_norm_eps"],
-        "context_len": config["max_position_embeddings"],
-        "rope": rope,
-        "windows": (0,) * layers,
-        "tied_embeddings": config["tie_word_embeddings"],
-    }
-    return DecoderConfig(**(fields | overrides))
+def windows(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Tokens that a token of each layer sees, itself included; 0 for all."""
+    window = config["sliding_window"] or 0
+    return tuple(window if kind == "sliding_attention" else 0 for kind in config["layer_types"])

@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from makeready.graphs.models.decoder import DecoderConfig
-from makeready.graphs.models.family import dense, family
+from makeready.graphs.models.family import GGUF, Model, model
+
+if TYPE_CHECKING:
+    from makeready.graphs.checkpoint.gguf_names import Fields
 
 
-@family("LlamaForCausalLM")
-def llama(config: Mapping[str, Any]) -> DecoderConfig:
+def _of_gguf(fields: Fields, config: dict[str, Any], source: str) -> None:
+    """Llama with a window on every layer is what Hugging Face calls Mistral."""
+    if config["sliding_window"]:
+        config["model_type"] = "mistral"
+
+
+@model(
+    "LlamaForCausalLM",
+    model_type="llama",
+    defaults={"max_position_embeddings": 2048},
+    gguf=GGUF("llama", interleaved=True, complete=_of_gguf),
+)
+def llama(config: Mapping[str, Any], *, context_len: int, activation: str) -> Model:
     """``attention_bias`` covers all four projections of attention."""
+    from makeready.graphs.models.decoder import Decoder, dense
+
     bias = bool(config.get("attention_bias"))
-    return dense(config, qkv_bias=bias, output_bias=bias, mlp_bias=bool(config.get("mlp_bias")))
+    read = dense(config, qkv_bias=bias, output_bias=bias, mlp_bias=bool(config.get("mlp_bias")))
+    return Decoder(read, context_len=context_len, activation=activation)

@@ -5,31 +5,58 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from makeready.graphs.models.decoder import DecoderConfig
-from makeready.graphs.models.family import dense, family
+from makeready.graphs.checkpoint.base import CheckpointError
+from makeready.graphs.models.family import GGUF, Model, model, no_windows
+
+_DEFAULTS = {
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 32,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
 
 
-@family("Qwen2ForCausalLM")
-def qwen2(config: Mapping[str, Any]) -> DecoderConfig:
+def _windows(config: dict[str, Any], source: str) -> None:
+    """Layers from ``max_window_layers`` on slide where ``use_sliding_window`` says so, and no ``layer_types``."""
+    if not config["use_sliding_window"]:
+        return no_windows(config, source)
+    if config.get("layer_types") is None and config["sliding_window"] is not None:
+        first, layers = config["max_window_layers"], range(config["num_hidden_layers"])
+        if type(first) is not int or first < 0:
+            raise CheckpointError(
+                f"{source}: max_window_layers must be an integer of at least 0, not {first!r}; correct it"
+            )
+        config["layer_types"] = ["sliding_attention" if i >= first else "full_attention" for i in layers]
+    return None
+
+
+@model(
+    "Qwen2ForCausalLM",
+    model_type="qwen2",
+    # There is no such field as attention_bias: q, k and v always have one, o never.
+    defaults={**_DEFAULTS, "attention_bias": True},
+    windows=_windows,
+    gguf=GGUF("qwen2"),
+)
+def qwen2(config: Mapping[str, Any], *, context_len: int, activation: str) -> Model:
     """Biases on queries, keys and values alone."""
-    return dense(config, windows=_windows(config), qkv_bias=True)
+    from makeready.graphs.models.decoder import Decoder, dense
+
+    return Decoder(dense(config, qkv_bias=True), context_len=context_len, activation=activation)
 
 
-@family("Qwen3ForCausalLM")
-def qwen3(config: Mapping[str, Any]) -> DecoderConfig:
+@model(
+    "Qwen3ForCausalLM",
+    model_type="qwen3",
+    defaults={**_DEFAULTS, "head_dim": 128},
+    windows=_windows,
+    gguf=GGUF("qwen3"),
+)
+def qwen3(config: Mapping[str, Any], *, context_len: int, activation: str) -> Model:
     """Head norms on queries and keys."""
+    from makeready.graphs.models.decoder import Decoder, dense
+
     bias = bool(config.get("attention_bias"))
-    return dense(config, windows=_windows(config), qkv_bias=bias, output_bias=bias, qk_norm=True)
-
-
-def _windows(config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Layers from ``max_window_layers`` on slide, unless ``layer_types`` says which do."""
-    layers = config["num_hidden_layers"]
-    window = config.get("sliding_window") or 0
-    if not config.get("use_sliding_window") or not window:
-        return (0,) * layers
-    types = config.get("layer_types")
-    if types is None:
-        first = config.get("max_window_layers", layers)
-        return tuple(window if i >= first else 0 for i in range(layers))
-    return tuple(window if kind == "sliding_attention" else 0 for kind in types)
+    read = dense(config, qkv_bias=bias, output_bias=bias, qk_norm=True)
+    return Decoder(read, context_len=context_len, activation=activation)

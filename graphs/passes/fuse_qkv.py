@@ -75,14 +75,14 @@ def _head(program: Program, value: str, producers: dict[str, Call]) -> _Head | N
 
 def _fused(write: Call, q: _Head, k: _Head, qkv: str, rope: Call) -> Call | None:
     operands = {"qkv": qkv, "rows": rope.operands["rows"]}
-    eps = 0.0
+    eps = offset = 0.0
     if q.norm is not None and k.norm is not None:
-        if q.norm.attrs["eps"] != k.norm.attrs["eps"]:
+        (eps, offset), of_keys = ((c.attrs["eps"], c.attrs.get("offset", 0.0)) for c in (q.norm, k.norm))
+        if (eps, offset) != of_keys:
             return None
-        eps = q.norm.attrs["eps"]
         operands |= {"q_norm": q.norm.operands["weight"], "k_norm": k.norm.operands["weight"]}
     elif q.norm is not None or k.norm is not None:
         return None
     operands |= {name: write.operands[name] for name in ("kv_slot", "k_cache", "v_cache")}
-    attrs = {**write.attrs, "heads": rope.attrs["heads"], "eps": eps}
+    attrs = {**write.attrs, "heads": rope.attrs["heads"], "eps": eps, "offset": offset}
     return Call("norm_rope_kv_write", operands, {"q": rope.result}, attrs)

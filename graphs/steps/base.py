@@ -20,7 +20,7 @@ from makeready.graphs.spec import CacheSpec, Field, Limits, StepSpec
 
 if TYPE_CHECKING:
     from makeready.graphs.layers.inputs import Inputs
-    from makeready.graphs.models.decoder import Decoder
+    from makeready.graphs.models.family import Model
     from makeready.graphs.request import Request
 
 
@@ -58,7 +58,7 @@ class StepKind(Protocol):
         """What a slot has to hold for steps of this kind; kinds share fields of a name."""
         ...
 
-    def trace(self, model: Decoder, inputs: Inputs, limits: Limits) -> Mapping[str, torch.Tensor]:
+    def trace(self, model: Model, inputs: Inputs, limits: Limits) -> Mapping[str, torch.Tensor]:
         """Run the step on proxies, as contracts; the values of ``spec.results`` by name."""
         ...
 

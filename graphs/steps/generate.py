@@ -23,7 +23,7 @@ from makeready.kernels.spec import ROWS, TOKENS
 from makeready.kernels.step import locate
 
 if TYPE_CHECKING:
-    from makeready.graphs.models.decoder import Decoder
+    from makeready.graphs.models.family import Model
     from makeready.graphs.request import Request
 
 
@@ -90,7 +90,7 @@ def token_results(limits: Limits) -> tuple[Field, ...]:
     )
 
 
-def run(model: Decoder, i: Inputs, limits: Limits) -> tuple[torch.Tensor, Inputs]:
+def run(model: Model, i: Inputs, limits: Limits) -> tuple[torch.Tensor, Inputs]:
     """Put the step's tokens behind their sequences and run the model: logits behind each token, float32.
 
     Also returns the inputs with what :mod:`makeready.kernels.step.locate` derived from them.
@@ -137,7 +137,7 @@ class Decode:
     def slot(self, limits: Limits, cache: CacheSpec) -> tuple[Field, ...]:
         return sequence_slot(limits, cache) + sampling_slot(limits)
 
-    def trace(self, model: Decoder, inputs: Inputs, limits: Limits) -> Mapping[str, torch.Tensor]:
+    def trace(self, model: Model, inputs: Inputs, limits: Limits) -> Mapping[str, torch.Tensor]:
         logits, i = run(model, inputs, limits)
         return sample(logits, i, limits)
 
@@ -159,7 +159,7 @@ class Extend:
     def slot(self, limits: Limits, cache: CacheSpec) -> tuple[Field, ...]:
         return sequence_slot(limits, cache) + sampling_slot(limits)
 
-    def trace(self, model: Decoder, inputs: Inputs, limits: Limits) -> Mapping[str, torch.Tensor]:
+    def trace(self, model: Model, inputs: Inputs, limits: Limits) -> Mapping[str, torch.Tensor]:
         logits, i = run(model, inputs, limits)
         return sample(elementwise.gather_last(logits, i.query_start, i.query_len), i, limits)
 

@@ -26,7 +26,7 @@ from makeready.kernels.sample import logprobs
 from makeready.kernels.spec import TOKENS
 
 if TYPE_CHECKING:
-    from makeready.graphs.models.decoder import Decoder
+    from makeready.graphs.models.family import Model
     from makeready.graphs.request import Request
 
 BUCKETS = 4  # such steps are mostly full
@@ -62,7 +62,7 @@ class InputLogprobs:
     def slot(self, limits: Limits, cache: CacheSpec) -> tuple[Field, ...]:
         return sequence_slot(limits, cache) + sampling_slot(limits)
 
-    def trace(self, model: Decoder, inputs: Inputs, limits: Limits) -> Mapping[str, torch.Tensor]:
+    def trace(self, model: Model, inputs: Inputs, limits: Limits) -> Mapping[str, torch.Tensor]:
         logits, i = run(model, inputs, limits)
         made = sample(elementwise.gather_last(logits, i.query_start, i.query_len), i, limits)
         logprob, top_ids, top_values = logprobs.token_logprobs(

@@ -77,14 +77,15 @@ def norm_rope_kv_write(
     kv_heads: int,
     head_dim: int,
     eps: float,
+    offset: float = 0.0,
 ) -> torch.Tensor:
     """Everything between the q/k/v projection and attention: head norms, rotation, cache write.
 
-    Without ``q_norm`` and ``k_norm`` the heads are rotated as they are.
+    Without ``q_norm`` and ``k_norm`` the heads are rotated as they are; ``offset`` is added to both.
     """
     q, k, v = qkv.unflatten(-1, (-1, head_dim)).split((heads, kv_heads, kv_heads), dim=1)
     if q_norm is not None and k_norm is not None:
-        q, k = rms_norm(q, q_norm, eps=eps), rms_norm(k, k_norm, eps=eps)
+        q, k = (rms_norm(x, w, eps=eps, offset=offset) for x, w in ((q, q_norm), (k, k_norm)))
     _store(k_cache, kv_slot, rotate(k, rows))
     _store(v_cache, kv_slot, v)
     return rotate(q, rows).flatten(1)

@@ -50,7 +50,7 @@ def _native_norm_rope_kv_write(
     return native.prepare(
         "norm_rope_kv_write", qkv, qkv.stride(0), rows, rows.stride(0), q_norm, k_norm, kv_slot, k_cache, v_cache,
         q, q.stride(0), len(qkv), attrs["heads"], attrs["kv_heads"], attrs["head_dim"], rows.shape[-1],
-        native.DTYPES[k_cache.dtype], float(attrs["eps"]),
+        native.DTYPES[k_cache.dtype], float(attrs["eps"]), float(attrs.get("offset", 0)),
     )  # fmt: skip
 
 
@@ -95,13 +95,15 @@ def norm_rope_kv_write_cpu(
     kv_heads: int,
     head_dim: int,
     eps: float,
+    offset: float = 0.0,
 ) -> torch.Tensor:
     """Queries and keys are rotated side by side, since the rotation is the same for all heads."""
     x_THD = qkv.unflatten(-1, (-1, head_dim))
     turned = heads + kv_heads
     qk, v = x_THD[:, :turned], x_THD[:, turned:]
     if q_norm is not None and k_norm is not None:
-        qk = torch.cat((normalise(qk[:, :heads], q_norm, eps), normalise(qk[:, heads:], k_norm, eps)), dim=1)
+        parts = ((qk[:, :heads], q_norm), (qk[:, heads:], k_norm))
+        qk = torch.cat([normalise(x, weight, eps, offset) for x, weight in parts], dim=1)
     half = rows.shape[-1] // 2
     cos, sin = rows.unsqueeze(1).split(half, dim=-1)
     first, second = qk[..., :half], qk[..., half : 2 * half]

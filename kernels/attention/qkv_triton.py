@@ -43,6 +43,7 @@ def norm_rope_kv_write_rows(
     HEAD_DIM: tl.constexpr,
     ROTARY: tl.constexpr,
     NORM: tl.constexpr,
+    OFFSET: tl.constexpr,
     A_BLOCK: tl.constexpr,
     M: tl.constexpr,
     HALF: tl.constexpr,
@@ -53,7 +54,7 @@ def norm_rope_kv_write_rows(
 
     Args:
         rows: fp32 ``[tokens, ROTARY]``: cosines, then sines.
-        q_norm, k_norm: read where ``NORM``.
+        q_norm, k_norm: read where ``NORM``, and ``OFFSET`` is added to them.
         qkv_stride, q_stride: elements from one token to the next.
         A_BLOCK: heads of a block, a divisor of ``HEADS`` and ``KV_HEADS``.
         HALF, REST: ``ROTARY / 2`` and ``HEAD_DIM - ROTARY`` or more, powers of two.
@@ -76,6 +77,10 @@ def norm_rope_kv_write_rows(
             weight_1, weight_2, weight_3 = _parts(q_norm, i, j, HEAD_DIM, ROTARY)
         else:
             weight_1, weight_2, weight_3 = _parts(k_norm, i, j, HEAD_DIM, ROTARY)
+        if OFFSET != 0:
+            weight_1 += OFFSET
+            weight_2 += OFFSET
+            weight_3 += OFFSET
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -186,6 +191,7 @@ def _rows(call: OpCall, M: int) -> Candidate:
             "HEAD_DIM": head_dim,
             "ROTARY": rotary,
             "NORM": norm,
+            "OFFSET": call.attrs["offset"],
             "A_BLOCK": a_block,
             "M": M,
             "HALF": triton.next_power_of_2(rotary // 2),

@@ -13,7 +13,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#define LAYOUT 3
+#define LAYOUT 4
 #define MAX_HEAD 1024 /* features of a head: rows of that length live on the stack */
 #define MAX_GROUP 64  /* query heads of a KV head */
 #define BLOCK 64      /* keys whose scores are held at once */
@@ -127,10 +127,10 @@ INLINE float dot(const float *x, const float *y, int64_t count) {
     return sum;
 }
 
-INLINE void normalise(const float *x, const float *weight, double eps, int64_t count, float *y) {
-    const float scale = 1.0f / sqrtf(dot(x, x, count) / (float)count + (float)eps);
+INLINE void normalise(const float *x, const float *weight, double eps, double offset, int64_t count, float *y) {
+    const float scale = 1.0f / sqrtf(dot(x, x, count) / (float)count + (float)eps), more = (float)offset;
     for (int64_t i = 0; i < count; i++)
-        y[i] = x[i] * scale * weight[i];
+        y[i] = x[i] * scale * (weight[i] + more);
 }
 
 typedef struct {
@@ -139,12 +139,12 @@ typedef struct {
     const float *weight;
     float *y;
     int64_t y_stride, tokens, width;
-    double eps;
+    double eps, offset; /* offset is added to the weights */
 } RmsNorm;
 
 DISPATCHED void rms_norm(const RmsNorm *a) {
     for (int64_t t = 0; t < a->tokens; t++)
-        normalise(a->x + t * a->x_stride, a->weight, a->eps, a->width, a->y + t * a->y_stride);
+        normalise(a->x + t * a->x_stride, a->weight, a->eps, a->offset, a->width, a->y + t * a->y_stride);
 }
 
 typedef struct {
@@ -157,7 +157,7 @@ typedef struct {
     int64_t y_stride;
     float *total;
     int64_t total_stride, tokens, width;
-    double eps;
+    double eps, offset; /* offset is added to the weights */
 } AddRmsNorm;
 
 DISPATCHED void add_rms_norm(const AddRmsNorm *a) {
@@ -166,7 +166,7 @@ DISPATCHED void add_rms_norm(const AddRmsNorm *a) {
         float *total = a->total + t * a->total_stride;
         for (int64_t i = 0; i < a->width; i++)
             total[i] = x[i] + residual[i];
-        normalise(total, a->weight, a->eps, a->width, a->y + t * a->y_stride);
+        normalise(total, a->weight, a->eps, a->offset, a->width, a->y + t * a->y_stride);
     }
 }
 
@@ -235,14 +235,26 @@ typedef struct {
     int64_t gate_up_stride;
     float *y;
     int64_t y_stride, tokens, width; /* width of y */
-} SiluMul;
+} GatedMul;
 
-DISPATCHED void silu_mul(const SiluMul *a) {
+DISPATCHED void silu_mul(const GatedMul *a) {
     for (int64_t t = 0; t < a->tokens; t++) {
         const float *gate = a->gate_up + t * a->gate_up_stride, *up = gate + a->width;
         float *restrict y = a->y + t * a->y_stride;
         for (int64_t i = 0; i < a->width; i++)
             y[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
+    }
+}
+
+/* gate / 2 * (1 + tanh(u)) is gate / (1 + exp(-2 u)), u = sqrt(2 / pi) (gate + 0.044715 gate^3) */
+DISPATCHED void gelu_tanh_mul(const GatedMul *a) {
+    for (int64_t t = 0; t < a->tokens; t++) {
+        const float *gate = a->gate_up + t * a->gate_up_stride, *up = gate + a->width;
+        float *restrict y = a->y + t * a->y_stride;
+        for (int64_t i = 0; i < a->width; i++) {
+            const float cube = gate[i] * gate[i] * gate[i];
+            y[i] = gate[i] / (1.0f + exponential(-1.5957691216057308f * (gate[i] + 0.044715f * cube))) * up[i];
+        }
     }
 }
 
@@ -256,7 +268,7 @@ typedef struct {
     void *k_cache, *v_cache; /* [slots, kv_heads, head_dim] of `dtype` */
     float *q;
     int64_t q_stride, tokens, heads, kv_heads, head_dim, rotary, dtype;
-    double eps;
+    double eps, offset; /* offset is added to the weights */
 } NormRopeKvWrite;
 
 INLINE void rotate(const float *x, const float *row, int64_t rotary, int64_t count, float *restrict y) {
@@ -280,7 +292,7 @@ DISPATCHED void norm_rope_kv_write(const NormRopeKvWrite *a) {
             const int is_query = h < a->heads;
             const float *x = qkv + h * size;
             if (a->q_norm) {
-                normalise(x, is_query ? a->q_norm : a->k_norm, a->eps, size, normed);
+                normalise(x, is_query ? a->q_norm : a->k_norm, a->eps, a->offset, size, normed);
                 x = normed;
             }
             if (is_query) {

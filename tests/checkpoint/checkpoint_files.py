@@ -98,6 +98,8 @@ def add_tensors(
             values = interleave(values, config["num_attention_heads"])
         if arch == "llama" and ".k_proj." in name:
             values = interleave(values, config["num_key_value_heads"])
+        if arch == "gemma3" and name.endswith("norm.weight"):
+            values = values + 1
         writer.add_tensor(names.get_name(name, (".weight", ".bias")), np.ascontiguousarray(values))
 
 

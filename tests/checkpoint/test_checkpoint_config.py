@@ -7,7 +7,8 @@ from checkpoint_files import LLAMA
 from transformers import AutoConfig
 
 from makeready.graphs.checkpoint import CheckpointError
-from makeready.graphs.checkpoint.config import _DEFAULTS, normalise_config
+from makeready.graphs.checkpoint.config import _TIED, normalise_config
+from makeready.graphs.models.family import families
 
 YARN = {"factor": 4.0, "original_max_position_embeddings": 64}
 LLAMA3 = {
@@ -68,15 +69,30 @@ def test_both_spellings_equal_transformers(tmp_path, family, kind):
         assert normal(found) == found
 
 
-@pytest.mark.parametrize("family", sorted(_DEFAULTS))
+# What is no field of transformers' config class: a bias that is part of the architecture, how norms store weights.
+OWN = {("qwen2", "attention_bias"), ("gemma3_text", "norm_offset")}
+DEFAULTS = {
+    f.model_type: f.defaults for f in families().values() if f.model_type != "qwen"
+}  # not in transformers
+
+
+@pytest.mark.parametrize("family", DEFAULTS)
 def test_defaults_are_those_of_transformers(family):
     truth = AutoConfig.for_model(family)
-    for field, value in _DEFAULTS[family].items():
-        if (family, field) == ("qwen2", "attention_bias"):
-            continue  # not a field there: the bias is part of the architecture
+    for field, value in DEFAULTS[family].items():
+        if (family, field) in OWN:
+            continue
         if field == "sliding_window" and family.startswith("qwen"):
             truth = AutoConfig.for_model(family, use_sliding_window=True)
         assert getattr(truth, field) == value, field
+
+
+@pytest.mark.parametrize("family", _TIED)
+def test_heads_are_tied_where_transformers_ties_them(family):
+    bare = {"model_type": family, "vocab_size": 10, "hidden_size": 64, "intermediate_size": 96}
+    bare |= {"num_hidden_layers": 3, "num_attention_heads": 32, "max_position_embeddings": 64}
+    found = normal(bare)
+    assert found["tie_word_embeddings"] is AutoConfig.for_model(family).tie_word_embeddings is True
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -92,6 +108,45 @@ def test_a_bare_config_takes_transformers_defaults(family):
         assert found["sliding_window"] == truth.sliding_window
     if family == "mistral":
         assert found["layer_types"] == ["sliding_attention"] * 3
+
+
+GEMMA = {**LLAMA, "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "num_hidden_layers": 7}
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {},
+        {"sliding_window": 9, "sliding_window_pattern": 3, "rope_theta": 5e5, "rope_local_base_freq": 2e4},
+        {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "query_pre_attn_scalar": 168},
+        {"layer_types": ["full_attention"] * 6 + ["sliding_attention"], "tie_word_embeddings": False},
+    ],
+)
+def test_gemma3_as_both_releases_spell_it(tmp_path, extra):
+    truth = AutoConfig.for_model(**json.loads(json.dumps(GEMMA | extra)))
+    truth.save_pretrained(tmp_path)  # the spelling of release 5
+    new = json.loads((tmp_path / "config.json").read_text())
+    for found in (normal(GEMMA | extra), normal(new)):
+        for field in (*FIELDS[:-1], "layer_types", "sliding_window", "query_pre_attn_scalar", "head_dim"):
+            assert found[field] == getattr(truth, field), field
+        assert found["hidden_act"] == truth.hidden_activation
+        assert found["rope_parameters"] == truth.rope_parameters
+        assert normal(found) == found
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"sliding_window_pattern": 0}, "sliding_window_pattern must be a positive integer"),
+        ({"rope_parameters": {"chunked_attention": {}}}, "those of full_attention and sliding_attention"),
+        ({"rope_scaling": "linear"}, "rope_scaling must be an object"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "'longrope' is not supported"),
+        ({"sliding_window": None}, "no sliding_window is in use"),
+    ],
+)
+def test_bad_gemma3_configs_name_the_field(extra, message):
+    with pytest.raises(CheckpointError, match=message):
+        normal(GEMMA | extra)
 
 
 @pytest.mark.parametrize("extra", [{}, {"max_window_layers": 1}, {"max_window_layers": 9}])

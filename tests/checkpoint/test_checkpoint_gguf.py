@@ -236,7 +236,9 @@ def test_versions(tmp_path, llama_file):
 
 
 def test_unsupported_files_name_what_is_supported(tmp_path):
-    with pytest.raises(CheckpointError, match=r"'gemma2' is not supported; use one of llama, qwen2, qwen3"):
+    with pytest.raises(
+        CheckpointError, match=r"'gemma2' is not supported; use one of gemma3, llama, qwen2, qwen3"
+    ):
         open_checkpoint(finish_gguf(start_gguf(tmp_path / "a.gguf", "gemma2", LLAMA)))
     writer = start_gguf(tmp_path / "b.gguf", "llama", LLAMA)
     raw = np.zeros((4, 66), np.uint8)

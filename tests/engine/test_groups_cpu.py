@@ -17,8 +17,7 @@ from makeready.engine.sampling import SamplingParams
 from makeready.graphs.checkpoint.dummy import DummyCheckpoint
 from makeready.graphs.compile import compile_plan
 from makeready.graphs.executable.cpu import CpuExecutable
-from makeready.graphs.models import family
-from makeready.graphs.models.decoder import Decoder
+from makeready.graphs.models import decoder
 from makeready.graphs.plan import Plan
 from makeready.graphs.spec import CacheGroup
 
@@ -43,7 +42,7 @@ CONFIG: dict[str, Any] = {
 PLAN: dict[str, Any] = {"max_rows": 4, "max_tokens": 24, "context_len": 96, "page_size": SIZE}
 
 
-class Grouped(Decoder):
+class Grouped(decoder.Decoder):
     """Layers with a window keep their pages in the group ``near``, others in ``kv``."""
 
     def cache_groups(self, page_size: int, dtype: str) -> tuple[CacheGroup, ...]:
@@ -67,9 +66,7 @@ def decisive(monkeypatch: pytest.MonkeyPatch) -> None:
 def compiled(config: dict[str, Any], grouped: bool, patch: pytest.MonkeyPatch) -> Plan:
     with patch.context() as inner:
         if grouped:
-            inner.setattr(
-                family, "build", lambda config, **options: Grouped(family.read_config(config), **options)
-            )
+            inner.setattr(decoder, "Decoder", Grouped)
         return compile_plan(DummyCheckpoint(dict(config)), target="cpu", **PLAN)
 
 

@@ -53,6 +53,8 @@ def test_norms(tokens, width, dtype):
     residual = random(tokens, width, dtype=dtype)
     tensors = {"x": x, "residual": residual, "weight": weight.float()}
     check_all(norm.add_rms_norm, tensors, {"eps": 1e-5})
+    check_all(norm.rms_norm, {"x": x, "weight": weight}, {"eps": 1e-6, "offset": 1.0})
+    check_all(norm.add_rms_norm, tensors, {"eps": 1e-5, "offset": 1.0})
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -76,6 +78,11 @@ def test_pointwise(tokens, width, dtype):
     check_all(elementwise.add, {"x": x, "y": y})
     check_all(elementwise.multiply, {"x": y, "y": x})
     check_all(elementwise.silu, {"x": x})
+    check_all(elementwise.gelu_tanh, {"x": x})
+    check_all(
+        elementwise.gelu_tanh_mul, {"gate_up": columns_of(random(tokens, 2 * width, dtype=dtype, scale=4))}
+    )
+    check_all(elementwise.scale, {"x": x}, {"by": 25.25})
     check_all(elementwise.silu_mul, {"gate_up": columns_of(random(tokens, 2 * width, dtype=dtype, scale=4))})
 
 

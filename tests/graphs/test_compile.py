@@ -72,7 +72,7 @@ def test_unknown_options_are_refused():
     [
         (
             LLAMA | {"architectures": ["BertModel"]},
-            "architecture BertModel is not supported; supported are Llama",
+            r"architecture BertModel is not supported; supported are .*LlamaForCausalLM",
         ),
         (
             LLAMA | {"quantization_config": {"quant_method": "gptq"}},

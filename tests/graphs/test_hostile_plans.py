@@ -73,6 +73,11 @@ def at(*path: Any, value: Any) -> Callable[[Any], None]:
     return edit
 
 
+def cached(*path: Any, value: Any) -> Callable[[Any], None]:
+    """Set a place of the first cache tensor."""
+    return at("kv", "groups", 0, "parts", 0, *path, value=value)
+
+
 DECODE, PLAN, WEIGHTS = "programs/decode.json", "plan.json", "weights.json"
 
 
@@ -81,11 +86,11 @@ DECODE, PLAN, WEIGHTS = "programs/decode.json", "plan.json", "weights.json"
     [
         (PLAN, at("kv", "page_size", value=16000), "have pages|has pages"),
         (PLAN, at("limits", "page_size", value=16000), "kv.page_size is 4, limits.page_size 16000|slot field pages"),
-        (PLAN, at("kv", "groups", 0, "parts", 0, "page_shape", value=lambda s: s[:-1]), "wants \\[P, S, kv_heads, head_dim"),
-        (PLAN, at("kv", "groups", 0, "parts", 0, "page_shape", 0, value=3), "holds 3 tokens, kv.page_size is 4"),
-        (PLAN, at("kv", "groups", 0, "parts", 0, "page_shape", 2, value=4), "axis head_dim of k_cache is 4"),
-        (PLAN, at("kv", "groups", 0, "parts", 0, "dtype", value="float16"), "v_cache is float32, the contract wants float16"),
-        (PLAN, at("kv", "groups", 0, "parts", 0, "name", value="tokens"), "tokens names two values"),
+        (PLAN, cached("page_shape", value=lambda s: s[:-1]), "wants \\[P, S, kv_heads, head_dim"),
+        (PLAN, cached("page_shape", 0, value=3), "holds 3 tokens, kv.page_size is 4"),
+        (PLAN, cached("page_shape", 2, value=4), "axis head_dim of k_cache is 4"),
+        (PLAN, cached("dtype", value="float16"), "v_cache is float32, the contract wants float16"),
+        (PLAN, cached("name", value="tokens"), "tokens names two values"),
         (PLAN, at("limits", "max_rows", value=5), "slot field history is"),
         (PLAN, at("limits", "max_rows", value=0), "limits.max_rows is 0"),
         (PLAN, at("limits", "context_len", value=65), "slot field history is"),

@@ -172,12 +172,14 @@ def test_the_second_norm_of_a_sum_and_the_norm_of_anything_else_stay():
 # fuse_silu_mul
 
 
-def gated(*extra: Call, gate: tuple[int, int] = (0, 4), up: tuple[int, int] = (4, 8)) -> Program:
+def gated(
+    *extra: Call, gate: tuple[int, int] = (0, 4), up: tuple[int, int] = (4, 8), activation: str = "silu"
+) -> Program:
     calls = [
         linear("x", "w", "wide"),
         view("wide", "gate", *gate),
         view("wide", "up", *up),
-        Call("silu", {"x": "gate"}, {"y": "act"}),
+        Call(activation, {"x": "gate"}, {"y": "act"}),
         Call("multiply", {"x": "act", "y": "up"}, {"z": "product"}),
         *extra,
     ]
@@ -191,6 +193,8 @@ def test_the_gate_of_merged_projections_becomes_one():
     assert ops(after).count("silu_mul") == LAYERS
     assert not {"silu", "multiply"} & set(ops(after))
     assert ops(fuse_silu_mul(gated())) == ["linear", "silu_mul"]
+    assert ops(fuse_silu_mul(gated(activation="gelu_tanh"))) == ["linear", "gelu_tanh_mul"]
+    assert "silu" in ops(fuse_silu_mul(gated(gate=(4, 8), up=(0, 4))))
 
 
 def test_a_gate_that_somebody_else_reads_stays():
@@ -218,6 +222,7 @@ def projection(**changes) -> Program:
         "q_norm": True,
         "k_norm": True,
         "k_eps": 1e-6,
+        "k_offset": 1.0,
         "k_rows": "rows",
         "v_rope": False,
         "width": 16,
@@ -229,13 +234,15 @@ def projection(**changes) -> Program:
         view("qkv", "k0", 8, 12),
         view("qkv", "v0", 12, 16),
     ]
-    for name, normed, rows, h, eps in (
-        ("q", c["q_norm"], "rows", heads[0], 1e-6),
-        ("k", c["k_norm"], c["k_rows"], heads[1], c["k_eps"]),
+    for name, normed, rows, h, eps, offset in (
+        ("q", c["q_norm"], "rows", heads[0], 1e-6, 1.0),
+        ("k", c["k_norm"], c["k_rows"], heads[1], c["k_eps"], c["k_offset"]),
     ):
         if normed:
             weights = {"x": f"{name}0", "weight": f"{name}_norm"}
-            calls.append(Call("head_rms_norm", weights, {"y": f"{name}1"}, {"eps": eps, **h}))
+            calls.append(
+                Call("head_rms_norm", weights, {"y": f"{name}1"}, {"eps": eps, "offset": offset, **h})
+            )
         calls.append(
             Call(
                 "rope", {"x": f"{name}1" if normed else f"{name}0", "rows": rows}, {"y": f"{name}2"}, dict(h)
@@ -261,7 +268,7 @@ def test_what_leads_to_attention_becomes_one():
     assert not {"rope", "kv_write"} & set(ops(after))
     (call,) = (c for c in fuse_qkv(projection()).calls if c.op == "norm_rope_kv_write")
     assert call.operands["q_norm"] == "q_norm"
-    assert call.attrs == {"heads": 4, "kv_heads": 2, "head_dim": 2, "eps": 1e-6}
+    assert call.attrs == {"heads": 4, "kv_heads": 2, "head_dim": 2, "eps": 1e-6, "offset": 1.0}
     assert ops(fuse_qkv(projection(q_norm=False, k_norm=False))) == ["linear", "norm_rope_kv_write"]
 
 
@@ -271,6 +278,7 @@ def test_what_leads_to_attention_becomes_one():
         {"q_norm": False},
         {"k_norm": False},
         {"k_eps": 1e-5},
+        {"k_offset": 0.0},
         {"k_rows": "rows_too"},
         {"v_rope": True},
         {"width": 20},

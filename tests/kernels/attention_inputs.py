@@ -86,7 +86,10 @@ def norm_rope_kv_write(op: str) -> Iterator[Case]:
         kv_slot, pages = _kv_slots(random, heads, tokens, padding)
         k_cache, v_cache = _caches(random, heads, pages, cache)
         # Whole heads and, as partial rotary does, a quarter of them.
-        for rotary, normed in ((heads.size, False), (heads.size // 4, True), (heads.size, True)):
+        for rotary, normed, offset in (
+            *((heads.size, False, 0.0), (heads.size // 4, True, 0.0), (heads.size, True, 0.0)),
+            (heads.size, True, 1.0),
+        ):
             rows = random.rotary(tokens, rotary)
             if padding > 1:
                 qkv[-padding:], rows[-padding:] = qkv[-1].clone(), rows[-1].clone()
@@ -94,8 +97,11 @@ def norm_rope_kv_write(op: str) -> Iterator[Case]:
             if normed:
                 operands["q_norm"] = random.uniform(heads.size, dtype=act)
                 operands["k_norm"] = random.uniform(heads.size, dtype=act)
-            attrs = {"heads": heads.heads, "kv_heads": heads.kv_heads, "head_dim": heads.size, "eps": 1e-6}
-            yield Case(op, f"{heads.label}-{tokens}-Q{rotary}-{normed}-{act}-{cache}", operands, attrs)
+            attrs = {"heads": heads.heads, "kv_heads": heads.kv_heads, "head_dim": heads.size}
+            attrs |= {"eps": 1e-6, "offset": offset}
+            yield Case(
+                op, f"{heads.label}-{tokens}-Q{rotary}-{normed}+{offset}-{act}-{cache}", operands, attrs
+            )
 
 
 def filled_cache(

@@ -87,11 +87,12 @@ def linear(op: str) -> Iterator[Case]:
 def _norm(op: str, *names: str) -> Iterator[Case]:
     shapes = [(3, 10), (1, 1), (1, 576), (7, 65), (33, 1536)]
     for seed, ((tokens, width), act) in enumerate(itertools.product(shapes, FLOATS)):
-        for stored, eps in ((act, 1e-6), ("float32", 1e-5)):
+        for stored, eps, offset in ((act, 1e-6, 0.0), ("float32", 1e-5, 0.0), (act, 1e-6, 1.0)):
             random = Random(seed)
             operands = {name: random.normal(tokens, width, dtype=act, scale=2) for name in names}
             operands["weight"] = random.uniform(width, dtype=stored)
-            yield Case(op, f"{tokens}x{width}-{act}-{stored}-{eps}", operands, {"eps": eps})
+            label = f"{tokens}x{width}-{act}-{stored}-{eps}+{offset}"
+            yield Case(op, label, operands, {"eps": eps, "offset": offset})
     for label, scale in (("tiny", 1e-4), ("huge", 1e6), ("zero", 0.0)):
         operands = {name: Random(4).normal(3, 8, scale=scale) for name in names}
         yield Case(op, label, operands | {"weight": Random(5).uniform(8)}, {"eps": 1e-6})
@@ -167,7 +168,7 @@ def head_rms_norm(op: str) -> Iterator[Case]:
         for tokens in (5, 1):
             x = random.normal(tokens, heads * size, dtype=act)
             operands = {"x": x, "weight": random.uniform(size, dtype=act)}
-            attrs = {"eps": 1e-6, "heads": heads, "head_dim": size}
+            attrs = {"eps": 1e-6, "heads": heads, "head_dim": size, "offset": float(heads == 1)}
             yield Case(op, f"{tokens}x{heads}x{size}-{act}", operands, attrs)
             yield Case(op, f"{tokens}x{heads}x{size}-{act}-columns", operands | {"x": in_columns(x)}, attrs)
 
@@ -190,6 +191,33 @@ def rope_rows_dynamic(op: str) -> Iterator[Case]:
     yield Case(op, "one", one, attrs | {"rotary_dim": 6, "factor": 1.0})
 
 
+def rope_rows_stepped(op: str) -> Iterator[Case]:
+    """Prompts of one original context and a token less and more, and of two, four and eight of them."""
+    lengths = [0, 1, 31, 32, 33, 64, 65, 100, 128, 129, 256, 257]
+    slots = list(range(len(lengths)))
+    operands = {
+        "positions": int32([0, 0, 30, 31, 32, 63, 64, 150, 3, 128, 255, 1000]),
+        "token_slot": int32(slots),
+        "prompt_len": int32(lengths),
+    }
+    attrs = {"rotary_dim": 16, "theta": 10000.0, "original_context": 32}
+    yield Case(op, "any", operands, attrs)
+    one = {"positions": int32([40]), "token_slot": int32([0]), "prompt_len": int32([41, 0])}
+    yield Case(op, "one", one, attrs | {"rotary_dim": 6})
+
+
+def rope_rows_logn(op: str) -> Iterator[Case]:
+    for positions in ([0, 30, 31, 32, 100, 5000], [7]):
+        rows = Random(3).rotary(len(positions), 10)
+        operands = {"rows": rows, "positions": int32(positions)}
+        yield Case(op, f"{len(positions)}", operands, {"original_context": 32})
+
+
+def scale(op: str) -> Iterator[Case]:
+    for case in _pointwise(op, "x"):
+        yield Case(op, case.label, case.operands, {"by": 25.25})
+
+
 def rope(op: str) -> Iterator[Case]:
     for (heads, size, rotary), act in itertools.product(((3, 32, 32), (1, 80, 20), (8, 64, 2)), FLOATS):
         random = Random(size)
@@ -206,6 +234,9 @@ BUILDERS: Mapping[str, Callable[[str], Iterator[Case]]] = {
     "add": lambda op: _pointwise(op, "x", "y"),
     "multiply": lambda op: _pointwise(op, "x", "y"),
     "silu": lambda op: _pointwise(op, "x"),
+    "gelu_tanh": lambda op: _pointwise(op, "x"),
+    "gelu_tanh_mul": lambda op: _pointwise(op, "gate_up", even=True),
+    "scale": scale,
     "silu_mul": lambda op: _pointwise(op, "gate_up", even=True),
     "columns": columns,
     "pad_columns": pad_columns,
@@ -227,6 +258,8 @@ BUILDERS: Mapping[str, Callable[[str], Iterator[Case]]] = {
     "head_rms_norm": head_rms_norm,
     "rope_rows": rope_rows,
     "rope_rows_dynamic": rope_rows_dynamic,
+    "rope_rows_stepped": rope_rows_stepped,
+    "rope_rows_logn": rope_rows_logn,
     "rope": rope,
     "kv_write": kv_write,
     "norm_rope_kv_write": norm_rope_kv_write,

@@ -239,6 +239,8 @@ def test_norm_rope_kv_write(
         tensors |= {name: torch.randn(head_dim, generator=g).half() for name in ("q_norm", "k_norm")}
     attrs = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "eps": 1e-6}
     _check(norm_rope_kv_write, tensors, attrs)
+    if normed:
+        _check(norm_rope_kv_write, tensors, attrs | {"offset": 1.0})
 
 
 @interpreted

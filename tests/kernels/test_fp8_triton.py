@@ -199,8 +199,10 @@ def test_fused(rows, columns):
     for group in (columns, 128):
         x, residual = columns_of(random(rows, columns)), random(rows, columns, seed=1)
         check("rms_norm_quantize_fp8", {"x": x, "weight": weight}, eps=1e-6, group=group)
+        check("rms_norm_quantize_fp8", {"x": x, "weight": weight}, eps=1e-6, group=group, offset=1.0)
         operands = {"x": x, "residual": residual, "weight": weight}
         check("add_rms_norm_quantize_fp8", operands, eps=1e-6, group=group)
+        check("add_rms_norm_quantize_fp8", operands, eps=1e-6, group=group, offset=1.0)
         half = columns_of(random(rows, 2 * columns, dtype=torch.float16))
         check("silu_mul_quantize_fp8", {"gate_up": half}, group=group)
 

@@ -19,7 +19,7 @@ import torch
 from benchmarks.gpu.sample_rows import MARGIN, margin, requests
 from inputs import BUILDERS
 
-from makeready.kernels import registry, rope
+from makeready.kernels import registry
 from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.device import OpCall, Pointer, Scalar, Scratch, Tensor
 from makeready.kernels.spec import TensorSpec
@@ -60,6 +60,7 @@ def _name(dtype):
 def op_call(name, operands, attrs, **options):
     """The call of contract ``name`` on CPU tensors (None: absent)."""
     contract = CONTRACTS[name]
+    attrs = {**contract.attrs, **attrs}
     tensors = {k: v for k, v in operands.items() if v is not None}
     specs = {k: TensorSpec(tuple(v.shape), _name(v.dtype)) for k, v in tensors.items()}
     results = contract.infer(specs, attrs)
@@ -153,6 +154,8 @@ def test_norms(tokens, width, dtype):
     check_interpreted("rms_norm", {"x": x, "weight": weight}, eps=1e-5)
     residual = random(tokens, width, dtype=dtype, seed=2)
     check_interpreted("add_rms_norm", {"x": x, "residual": residual, "weight": weight}, eps=1e-5)
+    check_interpreted("rms_norm", {"x": x, "weight": weight}, eps=1e-5, offset=1.0)
+    check_interpreted("add_rms_norm", {"x": x, "residual": residual, "weight": weight}, eps=1e-5, offset=1.0)
 
 
 @interpreted
@@ -162,6 +165,7 @@ def test_head_norms(tokens, heads, head_dim):
     operands = {"x": x, "weight": random(head_dim, seed=1)}
     attrs = {"eps": 1e-6, "heads": heads, "head_dim": head_dim}
     check_interpreted("head_rms_norm", operands, multiprocessors=1, **attrs)
+    check_interpreted("head_rms_norm", operands, multiprocessors=1, offset=1.0, **attrs)
 
 
 @interpreted
@@ -173,6 +177,9 @@ def test_pointwise(tokens, width):
     check_interpreted("silu", {"x": x})
     gate_up = columns_of(random(tokens, 2 * width, dtype=torch.float16))
     check_interpreted("silu_mul", {"gate_up": gate_up}, multiprocessors=1)
+    check_interpreted("gelu_tanh", {"x": x})
+    check_interpreted("gelu_tanh_mul", {"gate_up": gate_up}, multiprocessors=1)
+    check_interpreted("scale", {"x": x}, by=25.25)
     for whole in (width, width + 1, -(-width // 128) * 128, width + 300):
         check_interpreted("pad_columns", {"x": x}, width=whole)
         check_interpreted("pad_columns", {"x": gate_up}, width=width + whole, multiprocessors=1)
@@ -207,22 +214,34 @@ def test_rope(heads, head_dim, rotary):
     check_interpreted("rope", {"x": x, "rows": rows}, heads=heads, head_dim=head_dim)
 
 
+DYNAMIC = {"rotary_dim": 96, "theta": 10000.0, "original_context": 4096}
+
+
 @interpreted
-def test_dynamic_rope_rows():
+@pytest.mark.parametrize(
+    ("op", "attrs"), [("rope_rows_dynamic", DYNAMIC | {"factor": 4.0}), ("rope_rows_stepped", DYNAMIC)]
+)
+def test_rope_rows_of_growing_bases(op, attrs):
     operands = {
-        "positions": torch.tensor([0, 1, 100, 5000, 9000, 32000], dtype=torch.int32),
-        "token_slot": torch.tensor([0, 0, 1, 1, 2, 2], dtype=torch.int32),
-        "prompt_len": torch.tensor([1, 9000, 3], dtype=torch.int32),
+        "positions": torch.tensor([0, 1, 100, 5000, 9000, 32000, 7, 4095, 4096, 30000], dtype=torch.int32),
+        "token_slot": torch.tensor([0, 0, 1, 1, 2, 2, 3, 4, 5, 6], dtype=torch.int32),
+        "prompt_len": torch.tensor([1, 9000, 3, 4096, 4097, 8192, 16385], dtype=torch.int32),
     }
-    attrs = {"rotary_dim": 96, "theta": 10000.0, "factor": 4.0, "original_context": 4096}
-    call = op_call("rope_rows_dynamic", operands, attrs)
-    want = rope.rope_rows_dynamic.reference(**operands, **attrs)
-    for kernel in registry.cuda_kernels("rope_rows_dynamic"):
+    call = op_call(op, operands, attrs)
+    want = CONTRACTS[op].reference(**operands, **attrs)
+    for kernel in registry.cuda_kernels(op):
         for candidate in kernel.candidates(call):
             got = launch_interpreted(candidate, call, operands)["rows"]
             # A last-bit difference of a frequency turns a pair by position * 2**-23.
             margin = 2e-7 * (8 + operands["positions"].unsqueeze(1))
             assert ((got - want).abs() <= margin).all()
+
+
+@interpreted
+def test_logn_rope_rows():
+    positions = torch.tensor([0, 2046, 2047, 2048, 5000, 32000, 7], dtype=torch.int32)
+    operands = {"rows": random(7, 80), "positions": positions}
+    check_interpreted("rope_rows_logn", operands, original_context=2048)
 
 
 @interpreted
@@ -319,6 +338,10 @@ def _qwen3_calls(tokens):
     yield "rms_norm", {"x": x, "weight": weight}, {"eps": 1e-6}
     yield "add_rms_norm", {"x": x, "residual": x, "weight": weight}, {"eps": 1e-6}
     yield "silu_mul", {"gate_up": _empty(tokens, 24576)}, {}
+    yield "gelu_tanh_mul", {"gate_up": _empty(tokens, 24576)}, {}
+    yield "gelu_tanh", {"x": x}, {}
+    yield "scale", {"x": x}, {"by": 25.25}
+    yield "rms_norm", {"x": x, "weight": weight}, {"eps": 1e-6, "offset": 1.0}
     yield "embedding", {"ids": _empty(tokens, **ints), "weight": _empty(1000, 4096)}, {}
     table = _empty(1000, 128, dtype=torch.float32)
     yield "rope_rows", {"positions": _empty(tokens, **ints), "table": table}, {}
@@ -366,3 +389,7 @@ def test_cross_compiles_sampling():
     scaling = {"rotary_dim": 128, "theta": 1e4, "factor": 4.0, "original_context": 4096}
     places = {"positions": ints, "token_slot": ints, "prompt_len": ints}
     list(_compile("rope_rows_dynamic", places, scaling))
+    del scaling["factor"]
+    list(_compile("rope_rows_stepped", places, scaling))
+    rows = {"rows": _empty(9, 128, dtype=torch.float32), "positions": ints}
+    list(_compile("rope_rows_logn", rows, {"original_context": 8192}))
