@@ -210,10 +210,11 @@ class Seats:
             return None
         pages = [np.zeros((len(slots), width), np.int32) for _ in self.pages_SP]
         for g in range(width):
-            more = missing > g
+            more = np.flatnonzero(missing > g)
+            rows, at = slots[more], told[more] + g
             for own, new in zip(self.pages_SP, pages, strict=True):
-                new[more, g] = own[slots[more], told[more] + g]
-        self.told_S[slots] += missing
+                new[more, g] = own[rows, at]
+            self.told_S[rows] += 1
         return told, pages
 
     def advance(self, slots: np.ndarray, least: int, most: int) -> None:
