@@ -138,6 +138,8 @@ def _number(value: Any, field: str, source: str) -> int | float:
     if not allowed or not 0 < value < math.inf:
         wanted = "a positive integer" if is_length else "a positive number"
         raise CheckpointError(f"{source}: {field} must be {wanted}, not {value!r}; correct the rope settings")
+    if is_length and value >= 2**31:
+        raise CheckpointError(f"{source}: {field} {value} must be below 2**31; correct the rope settings")
     return int(value) if is_length else float(value)
 
 

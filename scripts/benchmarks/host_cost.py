@@ -21,7 +21,6 @@ from makeready.engine.request import Request
 from makeready.engine.sampling import SamplingParams
 from makeready.graphs.request import Request as PlanRequest
 from makeready.graphs.spec import DECODE, EXTEND, Bucket, CacheGroup, CacheSpec, Limits
-from makeready.graphs.steps.base import declare
 
 MAX_TOKENS, PAGE_SIZE, TURNOVER_TOKENS = 8192, 64, 16
 
@@ -32,6 +31,10 @@ class InstantExecutable:
     asynchronous = True  # the engine's part is that of a device it need not wait for
 
     def __init__(self, limits: Limits, pages: int) -> None:
+        from makeready.graphs.steps.base import (
+            declare,
+        )  # imports torch, which others of the suites do without
+
         rows = limits.max_rows
         buckets = (Bucket(DECODE, rows, rows), Bucket(EXTEND, rows, limits.max_tokens))
         kv = CacheSpec(PAGE_SIZE, (CacheGroup("kv", (), PAGE_SIZE),))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from emulated import Change, Emulator
+from emulated_driver import Change, Emulator
 from fake_driver import FakeBindings
 from plans import dummy, make_plan, tiny
 

@@ -165,7 +165,7 @@ def test_confused_types_are_said_in_a_sentence(name, model, tmp_path, monkeypatc
         ("tokenizer_config.json", {"bos_token": "\ud800"}, "'bos_token' must be a text"),
         ("tokenizer_config.json", {"add_bos_token": "no"}, "'add_bos_token' must be true or false"),
         ("generation_config.json", {"eos_token_id": "x"}, "eos_token_id must be an id, a list of ids"),
-        ("generation_config.json", {"temperature": "hot"}, "temperature must be a number"),
+        ("generation_config.json", {"temperature": "hot"}, "temperature='hot' must be a number"),
         ("config.json", {"architectures": 3}, "architectures must be a list of names"),
         ("config.json", {"architectures": [None]}, "architectures must be a list of names"),
         ("config.json", {"vocab_size": 2**63}, "vocab_size 9223372036854775808 must be below"),

@@ -172,6 +172,9 @@ def test_sampled_tokens_feed_the_next_step_without_the_host(executable, plan):
         assert run(wait=False) == expected
 
 
+@pytest.mark.skipif(
+    "PYTEST_XDIST_WORKER" in os.environ, reason="measures the whole GPU's memory: run it alone"
+)
 def test_everything_is_given_back(plan, checkpoint):
     load_executable(plan, checkpoint, kv_bytes=KV_BYTES).close()
     before = torch.cuda.mem_get_info()[0]

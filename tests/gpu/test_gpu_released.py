@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -12,6 +13,8 @@ import torch
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
+if "PYTEST_XDIST_WORKER" in os.environ:
+    pytest.skip("takes all memory of the GPU: run it alone", allow_module_level=True)
 
 from scripted_steps import SMALL, write_checkpoint
 
