@@ -44,7 +44,7 @@ class WindowRows:
         self._most = counted.tail + 2 + (2 * gain - 3) // page_size
 
     def most(self, pages: int) -> int:
-        """What a row counts as that comes to so many pages."""
+        """What a row counts as that comes to this number of pages."""
         return min(self._most, pages)
 
     def fits(self, pages: int, leaving: Sequence[int] = ()) -> bool:

@@ -61,7 +61,7 @@ def test_calls_alike_but_for_names_share_a_class(cache):
 
 
 def test_sizes_are_those_of_the_bucket(cache):
-    """Buffers of ``T*2`` rows and of a row for every four tokens: a block a row, a map of so many rows."""
+    """Buffers of ``T*2`` rows and of a row for every four tokens: a block a row, a map of as many rows."""
     for rows, wanted in (("T*2", {"extend-16x64": 128}), ("cdiv(R,4)", {"decode-1": 1, "decode-16": 4})):
         phase = next(iter(wanted)).partition("-")[0]
         program = small_programs.program(phase)

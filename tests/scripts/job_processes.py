@@ -25,7 +25,7 @@ def start(
 
     Args:
         file_bytes: no file may become longer: to this process the disk is full then.
-        most_rows: with so many rows or more in its journal the job waits for a signal, so that whoever sends one
+        most_rows: with this many rows or more in its journal the job waits for a signal, so that whoever sends one
             finds it running, however late.
     """
     environment = {"MAKEREADY_CACHE": os.environ["MAKEREADY_CACHE"]}

@@ -50,7 +50,7 @@ class Rates:
     source: str
 
     def floor(self, nbytes: float, operations: float = 0.0, dtype: str = "bfloat16") -> float:
-        """Seconds that nothing beats which moves so many bytes, or computes so much."""
+        """Seconds that moving these bytes, or computing this much, takes at least."""
         return max(nbytes / self.bandwidth, operations / self.flops[dtype])
 
     def on(self, target: Target) -> Target:
