@@ -127,7 +127,7 @@ def as_references(plan: Plan) -> Plan:
 
 
 def pages_needed(plan: Plan, prompt: int, count: int, rows: int) -> int:
-    """Pages of an executable that runs ``rows`` times a prompt of ``tokens`` tokens and ``count`` more.
+    """Pages of an executable that runs ``rows`` times a prompt of ``prompt`` tokens and ``count`` more.
 
     Raises:
         PlanError: the plan is for fewer.
