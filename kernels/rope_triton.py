@@ -81,6 +81,30 @@ def _cos_sin(angle):
 
 
 @triton.jit
+def _store_rows(
+    rows,
+    position,
+    base,
+    t,
+    c,
+    tokens,
+    Q: tl.constexpr,
+    Q_STRIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Rotary rows of tokens ``t`` at ``position``, whose fp32 ``base`` differs from token to token."""
+    exponent = tl.div_rn(2.0 * c.to(tl.float32), tl.full((1, WIDTH), Q, tl.float32))
+    period = tl.exp2(tl.log2(base.to(tl.float64)) * exponent.to(tl.float64)).to(tl.float32)
+    angle = position.to(tl.float32) * tl.div_rn(tl.full((ROWS, WIDTH), 1.0, tl.float32), period)
+    inside = (t < tokens) & (c < Q // 2)
+    to = rows + t.to(tl.int64) * Q_STRIDE + c
+    cos, sin = _cos_sin(angle)
+    tl.store(to, cos, mask=inside)
+    tl.store(to + Q // 2, sin, mask=inside)
+
+
+@triton.jit
 def dynamic_rows(
     positions,
     token_slot,
@@ -116,14 +140,7 @@ def dynamic_rows(
     stretch = tl.div_rn(grown, tl.full((ROWS, 1), ORIGINAL, tl.float32)) - (FACTOR - 1)
     power = tl.exp2(tl.log2(stretch.to(tl.float64)) * POWER).to(tl.float32)
     base = (power.to(tl.float64) * THETA).to(tl.float32)
-    exponent = tl.div_rn(2.0 * c.to(tl.float32), tl.full((1, WIDTH), Q, tl.float32))
-    period = tl.exp2(tl.log2(base.to(tl.float64)) * exponent.to(tl.float64)).to(tl.float32)
-    angle = position.to(tl.float32) * tl.div_rn(tl.full((ROWS, WIDTH), 1.0, tl.float32), period)
-    inside = (t < tokens) & (c < Q // 2)
-    to = rows + t.to(tl.int64) * Q_STRIDE + c
-    cos, sin = _cos_sin(angle)
-    tl.store(to, cos, mask=inside)
-    tl.store(to + Q // 2, sin, mask=inside)
+    _store_rows(rows, position, base, t, c, tokens, Q, Q_STRIDE, ROWS, WIDTH)
 
 
 @triton.jit
@@ -156,14 +173,7 @@ def stepped_rows(
         doubled = tl.where(length > (ORIGINAL << k), doubled * 2, doubled)
     base = tl.exp2(tl.log2((doubled - 1).to(tl.float64)) * POWER) * THETA
     base = base.to(tl.float32)
-    exponent = tl.div_rn(2.0 * c.to(tl.float32), tl.full((1, WIDTH), Q, tl.float32))
-    period = tl.exp2(tl.log2(base.to(tl.float64)) * exponent.to(tl.float64)).to(tl.float32)
-    angle = position.to(tl.float32) * tl.div_rn(tl.full((ROWS, WIDTH), 1.0, tl.float32), period)
-    inside = (t < tokens) & (c < Q // 2)
-    to = rows + t.to(tl.int64) * Q_STRIDE + c
-    cos, sin = _cos_sin(angle)
-    tl.store(to, cos, mask=inside)
-    tl.store(to + Q // 2, sin, mask=inside)
+    _store_rows(rows, position, base, t, c, tokens, Q, Q_STRIDE, ROWS, WIDTH)
 
 
 @triton.jit

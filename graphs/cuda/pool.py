@@ -30,22 +30,6 @@ Progress = Callable[[int, int], None]
 _WORTH_WORKERS = 8
 
 
-def compile_all(
-    kernels: Iterable[Kernel], cache: Path, progress: Progress = lambda done, total: None
-) -> dict[Kernel, Compiled]:
-    """:func:`compile_each` where all of them must compile.
-
-    Raises:
-        PlanError: one of them does not compile.
-    """
-    made: dict[Kernel, Compiled] = {}
-    for kernel, result in compile_each(kernels, cache, progress).items():
-        if isinstance(result, PlanError):
-            raise result
-        made[kernel] = result
-    return made
-
-
 def compile_each(
     kernels: Iterable[Kernel], cache: Path, progress: Progress = lambda done, total: None
 ) -> dict[Kernel, Compiled | PlanError]:

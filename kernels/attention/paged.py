@@ -25,6 +25,10 @@ from makeready.kernels.rope import rotate
 
 _CACHE = "k_cache{mark}[P,S,kv_heads,head_dim]:C v_cache{mark}[P,S,kv_heads,head_dim]:C"
 _READ = {"k_cache": "R*context*kv_heads*head_dim", "v_cache": "R*context*kv_heads*head_dim"}
+_EXTEND = (
+    f"q[T,heads*head_dim]:A {_CACHE.format(mark='')} page_table[R,B]:int32 "
+    "query_start[R]:int32 query_len[R]:int32 context_len[R]:int32 -> y[T,heads*head_dim]:A"
+)
 _WRITE = {"k_cache": "T*kv_heads*head_dim", "v_cache": "T*kv_heads*head_dim"}
 
 
@@ -108,8 +112,7 @@ def _attend(
 
 
 @contract(
-    f"q[T,heads*head_dim]:A {_CACHE.format(mark='')} page_table[R,B]:int32 "
-    "query_start[R]:int32 query_len[R]:int32 context_len[R]:int32 -> y[T,heads*head_dim]:A",
+    _EXTEND,
     tolerance=Tolerance(bfloat16=1.5e-2),
     flops="4*T*context*heads*head_dim",
     rate="q",
@@ -192,8 +195,7 @@ def _decode(program: Any, call: Any) -> list[Any]:
 
 
 @contract(
-    f"q[T,heads*head_dim]:A {_CACHE.format(mark='')} page_table[R,B]:int32 "
-    "query_start[R]:int32 query_len[R]:int32 context_len[R]:int32 -> y[T,heads*head_dim]:A",
+    _EXTEND,
     tolerance=Tolerance(bfloat16=1.5e-2),
     flops="4*T*context*heads*head_dim",
     rate="q",
