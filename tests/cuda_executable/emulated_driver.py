@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from fake_driver import FakeNode
+from fake_objects import FakeNode
 
 from makeready.graphs.executable import cuda_memory
 from makeready.graphs.executable.cuda import CudaExecutable

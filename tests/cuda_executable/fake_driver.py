@@ -19,57 +19,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fake_objects import FakeFunction, FakeMap, FakeNode
 
 real = pytest.importorskip("cuda.bindings.driver")
 
 OK = (real.CUresult.CUDA_SUCCESS,)
 INVALID = (real.CUresult.CUDA_ERROR_INVALID_VALUE,)
 PAGE = 4096
-
-
-def cubin(name: str, sizes: list[int]) -> bytes:
-    """What the fake takes for machine code: a kernel and the bytes of each of its parameters."""
-    return json.dumps({"name": name, "sizes": sizes}).encode()
-
-
-@dataclass
-class FakeFunction:
-    """A loaded kernel."""
-
-    name: str
-    sizes: list[int]
-    dynamic_shared: int = 48 * 1024
-
-
-@dataclass
-class FakeNode:
-    """A kernel node as the driver got it: parameters as bytes, edge ``None``, "plain" or "programmatic"."""
-
-    function: FakeFunction
-    grid: tuple[int, int, int]
-    block: tuple[int, int, int]
-    shared: int
-    parameters: list[bytes]
-    after: int | None
-    edge: str | None
-
-    def words(self) -> list[int]:
-        """Parameters as unsigned numbers, maps left out."""
-        return [int.from_bytes(p, "little") for p in self.parameters if len(p) <= 8]
-
-
-@dataclass
-class FakeMap:
-    """Arguments of one cuTensorMapEncodeTiled, in the driver's order: innermost axis first."""
-
-    element_type: int
-    rank: int
-    address: int
-    shape: list[int]
-    strides: list[int]
-    box: list[int]
-    element_strides: list[int]
-    options: tuple[int, int, int, int]  # interleave, swizzle, L2 promotion, out-of-bounds fill
 
 
 @dataclass

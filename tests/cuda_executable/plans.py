@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from fake_driver import FakeNode, cubin
+from fake_objects import FakeNode, cubin
 
 from makeready.graphs import compile as compiler
 from makeready.graphs.checkpoint.base import Checkpoint

@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fake_driver import FakeBindings, FakeNode, cubin
+from fake_driver import FakeBindings
+from fake_objects import FakeNode, cubin
 from plans import argument_sizes
 
 pytest.importorskip("triton")

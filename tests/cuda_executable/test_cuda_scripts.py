@@ -9,7 +9,8 @@ from xml.etree import ElementTree
 
 import pytest
 from benchmarks.gpu import buckets, steps_svg
-from fake_driver import FakeBindings, FakeNode
+from fake_driver import FakeBindings
+from fake_objects import FakeNode
 from plans import dummy, tiny
 
 from makeready.engine.entrypoints.tune_options import TuneJob

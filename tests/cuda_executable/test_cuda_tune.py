@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from fake_driver import FakeBindings, FakeNode
+from fake_driver import FakeBindings
+from fake_objects import FakeNode
 from plans import dummy, make_plan, tiny
 
 from makeready.graphs.executable.cuda import CudaExecutable

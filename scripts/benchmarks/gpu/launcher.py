@@ -8,7 +8,6 @@ check(rms_norm, emit, tensors, attrs)                         # every candidate 
 
 from __future__ import annotations
 
-import ctypes
 import math
 import statistics
 import tempfile
@@ -18,27 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cuda.bindings import driver  # pyright: ignore[reportAttributeAccessIssue]  # compiled, without stubs
 
-from makeready.graphs.cuda.aot import Compiled, Kernel, MapLayout, compile_kernel, kernel_of
-from makeready.graphs.cuda.emit import stated_layout
+from benchmarks.gpu import kernel_call
+from benchmarks.gpu.kernel_call import dtype_name
+from makeready.graphs.cuda.aot import Compiled, Kernel, compile_kernel, kernel_of
 from makeready.graphs.cuda.pool import compile_each
 from makeready.graphs.devices import Device, device_named, find_device
 from makeready.kernels.contract import Contract
-from makeready.kernels.device import (
-    Candidate,
-    Descriptor,
-    DeviceLaunch,
-    OpCall,
-    Pointer,
-    Scalar,
-    Scratch,
-    Tensor,
-)
-from makeready.kernels.size import value
+from makeready.kernels.device import Candidate, OpCall, Tensor
 from makeready.kernels.spec import TensorSpec
-
-_C_TYPES = {"int32": ctypes.c_int32, "int64": ctypes.c_int64, "float32": ctypes.c_float}
 
 Emit = Callable[[OpCall], Sequence[Candidate]]
 
@@ -65,7 +52,7 @@ def op_call(
         spare: whether maps of operands may reach beyond the last row; there must be memory.
     """
     attrs = {**contract.attrs, **(attrs or {})}
-    specs = {k: TensorSpec(tuple(v.shape), _name(v.dtype)) for k, v in tensors.items()}
+    specs = {k: TensorSpec(tuple(v.shape), dtype_name(v.dtype)) for k, v in tensors.items()}
     specs = {k: v for k, v in specs.items() if k in {o.name for o in contract.inputs}}
     results = contract.infer(specs, attrs)
     dims = dict(contract.dims(specs, attrs))
@@ -79,7 +66,7 @@ def op_call(
             shape = ("P", *shape[1:])
         address = tensor.data_ptr()
         made[operand.name] = Tensor(
-            shape, _name(tensor.dtype), tensor.stride(0), math.gcd(address, 256), spare
+            shape, dtype_name(tensor.dtype), tensor.stride(0), math.gcd(address, 256), spare
         )
     row_count = int(dims.get("R", dims.get("T", 1))) if rows is None else rows
     token_count = int(dims.get("T", row_count)) if tokens is None else tokens
@@ -250,7 +237,7 @@ def _compare(got: torch.Tensor, want: torch.Tensor, contract: Contract, where: s
     if contract.tolerance.exact or not got.dtype.is_floating_point:
         assert torch.equal(got_cpu.double(), want.double()), f"{where} is not equal"
         return
-    kind = _name(got.dtype)
+    kind = dtype_name(got.dtype)
     allowed = getattr(contract.tolerance, kind, 8e-2)  # fp8 keeps 3 bits of mantissa
     error = (got_cpu.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30)
     assert error.item() <= allowed, f"{where} is off by {error.item():.2e}, allowed are {allowed:.0e}"
@@ -275,66 +262,7 @@ def launch_all(
         compiled, function = _loaded(kernel_of(launch, call, _arch()))
         spilled = compiled.spill_bytes
         assert spilled <= launch.local_bytes, f"{launch.function}: {spilled} bytes spilled ({launch})"
-        config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = launch.grid
-        config.blockDimX, config.blockDimY, config.blockDimZ = 32 * compiled.warps, 1, 1
-        config.sharedMemBytes = compiled.shared
-        config.hStream = driver.CUstream(stream.cuda_stream)
-        if launch.dependent:
-            assert compiled.waits, f"{launch.function} is dependent but never calls gdc_wait"
-            early = driver.CUlaunchAttribute()
-            early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-            early.value.programmaticStreamSerializationAllowed = 1
-            config.attrs, config.numAttrs = [early], 1
-        values = _parameters(launch, compiled, tensors, scratch)
-        table = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
-        _ok(driver.cuLaunchKernelEx(config, function, ctypes.addressof(table), 0))
-
-
-def _parameters(
-    launch: DeviceLaunch, compiled: Compiled, tensors: Mapping[str, torch.Tensor], scratch: torch.Tensor
-) -> list[Any]:
-    """C values of all parameters, in the order of the machine code, Triton's null pointers last."""
-    values: list[Any] = []
-    for name in compiled.arguments:
-        argument = launch.arguments[name]
-        if isinstance(argument, Pointer):
-            values.append(ctypes.c_uint64(tensors[argument.operand].data_ptr()))
-        elif isinstance(argument, Scratch):
-            values.append(ctypes.c_uint64(scratch.data_ptr() + argument.offset))
-        elif isinstance(argument, Scalar):
-            values.append(_C_TYPES[argument.dtype](argument.value))
-        else:
-            tensor = tensors[argument.operand]
-            sizes = {"P": tensor.shape[0]}
-            shape = [value(d, sizes) for d in argument.shape]
-            layout = compiled.maps.get(name) or stated_layout(argument, _name(tensor.dtype))
-            values.append(_tensor_map(argument, tensor, shape, layout))
-            if name in compiled.maps:
-                values += [ctypes.c_int32(d) for d in shape]
-                values += [ctypes.c_int64(s) for s in argument.strides]
-    return [*values, *(ctypes.c_uint64(0) for _ in range(compiled.null_pointers))]
-
-
-def _tensor_map(argument: Descriptor, tensor: torch.Tensor, shape: list[int], layout: MapLayout) -> Any:
-    """A CUtensorMap, innermost axis first as the driver has it, encoded as Triton's launcher would."""
-    size = tensor.element_size()
-    made = _ok(
-        driver.cuTensorMapEncodeTiled(
-            driver.CUtensorMapDataType(layout.element_type),
-            len(shape),
-            tensor.data_ptr(),
-            [driver.cuuint64_t(d) for d in reversed(shape)],
-            [driver.cuuint64_t(s * size) for s in reversed(argument.strides[:-1])],
-            [driver.cuuint32_t(b) for b in reversed(layout.block)],
-            [driver.cuuint32_t(1)] * len(shape),
-            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            driver.CUtensorMapSwizzle(layout.swizzle),
-            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-        )
-    )
-    return (ctypes.c_uint64 * 16).from_buffer_copy(ctypes.string_at(made.getPtr(), 128))
+        kernel_call.start(function, launch, compiled, tensors, scratch, stream)
 
 
 @cache
@@ -345,13 +273,7 @@ def _compiled(kernel: Kernel) -> Compiled:
 @cache
 def _loaded(kernel: Kernel) -> tuple[Compiled, Any]:
     compiled = _compiled(kernel)
-    torch.cuda.current_stream()  # torch's context is the current one
-    library = _ok(driver.cuLibraryLoadData(compiled.cubin, None, None, 0, None, None, 0))
-    entry = _ok(driver.cuLibraryGetKernel(library, compiled.function.encode()))
-    function = _ok(driver.cuKernelGetFunction(entry))
-    limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    _ok(driver.cuFuncSetAttribute(function, limit, compiled.shared))
-    return compiled, function
+    return compiled, kernel_call.load(compiled)
 
 
 @cache
@@ -402,16 +324,3 @@ def _row(shape: Sequence[Any]) -> int:
 
 def _sizes(call: OpCall) -> str:
     return ", ".join(f"{k}={v}" for k, v in call.dims.items())
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _ok(answer: tuple[Any, ...]) -> Any:
-    """What a driver call gave, or its error as an exception."""
-    status, *values = answer
-    if int(status) != 0:
-        text = driver.cuGetErrorString(status)[1]
-        raise RuntimeError(f"CUDA: {text.decode() if text else status}")
-    return values[0] if values else None
