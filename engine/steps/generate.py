@@ -62,7 +62,8 @@ def stage_sequences(batch: Batch, seats: Seats, stage: Stage) -> np.ndarray:
         slots, samples = np.append(slots, own), np.append(slots, last)
         starts = np.append(starts, [chunk.start for chunk in chunks])
         counts = np.append(counts, [chunk.count for chunk in chunks])
-        ids = np.concatenate((ids, *(_ids(chunk.request, chunk.start, chunk.count) for chunk in chunks)))
+        own_ids = (c.request.ids()[c.start : c.start + c.count] for c in chunks)
+        ids = np.concatenate((ids, *own_ids))
     begins = np.cumsum(counts) - counts
     stage.write("token_ids", ids)
     stage.write("row_slot", slots)
@@ -104,10 +105,6 @@ def token_logprob(request: Request, token: int, results: Iterable[np.ndarray]) -
     count = request.sampling.top_logprobs_num
     pairs = zip(ids[:count].tolist(), values[:count].tolist(), strict=True)
     return TokenLogprob(token, float(logprob), tuple((i, value) for i, value in pairs if i >= 0))
-
-
-def _ids(request: Request, start: int, count: int) -> np.ndarray:
-    return request.ids()[start : start + count]
 
 
 step_kind(Generate(DECODE, order=0))
