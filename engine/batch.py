@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -64,7 +65,5 @@ class Batch:
 
     def sampling(self) -> Iterator[tuple[int, Request]]:
         """Rows whose sampled token belongs to their request; behind other chunks it means nothing."""
-        yield from enumerate(self.decoding)
-        for row, chunk in enumerate(self.chunks, start=len(self.decoding)):
-            if chunk.last:
-                yield row, chunk.request
+        ends = ((row, c.request) for row, c in enumerate(self.chunks, start=len(self.decoding)) if c.last)
+        return chain(enumerate(self.decoding), ends)

@@ -169,9 +169,9 @@ class Engine:
         counts = batch.kind.counts(batch, results)
         if counts is not None:
             self.scheduler.learned(batch, counts)
-        kept = 0
-        for request, token, logprob in batch.kind.commit(batch, results, flight.void):
-            if request.finish_reason is not None or request in flight.void:
+        kept, void = 0, flight.void
+        for request, token, logprob in batch.kind.commit(batch, results, void):
+            if request.finish_reason is not None or (void and request in void):
                 continue  # a token before this one ended it, or it was aborted or sent back
             if isinstance(token, str):
                 finished += self._spoiled(request, token, flight)

@@ -225,32 +225,29 @@ class Request:
 
         Whatever its text or its stops raise ends this request alone.
         """
+        output, sampling = self.output, self.sampling
         try:
-            self._append(token, logprob)
+            if not sampling.max_new_tokens:
+                self.finish(LENGTH)
+                return
+            if not output:
+                self.first_token = time.perf_counter()
+                if self.tokenizer is not None and (self._stops or self.on_text is not None):
+                    self._watch = _Watch(self, self.tokenizer)
+            output.append(token)
+            if logprob is not None:
+                self.logprobs.append(logprob)
+            ended = token in self.end_ids and len(output) > sampling.min_new_tokens
+            if self._watch is not None:
+                self._watch.take(token, ended)
+                if self.finish_reason is not None:
+                    return
+            if ended:
+                self.finish(STOP, token)
+            elif len(output) >= sampling.max_new_tokens:
+                self.finish(LENGTH)
         except BaseException as error:
             self.fail(reason_of(error, TEXT_FAILED))
-
-    def _append(self, token: int, logprob: TokenLogprob | None) -> None:
-        output = self.output
-        if not self.sampling.max_new_tokens:
-            self.finish(LENGTH)
-            return
-        if not output:
-            self.first_token = time.perf_counter()
-            if self.tokenizer is not None and (self._stops or self.on_text is not None):
-                self._watch = _Watch(self, self.tokenizer)
-        output.append(token)
-        if logprob is not None:
-            self.logprobs.append(logprob)
-        ended = token in self.end_ids and len(output) > self.sampling.min_new_tokens
-        if self._watch is not None:
-            self._watch.take(token, ended)
-            if self.finish_reason is not None:
-                return
-        if ended:
-            self.finish(STOP, token)
-        elif len(output) >= self.sampling.max_new_tokens:
-            self.finish(LENGTH)
 
     def finish(self, reason: str, matched: int | str | None = None) -> None:
         """End the request and let go of held-back text."""

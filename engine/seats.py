@@ -181,10 +181,12 @@ class Seats:
 
     def short(self, slots: np.ndarray) -> np.ndarray:
         """Slots whose next step may need pages that they do not hold, once for each such page."""
+        near = slots[self.most_S[slots] + self._gain > self.held_S[slots] * self._size]
+        if not len(near):
+            return near
         # The token that ends a request is never run: it needs no place.
-        tokens = np.minimum(self.most_S[slots] + self._gain, self.limit_S[slots] - 1)
-        missing = -(-tokens // self._size) - self.held_S[slots]
-        return np.repeat(slots, np.maximum(missing, 0)) if missing.max(initial=0) > 0 else slots[:0]
+        tokens = np.minimum(self.most_S[near] + self._gain, self.limit_S[near] - 1)
+        return np.repeat(near, np.maximum(-(-tokens // self._size) - self.held_S[near], 0))
 
     def grow(self, slots: np.ndarray) -> None:
         """Give each slot a further page for each time that it is named; as many are available."""

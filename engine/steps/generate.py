@@ -90,13 +90,13 @@ def sampled_tokens(batch: Batch, results: Mapping[str, np.ndarray]) -> Iterator[
     """The token of each row that samples for somebody."""
     tokens = results["tokens"].tolist()
     for row, request in batch.sampling():
-        if tokens[row] < 0:
+        token, logprob = tokens[row], None
+        if token < 0:
             yield request, f"the logits of output token {len(request.output)}", None
             continue
-        logprob = None
         if request.sampling.return_logprob and request.finish_reason is None:
-            logprob = token_logprob(request, tokens[row], (results[name][row] for name in _OUTPUT))
-        yield request, tokens[row], logprob
+            logprob = token_logprob(request, token, (results[name][row] for name in _OUTPUT))
+        yield request, token, logprob
 
 
 def token_logprob(request: Request, token: int, results: Iterable[np.ndarray]) -> TokenLogprob:
