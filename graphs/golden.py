@@ -102,7 +102,7 @@ def predict(
     Raises:
         PlanError: the prompt does not fit the plan, or every token is a near tie.
     """
-    from makeready.graphs.executable.cpu import CpuExecutable  # imports torch
+    from makeready.graphs.executable.cpu.executable import CpuExecutable  # imports torch
 
     pages = _check_length(plan, prompt, count)
     executable = CpuExecutable(plan, checkpoint, pages=pages + 1, progress=loading, interpret=True)

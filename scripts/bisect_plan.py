@@ -25,7 +25,7 @@ def bisect_job(job: BisectJob) -> None:
         PlanError: something does, or it cannot be compared.
     """
     from makeready.graphs.executable.bisect import as_references, bisect, pages_needed
-    from makeready.graphs.executable.cpu import CpuExecutable
+    from makeready.graphs.executable.cpu.executable import CpuExecutable
 
     folder = Path(job.plan.path).expanduser()
     with Stages() as stages:
@@ -73,10 +73,10 @@ def _encode(checkpoint: Checkpoint, prompt: str) -> list[int]:
 def _device(plan: Plan, checkpoint: Checkpoint, pages: int) -> Walking:
     """The plan as this machine runs it."""
     if plan.target == "cpu":
-        from makeready.graphs.executable.cpu import CpuExecutable
+        from makeready.graphs.executable.cpu.executable import CpuExecutable
 
         return CpuExecutable(plan, checkpoint, pages=pages)
-    from makeready.graphs.executable.cuda import CudaExecutable
+    from makeready.graphs.executable.cuda.executable import CudaExecutable
 
     return CudaExecutable(plan, checkpoint, kv_bytes=pages * plan.kv.page_bytes)
 

@@ -14,7 +14,7 @@ from makeready.engine.entrypoints.golden import write_golden
 from makeready.engine.entrypoints.options import CompileJob
 from makeready.engine.entrypoints.status import Stages
 from makeready.graphs import artifact
-from makeready.graphs.executable.cuda_memory import kv_memory
+from makeready.graphs.executable.cuda.memory import kv_memory
 from makeready.graphs.executable.load import kv_pages
 from makeready.graphs.inspect.units import nbytes
 from makeready.graphs.plan import Plan, PlanError

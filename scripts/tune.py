@@ -32,7 +32,7 @@ def tune_job(job: TuneJob) -> None:
                 f"{folder} is for target cpu, which has one way to run a call; tune plans for GPUs"
             )
         checkpoint = job.open()
-        from makeready.graphs.executable.cuda import CudaExecutable
+        from makeready.graphs.executable.cuda.executable import CudaExecutable
         from makeready.graphs.executable.tune import tune
 
         stages.begin("load")

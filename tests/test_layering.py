@@ -27,7 +27,9 @@ RUNTIME = sorted(
     name
     for name in MODULES
     if name in {f"makeready.engine.{m}" for m in ("llm", "loop", "scheduler")}
-    or name.startswith(("makeready.engine.text.", "makeready.graphs.checkpoint."))
+    or name.startswith(
+        ("makeready.engine.text.", "makeready.graphs.checkpoint.", "makeready.graphs.executable.cuda.")
+    )
     or (name.startswith("makeready.graphs.models.") and name != "makeready.graphs.models.decoder")
     or name
     in {

@@ -35,11 +35,11 @@ def load_executable(
         DriverError: the plan is for a GPU, and there is none that works.
     """
     if plan.target != "cpu":
-        from makeready.graphs.executable.cuda import CudaExecutable
+        from makeready.graphs.executable.cuda.executable import CudaExecutable
 
         return CudaExecutable(plan, checkpoint, kv_bytes=kv_bytes, progress=progress, report=report)
 
-    from makeready.graphs.executable.cpu import CpuExecutable
+    from makeready.graphs.executable.cpu.executable import CpuExecutable
 
     return CpuExecutable(plan, checkpoint, pages=kv_pages(plan, kv_bytes), progress=progress)
 

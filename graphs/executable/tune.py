@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from makeready.graphs.executable.cuda import CudaExecutable
-from makeready.graphs.executable.cuda_workbench import Workbench
+from makeready.graphs.executable.cuda.executable import CudaExecutable
+from makeready.graphs.executable.cuda.workbench import Workbench
 from makeready.graphs.executable.example import typical_step
 from makeready.graphs.plan import Plan, PlanError, tuned_key
 from makeready.graphs.spec import Bucket

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from fake_objects import FakeNode
 
-from makeready.graphs.executable import cuda_memory
-from makeready.graphs.executable.cuda import CudaExecutable
+from makeready.graphs.executable.cuda import memory as cuda_memory
+from makeready.graphs.executable.cuda.executable import CudaExecutable
 from makeready.graphs.plan import Launch
 from makeready.graphs.spec import Bucket
 from makeready.kernels.contract import CONTRACTS

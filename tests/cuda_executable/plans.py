@@ -17,7 +17,7 @@ from makeready.graphs import compile as compiler
 from makeready.graphs.checkpoint.base import Checkpoint
 from makeready.graphs.checkpoint.dummy import DummyCheckpoint
 from makeready.graphs.compile import compile_plan
-from makeready.graphs.executable.cuda_driver import host_bytes
+from makeready.graphs.executable.cuda.driver import host_bytes
 from makeready.graphs.memory import align
 from makeready.graphs.plan import (
     Binary,

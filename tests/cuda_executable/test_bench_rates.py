@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from benchmarks.gpu import products, rates
 
 from makeready.graphs.devices import DEVICES
-from makeready.graphs.executable.cuda_driver import Driver
+from makeready.graphs.executable.cuda.driver import Driver
 from makeready.graphs.targets import find_target
 
 SMALL = 2**21

@@ -11,9 +11,9 @@ from fake_driver import FakeBindings
 from plans import dummy, make_plan, tiny
 
 from makeready.graphs.executable.bisect import Found, as_references, bisect, pages_needed
-from makeready.graphs.executable.cpu import CpuExecutable
-from makeready.graphs.executable.cuda import CudaExecutable
-from makeready.graphs.executable.cuda_driver import Driver
+from makeready.graphs.executable.cpu.executable import CpuExecutable
+from makeready.graphs.executable.cuda.driver import Driver
+from makeready.graphs.executable.cuda.executable import CudaExecutable
 from makeready.graphs.plan import Plan
 
 PROMPT = [(11 * i) % 96 for i in range(1, 40)]

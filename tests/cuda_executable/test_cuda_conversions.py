@@ -12,9 +12,9 @@ from test_cuda_weights import check_loaded, write_folder
 
 from makeready.graphs import artifact
 from makeready.graphs.checkpoint.dummy import DummyCheckpoint
-from makeready.graphs.executable import cuda_weights
-from makeready.graphs.executable.cuda import CudaExecutable
-from makeready.graphs.executable.cuda_driver import Driver, DriverError
+from makeready.graphs.executable.cuda import weights as cuda_weights
+from makeready.graphs.executable.cuda.driver import Driver, DriverError
+from makeready.graphs.executable.cuda.executable import CudaExecutable
 from makeready.graphs.plan import LoadProgram
 from makeready.graphs.quant import loading
 

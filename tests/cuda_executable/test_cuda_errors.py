@@ -12,8 +12,8 @@ from fake_driver import FakeBindings, real
 from plans import CONFIG, dummy, tiny
 
 from makeready.graphs.checkpoint.dummy import DummyCheckpoint
-from makeready.graphs.executable.cuda import CudaExecutable
-from makeready.graphs.executable.cuda_driver import Driver, DriverError
+from makeready.graphs.executable.cuda.driver import Driver, DriverError
+from makeready.graphs.executable.cuda.executable import CudaExecutable
 from makeready.graphs.executable.load import load_executable
 from makeready.graphs.plan import Plan, PlanError
 
@@ -89,7 +89,7 @@ def test_too_little_memory_is_refused_with_the_numbers():
 
 def test_pages_come_from_what_is_asked_for_or_what_is_there():
     plan = tiny()
-    from makeready.graphs.executable import cuda_memory
+    from makeready.graphs.executable.cuda import memory as cuda_memory
 
     reserved = (
         cuda_memory.RESERVED + cuda_memory.RESERVED_PER_GRAPH * len(plan.buckets) + 256 * len(plan.kv.parts)
@@ -113,7 +113,7 @@ def test_pages_come_from_what_is_asked_for_or_what_is_there():
 
 def test_the_arithmetic_of_the_cache_is_told():
     plan = replace(tiny(), memory=replace(tiny().memory, weights=15 * 2**30))
-    from makeready.graphs.executable import cuda_memory
+    from makeready.graphs.executable.cuda import memory as cuda_memory
 
     memory = cuda_memory.kv_memory(plan, 140 * 2**30, None)
     left = 140 * 2**30 - plan.memory.fixed - memory.reserve
@@ -189,7 +189,7 @@ def test_another_checkpoints_plan_is_refused_before_the_gpu_is_touched():
 
 def test_load_chooses_by_target(monkeypatch):
     bindings = FakeBindings()
-    monkeypatch.setattr("makeready.graphs.executable.cuda_driver.load_bindings", lambda: bindings)
+    monkeypatch.setattr("makeready.graphs.executable.cuda.driver.load_bindings", lambda: bindings)
     executable = load_executable(tiny(), dummy(), kv_bytes=4 * tiny().kv.page_bytes)
     assert isinstance(executable, CudaExecutable)
     assert executable.pages == 4
@@ -206,7 +206,7 @@ def test_bindings_that_are_not_installed_are_named(monkeypatch):
 
 def test_the_runtime_imports_neither_torch_nor_triton():
     code = (
-        "import sys; import makeready.graphs.executable.cuda, makeready.graphs.executable.load, "
+        "import sys; import makeready.graphs.executable.cuda.executable, makeready.graphs.executable.load, "
         "makeready.graphs.artifact, makeready.graphs.checkpoint.huggingface; "
         "print(sorted({m.split('.')[0] for m in sys.modules} & {'torch', 'triton', 'transformers'}))"
     )

@@ -10,9 +10,9 @@ from fake_driver import FakeBindings
 from plans import argument_sizes, dummy, tiny
 
 from makeready.graphs import memory
-from makeready.graphs.executable.cuda import CudaExecutable
-from makeready.graphs.executable.cuda_driver import Driver
-from makeready.graphs.executable.cuda_graph import _shape
+from makeready.graphs.executable.cuda.driver import Driver
+from makeready.graphs.executable.cuda.executable import CudaExecutable
+from makeready.graphs.executable.cuda.graph import _shape
 from makeready.graphs.plan import NodeArgument, Plan, PlanError, tuned_key
 from makeready.graphs.spec import Bucket
 from makeready.kernels.spec import DTYPE_BYTES, PAGES

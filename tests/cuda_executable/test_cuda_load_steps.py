@@ -9,7 +9,7 @@ from plans import tiny
 
 from makeready.graphs import artifact
 from makeready.graphs.checkpoint.base import open_checkpoint
-from makeready.graphs.executable import cuda_driver
+from makeready.graphs.executable.cuda import driver as cuda_driver
 
 
 def test_written_weights_are_those_that_the_plan_reads(tmp_path):

@@ -22,11 +22,11 @@ from makeready.graphs.checkpoint.base import Checkpoint
 from makeready.graphs.checkpoint.dummy import DummyCheckpoint
 from makeready.graphs.checkpoint.safetensors_file import SafetensorsFile
 from makeready.graphs.derivation import complaints
-from makeready.graphs.executable import cuda_weights
-from makeready.graphs.executable.cpu_weights import load_weights
-from makeready.graphs.executable.cuda_conversions import Converter
-from makeready.graphs.executable.cuda_driver import Driver, host_bytes
-from makeready.graphs.executable.cuda_weights import Upload
+from makeready.graphs.executable.cpu.weights import load_weights
+from makeready.graphs.executable.cuda import weights as cuda_weights
+from makeready.graphs.executable.cuda.conversions import Converter
+from makeready.graphs.executable.cuda.driver import Driver, host_bytes
+from makeready.graphs.executable.cuda.weights import Upload
 from makeready.graphs.layers import dense
 from makeready.graphs.layers.parameter import parameter
 from makeready.graphs.lower import place_weights

@@ -12,9 +12,9 @@ from fake_driver import FakeBindings, real
 from plans import dummy, tiny
 
 from makeready.engine.llm import LLM, RequestError, SamplingParams
-from makeready.graphs.executable import cuda_driver
-from makeready.graphs.executable.cuda import CudaExecutable
-from makeready.graphs.executable.cuda_driver import Driver, DriverError
+from makeready.graphs.executable.cuda import driver as cuda_driver
+from makeready.graphs.executable.cuda.driver import Driver, DriverError
+from makeready.graphs.executable.cuda.executable import CudaExecutable
 from makeready.graphs.executable.example import typical_step
 from makeready.graphs.plan import PlanError
 

@@ -15,9 +15,9 @@ from plans import dummy, tiny
 
 from makeready.engine.entrypoints.tune_options import TuneJob
 from makeready.graphs import artifact
-from makeready.graphs.executable import cuda_driver
-from makeready.graphs.executable.cuda import CudaExecutable
-from makeready.graphs.executable.cuda_driver import Driver
+from makeready.graphs.executable.cuda import driver as cuda_driver
+from makeready.graphs.executable.cuda.driver import Driver
+from makeready.graphs.executable.cuda.executable import CudaExecutable
 from makeready.graphs.plan import Choice
 from makeready.graphs.spec import DECODE
 from makeready.graphs.targets import find_target

@@ -11,9 +11,9 @@ from fake_driver import FakeBindings
 from plans import dummy, make_plan, tiny
 
 from makeready.graphs import memory
-from makeready.graphs.executable import cuda_staging
-from makeready.graphs.executable.cuda import CudaExecutable
-from makeready.graphs.executable.cuda_driver import Driver
+from makeready.graphs.executable.cuda import staging as cuda_staging
+from makeready.graphs.executable.cuda.driver import Driver
+from makeready.graphs.executable.cuda.executable import CudaExecutable
 from makeready.graphs.spec import Bucket
 
 

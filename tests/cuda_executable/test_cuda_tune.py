@@ -10,8 +10,8 @@ from fake_driver import FakeBindings
 from fake_objects import FakeNode
 from plans import dummy, make_plan, tiny
 
-from makeready.graphs.executable.cuda import CudaExecutable
-from makeready.graphs.executable.cuda_driver import Driver
+from makeready.graphs.executable.cuda.driver import Driver
+from makeready.graphs.executable.cuda.executable import CudaExecutable
 from makeready.graphs.executable.example import typical_step
 from makeready.graphs.executable.tune import tune
 from makeready.graphs.plan import Plan, PlanError, tuned_key

@@ -8,8 +8,8 @@ from fake_driver import FakeBindings
 from plans import dummy, make_plan, tiny
 
 from makeready.graphs import memory
-from makeready.graphs.executable.cuda import CudaExecutable
-from makeready.graphs.executable.cuda_driver import Driver
+from makeready.graphs.executable.cuda.driver import Driver
+from makeready.graphs.executable.cuda.executable import CudaExecutable
 from makeready.graphs.executable.unowned import Held
 from makeready.graphs.plan import Plan
 from makeready.graphs.spec import DEVICE, Bucket

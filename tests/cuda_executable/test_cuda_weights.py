@@ -15,11 +15,12 @@ from safetensors.torch import save_file
 
 from makeready.graphs.checkpoint.base import open_checkpoint
 from makeready.graphs.checkpoint.dummy import DummyCheckpoint
-from makeready.graphs.executable import cuda_pages, cuda_weights
-from makeready.graphs.executable.cpu_weights import load_weights
-from makeready.graphs.executable.cuda import CudaExecutable
-from makeready.graphs.executable.cuda_convert import convert
-from makeready.graphs.executable.cuda_driver import Driver, DriverError
+from makeready.graphs.executable.cpu.weights import load_weights
+from makeready.graphs.executable.cuda import pages as cuda_pages
+from makeready.graphs.executable.cuda import weights as cuda_weights
+from makeready.graphs.executable.cuda.convert import convert
+from makeready.graphs.executable.cuda.driver import Driver, DriverError
+from makeready.graphs.executable.cuda.executable import CudaExecutable
 from makeready.graphs.plan import PlanError
 
 

@@ -14,7 +14,7 @@ import transformers
 from makeready.engine.llm import LLM
 from makeready.engine.request import Request
 from makeready.engine.sampling import SamplingParams
-from makeready.graphs.executable.cpu import CpuExecutable
+from makeready.graphs.executable.cpu.executable import CpuExecutable
 from makeready.graphs.spec import Bucket
 
 FAMILIES = {

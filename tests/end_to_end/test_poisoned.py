@@ -14,7 +14,7 @@ from poisoned import Sequences, answers, assert_same, poison_memory, poisoned_ca
 
 from makeready.graphs.checkpoint.dummy import DummyCheckpoint
 from makeready.graphs.compile import compile_plan
-from makeready.graphs.executable.cpu import CpuExecutable
+from makeready.graphs.executable.cpu.executable import CpuExecutable
 from makeready.graphs.spec import INPUT_LOGPROBS
 from makeready.kernels import registry
 from makeready.kernels.contract import CONTRACTS

@@ -16,7 +16,7 @@ from makeready.engine.request import Request
 from makeready.engine.sampling import SamplingParams
 from makeready.graphs.checkpoint.dummy import DummyCheckpoint
 from makeready.graphs.compile import compile_plan
-from makeready.graphs.executable.cpu import CpuExecutable
+from makeready.graphs.executable.cpu.executable import CpuExecutable
 from makeready.graphs.models import decoder
 from makeready.graphs.plan import Plan
 from makeready.graphs.spec import CacheGroup

@@ -16,8 +16,8 @@ from test_gpu_poisoned import target
 
 from makeready.graphs.compile import compile_plan
 from makeready.graphs.executable.bisect import as_references, bisect, pages_needed
-from makeready.graphs.executable.cpu import CpuExecutable
-from makeready.graphs.executable.cuda import CudaExecutable
+from makeready.graphs.executable.cpu.executable import CpuExecutable
+from makeready.graphs.executable.cuda.executable import CudaExecutable
 
 LIMITS: dict[str, Any] = {"max_rows": 8, "max_tokens": 128, "context_len": 256}
 PROMPT = [(37 * i) % 1000 for i in range(1, 150)]

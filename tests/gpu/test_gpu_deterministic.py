@@ -19,7 +19,7 @@ from scripted_steps import SMALL, write_checkpoint
 from makeready.engine.llm import LLM, Output, SamplingParams, SchedulerOptions
 from makeready.engine.loop import Engine
 from makeready.graphs.compile import compile_plan
-from makeready.graphs.executable.cpu import CpuExecutable
+from makeready.graphs.executable.cpu.executable import CpuExecutable
 from makeready.graphs.executable.load import load_executable
 from makeready.graphs.targets import TARGETS
 

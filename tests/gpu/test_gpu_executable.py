@@ -21,8 +21,8 @@ from scripted_steps import FORCED, PROMPTS, SMALL, Played, open_slot, play, scri
 from makeready.engine.llm import LLM, SamplingParams
 from makeready.graphs import artifact, golden
 from makeready.graphs.compile import compile_plan
-from makeready.graphs.executable.cpu import CpuExecutable
-from makeready.graphs.executable.cuda import CudaExecutable
+from makeready.graphs.executable.cpu.executable import CpuExecutable
+from makeready.graphs.executable.cuda.executable import CudaExecutable
 from makeready.graphs.executable.load import load_executable
 from makeready.graphs.plan import PlanError
 from makeready.graphs.targets import TARGETS

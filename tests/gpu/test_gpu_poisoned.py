@@ -19,7 +19,7 @@ from poisoned import NOBODYS_ID, Sequences, answers, assert_same, poison_memory,
 from scripted_steps import SMALL, write_checkpoint
 
 from makeready.graphs.compile import compile_plan
-from makeready.graphs.executable.cuda import CudaExecutable
+from makeready.graphs.executable.cuda.executable import CudaExecutable
 from makeready.graphs.targets import TARGETS
 
 LIMITS: dict[str, Any] = {

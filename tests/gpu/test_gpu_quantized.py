@@ -21,9 +21,9 @@ from smoothed import Smoothed
 from makeready.graphs.checkpoint.base import Checkpoint
 from makeready.graphs.checkpoint.dummy import DummyCheckpoint
 from makeready.graphs.compile import compile_plan
-from makeready.graphs.executable.cpu import CpuExecutable
-from makeready.graphs.executable.cpu_weights import load_weights
-from makeready.graphs.executable.cuda import CudaExecutable
+from makeready.graphs.executable.cpu.executable import CpuExecutable
+from makeready.graphs.executable.cpu.weights import load_weights
+from makeready.graphs.executable.cuda.executable import CudaExecutable
 from makeready.graphs.executable.load import load_executable
 from makeready.graphs.plan import Plan
 from makeready.graphs.quant import loading

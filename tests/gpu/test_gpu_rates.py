@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
 MEASURE = """
 import json
 from benchmarks.gpu import rates
-from makeready.graphs.executable.cuda_driver import Driver
+from makeready.graphs.executable.cuda.driver import Driver
 driver = Driver()
 driver.initialise()
 device = driver.open(0)

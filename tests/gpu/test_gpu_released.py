@@ -35,7 +35,7 @@ PATIENCE = 60.0
 IN_TURN = """
 import json, sys
 from makeready.engine.llm import LLM, SamplingParams
-from makeready.graphs.executable.cuda_driver import Driver
+from makeready.graphs.executable.cuda.driver import Driver
 driver = Driver()
 driver.initialise()
 device = driver.open(0)

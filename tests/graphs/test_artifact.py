@@ -24,7 +24,7 @@ from makeready.graphs.buckets import Traffic
 from makeready.graphs.checkpoint.base import CheckpointWarning, open_checkpoint
 from makeready.graphs.codec import canonical
 from makeready.graphs.compile import compile_plan
-from makeready.graphs.executable.cpu import CpuExecutable
+from makeready.graphs.executable.cpu.executable import CpuExecutable
 from makeready.graphs.executable.match import check_checkpoint
 from makeready.graphs.plan import SCHEMA, Plan, PlanError
 

@@ -10,7 +10,7 @@ import pytest
 from makeready.graphs.checkpoint.dummy import DummyCheckpoint
 from makeready.graphs.compile import compile_plan
 from makeready.graphs.executable.bisect import Found, as_references, bisect, pages_needed
-from makeready.graphs.executable.cpu import CpuExecutable
+from makeready.graphs.executable.cpu.executable import CpuExecutable
 from makeready.graphs.plan import Plan, PlanError
 from makeready.kernels import registry
 from makeready.kernels.contract import CONTRACTS

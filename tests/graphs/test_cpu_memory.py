@@ -9,8 +9,8 @@ from tiny_programs import LLAMA, dummy, traced
 
 from makeready.engine.llm import LLM
 from makeready.graphs.checkpoint.base import open_checkpoint
-from makeready.graphs.executable.cpu import CpuExecutable
-from makeready.graphs.executable.cpu_memory import check_memory, free_bytes
+from makeready.graphs.executable.cpu.executable import CpuExecutable
+from makeready.graphs.executable.cpu.memory import check_memory, free_bytes
 from makeready.graphs.plan import PlanError
 
 

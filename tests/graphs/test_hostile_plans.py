@@ -21,7 +21,7 @@ from tiny_programs import LLAMA, dummy, traced
 from makeready.graphs import artifact, golden
 from makeready.graphs.checkpoint.base import open_checkpoint
 from makeready.graphs.codec import canonical
-from makeready.graphs.executable.cpu import CpuExecutable
+from makeready.graphs.executable.cpu.executable import CpuExecutable
 from makeready.graphs.plan import PlanError
 from makeready.graphs.reads import needs
 

@@ -18,7 +18,7 @@ from tiny_programs import LIMITS, LLAMA, dummy, ops, traced
 from makeready.graphs.checkpoint.base import open_checkpoint
 from makeready.graphs.checkpoint.float8 import to_float8
 from makeready.graphs.compile import compile_plan
-from makeready.graphs.executable.cpu_weights import load_weights
+from makeready.graphs.executable.cpu.weights import load_weights
 from makeready.graphs.models.family import UnsupportedModelError
 from makeready.graphs.plan import Plan, PlanError
 from makeready.graphs.quant.scheme import Scheme

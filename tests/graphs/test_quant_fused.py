@@ -10,7 +10,7 @@ import torch
 from tiny_programs import LLAMA
 
 from makeready.graphs.checkpoint.dummy import DummyCheckpoint
-from makeready.graphs.executable.cpu_weights import assemble
+from makeready.graphs.executable.cpu.weights import assemble
 from makeready.graphs.ir import STEP, Call, Program, Value
 from makeready.graphs.plan import PlanError
 from makeready.graphs.quant.fp8 import quantize_linears

@@ -16,8 +16,8 @@ from tiny_programs import traced
 from makeready.graphs.checkpoint.base import Checkpoint, TensorInfo, ranges
 from makeready.graphs.codec import canonical, from_json, to_json
 from makeready.graphs.derivation import complaints, infer
-from makeready.graphs.executable.cpu_weights import assemble
-from makeready.graphs.executable.cuda_convert import runs
+from makeready.graphs.executable.cpu.weights import assemble
+from makeready.graphs.executable.cuda.convert import runs
 from makeready.graphs.lower import place_weights
 from makeready.graphs.plan import Weight
 from makeready.graphs.reads import needs, reads

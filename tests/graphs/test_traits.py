@@ -16,7 +16,7 @@ import torch
 from tiny_programs import QWEN2, Weights, _step, handmade, ops, traced
 from toy_ops import BLOCK, COPIES, SKIPPED, VOCABULARY, toy_ops, toy_traced
 
-from makeready.graphs.executable.cpu import CpuExecutable
+from makeready.graphs.executable.cpu.executable import CpuExecutable
 from makeready.graphs.ir import Call, Program
 from makeready.graphs.lower import lower
 from makeready.graphs.passes.expand import expand

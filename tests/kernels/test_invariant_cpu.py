@@ -12,7 +12,7 @@ import torch
 from case import Case, in_columns, int32, spec_of
 from inputs import cases
 
-from makeready.graphs.executable.cpu_weights import LAYOUTS
+from makeready.graphs.executable.cpu.weights import LAYOUTS
 from makeready.kernels import native, registry
 from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.gemm import linear_cpu

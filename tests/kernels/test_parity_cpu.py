@@ -15,7 +15,7 @@ from case import Case, copy, in_columns
 from inputs import cases
 from torch.nn import functional
 
-from makeready.graphs.executable.cpu_weights import LAYOUTS
+from makeready.graphs.executable.cpu.weights import LAYOUTS
 from makeready.kernels import native, registry
 from makeready.kernels.contract import CONTRACTS, Tolerance
 from makeready.kernels.gemm import linear_cpu

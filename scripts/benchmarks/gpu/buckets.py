@@ -15,7 +15,7 @@ from itertools import pairwise
 from typing import Any
 
 from benchmarks.gpu import timeline
-from makeready.graphs.executable.cuda import CudaExecutable
+from makeready.graphs.executable.cuda.executable import CudaExecutable
 from makeready.graphs.executable.example import typical_step
 from makeready.graphs.inspect.analysis import work
 from makeready.graphs.plan import Launch, Plan, tuned_key

@@ -2,7 +2,7 @@
 
 Writes random weights of the plan's shapes, loads them and checks what arrived. Then come single steps
 (mapping, pinning, copying, letting go; reading through pinned buffers instead), whole loads of the
-executable under other settings than those in graphs/executable/cuda_pages.py, and the time from process
+executable under other settings than those in graphs/executable/cuda/pages.py, and the time from process
 start to the first token of scripts/generate.py. Needs no torch.
 """
 
@@ -28,9 +28,10 @@ from benchmarks.record import ROOT
 from makeready.graphs import artifact, children
 from makeready.graphs.checkpoint.base import NUMPY_DTYPES, Checkpoint, open_checkpoint
 from makeready.graphs.checkpoint.safetensors_file import DTYPES
-from makeready.graphs.executable import cuda_pages, cuda_weights
-from makeready.graphs.executable.cuda import CudaExecutable
-from makeready.graphs.executable.cuda_driver import Driver, host_bytes
+from makeready.graphs.executable.cuda import pages as cuda_pages
+from makeready.graphs.executable.cuda import weights as cuda_weights
+from makeready.graphs.executable.cuda.driver import Driver, host_bytes
+from makeready.graphs.executable.cuda.executable import CudaExecutable
 from makeready.graphs.plan import Plan
 from makeready.graphs.reads import fetch, needs, reads
 from makeready.kernels.spec import DTYPE_BYTES

@@ -14,9 +14,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from makeready.graphs.executable.cuda_driver import Driver
-from makeready.graphs.executable.cuda_graph import GraphBuilder
-from makeready.graphs.executable.cuda_memory import random_numbers
+from makeready.graphs.executable.cuda.driver import Driver
+from makeready.graphs.executable.cuda.graph import GraphBuilder
+from makeready.graphs.executable.cuda.memory import random_numbers
 from makeready.graphs.memory import align
 from makeready.graphs.plan import Binary, Buffer, Choice, Launch, LoweredProgram
 from makeready.graphs.spec import EXTEND, Bucket

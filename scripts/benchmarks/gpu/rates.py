@@ -18,7 +18,7 @@ from benchmarks.gpu import products
 from benchmarks.gpu.products import FP8, Product
 from makeready.graphs.devices import Device as Figures
 from makeready.graphs.devices import device_named
-from makeready.graphs.executable.cuda_driver import Device, Driver
+from makeready.graphs.executable.cuda.driver import Device, Driver
 from makeready.graphs.plan import PlanError
 from makeready.graphs.targets import TARGETS, Target
 

@@ -22,7 +22,7 @@ began = time.perf_counter()
 import json, sys
 from makeready.graphs import artifact
 from makeready.graphs.checkpoint.base import open_checkpoint
-from makeready.graphs.executable.cuda import CudaExecutable
+from makeready.graphs.executable.cuda.executable import CudaExecutable
 from makeready.graphs.executable.example import typical_step
 imported = time.perf_counter()
 source, config, folder = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]

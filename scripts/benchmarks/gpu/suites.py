@@ -13,7 +13,7 @@ from makeready.engine.entrypoints.options import UsageError
 def buckets(bench: Bench) -> Measured:
     """Full steps of buckets and their parts; see :mod:`benchmarks.gpu.buckets`."""
     from benchmarks.gpu import buckets, steps_svg
-    from makeready.graphs.executable.cuda import CudaExecutable
+    from makeready.graphs.executable.cuda.executable import CudaExecutable
 
     executable, context, options = bench.llm.engine.executable, bench.job.latency.context, bench.job.buckets
     if not isinstance(executable, CudaExecutable):
@@ -150,7 +150,7 @@ def _plan_for_gpu(bench: Bench, suite: str) -> Path:
         UsageError: there is none.
         PlanError: the driver finds no GPU.
     """
-    from makeready.graphs.executable.cuda_driver import Driver
+    from makeready.graphs.executable.cuda.driver import Driver
 
     if bench.job.plan.path is None:
         raise UsageError(f"suite {suite} reads a compiled plan in every process; give plan=FOLDER")

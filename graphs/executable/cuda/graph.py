@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from makeready.graphs.executable.cuda_driver import Driver, Function
+from makeready.graphs.executable.cuda.driver import Driver, Function
 from makeready.graphs.plan import Choice, Launch, Node, NodeArgument, Plan, PlanError, tuned_key
 from makeready.graphs.spec import Bucket
 from makeready.kernels.size import parse, value

@@ -15,9 +15,9 @@ import torch
 
 from makeready.graphs import memory
 from makeready.graphs.checkpoint.base import Checkpoint
-from makeready.graphs.executable.cpu_check import check_launches
-from makeready.graphs.executable.cpu_memory import check_memory, room_for
-from makeready.graphs.executable.cpu_weights import Progress, load_weights
+from makeready.graphs.executable.cpu.check import check_launches
+from makeready.graphs.executable.cpu.memory import check_memory, room_for
+from makeready.graphs.executable.cpu.weights import Progress, load_weights
 from makeready.graphs.executable.match import check_checkpoint
 from makeready.graphs.executable.unowned import Held, unowned
 from makeready.graphs.plan import Launch, Plan, PlanError

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from makeready.graphs import memory
-from makeready.graphs.executable.cuda_driver import Driver, host_bytes
+from makeready.graphs.executable.cuda.driver import Driver, host_bytes
 from makeready.graphs.plan import Plan, PlanError
 from makeready.graphs.spec import HOST, Bucket, Field
 

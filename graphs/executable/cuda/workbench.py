@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from makeready.graphs.executable.cuda_driver import Device, Driver
-from makeready.graphs.executable.cuda_graph import GraphBuilder
+from makeready.graphs.executable.cuda.driver import Device, Driver
+from makeready.graphs.executable.cuda.graph import GraphBuilder
 from makeready.graphs.spec import Bucket
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from makeready.graphs import memory
-from makeready.graphs.executable.cuda_driver import Device, Driver
+from makeready.graphs.executable.cuda.driver import Device, Driver
 from makeready.graphs.plan import Plan, PlanError
 from makeready.graphs.spec import Bucket, KVPart
 from makeready.kernels.spec import DTYPE_BYTES, PAGES

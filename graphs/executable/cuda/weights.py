@@ -1,9 +1,9 @@
 """Parameters from a checkpoint to the GPU, by a plan's recipe, in threads.
 
 Rows that a mapped file holds in the very dtype that the plan wants go straight from the page cache
-(graphs/executable/cuda_pages.py). All else, conversions, dequantized blocks, generated constants, or files
+(graphs/executable/cuda/pages.py). All else, conversions, dequantized blocks, generated constants, or files
 that cannot be pinned, passes through pinned buffers, two for each thread, so that one is filled while the
-other is copied. What derivations read passes through them too (graphs/executable/cuda_conversions.py).
+other is copied. What derivations read passes through them too (graphs/executable/cuda/conversions.py).
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ import numpy as np
 
 from makeready.graphs.checkpoint.base import Checkpoint
 from makeready.graphs.constants import GENERATORS
-from makeready.graphs.executable import cuda_pages
-from makeready.graphs.executable.cuda_conversions import Converter, LoadRun, load_runs
-from makeready.graphs.executable.cuda_convert import convert, converted, runs
-from makeready.graphs.executable.cuda_driver import Device, Driver, host_bytes
-from makeready.graphs.executable.cuda_pages import Pins, Span, Window, Windows, map_pages, mapped
+from makeready.graphs.executable.cuda import pages as cuda_pages
+from makeready.graphs.executable.cuda.conversions import Converter, LoadRun, load_runs
+from makeready.graphs.executable.cuda.convert import convert, converted, runs
+from makeready.graphs.executable.cuda.driver import Device, Driver, host_bytes
+from makeready.graphs.executable.cuda.pages import Pins, Span, Window, Windows, map_pages, mapped
 from makeready.graphs.plan import Plan, PlanError, Weight
 from makeready.graphs.recipe import CHUNK_BYTES, LOADERS
 from makeready.kernels.spec import DTYPE_BYTES

@@ -20,14 +20,14 @@ import numpy as np
 
 from makeready.graphs.checkpoint.base import NUMPY_DTYPES, Checkpoint
 from makeready.graphs.devices import chosen_for_another
-from makeready.graphs.executable import cuda_memory
-from makeready.graphs.executable.cuda_conversions import Converter
-from makeready.graphs.executable.cuda_convert import convert
-from makeready.graphs.executable.cuda_driver import Device, Driver, DriverError, Function
-from makeready.graphs.executable.cuda_graph import GraphBuilder
-from makeready.graphs.executable.cuda_staging import Flight, PendingStep, SlotTable
-from makeready.graphs.executable.cuda_weights import Progress, Upload
-from makeready.graphs.executable.cuda_workbench import Workbench
+from makeready.graphs.executable.cuda import memory as cuda_memory
+from makeready.graphs.executable.cuda.conversions import Converter
+from makeready.graphs.executable.cuda.convert import convert
+from makeready.graphs.executable.cuda.driver import Device, Driver, DriverError, Function
+from makeready.graphs.executable.cuda.graph import GraphBuilder
+from makeready.graphs.executable.cuda.staging import Flight, PendingStep, SlotTable
+from makeready.graphs.executable.cuda.weights import Progress, Upload
+from makeready.graphs.executable.cuda.workbench import Workbench
 from makeready.graphs.executable.match import check_checkpoint
 from makeready.graphs.executable.unowned import Held, unowned
 from makeready.graphs.plan import Plan, PlanError

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from makeready.graphs.checkpoint.base import Checkpoint
-from makeready.graphs.executable.cuda_driver import Driver, DriverError, host_bytes
+from makeready.graphs.executable.cuda.driver import Driver, DriverError, host_bytes
 from makeready.graphs.reads import Read, fetch
 
 WINDOW = 256 * 2**20  # bytes of a file that are pinned at once

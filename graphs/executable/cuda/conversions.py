@@ -16,9 +16,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from makeready.graphs.checkpoint.base import Checkpoint
-from makeready.graphs.executable.cuda_convert import runs
-from makeready.graphs.executable.cuda_driver import Driver, Function
-from makeready.graphs.executable.cuda_graph import GraphBuilder, PreparedNode
+from makeready.graphs.executable.cuda.convert import runs
+from makeready.graphs.executable.cuda.driver import Driver, Function
+from makeready.graphs.executable.cuda.graph import GraphBuilder, PreparedNode
 from makeready.graphs.plan import Conversion, Loading, Plan
 from makeready.graphs.recipe import CHUNK_BYTES
 

@@ -1,0 +1,1 @@
+"""Interprets plans on the CPU, with PyTorch."""

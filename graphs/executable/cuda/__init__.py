@@ -1,0 +1,1 @@
+"""Runs plans on NVIDIA GPUs through the CUDA driver; imports neither torch nor triton."""
