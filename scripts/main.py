@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import signal
 import sys
 from importlib.metadata import version
 
@@ -15,7 +16,10 @@ COMMANDS = {
     "bisect": "find the launch that computes something else than the interpreter",
     "bench": "measure speed",
 }
-_MODULES = {"bisect": "bisect_plan"}  # a script's folder leads Python's path: no name of the standard library
+_MODULES = {
+    "bisect": "bisect_plan",
+    "inspect": "inspect_plan",
+}  # a script's folder leads Python's path: no name of the standard library
 
 
 def usage() -> str:
@@ -39,6 +43,10 @@ def main(arguments: list[str] | None = None) -> int:
         meant = f"; did you mean {near[0]}" if near else ""
         print(f"error: makeready has no command {name}{meant}; it has {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
+    if arguments is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        )  # Ctrl-C while modules are imported ends without a traceback
     if name == "bench":
         # Its modules find each other under the name that they have where the script is run as a file.
         sys.modules.setdefault("benchmarks", importlib.import_module("makeready.scripts.benchmarks"))

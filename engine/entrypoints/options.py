@@ -223,7 +223,7 @@ class PlanPath:
 
 @dataclass
 class InspectJob:
-    """Options of scripts/inspect.py.
+    """Options of scripts/inspect_plan.py.
 
     Attributes:
         html: file for a self-contained page with pictures; without it the plan is explained as text.

@@ -10,7 +10,7 @@ from types import ModuleType
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
-SCRIPTS = ("compile", "generate", "inspect", "bench")
+SCRIPTS = ("compile", "generate", "inspect_plan", "bench")
 
 # A checkpoint of 40 kB that needs no file and has no tokenizer.
 TINY = (

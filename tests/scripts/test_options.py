@@ -295,10 +295,10 @@ REFUSED = [
     ("compile", [*TINY, "quant=int4"], 1, "quant=int4 is not supported; choose one of fp8"),
     ("compile", [*TINY, "plan.disabled_passes=[fuse]"], 2, "there is no pass fuse"),
     ("compile", [*TINY, "model.num_key_value_heads=3"], 1, "num_key_value_heads"),
-    ("inspect", [], 2, "plan= is missing"),
-    ("inspect", ["plan=."], 1, "holds no plan"),
-    ("inspect", ["plan=x", "context=0"], 2, "context=0 must be at least 1"),
-    ("inspect", ["plan=x", "page=1"], 2, "there is no option page"),
+    ("inspect_plan", [], 2, "plan= is missing"),
+    ("inspect_plan", ["plan=."], 1, "holds no plan"),
+    ("inspect_plan", ["plan=x", "context=0"], 2, "context=0 must be at least 1"),
+    ("inspect_plan", ["plan=x", "page=1"], 2, "there is no option page"),
 ]
 
 
@@ -364,8 +364,8 @@ def test_any_number_of_buckets_may_be_allowed(name, capsys):
         assert "16 buckets" in said or "extend" in said
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_ctrl_c_during_imports_is_quiet(name, tmp_path):
+@pytest.mark.parametrize("command", [*SCRIPTS, "tune", "bisect_plan", "main compile"])
+def test_ctrl_c_during_imports_is_quiet(command, tmp_path):
     """The first heavy import is replaced by one that never ends, and says that it has begun."""
     import signal
     import subprocess
@@ -373,8 +373,9 @@ def test_ctrl_c_during_imports_is_quiet(name, tmp_path):
 
     (tmp_path / "hydra.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(600)\n")
     root = Path(__file__).parents[2]
+    name, *rest = command.split()
     process = subprocess.Popen(
-        [sys.executable, str(root / "scripts" / f"{name}.py"), "--help"],
+        [sys.executable, str(root / "scripts" / f"{name}.py"), *rest, "--help"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},

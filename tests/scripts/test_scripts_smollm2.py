@@ -59,5 +59,5 @@ def test_compile_generate_inspect(checkpoint, capfd):
     assert (stopped["text"], stopped["finish_reason"]) == (" Paris", "stop")
     assert "6 rows (2 with errors)" in capfd.readouterr().err
 
-    assert script("inspect")("plan=plans/x", "html=page.html") == 0
+    assert script("inspect_plan")("plan=plans/x", "html=page.html") == 0
     assert Path("page.html").read_text().lstrip().lower().startswith("<!doctype html>")

@@ -1,4 +1,4 @@
-"""scripts/inspect.py has the name of a module of the standard library, and is never taken for it."""
+"""No script has the name of a module of the standard library: a script's folder leads Python's path."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str
     )
 
 
-def test_the_standard_librarys_module_is_found_behind_it():
+def test_the_standard_librarys_module_is_found():
     program = """
 import dataclasses, inspect, os, sys
 assert os.path.samefile(inspect.__file__, os.path.join(os.path.dirname(os.__file__), "inspect.py")), inspect
@@ -36,13 +36,13 @@ assert str(inspect.signature(lambda a, *, b=1: 0)) == "(a, *, b=1)"
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("inspect", "nowhere holds no plan (no plan.json); make one with scripts/compile.py"),
+        ("inspect_plan", "nowhere holds no plan (no plan.json); make one with scripts/compile.py"),
         ("tune", "nowhere holds no plan (no plan.json); make one with scripts/compile.py"),
     ],
 )
 def test_scripts_run_with_their_folder_in_front_of_the_path(name, reason):
     """As users start them, from anywhere."""
-    checkpoint = () if name == "inspect" else ("checkpoint=x",)
+    checkpoint = () if name == "inspect_plan" else ("checkpoint=x",)
     done = run(ROOT / "scripts" / f"{name}.py", "plan=nowhere", *checkpoint)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == f"error: {reason}"
