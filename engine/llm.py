@@ -33,7 +33,7 @@ from makeready.engine.text.chat import read_template, render_chat
 from makeready.engine.text.tokenizer import Tokenizer, load_tokenizer
 from makeready.graphs.checkpoint.base import Checkpoint, open_checkpoint
 from makeready.graphs.executable.load import load_executable
-from makeready.graphs.plan import Plan
+from makeready.graphs.plan.plan import Plan
 
 __all__ = ["LLM", "Output", "RequestError", "SamplingParams", "SchedulerOptions", "TokenLogprob"]
 
@@ -62,7 +62,7 @@ class LLM:
         report: told in a sentence what is going on while the model loads, and of what may be not as expected;
             without it the latter goes to the logger ``makeready``.
         progress: told how many of how many parameters are loaded.
-        options: fields of :class:`makeready.graphs.compile.Request` for the plan to compile, such as
+        options: fields of :class:`makeready.graphs.planner.compile.Request` for the plan to compile, such as
             ``target``, ``max_rows`` or ``weight_dtype``; none may be given beside ``plan``.
 
     Raises:

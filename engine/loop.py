@@ -18,9 +18,9 @@ from makeready.engine.request import ABORT, Request
 from makeready.engine.scheduler import Scheduler
 from makeready.engine.staging import Stage, slot_values
 from makeready.engine.step_record import StepRecord
-from makeready.graphs.buckets import BucketTable
 from makeready.graphs.executable.base import Executable, Pending
-from makeready.graphs.spec import Bucket
+from makeready.graphs.plan.buckets import BucketTable
+from makeready.graphs.plan.spec import Bucket
 
 
 @dataclass(frozen=True)

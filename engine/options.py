@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from makeready.engine.errors import RequestError
 from makeready.engine.kv.eviction import POLICIES as EVICTIONS
 from makeready.engine.ranking import RANKINGS
-from makeready.graphs.plan import Plan
+from makeready.graphs.plan.plan import Plan
 
 FCFS, LPM, DFS_WEIGHT, PRIORITY = "fcfs", "lpm", "dfs-weight", "priority"
 POLICIES = (FCFS, LPM, DFS_WEIGHT, *RANKINGS)

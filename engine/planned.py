@@ -9,9 +9,9 @@ from typing import Any
 
 from makeready.engine.errors import RequestError
 from makeready.engine.options import SchedulerOptions
-from makeready.graphs import artifact
 from makeready.graphs.checkpoint.base import Checkpoint
-from makeready.graphs.plan import Plan
+from makeready.graphs.plan import artifact
+from makeready.graphs.plan.plan import Plan
 
 Report = Callable[[str], None]
 
@@ -33,9 +33,9 @@ def plan_of(
             )
         return plan if isinstance(plan, Plan) else artifact.load(plan)
     # The planner needs torch; a plan that is ready does not.
-    from makeready.graphs.compile import Request as PlanRequest
-    from makeready.graphs.compile import compile_plan
-    from makeready.graphs.plan_cache import cached_plan
+    from makeready.graphs.planner.compile import Request as PlanRequest
+    from makeready.graphs.planner.compile import compile_plan
+    from makeready.graphs.planner.plan_cache import cached_plan
 
     try:
         request = PlanRequest(**options)

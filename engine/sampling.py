@@ -10,7 +10,7 @@ from typing import Any
 from makeready.engine import fields as fields_module
 from makeready.engine.errors import RequestError
 from makeready.engine.fields import biases, boolean, number, optional, texts, token_ids, whole
-from makeready.graphs.spec import INPUT_LOGPROBS, Limits
+from makeready.graphs.plan.spec import INPUT_LOGPROBS, Limits
 
 
 @dataclass(frozen=True)

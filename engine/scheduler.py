@@ -25,8 +25,8 @@ from makeready.engine.policy import WaitingQueue
 from makeready.engine.request import ABORT, Request
 from makeready.engine.seats import Seats
 from makeready.engine.steps.base import step_kinds
-from makeready.graphs.buckets import BucketTable
-from makeready.graphs.spec import EXTEND, INPUT_LOGPROBS, Bucket, Limits, StepSpec
+from makeready.graphs.plan.buckets import BucketTable
+from makeready.graphs.plan.spec import EXTEND, INPUT_LOGPROBS, Bucket, Limits, StepSpec
 
 # As SGLang has them: steps in which new_token_ratio falls from 1 to its least, and tokens that each running
 # request is given before pages may run out again.

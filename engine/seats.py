@@ -30,7 +30,7 @@ from makeready.engine.kv.pools import Pools
 from makeready.engine.kv.radix import PrefixCache
 from makeready.engine.kv.rows import StateRows, WindowRows
 from makeready.engine.request import Request
-from makeready.graphs.spec import Limits
+from makeready.graphs.plan.spec import Limits
 
 
 class Seats:

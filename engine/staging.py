@@ -8,8 +8,8 @@ import numpy as np
 
 from makeready.engine.request import Request
 from makeready.engine.sampling import CHECKS
-from makeready.graphs.plan import Plan
-from makeready.graphs.spec import Bucket, Field, StepSpec
+from makeready.graphs.plan.plan import Plan
+from makeready.graphs.plan.spec import Bucket, Field, StepSpec
 
 
 class Stage:

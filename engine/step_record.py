@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from makeready.graphs.spec import Bucket
+from makeready.graphs.plan.spec import Bucket
 
 
 @dataclass(frozen=True)

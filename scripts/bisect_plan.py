@@ -14,9 +14,9 @@ from makeready.engine.entrypoints.bisect_options import BisectJob
 from makeready.engine.entrypoints.cli import launch
 from makeready.engine.entrypoints.status import Stages
 from makeready.engine.text.tokenizer import load_tokenizer
-from makeready.graphs import artifact
 from makeready.graphs.checkpoint.base import Checkpoint
-from makeready.graphs.plan import Plan, PlanError
+from makeready.graphs.plan import artifact
+from makeready.graphs.plan.plan import Plan, PlanError
 
 if TYPE_CHECKING:
     from makeready.graphs.executable.bisect import Walking

@@ -13,12 +13,12 @@ from makeready.engine.entrypoints.golden import summary as golden_summary
 from makeready.engine.entrypoints.golden import write_golden
 from makeready.engine.entrypoints.options import CompileJob
 from makeready.engine.entrypoints.status import Stages
-from makeready.graphs import artifact
 from makeready.graphs.executable.cuda.memory import kv_memory
 from makeready.graphs.executable.load import kv_pages
 from makeready.graphs.inspect.units import nbytes
-from makeready.graphs.plan import Plan, PlanError
-from makeready.graphs.targets import target_of
+from makeready.graphs.plan import artifact
+from makeready.graphs.plan.plan import Plan, PlanError
+from makeready.graphs.plan.targets import target_of
 
 
 def compile_job(job: CompileJob) -> None:
@@ -28,8 +28,8 @@ def compile_job(job: CompileJob) -> None:
         stages.begin("read the checkpoint")
         checkpoint = job.open()
         stages.begin("import the planner")
-        from makeready.graphs.compile import Request, compile_plan
-        from makeready.graphs.plan_cache import cache_folder, cached_plan
+        from makeready.graphs.planner.compile import Request, compile_plan
+        from makeready.graphs.planner.plan_cache import cache_folder, cached_plan
 
         request = Request(**job.plan_fields())
         stages.begin("look into the local cache")
@@ -47,7 +47,7 @@ def compile_job(job: CompileJob) -> None:
         golden = write_golden(plan, checkpoint, folder, stages) if job.golden else None
     made = "from the local cache" if found else "compiled"
     if plan.binaries:
-        from makeready.graphs.cuda.table import resource_table
+        from makeready.graphs.planner.cuda.table import resource_table
 
         print(resource_table(plan), end="\n\n")
     print(summary(plan, folder, job.kv_bytes))

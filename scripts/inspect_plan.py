@@ -11,7 +11,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 from makeready.engine.entrypoints.cli import launch
 from makeready.engine.entrypoints.options import InspectJob
-from makeready.graphs import artifact
+from makeready.graphs.plan import artifact
 
 
 def inspect_job(job: InspectJob) -> None:

@@ -14,8 +14,8 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 from makeready.engine.entrypoints.cli import launch
 from makeready.engine.entrypoints.status import Stages
 from makeready.engine.entrypoints.tune_options import TuneJob
-from makeready.graphs import artifact
-from makeready.graphs.plan import PlanError
+from makeready.graphs.plan import artifact
+from makeready.graphs.plan.plan import PlanError
 
 if TYPE_CHECKING:
     from makeready.graphs.executable.tune import Gain

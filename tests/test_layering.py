@@ -28,14 +28,14 @@ RUNTIME = sorted(
     for name in MODULES
     if name in {f"makeready.engine.{m}" for m in ("llm", "loop", "scheduler")}
     or name.startswith(
-        ("makeready.engine.text.", "makeready.graphs.checkpoint.", "makeready.graphs.executable.cuda.")
+        (
+            "makeready.engine.text.",
+            "makeready.graphs.checkpoint.",
+            "makeready.graphs.executable.cuda.",
+            "makeready.graphs.plan.",
+        )
     )
     or (name.startswith("makeready.graphs.models.") and name != "makeready.graphs.models.decoder")
-    or name
-    in {
-        f"makeready.graphs.{m}"
-        for m in ("artifact", "plan", "spec", "buckets", "memory", "recipe", "reads", "constants", "codec")
-    }
 )
 
 
@@ -102,7 +102,7 @@ def backward(name: str, imported: list[str]) -> list[str]:
 def test_the_finder_sees_every_way_to_import():
     source = """
 import makeready.engine.loop as loop
-from makeready.graphs import plan
+from makeready.graphs.plan import plan
 from ..engine import llm
 from . import cpu
 def late():
@@ -112,17 +112,17 @@ def late():
 if TYPE_CHECKING:
     from makeready.engine.kv.pool import PagePool
 """
-    found = set(imports(source, "makeready.graphs.plan"))
+    found = set(imports(source, "makeready.graphs.example"))
     assert {
         "makeready.engine.loop",
-        "makeready.graphs.plan",
+        "makeready.graphs.plan.plan",
         "makeready.engine.llm",
         "makeready.graphs.cpu",
         "torch.nn",
         "makeready.engine.text",
         "makeready.engine.kv.pool",
     } <= found
-    assert set(backward("makeready.graphs.plan", sorted(found))) == {
+    assert set(backward("makeready.graphs.example", sorted(found))) == {
         "makeready.engine",
         "makeready.engine.loop",
         "makeready.engine.llm",
@@ -130,7 +130,7 @@ if TYPE_CHECKING:
         "makeready.engine.kv.pool",
         "makeready.engine.kv.pool.PagePool",
     }
-    early = set(imports(source, "makeready.graphs.plan", late=False))
+    early = set(imports(source, "makeready.graphs.example", late=False))
     assert early & found == early
     assert "makeready.engine.llm" in early
     assert not early & {"torch.nn", "makeready.engine.text", "makeready.engine.kv.pool"}
@@ -142,6 +142,18 @@ def test_imports_never_run_backwards():
     assert len(MODULES) > 50
     wrong = {name: found for name in MODULES if (found := backward(name, imports_of(name)))}
     assert not wrong, "imports run scripts → engine → graphs → kernels"
+
+
+def test_the_plan_knows_no_planner():
+    """What the runtime reads imports neither what makes plans nor what runs them."""
+    others = ("planner", "passes", "quant", "layers", "steps", "executable")
+    wrong = {
+        name: found
+        for name in MODULES
+        if name.startswith("makeready.graphs.plan.")
+        and (found := [other for other in imports_of(name) if other.split(".")[2:3] in [[o] for o in others]])
+    }
+    assert not wrong
 
 
 @pytest.mark.parametrize("layer", ["engine", "graphs", "kernels"])
@@ -166,7 +178,7 @@ def test_the_runtime_never_names_torch():
         heavy = {other for other in imports_of(name) if other.split(".")[0] in HEAVY}
         assert not heavy, f"{name} imports {heavy}, and a CUDA runtime imports {name}"
         waiting += [other for other in imports_of(name, late=False) if other in MODULES]
-    assert {"makeready.engine.llm", "makeready.graphs.artifact", "makeready.kernels.spec"} <= seen
+    assert {"makeready.engine.llm", "makeready.graphs.plan.artifact", "makeready.kernels.spec"} <= seen
 
 
 BLOCKED_IMPORT = """

@@ -24,8 +24,8 @@ from makeready.engine.generation_config import stated_defaults, told
 from makeready.engine.llm import LLM
 from makeready.engine.request import Output
 from makeready.engine.text.chat import is_template, read_template
-from makeready.graphs import artifact
-from makeready.graphs.plan import Plan
+from makeready.graphs.plan import artifact
+from makeready.graphs.plan.plan import Plan
 
 
 def generate_job(job: GenerateJob) -> None:
@@ -177,8 +177,8 @@ def _run(job: GenerateJob, plan: Plan | None, format: str, rows: Rows) -> None:
 def _planned(job: GenerateJob) -> Plan:
     """The plan that the options ask for, made once and here for all engines."""
     # The planner needs torch; a plan that is ready does not.
-    from makeready.graphs.compile import Request, compile_plan
-    from makeready.graphs.plan_cache import cached_plan
+    from makeready.graphs.planner.compile import Request, compile_plan
+    from makeready.graphs.planner.plan_cache import cached_plan
 
     with Stages() as stages:
         stages.begin("find or compile a plan")

@@ -1,4 +1,4 @@
-"""The golden check as the scripts use it; see :mod:`makeready.graphs.golden`."""
+"""The golden check as the scripts use it; see :mod:`makeready.graphs.executable.golden`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 from makeready.engine.entrypoints.status import Stages
 from makeready.engine.llm import LLM
 from makeready.engine.text.tokenizer import load_tokenizer
-from makeready.graphs import golden
 from makeready.graphs.checkpoint.base import Checkpoint
-from makeready.graphs.plan import Plan
+from makeready.graphs.executable import golden
+from makeready.graphs.plan.plan import Plan
 
 PROMPT = "The capital of France is"
 PROMPT_IDS = 6  # of a checkpoint without a tokenizer

@@ -14,11 +14,11 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from makeready.graphs.buckets import Traffic
 from makeready.graphs.checkpoint.base import Checkpoint, open_checkpoint
-from makeready.graphs.plan import PlanError
-from makeready.graphs.request import Request
-from makeready.graphs.targets import TARGETS, find_target
+from makeready.graphs.plan.buckets import Traffic
+from makeready.graphs.plan.plan import PlanError
+from makeready.graphs.plan.targets import TARGETS, find_target
+from makeready.graphs.planner.request import Request
 
 
 class UsageError(ValueError):
@@ -155,7 +155,7 @@ class Job:
         return open_checkpoint(self.checkpoint)
 
     def plan_fields(self) -> dict[str, Any]:
-        """Fields of :class:`makeready.graphs.compile.Request`."""
+        """Fields of :class:`makeready.graphs.planner.compile.Request`."""
         fields = {f.name: getattr(self.plan, f.name) for f in _fields(PlanOptions)}
         fields["disabled_passes"] = tuple(self.plan.disabled_passes)
         fields["traffic"] = Traffic(**dataclasses.asdict(self.plan.traffic))

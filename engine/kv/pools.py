@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from makeready.engine.kv.counted import Counted
 from makeready.engine.kv.pool import PagePool
-from makeready.graphs.spec import CacheSpec
+from makeready.graphs.plan.spec import CacheSpec
 
 
 class Pools:

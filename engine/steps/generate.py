@@ -12,7 +12,7 @@ from makeready.engine.batch import Batch
 from makeready.engine.request import Request, TokenLogprob
 from makeready.engine.seats import Seats
 from makeready.engine.steps.base import Sampled, step_kind
-from makeready.graphs.spec import DECODE, EXTEND
+from makeready.graphs.plan.spec import DECODE, EXTEND
 
 if TYPE_CHECKING:
     from makeready.engine.staging import Stage

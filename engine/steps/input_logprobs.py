@@ -14,7 +14,7 @@ from makeready.engine.request import Request
 from makeready.engine.seats import Seats
 from makeready.engine.steps.base import Sampled, step_kind
 from makeready.engine.steps.generate import sampled_tokens, stage_sequences, token_logprob
-from makeready.graphs.spec import INPUT_LOGPROBS
+from makeready.graphs.plan.spec import INPUT_LOGPROBS
 
 if TYPE_CHECKING:
     from makeready.engine.staging import Stage

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from makeready.graphs.plan import Plan
-from makeready.graphs.spec import Bucket
+from makeready.graphs.plan.plan import Plan
+from makeready.graphs.plan.spec import Bucket
 
 
 class Pending(Protocol):

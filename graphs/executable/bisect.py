@@ -17,12 +17,12 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from makeready.graphs.buckets import BucketTable
 from makeready.graphs.executable.base import Executable
 from makeready.graphs.executable.example import Row, example_step
 from makeready.graphs.inspect.segments import segments
-from makeready.graphs.plan import Launch, Plan, PlanError
-from makeready.graphs.spec import DECODE, EXTEND, Bucket
+from makeready.graphs.plan.buckets import BucketTable
+from makeready.graphs.plan.plan import Launch, Plan, PlanError
+from makeready.graphs.plan.spec import DECODE, EXTEND, Bucket
 from makeready.kernels.contract import CONTRACTS, Tolerance
 from makeready.kernels.registry import REFERENCE
 from makeready.kernels.spec import PAGES, ROWS, TOKENS

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from makeready.graphs.executable.base import Executable
-from makeready.graphs.plan import Plan
-from makeready.graphs.spec import Bucket
+from makeready.graphs.plan.plan import Plan
+from makeready.graphs.plan.spec import Bucket
 
 
 @dataclass(frozen=True)

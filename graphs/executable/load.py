@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from makeready.graphs.checkpoint.base import Checkpoint
 from makeready.graphs.executable.base import Executable
-from makeready.graphs.plan import Plan, PlanError
+from makeready.graphs.plan.plan import Plan, PlanError
 
 # On the CPU memory that is not touched costs nothing, so the default is what a full house needs up to this.
 DEFAULT_KV_BYTES = 4 * 2**30

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from makeready.graphs.checkpoint.base import BLOCKS, FINGERPRINT_EXEMPT, PLAIN, Checkpoint
 from makeready.graphs.checkpoint.unread import check_unread
-from makeready.graphs.plan import Plan, PlanError
-from makeready.graphs.reads import needs
+from makeready.graphs.plan.plan import Plan, PlanError
+from makeready.graphs.plan.reads import needs
 
 FP8 = "float8_e4m3fn"
 

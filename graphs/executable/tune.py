@@ -15,8 +15,8 @@ from typing import Any
 from makeready.graphs.executable.cuda.executable import CudaExecutable
 from makeready.graphs.executable.cuda.workbench import Workbench
 from makeready.graphs.executable.example import typical_step
-from makeready.graphs.plan import Plan, PlanError, tuned_key
-from makeready.graphs.spec import Bucket
+from makeready.graphs.plan.plan import Plan, PlanError, tuned_key
+from makeready.graphs.plan.spec import Bucket
 
 _ROUNDS = 5
 _SECONDS = 12e-3  # of one measurement at least, so that starting and stopping the clock is lost in it

@@ -9,8 +9,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from makeready.graphs.plan import Plan
-from makeready.graphs.spec import DEVICE
+from makeready.graphs.plan.plan import Plan
+from makeready.graphs.plan.spec import DEVICE
 from makeready.kernels.spec import DTYPE_BYTES
 
 

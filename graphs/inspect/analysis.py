@@ -1,6 +1,6 @@
 """What a plan costs and what it holds, as figures.
 
-Costs are those of graphs/cost.py, which chose the buckets; memory is arithmetic over the plan.
+Costs are those of graphs/planner/cost.py, which chose the buckets; memory is arithmetic over the plan.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from makeready.graphs.inspect.segments import one_token, segments, value_spec
-from makeready.graphs.plan import Launch, Plan, PlanError, Weight
-from makeready.graphs.reads import reads
-from makeready.graphs.recipe import Box
-from makeready.graphs.spec import Bucket
-from makeready.graphs.targets import Target, target_of
+from makeready.graphs.plan.plan import Launch, Plan, PlanError, Weight
+from makeready.graphs.plan.reads import reads
+from makeready.graphs.plan.recipe import Box
+from makeready.graphs.plan.spec import Bucket
+from makeready.graphs.plan.targets import Target, target_of
 from makeready.kernels.spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def work(
     """Bytes and operations of a launch, at one length of every axis or at arrays of them, and the target's rate
     of such operations.
     """
-    from makeready.graphs.cost import op_rate, op_work
+    from makeready.graphs.planner.cost import op_rate, op_work
 
     operands = {role: value_spec(plan, phase, value) for role, value in launch.operands.items()}
     results = [value_spec(plan, phase, value) for value in launch.results.values()]
@@ -199,7 +199,7 @@ def memory_analysis(plan: Plan) -> dict[str, Any]:
     """Where the plan's bytes are.
 
     Returns:
-        ``regions``: bytes of every field of :class:`~makeready.graphs.plan.Memory`. ``fixed``: their sum.
+        ``regions``: bytes of every field of :class:`~makeready.graphs.plan.plan.Memory`. ``fixed``: their sum.
         ``weights_by_dtype``: bytes of parameters by the dtype they are stored in, padding between them
         left out. ``parameters``: numbers of the checkpoint that the plan reads, each counted once.
         ``stored_twice``: bytes of rows that are stored again, in another layout or for another use.

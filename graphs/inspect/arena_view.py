@@ -11,7 +11,7 @@ from makeready.graphs.inspect.markup import Markup, joined, svg, tag, text, tip
 from makeready.graphs.inspect.scales import Scale, byte_ticks
 from makeready.graphs.inspect.segments import Segment, local, segments
 from makeready.graphs.inspect.text import shape_text
-from makeready.graphs.plan import Buffer, LoweredProgram, Plan
+from makeready.graphs.plan.plan import Buffer, LoweredProgram, Plan
 from makeready.kernels.spec import TensorSpec
 
 _WIDTH, _LEFT, _TOP = 1200.0, 74.0, 8.0

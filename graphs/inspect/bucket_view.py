@@ -10,8 +10,8 @@ from makeready.graphs.inspect.analysis import largest_bucket
 from makeready.graphs.inspect.markup import Markup, joined, svg, table, tag, text, tip
 from makeready.graphs.inspect.padding import Cell, Padding, Share, Waste
 from makeready.graphs.inspect.scales import Scale
-from makeready.graphs.plan import Plan
-from makeready.graphs.spec import Bucket
+from makeready.graphs.plan.plan import Plan
+from makeready.graphs.plan.spec import Bucket
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 1200.0, 250.0, 74.0, 40.0
 _BAR = 74.0

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from makeready.graphs import artifact
 from makeready.graphs.inspect import units
-from makeready.graphs.plan import Plan
-from makeready.graphs.targets import target_of
+from makeready.graphs.plan import artifact
+from makeready.graphs.plan.plan import Plan
+from makeready.graphs.plan.targets import target_of
 
 FP8 = "float8_e4m3fn"
 

@@ -23,9 +23,9 @@ from makeready.graphs.inspect.facts import facts, passes
 from makeready.graphs.inspect.markup import Markup, buttons, joined, panes, tag
 from makeready.graphs.inspect.padding import Padding, padding
 from makeready.graphs.inspect.segments import Segment, groups, one_token
-from makeready.graphs.plan import Plan
-from makeready.graphs.spec import Bucket
-from makeready.graphs.targets import target_of
+from makeready.graphs.plan.plan import Plan
+from makeready.graphs.plan.spec import Bucket
+from makeready.graphs.plan.targets import target_of
 
 _NAV = (("memory", "Memory"), ("buckets", "Buckets"), ("kernels", "Kernels"), ("launches", "Launches"))
 

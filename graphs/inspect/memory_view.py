@@ -8,7 +8,7 @@ from typing import Any
 
 from makeready.graphs.inspect import units
 from makeready.graphs.inspect.markup import Markup, joined, svg, table, tag, tip
-from makeready.graphs.plan import Plan
+from makeready.graphs.plan.plan import Plan
 
 _WIDTH, _BAR = 1200.0, 420.0
 _REGIONS = {"weights": 0, "arena": 1, "step": 6, "slot": 2, "result": 7, "scratch": 4, "KV": 3}

@@ -3,7 +3,7 @@
 A decode batch is r rows of one token. A batch of any other phase is r rows with t tokens in all, r ≤ t, up to
 the tokens of the phase's largest bucket. Its weight comes from the plan's traffic profile: that of r rows, beyond
 decode times that of t tokens, sizes without a weight counting nothing and an empty profile standing for weight
-1/size (graphs/buckets.py). Weights are shares of all legal batches of the phase.
+1/size (graphs/plan/buckets.py). Weights are shares of all legal batches of the phase.
 
 For a batch with t tokens in a bucket with B, the padding share of tokens is ``1 - t / B``; the padding
 share of time is ``1 - seconds(r, t) / seconds(bucket)``, where seconds(r, t) is the roofline time of a
@@ -20,13 +20,13 @@ from itertools import pairwise, product
 
 import numpy as np
 
-from makeready.graphs.buckets import BucketTable, Distribution, Traffic
-from makeready.graphs.codec import from_json
 from makeready.graphs.inspect.analysis import largest_bucket, launch_key, work
 from makeready.graphs.inspect.segments import one_token
-from makeready.graphs.plan import Launch, Plan
-from makeready.graphs.spec import Bucket
-from makeready.graphs.targets import target_of
+from makeready.graphs.plan.buckets import BucketTable, Distribution, Traffic
+from makeready.graphs.plan.codec import from_json
+from makeready.graphs.plan.plan import Launch, Plan
+from makeready.graphs.plan.spec import Bucket
+from makeready.graphs.plan.targets import target_of
 from makeready.kernels.spec import ROWS, TOKENS
 
 

@@ -11,7 +11,7 @@ from makeready.graphs.inspect.colours import Colours
 from makeready.graphs.inspect.markup import Markup, joined, svg, table, tag, text, tip
 from makeready.graphs.inspect.scales import Scale, decades
 from makeready.graphs.inspect.text import shape_text
-from makeready.graphs.targets import Target
+from makeready.graphs.plan.targets import Target
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 1200.0, 320.0, 84.0, 44.0
 _BAR = 190.0

@@ -17,7 +17,7 @@ from makeready.graphs.inspect.analysis import (
 from makeready.graphs.inspect.facts import facts, passes
 from makeready.graphs.inspect.padding import padding
 from makeready.graphs.inspect.segments import SegmentGroup, groups, local, value_spec
-from makeready.graphs.plan import Plan
+from makeready.graphs.plan.plan import Plan
 from makeready.kernels.spec import TensorSpec
 
 WIDTH = 110

@@ -8,7 +8,7 @@ from torch import nn
 from makeready.graphs.layers.dense import BY_INPUTS, BY_OUTPUTS, Linear
 from makeready.graphs.layers.inputs import Inputs
 from makeready.graphs.layers.parameter import parameter
-from makeready.graphs.spec import KVPart
+from makeready.graphs.plan.spec import KVPart
 from makeready.kernels import norm, rope
 from makeready.kernels.attention import paged
 

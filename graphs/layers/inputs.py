@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from makeready.graphs.spec import CacheSpec
+from makeready.graphs.plan.spec import CacheSpec
 
 
 class Inputs:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import nn
 
-from makeready.graphs.reads import unrolled
-from makeready.graphs.recipe import Derived, Generated, Piece, whole
+from makeready.graphs.plan.reads import unrolled
+from makeready.graphs.plan.recipe import Derived, Generated, Piece, whole
 
 TENSOR_PARALLEL = "tp"  # the mesh axis that layers are split over
 
@@ -27,7 +27,7 @@ class Declaration:
 
     Attributes:
         source: pieces, a generator, or what gives a derivation for the dtype that matrices are stored in.
-        shard: see :class:`~makeready.graphs.recipe.Param`.
+        shard: see :class:`~makeready.graphs.plan.recipe.Param`.
     """
 
     source: Source

@@ -9,7 +9,7 @@ from makeready.graphs.layers.attention import PagedCache
 from makeready.graphs.layers.dense import BY_INPUTS, BY_OUTPUTS, Linear
 from makeready.graphs.layers.inputs import Inputs
 from makeready.graphs.layers.rope import RotaryRows
-from makeready.graphs.spec import KVPart
+from makeready.graphs.plan.spec import KVPart
 from makeready.kernels import elementwise, rope
 
 

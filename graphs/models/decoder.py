@@ -15,7 +15,7 @@ from makeready.graphs.layers.inputs import Inputs
 from makeready.graphs.layers.parameter import parameter
 from makeready.graphs.layers.rope import RotaryRows
 from makeready.graphs.models.family import UnsupportedModelError, windows
-from makeready.graphs.spec import CacheGroup, KVPart
+from makeready.graphs.plan.spec import CacheGroup, KVPart
 from makeready.kernels import elementwise
 from makeready.kernels import embedding as embeddings
 from makeready.kernels.gemm import linear as gemm

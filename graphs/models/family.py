@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from makeready.graphs.checkpoint.gguf_names import Fields
     from makeready.graphs.layers.inputs import Inputs
-    from makeready.graphs.spec import CacheGroup
+    from makeready.graphs.plan.spec import CacheGroup
 
 
 class UnsupportedModelError(ValueError):

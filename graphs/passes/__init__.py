@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 
-from makeready.graphs.ir import Program
 from makeready.graphs.passes.fuse_add_norm import fuse_add_norm
 from makeready.graphs.passes.fuse_qkv import fuse_qkv
 from makeready.graphs.passes.fuse_quantize import fuse_quantize
 from makeready.graphs.passes.fuse_silu_mul import fuse_silu_mul
 from makeready.graphs.passes.hoist_gather import hoist_gather
 from makeready.graphs.passes.merge_linears import merge_linears
-from makeready.graphs.verify import verify
+from makeready.graphs.planner.ir import Program
+from makeready.graphs.planner.verify import verify
 
 REWRITES: Mapping[str, Callable[[Program], Program]] = {
     rewrite.__name__: rewrite

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from makeready.graphs.ir import Call, Program
-from makeready.graphs.verify import VerificationError
+from makeready.graphs.planner.ir import Call, Program
+from makeready.graphs.planner.verify import VerificationError
 from makeready.kernels.contract import ANY, ContractError
 from makeready.kernels.spec import TensorSpec
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from makeready.graphs.ir import Call, Program
+from makeready.graphs.planner.ir import Call, Program
 
 
 def fuse_add_norm(program: Program) -> Program:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from makeready.graphs.ir import Call, Columns, Program
+from makeready.graphs.planner.ir import Call, Columns, Program
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 
-from makeready.graphs.ir import Call, Program
+from makeready.graphs.planner.ir import Call, Program
 from makeready.kernels.contract import CONTRACTS
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from makeready.graphs.ir import Call, Program
-from makeready.graphs.recipe import Param, can_concatenate, concatenate, kind
+from makeready.graphs.plan.recipe import Param, can_concatenate, concatenate, kind
+from makeready.graphs.planner.ir import Call, Program
 from makeready.kernels.contract import evaluate
 from makeready.kernels.elementwise import columns
 from makeready.kernels.size import Size

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from makeready.graphs.ir import PARAM, Call, Program
-from makeready.graphs.plan import PlanError
+from makeready.graphs.plan.plan import PlanError
+from makeready.graphs.plan.recipe import Derivation, Derived, LoadCall, Operand, Param, Piece, joined
+from makeready.graphs.planner.ir import PARAM, Call, Program
 from makeready.graphs.quant.scheme import BLOCK, CHANNEL, TENSOR, Scheme
-from makeready.graphs.recipe import Derivation, Derived, LoadCall, Operand, Param, Piece, joined
 from makeready.kernels.contract import CONTRACTS, Contract
 from makeready.kernels.spec import TensorSpec
 

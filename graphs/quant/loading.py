@@ -12,15 +12,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from makeready.graphs.codec import canonical, to_json
-from makeready.graphs.derivation import derived_groups, infer
-from makeready.graphs.ir import LOADED, Call, Program, Value
-from makeready.graphs.lower import lower
-from makeready.graphs.memory import ALIGNMENT
-from makeready.graphs.plan import Conversion, Loading, LoadProgram, LoadResult, Weight
-from makeready.graphs.recipe import CHUNK_BYTES, LOADERS, Derivation
-from makeready.graphs.spec import Bucket
-from makeready.graphs.targets import Target
+from makeready.graphs.plan.codec import canonical, to_json
+from makeready.graphs.plan.memory import ALIGNMENT
+from makeready.graphs.plan.plan import Conversion, Loading, LoadProgram, LoadResult, Weight
+from makeready.graphs.plan.recipe import CHUNK_BYTES, LOADERS, Derivation
+from makeready.graphs.plan.spec import Bucket
+from makeready.graphs.plan.targets import Target
+from makeready.graphs.planner.derivation import derived_groups, infer
+from makeready.graphs.planner.ir import LOADED, Call, Program, Value
+from makeready.graphs.planner.lower import lower
 from makeready.kernels.spec import TensorSpec
 
 ROWS = 128  # runs take multiples of as many rows, so that what they write begins aligned,

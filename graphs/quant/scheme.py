@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from makeready.graphs.ir import Program
+    from makeready.graphs.planner.ir import Program
 
 CHANNEL, TENSOR, BLOCK = "channel", "tensor", "block"
 BLOCK_SIZE = 128  # rows and columns of a block where we choose: DeepSeek-V3's, which kernels are made for
@@ -17,7 +17,7 @@ class Quantization(Protocol):
     """What a quantization is to the planner: a rewrite of the traced program.
 
     It replaces calls and says what the parameters of the new ones are: pieces of the checkpoint, or results of
-    derivations (graphs/recipe.py), whose calls may be of any contract.
+    derivations (graphs/plan/recipe.py), whose calls may be of any contract.
     """
 
     @property

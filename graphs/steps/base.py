@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import torch
 
 from makeready.graphs import steps
-from makeready.graphs.buckets import Shapes, Traffic
-from makeready.graphs.spec import CacheSpec, Field, Limits, StepSpec
+from makeready.graphs.plan.buckets import Shapes, Traffic
+from makeready.graphs.plan.spec import CacheSpec, Field, Limits, StepSpec
 
 if TYPE_CHECKING:
     from makeready.graphs.layers.inputs import Inputs
     from makeready.graphs.models.family import Model
-    from makeready.graphs.request import Request
+    from makeready.graphs.planner.request import Request
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from makeready.graphs.buckets import Shapes
 from makeready.graphs.layers.inputs import Inputs
-from makeready.graphs.spec import DECODE, DEVICE, EXTEND, CacheSpec, Field, Limits, StepSpec, fields
+from makeready.graphs.plan.buckets import Shapes
+from makeready.graphs.plan.spec import DECODE, DEVICE, EXTEND, CacheSpec, Field, Limits, StepSpec, fields
 from makeready.graphs.steps.base import Sizing, step_kind
 from makeready.kernels import elementwise
 from makeready.kernels.sample import logprobs
@@ -24,7 +24,7 @@ from makeready.kernels.step import locate
 
 if TYPE_CHECKING:
     from makeready.graphs.models.family import Model
-    from makeready.graphs.request import Request
+    from makeready.graphs.planner.request import Request
 
 
 def sequence_fields(limits: Limits, cache: CacheSpec, tokens: str = TOKENS) -> tuple[Field, ...]:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from makeready.graphs.buckets import Shapes
 from makeready.graphs.layers.inputs import Inputs
-from makeready.graphs.plan import PlanError
-from makeready.graphs.spec import INPUT_LOGPROBS, CacheSpec, Field, Limits, StepSpec, fields
+from makeready.graphs.plan.buckets import Shapes
+from makeready.graphs.plan.plan import PlanError
+from makeready.graphs.plan.spec import INPUT_LOGPROBS, CacheSpec, Field, Limits, StepSpec, fields
 from makeready.graphs.steps.base import Sizing, step_kind
 from makeready.graphs.steps.generate import (
     run,
@@ -27,7 +27,7 @@ from makeready.kernels.spec import TOKENS
 
 if TYPE_CHECKING:
     from makeready.graphs.models.family import Model
-    from makeready.graphs.request import Request
+    from makeready.graphs.planner.request import Request
 
 BUCKETS = 4  # such steps are mostly full
 

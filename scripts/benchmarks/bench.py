@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from benchmarks.workloads import Work
     from makeready.engine.llm import LLM
     from makeready.engine.trace import StepTrace
-    from makeready.graphs.plan import Plan
-    from makeready.graphs.targets import Target
+    from makeready.graphs.plan.plan import Plan
+    from makeready.graphs.plan.targets import Target
 
 Measured: TypeAlias = "tuple[dict[str, Any], list[str]]"  # what a suite found: for JSON, and as lines of text
 
@@ -44,7 +44,7 @@ class Bench:
     def llm(self) -> LLM:
         """The model under ``plan=``, or under the plan that the options ask for."""
         from makeready.engine.llm import LLM
-        from makeready.graphs import artifact
+        from makeready.graphs.plan import artifact
 
         job, path = self.job, self.job.plan.path
         plan = None if path is None else artifact.load(Path(path).expanduser())
@@ -74,7 +74,7 @@ class Bench:
 
     def floors_by(self, plan: Plan) -> Target:
         """The plan's target with the figures that floors are computed from: measured ones where there are any."""
-        from makeready.graphs.targets import target_of
+        from makeready.graphs.plan.targets import target_of
 
         target = target_of(plan)
         return target if self.rates is None else self.rates.on(target)

@@ -16,7 +16,7 @@ import torch
 from benchmarks.record import summary
 from makeready.engine.llm import LLM, SamplingParams
 from makeready.graphs.inspect.analysis import cost_analysis
-from makeready.graphs.spec import DECODE
+from makeready.graphs.plan.spec import DECODE
 
 PROMPT_TOKENS = 32
 Generate = Callable[[list[list[int]], int], None]

@@ -19,8 +19,8 @@ from makeready.engine.loop import Engine
 from makeready.engine.options import SchedulerOptions
 from makeready.engine.request import Request
 from makeready.engine.sampling import SamplingParams
-from makeready.graphs.request import Request as PlanRequest
-from makeready.graphs.spec import DECODE, EXTEND, Bucket, CacheGroup, CacheSpec, Limits
+from makeready.graphs.plan.spec import DECODE, EXTEND, Bucket, CacheGroup, CacheSpec, Limits
+from makeready.graphs.planner.request import Request as PlanRequest
 
 MAX_TOKENS, PAGE_SIZE, TURNOVER_TOKENS = 8192, 64, 16
 

@@ -17,8 +17,8 @@ import numpy as np
 from benchmarks.record import summary
 from makeready.engine.llm import LLM, SamplingParams
 from makeready.graphs.inspect.analysis import launch_costs
-from makeready.graphs.spec import DECODE, EXTEND
-from makeready.graphs.targets import Target, target_of
+from makeready.graphs.plan.spec import DECODE, EXTEND
+from makeready.graphs.plan.targets import Target, target_of
 
 
 def latency(

@@ -18,8 +18,8 @@ import json, sys, time
 import torch
 began = time.perf_counter()
 from makeready.graphs.checkpoint.base import open_checkpoint
-from makeready.graphs.compile import Request, compile_plan
-from makeready.graphs.plan_cache import cached_plan
+from makeready.graphs.planner.compile import Request, compile_plan
+from makeready.graphs.planner.plan_cache import cached_plan
 checkpoint, request = open_checkpoint(sys.argv[1]), Request(weight_dtype=sys.argv[2])
 plan, _, found = cached_plan(checkpoint, request, lambda: compile_plan(checkpoint, request))
 plan.save(sys.argv[3])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from makeready.engine.step_record import StepRecord
-from makeready.graphs.spec import DECODE
+from makeready.graphs.plan.spec import DECODE
 
 BLOCKED = 20e-6  # seconds; a wait shorter than this found the results there
 LAST = 40  # decode steps whose throughput is the last one reported; SGLang logs as often

@@ -7,8 +7,8 @@ import torch
 from checkpoint_files import LLAMA, state_dict, write_folder, write_gguf
 
 from makeready.graphs.checkpoint import CheckpointError, open_checkpoint
-from makeready.graphs.compile import compile_plan
 from makeready.graphs.executable.cpu import weights as cpu_weights
+from makeready.graphs.planner.compile import compile_plan
 from makeready.kernels.gemm import linear_cpu
 
 pytestmark = pytest.mark.skipif(not linear_cpu.packs(), reason="PyTorch was built without FBGEMM")

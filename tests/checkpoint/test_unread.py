@@ -15,9 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from makeready.engine.llm import LLM, SamplingParams
 from makeready.graphs.checkpoint.base import CheckpointError, CheckpointWarning, open_checkpoint
-from makeready.graphs.compile import compile_plan
 from makeready.graphs.executable.match import check_checkpoint
-from makeready.graphs.plan import Plan, PlanError
+from makeready.graphs.plan.plan import Plan, PlanError
+from makeready.graphs.planner.compile import compile_plan
 
 LIMITS: dict[str, Any] = {"max_rows": 2, "max_tokens": 8, "page_size": 8}
 Q = "model.layers.1.self_attn.q_proj"

@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from makeready.graphs.cuda.emit import Emitted, emit
-from makeready.graphs.plan import Buffer, Launch, LoweredProgram
-from makeready.graphs.spec import Bucket
-from makeready.graphs.targets import Target, find_target
+from makeready.graphs.plan.plan import Buffer, Launch, LoweredProgram
+from makeready.graphs.plan.spec import Bucket
+from makeready.graphs.plan.targets import Target, find_target
+from makeready.graphs.planner.cuda.emit import Emitted, emit
 from makeready.kernels import registry
 from makeready.kernels.device import (
     Candidate,

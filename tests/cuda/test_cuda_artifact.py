@@ -10,12 +10,12 @@ pytest.importorskip("triton")
 
 import small_programs
 
-from makeready.graphs import artifact
 from makeready.graphs.checkpoint.dummy import DummyCheckpoint
-from makeready.graphs.compile import compile_plan
-from makeready.graphs.cuda.table import resource_table
-from makeready.graphs.plan import PlanError, tuned_key
-from makeready.graphs.spec import Bucket
+from makeready.graphs.plan import artifact
+from makeready.graphs.plan.plan import PlanError, tuned_key
+from makeready.graphs.plan.spec import Bucket
+from makeready.graphs.planner.compile import compile_plan
+from makeready.graphs.planner.cuda.table import resource_table
 
 TINY = {
     "architectures": ["LlamaForCausalLM"],

@@ -12,12 +12,12 @@ import pytest
 pytest.importorskip("triton")
 import small_programs
 
-from makeready.graphs.buckets import Traffic
 from makeready.graphs.checkpoint.dummy import DummyCheckpoint
-from makeready.graphs.compile import compile_plan
-from makeready.graphs.cuda import emit, ways
-from makeready.graphs.cuda.aot import Compiled, Kernel, MapLayout
-from makeready.graphs.plan import PlanError
+from makeready.graphs.plan.buckets import Traffic
+from makeready.graphs.plan.plan import PlanError
+from makeready.graphs.planner.compile import compile_plan
+from makeready.graphs.planner.cuda import emit, ways
+from makeready.graphs.planner.cuda.aot import Compiled, Kernel, MapLayout
 from makeready.kernels import registry
 from makeready.kernels.device import Scalar
 from makeready.kernels.elementwise import silu

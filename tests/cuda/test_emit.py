@@ -17,13 +17,13 @@ pytest.importorskip("triton")
 import small_programs
 from small_programs import BUCKETS, TARGET, emitted
 
-from makeready.graphs.codec import canonical, to_json
-from makeready.graphs.cuda import pool
-from makeready.graphs.cuda.aot import compile_launch, kernel_of
-from makeready.graphs.cuda.emit import emit
-from makeready.graphs.plan import PlanError
-from makeready.graphs.spec import Bucket
-from makeready.graphs.targets import find_target
+from makeready.graphs.plan.codec import canonical, to_json
+from makeready.graphs.plan.plan import PlanError
+from makeready.graphs.plan.spec import Bucket
+from makeready.graphs.plan.targets import find_target
+from makeready.graphs.planner.cuda import pool
+from makeready.graphs.planner.cuda.aot import compile_launch, kernel_of
+from makeready.graphs.planner.cuda.emit import emit
 from makeready.kernels import registry
 from makeready.kernels.device import DeviceLaunch, OpCall, Pointer, Scalar, Tensor
 from makeready.kernels.elementwise import silu

@@ -10,8 +10,8 @@ import pytest
 pytest.importorskip("triton")
 
 from makeready.graphs.checkpoint.dummy import DummyCheckpoint
-from makeready.graphs.compile import compile_plan
-from makeready.graphs.cuda.table import resource_table
+from makeready.graphs.planner.compile import compile_plan
+from makeready.graphs.planner.cuda.table import resource_table
 from makeready.graphs.quant.scheme import ON_LOAD
 
 CONFIG = {

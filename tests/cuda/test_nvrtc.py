@@ -17,10 +17,10 @@ pytest.importorskip("cuda.bindings.nvrtc")
 import small_programs
 from small_programs import TARGET, emitted
 
-from makeready.graphs import plan_cache
-from makeready.graphs.cuda import aot, nvrtc
-from makeready.graphs.cuda.table import resource_table
-from makeready.graphs.plan import PlanError
+from makeready.graphs.plan.plan import PlanError
+from makeready.graphs.planner import plan_cache
+from makeready.graphs.planner.cuda import aot, nvrtc
+from makeready.graphs.planner.cuda.table import resource_table
 from makeready.kernels import registry
 from makeready.kernels.attention.extend_cuda import candidate, extend_attention_prefill
 from makeready.kernels.device import (

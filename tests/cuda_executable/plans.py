@@ -13,13 +13,11 @@ import numpy as np
 import torch
 from fake_objects import FakeNode, cubin
 
-from makeready.graphs import compile as compiler
 from makeready.graphs.checkpoint.base import Checkpoint
 from makeready.graphs.checkpoint.dummy import DummyCheckpoint
-from makeready.graphs.compile import compile_plan
 from makeready.graphs.executable.cuda.driver import host_bytes
-from makeready.graphs.memory import align
-from makeready.graphs.plan import (
+from makeready.graphs.plan.memory import align
+from makeready.graphs.plan.plan import (
     Binary,
     Choice,
     Launch,
@@ -30,7 +28,9 @@ from makeready.graphs.plan import (
     OpClass,
     Plan,
 )
-from makeready.graphs.spec import Bucket
+from makeready.graphs.plan.spec import Bucket
+from makeready.graphs.planner import compile as compiler
+from makeready.graphs.planner.compile import compile_plan
 from makeready.kernels import registry
 from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.spec import DTYPE_BYTES, TensorSpec

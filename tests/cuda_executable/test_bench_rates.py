@@ -14,9 +14,9 @@ from plans import argument_sizes
 pytest.importorskip("triton")
 from benchmarks.gpu import products, rates
 
-from makeready.graphs.devices import DEVICES
 from makeready.graphs.executable.cuda.driver import Driver
-from makeready.graphs.targets import find_target
+from makeready.graphs.plan.devices import DEVICES
+from makeready.graphs.plan.targets import find_target
 
 SMALL = 2**21
 

@@ -14,7 +14,7 @@ from makeready.graphs.executable.bisect import Found, as_references, bisect, pag
 from makeready.graphs.executable.cpu.executable import CpuExecutable
 from makeready.graphs.executable.cuda.driver import Driver
 from makeready.graphs.executable.cuda.executable import CudaExecutable
-from makeready.graphs.plan import Plan
+from makeready.graphs.plan.plan import Plan
 
 PROMPT = [(11 * i) % 96 for i in range(1, 40)]
 

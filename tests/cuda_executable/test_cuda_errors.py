@@ -15,7 +15,7 @@ from makeready.graphs.checkpoint.dummy import DummyCheckpoint
 from makeready.graphs.executable.cuda.driver import Driver, DriverError
 from makeready.graphs.executable.cuda.executable import CudaExecutable
 from makeready.graphs.executable.load import load_executable
-from makeready.graphs.plan import Plan, PlanError
+from makeready.graphs.plan.plan import Plan, PlanError
 
 
 def refused(match: str, plan: Plan | None = None, bindings: FakeBindings | None = None, **options) -> None:
@@ -207,7 +207,7 @@ def test_bindings_that_are_not_installed_are_named(monkeypatch):
 def test_the_runtime_imports_neither_torch_nor_triton():
     code = (
         "import sys; import makeready.graphs.executable.cuda.executable, makeready.graphs.executable.load, "
-        "makeready.graphs.artifact, makeready.graphs.checkpoint.huggingface; "
+        "makeready.graphs.plan.artifact, makeready.graphs.checkpoint.huggingface; "
         "print(sorted({m.split('.')[0] for m in sys.modules} & {'torch', 'triton', 'transformers'}))"
     )
     made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

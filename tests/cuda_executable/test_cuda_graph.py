@@ -9,12 +9,12 @@ import pytest
 from fake_driver import FakeBindings
 from plans import argument_sizes, dummy, tiny
 
-from makeready.graphs import memory
 from makeready.graphs.executable.cuda.driver import Driver
 from makeready.graphs.executable.cuda.executable import CudaExecutable
 from makeready.graphs.executable.cuda.graph import _shape
-from makeready.graphs.plan import NodeArgument, Plan, PlanError, tuned_key
-from makeready.graphs.spec import Bucket
+from makeready.graphs.plan import memory
+from makeready.graphs.plan.plan import NodeArgument, Plan, PlanError, tuned_key
+from makeready.graphs.plan.spec import Bucket
 from makeready.kernels.spec import DTYPE_BYTES, PAGES
 
 

@@ -7,9 +7,9 @@ from benchmarks.gpu import load_steps
 from fake_driver import FakeBindings
 from plans import tiny
 
-from makeready.graphs import artifact
 from makeready.graphs.checkpoint.base import open_checkpoint
 from makeready.graphs.executable.cuda import driver as cuda_driver
+from makeready.graphs.plan import artifact
 
 
 def test_written_weights_are_those_that_the_plan_reads(tmp_path):

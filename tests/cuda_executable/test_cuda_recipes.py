@@ -17,11 +17,9 @@ from safetensors.torch import save_file
 from test_cuda_weights import check_loaded
 from toy_load_ops import FP8, Toy, registered
 
-from makeready.graphs import artifact
 from makeready.graphs.checkpoint.base import Checkpoint
 from makeready.graphs.checkpoint.dummy import DummyCheckpoint
 from makeready.graphs.checkpoint.safetensors_file import SafetensorsFile
-from makeready.graphs.derivation import complaints
 from makeready.graphs.executable.cpu.weights import load_weights
 from makeready.graphs.executable.cuda import weights as cuda_weights
 from makeready.graphs.executable.cuda.conversions import Converter
@@ -29,13 +27,15 @@ from makeready.graphs.executable.cuda.driver import Driver, host_bytes
 from makeready.graphs.executable.cuda.weights import Upload
 from makeready.graphs.layers import dense
 from makeready.graphs.layers.parameter import parameter
-from makeready.graphs.lower import place_weights
-from makeready.graphs.plan import Plan
+from makeready.graphs.plan import artifact
+from makeready.graphs.plan.plan import Plan
+from makeready.graphs.plan.recipe import Derivation, Derived, Each, LoadCall, Operand, Param, Piece, whole
+from makeready.graphs.plan.targets import find_target
+from makeready.graphs.planner.derivation import complaints
+from makeready.graphs.planner.lower import place_weights
 from makeready.graphs.quant import loading
 from makeready.graphs.quant.loading import loading_of
 from makeready.graphs.quant.scheme import ON_LOAD
-from makeready.graphs.recipe import Derivation, Derived, Each, LoadCall, Operand, Param, Piece, whole
-from makeready.graphs.targets import find_target
 from makeready.kernels.spec import TensorSpec
 
 

@@ -16,7 +16,7 @@ from makeready.graphs.executable.cuda import driver as cuda_driver
 from makeready.graphs.executable.cuda.driver import Driver, DriverError
 from makeready.graphs.executable.cuda.executable import CudaExecutable
 from makeready.graphs.executable.example import typical_step
-from makeready.graphs.plan import PlanError
+from makeready.graphs.plan.plan import PlanError
 
 
 @pytest.fixture

@@ -14,13 +14,13 @@ from fake_objects import FakeNode
 from plans import dummy, tiny
 
 from makeready.engine.entrypoints.tune_options import TuneJob
-from makeready.graphs import artifact
 from makeready.graphs.executable.cuda import driver as cuda_driver
 from makeready.graphs.executable.cuda.driver import Driver
 from makeready.graphs.executable.cuda.executable import CudaExecutable
-from makeready.graphs.plan import Choice
-from makeready.graphs.spec import DECODE
-from makeready.graphs.targets import find_target
+from makeready.graphs.plan import artifact
+from makeready.graphs.plan.plan import Choice
+from makeready.graphs.plan.spec import DECODE
+from makeready.graphs.plan.targets import find_target
 
 ROOT = Path(__file__).resolve().parents[2]
 SVG = "{http://www.w3.org/2000/svg}"

@@ -10,11 +10,11 @@ import pytest
 from fake_driver import FakeBindings
 from plans import dummy, make_plan, tiny
 
-from makeready.graphs import memory
 from makeready.graphs.executable.cuda import staging as cuda_staging
 from makeready.graphs.executable.cuda.driver import Driver
 from makeready.graphs.executable.cuda.executable import CudaExecutable
-from makeready.graphs.spec import Bucket
+from makeready.graphs.plan import memory
+from makeready.graphs.plan.spec import Bucket
 
 
 @pytest.fixture

@@ -7,12 +7,12 @@ import pytest
 from fake_driver import FakeBindings
 from plans import dummy, make_plan, tiny
 
-from makeready.graphs import memory
 from makeready.graphs.executable.cuda.driver import Driver
 from makeready.graphs.executable.cuda.executable import CudaExecutable
 from makeready.graphs.executable.unowned import Held
-from makeready.graphs.plan import Plan
-from makeready.graphs.spec import DEVICE, Bucket
+from makeready.graphs.plan import memory
+from makeready.graphs.plan.plan import Plan
+from makeready.graphs.plan.spec import DEVICE, Bucket
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from makeready.graphs.executable.cuda import weights as cuda_weights
 from makeready.graphs.executable.cuda.convert import convert
 from makeready.graphs.executable.cuda.driver import Driver, DriverError
 from makeready.graphs.executable.cuda.executable import CudaExecutable
-from makeready.graphs.plan import PlanError
+from makeready.graphs.plan.plan import PlanError
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from makeready.graphs.ir import Call, Program
-from makeready.graphs.recipe import Derivation, Derived, LoadCall, Operand, Param, whole
+from makeready.graphs.plan.recipe import Derivation, Derived, LoadCall, Operand, Param, whole
+from makeready.graphs.planner.ir import Call, Program
 from makeready.kernels import contract as contracts
 from makeready.kernels.contract import CONTRACTS, contract
 from makeready.kernels.spec import TensorSpec

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from makeready.graphs.cuda import nvrtc
+from makeready.graphs.planner.cuda import nvrtc
 from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.device import (
     Candidate,

@@ -13,7 +13,7 @@ import pytest
 import torch
 from emulated import Emulator, needs_compiler, op_call
 
-from makeready.graphs.cuda import nvrtc
+from makeready.graphs.planner.cuda import nvrtc
 from makeready.kernels.attention import paged
 from makeready.kernels.attention.extend_cuda import candidate, extend_attention_prefill, most_tiles
 from makeready.kernels.contract import Contract

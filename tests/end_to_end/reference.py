@@ -15,7 +15,7 @@ from makeready.engine.llm import LLM
 from makeready.engine.request import Request
 from makeready.engine.sampling import SamplingParams
 from makeready.graphs.executable.cpu.executable import CpuExecutable
-from makeready.graphs.spec import Bucket
+from makeready.graphs.plan.spec import Bucket
 
 FAMILIES = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),

@@ -17,7 +17,7 @@ from makeready.engine.errors import RequestError
 from makeready.engine.llm import LLM, Output, SamplingParams, SchedulerOptions
 from makeready.engine.loop import Engine
 from makeready.graphs.checkpoint.dummy import DummyCheckpoint
-from makeready.graphs.compile import compile_plan
+from makeready.graphs.planner.compile import compile_plan
 
 VOCABULARY, CONTEXT, PAGE = 96, 96, 8
 CONFIG = {

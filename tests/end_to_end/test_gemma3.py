@@ -157,7 +157,7 @@ def test_passes_off_give_the_same_tokens(disabled: tuple[str, ...], tmp_path: Pa
 
 def test_every_pass_finds_its_place(tmp_path: Path) -> None:
     """The gate, both residual additions and all between projection and attention are fused as for other models."""
-    from makeready.graphs.compile import Request, trace_checkpoint
+    from makeready.graphs.planner.compile import Request, trace_checkpoint
 
     make_model(tmp_path, "gemma3", **TINY)
     lowered = trace_checkpoint(tmp_path, Request(max_rows=2)).lower()

@@ -17,7 +17,7 @@ from makeready.engine.text.detokenize import StreamDetokenizer
 from makeready.engine.text.tokenizer import Tokenizer
 from makeready.graphs.checkpoint.base import CheckpointError
 from makeready.graphs.models.family import UnsupportedModelError
-from makeready.graphs.plan import PlanError
+from makeready.graphs.plan.plan import PlanError
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=12)
 

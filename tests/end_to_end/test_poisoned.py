@@ -13,9 +13,9 @@ import pytest
 from poisoned import Sequences, answers, assert_same, poison_memory, poisoned_cases
 
 from makeready.graphs.checkpoint.dummy import DummyCheckpoint
-from makeready.graphs.compile import compile_plan
 from makeready.graphs.executable.cpu.executable import CpuExecutable
-from makeready.graphs.spec import INPUT_LOGPROBS
+from makeready.graphs.plan.spec import INPUT_LOGPROBS
+from makeready.graphs.planner.compile import compile_plan
 from makeready.kernels import registry
 from makeready.kernels.contract import CONTRACTS
 

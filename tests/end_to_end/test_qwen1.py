@@ -12,8 +12,8 @@ from reference import Recorder, compare, prompt_of
 from makeready.engine.llm import LLM
 from makeready.graphs.checkpoint import CheckpointError
 from makeready.graphs.checkpoint.config import normalise_config
-from makeready.graphs.compile import compile_plan
 from makeready.graphs.models.family import UnsupportedModelError, build
+from makeready.graphs.planner.compile import compile_plan
 
 PLAN: dict[str, Any] = {"max_rows": 4, "max_tokens": 24, "page_size": 8, "weight_dtype": "float32"}
 # Within the trained length of 32, across it while generating, at it, behind it, behind twice and four times it.

@@ -19,7 +19,7 @@ from makeready.engine.seats import Seats
 from makeready.engine.staging import Stage
 from makeready.engine.steps.base import Sampled, step_kind
 from makeready.engine.steps.generate import stage_sequences
-from makeready.graphs.spec import DECODE, Bucket, CacheSpec, Limits, StepSpec, fields
+from makeready.graphs.plan.spec import DECODE, Bucket, CacheSpec, Limits, StepSpec, fields
 from makeready.kernels.spec import ROWS
 
 BURST, MOST = "burst", 4

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from makeready.graphs.spec import CacheGroup, CacheSpec, Limits
+from makeready.graphs.plan.spec import CacheGroup, CacheSpec, Limits
 
 M = 0x9E3779B97F4A7C15  # odd
 MASK = 2**64 - 1

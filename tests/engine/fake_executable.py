@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from fake_cache import MASK, FakePages, FakeStates, fold
 
-from makeready.graphs.request import Request
-from makeready.graphs.spec import DECODE, EXTEND, INPUT_LOGPROBS, Bucket, CacheGroup, CacheSpec, Limits
+from makeready.graphs.plan.spec import DECODE, EXTEND, INPUT_LOGPROBS, Bucket, CacheGroup, CacheSpec, Limits
+from makeready.graphs.planner.request import Request
 from makeready.graphs.steps.base import declare
 
 VOCABULARY = 50

@@ -18,7 +18,7 @@ from makeready.engine.options import DFS_WEIGHT, LPM, POLICIES, SchedulerOptions
 from makeready.engine.request import ABORT, LENGTH, STOP, Request
 from makeready.engine.sampling import SamplingParams
 from makeready.engine.step_record import StepRecord
-from makeready.graphs.spec import CacheGroup, CacheSpec, Limits
+from makeready.graphs.plan.spec import CacheGroup, CacheSpec, Limits
 
 PATIENCE = 3000  # steps that a drained engine may take: far above what any of these loads needs
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from makeready.engine.step_record import StepRecord
-from makeready.graphs.spec import DECODE, Bucket
+from makeready.graphs.plan.spec import DECODE, Bucket
 
 BUCKET = Bucket(DECODE, 8, 8)
 

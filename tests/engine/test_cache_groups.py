@@ -12,7 +12,7 @@ from makeready.engine.loop import Engine
 from makeready.engine.options import SchedulerOptions
 from makeready.engine.request import Request
 from makeready.engine.sampling import SamplingParams
-from makeready.graphs.spec import DECODE, EXTEND, Bucket, CacheGroup, CacheSpec, Limits
+from makeready.graphs.plan.spec import DECODE, EXTEND, Bucket, CacheGroup, CacheSpec, Limits
 
 LIMITS = Limits(max_rows=4, max_tokens=32, context_len=64, page_size=4)
 BUCKETS = [Bucket(DECODE, 4, 4), Bucket(EXTEND, 4, 32)]  # no chunk is cut for a smaller one

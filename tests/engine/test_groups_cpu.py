@@ -15,11 +15,11 @@ from makeready.engine.options import SchedulerOptions
 from makeready.engine.request import Request
 from makeready.engine.sampling import SamplingParams
 from makeready.graphs.checkpoint.dummy import DummyCheckpoint
-from makeready.graphs.compile import compile_plan
 from makeready.graphs.executable.cpu.executable import CpuExecutable
 from makeready.graphs.models import decoder
-from makeready.graphs.plan import Plan
-from makeready.graphs.spec import CacheGroup
+from makeready.graphs.plan.plan import Plan
+from makeready.graphs.plan.spec import CacheGroup
+from makeready.graphs.planner.compile import compile_plan
 
 WINDOW, SIZE = 20, 8
 CONFIG: dict[str, Any] = {

@@ -15,7 +15,7 @@ from makeready.engine.loop import Engine
 from makeready.engine.options import SchedulerOptions
 from makeready.engine.request import ABORT, LENGTH, STOP, Request
 from makeready.engine.sampling import SamplingParams
-from makeready.graphs.spec import DECODE, EXTEND, Bucket, Limits
+from makeready.graphs.plan.spec import DECODE, EXTEND, Bucket, Limits
 
 
 def make_engine(limits: Limits, pages: int, **options: Any) -> Engine:

@@ -15,7 +15,7 @@ from makeready.engine.options import SchedulerOptions
 from makeready.engine.request import ABORT, Request
 from makeready.engine.sampling import SamplingParams
 from makeready.engine.step_record import StepRecord
-from makeready.graphs.spec import DECODE, EXTEND, Bucket, Limits
+from makeready.graphs.plan.spec import DECODE, EXTEND, Bucket, Limits
 
 LIMITS = Limits(max_rows=4, max_tokens=16, context_len=48, page_size=4)
 

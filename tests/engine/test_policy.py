@@ -17,7 +17,7 @@ from makeready.engine.options import FCFS, POLICIES, PRIORITY, SchedulerOptions
 from makeready.engine.policy import WINDOW, WaitingQueue
 from makeready.engine.request import Request
 from makeready.engine.sampling import SamplingParams
-from makeready.graphs.spec import Limits
+from makeready.graphs.plan.spec import Limits
 
 SIZE = 2
 

@@ -13,7 +13,7 @@ from makeready.engine.kv.counted import Counted
 from makeready.engine.kv.eviction import POLICIES
 from makeready.engine.kv.pools import Pools
 from makeready.engine.kv.radix import Prefix, PrefixCache
-from makeready.graphs.spec import CacheGroup, CacheSpec
+from makeready.graphs.plan.spec import CacheGroup, CacheSpec
 
 Key = tuple[str, tuple[int, ...]]
 

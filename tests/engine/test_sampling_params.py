@@ -11,7 +11,7 @@ import pytest
 
 from makeready.engine.errors import RequestError
 from makeready.engine.sampling import CHECKS, SamplingParams
-from makeready.graphs.spec import Limits
+from makeready.graphs.plan.spec import Limits
 
 LIMITS = Limits(max_rows=2, max_tokens=8, context_len=32, page_size=4)
 

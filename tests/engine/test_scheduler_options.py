@@ -13,7 +13,7 @@ from fake_executable import FakeExecutable, buckets_of
 from makeready.engine.errors import RequestError
 from makeready.engine.loop import Engine
 from makeready.engine.options import SchedulerOptions
-from makeready.graphs.spec import Limits
+from makeready.graphs.plan.spec import Limits
 
 CONF = Path(__file__).parents[2] / "conf" / "scheduler" / "default.yaml"
 

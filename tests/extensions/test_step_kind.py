@@ -19,12 +19,12 @@ from makeready.engine.llm import LLM, SamplingParams
 from makeready.engine.request import Request
 from makeready.engine.steps import base as engine_steps
 from makeready.engine.steps.generate import Generate
-from makeready.graphs import artifact
-from makeready.graphs.buckets import Shapes
-from makeready.graphs.compile import compile_plan
 from makeready.graphs.inspect.html import plan_html
 from makeready.graphs.layers.inputs import Inputs
-from makeready.graphs.spec import Limits, StepSpec, fields
+from makeready.graphs.plan import artifact
+from makeready.graphs.plan.buckets import Shapes
+from makeready.graphs.plan.spec import Limits, StepSpec, fields
+from makeready.graphs.planner.compile import compile_plan
 from makeready.graphs.steps import base as graphs_steps
 from makeready.graphs.steps.generate import Decode, run, sample, sequence_fields, token_results
 from makeready.kernels.contract import CONTRACTS, contract

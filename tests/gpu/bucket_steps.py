@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from scripted_steps import Row, Step, make_step, open_slot
 
-from makeready.graphs.buckets import BucketTable
-from makeready.graphs.plan import Plan
-from makeready.graphs.spec import DECODE, EXTEND, Bucket
+from makeready.graphs.plan.buckets import BucketTable
+from makeready.graphs.plan.plan import Plan
+from makeready.graphs.plan.spec import DECODE, EXTEND, Bucket
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import numpy as np
 from bucket_steps import Case, cases
 
 from makeready.graphs.executable.unowned import Held
-from makeready.graphs.plan import Plan
-from makeready.graphs.spec import INPUT_LOGPROBS
+from makeready.graphs.plan.plan import Plan
+from makeready.graphs.plan.spec import INPUT_LOGPROBS
 from makeready.kernels.spec import ROWS, TOKENS
 
 NOBODYS_ID = 0  # token id that padding tokens have, and no others here

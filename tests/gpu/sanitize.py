@@ -53,8 +53,8 @@ def prepare(folder: Path) -> None:
     import torch
     from scripted_steps import SMALL, write_checkpoint
 
-    from makeready.graphs.compile import compile_plan
-    from makeready.graphs.targets import TARGETS
+    from makeready.graphs.plan.targets import TARGETS
+    from makeready.graphs.planner.compile import compile_plan
 
     major, minor = torch.cuda.get_device_capability()
     target = next(t.name for t in TARGETS.values() if t.arch == 10 * major + minor)

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from makeready.graphs.buckets import BucketTable
 from makeready.graphs.checkpoint.base import Checkpoint, open_checkpoint
 from makeready.graphs.checkpoint.dummy import DummyCheckpoint
-from makeready.graphs.compile import compile_plan
 from makeready.graphs.executable.example import Row, example_step
-from makeready.graphs.plan import Plan
-from makeready.graphs.spec import DECODE, EXTEND, Bucket
+from makeready.graphs.plan.buckets import BucketTable
+from makeready.graphs.plan.plan import Plan
+from makeready.graphs.plan.spec import DECODE, EXTEND, Bucket
+from makeready.graphs.planner.compile import compile_plan
 
 SAMPLED = -1  # instead of a token id: what the device sampled last
 SMALL = {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from makeready.graphs.ir import Call, Program
-from makeready.graphs.recipe import Derivation, Derived, LoadCall, Operand, Param, Piece
+from makeready.graphs.plan.recipe import Derivation, Derived, LoadCall, Operand, Param, Piece
+from makeready.graphs.planner.ir import Call, Program
 from makeready.kernels.spec import TensorSpec
 
 

@@ -14,10 +14,10 @@ if not torch.cuda.is_available():
 from scripted_steps import SMALL, write_checkpoint
 from test_gpu_poisoned import target
 
-from makeready.graphs.compile import compile_plan
 from makeready.graphs.executable.bisect import as_references, bisect, pages_needed
 from makeready.graphs.executable.cpu.executable import CpuExecutable
 from makeready.graphs.executable.cuda.executable import CudaExecutable
+from makeready.graphs.planner.compile import compile_plan
 
 LIMITS: dict[str, Any] = {"max_rows": 8, "max_tokens": 128, "context_len": 256}
 PROMPT = [(37 * i) % 1000 for i in range(1, 150)]

@@ -18,10 +18,10 @@ from scripted_steps import SMALL, write_checkpoint
 
 from makeready.engine.llm import LLM, Output, SamplingParams, SchedulerOptions
 from makeready.engine.loop import Engine
-from makeready.graphs.compile import compile_plan
 from makeready.graphs.executable.cpu.executable import CpuExecutable
 from makeready.graphs.executable.load import load_executable
-from makeready.graphs.targets import TARGETS
+from makeready.graphs.plan.targets import TARGETS
+from makeready.graphs.planner.compile import compile_plan
 
 LIMITS: dict[str, Any] = {
     "max_rows": 70,

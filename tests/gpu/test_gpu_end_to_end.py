@@ -25,12 +25,12 @@ if not torch.cuda.is_available():
 from scripted_steps import Row, make_step, open_slot
 
 from makeready.engine.llm import LLM, SamplingParams
-from makeready.graphs import golden
 from makeready.graphs.checkpoint.base import open_checkpoint
-from makeready.graphs.compile import compile_plan
+from makeready.graphs.executable import golden
 from makeready.graphs.executable.load import load_executable
-from makeready.graphs.spec import DECODE, EXTEND
-from makeready.graphs.targets import TARGETS
+from makeready.graphs.plan.spec import DECODE, EXTEND
+from makeready.graphs.plan.targets import TARGETS
+from makeready.graphs.planner.compile import compile_plan
 
 PROMPTS = (
     "The capital of France is",

@@ -18,7 +18,7 @@ from scripted_steps import SMALL, write_checkpoint
 from makeready.engine.llm import LLM, Output, SamplingParams, SchedulerOptions
 from makeready.engine.loop import Engine
 from makeready.engine.step_record import StepRecord
-from makeready.graphs.targets import TARGETS
+from makeready.graphs.plan.targets import TARGETS
 
 # Log-probabilities over bfloat16 activations, whatever kernel and batch they come from.
 TOLERANCE = 0.06

@@ -19,13 +19,14 @@ from bucket_steps import cases, run
 from scripted_steps import FORCED, PROMPTS, SMALL, Played, open_slot, play, script, write_checkpoint
 
 from makeready.engine.llm import LLM, SamplingParams
-from makeready.graphs import artifact, golden
-from makeready.graphs.compile import compile_plan
+from makeready.graphs.executable import golden
 from makeready.graphs.executable.cpu.executable import CpuExecutable
 from makeready.graphs.executable.cuda.executable import CudaExecutable
 from makeready.graphs.executable.load import load_executable
-from makeready.graphs.plan import PlanError
-from makeready.graphs.targets import TARGETS
+from makeready.graphs.plan import artifact
+from makeready.graphs.plan.plan import PlanError
+from makeready.graphs.plan.targets import TARGETS
+from makeready.graphs.planner.compile import compile_plan
 
 KV_BYTES = 2**30  # several live at once, beside PyTorch: none may take all that is free
 REQUEST = {

@@ -18,9 +18,9 @@ if not torch.cuda.is_available():
 from poisoned import NOBODYS_ID, Sequences, answers, assert_same, poison_memory, poisoned_cases
 from scripted_steps import SMALL, write_checkpoint
 
-from makeready.graphs.compile import compile_plan
 from makeready.graphs.executable.cuda.executable import CudaExecutable
-from makeready.graphs.targets import TARGETS
+from makeready.graphs.plan.targets import TARGETS
+from makeready.graphs.planner.compile import compile_plan
 
 LIMITS: dict[str, Any] = {
     "max_rows": 20,

@@ -20,15 +20,15 @@ from smoothed import Smoothed
 
 from makeready.graphs.checkpoint.base import Checkpoint
 from makeready.graphs.checkpoint.dummy import DummyCheckpoint
-from makeready.graphs.compile import compile_plan
 from makeready.graphs.executable.cpu.executable import CpuExecutable
 from makeready.graphs.executable.cpu.weights import load_weights
 from makeready.graphs.executable.cuda.executable import CudaExecutable
 from makeready.graphs.executable.load import load_executable
-from makeready.graphs.plan import Plan
+from makeready.graphs.plan.plan import Plan
+from makeready.graphs.plan.targets import TARGETS
+from makeready.graphs.planner.compile import compile_plan
 from makeready.graphs.quant import loading
 from makeready.graphs.quant.scheme import ON_LOAD
-from makeready.graphs.targets import TARGETS
 
 REQUEST = {
     "max_rows": 8,

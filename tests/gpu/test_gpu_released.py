@@ -18,9 +18,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 from scripted_steps import SMALL, write_checkpoint
 
-from makeready.graphs import artifact
-from makeready.graphs.compile import compile_plan
-from makeready.graphs.targets import TARGETS
+from makeready.graphs.plan import artifact
+from makeready.graphs.plan.targets import TARGETS
+from makeready.graphs.planner.compile import compile_plan
 
 LIMITS = {
     "max_rows": 8,

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from makeready.graphs.codec import canonical
+from makeready.graphs.plan.codec import canonical
 
 ODD_INTEGERS = (-1, 0, 1, 2, 3, 7, 16_000, 2**20, 2**31 - 1, 2**31, 2**40, 2**63, 10**30)
 ODD_TEXTS = ("", "x", "../x", "positions", "T", "reference", "int64", "float16", "rows", "\0")
@@ -71,8 +71,8 @@ def main(source: Path, seed: int, count: int) -> None:
     from tiny_programs import LLAMA, dummy
 
     from makeready.engine.llm import LLM, SamplingParams
-    from makeready.graphs import artifact
-    from makeready.graphs.plan import PlanError
+    from makeready.graphs.plan import artifact
+    from makeready.graphs.plan.plan import PlanError
 
     torch.set_num_threads(1)
     pick = random.Random(seed)

@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from tiny_programs import LLAMA, QWEN3, dummy, traced
 
-from makeready.graphs import artifact
-from makeready.graphs.buckets import Traffic
 from makeready.graphs.checkpoint.base import CheckpointWarning, open_checkpoint
-from makeready.graphs.codec import canonical
-from makeready.graphs.compile import compile_plan
 from makeready.graphs.executable.cpu.executable import CpuExecutable
 from makeready.graphs.executable.match import check_checkpoint
-from makeready.graphs.plan import SCHEMA, Plan, PlanError
+from makeready.graphs.plan import artifact
+from makeready.graphs.plan.buckets import Traffic
+from makeready.graphs.plan.codec import canonical
+from makeready.graphs.plan.plan import SCHEMA, Plan, PlanError
+from makeready.graphs.planner.compile import compile_plan
 
 TRAFFIC = Traffic(decode_rows={1: 0.5, 3: 1e-05}, context=17)
 
@@ -82,8 +82,8 @@ def write_checkpoint(folder: Path, **changes) -> Path:
 
 COMPILE = """
 import sys
-from makeready.graphs import artifact
-from makeready.graphs.compile import compile_plan
+from makeready.graphs.plan import artifact
+from makeready.graphs.planner.compile import compile_plan
 artifact.save(compile_plan(sys.argv[1], max_rows=3, disabled_passes=("fuse_qkv", "hoist_gather")), sys.argv[2])
 """
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from makeready.graphs.checkpoint.dummy import DummyCheckpoint
-from makeready.graphs.compile import compile_plan
 from makeready.graphs.executable.bisect import Found, as_references, bisect, pages_needed
 from makeready.graphs.executable.cpu.executable import CpuExecutable
-from makeready.graphs.plan import Plan, PlanError
+from makeready.graphs.plan.plan import Plan, PlanError
+from makeready.graphs.planner.compile import compile_plan
 from makeready.kernels import registry
 from makeready.kernels.contract import CONTRACTS
 

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from makeready.graphs import buckets as module
-from makeready.graphs.buckets import BucketTable, Shapes, choose_buckets, prove_coverage, uncovered
-from makeready.graphs.plan import PlanError
-from makeready.graphs.spec import DECODE, EXTEND, Bucket, StepSpec
+from makeready.graphs.plan import buckets as module
+from makeready.graphs.plan.buckets import BucketTable, Shapes, choose_buckets, prove_coverage, uncovered
+from makeready.graphs.plan.plan import PlanError
+from makeready.graphs.plan.spec import DECODE, EXTEND, Bucket, StepSpec
 
 PAIRS = "pairs"  # steps of two tokens in every row
 KINDS = (DECODE, EXTEND, PAIRS)

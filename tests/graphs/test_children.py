@@ -107,7 +107,7 @@ def test_compilers_end_with_the_planner():
     pytest.importorskip("triton")
     code = textwrap.dedent("""
         import time
-        from makeready.graphs.cuda import pool
+        from makeready.graphs.planner.cuda import pool
         worker = pool._worker()
         print(worker.pid, flush=True)
         time.sleep(600)

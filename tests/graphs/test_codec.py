@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from makeready.graphs.codec import CodecError, canonical, from_json, to_json
+from makeready.graphs.plan.codec import CodecError, canonical, from_json, to_json
 
 
 @dataclass(frozen=True)

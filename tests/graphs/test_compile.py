@@ -11,12 +11,12 @@ import pytest
 from safetensors.numpy import save_file
 from tiny_programs import LIMITS, LLAMA, QWEN2, QWEN3, dummy, traced
 
-from makeready.graphs.buckets import Traffic
-from makeready.graphs.compile import Request, compile_plan, trace_checkpoint
 from makeready.graphs.models.family import UnsupportedModelError
 from makeready.graphs.passes import REWRITES
-from makeready.graphs.plan import PlanError
-from makeready.graphs.spec import DECODE, EXTEND, INPUT_LOGPROBS, Bucket
+from makeready.graphs.plan.buckets import Traffic
+from makeready.graphs.plan.plan import PlanError
+from makeready.graphs.plan.spec import DECODE, EXTEND, INPUT_LOGPROBS, Bucket
+from makeready.graphs.planner.compile import Request, compile_plan, trace_checkpoint
 from makeready.kernels.spec import DTYPE_BYTES, TensorSpec
 
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [

@@ -12,18 +12,18 @@ import pytest
 from tiny_programs import handmade
 from toy_ops import COPIES, toy_ops, toy_traced
 
-from makeready.graphs.buckets import Traffic
-from makeready.graphs.cost import StepTime, call_cost, op_cost, op_work, program_cost
 from makeready.graphs.inspect.analysis import launch_costs
 from makeready.graphs.inspect.html import plan_html
 from makeready.graphs.inspect.padding import _step_seconds
-from makeready.graphs.ir import Call
-from makeready.graphs.lower import lower
-from makeready.graphs.memory import align, prove_places
-from makeready.graphs.plan import Buffer, PlanError
-from makeready.graphs.spec import EXTEND, Bucket
-from makeready.graphs.targets import find_target
-from makeready.graphs.verify import verify
+from makeready.graphs.plan.buckets import Traffic
+from makeready.graphs.plan.memory import align, prove_places
+from makeready.graphs.plan.plan import Buffer, PlanError
+from makeready.graphs.plan.spec import EXTEND, Bucket
+from makeready.graphs.plan.targets import find_target
+from makeready.graphs.planner.cost import StepTime, call_cost, op_cost, op_work, program_cost
+from makeready.graphs.planner.ir import Call
+from makeready.graphs.planner.lower import lower
+from makeready.graphs.planner.verify import verify
 from makeready.kernels import registry
 from makeready.kernels.contract import CONTRACTS, contract
 from makeready.kernels.spec import DTYPE_BYTES, TensorSpec

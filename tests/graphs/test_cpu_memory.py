@@ -11,7 +11,7 @@ from makeready.engine.llm import LLM
 from makeready.graphs.checkpoint.base import open_checkpoint
 from makeready.graphs.executable.cpu.executable import CpuExecutable
 from makeready.graphs.executable.cpu.memory import check_memory, free_bytes
-from makeready.graphs.plan import PlanError
+from makeready.graphs.plan.plan import PlanError
 
 
 def test_a_context_of_a_billion_is_refused_with_its_arithmetic(tmp_path, monkeypatch):

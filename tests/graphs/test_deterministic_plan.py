@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from makeready.graphs import compile as stages
 from makeready.graphs.checkpoint.dummy import DummyCheckpoint
-from makeready.graphs.compile import Request, compile_plan, trace_checkpoint
-from makeready.graphs.ir import Program
 from makeready.graphs.passes.expand import expand
-from makeready.graphs.plan import PlanError
-from makeready.graphs.verify import VerificationError, verify_alike
+from makeready.graphs.plan.plan import PlanError
+from makeready.graphs.planner import compile as stages
+from makeready.graphs.planner.compile import Request, compile_plan, trace_checkpoint
+from makeready.graphs.planner.ir import Program
+from makeready.graphs.planner.verify import VerificationError, verify_alike
 from makeready.kernels import registry
 
 CONFIG: dict[str, Any] = {

@@ -6,15 +6,15 @@ from dataclasses import replace
 
 import pytest
 
-from makeready.graphs import artifact
 from makeready.graphs.checkpoint.dummy import DummyCheckpoint
-from makeready.graphs.compile import compile_plan
-from makeready.graphs.cost import op_cost
-from makeready.graphs.devices import DEVICES, chosen_for_another, device_named, devices_of
 from makeready.graphs.inspect.analysis import launch_costs
-from makeready.graphs.plan import Plan, PlanError
-from makeready.graphs.spec import Bucket
-from makeready.graphs.targets import TARGETS, find_target, target_of
+from makeready.graphs.plan import artifact
+from makeready.graphs.plan.devices import DEVICES, chosen_for_another, device_named, devices_of
+from makeready.graphs.plan.plan import Plan, PlanError
+from makeready.graphs.plan.spec import Bucket
+from makeready.graphs.plan.targets import TARGETS, find_target, target_of
+from makeready.graphs.planner.compile import compile_plan
+from makeready.graphs.planner.cost import op_cost
 from makeready.kernels.gemm import linear_cost, linear_fp8_tiling
 from makeready.kernels.gemm.linear import linear
 from makeready.kernels.gemm.linear_tiling import Product

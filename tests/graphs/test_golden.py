@@ -10,12 +10,12 @@ import pytest
 from tiny_programs import LIMITS, QWEN3, dummy
 
 from makeready.engine.llm import LLM, SamplingParams
-from makeready.graphs import golden
 from makeready.graphs.checkpoint.dummy import DummyCheckpoint
-from makeready.graphs.compile import compile_plan
+from makeready.graphs.executable import golden
+from makeready.graphs.executable.golden import Golden
 from makeready.graphs.executable.load import load_executable
-from makeready.graphs.golden import Golden
-from makeready.graphs.plan import PlanError
+from makeready.graphs.plan.plan import PlanError
+from makeready.graphs.planner.compile import compile_plan
 
 PROMPT = (3, 1, 4, 1, 5)
 COUNT = 8

@@ -18,12 +18,13 @@ from hostile_plans import change, seal
 from safetensors.numpy import save_file
 from tiny_programs import LLAMA, dummy, traced
 
-from makeready.graphs import artifact, golden
 from makeready.graphs.checkpoint.base import open_checkpoint
-from makeready.graphs.codec import canonical
+from makeready.graphs.executable import golden
 from makeready.graphs.executable.cpu.executable import CpuExecutable
-from makeready.graphs.plan import PlanError
-from makeready.graphs.reads import needs
+from makeready.graphs.plan import artifact
+from makeready.graphs.plan.codec import canonical
+from makeready.graphs.plan.plan import PlanError
+from makeready.graphs.plan.reads import needs
 
 HERE = Path(__file__).parent
 

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_programs import CONFIGS, traced
 
-from makeready.graphs.memory import ALIGNMENT, Interval, align, assign, layout
-from makeready.graphs.request import Request
-from makeready.graphs.spec import CacheGroup, CacheSpec, Field, Limits
+from makeready.graphs.plan.memory import ALIGNMENT, Interval, align, assign, layout
+from makeready.graphs.plan.spec import CacheGroup, CacheSpec, Field, Limits
+from makeready.graphs.planner.request import Request
 from makeready.graphs.steps.base import declare
 from makeready.kernels.spec import DTYPE_BYTES, TensorSpec
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from tiny_programs import CONFIGS, Machine, Weights, steps, traced
 
-from makeready.graphs.compile import Traced
-from makeready.graphs.ir import Program
 from makeready.graphs.passes import REWRITES, rewrite
 from makeready.graphs.passes.expand import expand
-from makeready.graphs.spec import DECODE, EXTEND
-from makeready.graphs.verify import verify
+from makeready.graphs.plan.spec import DECODE, EXTEND
+from makeready.graphs.planner.compile import Traced
+from makeready.graphs.planner.ir import Program
+from makeready.graphs.planner.verify import verify
 
 QUANT = {"fuse_quantize"}  # what applies to quantized programs alone
 MODELS = dict.fromkeys(CONFIGS, "") | {"llama-fp8": "fp8"}

@@ -9,7 +9,6 @@ from functools import cache
 import pytest
 from tiny_programs import LLAMA, QWEN3, handmade, ops, traced
 
-from makeready.graphs.ir import Call, Program
 from makeready.graphs.passes import REWRITES, rewrite
 from makeready.graphs.passes.expand import expand
 from makeready.graphs.passes.fuse_add_norm import fuse_add_norm
@@ -17,9 +16,10 @@ from makeready.graphs.passes.fuse_qkv import fuse_qkv
 from makeready.graphs.passes.fuse_silu_mul import fuse_silu_mul
 from makeready.graphs.passes.hoist_gather import hoist_gather
 from makeready.graphs.passes.merge_linears import merge_linears
-from makeready.graphs.recipe import Piece
-from makeready.graphs.spec import DECODE, EXTEND
-from makeready.graphs.verify import verify
+from makeready.graphs.plan.recipe import Piece
+from makeready.graphs.plan.spec import DECODE, EXTEND
+from makeready.graphs.planner.ir import Call, Program
+from makeready.graphs.planner.verify import verify
 from makeready.kernels import registry
 from makeready.kernels.spec import ROWS, TOKENS, TensorSpec
 

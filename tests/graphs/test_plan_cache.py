@@ -11,7 +11,7 @@ import pytest
 
 from makeready.engine.llm import LLM, SamplingParams
 from makeready.graphs.checkpoint.base import open_checkpoint
-from makeready.graphs.plan_cache import cache_folder
+from makeready.graphs.planner.plan_cache import cache_folder
 
 LLAMA = {
     "model_type": "llama",

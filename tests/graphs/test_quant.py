@@ -17,13 +17,13 @@ from tiny_programs import LIMITS, LLAMA, dummy, ops, traced
 
 from makeready.graphs.checkpoint.base import open_checkpoint
 from makeready.graphs.checkpoint.float8 import to_float8
-from makeready.graphs.compile import compile_plan
 from makeready.graphs.executable.cpu.weights import load_weights
 from makeready.graphs.models.family import UnsupportedModelError
-from makeready.graphs.plan import Plan, PlanError
+from makeready.graphs.plan.plan import Plan, PlanError
+from makeready.graphs.plan.spec import DECODE, EXTEND
+from makeready.graphs.planner.compile import compile_plan
 from makeready.graphs.quant.scheme import Scheme
 from makeready.graphs.quant.stored import stored_scheme
-from makeready.graphs.spec import DECODE, EXTEND
 
 FP8 = torch.float8_e4m3fn
 BLOCKS = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
@@ -176,7 +176,7 @@ def test_impossible_quantizations_are_refused(config, request_, message):
     ],
 )
 def test_targets_without_8_bit_floats_refuse_them(config, request_, what, monkeypatch):
-    monkeypatch.setattr("makeready.graphs.compile._discover", lambda target: None)
+    monkeypatch.setattr("makeready.graphs.planner.compile._discover", lambda target: None)
     with pytest.raises(
         PlanError, match=f"{what} needs 8-bit floats, which sm_80 does not compute with; choose"
     ):

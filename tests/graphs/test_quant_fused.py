@@ -11,12 +11,12 @@ from tiny_programs import LLAMA
 
 from makeready.graphs.checkpoint.dummy import DummyCheckpoint
 from makeready.graphs.executable.cpu.weights import assemble
-from makeready.graphs.ir import STEP, Call, Program, Value
-from makeready.graphs.plan import PlanError
+from makeready.graphs.plan.plan import PlanError
+from makeready.graphs.plan.recipe import Param, Piece
+from makeready.graphs.plan.spec import EXTEND
+from makeready.graphs.planner.ir import STEP, Call, Program, Value
 from makeready.graphs.quant.fp8 import quantize_linears
 from makeready.graphs.quant.scheme import Scheme
-from makeready.graphs.recipe import Param, Piece
-from makeready.graphs.spec import EXTEND
 from makeready.kernels.spec import TensorSpec
 
 FUSED = "m.qkv.weight"

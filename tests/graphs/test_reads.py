@@ -14,14 +14,12 @@ from hypothesis import strategies as st
 from tiny_programs import traced
 
 from makeready.graphs.checkpoint.base import Checkpoint, TensorInfo, ranges
-from makeready.graphs.codec import canonical, from_json, to_json
-from makeready.graphs.derivation import complaints, infer
 from makeready.graphs.executable.cpu.weights import assemble
 from makeready.graphs.executable.cuda.convert import runs
-from makeready.graphs.lower import place_weights
-from makeready.graphs.plan import Weight
-from makeready.graphs.reads import needs, reads
-from makeready.graphs.recipe import (
+from makeready.graphs.plan.codec import canonical, from_json, to_json
+from makeready.graphs.plan.plan import Weight
+from makeready.graphs.plan.reads import needs, reads
+from makeready.graphs.plan.recipe import (
     Derivation,
     Derived,
     Each,
@@ -33,7 +31,9 @@ from makeready.graphs.recipe import (
     concatenate,
     whole,
 )
-from makeready.graphs.spec import DECODE
+from makeready.graphs.plan.spec import DECODE
+from makeready.graphs.planner.derivation import complaints, infer
+from makeready.graphs.planner.lower import place_weights
 from makeready.kernels.spec import TensorSpec
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from tiny_programs import LLAMA, dummy
 from torch import nn
 
-from makeready.graphs.compile import compile_plan
 from makeready.graphs.layers.parameter import constant, parameter, sources
-from makeready.graphs.recipe import Derivation, Derived, Each, LoadCall, Operand, Piece, whole
+from makeready.graphs.plan.recipe import Derivation, Derived, Each, LoadCall, Operand, Piece, whole
+from makeready.graphs.planner.compile import compile_plan
 from makeready.kernels.spec import TensorSpec
 
 

@@ -17,18 +17,18 @@ from tiny_programs import QWEN2, Weights, _step, handmade, ops, traced
 from toy_ops import BLOCK, COPIES, SKIPPED, VOCABULARY, toy_ops, toy_traced
 
 from makeready.graphs.executable.cpu.executable import CpuExecutable
-from makeready.graphs.ir import Call, Program
-from makeready.graphs.lower import lower
 from makeready.graphs.passes.expand import expand
 from makeready.graphs.passes.fuse_quantize import fuse_quantize
 from makeready.graphs.passes.hoist_gather import hoist_gather
 from makeready.graphs.passes.merge_linears import merge_linears
-from makeready.graphs.plan import PlanError
+from makeready.graphs.plan.plan import PlanError
+from makeready.graphs.plan.spec import DECODE, EXTEND, Bucket
+from makeready.graphs.plan.targets import find_target
+from makeready.graphs.planner.ir import Call, Program
+from makeready.graphs.planner.lower import lower
+from makeready.graphs.planner.verify import VerificationError, verify, verify_alike
 from makeready.graphs.quant.fp8 import quantize_linears
 from makeready.graphs.quant.scheme import ON_LOAD
-from makeready.graphs.spec import DECODE, EXTEND, Bucket
-from makeready.graphs.targets import find_target
-from makeready.graphs.verify import VerificationError, verify, verify_alike
 from makeready.kernels.contract import contract
 from makeready.kernels.spec import TensorSpec
 

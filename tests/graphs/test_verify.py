@@ -9,11 +9,11 @@ from functools import cache
 import pytest
 from tiny_programs import traced
 
-from makeready.graphs.ir import PARAM, STEP, TEMP, Call, Program, Value
 from makeready.graphs.passes import rewrite
-from makeready.graphs.recipe import Derivation, Derived, Generated, LoadCall, Operand, Piece, whole
-from makeready.graphs.spec import EXTEND
-from makeready.graphs.verify import RULES, VerificationError, verify
+from makeready.graphs.plan.recipe import Derivation, Derived, Generated, LoadCall, Operand, Piece, whole
+from makeready.graphs.plan.spec import EXTEND
+from makeready.graphs.planner.ir import PARAM, STEP, TEMP, Call, Program, Value
+from makeready.graphs.planner.verify import RULES, VerificationError, verify
 from makeready.kernels.spec import TensorSpec
 
 

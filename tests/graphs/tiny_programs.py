@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from makeready.graphs.checkpoint.base import Checkpoint, open_checkpoint
-from makeready.graphs.compile import Request, Traced, trace_checkpoint
-from makeready.graphs.constants import GENERATORS
-from makeready.graphs.ir import KV, STEP, Call, Program, Value
-from makeready.graphs.recipe import Operand, Param, whole
-from makeready.graphs.spec import DECODE, EXTEND, Bucket
+from makeready.graphs.plan.constants import GENERATORS
+from makeready.graphs.plan.recipe import Operand, Param, whole
+from makeready.graphs.plan.spec import DECODE, EXTEND, Bucket
+from makeready.graphs.planner.compile import Request, Traced, trace_checkpoint
+from makeready.graphs.planner.ir import KV, STEP, Call, Program, Value
 from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.spec import TensorSpec
 

@@ -12,17 +12,17 @@ import torch
 from tiny_programs import LLAMA, dummy, traced
 from torch import nn
 
-from makeready.graphs.compile import Traced
 from makeready.graphs.layers.dense import BY_OUTPUTS
 from makeready.graphs.layers.inputs import Inputs
 from makeready.graphs.layers.parameter import parameter
+from makeready.graphs.plan.reads import needs
+from makeready.graphs.plan.spec import EXTEND
+from makeready.graphs.planner.compile import Traced
+from makeready.graphs.planner.trace import trace
+from makeready.graphs.planner.verify import verify
 from makeready.graphs.quant.fp8 import quantize_linears
 from makeready.graphs.quant.scheme import ON_LOAD
-from makeready.graphs.reads import needs
-from makeready.graphs.spec import EXTEND
 from makeready.graphs.steps.base import step_kinds
-from makeready.graphs.trace import trace
-from makeready.graphs.verify import verify
 from makeready.kernels import elementwise, embedding, quantize
 from makeready.kernels.contract import ANY, CONTRACTS, Quantizes, Tolerance, contract
 

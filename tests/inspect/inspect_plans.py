@@ -6,8 +6,8 @@ from functools import cache
 from typing import Any
 
 from makeready.graphs.checkpoint.base import open_checkpoint
-from makeready.graphs.compile import Request, compile_plan, trace_checkpoint
-from makeready.graphs.plan import Plan
+from makeready.graphs.plan.plan import Plan
+from makeready.graphs.planner.compile import Request, compile_plan, trace_checkpoint
 
 LAYERS, HIDDEN, MLP, HEADS, KV_HEADS, HEAD, VOCABULARY, CONTEXT = 3, 48, 80, 6, 2, 8, 101, 96
 ROWS, TOKENS, PAGE = 5, 24, 4

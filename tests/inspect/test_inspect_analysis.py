@@ -10,7 +10,6 @@ import inspect_plans as tiny_model
 import pytest
 from inspect_plans import make_plan, tiny
 
-from makeready.graphs import artifact
 from makeready.graphs.inspect.analysis import (
     CAPACITY_GIB,
     LaunchCost,
@@ -22,8 +21,9 @@ from makeready.graphs.inspect.analysis import (
 from makeready.graphs.inspect.html import plan_html
 from makeready.graphs.inspect.segments import groups, segments
 from makeready.graphs.passes import REWRITES
-from makeready.graphs.plan import Choice, OpClass
-from makeready.graphs.spec import DECODE, EXTEND, Bucket
+from makeready.graphs.plan import artifact
+from makeready.graphs.plan.plan import Choice, OpClass
+from makeready.graphs.plan.spec import DECODE, EXTEND, Bucket
 
 
 def aligned(nbytes: int) -> int:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from makeready.graphs.checkpoint.base import open_checkpoint
-from makeready.graphs.compile import compile_plan
 from makeready.graphs.inspect.analysis import cost_analysis, launch_costs, memory_analysis
-from makeready.graphs.plan import Plan
+from makeready.graphs.plan.plan import Plan
+from makeready.graphs.planner.compile import compile_plan
 
 LAYERS, HIDDEN, MLP, HEADS, KV_HEADS, DIM, VOCABULARY = 3, 48, 80, 6, 2, 8, 67
 CONFIG: dict[str, Any] = {

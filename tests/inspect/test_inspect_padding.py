@@ -7,11 +7,11 @@ import math
 import pytest
 from inspect_plans import make_plan
 
-from makeready.graphs.buckets import Traffic
 from makeready.graphs.inspect.analysis import launch_costs
 from makeready.graphs.inspect.padding import padding, traffic_of
-from makeready.graphs.plan import Plan
-from makeready.graphs.spec import DECODE, EXTEND, Bucket
+from makeready.graphs.plan.buckets import Traffic
+from makeready.graphs.plan.plan import Plan
+from makeready.graphs.plan.spec import DECODE, EXTEND, Bucket
 
 TRAFFICS = {
     "default": Traffic(),

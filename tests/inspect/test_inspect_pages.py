@@ -19,7 +19,7 @@ from makeready.graphs.inspect.markup import Markup, tag
 from makeready.graphs.inspect.padding import padding
 from makeready.graphs.inspect.text import plan_text
 from makeready.graphs.passes import REWRITES
-from makeready.graphs.plan import Plan
+from makeready.graphs.plan.plan import Plan
 
 VOID = {"meta"}
 

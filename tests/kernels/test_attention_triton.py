@@ -264,7 +264,7 @@ def test_kv_write() -> None:
 )
 def test_machine_code(geometry: Geometry, rows: int, dtype: torch.dtype, wanted: str) -> None:
     """No spills, shared memory within a block's, tensor cores and asynchronous copies, the wait for a launch."""
-    aot = pytest.importorskip("makeready.graphs.cuda.aot")
+    aot = pytest.importorskip("makeready.graphs.planner.cuda.aot")
     heads, kv_heads, head_dim, page, _ = geometry
     shapes = {
         "q": ((rows, heads * head_dim), torch.bfloat16),
@@ -295,7 +295,7 @@ def test_machine_code(geometry: Geometry, rows: int, dtype: torch.dtype, wanted:
 @compiled
 def test_values_are_converted_to_8_bits_by_the_device() -> None:
     """The interpreter rounds them wrongly, so what writes them is held to the reference on a GPU alone."""
-    aot = pytest.importorskip("makeready.graphs.cuda.aot")
+    aot = pytest.importorskip("makeready.graphs.planner.cuda.aot")
     tensors = {n: torch.empty(5, 64, 8, 128, dtype=F8, device="meta") for n in ("k_cache", "v_cache")}
     tensors["kv_slot"] = torch.empty(6, dtype=torch.int32, device="meta")
     copied = {name: torch.empty(6, 1024, dtype=torch.bfloat16, device="meta") for name in "kv"}

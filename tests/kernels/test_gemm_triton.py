@@ -252,7 +252,7 @@ def _run_interpreted(launch, tensors, nbytes: int, zeroed: int) -> None:
 )
 def test_cross_compiled_kernels_use_the_units_they_should(call: OpCall, arch: int, wanted: tuple[str, ...]):
     pytest.importorskip("triton")
-    from makeready.graphs.cuda.aot import compile_launch
+    from makeready.graphs.planner.cuda.aot import compile_launch
 
     (launch,) = linear_cuda(call)[0].launches
     made = compile_launch(launch, call, arch)
@@ -273,7 +273,7 @@ def test_matrix_instructions_do_not_wait_for_each_other(call: OpCall):
     pytest.importorskip("triton")
     import tempfile
 
-    from makeready.graphs.cuda import aot
+    from makeready.graphs.planner.cuda import aot
 
     for candidate in linear_cuda(call)[:3]:
         (launch,) = candidate.launches

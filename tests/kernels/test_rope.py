@@ -10,8 +10,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from makeready.graphs.checkpoint.config import normalise_config
-from makeready.graphs.constants import rope_table
 from makeready.graphs.models.family import build
+from makeready.graphs.plan.constants import rope_table
 from makeready.kernels.rope import rope, rope_rows_dynamic
 
 CONTEXT = 640

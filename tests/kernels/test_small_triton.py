@@ -28,7 +28,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in test_interpreted's process")
 compiled = pytest.mark.skipif(INTERPRETED, reason="needs Triton's compiler")
 
-aot = None if INTERPRETED else pytest.importorskip("makeready.graphs.cuda.aot")
+aot = None if INTERPRETED else pytest.importorskip("makeready.graphs.planner.cuda.aot")
 if INTERPRETED:
     from triton.runtime import interpreter
 

@@ -28,8 +28,8 @@ from benchmarks.gpu import (
 from scripts_in_process import script
 
 from makeready.engine.entrypoints import bench_options
-from makeready.graphs.cuda.aot import Kernel, compile_kernel, kernel_of
-from makeready.graphs.devices import DEVICES
+from makeready.graphs.plan.devices import DEVICES
+from makeready.graphs.planner.cuda.aot import Kernel, compile_kernel, kernel_of
 from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.device import Candidate, OpCall
 

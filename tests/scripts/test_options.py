@@ -22,7 +22,7 @@ from makeready.engine.entrypoints.generate_options import FORMATS, GenerateJob
 from makeready.engine.generation_config import FIELDS as STATED
 from makeready.engine.options import SchedulerOptions
 from makeready.engine.sampling import SamplingParams
-from makeready.graphs.compile import Request
+from makeready.graphs.planner.compile import Request
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=12) | st.text("\\${}'\"a,=:[] \n", max_size=12)
 

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from scripts_in_process import CONF, script
 
 from makeready.graphs.checkpoint.base import open_checkpoint
-from makeready.graphs.compile import compile_plan
-from makeready.graphs.plan import Plan
+from makeready.graphs.plan.plan import Plan
+from makeready.graphs.planner.compile import compile_plan
 
 # Parameters as the model cards and their safetensors metadata count them (tied embeddings once).
 PARAMETERS = {

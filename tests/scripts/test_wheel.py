@@ -17,7 +17,7 @@ import pytest
 from scripts_in_process import CONF, ROOT, TINY
 
 from makeready.engine.entrypoints import cli
-from makeready.graphs import artifact
+from makeready.graphs.plan import artifact
 
 SOURCES = ("engine", "graphs", "kernels", "scripts", "conf")
 FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE")
@@ -125,9 +125,9 @@ def test_help_names_the_command_as_it_was_called() -> None:
 
 
 WHERE = """
-import makeready.engine.llm, makeready.scripts.main, makeready.graphs.plan
+import makeready.engine.llm, makeready.scripts.main, makeready.graphs.plan.plan
 from pathlib import Path
-for module in (makeready.engine.llm, makeready.scripts.main, makeready.graphs.plan):
+for module in (makeready.engine.llm, makeready.scripts.main, makeready.graphs.plan.plan):
     file = Path(module.__file__)
     print(next(str(p) for p in file.parents if (p / "pyvenv.cfg").exists()))
 """

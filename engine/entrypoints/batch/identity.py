@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from makeready.graphs.checkpoint.base import Checkpoint
 from makeready.graphs.checkpoint.identity import checkpoint_identity
-from makeready.graphs.plan import Plan
+from makeready.graphs.plan.plan import Plan
 
 if TYPE_CHECKING:
     from makeready.engine.entrypoints.generate_options import GenerateJob

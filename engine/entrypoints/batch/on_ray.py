@@ -25,8 +25,8 @@ from makeready.engine.options import SchedulerOptions
 from makeready.engine.sampling import SamplingParams
 from makeready.graphs.checkpoint.base import open_checkpoint
 from makeready.graphs.children import Leader, follow, this_process
-from makeready.graphs.plan import Plan
-from makeready.graphs.targets import TARGETS
+from makeready.graphs.plan.plan import Plan
+from makeready.graphs.plan.targets import TARGETS
 
 CALL_SECONDS = 0.25  # an engine works so long between two reports
 REACH_SECONDS = 10.0  # for a cluster to answer at all; Ray itself tries for a quarter of an hour

@@ -1,7 +1,7 @@
 """Whether a plan's launches satisfy the contracts of the ops and kernels that they name.
 
 The CPU's kernels take addresses and go by the sizes that the plan says, so what a plan from elsewhere says of
-operands is held against the signature lines before memory is touched. See also graphs/plan_check.py.
+operands is held against the signature lines before memory is touched. See also graphs/plan/check.py.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from makeready.graphs.derivation import infer
-from makeready.graphs.plan import Launch, Plan, PlanError
-from makeready.graphs.recipe import Derived, Param
+from makeready.graphs.plan.plan import Launch, Plan, PlanError
+from makeready.graphs.plan.recipe import Derived, Param
+from makeready.graphs.planner.derivation import infer
 from makeready.kernels import registry
 from makeready.kernels.contract import CONTRACTS, Contract
 from makeready.kernels.spec import TensorSpec

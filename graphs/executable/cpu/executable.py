@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from makeready.graphs import memory
 from makeready.graphs.checkpoint.base import Checkpoint
 from makeready.graphs.executable.cpu.check import check_launches
 from makeready.graphs.executable.cpu.memory import check_memory, room_for
 from makeready.graphs.executable.cpu.weights import Progress, load_weights
 from makeready.graphs.executable.match import check_checkpoint
 from makeready.graphs.executable.unowned import Held, unowned
-from makeready.graphs.plan import Launch, Plan, PlanError
-from makeready.graphs.spec import HOST, Bucket, Field
+from makeready.graphs.plan import memory
+from makeready.graphs.plan.plan import Launch, Plan, PlanError
+from makeready.graphs.plan.spec import HOST, Bucket, Field
 from makeready.kernels import registry
 from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.idle_threads import spin_briefly

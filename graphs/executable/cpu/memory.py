@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from makeready.graphs.plan import Plan, PlanError
+from makeready.graphs.plan.plan import Plan, PlanError
 
 GIB = 2**30
 # A table of positions is made in pieces that are as large as itself: angles, cosines, sines, and both.

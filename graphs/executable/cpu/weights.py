@@ -15,11 +15,11 @@ import torch
 
 from makeready.graphs.checkpoint.base import Checkpoint, CheckpointError
 from makeready.graphs.checkpoint.gguf_dequantize import PIECE
-from makeready.graphs.constants import GENERATORS
-from makeready.graphs.derivation import derived_groups
-from makeready.graphs.plan import Plan, Weight
-from makeready.graphs.reads import Read, fetch, reads
-from makeready.graphs.recipe import Derivation, Operand, Param
+from makeready.graphs.plan.constants import GENERATORS
+from makeready.graphs.plan.plan import Plan, Weight
+from makeready.graphs.plan.reads import Read, fetch, reads
+from makeready.graphs.plan.recipe import Derivation, Operand, Param
+from makeready.graphs.planner.derivation import derived_groups
 from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.gemm.linear_cpu import PACKED, ProductError, join, pack, pack_rows, packs, part_rows
 

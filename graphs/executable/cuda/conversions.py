@@ -19,8 +19,8 @@ from makeready.graphs.checkpoint.base import Checkpoint
 from makeready.graphs.executable.cuda.convert import runs
 from makeready.graphs.executable.cuda.driver import Driver, Function
 from makeready.graphs.executable.cuda.graph import GraphBuilder, PreparedNode
-from makeready.graphs.plan import Conversion, Loading, Plan
-from makeready.graphs.recipe import CHUNK_BYTES
+from makeready.graphs.plan.plan import Conversion, Loading, Plan
+from makeready.graphs.plan.recipe import CHUNK_BYTES
 
 
 class Lane(Protocol):

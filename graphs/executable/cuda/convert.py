@@ -13,9 +13,9 @@ from functools import partial
 import numpy as np
 
 from makeready.graphs.checkpoint.base import NUMPY_DTYPES, Checkpoint
-from makeready.graphs.plan import PlanError
-from makeready.graphs.reads import Read, fetch, reads
-from makeready.graphs.recipe import Operand
+from makeready.graphs.plan.plan import PlanError
+from makeready.graphs.plan.reads import Read, fetch, reads
+from makeready.graphs.plan.recipe import Operand
 from makeready.kernels.spec import DTYPE_BYTES
 
 _QUIET_NAN = np.uint16(0x7FC0)

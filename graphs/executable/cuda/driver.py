@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from makeready.graphs.plan import PlanError
+from makeready.graphs.plan.plan import PlanError
 
 BINDINGS = "cuda.bindings.driver"
 

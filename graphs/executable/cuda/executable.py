@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from makeready.graphs.checkpoint.base import NUMPY_DTYPES, Checkpoint
-from makeready.graphs.devices import chosen_for_another
 from makeready.graphs.executable.cuda import memory as cuda_memory
 from makeready.graphs.executable.cuda.conversions import Converter
 from makeready.graphs.executable.cuda.convert import convert
@@ -30,8 +29,9 @@ from makeready.graphs.executable.cuda.weights import Progress, Upload
 from makeready.graphs.executable.cuda.workbench import Workbench
 from makeready.graphs.executable.match import check_checkpoint
 from makeready.graphs.executable.unowned import Held, unowned
-from makeready.graphs.plan import Plan, PlanError
-from makeready.graphs.spec import Bucket
+from makeready.graphs.plan.devices import chosen_for_another
+from makeready.graphs.plan.plan import Plan, PlanError
+from makeready.graphs.plan.spec import Bucket
 from makeready.kernels.spec import DTYPE_BYTES, PAGES
 
 Report = Callable[[str], None]

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from makeready.graphs.executable.cuda.driver import Driver, Function
-from makeready.graphs.plan import Choice, Launch, Node, NodeArgument, Plan, PlanError, tuned_key
-from makeready.graphs.spec import Bucket
+from makeready.graphs.plan.plan import Choice, Launch, Node, NodeArgument, Plan, PlanError, tuned_key
+from makeready.graphs.plan.spec import Bucket
 from makeready.kernels.size import parse, value
 from makeready.kernels.spec import DTYPE_BYTES, PAGES
 

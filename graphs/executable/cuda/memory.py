@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from makeready.graphs import memory
 from makeready.graphs.executable.cuda.driver import Device, Driver
-from makeready.graphs.plan import Plan, PlanError
-from makeready.graphs.spec import Bucket, KVPart
+from makeready.graphs.plan import memory
+from makeready.graphs.plan.plan import Plan, PlanError
+from makeready.graphs.plan.spec import Bucket, KVPart
 from makeready.kernels.spec import DTYPE_BYTES, PAGES
 
 # What the driver takes beside our allocations, a bound over what was seen on an H100 with driver 580:

@@ -20,7 +20,7 @@ import numpy as np
 
 from makeready.graphs.checkpoint.base import Checkpoint
 from makeready.graphs.executable.cuda.driver import Driver, DriverError, host_bytes
-from makeready.graphs.reads import Read, fetch
+from makeready.graphs.plan.reads import Read, fetch
 
 WINDOW = 256 * 2**20  # bytes of a file that are pinned at once
 MAPPED = 16 * 2**20  # bytes that are mapped by one call, which holds up other changes of the address space

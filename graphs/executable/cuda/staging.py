@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from makeready.graphs import memory
 from makeready.graphs.executable.cuda.driver import Driver, host_bytes
-from makeready.graphs.plan import Plan, PlanError
-from makeready.graphs.spec import HOST, Bucket, Field
+from makeready.graphs.plan import memory
+from makeready.graphs.plan.plan import Plan, PlanError
+from makeready.graphs.plan.spec import HOST, Bucket, Field
 
 Arrays = Mapping[str, np.ndarray]
 

@@ -22,14 +22,14 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from makeready.graphs.checkpoint.base import Checkpoint
-from makeready.graphs.constants import GENERATORS
 from makeready.graphs.executable.cuda import pages as cuda_pages
 from makeready.graphs.executable.cuda.conversions import Converter, LoadRun, load_runs
 from makeready.graphs.executable.cuda.convert import convert, converted, runs
 from makeready.graphs.executable.cuda.driver import Device, Driver, host_bytes
 from makeready.graphs.executable.cuda.pages import Pins, Span, Window, Windows, map_pages, mapped
-from makeready.graphs.plan import Plan, PlanError, Weight
-from makeready.graphs.recipe import CHUNK_BYTES, LOADERS
+from makeready.graphs.plan.constants import GENERATORS
+from makeready.graphs.plan.plan import Plan, PlanError, Weight
+from makeready.graphs.plan.recipe import CHUNK_BYTES, LOADERS
 from makeready.kernels.spec import DTYPE_BYTES
 
 Progress: TypeAlias = Callable[[int, int], None]

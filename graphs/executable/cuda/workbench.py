@@ -7,7 +7,7 @@ from typing import Any
 
 from makeready.graphs.executable.cuda.driver import Device, Driver
 from makeready.graphs.executable.cuda.graph import GraphBuilder
-from makeready.graphs.spec import Bucket
+from makeready.graphs.plan.spec import Bucket
 
 
 class Workbench:

@@ -18,9 +18,9 @@ from benchmarks.gpu import timeline
 from makeready.graphs.executable.cuda.executable import CudaExecutable
 from makeready.graphs.executable.example import typical_step
 from makeready.graphs.inspect.analysis import work
-from makeready.graphs.plan import Launch, Plan, tuned_key
-from makeready.graphs.spec import DECODE, Bucket
-from makeready.graphs.targets import Target, target_of
+from makeready.graphs.plan.plan import Launch, Plan, tuned_key
+from makeready.graphs.plan.spec import DECODE, Bucket
+from makeready.graphs.plan.targets import Target, target_of
 
 _SECONDS = 20e-3  # of one measurement at least
 _SHOWN = 0.01  # of a step, from which a part is worth a line

@@ -20,9 +20,9 @@ import torch
 
 from benchmarks.gpu import kernel_call
 from benchmarks.gpu.kernel_call import dtype_name
-from makeready.graphs.cuda.aot import Compiled, Kernel, compile_kernel, kernel_of
-from makeready.graphs.cuda.pool import compile_each
-from makeready.graphs.devices import Device, device_named, find_device
+from makeready.graphs.plan.devices import Device, device_named, find_device
+from makeready.graphs.planner.cuda.aot import Compiled, Kernel, compile_kernel, kernel_of
+from makeready.graphs.planner.cuda.pool import compile_each
 from makeready.kernels.contract import Contract
 from makeready.kernels.device import Candidate, OpCall, Tensor
 from makeready.kernels.spec import TensorSpec

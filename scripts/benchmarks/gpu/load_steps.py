@@ -25,15 +25,16 @@ from unittest import mock
 import numpy as np
 
 from benchmarks.record import ROOT
-from makeready.graphs import artifact, children
+from makeready.graphs import children
 from makeready.graphs.checkpoint.base import NUMPY_DTYPES, Checkpoint, open_checkpoint
 from makeready.graphs.checkpoint.safetensors_file import DTYPES
 from makeready.graphs.executable.cuda import pages as cuda_pages
 from makeready.graphs.executable.cuda import weights as cuda_weights
 from makeready.graphs.executable.cuda.driver import Driver, host_bytes
 from makeready.graphs.executable.cuda.executable import CudaExecutable
-from makeready.graphs.plan import Plan
-from makeready.graphs.reads import fetch, needs, reads
+from makeready.graphs.plan import artifact
+from makeready.graphs.plan.plan import Plan
+from makeready.graphs.plan.reads import fetch, needs, reads
 from makeready.kernels.spec import DTYPE_BYTES
 
 MIB = 2**20

@@ -17,10 +17,10 @@ from typing import Any
 from makeready.graphs.executable.cuda.driver import Driver
 from makeready.graphs.executable.cuda.graph import GraphBuilder
 from makeready.graphs.executable.cuda.memory import random_numbers
-from makeready.graphs.memory import align
-from makeready.graphs.plan import Binary, Buffer, Choice, Launch, LoweredProgram
-from makeready.graphs.spec import EXTEND, Bucket
-from makeready.graphs.targets import Target
+from makeready.graphs.plan.memory import align
+from makeready.graphs.plan.plan import Binary, Buffer, Choice, Launch, LoweredProgram
+from makeready.graphs.plan.spec import EXTEND, Bucket
+from makeready.graphs.plan.targets import Target
 from makeready.kernels.spec import TensorSpec
 
 FP8 = "float8_e4m3fn"
@@ -81,7 +81,7 @@ def build(product: Product, target: Target, *, keep: int) -> Built:
         PlanError: the target has none.
         ModuleNotFoundError: Triton is not installed.
     """
-    from makeready.graphs.cuda.emit import emit
+    from makeready.graphs.planner.cuda.emit import emit
     from makeready.kernels import registry
 
     registry.discover(target.name)

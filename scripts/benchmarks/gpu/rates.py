@@ -2,8 +2,8 @@
 
 A floor is the least that a step can take on this very machine: bytes over the best bandwidth seen (a copy, or reads
 alone), operations over the best rate seen of a large product. Both run on random numbers, without PyTorch, by the
-planner's own kernels. Where those cannot be compiled, as without Triton, rates are the ones that graphs/devices.py
-has for the GPU, and the result says so.
+planner's own kernels. Where those cannot be compiled, as without Triton, rates are the ones that
+graphs/plan/devices.py has for the GPU, and the result says so.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 
 from benchmarks.gpu import products
 from benchmarks.gpu.products import FP8, Product
-from makeready.graphs.devices import Device as Figures
-from makeready.graphs.devices import device_named
 from makeready.graphs.executable.cuda.driver import Device, Driver
-from makeready.graphs.plan import PlanError
-from makeready.graphs.targets import TARGETS, Target
+from makeready.graphs.plan.devices import Device as Figures
+from makeready.graphs.plan.devices import device_named
+from makeready.graphs.plan.plan import PlanError
+from makeready.graphs.plan.targets import TARGETS, Target
 
 COPIED = 2**30  # bytes of a copy, and of the weights that one row is multiplied with
 SIDE = 8192  # of square products
@@ -113,12 +113,12 @@ def measure(driver: Driver) -> Rates:
 
 def of_device(figures: Figures) -> Rates:
     """What is written down of a device."""
-    return Rates(figures.name, None, None, figures.bandwidth, dict(figures.flops), "graphs/devices.py")
+    return Rates(figures.name, None, None, figures.bandwidth, dict(figures.flops), "graphs/plan/devices.py")
 
 
 def _rates(gpu: str, copy: float, reads: float | None, flops: dict[str, float], source: str) -> Rates:
     wide = flops["bfloat16"]
-    # fp32 runs on the ordinary cores: see graphs/devices.py.
+    # fp32 runs on the ordinary cores: see graphs/plan/devices.py.
     flops = {"float32": wide / 12, "float16": wide, **flops}
     return Rates(gpu, copy, reads, max(copy, reads or 0.0), flops, source)
 

@@ -20,7 +20,7 @@ _CHILD = """
 import time
 began = time.perf_counter()
 import json, sys
-from makeready.graphs import artifact
+from makeready.graphs.plan import artifact
 from makeready.graphs.checkpoint.base import open_checkpoint
 from makeready.graphs.executable.cuda.executable import CudaExecutable
 from makeready.graphs.executable.example import typical_step

@@ -6,7 +6,7 @@ MOST = 2**31 - 1  # of anything that a kernel counts in int32
 
 
 class ContradictionError(Exception):
-    """What is wrong, as a clause that begins with the place; never leaves graphs/plan_check.py."""
+    """What is wrong, as a clause that begins with the place; never leaves graphs/plan/check.py."""
 
 
 def need(holds: bool, complaint: str) -> None:

@@ -1,6 +1,6 @@
 """Devices that plans are chosen for: figures that steer choices and floors, and never what is computed.
 
-A plan is made for an architecture (graphs/targets.py), which says where it runs, and chosen for one of the
+A plan is made for an architecture (graphs/plan/targets.py), which says where it runs, and chosen for one of the
 architecture's devices: which kernels and which batch shapes are fast depends on bandwidth and rates. It runs on
 every device of the architecture that has the memory, known here or not.
 """
@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from makeready.graphs.plan import Plan, PlanError
+from makeready.graphs.plan.plan import Plan, PlanError
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Device:
 
     Attributes:
         name: as ``device=`` takes it.
-        target: its architecture, a name of graphs/targets.py.
+        target: its architecture, a name of graphs/plan/targets.py.
         bandwidth: bytes a second between memory and the cores, of reads alone where that was measured, else of
             a copy.
         flops: dense multiply-add rate by the dtype of the weights, operations a second.

@@ -17,7 +17,7 @@ from functools import lru_cache
 import numpy as np
 
 from makeready.graphs.checkpoint.base import Checkpoint
-from makeready.graphs.recipe import Box, Each, Operand, Param, Piece
+from makeready.graphs.plan.recipe import Box, Each, Operand, Param, Piece
 
 
 @dataclass(frozen=True)

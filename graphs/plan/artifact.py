@@ -8,7 +8,7 @@
     tuned.json              choices that measured best, by device, where somebody measured
     binaries.json           compiled kernels, and
     kernels/<key>.cubin     the machine code of each, where the target is a GPU
-    golden.json             predicted tokens, where they were asked for; no part of the plan: graphs/golden.py
+    golden.json             predicted tokens, where they were asked for: no part of the plan (executable/golden.py)
 
 ``plan.json`` carries the SHA-256 and the bytes of every other JSON file and a SHA-256 over its own remaining
 content, the plan's digest; ``binaries.json`` carries those of each kernel. No path, host, time or environment
@@ -33,10 +33,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from makeready.graphs.codec import CodecError, canonical, from_json, to_json
-from makeready.graphs.plan import SCHEMA, Plan, PlanError
-from makeready.graphs.plan_check import check_plan
-from makeready.graphs.plan_check_cuda import KEY
+from makeready.graphs.plan.check import check_plan
+from makeready.graphs.plan.check_cuda import KEY
+from makeready.graphs.plan.codec import CodecError, canonical, from_json, to_json
+from makeready.graphs.plan.plan import SCHEMA, Plan, PlanError
 
 MANIFEST, TUNED = "plan.json", "tuned.json"
 PARTS = re.compile(

@@ -21,8 +21,8 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from makeready.graphs import children
-from makeready.graphs.cuda.aot import Compiled, Kernel, MapLayout, compile_kernel, content_key
-from makeready.graphs.plan import PlanError
+from makeready.graphs.plan.plan import PlanError
+from makeready.graphs.planner.cuda.aot import Compiled, Kernel, MapLayout, compile_kernel, content_key
 
 Progress = Callable[[int, int], None]
 
@@ -92,7 +92,7 @@ def _workers(count: int) -> Iterator[SimpleQueue[subprocess.Popen[bytes]]]:
 
 def _worker() -> subprocess.Popen[bytes]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    command = [sys.executable, "-m", "makeready.graphs.cuda.worker"]
+    command = [sys.executable, "-m", "makeready.graphs.planner.cuda.worker"]
     return children.start(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
 

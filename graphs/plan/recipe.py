@@ -3,7 +3,7 @@
 A recipe names boxes of the checkpoint's tensors, in Hugging Face's spelling, and where they go. A
 parameter's shape, mesh axes, quantizability and source are declared once, where the model uses it
 (graphs/layers/parameter.py); merged, quantized, sharded and converted parameters are derived from that.
-What a recipe means is said in one place: graphs/reads.py.
+What a recipe means is said in one place: graphs/plan/reads.py.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import zip_longest
 from typing import Any
 
-from makeready.graphs.derivation import complaints
-from makeready.graphs.ir import KV, PARAM, SLOT, STEP, TEMP, Program, live
+from makeready.graphs.planner.derivation import complaints
+from makeready.graphs.planner.ir import KV, PARAM, SLOT, STEP, TEMP, Program, live
 from makeready.kernels.contract import CONTRACTS, ContractError
 
 

@@ -21,15 +21,15 @@ from typing import Any
 
 import numpy as np
 
-from makeready.graphs import artifact
-from makeready.graphs.buckets import BucketTable
 from makeready.graphs.checkpoint.base import Checkpoint
-from makeready.graphs.codec import CodecError, canonical, from_json, to_json
 from makeready.graphs.executable.base import Executable
 from makeready.graphs.executable.example import Row, example_step
-from makeready.graphs.plan import Plan, PlanError
-from makeready.graphs.reads import needs
-from makeready.graphs.spec import DECODE, EXTEND, Bucket
+from makeready.graphs.plan import artifact
+from makeready.graphs.plan.buckets import BucketTable
+from makeready.graphs.plan.codec import CodecError, canonical, from_json, to_json
+from makeready.graphs.plan.plan import Plan, PlanError
+from makeready.graphs.plan.reads import needs
+from makeready.graphs.plan.spec import DECODE, EXTEND, Bucket
 
 FILE = "golden.json"
 SCHEMA = 1

@@ -21,7 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from makeready.graphs.plan import PlanError
+from makeready.graphs.plan.plan import PlanError
 from makeready.kernels import device
 
 FOLDER = Path(str(device.__file__)).parent / "csrc"

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from makeready.graphs.plan import PlanError
-from makeready.graphs.spec import Bucket, StepSpec
+from makeready.graphs.plan.plan import PlanError
+from makeready.graphs.plan.spec import Bucket, StepSpec
 
 Distribution: TypeAlias = Mapping[int, float]
 """Weight of each size; need not sum to one."""

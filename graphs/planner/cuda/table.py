@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from makeready.graphs.plan import Plan
+from makeready.graphs.plan.plan import Plan
 
 
 def resource_table(plan: Plan) -> str:

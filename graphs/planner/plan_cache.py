@@ -10,15 +10,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from makeready.graphs import artifact
 from makeready.graphs.checkpoint.base import Checkpoint
-from makeready.graphs.codec import canonical, to_json
-from makeready.graphs.plan import Plan, PlanError
-from makeready.graphs.targets import find_target
-from makeready.graphs.tokenizer_reference import tokenizer_reference
+from makeready.graphs.plan import artifact
+from makeready.graphs.plan.codec import canonical, to_json
+from makeready.graphs.plan.plan import Plan, PlanError
+from makeready.graphs.plan.targets import find_target
+from makeready.graphs.plan.tokenizer_reference import tokenizer_reference
 
 if TYPE_CHECKING:
-    from makeready.graphs.compile import Request
+    from makeready.graphs.planner.compile import Request
 
 SOURCES = Path(__file__).resolve().parents[1]
 

@@ -12,18 +12,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from makeready.graphs import memory
-from makeready.graphs.buckets import prove_coverage
 from makeready.graphs.checkpoint.base import CheckpointError
 from makeready.graphs.checkpoint.config import normalise_config
-from makeready.graphs.constants import GENERATORS
-from makeready.graphs.plan import Buffer, LoweredProgram, Plan, PlanError, Weight
-from makeready.graphs.plan_check_cuda import check_kernels, check_nodes
-from makeready.graphs.plan_rules import MOST, ContradictionError, inside, need
-from makeready.graphs.reads import complaint
-from makeready.graphs.recipe import Derived, Param
-from makeready.graphs.spec import DEVICE, HOST, Field
-from makeready.graphs.targets import TARGETS
+from makeready.graphs.plan import memory
+from makeready.graphs.plan.buckets import prove_coverage
+from makeready.graphs.plan.check_cuda import check_kernels, check_nodes
+from makeready.graphs.plan.constants import GENERATORS
+from makeready.graphs.plan.plan import Buffer, LoweredProgram, Plan, PlanError, Weight
+from makeready.graphs.plan.reads import complaint
+from makeready.graphs.plan.recipe import Derived, Param
+from makeready.graphs.plan.rules import MOST, ContradictionError, inside, need
+from makeready.graphs.plan.spec import DEVICE, HOST, Field
+from makeready.graphs.plan.targets import TARGETS
 from makeready.kernels.spec import DTYPE_BYTES, PAGES, ROWS, TOKENS
 
 MOST_BUCKETS = 10_000  # a plan has some dozens

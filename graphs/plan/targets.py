@@ -1,7 +1,7 @@
 """Architectures that plans are made for: where a plan runs, and what its kernels may use.
 
 A target's name goes into the plan, so a plan for one target refuses to load on another. What steers choices
-alone (bandwidth, rates, multiprocessors) is its device's: graphs/devices.py.
+alone (bandwidth, rates, multiprocessors) is its device's: graphs/plan/devices.py.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from makeready.graphs.devices import DEVICES, Device, find_device
-from makeready.graphs.plan import Plan, PlanError
+from makeready.graphs.plan.devices import DEVICES, Device, find_device
+from makeready.graphs.plan.plan import Plan, PlanError
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Target:
         if dtype not in self.flops:
             raise PlanError(
                 f"the cost model of {self.device.name} knows no rate for {dtype}, only for {', '.join(self.flops)}; "
-                "add it to graphs/devices.py"
+                "add it to graphs/plan/devices.py"
             )
         return self.flops[dtype]
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from makeready.graphs.ir import Call, Program
-from makeready.graphs.spec import Bucket
-from makeready.graphs.targets import Target
+from makeready.graphs.plan.spec import Bucket
+from makeready.graphs.plan.targets import Target
+from makeready.graphs.planner.ir import Call, Program
 from makeready.kernels.contract import Contract, evaluate
 from makeready.kernels.size import Size, value
 from makeready.kernels.spec import DTYPE_BYTES, PAGES, TensorSpec

@@ -9,8 +9,8 @@ import math
 import re
 from collections.abc import Sequence
 
-from makeready.graphs.plan import Conversion, Loading, LoadProgram, LoweredProgram, NodeArgument, Plan
-from makeready.graphs.plan_rules import MOST, inside, need
+from makeready.graphs.plan.plan import Conversion, Loading, LoadProgram, LoweredProgram, NodeArgument, Plan
+from makeready.graphs.plan.rules import MOST, inside, need
 from makeready.kernels.spec import DTYPE_BYTES, PAGES, ROWS, TOKENS, TensorSpec
 
 KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,200}")  # of a binary, which is a file's name

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from makeready.graphs.recipe import Param
+from makeready.graphs.plan.recipe import Param
 from makeready.kernels.contract import CONTRACTS, Contract
 from makeready.kernels.spec import TensorSpec
 

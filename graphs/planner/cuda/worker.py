@@ -1,6 +1,6 @@
 """A process that compiles kernels: pickled :class:`Kernel` s come in, pickled results or messages go out.
 
-Started by graphs/cuda/pool.py as ``python -m makeready.graphs.cuda.worker``.
+Started by graphs/planner/cuda/pool.py as ``python -m makeready.graphs.planner.cuda.worker``.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import os
 import pickle
 import sys
 
-from makeready.graphs.cuda.aot import compile_kernel
-from makeready.graphs.plan import PlanError
+from makeready.graphs.plan.plan import PlanError
+from makeready.graphs.planner.cuda.aot import compile_kernel
 
 
 def main() -> None:

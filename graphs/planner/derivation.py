@@ -6,9 +6,9 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from makeready.graphs import reads
-from makeready.graphs.codec import canonical, to_json
-from makeready.graphs.recipe import Derivation, Param
+from makeready.graphs.plan import reads
+from makeready.graphs.plan.codec import canonical, to_json
+from makeready.graphs.plan.recipe import Derivation, Param
 from makeready.kernels.contract import CONTRACTS, ContractError
 from makeready.kernels.spec import TensorSpec
 

@@ -22,8 +22,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from makeready.graphs.recipe import Param
-from makeready.graphs.spec import Bucket, CacheSpec, Field, Limits, StepSpec
+from makeready.graphs.plan.recipe import Param
+from makeready.graphs.plan.spec import Bucket, CacheSpec, Field, Limits, StepSpec
 from makeready.kernels.spec import TensorSpec
 
 SCHEMA = 2
@@ -235,7 +235,7 @@ class Loading:
 
     Attributes:
         programs: one for each derivation and number of units; parameters that are alike share them.
-        conversions: all parameters that have :attr:`~makeready.graphs.recipe.Param.derived`.
+        conversions: all parameters that have :attr:`~makeready.graphs.plan.recipe.Param.derived`.
         place_bytes: of a place, at least what the greediest program needs.
         places: how many there are.
     """
@@ -280,7 +280,7 @@ class Options:
         disabled_passes: rewrites that were left out.
         max_decode_buckets, max_extend_buckets: bounds on how many programs a phase is cut into.
         candidates: at most so many ways to run a call are kept for tuning.
-        traffic: expected batches; see graphs/buckets.py.
+        traffic: expected batches; see graphs/plan/buckets.py.
     """
 
     weight_dtype: str
@@ -297,11 +297,11 @@ class Options:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is decided before the first request. Made by graphs/compile.py.
+    """Everything that is decided before the first request. Made by graphs/planner/compile.py.
 
     Attributes:
-        target: architecture that it runs on, of graphs/targets.py.
-        device: which device of it buckets and kernels were chosen for, of graphs/devices.py; it runs on others.
+        target: architecture that it runs on, of graphs/plan/targets.py.
+        device: which device of it buckets and kernels were chosen for, of graphs/plan/devices.py; it runs on others.
             Empty in plans of versions that named none.
         steps: every kind of step that there are programs for, by name.
         slots: the slot table, which all steps share.
@@ -356,13 +356,13 @@ class Plan:
     @property
     def digest(self) -> str:
         """SHA-256 of everything the plan says, as 64 hexadecimal digits."""
-        from makeready.graphs import artifact
+        from makeready.graphs.plan import artifact
 
         return artifact.digest(self)  # pyright: ignore[reportArgumentType]
 
     def save(self, folder: str | Path) -> Path:
-        """Write the plan to ``folder``; see :func:`makeready.graphs.artifact.save`."""
-        from makeready.graphs import artifact
+        """Write the plan to ``folder``; see :func:`makeready.graphs.plan.artifact.save`."""
+        from makeready.graphs.plan import artifact
 
         return artifact.save(self, folder)  # pyright: ignore[reportArgumentType]
 

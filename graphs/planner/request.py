@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from makeready.graphs.buckets import Traffic
 from makeready.graphs.checkpoint.base import NUMPY_DTYPES, Checkpoint
-from makeready.graphs.plan import PlanError
+from makeready.graphs.plan.buckets import Traffic
+from makeready.graphs.plan.plan import PlanError
+from makeready.graphs.plan.spec import Limits
+from makeready.graphs.plan.targets import Target
 from makeready.graphs.quant.scheme import ON_LOAD, Quantization
-from makeready.graphs.spec import Limits
-from makeready.graphs.targets import Target
 
 WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
 CUDA_ACTIVATION_DTYPES = ("bfloat16", "float16")  # what attention kernels multiply
@@ -24,8 +24,8 @@ class Request:
     The command line has these fields, and these sentences, as ``plan.*``; see engine/entrypoints/options.py.
 
     Attributes:
-        target: a name of graphs/targets.py.
-        device: which device of the target to choose kernels and batch shapes for, of graphs/devices.py; None
+        target: a name of graphs/plan/targets.py.
+        device: which device of the target to choose kernels and batch shapes for, of graphs/plan/devices.py; None
             takes the target's default. The plan runs on the others, too.
         max_rows: requests that run at once.
         max_tokens: tokens of one step over all rows; longer prompts go in chunks. null: the target's.

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
-from makeready.graphs.cuda.aot import Compiled, Kernel, kernel_of
-from makeready.graphs.cuda.pool import compile_each
-from makeready.graphs.plan import PlanError
-from makeready.graphs.targets import Target
+from makeready.graphs.plan.plan import PlanError
+from makeready.graphs.plan.targets import Target
+from makeready.graphs.planner.cuda.aot import Compiled, Kernel, kernel_of
+from makeready.graphs.planner.cuda.pool import compile_each
 from makeready.kernels import registry
 from makeready.kernels.device import Candidate, DeviceLaunch, OpCall
 

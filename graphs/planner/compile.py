@@ -12,26 +12,27 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from makeready.graphs import memory
-from makeready.graphs.buckets import Traffic, choose_buckets, prove_coverage
 from makeready.graphs.checkpoint.base import BLOCKS, PLAIN, Checkpoint, counted, open_checkpoint
 from makeready.graphs.checkpoint.config import DTYPES
 from makeready.graphs.checkpoint.unread import check_unread
-from makeready.graphs.codec import to_json
-from makeready.graphs.cost import Cost, StepTime, program_cost
-from makeready.graphs.ir import Program
 from makeready.graphs.layers.parameter import sources
-from makeready.graphs.lower import lower, place_weights
 from makeready.graphs.models import family
 from makeready.graphs.passes import rewrite
 from makeready.graphs.passes.expand import expand
-from makeready.graphs.plan import SCHEMA, Loading, LoweredProgram, Memory, Options, Plan, PlanError
-from makeready.graphs.plan_cache import cache_folder
-from makeready.graphs.quant.fp8 import FP8
-from makeready.graphs.quant.loading import loading_of
-from makeready.graphs.reads import needs
-from makeready.graphs.recipe import Param
-from makeready.graphs.request import (
+from makeready.graphs.plan import memory
+from makeready.graphs.plan.buckets import Traffic, choose_buckets, prove_coverage
+from makeready.graphs.plan.codec import to_json
+from makeready.graphs.plan.plan import SCHEMA, Loading, LoweredProgram, Memory, Options, Plan, PlanError
+from makeready.graphs.plan.reads import needs
+from makeready.graphs.plan.recipe import Param
+from makeready.graphs.plan.spec import Bucket, CacheSpec, Field, Limits, StepSpec
+from makeready.graphs.plan.targets import Target, find_target
+from makeready.graphs.plan.tokenizer_reference import tokenizer_reference
+from makeready.graphs.planner.cost import Cost, StepTime, program_cost
+from makeready.graphs.planner.ir import Program
+from makeready.graphs.planner.lower import lower, place_weights
+from makeready.graphs.planner.plan_cache import cache_folder
+from makeready.graphs.planner.request import (
     Request,
     activation_dtype,
     kv_dtype,
@@ -39,12 +40,11 @@ from makeready.graphs.request import (
     quantization,
     weight_dtype,
 )
-from makeready.graphs.spec import Bucket, CacheSpec, Field, Limits, StepSpec
+from makeready.graphs.planner.trace import trace
+from makeready.graphs.planner.verify import verify, verify_alike
+from makeready.graphs.quant.fp8 import FP8
+from makeready.graphs.quant.loading import loading_of
 from makeready.graphs.steps.base import Sizing, declare, step_kinds
-from makeready.graphs.targets import Target, find_target
-from makeready.graphs.tokenizer_reference import tokenizer_reference
-from makeready.graphs.trace import trace
-from makeready.graphs.verify import verify, verify_alike
 from makeready.kernels import registry
 
 Progress = Callable[[str], None]
@@ -161,7 +161,7 @@ class Lowered:
 
 def _with_kernels(plan: Plan, target: Target, context: int, progress: Progress) -> Plan:
     """``plan`` with what its launches run on a GPU."""
-    from makeready.graphs.cuda.emit import emit  # imports triton
+    from makeready.graphs.planner.cuda.emit import emit  # imports triton
 
     loads = plan.loading.programs if plan.loading is not None else ()
     emitted = emit(

@@ -1,8 +1,8 @@
 """From launches to kernel nodes: what every call of a program runs on the GPU, in every bucket.
 
 Calls that are alike but for the names of their operands form an op class. For each class and bucket the
-registered implementations are asked for candidates, the best of which are compiled (graphs/cuda/ways.py); nodes
-refer to their kernels by key.
+registered implementations are asked for candidates, the best of which are compiled (ways.py); nodes refer to
+their kernels by key.
 
 Scratch is one region for all calls: first the counters, which stay zero between kernels, then the rest,
 which any call may leave in any state. Both are as large as the greediest candidate needs.
@@ -19,11 +19,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
-from makeready.graphs.codec import canonical
-from makeready.graphs.cuda.aot import Compiled, Kernel, MapLayout
-from makeready.graphs.cuda.ways import Way, select
-from makeready.graphs.memory import ALIGNMENT, align
-from makeready.graphs.plan import (
+from makeready.graphs.plan.codec import canonical
+from makeready.graphs.plan.memory import ALIGNMENT, align
+from makeready.graphs.plan.plan import (
     Binary,
     Choice,
     Launch,
@@ -33,8 +31,10 @@ from makeready.graphs.plan import (
     OpClass,
     PlanError,
 )
-from makeready.graphs.spec import Bucket
-from makeready.graphs.targets import Target
+from makeready.graphs.plan.spec import Bucket
+from makeready.graphs.plan.targets import Target
+from makeready.graphs.planner.cuda.aot import Compiled, Kernel, MapLayout
+from makeready.graphs.planner.cuda.ways import Way, select
 from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.device import (
     Argument,

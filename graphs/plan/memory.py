@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from makeready.graphs.plan import Buffer, PlanError
-from makeready.graphs.spec import Bucket, Field
+from makeready.graphs.plan.plan import Buffer, PlanError
+from makeready.graphs.plan.spec import Bucket, Field
 
 ALIGNMENT = (
     256  # bytes; what cudaMalloc gives and TMA descriptors, vector loads and cache lines are happy with

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from makeready.graphs.codec import canonical, to_json
-from makeready.graphs.ir import LOADED, PARAM, TEMP, Columns, Program
-from makeready.graphs.memory import Interval, align, assign
-from makeready.graphs.plan import Buffer, Launch, LoweredProgram, PlanError, Weight
-from makeready.graphs.recipe import Param
-from makeready.graphs.spec import Bucket
-from makeready.graphs.targets import Target
+from makeready.graphs.plan.codec import canonical, to_json
+from makeready.graphs.plan.memory import Interval, align, assign
+from makeready.graphs.plan.plan import Buffer, Launch, LoweredProgram, PlanError, Weight
+from makeready.graphs.plan.recipe import Param
+from makeready.graphs.plan.spec import Bucket
+from makeready.graphs.plan.targets import Target
+from makeready.graphs.planner.ir import LOADED, PARAM, TEMP, Columns, Program
 from makeready.kernels import registry
 from makeready.kernels.spec import DTYPE_BYTES
 

@@ -22,8 +22,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from makeready.graphs.cuda import nvrtc
-from makeready.graphs.plan import PlanError
+from makeready.graphs.plan.plan import PlanError
+from makeready.graphs.planner.cuda import nvrtc
 from makeready.kernels.device import Descriptor, DeviceLaunch, OpCall, Pointer, Scalar, Scratch
 
 TRITON_TYPES: Mapping[str, str] = {

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from makeready.graphs.derivation import infer
-from makeready.graphs.ir import KV, PARAM, SLOT, STEP, TEMP, Call, Program, Value
 from makeready.graphs.layers.inputs import Inputs
 from makeready.graphs.layers.parameter import Parameter
 from makeready.graphs.models.family import Model
-from makeready.graphs.recipe import Generated, Param
-from makeready.graphs.spec import CacheSpec, Field, Limits, StepSpec
+from makeready.graphs.plan.recipe import Generated, Param
+from makeready.graphs.plan.spec import CacheSpec, Field, Limits, StepSpec
+from makeready.graphs.planner.derivation import infer
+from makeready.graphs.planner.ir import KV, PARAM, SLOT, STEP, TEMP, Call, Program, Value
 from makeready.graphs.steps.base import StepKind
 from makeready.kernels.contract import Contract, ContractError
 from makeready.kernels.spec import TensorSpec

@@ -1,0 +1,1 @@
+"""What a plan says: all that the runtime reads, with no torch."""
