@@ -94,7 +94,7 @@ def sort_by_expert(expert: torch.Tensor, *, experts: int) -> tuple[torch.Tensor,
 
 
 @contract(
-    "y[T*k,C]:A place[T,k]:int32 weight[T,k]:float32 -> sum[T,C]:A",
+    "y[M,C]:A place[T,k]:int32 weight[T,k]:float32 -> sum[T,C]:A",
     rowwise="T",
     flops="2*T*k*C",
 )
