@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import islice
 from typing import Any
 
-from makeready.kernels.contract import Contract
 from makeready.kernels.device import Argument, Candidate, DeviceLaunch, OpCall, Pointer, Scalar
 from makeready.kernels.moe.experts import grouped_linear, grouped_linear_fp8, grouped_linear_fp8_block
-from makeready.kernels.moe.experts_silu import grouped_silu_mul, grouped_silu_mul_fp8, grouped_silu_mul_fp8_block
+from makeready.kernels.moe.experts_silu import (
+    grouped_silu_mul,
+    grouped_silu_mul_fp8,
+    grouped_silu_mul_fp8_block,
+)
 from makeready.kernels.moe.grouped_tiling import Tiling, seconds, tilings
 from makeready.kernels.registry import cuda_kernel
 from makeready.kernels.row_tiles import power_of_two
 from makeready.kernels.spec import DTYPE_BYTES
 
-_BEST = 4
 _SQUARE = 128  # side of a square of weights that shares a scale
 _A_MULTIPROCESSOR = 2  # blocks
 
@@ -68,9 +69,14 @@ def grouped_silu_mul_fp8_block_tiles(call: OpCall) -> Sequence[Candidate]:
 
 
 def _best(call: OpCall, scales: str | None) -> list[Candidate]:
-    """All ways where one of them is to serve every batch shape."""
+    """The ways that differ in more than pipeline depth; all where one of them is to serve every batch shape."""
     ways = candidates(call, scales)
-    return ways if call.invariant else list(islice(ways, _BEST))
+    if call.invariant:
+        return ways
+    distinct: dict[str, Candidate] = {}
+    for way in ways:
+        distinct.setdefault(way.name.rpartition("_")[0], way)
+    return list(distinct.values())
 
 
 def candidates(call: OpCall, scales: str | None) -> list[Candidate]:
@@ -81,7 +87,7 @@ def candidates(call: OpCall, scales: str | None) -> list[Candidate]:
     """
     x, weight = call.tensors["x"], call.tensors["weight"]
     narrow = x.dtype == weight.dtype and DTYPE_BYTES[x.dtype] <= 2
-    return [emit(call, way, scales) for way in tilings(call, narrow=narrow)]
+    return [emit(call, way, scales) for way in tilings(call, narrow=narrow, block=scales == "block")]
 
 
 def emit(call: OpCall, way: Tiling, scales: str | None) -> Candidate:

@@ -7,6 +7,7 @@ routing. Weights are the left side of the product, as in linear_stream_triton.py
 """
 # pyright: reportIndexIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 # pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportAssignmentType=false
 
 from __future__ import annotations
 

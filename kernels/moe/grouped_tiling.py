@@ -16,6 +16,7 @@ from makeready.kernels.spec import DTYPE_BYTES
 # reach. They put it behind the kernels of grouped_cuda.py, whose figures are measured.
 _MEMORY, _MATRIX = 0.6, 0.4
 _LAUNCH = 3e-6
+_SUMS, _SUMS_SCALED = 128, 64  # that a thread has registers for
 _TILE = 1.5e-6  # until a tile's copies are under way, and writing it
 
 
@@ -45,7 +46,11 @@ class Grouped:
     def moved(self) -> float:
         """Bytes of what is read and written, each once."""
         weights = self.hit * self.outputs * self.inputs * self.weight_bytes
-        return weights + self.rows_read * self.inputs * self.x_bytes + self.entries * self.columns * self.out_bytes
+        return (
+            weights
+            + self.rows_read * self.inputs * self.x_bytes
+            + self.entries * self.columns * self.out_bytes
+        )
 
     @property
     def operations(self) -> float:
@@ -107,24 +112,31 @@ class Tiling:
         return f"{self.t}x{self.n}x{self.k}_w{self.warps}_s{self.stages}"
 
 
-def tilings(call: OpCall, *, narrow: bool) -> list[Tiling]:
+def tilings(call: OpCall, *, narrow: bool, block: bool) -> list[Tiling]:
     """Every way, the cheapest first by a model that is reasoned.
 
     Args:
         narrow: both operands are of one dtype of 16 or 8 bits, which matrix units multiply.
+        block: sums of 128 inputs are scaled on their own, so that a thread has them beside all others.
     """
     grouped = describe(call)
     if not narrow:
         return [Tiling(16, 32, 32, 4, 2), Tiling(32, 64, 32, 4, 2)][:: 1 if grouped.entries < 1024 else -1]
-    ways = [w for w in _ways(grouped) if call.invariant or not _mismatched(w.t, grouped)]
-    fitting = (w for w in ways if w.stages * (w.t + w.n) * w.k * grouped.weight_bytes <= call.shared_bytes // 2)
+    ways = [
+        w
+        for w in _ways(grouped, _SUMS_SCALED if block else _SUMS)
+        if call.invariant or not _mismatched(w.t, grouped)
+    ]
+    fitting = (
+        w for w in ways if w.stages * (w.t + w.n) * w.k * grouped.weight_bytes <= call.shared_bytes // 2
+    )
     return sorted(fitting, key=lambda w: (seconds(call, w), w.name))
 
 
-def _ways(grouped: Grouped) -> Iterator[Tiling]:
+def _ways(grouped: Grouped, sums: int) -> Iterator[Tiling]:
     step = 128 // grouped.weight_bytes
     for t, (n, warps), stages in product_of((16, 32, 64, 128), ((64, 4), (128, 4), (128, 8)), (3, 4)):
-        if t * n * (grouped.outputs // grouped.columns) <= 128 * 32 * warps:
+        if t * n * (grouped.outputs // grouped.columns) <= sums * 32 * warps:
             yield Tiling(t, n, step, warps, stages)
 
 

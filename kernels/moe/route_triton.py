@@ -2,7 +2,7 @@
 
 # E experts, G groups of S experts each, k experts of a token, M entries
 """
-# pyright: reportIndexIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportIndexIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def first_best(rank, number, among):
 
 
 @triton.jit
-def eligible_groups(rank, number, inside, G: tl.constexpr, GP: tl.constexpr, TOP: tl.constexpr, BEST: tl.constexpr):
+def eligible_groups(
+    rank, number, inside, G: tl.constexpr, GP: tl.constexpr, TOP: tl.constexpr, BEST: tl.constexpr
+):
     """``[GP, 1]``: whether a group is one of the ``TOP`` whose ``BEST`` best experts together rank highest."""
     worth = tl.zeros((GP, 1), tl.float32)
     left = inside

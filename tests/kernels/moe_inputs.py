@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from makeready.kernels.contract import CONTRACTS, Contract
+from makeready.kernels.contract import Contract
 from makeready.kernels.moe import experts, experts_silu, route
 
 NAN = float("nan")

@@ -127,7 +127,9 @@ def test_sort_by_expert(entries, monkeypatch):
 
 
 @interpreted
-@pytest.mark.parametrize(("tokens", "width", "k"), [(1, 2048, 8), (5, 131, 3), (7, 64, 1), (3, 96, 16), (9, 40, 5)])
+@pytest.mark.parametrize(
+    ("tokens", "width", "k"), [(1, 2048, 8), (5, 131, 3), (7, 64, 1), (3, 96, 16), (9, 40, 5)]
+)
 def test_combine(tokens, width, k):
     for dtype in (torch.float32, torch.float16):
         expert = routing(tokens, 16, k, "spread")
@@ -218,7 +220,10 @@ def _products(tokens, experts, k, width, inner):
             "x": made(rows, inputs, dtype=torch.float8_e4m3fn),
             "weight": made(experts, outputs, inputs, dtype=torch.float8_e4m3fn),
         } | ints
-        channel = {"x_scale": made(rows, 1, dtype=torch.float32), "weight_scale": made(experts, outputs, dtype=torch.float32)}
+        channel = {
+            "x_scale": made(rows, 1, dtype=torch.float32),
+            "weight_scale": made(experts, outputs, dtype=torch.float32),
+        }
         yield f"{op}_fp8", small | channel, {"top_k": top_k, "out_dtype": "bfloat16"}
         squares = made(experts, -(-outputs // 128), inputs // 128, dtype=torch.float32)
         block = {"x_scale": made(rows, inputs // 128, dtype=torch.float32), "weight_scale": squares}
