@@ -280,6 +280,9 @@ BUILDERS: Mapping[str, Callable[[str], Iterator[Case]]] = {
     "grouped_linear": moe_inputs.grouped_linear,
     "grouped_linear_fp8": moe_inputs.grouped_linear_fp8,
     "grouped_linear_fp8_block": moe_inputs.grouped_linear_fp8_block,
+    "grouped_silu_mul": lambda op: moe_inputs.gated(moe_inputs.grouped_linear(op)),
+    "grouped_silu_mul_fp8": lambda op: moe_inputs.gated(moe_inputs.grouped_linear_fp8(op)),
+    "grouped_silu_mul_fp8_block": lambda op: moe_inputs.gated(moe_inputs.grouped_linear_fp8_block(op)),
     "sample": sample,
     "token_logprobs": token_logprobs,
 }

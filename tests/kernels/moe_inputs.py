@@ -167,3 +167,8 @@ def grouped_linear_fp8_block(op: str) -> Iterator[Case]:
             operands |= {"weight_scale": random.uniform(experts, bands, groups) / 500, **where}
             attrs = {"top_k": top_k, "out_dtype": out, "block": block}
             yield Case(op, f"{tokens}x{experts}x{inputs}x{outputs}/{block}-{label}-{out}", operands, attrs)
+
+
+def gated(made: Iterator[Case]) -> Iterator[Case]:
+    """Those of the cases whose outputs are as many gates as factors."""
+    return (case for case in made if case.operands["weight"].shape[1] % 2 == 0)
