@@ -12,7 +12,8 @@ from makeready.kernels.contract import CONTRACTS
 def fuse_quantize(program: Program) -> Program:
     """``quantize(f(x))`` → ``f_quantize(x)`` for every op whose contract ``fuses`` the two.
 
-    The wide value never leaves the chip. Applies where nobody else reads it.
+    The wide value never leaves the chip. Applies where nobody else reads it. Of three ops in a row the first two
+    become one.
     """
     known = {op.fuses: op for op in CONTRACTS.values() if op.fuses is not None}
     producers, uses = program.producers(), program.uses()
@@ -26,7 +27,8 @@ def fuse_quantize(program: Program) -> Program:
                 continue
             first = made.contract.outputs[0].name
             others = {k: v for k, v in call.operands.items() if v != y}
-            if made.results[first] != y or id(made) in fused or not _before(program, made, others):
+            taken = id(made) in fused or id(made) in gone
+            if made.results[first] != y or taken or not _before(program, made, others):
                 continue
             kept = {k: v for k, v in made.results.items() if k != first}
             fused[id(made)] = Call(
