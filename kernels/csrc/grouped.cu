@@ -18,6 +18,9 @@ constexpr int Y_BYTES = 8 * 16 * SPAN * 2, BAR_BYTES = 256;
 constexpr int ROOM = (232448 - Y_BYTES - BAR_BYTES - 1024) / STAGE, STAGES = ROOM < 8 ? ROOM : 8;
 constexpr int OFF_Y = STAGES * STAGE, OFF_BARS = OFF_Y + Y_BYTES, SHARED = OFF_BARS + BAR_BYTES + 1024;
 constexpr int GATHERERS = 2;  // warps
+// Registers of a thread that copies, and of one that multiplies: gathering holds 16 rows.
+constexpr int COPYING = TOP_K ? 72 : 40, MULTIPLYING = TOP_K ? 216 : 232;
+static_assert(128 * COPYING + 256 * MULTIPLYING <= 65536, "registers");
 
 struct Bars { uint64_t full[8], free[8], tile_full[2], tile_free[2]; Tile tile[2]; };
 static_assert((WAYS == 1 || WAYS == 2) && BN <= 256 && (SCALES != 2 || !WIDE), "a tile");
@@ -199,7 +202,7 @@ __device__ __forceinline__ void run(const TensorMap* x_map, const TensorMap* w_m
   __syncthreads();
 
   if (warp < 4) {
-    setmaxnreg_dec<72>();
+    setmaxnreg_dec<COPYING>();
     if (warp == 0) {
       feed(smem, bars, x_map, w_map, call);
     } else if (warp <= GATHERERS) {
@@ -208,7 +211,7 @@ __device__ __forceinline__ void run(const TensorMap* x_map, const TensorMap* w_m
       clear_rows(call.y, call.start[call.experts], call.entries, call.y_stride, call.outputs / (SILU ? 2 : 1), blockIdx.x, gridDim.x);
     }
   } else {
-    setmaxnreg_inc<216>();
+    setmaxnreg_inc<MULTIPLYING>();
     int half = warp / 4 - 1, step = 0;
     for (int turn = 0;; ++turn) {
       int slot = turn & 1;

@@ -1,8 +1,8 @@
 """Products of tokens with their experts' weights on Hopper in CUDA C++ (csrc/grouped_few.cu, csrc/grouped.cu).
 
-The first has weights as the long side of the matrix instructions and entries as the short one: few entries an expert,
-where memory sets the pace. The second has tiles of 64 or 128 entries. Both find their tiles on the device, gather rows
-of x while they copy weights, and apply the gate where the op has one.
+The first has weights as the long side of the matrix instructions and entries as the short one: few entries an
+expert, where memory sets the pace. The second has tiles of 64 or 128 entries. Both find their tiles on the device,
+gather rows of x while they copy weights, and apply the gate where the op has one.
 
 # M entries, E experts, N outputs of an expert, K inputs
 """
@@ -61,10 +61,10 @@ class Tile:
 FEW = tuple(Tile(True, entries, 64) for entries in (8, 16, 32, 64))
 MANY = (Tile(False, 64, 256, 1), Tile(False, 128, 128, 2), Tile(False, 128, 256, 2))
 
-# Fitted to one H200 at 1 to 8,192 tokens with the shapes of Qwen3-30B-A3B, rows in order and no gate: microseconds of
-# a launch until all blocks stream, share of a copy's bandwidth that streaming weights reaches, and by the tile's sides
-# the share of the matrix rate for 16-bit and 8-bit operands; padding of tiles is counted apart. Few entries' shares are
-# reasoned, as is what two blocks of a multiprocessor take from L2.
+# Fitted to one H200 at 1 to 8,192 tokens with the shapes of Qwen3-30B-A3B, rows in order and no gate: microseconds
+# of a launch until all blocks stream, share of a copy's bandwidth that streaming weights reaches, and by the tile's
+# sides the share of the matrix rate for 16-bit and 8-bit operands; padding of tiles is counted apart. Few entries'
+# shares are reasoned, as is what all blocks together take from L2.
 _LAUNCH_US, _STREAMED, _L2 = 4.0, 0.97, 8.0e12
 _MATRIX = {
     (8, 64): (0.20, 0.15), (16, 64): (0.30, 0.22), (32, 64): (0.40, 0.30), (64, 64): (0.50, 0.40),

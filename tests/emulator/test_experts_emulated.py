@@ -6,14 +6,11 @@ are NaN. Whatever was read without being an entry's, or not written, shows.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from emulated import Emulator, needs_compiler, op_call
 from moe_inputs import NAN, expert_weights
 
-from makeready.graphs.planner.cuda import nvrtc
 from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.moe.grouped_cuda import FEW, MANY, Tile, candidate
 from makeready.kernels.registry import cuda_kernels
@@ -62,8 +59,18 @@ def emulate(
     return emulator.run(way, call, tensors, seed=seed, grid=min(grid, way.launches[0].grid[0]))["y"]
 
 
-def check(emulator: Emulator, op: str, kind: str, shape: tuple[int, ...], tile: Tile, *, gathered: bool, seed: int = 0,
-          scales: str = "", dtype: str = "bfloat16") -> None:  # fmt: skip
+def check(
+    emulator: Emulator,
+    op: str,
+    kind: str,
+    shape: tuple[int, ...],
+    tile: Tile,
+    *,
+    gathered: bool,
+    seed: int = 0,
+    scales: str = "",
+    dtype: str = "bfloat16",
+) -> None:
     tokens, experts, k, outputs, inputs = shape
     tensors = expert_weights(
         tokens, experts, k, outputs, inputs, kind, gathered, dtype, dtype, scales=scales, seed=seed
@@ -111,8 +118,10 @@ def test_many(emulator: Emulator, tile: Tile, gathered: bool) -> None:
 
 @pytest.mark.parametrize("scales", ["channel", "block"])
 @pytest.mark.parametrize("gathered", [False, True])
-@pytest.mark.parametrize("tile", MANY[:2], ids=lambda tile: tile.name)
+@pytest.mark.parametrize("tile", MANY, ids=lambda tile: tile.name)
 def test_many_of_eight_bits(emulator: Emulator, tile: Tile, scales: str, gathered: bool) -> None:
+    if scales == "block" and tile.outputs == 256 and tile.ways == 2:
+        pytest.skip("sums of groups beside as many others have no registers")
     for seed, op in enumerate(("grouped_linear", "grouped_silu_mul")):
         check(emulator, op, "spread", (70, 3, 2, 384, 384), tile, gathered=gathered, seed=seed, scales=scales)
 
