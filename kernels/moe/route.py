@@ -15,6 +15,7 @@ SCORES = ("softmax", "sigmoid")
 
 @contract(
     "logits[T,E]:float32 kv_slot[T]:int32 bias?[E]:float32 -> weight[T,top_k]:float32 expert[T,top_k]:int32",
+    rowwise="T",
     flops="8*T*E",
 )
 def route(
@@ -93,7 +94,8 @@ def sort_by_expert(expert: torch.Tensor, *, experts: int) -> tuple[torch.Tensor,
 
 
 @contract(
-    "y[T*k,C]:A place[T,k]:int32 weight[T,k]:float32 -> sum[T,C]:A",
+    "y[M,C]:A place[T,k]:int32 weight[T,k]:float32 -> sum[T,C]:A",
+    rowwise="T",
     flops="2*T*k*C",
 )
 def combine(y: torch.Tensor, place: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 
+import moe_inputs
 import torch
 from attention_inputs import decode_attention, extend_attention, kv_write, norm_rope_kv_write
 from case import FLOATS, Case, Random, in_columns, int32
@@ -65,6 +66,12 @@ def embedding(op: str) -> Iterator[Case]:
         weight = Random(3).normal(11, 6, dtype=dtype)
         yield Case(op, f"{dtype}-{out}", {"ids": int32([10, 0, 3, 3]), "weight": weight}, {"out_dtype": out})
     yield Case(op, "one", {"ids": int32([2]), "weight": Random(3).normal(3, 1)}, {"out_dtype": ""})
+
+
+def sigmoid_gate(op: str) -> Iterator[Case]:
+    for seed, case in enumerate(_pointwise(op, "x")):
+        gate = Random(seed).normal(len(case.operands["x"]), 1, scale=3)
+        yield Case(op, case.label, case.operands | {"gate": in_columns(gate) if seed % 2 else gate})
 
 
 def linear(op: str) -> Iterator[Case]:
@@ -266,6 +273,16 @@ BUILDERS: Mapping[str, Callable[[str], Iterator[Case]]] = {
     "decode_attention": decode_attention,
     "extend_attention": extend_attention,
     "paged_attention": extend_attention,
+    "sigmoid_gate": sigmoid_gate,
+    "route": moe_inputs.route,
+    "sort_by_expert": moe_inputs.sort,
+    "combine": moe_inputs.combine,
+    "grouped_linear": moe_inputs.grouped_linear,
+    "grouped_linear_fp8": moe_inputs.grouped_linear_fp8,
+    "grouped_linear_fp8_block": moe_inputs.grouped_linear_fp8_block,
+    "grouped_silu_mul": lambda op: moe_inputs.gated(moe_inputs.grouped_linear(op)),
+    "grouped_silu_mul_fp8": lambda op: moe_inputs.gated(moe_inputs.grouped_linear_fp8(op)),
+    "grouped_silu_mul_fp8_block": lambda op: moe_inputs.gated(moe_inputs.grouped_linear_fp8_block(op)),
     "sample": sample,
     "token_logprobs": token_logprobs,
 }

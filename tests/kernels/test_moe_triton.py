@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from moe_inputs import expert_weights, random, routing
+from moe_operands import expert_weights, random, routing
 from test_fp8_triton import launch as _patched  # noqa: F401  # importing it mends the interpreter's 8-bit conversion
 from test_small_triton import INTERPRETED, aot, launch_interpreted, op_call
 
