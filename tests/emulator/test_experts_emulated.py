@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 from emulated import Emulator, needs_compiler, op_call
-from moe_inputs import NAN, expert_weights
+from moe_operands import NAN, expert_weights
 
 from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.moe.grouped_cuda import FEW, MANY, Tile, candidate

@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 
 from benchmarks.gpu import launcher
 from benchmarks.gpu.moe import SHAPES, Shape, exact
-from moe_inputs import expert_weights, random, routing
+from moe_operands import expert_weights, random, routing
 
 from makeready.kernels import registry
 from makeready.kernels.contract import CONTRACTS
