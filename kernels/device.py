@@ -130,6 +130,7 @@ class Tensor:
         alignment: bytes that its address is surely a multiple of.
         spare: whether a tensor map may reach some tiles beyond the last row: the memory there belongs to the
             plan and holds anything. Rows that a map's bounds cut off are zeros, which the GPU makes slowly.
+        parameter: nothing that a step runs writes it, so that a kernel may read it before it waits for others.
     """
 
     shape: tuple[Dim, ...]
@@ -137,6 +138,7 @@ class Tensor:
     row_stride: int
     alignment: int
     spare: bool = False
+    parameter: bool = False
 
 
 # What cost models were fitted on, measured there: bytes/s of a copy, and operations/s of large products.

@@ -176,6 +176,7 @@ def _with_kernels(plan: Plan, target: Target, context: int, progress: Progress) 
         deterministic=plan.options.deterministic,
         reports=_special_results(plan.steps),
         loads={load.program.phase for load in loads},
+        parameters={weight.param.name for weight in plan.weights},
         progress=lambda done, total: progress(f"compile kernels {done}/{total}"),
     )
     return replace(

@@ -83,6 +83,7 @@ class _Value:
     row_stride: int | None
     alignment: int
     spare: bool = False
+    parameter: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,7 @@ class _Class:
                 else v.row_stride,
                 v.alignment,
                 v.spare,
+                v.parameter,
             )
             for v in self.values
         }
@@ -157,6 +159,7 @@ def emit(
     deterministic: bool = False,
     reports: Collection[str] = (),
     loads: Collection[str] = (),
+    parameters: Collection[str] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Emitted:
     """Op classes of all programs, and the machine code that they launch.
@@ -172,6 +175,7 @@ def emit(
         reports: results that only some kinds of step have; what makes them need not run in all.
         loads: which of ``programs`` make parameters: each has a place of the arena to itself, and none computes
             tokens.
+        parameters: values that are there before the first step and that no step writes.
         progress: told how many of how many kernels are compiled.
 
     Raises:
@@ -181,7 +185,12 @@ def emit(
     classes: dict[str, list[_Class]] = {}
     classified: dict[str, LoweredProgram] = {}
     for phase, program in programs.items():
-        classified[phase], classes[phase] = _classify(program, specs[phase], spare=phase not in loads)
+        classified[phase], classes[phase] = _classify(
+            program,
+            specs[phase],
+            spare=phase not in loads,
+            parameters=frozenset() if phase in loads else frozenset(parameters),
+        )
     if deterministic:
         steps = {phase: program for phase, program in classified.items() if phase not in loads}
         _check_alike(steps, classes, reports)
@@ -285,13 +294,13 @@ def _reach(program: LoweredProgram) -> int:
 
 
 def _classify(
-    program: LoweredProgram, specs: Mapping[str, TensorSpec], *, spare: bool
+    program: LoweredProgram, specs: Mapping[str, TensorSpec], *, spare: bool, parameters: frozenset[str]
 ) -> tuple[LoweredProgram, list[_Class]]:
     found: dict[_Class, int] = {}
     launches: list[Launch] = []
     for launch in program.launches:
         values = tuple(
-            _value(name, value, program, specs, spare=spare)
+            _value(name, value, program, specs, spare=spare, parameter=value in parameters)
             for name, value in (*launch.operands.items(), *launch.results.items())
         )
         one = _Class(launch.op, values, canonical(dict(launch.attrs)).decode())
@@ -300,7 +309,13 @@ def _classify(
 
 
 def _value(
-    name: str, value: str, program: LoweredProgram, specs: Mapping[str, TensorSpec], *, spare: bool
+    name: str,
+    value: str,
+    program: LoweredProgram,
+    specs: Mapping[str, TensorSpec],
+    *,
+    spare: bool,
+    parameter: bool,
 ) -> _Value:
     """Regions and everything in them start at multiples of :data:`ALIGNMENT`, but for column views and what a
     program says otherwise.
@@ -311,7 +326,8 @@ def _value(
     """
     buffer = program.buffers.get(value)
     if buffer is None:
-        return _Value(name, specs[value], None, program.alignments.get(value, ALIGNMENT))
+        alignment = program.alignments.get(value, ALIGNMENT)
+        return _Value(name, specs[value], None, alignment, parameter=parameter)
     return _Value(name, buffer.spec, buffer.row_stride, math.gcd(buffer.offset, ALIGNMENT), spare)
 
 
