@@ -89,6 +89,8 @@ class DeviceLaunch:
         num_warps, num_stages: compile options of Triton. CUDA C++ says itself how many threads it has.
         dependent: the kernel waits (``gdc_wait``, ``griddepcontrol.wait``) before it touches what earlier kernels
             wrote, so it may be started before they end (a programmatic edge).
+        early: operands that it reads before it waits. Those that are no parameters were made before some kernel ahead
+            of it started, which the planner sees to.
         local_bytes: local memory that a thread may use; a plan is refused when the compiled kernel spills
             more.
     """
@@ -100,6 +102,7 @@ class DeviceLaunch:
     num_warps: int = 4
     num_stages: int = 3
     dependent: bool = False
+    early: tuple[str, ...] = ()
     local_bytes: int = 0
 
 
@@ -130,7 +133,6 @@ class Tensor:
         alignment: bytes that its address is surely a multiple of.
         spare: whether a tensor map may reach some tiles beyond the last row: the memory there belongs to the
             plan and holds anything. Rows that a map's bounds cut off are zeros, which the GPU makes slowly.
-        parameter: nothing that a step runs writes it, so that a kernel may read it before it waits for others.
     """
 
     shape: tuple[Dim, ...]
@@ -138,7 +140,6 @@ class Tensor:
     row_stride: int
     alignment: int
     spare: bool = False
-    parameter: bool = False
 
 
 # What cost models were fitted on, measured there: bytes/s of a copy, and operations/s of large products.

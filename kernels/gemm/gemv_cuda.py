@@ -1,7 +1,7 @@
 """Products of one row on Hopper in CUDA C++ (csrc/gemv.cu): the weights stream through a ring in shared memory.
 
 Half of a multiprocessor's shared memory is left to the next kernel, which is launched early and asks for its weights
-before this one has ended. So weights must be parameters: what a step computes is not there yet.
+before this one has ended.
 """
 
 from __future__ import annotations
@@ -11,20 +11,25 @@ from collections.abc import Mapping, Sequence
 from makeready.kernels.contract import Contract
 from makeready.kernels.device import Candidate, DeviceLaunch, OpCall, Pointer, Scalar
 from makeready.kernels.gemm.linear import linear
+from makeready.kernels.gemm.norm_linear import (
+    add_rms_norm_linear,
+    add_rms_norm_linear_silu_mul,
+    rms_norm_linear,
+)
 from makeready.kernels.registry import cuda_kernel
 
-assert isinstance(linear, Contract)
+# What of a chain the launch is told: how x becomes the product's row, and whether its first half is a gate.
+_FORMS: Mapping[str, tuple[int, bool]] = {
+    "linear": (0, False),
+    "rms_norm_linear": (1, False),
+    "add_rms_norm_linear": (2, False),
+    "add_rms_norm_linear_silu_mul": (2, True),
+}
 
 _MOST_INPUTS = 16384  # beyond, two blocks have no room in the registers of a multiprocessor
-# Bytes a second from memory that all products of Qwen3-8B in a row reach beside a copy's (4.54 TB/s on one H200, whose
-# copies are taken to have 4.3), and seconds of a launch on top: 11 to 47 us for 34 to 201 MB.
-_STREAMED, _LAUNCH = 1.05, 2.3e-6
-
-
-@cuda_kernel(linear, "gemv", features=("tma", "pdl"), applies=lambda call: applies(call))
-def linear_gemv(call: OpCall) -> Sequence[Candidate]:
-    """The one way there is."""
-    return [candidate(call)]
+# Share of the bandwidth at which one product of 15.1 GB streamed on one H200. As in linear_cost.py, what any launch
+# takes to start is not counted.
+_STREAMED = 1.01
 
 
 def applies(call: OpCall) -> bool:
@@ -37,23 +42,21 @@ def applies(call: OpCall) -> bool:
         and x.dtype in ("bfloat16", "float16")
         and all(t.dtype == x.dtype for t in (*fixed, *moving))
         and call.tensors["y"].dtype in (x.dtype, "float32")
-        and all(t.parameter for t in fixed)
         and all(t.alignment % 16 == 0 for t in (*fixed, *moving))
         and int(weight.shape[1]) % 8 == 0
         and int(weight.shape[1]) <= _MOST_INPUTS
     )
 
 
-def candidate(call: OpCall, *, norm: int = 0, gate: bool = False, give_up: int = 0) -> Candidate:
+def candidate(call: OpCall, *, give_up: int = 0) -> Candidate:
     """The launch for ``call``.
 
     Args:
-        norm: 0: the product is of ``x``; 1: of its norm; 2: of the norm of ``x + residual``.
-        gate: the product's first half is a gate of its second one.
         give_up: as in :func:`makeready.kernels.attention.extend_cuda.candidate`.
     """
     weight, wide = call.tensors["weight"], call.tensors["y"].dtype == "float32"
     outputs, inputs = (int(n) for n in weight.shape)
+    norm, gate = _FORMS[call.op]
     constants = {
         "K": inputs,
         "NORM": norm,
@@ -75,8 +78,9 @@ def candidate(call: OpCall, *, norm: int = 0, gate: bool = False, give_up: int =
         },
         grid=(min(call.multiprocessors, rows), 1, 1),
         dependent=True,
+        early=tuple(name for name in ("weight", "gain", "bias") if name in call.tensors),
     )
-    seconds = _LAUNCH + 2 * outputs * inputs / (_STREAMED * call.bandwidth)
+    seconds = 2 * outputs * inputs / (_STREAMED * call.bandwidth)
     return Candidate("ring", (launch,), seconds=seconds)
 
 
@@ -84,3 +88,13 @@ def _pointers(call: OpCall) -> Mapping[str, Pointer]:
     """Operands and results; what the call lacks, and the kernel does not touch, is ``x``."""
     names = ("weight", "x", "residual", "gain", "bias", "y", "residual_out")
     return {name: Pointer(name if name in call.tensors else "x") for name in names}
+
+
+def _gemv(call: OpCall) -> Sequence[Candidate]:
+    """The one way there is."""
+    return [candidate(call)]
+
+
+for _op in (linear, rms_norm_linear, add_rms_norm_linear, add_rms_norm_linear_silu_mul):
+    assert isinstance(_op, Contract)
+    cuda_kernel(_op, "gemv", features=("tma", "pdl"), applies=applies)(_gemv)

@@ -10,7 +10,7 @@ import ctypes
 import math
 import shutil
 import subprocess
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -152,19 +152,9 @@ def _parameter(
 
 
 def op_call(
-    name: str,
-    tensors: Mapping[str, torch.Tensor],
-    attrs: Mapping[str, object],
-    *,
-    parameters: Collection[str] = (),
-    **options: object,
+    name: str, tensors: Mapping[str, torch.Tensor], attrs: Mapping[str, object], **options: object
 ) -> OpCall:
-    """The call of contract ``name`` on CPU tensors; the axis P stays a symbol, as in a plan.
-
-    Args:
-        parameters: operands that no step writes.
-        options: of :class:`OpCall`.
-    """
+    """The call of contract ``name`` on CPU tensors; the axis P stays a symbol, as in a plan."""
     contract = CONTRACTS[name]
     attrs = {**contract.attrs, **attrs}
     specs = {k: TensorSpec(tuple(v.shape), str(v.dtype).removeprefix("torch.")) for k, v in tensors.items()}
@@ -176,13 +166,7 @@ def op_call(
         tensor = tensors[operand.name]
         shape = ("P", *tensor.shape[1:]) if operand.axes[:1] == ("P",) else tuple(tensor.shape)
         dtype = specs[operand.name].dtype
-        made[operand.name] = Tensor(
-            shape,
-            dtype,
-            tensor.stride(0),
-            math.gcd(tensor.data_ptr(), 256),
-            parameter=operand.name in parameters,
-        )
+        made[operand.name] = Tensor(shape, dtype, tensor.stride(0), math.gcd(tensor.data_ptr(), 256))
     for key, spec in contract.infer(specs, attrs).items():
         made[key] = Tensor(spec.shape, spec.dtype, math.prod(map(int, spec.shape[1:])), 256)
     features = frozenset(("tma", "wgmma", "pdl", "fp8"))

@@ -18,7 +18,6 @@ from emulated import Emulator, needs_compiler, op_call
 from makeready.graphs.planner.cuda import nvrtc
 from makeready.kernels import registry
 from makeready.kernels.contract import CONTRACTS
-from makeready.kernels.device import OpCall
 from makeready.kernels.gemm import gemv_cuda
 
 pytestmark = needs_compiler
@@ -48,8 +47,10 @@ def is_guarded(x: torch.Tensor) -> bool:
     return bool(room[:_GUARD].isnan().all() and room[-_GUARD:].isnan().all())
 
 
-def make(N: int, K: int, dtype: torch.dtype = B16, *, bias: bool = False, seed: int = 0) -> Tensors:
-    """Operands of the op, but for what norms want."""
+def make(
+    N: int, K: int, dtype: torch.dtype = B16, *, bias: bool = False, norm: str = "", seed: int = 0
+) -> Tensors:
+    """Operands of a product; of the ``norm`` before it, too."""
     random = torch.Generator().manual_seed(seed)
     made = {
         "x": 3 * torch.randn(1, K, generator=random),
@@ -57,19 +58,18 @@ def make(N: int, K: int, dtype: torch.dtype = B16, *, bias: bool = False, seed: 
     }
     if bias:
         made["bias"] = torch.randn(N, generator=random)
+    if norm:
+        made["gain"] = 1 + 0.3 * torch.randn(K, generator=random)
+    if norm == "add_rms_norm":
+        made["residual"] = 5 * torch.randn(1, K, generator=random)
     return {name: guarded(x.to(dtype)) for name, x in made.items()}
-
-
-def called(op: str, tensors: Tensors, attrs: Mapping[str, Any], **options: Any) -> OpCall:
-    parameters = {"weight", "bias", "gain"}
-    return op_call(op, tensors, attrs, parameters=parameters, **options)
 
 
 def emulate(
     emulator: Emulator, op: str, tensors: Tensors, attrs: Mapping[str, Any], *, grid: int = 3, seed: int = 0
 ) -> Tensors:
     """Results of the one way that there is."""
-    call = called(op, tensors, attrs, multiprocessors=grid)
+    call = op_call(op, tensors, attrs, multiprocessors=grid)
     (way,) = next(k for k in registry.cuda_kernels(op) if k.name == "gemv").candidates(call)
     results = {
         o.name: guarded(
@@ -114,6 +114,44 @@ def test_dtypes_and_biases(emulator: Emulator, dtype: torch.dtype, out: str) -> 
     assert error("linear", tensors, {}, got) < (1e-6 if out else 4e-3 if dtype == B16 else 1e-3)
 
 
+CHAINS = {
+    "rms_norm_linear": "rms_norm",
+    "add_rms_norm_linear": "add_rms_norm",
+    "add_rms_norm_linear_silu_mul": "add_rms_norm",
+}
+
+
+@pytest.mark.parametrize("op", CHAINS)
+@pytest.mark.parametrize(("N", "K"), [(2, 64), (74, 896), (122, 2056), (38, 4096), (6, 8192)])
+def test_chains(emulator: Emulator, op: str, N: int, K: int) -> None:
+    tensors = make(N, K, norm=CHAINS[op])
+    for grid, offset in ((1, 0.0), (3, 1.0)):
+        attrs = {"eps": 1e-6, "offset": offset}
+        assert (
+            error(op, tensors, attrs, emulate(emulator, op, tensors, attrs, grid=grid, seed=K + grid)) < 5e-3
+        )
+
+
+@pytest.mark.parametrize("op", CHAINS)
+@pytest.mark.parametrize(("dtype", "out"), [(F16, ""), (B16, "float32")])
+def test_chains_with_other_dtypes_and_biases(
+    emulator: Emulator, op: str, dtype: torch.dtype, out: str
+) -> None:
+    tensors = make(50, 512, dtype, bias=True, norm=CHAINS[op])
+    attrs = {"eps": 0.1, "offset": 0.0, "out_dtype": out}
+    assert error(op, tensors, attrs, emulate(emulator, op, tensors, attrs)) < (4e-3 if dtype == B16 else 1e-3)
+
+
+def test_the_sum_is_stored_as_the_ops_one_by_one_do(emulator: Emulator) -> None:
+    """To the last bit, and the norm is of what is stored."""
+    tensors = make(10, 2056, norm="add_rms_norm")
+    got = emulate(emulator, "add_rms_norm_linear", tensors, {"eps": 1e-6})
+    stored = (tensors.pop("x").float() + tensors.pop("residual").float()).to(B16)
+    assert torch.equal(got["residual_out"], stored)
+    again = emulate(emulator, "rms_norm_linear", {"x": guarded(stored), **tensors}, {"eps": 1e-6})
+    assert torch.equal(got["y"], again["y"])
+
+
 def test_order_and_number_of_blocks_do_not_matter(emulator: Emulator) -> None:
     """To the last bit: every output is the work of one block."""
     tensors = make(83, 2048)
@@ -135,6 +173,19 @@ FAULTS = {
     "outputs of another block": ("int out = from + first + t;", "int out = first + t;"),
     "inputs beyond the last": ("|| (chunk * THREADS + t) * 8 < K;", "|| true;"),
 }  # fmt: skip
+CHAIN_FAULTS = {
+    "bytes of one half": ("GATE ? 2 * bytes : bytes);", "bytes);"),
+    "the gate twice": ("rows + (int64_t)n * K, &full[s]", "rows, &full[s]"),
+    "halves are exchanged": ("(stage * ROWS + OUTS + place) * WARPS", "(stage * ROWS + place) * WARPS"),
+    "squares of one warp": ("w < WARPS; ++w) sum += squares[w]", "w < 1; ++w) sum += squares[w]"),
+    "squares are not waited for": ("  named_sync(1, THREADS);\n  sum = 0;", "  sum = 0;"),
+    "no block stores the sum": ("if (blockIdx.x == 0) *(Int4*)", "if (blockIdx.x == 9) *(Int4*)"),
+    "an offset is forgotten": ("(gain[j] + offset)", "gain[j]"),
+    "the residual is read before it is there": (
+        "  dependence_wait();\n  float xs[CHUNKS * 8];\n",
+        "  float xs[CHUNKS * 8];\n",
+    ),
+}  # fmt: skip
 
 
 def planted(folder: Path, fault: tuple[str, str]) -> Emulator:
@@ -147,23 +198,33 @@ def planted(folder: Path, fault: tuple[str, str]) -> Emulator:
     return Emulator(folder, folder)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_planted_faults_are_caught(fault: str, tmp_path: Path) -> None:
-    """A wrong line makes a wrong number, a NaN, a write beyond the result, or a report."""
-    emulator, tensors = planted(tmp_path, FAULTS[fault]), make(83, 2056)
+def caught(emulator: Emulator, op: str, tensors: Tensors, attrs: Mapping[str, Any], limit: float) -> bool:
+    """Whether a wrong line makes a wrong number, a NaN, a write beyond the result, or a report."""
 
     def right(seed: int) -> bool:
         try:
-            return error("linear", tensors, {}, emulate(emulator, "linear", tensors, {}, seed=seed)) < 4e-3
+            return error(op, tensors, attrs, emulate(emulator, op, tensors, attrs, seed=seed)) < limit
         except (AssertionError, RuntimeError):
             return False
 
-    assert not all(right(seed) for seed in (4, 5, 6))
+    return not all(right(seed) for seed in (4, 5, 6))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_caught(fault: str, tmp_path: Path) -> None:
+    assert caught(planted(tmp_path, FAULTS[fault]), "linear", make(83, 2056), {}, 4e-3)
+
+
+@pytest.mark.parametrize("fault", CHAIN_FAULTS)
+def test_faults_planted_in_chains_are_caught(fault: str, tmp_path: Path) -> None:
+    op, tensors = "add_rms_norm_linear_silu_mul", make(82, 2056, norm="add_rms_norm")
+    attrs = {"eps": 1e-6, "offset": 1.0}
+    assert caught(planted(tmp_path, CHAIN_FAULTS[fault]), op, tensors, attrs, 5e-3)
 
 
 def test_what_it_does_not_do_is_triton_s() -> None:
     tensors = make(16, 64)
-    call = called("linear", tensors, {})
+    call = op_call("linear", tensors, {})
     x, weight = call.tensors["x"], call.tensors["weight"]
 
     def offers(**changes: Any) -> bool:
@@ -171,7 +232,6 @@ def test_what_it_does_not_do_is_triton_s() -> None:
 
     assert offers()
     assert not offers(x=replace(x, shape=(2, 64)))
-    assert not offers(weight=replace(weight, parameter=False))  # the step computes it
     assert not offers(weight=replace(weight, dtype="float16"))
     assert not offers(x=replace(x, alignment=8))
     assert not offers(x=replace(x, shape=(1, 68)), weight=replace(weight, shape=(16, 68)))
