@@ -52,20 +52,21 @@ inline float widen(uint16_t h) {
   return bits_float((uint32_t)h << 16);
 #endif
 }
-inline uint16_t narrow(float f) {  // to nearest, ties to even
-#if FP16
-  uint16_t sign = float_bits(f) >> 16 & 0x8000;
+template <bool HALF> inline uint16_t narrow(float f) {  // to float16, else bfloat16; to nearest, ties to even
+  if (isnan(f)) return 0x7fff;
+  uint32_t u = float_bits(f);
+  if (!HALF) return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
+  uint16_t sign = u >> 16 & 0x8000;
   float a = fabsf(f);
-  if (isnan(a)) return 0x7fff;
   if (a >= 65520.f) return sign | 0x7c00;
   int exponent = a < ldexpf(1, -14) ? -14 : ilogbf(a);
   int steps = (int)nearbyintf(ldexpf(a, 10 - exponent));  // 1024 to 2048, or less if subnormal; carries by itself
   return sign | (uint16_t)(steps + ((exponent + 14) << 10));
-#else
-  uint32_t u = float_bits(f);
-  if (isnan(f)) return 0x7fff;
-  return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
-#endif
+}
+inline uint16_t half_of_e4m3(uint8_t x) {
+  int exponent = x >> 3 & 15, mantissa = x & 7;
+  float a = exponent ? ldexpf(8 + mantissa, exponent - 10) : ldexpf(mantissa, -9);
+  return (x & 127) == 127 ? 0x7fff : narrow<true>(x & 128 ? -a : a);
 }
 
 // -- state
@@ -74,7 +75,9 @@ struct Map { const uint8_t* base; int rank, size; bool swizzled; uint64_t dims[5
 struct Bar { int count = 0, pending = 0; long bytes = 0; int phase = 0; };
 struct Named { int arrived = 0; long generation = 0; };
 struct Copy { TensorMap map; uint32_t to, bar; int at[5]; int rounds; };  // how long it takes yet
-struct Product { float* d[128]; const uint32_t* a_registers[128]; bool registers; uint64_t a, b; int accumulate, arrived; };
+struct Product {  // rows: of b contiguous
+  float* d[128]; const uint32_t* a_registers[128]; int n; bool registers, rows; uint64_t a, b; int accumulate, arrived;
+};
 struct Warpgroup { std::deque<Product> products; long first = 0; long issued[128] = {}; std::vector<long> ends[128]; };
 struct Warp { uint64_t slot[32]; int arrived = 0; long generation = 0; };
 struct Block {
@@ -143,7 +146,7 @@ inline void run_copy(Block& c, const Copy& copy) {
   complete(bar);
 }
 
-// -- matrix products: 64 x 128 x 16
+// -- matrix products: 64 x n x 16
 
 inline float operand(Block& c, uint64_t descriptor, bool rows_contiguous, int r, int k) {
   uint32_t start = (descriptor & 0x3fff) << 4, leading = (descriptor >> 16 & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
@@ -157,8 +160,8 @@ inline float operand(Block& c, uint64_t descriptor, bool rows_contiguous, int r,
 }
 inline int row_of(int thread, int high) { return (thread / 32) * 16 + (thread % 32) / 4 + high * 8; }
 inline void execute(Block& c, Product& p) {
-  std::vector<float> a(64 * 16), b(128 * 16);
-  for (int n = 0; n < 128; ++n) for (int k = 0; k < 16; ++k) b[n * 16 + k] = operand(c, p.b, p.registers, n, k);
+  std::vector<float> a(64 * 16), b(p.n * 16);
+  for (int n = 0; n < p.n; ++n) for (int k = 0; k < 16; ++k) b[n * 16 + k] = operand(c, p.b, p.rows, n, k);
   if (p.registers) {
     for (int t = 0; t < 128; ++t) for (int j = 0; j < 4; ++j) {
       float* to = &a[row_of(t, j & 1) * 16 + 2 * (t % 4) + (j >> 1) * 8];
@@ -168,7 +171,7 @@ inline void execute(Block& c, Product& p) {
   } else {
     for (int m = 0; m < 64; ++m) for (int k = 0; k < 16; ++k) a[m * 16 + k] = operand(c, p.a, false, m, k);
   }
-  for (int t = 0; t < 128; ++t) for (int i = 0; i < 64; ++i) {
+  for (int t = 0; t < 128; ++t) for (int i = 0; i < p.n / 2; ++i) {
     int row = row_of(t, i >> 1 & 1), column = (i / 4) * 8 + 2 * (t % 4) + (i & 1);
     float s = p.accumulate ? p.d[t][i] : 0.f;
     for (int k = 0; k < 16; ++k) s += a[row * 16 + k] * b[column * 16 + k];
@@ -180,17 +183,17 @@ inline void run_first(Block& c, Warpgroup& w) {
   w.products.pop_front();
   w.first++;
 }
-__attribute__((noinline)) inline void issue(float* d, const uint32_t* registers, uint64_t a, uint64_t b, int accumulate) {
+__attribute__((noinline)) inline void issue(float* d, int n, const uint32_t* registers, uint64_t a, uint64_t b, bool rows, int accumulate) {
   Warpgroup& w = block().warpgroups[thread() / 128];
   int t = thread() % 128;
   long number = w.issued[t]++;
   while ((long)w.products.size() + w.first <= number) {
     Product p{};
-    p.registers = registers; p.a = a; p.b = b; p.accumulate = accumulate;
+    p.n = n; p.registers = registers; p.rows = rows; p.a = a; p.b = b; p.accumulate = accumulate;
     w.products.push_back(p);
   }
   Product& p = w.products[number - w.first];
-  check(p.a == a && p.b == b && p.accumulate == accumulate && p.registers == (registers != nullptr), "threads of a warpgroup disagree about a product");
+  check(p.n == n && p.a == a && p.b == b && p.accumulate == accumulate && p.registers == (registers != nullptr) && p.rows == rows, "threads of a warpgroup disagree about a product");
   p.d[t] = d; p.a_registers[t] = registers; p.arrived++;
   while (state().eager && !w.products.empty() && w.products.front().arrived == 128) run_first(block(), w);
 }
@@ -355,9 +358,21 @@ inline void wgmma_commit() {
 }
 template <int N> inline void wgmma_wait() { emulator::wait_groups(N); }
 template <int N> inline void keep(float (&)[N]) {}
-inline void wgmma_ss_n128(float (&d)[64], uint64_t a, uint64_t b, int accumulate) { emulator::issue(d, nullptr, a, b, accumulate); }
-inline void wgmma_rs_n128(float (&d)[64], const uint32_t (&a)[4], uint64_t b, int accumulate) { emulator::issue(d, a, 0, b, accumulate); }
-inline uint32_t pack2(float low, float high) { return emulator::narrow(low) | (uint32_t)emulator::narrow(high) << 16; }
+template <int N> inline void wgmma_ss(float (&d)[N], uint64_t a, uint64_t b, int accumulate) {
+  emulator::issue(d, 2 * N, nullptr, a, b, false, accumulate);
+}
+template <int ROWS, int N> inline void wgmma_rs(float (&d)[N], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+  emulator::issue(d, 2 * N, a, 0, b, ROWS, accumulate);
+}
+inline int from_here(int x) { return x; }
+inline uint32_t pack2(float low, float high) { return emulator::narrow<FP16>(low) | (uint32_t)emulator::narrow<FP16>(high) << 16; }
+inline uint32_t pack_bf16(float low, float high) { return emulator::narrow<false>(low) | (uint32_t)emulator::narrow<false>(high) << 16; }
+inline uint32_t half2_of_e4m3(uint16_t x) { return emulator::half_of_e4m3(x & 0xff) | (uint32_t)emulator::half_of_e4m3(x >> 8) << 16; }
+inline uint32_t half2_of_bf16(uint32_t x) {
+  float low = emulator::bits_float(x << 16), high = emulator::bits_float(x & 0xffff0000u);
+  auto bound = [](float f) { return f > 65504.f ? 65504.f : f < -65504.f ? -65504.f : f; };
+  return emulator::narrow<true>(bound(low)) | (uint32_t)emulator::narrow<true>(bound(high)) << 16;
+}
 inline float exp2_fast(float x) { return exp2f(x); }
 inline void __syncthreads() { emulator::named(0, emulator::state().threads, true); }
 inline void __syncwarp() { emulator::warp_sync(); }
@@ -368,6 +383,7 @@ template <class T> inline T __shfl_up_sync(unsigned, T v, int delta) {
   return emulator::exchange(v, lane >= delta ? lane - delta : lane);
 }
 inline uint32_t __ballot_sync(unsigned, bool b) { return emulator::ballot(b); }
+inline bool __any_sync(unsigned, bool b) { return emulator::ballot(b) != 0; }
 inline int __ffs(uint32_t x) { return __builtin_ffs(x); }
 inline int atomicAdd(int* p, int v) { int old = *p; *p += v; return old; }
 using std::max;

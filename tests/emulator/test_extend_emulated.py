@@ -21,10 +21,10 @@ from makeready.kernels.device import OpCall
 from makeready.kernels.registry import cuda_kernels
 
 pytestmark = needs_compiler
-NAN, D = float("nan"), 128
+NAN = float("nan")
 Rows = Sequence[tuple[int, int]]  # queries, context with them
 Case = tuple[dict[str, torch.Tensor], dict[str, float]]
-B16, F16 = torch.bfloat16, torch.float16
+B16, F16, F8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
 assert isinstance(paged.extend_attention, Contract)
 
 
@@ -35,9 +35,18 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
 
 
 def make(
-    rows: Rows, group: int, page: int, window: int, dtype: torch.dtype, *, kv_heads: int = 2, seed: int = 0
+    rows: Rows,
+    group: int,
+    page: int,
+    window: int,
+    dtype: torch.dtype,
+    D: int = 128,  # noqa: N803
+    cache_dtype: torch.dtype | None = None,
+    *,
+    kv_heads: int = 2,
+    seed: int = 0,
 ) -> Case:
-    """Operands and attributes; two padding tokens before the rows, one between, three behind."""
+    """Operands and attributes for heads of ``D``; two padding tokens before the rows, one between, three behind."""
     random = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -70,7 +79,7 @@ def make(
         "context_len": [context for _, context in rows],
     }
     tensors = {"q": q.to(dtype)[:, : heads * D], "page_table": table}
-    tensors |= {name: cache.to(dtype) for name, cache in caches.items()}
+    tensors |= {name: cache.to(cache_dtype or dtype) for name, cache in caches.items()}
     tensors |= {name: torch.tensor(value, dtype=torch.int32) for name, value in numbers.items()}
     return tensors, {
         "heads": heads,
