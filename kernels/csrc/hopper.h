@@ -193,7 +193,9 @@ __device__ __forceinline__ float exp2_fast(float x) {  // volatile: stays before
 __device__ __forceinline__ uint64_t operand_128b(uint32_t leading, uint32_t stride) {
   return (1ull << 62) | ((uint64_t)(stride >> 4) << 32) | ((uint64_t)(leading >> 4) << 16);
 }
-__device__ __forceinline__ uint64_t at(uint64_t descriptor, uint32_t address) { return descriptor | (uint64_t)(address >> 4); }
+__device__ __forceinline__ uint64_t at(uint64_t descriptor, uint32_t bytes) {  // moved by so many, below 256 KiB
+  return (descriptor & 0xffffffff00000000ull) | ((uint32_t)descriptor + (bytes >> 4));
+}
 __device__ __forceinline__ Int4 widen8(uint32_t low, uint32_t high) {  // eight e4m3 numbers as float16
   return Int4{(int)half2_of_e4m3(low & 0xffff), (int)half2_of_e4m3(low >> 16), (int)half2_of_e4m3(high & 0xffff),
               (int)half2_of_e4m3(high >> 16)};

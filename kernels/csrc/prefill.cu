@@ -153,18 +153,32 @@ __device__ __forceinline__ void pack(uint32_t (&p)[L / 16][4], const float (&s)[
   }
 }
 
-__device__ __forceinline__ void issue_scores(float (&s)[L / 2], uint32_t q, uint32_t k) {
-  const uint64_t form = operand_128b(16, 1024);
+// Queries where products of scores have them: in registers, or in shared memory at `q`.
+#if Q_REGISTERS
+typedef uint32_t Queries[D / 16][4];
+#else
+typedef uint32_t Queries;
+#endif
+
+__device__ __forceinline__ void issue_scores(float (&s)[L / 2], const Queries& q, uint32_t k) {
+  const uint64_t from_k = at(operand_128b(16, 1024), k);
+#if Q_REGISTERS
+  UNROLL for (int i = 0; i < D / 16; ++i) {
+    wgmma_rs<0>(s, q[i], at(from_k, (i / 4) * KV_CHUNK + (i % 4) * 32), i != 0);
+  }
+#else
+  const uint64_t from_q = at(operand_128b(16, 1024), q);
   UNROLL for (int i = 0; i < D / 16; ++i) {
     uint32_t column = (i % 4) * 32;
-    wgmma_ss(s, at(form, q + (i / 4) * Q_CHUNK + column), at(form, k + (i / 4) * KV_CHUNK + column), i != 0);
+    wgmma_ss(s, at(from_q, (i / 4) * Q_CHUNK + column), at(from_k, (i / 4) * KV_CHUNK + column), i != 0);
   }
+#endif
   wgmma_commit();
 }
 
 __device__ __forceinline__ void issue_values(float (&o)[D / 2], const uint32_t (&p)[L / 16][4], uint32_t v) {
-  const uint64_t form = operand_128b(KV_CHUNK, 1024);
-  UNROLL for (int i = 0; i < L / 16; ++i) wgmma_rs<1>(o, p[i], at(form, v + i * 2048), 1);
+  const uint64_t from = at(operand_128b(KV_CHUNK, 1024), v);
+  UNROLL for (int i = 0; i < L / 16; ++i) wgmma_rs<1>(o, p[i], at(from, i * 2048), 1);
   wgmma_commit();
 }
 
@@ -388,7 +402,7 @@ attention_prefill(GRID_CONSTANT TensorMap q_map, GRID_CONSTANT TensorMap k_map, 
     Item item = bars.item[stage];
     if (item.steps == 0) break;
     uint8_t* q_here = smem + stage * Q_BYTES;
-    uint32_t q = smem_u32(q_here) + half * 64 * 128, k0 = smem_u32(smem + OFF_K), v0 = smem_u32(smem + OFF_V);
+    uint32_t k0 = smem_u32(smem + OFF_K), v0 = smem_u32(smem + OFF_V);
     if (item.count * GROUP <= half * 64) {  // none of its vectors is a token's: it lets the others have their turns
       for (int i = 0; i < item.steps; ++i, ++step) {
         mbar_wait(&bars.k_full[step & 1], (step >> 1) & 1, "skip: k_full");
@@ -405,6 +419,16 @@ attention_prefill(GRID_CONSTANT TensorMap q_map, GRID_CONSTANT TensorMap k_map, 
     if (CACHE8 && BF16_IO) narrow_queries(q_here, half);
     int vector = half * 64 + from_here(threadIdx.x % 128) / 32 * 16 + lane / 4;  // and this one + 8
     int position_a = item.position + vector / GROUP, position_b = item.position + (vector + 8) / GROUP;
+#if Q_REGISTERS
+    Queries q;
+    UNROLL for (int i = 0; i < D / 8; ++i) {
+      UNROLL for (int h = 0; h < 2; ++h) {
+        q[i / 2][i % 2 * 2 + h] = *(uint32_t*)(q_here + unit_at(vector + 8 * h, i) + lane % 4 * 4);
+      }
+    }
+#else
+    Queries q = smem_u32(q_here) + half * 64 * 128;
+#endif
     UNROLL for (int i = 0; i < D / 2; ++i) o[i] = 0.f;
     UNROLL for (int h = 0; h < 2; ++h) { top[h] = -INFINITY; sum[h] = 0.f; }
     int key = (item.end - 1) * L;
