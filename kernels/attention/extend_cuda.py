@@ -71,13 +71,47 @@ def _applies(call: OpCall) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class Way:
+    """What the kernel can do in two ways, with the same result but for rounding.
+
+    Attributes:
+        lazy: sums are rescaled when a maximum has risen by a factor of 2^8 of weights, not whenever it rises
+            (FlashAttention-4's rule).
+        queries: are held in registers, which spares shared memory; with 32 numbers of each a thread there is room.
+    """
+
+    lazy: bool = False
+    queries: bool = False
+
+    @property
+    def suffix(self) -> str:
+        """For a candidate's name."""
+        return f"{'_q' if self.queries else ''}{'_lazy' if self.lazy else ''}"
+
+
+def ways(call: OpCall) -> list[Way]:
+    """All that have the registers for ``call``."""
+    roomy = call.attrs["head_dim"] == 128 and not _narrow(call)
+    return [
+        Way(lazy, queries) for queries in ((False, True) if roomy else (False,)) for lazy in (False, True)
+    ]
+
+
+def _narrow(call: OpCall) -> bool:
+    return call.tensors["k_cache"].dtype == "float8_e4m3fn"
+
+
 @cuda_kernel(extend_attention, "prefill", features=("tma", "wgmma"), applies=_applies)
 def extend_attention_prefill(call: OpCall) -> Sequence[Candidate]:
-    """The one way there is."""
-    return [candidate(call)]
+    """One cut and its ways."""
+    return [candidate(call, way) for way in ways(call)]
 
 
-def candidate(call: OpCall, *, give_up: int = 0) -> Candidate:
+_PLAIN = Way()
+
+
+def candidate(call: OpCall, way: Way = _PLAIN, *, give_up: int = 0) -> Candidate:
     """The launch for ``call``.
 
     Args:
@@ -88,7 +122,7 @@ def candidate(call: OpCall, *, give_up: int = 0) -> Candidate:
     q, k, y, table = (call.tensors[name] for name in ("q", "k_cache", "y", "page_table"))
     page, group, tile = int(k.shape[1]), heads // kv_heads, TILES[head_dim]
     rows, tokens, a_tile = int(table.shape[0]), int(q.shape[0]), tile.vectors // group
-    dependent, narrow = "pdl" in call.features, k.dtype == "float8_e4m3fn"
+    dependent, narrow = "pdl" in call.features, _narrow(call)
     constants = {
         "HEAD": head_dim,
         "CACHE8": narrow,
@@ -97,6 +131,8 @@ def candidate(call: OpCall, *, give_up: int = 0) -> Candidate:
         "GROUP": group,
         "PAGE": page,
         "WINDOW": call.attrs["window"],
+        "LAZY": 8 if way.lazy else 0,
+        "Q_REGISTERS": way.queries,
         "PDL": dependent,
     }
     # Tiles reach beyond the last token; where the memory there is the plan's, copying is faster than zeros.
@@ -107,7 +143,10 @@ def candidate(call: OpCall, *, give_up: int = 0) -> Candidate:
         strides = (page * width, width, head_dim, 1)
         columns, swizzle = (head_dim, 0) if narrow else (64, 128)
         shape = ("P", page, kv_heads, head_dim)
-        return Descriptor(name, shape, strides, (1, _RUN, 1, columns), swizzle=swizzle)
+        # Columns of a head come in several copies: the first brings more of them.
+        promotion = 128 if head_dim * (1 if narrow else 2) == 128 else 256
+        box = (1, _RUN, 1, columns)
+        return Descriptor(name, shape, strides, box, swizzle=swizzle, promotion=promotion)
 
     launch = DeviceLaunch(
         function="csrc/prefill.cu:attention_prefill",
@@ -137,7 +176,7 @@ def candidate(call: OpCall, *, give_up: int = 0) -> Candidate:
         dependent=dependent,
     )
     return Candidate(
-        f"wgmma_{tile.vectors}x{tile.keys}",
+        f"wgmma_{tile.vectors}x{tile.keys}{way.suffix}",
         (launch,),
         scratch=256,
         zeroed=256,
@@ -158,7 +197,7 @@ def microseconds(call: OpCall) -> float:
     of one token, of whose tiles most is padding, so that such steps stay the Triton kernel's.
     """
     tokens, kv_heads = int(call.tensors["q"].shape[0]), call.attrs["kv_heads"]
-    narrow, tile = call.tensors["k_cache"].dtype == "float8_e4m3fn", TILES[call.attrs["head_dim"]]
+    narrow, tile = _narrow(call), TILES[call.attrs["head_dim"]]
     a_tile, window = tile.vectors // (call.attrs["heads"] // kv_heads), call.attrs["window"]
     if tokens < 2 * call.rows:
         tiles = [(call.context - 1, call.context)] * tokens

@@ -15,7 +15,7 @@ from emulated import Emulator, needs_compiler, op_call
 
 from makeready.graphs.planner.cuda import nvrtc
 from makeready.kernels.attention import paged
-from makeready.kernels.attention.extend_cuda import candidate, extend_attention_prefill, most_tiles
+from makeready.kernels.attention.extend_cuda import Way, candidate, extend_attention_prefill, most_tiles
 from makeready.kernels.contract import Contract
 from makeready.kernels.device import OpCall
 from makeready.kernels.registry import cuda_kernels
@@ -24,6 +24,7 @@ pytestmark = needs_compiler
 NAN = float("nan")
 Rows = Sequence[tuple[int, int]]  # queries, context with them
 Case = tuple[dict[str, torch.Tensor], dict[str, float]]
+PLAIN = Way()
 B16, F16, F8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
 assert isinstance(paged.extend_attention, Contract)
 
@@ -40,13 +41,13 @@ def make(
     page: int,
     window: int,
     dtype: torch.dtype,
-    D: int = 128,  # noqa: N803
+    size: int = 128,
     cache_dtype: torch.dtype | None = None,
     *,
     kv_heads: int = 2,
     seed: int = 0,
 ) -> Case:
-    """Operands and attributes for heads of ``D``; two padding tokens before the rows, one between, three behind."""
+    """Operands and attributes; two padding tokens before the rows, one between, three behind."""
     random = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -54,7 +55,7 @@ def make(
 
     heads, needed = kv_heads * group, [-(-context // page) for _, context in rows]
     pages = 2 + sum(needed)
-    caches = {name: torch.full((pages, page, kv_heads, D), NAN) for name in ("k_cache", "v_cache")}
+    caches = {name: torch.full((pages, page, kv_heads, size), NAN) for name in ("k_cache", "v_cache")}
     table = torch.full((len(rows), max(needed) + 2), pages - 1, dtype=torch.int32)
     order = (1 + torch.randperm(pages - 2, generator=random)).tolist()
     for r, ((queries, context), count) in enumerate(zip(rows, needed, strict=True)):
@@ -62,30 +63,30 @@ def make(
         table[r, :count] = torch.tensor(mine, dtype=torch.int32)
         freed = max(context - queries - window + 1, 0) // page * page if window else 0
         for cache in caches.values():
-            x = torch.full((count * page, kv_heads, D), NAN)
-            x[freed:context] = normal(context - freed, kv_heads, D)
-            cache[mine] = x.view(count, page, kv_heads, D)
+            x = torch.full((count * page, kv_heads, size), NAN)
+            x[freed:context] = normal(context - freed, kv_heads, size)
+            cache[mine] = x.view(count, page, kv_heads, size)
     start, tokens = [], 2
     for r, (queries, _) in enumerate(rows):
         tokens += r == 1
         start.append(tokens)
         tokens += queries
-    q = torch.full((tokens + 3, heads * D + 64), NAN)
+    q = torch.full((tokens + 3, heads * size + 64), NAN)
     for (queries, _), first in zip(rows, start, strict=True):
-        q[first : first + queries, : heads * D] = normal(queries, heads * D)
+        q[first : first + queries, : heads * size] = normal(queries, heads * size)
     numbers = {
         "query_start": start,
         "query_len": [queries for queries, _ in rows],
         "context_len": [context for _, context in rows],
     }
-    tensors = {"q": q.to(dtype)[:, : heads * D], "page_table": table}
+    tensors = {"q": q.to(dtype)[:, : heads * size], "page_table": table}
     tensors |= {name: cache.to(cache_dtype or dtype) for name, cache in caches.items()}
     tensors |= {name: torch.tensor(value, dtype=torch.int32) for name, value in numbers.items()}
     return tensors, {
         "heads": heads,
         "kv_heads": kv_heads,
-        "head_dim": D,
-        "scale": D**-0.5,
+        "head_dim": size,
+        "scale": size**-0.5,
         "window": window,
     }
 
@@ -101,11 +102,12 @@ def error(tensors: dict[str, torch.Tensor], attrs: dict[str, float], y: torch.Te
     return float((y.double() - want).norm() / want.norm())
 
 
-def emulate(emulator: Emulator, case: Case, *, seed: int = 0, grid: int = 2) -> torch.Tensor:
+def emulate(
+    emulator: Emulator, case: Case, way: Way = PLAIN, *, seed: int = 0, grid: int = 2
+) -> torch.Tensor:
     tensors, attrs = case
     call = op_call("extend_attention", tensors, attrs, multiprocessors=grid)
-    (way,) = extend_attention_prefill(call)
-    return emulator.run(way, call, tensors, seed=seed)["y"]
+    return emulator.run(candidate(call, way), call, tensors, seed=seed)["y"]
 
 
 MIXED: Rows = [(1, 300), (40, 40), (0, 0), (3, 130), (64, 200), (1, 1)]
@@ -224,7 +226,7 @@ def test_a_deadlock_says_where_everybody_is(tmp_path: Path) -> None:
 def _call(rows: int, tokens: int, *, context: int = 1024, **changes: object) -> OpCall:
     tensors, attrs = make([(1, 1)], 4, 64, 0, B16, kv_heads=8)
     small = {
-        "q": torch.empty(tokens, 32 * D, dtype=B16, device="meta"),
+        "q": torch.empty(tokens, 32 * 128, dtype=B16, device="meta"),
         "page_table": torch.empty(rows, 200, dtype=torch.int32, device="meta"),
     }
     each = ("query_start", "query_len", "context_len")
