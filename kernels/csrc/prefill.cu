@@ -10,7 +10,7 @@
 // Slots without a token are never used (they may hold NaN): a run of 64 keys that reaches beyond the row's length is
 // copied from further left, so that it ends with the last token; slots before a page's first arrive as zeros. Nor
 // are pages that lie wholly before the window of a tile's first token: they may have another owner by now.
-#include "hopper.h"
+#include "prefill_wgmma.h"
 
 // HEAD: head size. GROUP: query heads a KV head. PAGE: slots of a page. WINDOW: tokens that a token sees, 0: all.
 // CACHE8: the cache holds e4m3; products then take float16 (FP16). BF16_IO: queries and results are bfloat16

@@ -1,6 +1,5 @@
 """A small model and kernels in CUDA C++ under compute-sanitizer: no bad access, leak or race, and the same results.
 
-
 python tests/gpu/sanitize.py [TOOL ...]      memcheck and synccheck; racecheck and initcheck where named
 
 Compiles a plan of two layers for the GPU at hand, then runs its buckets in a process without torch, once bare
