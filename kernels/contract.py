@@ -250,8 +250,8 @@ def contract(
             put together along its first axis, and what each call gave is columns of the result.
         shares: operands that merged calls have in common.
         quantizes: the op that this one takes the place of under a quantization.
-        fuses: names of two ops; this one is the second over the first result of the first, with the operands and
-            attributes of both and the further results of the first.
+        fuses: names of two ops; this one is the second over one result of the first, with the operands and
+            attributes of both and the other results of the first.
         gates: name of an activation function; this op is it over the left half of its only operand's columns,
             times the right half.
         expands: by kind of step, what the op becomes there; :data:`ANY` for all kinds without an entry, and for
