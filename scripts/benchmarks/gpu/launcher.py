@@ -162,7 +162,7 @@ def time(
 def time_chains(
     chains: Sequence[Sequence[tuple[Candidate, OpCall, Mapping[str, torch.Tensor]]]], reps: int = 20
 ) -> float:
-    """Median seconds of one chain of calls, in a CUDA graph that rotates over ``chains``; tensors hold results too."""
+    """Median seconds of one chain of calls, in a CUDA graph that rotates over ``chains``; tensors hold results."""
     rounds = -(-max(reps, len(chains)) // len(chains))
     links = [[(*link, new_scratch(link[0])) for link in chain] for chain in chains]
 
