@@ -95,6 +95,23 @@ __device__ __forceinline__ void copy_16(void* dst, const void* src) {
 __device__ __forceinline__ void mbar_arrive_after_copies(uint64_t* bar) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(smem_u32(bar)) : "memory");
 }
+__device__ __forceinline__ void bulk_load(void* dst, const void* src, uint64_t* bar, uint32_t bytes) {  // a multiple of 16
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+               ::"r"(smem_u32(dst)), "l"(src), "r"(bytes), "r"(smem_u32(bar)) : "memory");
+}
+// What a kernel before this one wrote. L1 may hold what was there before it, since this block may be older.
+__device__ __forceinline__ Int4 load_written(const void* p) {
+  Int4 r;
+  asm volatile("ld.global.cg.v4.s32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(p) : "memory");
+  return r;
+}
+__device__ __forceinline__ Int4 load_constant(const void* p) {  // what no kernel writes
+  Int4 r;
+  asm volatile("ld.global.nc.v4.s32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(p));
+  return r;
+}
 
 // -- order
 
@@ -169,6 +186,17 @@ __device__ __forceinline__ void unpack2(uint32_t two, float (&x)[2]) {
   x[1] = __int_as_float((int)(two & 0xffff0000));
 #endif
 }
+#if FP16
+__device__ __forceinline__ float low2(uint32_t two) {  // the first of two 16-bit elements
+  float r;
+  asm("{\n.reg .b16 a, b;\nmov.b32 {a, b}, %1;\ncvt.f32.f16 %0, a;\n}\n" : "=f"(r) : "r"(two));
+  return r;
+}
+__device__ __forceinline__ float high2(uint32_t two) { return low2(two >> 16); }
+#else
+__device__ __forceinline__ float low2(uint32_t two) { return __uint_as_float(two << 16); }
+__device__ __forceinline__ float high2(uint32_t two) { return __uint_as_float(two & 0xffff0000u); }
+#endif
 __device__ __forceinline__ float exp2_fast(float x) {  // volatile: stays before the wait that follows
   float r;
   asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));

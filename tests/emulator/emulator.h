@@ -78,7 +78,10 @@ inline uint16_t narrow(float f) {  // to nearest, ties to even
 struct Map { const uint8_t* base; int rank, size; bool swizzled; uint64_t dims[5], strides[5]; uint32_t box[5]; };
 struct Bar { int count = 0, pending = 0; long bytes = 0; int phase = 0; };
 struct Named { int arrived = 0; long generation = 0; };
-struct Copy { TensorMap map; uint32_t to, bar; int at[5]; int rounds; };  // how long it takes yet
+struct Copy {
+  TensorMap map; uint32_t to, bar; int at[5]; int rounds;  // how long it takes yet
+  const uint8_t* from = nullptr; uint32_t bytes = 0;  // of a copy without a map
+};
 struct Small { const void* from; uint32_t to; int thread, rounds; long number; };  // a copy of 16 bytes that a thread asked for
 struct Arrival { uint32_t bar; int thread; long number; };  // waits for the thread's copies with lower numbers
 // d[64 x n] of a[64 x k] and b[n x k] of 16-bit elements, or of e4m3 where `small`.
@@ -89,7 +92,7 @@ struct Block {
   int index; std::vector<uint8_t> store; uint8_t* shared; std::map<uint32_t, Bar> bars; Named named[16];
   std::vector<Copy> copies; std::vector<Small> smalls; std::vector<Arrival> arrivals; long number = 0; std::vector<Warpgroup> warpgroups; std::vector<Warp> warps;
 };
-struct Fiber { ucontext_t context; std::vector<uint8_t> stack; Block* block; int thread; bool done = false; const char* where = ""; };
+struct Fiber { ucontext_t context; std::vector<uint8_t> stack; Block* block; int thread; bool done = false, waited = false; const char* where = ""; };
 struct Dim { int x; };
 struct State {
   ucontext_t main; Fiber* now = nullptr; bool progress = false; std::mt19937 random; int threads = 0, grid = 0; bool eager = false;
@@ -125,7 +128,16 @@ inline Bar& bar_at(Block& c, uint32_t at) {
   check(found != c.bars.end(), "there is no such mbarrier");
   return found->second;
 }
+inline void run_bulk(Block& c, const Copy& copy) {
+  check(copy.to % 16 == 0 && (uintptr_t)copy.from % 16 == 0 && copy.bytes % 16 == 0 && copy.bytes, "bulk copy: places and bytes are multiples of 16");
+  check(copy.to + copy.bytes <= c.store.size(), "copy: beyond shared memory");
+  memcpy(c.shared + copy.to, copy.from, copy.bytes);
+  Bar& bar = bar_at(c, copy.bar);
+  bar.bytes -= copy.bytes;
+  complete(bar);
+}
 inline void run_copy(Block& c, const Copy& copy) {
+  if (copy.from) return run_bulk(c, copy);
   const Map& m = state().maps.at(copy.map.id);
   uint32_t total = m.size;
   for (int i = 0; i < m.rank; ++i) total *= m.box[i];
@@ -388,8 +400,27 @@ inline void mbar_arrive_after_copies(uint64_t* b) {
   emulator::Block& c = emulator::block();
   c.arrivals.push_back({smem_u32(b), emulator::thread(), c.number++});
 }
+inline void bulk_load(void* d, const void* from, uint64_t* b, uint32_t bytes) {
+  emulator::block().copies.push_back({{}, smem_u32(d), smem_u32(b), {}, emulated_delay(), (const uint8_t*)from, bytes});
+}
+inline Int4 load_written(const void* p) {
+  emulator::check((uintptr_t)p % 16 == 0, "a load of 16 bytes from an address that is no multiple of 16");
+  emulator::check(emulator::state().now->waited, "what kernels before wrote is read before the wait for them");
+  Int4 r;
+  memcpy(&r, p, 16);
+  return r;
+}
+inline Int4 load_constant(const void* p) {
+  emulator::check((uintptr_t)p % 16 == 0, "a load of 16 bytes from an address that is no multiple of 16");
+  Int4 r;
+  memcpy(&r, p, 16);
+  return r;
+}
 inline void dependents_go() {}
-inline void dependence_wait() { if (emulator::state().random() & 1) emulator::yield("dependence"); }
+inline void dependence_wait() {
+  if (emulator::state().random() & 1) emulator::yield("dependence");
+  emulator::state().now->waited = true;
+}
 inline void named_sync(int id, int threads) { emulator::named(id, threads, true); }
 inline void named_arrive(int id, int threads) { emulator::named(id, threads, false); }
 template <int N> inline void setmaxnreg_inc() {}
@@ -408,7 +439,10 @@ template <int R> inline void wgmma_ss_16bit(float (&d)[R], uint64_t a, uint64_t 
 template <int R> inline void wgmma_ss_e4m3(float (&d)[R], uint64_t a, uint64_t b, int accumulate) { emulator::issue(d, nullptr, a, b, accumulate, 2 * R, true); }
 inline void unpack2(uint32_t two, float (&x)[2]) { x[0] = emulator::widen(two & 0xffff); x[1] = emulator::widen(two >> 16); }
 inline uint32_t pack2(float low, float high) { return emulator::narrow(low) | (uint32_t)emulator::narrow(high) << 16; }
+inline float low2(uint32_t two) { return emulator::widen(two & 0xffff); }
+inline float high2(uint32_t two) { return emulator::widen(two >> 16); }
 inline float exp2_fast(float x) { return exp2f(x); }
+inline float rsqrtf(float x) { return 1.f / sqrtf(x); }
 inline void __syncthreads() { emulator::named(0, emulator::state().threads, true); }
 inline void __syncwarp() { emulator::warp_sync(); }
 template <class T> inline T __shfl_sync(unsigned, T v, int from) { return emulator::exchange(v, from); }

@@ -107,6 +107,19 @@ def _norm(op: str, *names: str) -> Iterator[Case]:
     yield Case(op, "columns", operands | {"weight": Random(5).uniform(9)}, {"eps": 1e-6})
 
 
+def _norm_linear(op: str, *names: str, gate: bool = False) -> Iterator[Case]:
+    shapes = [(3, 10, 6), (1, 1, 2), (1, 576, 192), (5, 64, 130)]
+    for seed, ((tokens, inputs, outputs), act) in enumerate(itertools.product(shapes, FLOATS)):
+        random = Random(seed)
+        operands = {name: random.normal(tokens, inputs, dtype=act, scale=2) for name in names}
+        operands |= {"gain": random.uniform(inputs, dtype=act)}
+        operands |= {"weight": random.normal(outputs, inputs, dtype=act)}
+        for bias, offset, out in ((False, 0.0, ""), (True, 1.0, "" if gate else "float32")):
+            given = operands | ({"bias": random.normal(outputs, dtype=act)} if bias else {})
+            attrs = {"eps": 1e-6, "offset": offset, "out_dtype": out}
+            yield Case(op, f"{tokens}x{inputs}x{outputs}-{act}-{bias}", given, attrs)
+
+
 def _grouped(made: Iterator[Case], width_of: Callable[[Case], int]) -> Iterator[Case]:
     """Cases of what is quantized, with one group a token, then with groups that divide its width."""
     for case in made:
@@ -254,6 +267,9 @@ BUILDERS: Mapping[str, Callable[[str], Iterator[Case]]] = {
     "linear": linear,
     "rms_norm": lambda op: _norm(op, "x"),
     "add_rms_norm": lambda op: _norm(op, "x", "residual"),
+    "rms_norm_linear": lambda op: _norm_linear(op, "x"),
+    "add_rms_norm_linear": lambda op: _norm_linear(op, "x", "residual"),
+    "add_rms_norm_linear_silu_mul": lambda op: _norm_linear(op, "x", "residual", gate=True),
     "quantize_fp8": lambda op: _grouped(_pointwise(op, "x"), _width("x")),
     "quantize_fp8_static": quantize_fp8_static,
     "quantize_fp8_block": quantize_fp8_block,
