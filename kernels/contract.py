@@ -252,8 +252,8 @@ def contract(
             put together along its first axis, and what each call gave is columns of the result.
         shares: operands that merged calls have in common.
         quantizes: the op that this one takes the place of under a quantization.
-        fuses: names of two ops; this one is the second over the first result of the first, with the operands and
-            attributes of both and the further results of the first.
+        fuses: names of two ops; this one is the second over one result of the first, with the operands and
+            attributes of both and the other results of the first.
         chains: names of ops, each over the first result of the one before as its first operand. A plan may run
             calls of them as one call of this op in some batch shapes; no program holds it. Its operands are those of
             the ops in their order, without what is passed on, its results the last op's, then the further ones of the

@@ -14,8 +14,6 @@ from makeready.graphs.inspect.analysis import kernel_of
 from makeready.graphs.plan.plan import Launch, Plan
 from makeready.graphs.plan.spec import Bucket
 
-_SORT = "sort_by_expert"
-
 
 @dataclass(frozen=True)
 class Mixture:
@@ -62,7 +60,7 @@ def mixtures(plan: Plan) -> list[Mixture]:
     found: dict[tuple[int, int, int], dict[str, list[tuple[Launch, ...]]]] = {}
     for phase, program in plan.programs.items():
         for launch in program.launches:
-            if launch.op != _SORT:
+            if "start" not in launch.results or "experts" not in launch.attrs:  # sorts entries by expert
                 continue
             start = launch.results["start"]
             products = tuple(one for one in program.launches if one.operands.get("start") == start)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product as product_of
@@ -64,9 +65,17 @@ class Grouped:
         return min(self.entries, (self.entries + some * (side - 1)) // side)
 
     def tiles(self, side: int) -> float:
-        """Tiles of ``side`` entries that entries spread evenly make."""
-        each = self.entries / max(self.hit, 1.0)
-        return self.hit * -(-each // side)
+        """Tiles of ``side`` entries, expected where entries fall on experts at random."""
+        mean = self.entries / self.experts
+        if mean > 8 * side:
+            return self.experts * (mean / side + 0.5)
+        # As many as there are entries beyond each multiple of the side (Poisson).
+        chance, below, found = math.exp(-mean), 0.0, 0.0
+        for count in range(int(mean + 10 * math.sqrt(mean)) + side + 1):
+            below += chance
+            found += 1.0 - below if count % side == 0 else 0.0
+            chance *= mean / (count + 1)
+        return self.experts * found
 
 
 def hit(entries: int, experts: int, top_k: int) -> float:

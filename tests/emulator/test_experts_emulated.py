@@ -6,11 +6,14 @@ are NaN. Whatever was read without being an entry's, or not written, shows.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from emulated import Emulator, needs_compiler, op_call
 from moe_operands import NAN, expert_weights
 
+from makeready.graphs.planner.cuda import nvrtc
 from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.moe.grouped_cuda import FEW, MANY, Tile, candidate
 from makeready.kernels.registry import cuda_kernels
@@ -132,3 +135,74 @@ def test_other_dtypes_and_numbers_of_experts(emulator: Emulator) -> None:
     )
     check(emulator, "grouped_linear", "spread", (7, 256, 8, 64, 64), FEW[0], gathered=True)
     check(emulator, "grouped_linear", "spread", (1, 1, 1, 64, 64), FEW[2], gathered=False)
+
+
+FAULTS = {
+    "grouped_few.cu": {
+        "an mbarrier is not arrived at": ("      if (lane == 0) mbar_arrive(&bars.tile_free[slot]);\n", ""),
+        "bytes are miscounted": ("W_BYTES + (TOP_K ? 0 : X_BYTES)", "W_BYTES - 128"),
+        "a wait for free places is missing": (
+            '        mbar_wait(&bars.free[s], ((step / STAGES) & 1) ^ 1, "feed: free");\n',
+            "",
+        ),
+        "rows come before their place is free": (
+            '      mbar_wait(&bars.free[s], ((step / STAGES) & 1) ^ 1, "gather: free");\n',
+            "",
+        ),
+        "rows are announced before they are there": ("mbar_arrive_after_copies", "mbar_arrive"),
+        "a tile is forgotten by those who gather": ("TOP_K ? 5 : 4", "4"),
+        "the other half of the gate": ("call.outputs / 2 + column, tile.expert", "column, tile.expert"),
+        "scales of another group": ("outputs = of_outputs[step]", "outputs = of_outputs[0]"),
+        "scales of another entry": ("8 * (h / 2) + 2 * (lane % 4) + (h & 1)", "8 * (h / 2) + 2 * (lane % 4)"),
+        "scales of the gate for what it multiplies": ("warp < 2 ? 0 : call.outputs / 2", "0"),
+        "rows of the next expert are stored": ("if (token >= tile.rows) continue;", ""),
+        "rows of nobody are left": ("    clear_rows(", "    if (false) clear_rows("),
+        "sums are read too early": ("    wgmma_wait<0>();\n    keep(part);\n", "    keep(part);\n"),
+    },
+    "grouped.cu": {
+        "those who multiply are miscounted": ("mbar_init(&bars.free[i], 8)", "mbar_init(&bars.free[i], 4)"),
+        "those who gather are miscounted": ("1 + 32 * GATHERERS", "1 + 16 * GATHERERS"),
+        "half of the rows": ("part.row / 64 * 64 * 128", "0"),
+        "the other half of the gate": ("half % 2 * (call.outputs / 2)", "0"),
+        "scales of another row": ("min(part.row + 8 * h", "min(part.row"),
+        "scales of the gate for what it multiplies": ("h * (call.outputs / 2)", "0"),
+        "rows of the next expert are stored": ("first + r < tile.rows && ", ""),
+        "a wait for copies is missing": (
+            '    mbar_wait(&bars.full[s], (step / STAGES) & 1, "multiply: full");\n',
+            "",
+        ),
+    },
+    "experts.h": {
+        "tiles begin elsewhere": ("tile.row = begin[i] + local % down * high", "tile.row = begin[i]"),
+        "the swizzle is another": ("(lane % 8 ^ row & 7) * 16", "(lane % 8) * 16"),
+        "the token of an entry": ("order[entry] / max(TOP_K, 1)", "order[entry]"),
+        "the gate is not rounded": ("  unpack2(up, u);\n", "  unpack2(gate, u);\n"),
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "fault"), [(file, fault) for file, faults in FAULTS.items() for fault in faults]
+)
+def test_planted_faults_are_caught(file: str, fault: str, tmp_path: Path) -> None:
+    """A wrong line makes a wrong number, a NaN, or a report of a deadlock."""
+    for name in FILES:
+        (tmp_path / name).write_text((nvrtc.FOLDER / name).read_text())
+    before, after = FAULTS[file][fault]
+    text = (tmp_path / file).read_text()
+    assert before in text
+    (tmp_path / file).write_text(text.replace(before, after))
+    emulator = Emulator(tmp_path, tmp_path)
+    tile = MANY[1] if file == "grouped.cu" else FEW[0]
+    shape = (150, 2, 2, 256, 1024) if file == "grouped.cu" else (30, 3, 2, 256, 2048)
+
+    def right(seed: int) -> bool:
+        try:
+            check(
+                emulator, "grouped_silu_mul", "spread", shape, tile, gathered=False, seed=seed, scales="block"
+            )
+        except (AssertionError, RuntimeError):
+            return False
+        return True
+
+    assert not all(right(seed) for seed in (4, 5))

@@ -292,6 +292,7 @@ BUILDERS: Mapping[str, Callable[[str], Iterator[Case]]] = {
     "sigmoid_gate": sigmoid_gate,
     "route": moe_inputs.route,
     "sort_by_expert": moe_inputs.sort,
+    "route_and_sort": lambda op: moe_inputs.sorted_too(moe_inputs.route(op)),
     "combine": moe_inputs.combine,
     "grouped_linear": moe_inputs.grouped_linear,
     "grouped_linear_fp8": moe_inputs.grouped_linear_fp8,

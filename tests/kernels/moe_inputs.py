@@ -46,6 +46,14 @@ def route(op: str) -> Iterator[Case]:
         yield Case(op, f"ties-{columns}", {"logits": x, "kv_slot": int32([3, 1, 2, 9])}, {"top_k": 3})
 
 
+def sorted_too(cases: Iterator[Case]) -> Iterator[Case]:
+    """Cases of routing for the op that sorts as well."""
+    for case in cases:
+        yield Case(
+            case.op, case.label, case.operands, {**case.attrs, "experts": case.operands["logits"].shape[1]}
+        )
+
+
 def _grouped_route(op: str) -> Iterator[Case]:
     """DeepSeek-V2 (the best of a group) and V3 (the best two together, a correction of the choice)."""
     for seed, (experts, k, groups, best, members) in enumerate(

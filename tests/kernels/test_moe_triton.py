@@ -56,7 +56,7 @@ def check(op, operands, *, every=False, **attrs):
     assert ways
     # Warps and stages make no difference here.
     heights = {way.name.partition("_")[0]: way for way in reversed(ways)}
-    for way in heights.values() if every else ways[:1]:
+    for way in heights.values() if every or op == "route_and_sort" else ways[:1]:
         got = launch_interpreted(way, call, operands)
         for output, value, integer in zip(contract.outputs, want, exact, strict=True):
             if not integer.is_floating_point():
@@ -94,6 +94,7 @@ def test_route(name, biased):
     if biased:
         operands["bias"] = random(experts, seed=2) * 0.3
     check("route", operands, **attrs)
+    check("route_and_sort", operands, experts=experts, **attrs)
 
 
 @interpreted
@@ -201,6 +202,10 @@ def _calls():
         yield "route", {"logits": logits, "kv_slot": slot}, {"top_k": 8, "renormalise": True}
         expert = torch.empty(tokens, 8, dtype=torch.int32, device="meta")
         yield "sort_by_expert", {"expert": expert}, {"experts": 128}
+        both = {"top_k": 8, "experts": 128, "renormalise": True}
+        yield "route_and_sort", {"logits": logits[:32], "kv_slot": slot[:32]}, both
+        wide = torch.empty(tokens, 256, device="meta")
+        yield "route", {"logits": wide, "kv_slot": slot}, ROUTERS["v3"][2]
         y = torch.empty(tokens * 8, 2048, dtype=torch.bfloat16, device="meta")
         yield "combine", {"y": y, "place": expert, "weight": torch.empty(tokens, 8, device="meta")}, {}
         yield from _products(tokens, 128, 8, 2048, 768)
@@ -238,10 +243,9 @@ def test_cross_compiles():
         for kernel in registry.cuda_kernels(op):
             fitting = []
             for way in kernel.candidates(call)[:2]:
-                (launch,) = way.launches
-                made = aot.compile_launch(launch, call)
-                assert made.waits
-                if made.spill_bytes <= launch.local_bytes and made.shared <= call.shared_bytes:
+                compiled = [(launch, aot.compile_launch(launch, call)) for launch in way.launches]
+                assert all(made.waits for _, made in compiled)
+                if all(m.spill_bytes <= n.local_bytes and m.shared <= call.shared_bytes for n, m in compiled):
                     fitting.append(way)
                     break
             assert fitting, (op, kernel.name)

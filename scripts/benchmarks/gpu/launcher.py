@@ -159,6 +159,22 @@ def time(
     return time_graph(calls) / count
 
 
+def time_chains(
+    chains: Sequence[Sequence[tuple[Candidate, OpCall, Mapping[str, torch.Tensor]]]], reps: int = 20
+) -> float:
+    """Median seconds of one chain of calls, in a CUDA graph that rotates over ``chains``; tensors hold results."""
+    rounds = -(-max(reps, len(chains)) // len(chains))
+    links = [[(*link, new_scratch(link[0])) for link in chain] for chain in chains]
+
+    def calls() -> None:
+        stream = torch.cuda.current_stream()
+        for _ in range(rounds):
+            for way, call, tensors, scratch in (link for chain in links for link in chain):
+                launch_all(way, call, tensors, scratch, stream)
+
+    return time_graph(calls) / (rounds * len(chains))
+
+
 def time_each(
     run_one: Callable[[Mapping[str, torch.Tensor]], object],
     sets: Sequence[Mapping[str, torch.Tensor]],
