@@ -6,11 +6,12 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from makeready.engine.errors import RequestError
-from makeready.engine.feed import Feed
+from makeready.engine.errors import RequestError, reason_of
+from makeready.engine.feed import Feed, Refused
 from makeready.engine.fields import boolean, whole
 from makeready.engine.fields import text as field_text
 from makeready.engine.generation_config import sampling_defaults, told
@@ -19,16 +20,20 @@ from makeready.engine.given import (
     Sampling,
     conversations_of,
     ids_of,
+    is_long,
     limit_is_models,
     params_of,
     prompts_of,
+    samples_of,
     spread,
 )
 from makeready.engine.loop import Engine
 from makeready.engine.options import SchedulerOptions
+from makeready.engine.output import Output, TokenLogprob
 from makeready.engine.planned import Report, plan_of, shareable
-from makeready.engine.request import Output, Request, TokenLogprob
+from makeready.engine.reply import Reply
 from makeready.engine.sampling import SamplingParams
+from makeready.engine.sequence import TokenSequence
 from makeready.engine.text.chat import read_template, render_chat
 from makeready.engine.text.tokenizer import Tokenizer, load_tokenizer
 from makeready.graphs.checkpoint.base import Checkpoint, open_checkpoint
@@ -182,20 +187,41 @@ class LLM:
             strict=True,
         )
         outputs: dict[int, Output] = {}
-        with closing(Feed(self.engine, self._made).run(asked)) as finals:
-            for place, output in finals:
+        with closing(Feed[range](self.engine)) as feed:
+            for place, output in self._run(feed, asked):
                 outputs[place] = output
                 if on_finish is not None:
                     on_finish(place, output)
         return [outputs[place] for place in range(len(outputs))]
 
+    def _run(
+        self, feed: Feed[range], asked: Iterator[tuple[Any, Any, Any, Any, Any]]
+    ) -> Iterator[tuple[int, Output]]:
+        """Run prompts as there is room for them; yields places and outputs as they are final."""
+        given, place = True, 0
+        while given or feed.busy:
+            room = feed.room
+            while room > 0 and (item := next(asked, None)) is not None:
+                prompt, sampling, *_ = item
+                places = range(place, place + samples_of(sampling))
+                feed.put(places, partial(self._made, *item), samples=len(places), long=is_long(prompt))
+                place, room = places.stop, room - len(places)
+            given = room <= 0  # else there was no further prompt
+            for handed in feed.step():
+                places = handed.key
+                if isinstance(handed, Refused):
+                    reason = reason_of(handed.error, "the prompt cannot be read")
+                    yield from ((place, Output.refused(reason)) for place in places)
+                else:
+                    yield places[handed.sample], handed.reply.result()
+
     def _made(
         self, prompt: Any, sampling: Any, extra_key: Any, priority: Any, add_special_tokens: Any
-    ) -> list[Request]:
-        """The requests of a prompt."""
+    ) -> list[Reply]:
+        """The replies to a prompt."""
         if isinstance(prompt, Conversation):
             prompt = self.render(prompt.messages, **prompt.template)
-        return self.requests(
+        return self.replies(
             prompt,
             sampling,
             extra_key=extra_key,
@@ -240,7 +266,7 @@ class LLM:
     ) -> Iterator[str]:
         """Yield the text of one sample as it becomes final; the generator's value is the output.
 
-        Arguments are those of :meth:`requests`.
+        Arguments are those of :meth:`replies`.
 
         Raises:
             RequestError, TextError: it cannot be served, or could not go on.
@@ -249,7 +275,7 @@ class LLM:
         pieces: list[str] = []
         if params_of(sampling, self.generation_defaults).n != 1:
             raise RequestError("a stream is of one sample; use n=1")
-        (request,) = self.requests(
+        (reply,) = self.replies(
             prompt,
             sampling,
             extra_key=extra_key,
@@ -257,18 +283,18 @@ class LLM:
             add_special_tokens=add_special_tokens,
             fit=fit,
         )
-        request.on_text = pieces.append
-        self.engine.submit(request)
-        try:
-            while not request.done:
-                self.engine.step()
+        reply.on_text = pieces.append
+        with closing(Feed[None](self.engine, patient=False)) as feed:
+            feed.put(None, lambda: [reply])
+            while feed.busy:
+                for handed in feed.step():
+                    if isinstance(handed, Refused):
+                        raise handed.error
                 new, pieces[:] = pieces[:], ()
                 yield from new
-        finally:
-            self.engine.abort(request)
-        if request.error is not None:
-            raise RequestError(request.error)
-        return request.result()
+        if reply.error is not None:
+            raise RequestError(reply.error)
+        return reply.result()
 
     def render(
         self,
@@ -286,7 +312,7 @@ class LLM:
         text = render_chat(source, messages, **{**tokenizer.special_tokens, **template})
         return self._encode(text, boolean("add_special_tokens", add_special_tokens))
 
-    def requests(
+    def replies(
         self,
         prompt: str | Sequence[int],
         sampling: Sampling,
@@ -295,8 +321,8 @@ class LLM:
         priority: int = 0,
         add_special_tokens: bool = True,
         fit: bool = False,
-    ) -> list[Request]:
-        """The ``n`` requests of one prompt, checked but not queued; see :meth:`generate` for the rest.
+    ) -> list[Reply]:
+        """The ``n`` replies to one prompt, checked but not queued; see :meth:`generate` for the rest.
 
         Args:
             fit: lower ``max_new_tokens`` to what the context has room for; as without ``sampling``.
@@ -336,7 +362,7 @@ class LLM:
                 f"{self.plan.limits.max_stop_ids}; give fewer stop_token_ids"
             )
         return [
-            Request(ids, sampling, seed, ends, self.tokenizer, salt=extra_key, priority=priority)
+            Reply(TokenSequence(ids, sampling, seed, ends, extra_key, priority), self.tokenizer)
             for seed in map(sampling.seed, range(sampling.n))
         ]
 

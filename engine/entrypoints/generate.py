@@ -22,7 +22,7 @@ from makeready.engine.entrypoints.status import Stages, count_rows
 from makeready.engine.entrypoints.watch import Watch
 from makeready.engine.generation_config import stated_defaults, told
 from makeready.engine.llm import LLM
-from makeready.engine.request import Output
+from makeready.engine.output import Output
 from makeready.engine.text.chat import is_template, read_template
 from makeready.graphs.plan import artifact
 from makeready.graphs.plan.plan import Plan

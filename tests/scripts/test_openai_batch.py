@@ -15,7 +15,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from makeready.engine.entrypoints.batch.base import RowError
 from makeready.engine.entrypoints.batch.openai import CHAT, COMPLETIONS, OpenAIFormat
 from makeready.engine.entrypoints.batch.openai_logprobs import chat_logprobs, completion_logprobs
-from makeready.engine.request import Output, TokenLogprob
+from makeready.engine.output import Output, TokenLogprob
 from makeready.engine.sampling import SamplingParams
 from makeready.engine.text.parts import TokenizerParts
 from makeready.engine.text.tokenizer import Tokenizer

@@ -10,7 +10,7 @@ import pytest
 from makeready.engine.entrypoints.batch import rows
 from makeready.engine.entrypoints.batch.base import RowError
 from makeready.engine.entrypoints.batch.rows import RowFormat
-from makeready.engine.request import Output, TokenLogprob
+from makeready.engine.output import Output, TokenLogprob
 from makeready.engine.sampling import SamplingParams
 
 BAD_LINES = [

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from makeready.engine.request import Output
+from makeready.engine.output import Output
 from makeready.engine.sampling import SamplingParams
 from makeready.engine.text.tokenizer import Tokenizer
 

@@ -15,7 +15,7 @@ from typing import Any
 from makeready.engine.entrypoints.batch.base import Ask, RowError
 from makeready.engine.entrypoints.batch.openai_logprobs import chat_logprobs, completion_logprobs
 from makeready.engine.entrypoints.batch.rows import ROUTING, check_template, kind_of, routing_of, text_of
-from makeready.engine.request import Output
+from makeready.engine.output import Output
 from makeready.engine.sampling import SamplingParams
 from makeready.engine.text.token_text import prompt_text
 from makeready.engine.text.tokenizer import Tokenizer

@@ -13,8 +13,9 @@ from makeready.engine.entrypoints.batch.base import Ask, RowError
 from makeready.engine.errors import RequestError
 from makeready.engine.fields import MEANT, Checker, meant, shown, whole
 from makeready.engine.fields import text as checked_text
-from makeready.engine.request import ERROR, Output
+from makeready.engine.output import Output
 from makeready.engine.sampling import SamplingParams
+from makeready.engine.sequence import ERROR
 from makeready.engine.text.chat import is_template
 from makeready.engine.text.tokenizer import Tokenizer
 
