@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from makeready.engine.entrypoints.batch.base import Ask, Damaged, Done, Format, Numbered, RowError
+from makeready.engine.entrypoints.batch.base import Damaged, Done, Format, Numbered, RowError
 from makeready.engine.entrypoints.batch.openai import OpenAIFormat
 from makeready.engine.entrypoints.batch.rows import SAMPLING, RowFormat, encode, parse
 from makeready.engine.errors import reason_of
@@ -15,6 +15,7 @@ from makeready.engine.feed import Feed, Refused
 from makeready.engine.given import is_long
 from makeready.engine.llm import LLM
 from makeready.engine.output import Output
+from makeready.engine.protocol.asked import Ask, AskError
 from makeready.engine.reply import Reply
 from makeready.engine.sampling import SamplingParams
 
@@ -172,7 +173,7 @@ class Worker:
 
     def _refuse(self, row: _Row, error: BaseException) -> None:
         message = reason_of(error, "the row cannot be read")
-        name = error.field if isinstance(error, RowError) else None
+        name = error.field if isinstance(error, AskError) else None
         self._refused.append(self._refused_row(row.number, row.fields, message, name))
         self._told(Output.refused(message))
 
