@@ -1,9 +1,11 @@
 """Prompts on their way through the engine: the one path of ``LLM``, ``AsyncLLM`` and batch jobs.
 
-make     the replies to a prompt; long texts are tokenized in a thread, while steps run
-queue    these, as the engine has room
-step     the engine
-hand     back each reply when it is final, or what refused its prompt
+    make     the replies to a prompt; long texts are tokenized in a thread, while steps run
+    queue    these, as the engine has room
+    step     the engine
+    hand     back each reply when it is final, or what refused its prompt
+
+No input is held as a whole: ``room`` says how much of it should be there before the next step.
 """
 
 from __future__ import annotations
@@ -17,8 +19,7 @@ from typing import Generic, TypeAlias, TypeVar
 from makeready.engine.loop import Engine
 from makeready.engine.reply import Reply
 
-# Replies that wait beside those that run: enough for the scheduler to choose from, for shared prefixes and a full
-# batch, and no input is held as a whole.
+# Replies that wait beside those that run: the scheduler chooses among so many, for shared prefixes and a full batch.
 AHEAD = 1024
 # Of these, so many are made a step: a device that is running shall not wait for text to be tokenized.
 MADE = 16

@@ -2,7 +2,7 @@
 
 >>> metrics = Metrics()
 >>> engine.observer = metrics.step          # every step
->>> metrics.finish(request.result())        # every finished request
+>>> metrics.finish(reply.result())          # every reply that is final
 >>> metrics.render()                        # the text of a scrape, of exposition.CONTENT_TYPE
 
 Rates and shares are left to queries, so that any window can be taken, such as

@@ -364,7 +364,7 @@ class Scheduler:
         ):  # steps of a kind that is asked for may hold fewer tokens: what comes before is run without
             kind, count = None, first - start
         count = max(0, min(count, self._room(chunks, kind)))
-        count = self.seats.chunk(sequence.slot, start, count)
+        count = self.seats.cut(sequence.slot, start, count)
         return Chunk(sequence, start, count, count == left, kind)
 
     def _trim(self, chunks: list[Chunk]) -> None:
@@ -385,7 +385,7 @@ class Scheduler:
         after = self._table.covering(self._any, decoding + 1, decoding + rest).tokens
         after = after - decoding if decoding else max(after, self.limits.max_rows)
         if smaller + after < self._table.covering(self._any, rows, tokens).tokens:
-            count = self.seats.chunk(last.sequence.slot, last.start, last.count - rest)
+            count = self.seats.cut(last.sequence.slot, last.start, last.count - rest)
             chunks[-1] = Chunk(last.sequence, last.start, count, last=False)
 
     def _share(self, chunks: list[Chunk]) -> None:

@@ -162,7 +162,7 @@ class Seats:
         own = sum(len(self._own(s, 0)) for s in leaving) if self.pools.full else 0
         return self.pages_for(sequence.length) <= self.available + own
 
-    def chunk(self, slot: int, start: int, count: int) -> int:
+    def cut(self, slot: int, start: int, count: int) -> int:
         """Of ``count`` tokens behind ``start``, how many the row's next chunk has; it has pages for these."""
         if not self._counted or not count:
             return count

@@ -20,10 +20,14 @@ class Stage:
 
     Args:
         steps: of the plan. Kinds share an array for a field of one name.
+
+    Attributes:
+        generating: slots of the rows that were written last, if all of them run what the device sampled.
     """
 
     def __init__(self, steps: Mapping[str, StepSpec], null_slot: int) -> None:
         self.null_slot = null_slot
+        self.generating: np.ndarray | None = None
         self._fields = {
             kind: tuple((f.name, str(f.spec.shape[0])) for f in step.staged) for kind, step in steps.items()
         }

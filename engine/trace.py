@@ -38,7 +38,7 @@ class StepTrace:
 
     >>> with StepTrace("steps.json") as trace:
     ...     engine.observer = trace.step
-    ...     trace.finish(request.result())      # every finished request, when it finishes
+    ...     trace.finish(reply.result())      # every reply, when it is final
 
     Args:
         path: of the file, which is replaced.

@@ -54,30 +54,16 @@ class Generate:
         return output_reports(batch, results, wanted)
 
 
-def stage_sequences(batch: Batch, seats: Seats, stage: Stage) -> np.ndarray:
-    """Write the fields of ``graphs.steps.generate.sequence_fields``; returns where each row's tokens begin.
+def stage_sequences(batch: Batch, seats: Seats, stage: Stage) -> None:
+    """Write the fields of ``graphs.steps.generate.sequence_fields``.
 
     Generating rows run what the device sampled for them, behind as many tokens as the device has.
     """
-    rows, chunks = len(batch.decoding), batch.chunks
-    slots, samples = batch.slots, batch.slots
-    ids, starts, counts = np.full(rows, DEVICE), np.full(rows, DEVICE), np.ones(rows, np.int64)
-    if chunks:
-        own = [chunk.sequence.slot for chunk in chunks]
-        # What is sampled behind a chunk that is not the last is nobody's: it is left to the null slot.
-        last = [s if chunk.last else stage.null_slot for s, chunk in zip(own, chunks, strict=True)]
-        slots, samples = np.append(slots, own), np.append(slots, last)
-        starts = np.append(starts, [chunk.start for chunk in chunks])
-        counts = np.append(counts, [chunk.count for chunk in chunks])
-        own_ids = (c.sequence.ids()[c.start : c.start + c.count] for c in chunks)
-        ids = np.concatenate((ids, *own_ids))
-    begins = np.cumsum(counts) - counts
-    stage.write("token_ids", ids)
-    stage.write("row_slot", slots)
-    stage.write("row_start", starts)
-    stage.write("query_start", begins)
-    stage.write("query_len", counts)
-    stage.write("sample_slot", samples)
+    slots = batch.slots
+    # While the same rows generate, all that is said of them here stays as it is.
+    if batch.chunks or slots is not stage.generating:
+        slots = _stage_rows(batch, stage)
+        stage.generating = None if batch.chunks else slots
     if grows := seats.pools.grows:
         grown = seats.news(slots, stage.width(grows[0]))
         if grown is None:
@@ -90,7 +76,29 @@ def stage_sequences(batch: Batch, seats: Seats, stage: Stage) -> np.ndarray:
         for (read, written), states in zip(seats.pools.state_fields, seats.states, strict=True):
             stage.write(read, states.in_S[slots])
             stage.write(written, states.out_S[slots])
-    return begins
+
+
+def _stage_rows(batch: Batch, stage: Stage) -> np.ndarray:
+    """Write which tokens each row runs; returns the rows' slots."""
+    rows, chunks = len(batch.decoding), batch.chunks
+    slots, samples = batch.slots, batch.slots
+    ids, starts, counts = np.full(rows, DEVICE), np.full(rows, DEVICE), np.ones(rows, np.int64)
+    if chunks:
+        own = [chunk.sequence.slot for chunk in chunks]
+        # What is sampled behind a chunk that is not the last is nobody's: it is left to the null slot.
+        last = [s if chunk.last else stage.null_slot for s, chunk in zip(own, chunks, strict=True)]
+        slots, samples = np.append(slots, own), np.append(slots, last)
+        starts = np.append(starts, [chunk.start for chunk in chunks])
+        counts = np.append(counts, [chunk.count for chunk in chunks])
+        own_ids = (c.sequence.ids()[c.start : c.start + c.count] for c in chunks)
+        ids = np.concatenate((ids, *own_ids))
+    stage.write("token_ids", ids)
+    stage.write("row_slot", slots)
+    stage.write("row_start", starts)
+    stage.write("query_start", np.cumsum(counts) - counts)
+    stage.write("query_len", counts)
+    stage.write("sample_slot", samples)
+    return slots
 
 
 def output_reports(

@@ -40,12 +40,14 @@ class InputLogprobs:
         return False  # it runs what it claims, no more
 
     def stage(self, batch: Batch, seats: Seats, stage: Stage) -> None:
-        begins = stage_sequences(batch, seats, stage)
+        stage_sequences(batch, seats, stage)
         ids, slots = np.zeros(batch.tokens, np.int64), np.full(batch.tokens, stage.null_slot)
-        for chunk, begin in zip(batch.chunks, begins[len(batch.decoding) :].tolist(), strict=True):
+        begin = len(batch.decoding)
+        for chunk in batch.chunks:
             count, first = _scored(chunk), chunk.start + 1
             ids[begin : begin + count] = chunk.sequence.ids()[first : first + count]
             slots[begin : begin + count] = chunk.sequence.slot
+            begin += chunk.count
         stage.write("target_ids", ids)
         stage.write("target_slot", slots)
 
