@@ -184,74 +184,87 @@ class Engine:
         return finished
 
     def _commit(self, flight: _Flight, results: Mapping[str, np.ndarray]) -> tuple[int, list[TokenSequence]]:
-        """Give tokens to their sequences; how many were kept, and who is ended by them."""
-        batch, void, ended = flight.batch, flight.void, list[TokenSequence]()
+        """Give tokens to their sequences, then to replies; how many were kept, and who is ended by them."""
+        batch, ended = flight.batch, list[TokenSequence]()
         counts = batch.kind.counts(batch, results)
         if counts is not None:
             self.scheduler.learned(batch, counts)
+        if self._following:  # log-probabilities of output are of tokens that are not taken in yet
+            self._report(flight, results, ended)
+        kept = self._take(flight, results, ended)
+        if batch.chunks:
+            self._note_first(batch)
         if self._following:
-            ended += self._report(flight, results)
-        kept = 0
+            kept -= self._follow(ended)
+        for sequence in ended:
+            self._ended(sequence)
+        return kept, ended
+
+    def _take(self, flight: _Flight, results: Mapping[str, np.ndarray], ended: list[TokenSequence]) -> int:
+        """Append tokens to their sequences; returns how many, and adds to ``ended`` whom they end."""
+        batch, void, kept = flight.batch, flight.void, 0
         for sequence, token in batch.kind.tokens(batch, results):
             if sequence.finish_reason is not None or (void and sequence in void):
                 continue  # a token before this one ended it, or it was aborted or sent back
             if token < 0:
-                if self._spoiled(sequence, f"output token {len(sequence.output)}", flight):
-                    ended.append(sequence)
+                self._spoiled(sequence, f"output token {len(sequence.output)}", flight, ended)
                 continue
             kept += 1
             if sequence.append(token):
                 ended.append(sequence)
                 kept -= not sequence.output  # of a prompt alone, log-probabilities were asked for
+        return kept
+
+    def _note_first(self, batch: Batch) -> None:
+        """First tokens come with the last chunk of a prompt."""
+        now = time.perf_counter()
         for chunk in batch.chunks:
             reply = self._replies.get(chunk.sequence)
             if reply is not None and chunk.sequence.output:
-                reply.first_token = reply.first_token or time.perf_counter()
+                reply.first_token = reply.first_token or now
+
+    def _follow(self, ended: list[TokenSequence]) -> int:
+        """Let replies read new tokens; returns how many are behind the ends of texts, which sequences lose."""
+        lost = 0
         for sequence, reply in list(self._following.items()):
             going_on = not sequence.done
-            kept -= reply.read()
+            lost += reply.read()
             if going_on and sequence.done:
                 ended.append(sequence)
-        for sequence in ended:
-            self._ended(sequence)
-        return kept, ended
+        return lost
 
-    def _report(self, flight: _Flight, results: Mapping[str, np.ndarray]) -> list[TokenSequence]:
-        """Give log-probabilities to the replies that follow; returns the sequences that have none and end."""
-        void, ended = flight.void, list[TokenSequence]()
+    def _report(self, flight: _Flight, results: Mapping[str, np.ndarray], ended: list[TokenSequence]) -> None:
+        """Give log-probabilities to replies that want them."""
+        void = flight.void
         wanted = {s for s in self._following if s.sampling.return_logprob and not s.done and s not in void}
         if not wanted:
-            return ended
+            return
         for sequence, place, logprob in flight.batch.kind.reports(flight.batch, results, wanted):
             if sequence.done or sequence in void:
                 continue
-            if math.isnan(logprob.logprob or 0.0):
-                if self._spoiled(sequence, f"prompt token {place}", flight):
-                    ended.append(sequence)
-                continue
-            self._following[sequence].report(place, logprob)
-        return ended
+            if place < len(sequence.prompt) and math.isnan(logprob.logprob or 0.0):
+                self._spoiled(sequence, f"prompt token {place}", flight, ended)
+            else:
+                self._following[sequence].report(place, logprob)
 
-    def _spoiled(self, sequence: TokenSequence, token: str, flight: _Flight) -> bool:
-        """A sequence has NaN or infinities: it is computed again if another may have made them, or ends.
-
-        Returns:
-            Whether it ends.
-        """
+    def _spoiled(
+        self, sequence: TokenSequence, token: str, flight: _Flight, ended: list[TokenSequence]
+    ) -> None:
+        """A sequence has NaN or infinities: it is computed again if another may have made them, or ends."""
         reply = self._replies.get(sequence)
         if self.scheduler.spoiled(sequence):
             for under_way in (flight, *self._flights):
                 under_way.void.add(sequence)
             if reply is not None:
                 reply.restart()
-            return False
+            return
         sequence.finish(ERROR)
+        ended.append(sequence)
         if reply is not None:
             reply.fail(
                 f"the logits of {token} are not finite: the model's weights are damaged or its activations overflow; "
                 "check the checkpoint, or compile the plan with another plan.activation_dtype or plan.weight_dtype"
             )
-        return True
 
     def _ended(self, sequence: TokenSequence) -> None:
         """A sequence has come to its end: the device has nothing more to do with it, and its reply is final."""
