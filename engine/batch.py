@@ -29,6 +29,11 @@ class Chunk:
     kind: StepKind | None = None
 
 
+def asked_kind(chunks: list[Chunk]) -> StepKind | None:
+    """The kind of step that has to run these chunks; None where others may."""
+    return next((chunk.kind for chunk in chunks if chunk.kind is not None), None)
+
+
 @dataclass(frozen=True)
 class Batch:
     """One step's work: generating rows, which run the token that was sampled for them last, then chunks.

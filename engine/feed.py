@@ -11,12 +11,17 @@ No input is held as a whole: ``room`` says how much of it should be there before
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Generic, TypeAlias, TypeVar
+from functools import partial
+from typing import Any, Generic, TypeAlias, TypeVar
 
+from makeready.engine.errors import reason_of
+from makeready.engine.given import is_long, samples_of
 from makeready.engine.loop import Engine
+from makeready.engine.output import Output
 from makeready.engine.reply import Reply
 
 # Replies that wait beside those that run: the scheduler chooses among so many, for shared prefixes and a full batch.
@@ -27,6 +32,7 @@ MADE = 16
 IDLE_SECONDS = 0.1
 
 Key = TypeVar("Key")
+Given: TypeAlias = "tuple[Any, ...]"  # a prompt, its sampling parameters, and what else makes its replies
 
 
 @dataclass(eq=False)
@@ -177,3 +183,30 @@ class Feed(Generic[Key]):
         if found is not None:
             asked, sample = found
             self._handed.append(Final(asked.key, sample, reply))
+
+
+def outputs_of(
+    engine: Engine, prompts: Iterator[Given], make: Callable[..., list[Reply]]
+) -> Generator[tuple[int, Output], None, None]:
+    """Run prompts as there is room for them; yields the place of each sample among all, and its output.
+
+    Args:
+        prompts: each with its sampling parameters and whatever else ``make`` takes.
+        make: the replies to a prompt; what it raises is the output of all of its samples.
+    """
+    more, end = True, 0
+    with closing(Feed[range](engine)) as feed:
+        while more or feed.busy:
+            room = feed.room
+            while room > 0 and (given := next(prompts, None)) is not None:
+                places = range(end, end + samples_of(given[1]))
+                feed.put(places, partial(make, *given), samples=len(places), long=is_long(given[0]))
+                end, room = places.stop, room - len(places)
+            more = room <= 0  # else there was no further prompt
+            for handed in feed.step():
+                places = handed.key
+                if isinstance(handed, Refused):
+                    reason = reason_of(handed.error, "the prompt cannot be read")
+                    yield from ((place, Output.refused(reason)) for place in places)
+                else:
+                    yield places[handed.sample], handed.reply.result()

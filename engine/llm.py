@@ -6,12 +6,11 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from makeready.engine.errors import RequestError, reason_of
-from makeready.engine.feed import Feed, Refused
+from makeready.engine.errors import RequestError
+from makeready.engine.feed import Feed, Refused, outputs_of
 from makeready.engine.fields import boolean, whole
 from makeready.engine.fields import text as field_text
 from makeready.engine.generation_config import sampling_defaults, told
@@ -20,11 +19,9 @@ from makeready.engine.given import (
     Sampling,
     conversations_of,
     ids_of,
-    is_long,
     limit_is_models,
     params_of,
     prompts_of,
-    samples_of,
     spread,
 )
 from makeready.engine.loop import Engine
@@ -187,33 +184,12 @@ class LLM:
             strict=True,
         )
         outputs: dict[int, Output] = {}
-        with closing(Feed[range](self.engine)) as feed:
-            for place, output in self._run(feed, asked):
+        with closing(outputs_of(self.engine, asked, self._made)) as finals:
+            for place, output in finals:
                 outputs[place] = output
                 if on_finish is not None:
                     on_finish(place, output)
         return [outputs[place] for place in range(len(outputs))]
-
-    def _run(
-        self, feed: Feed[range], asked: Iterator[tuple[Any, Any, Any, Any, Any]]
-    ) -> Iterator[tuple[int, Output]]:
-        """Run prompts as there is room for them; yields places and outputs as they are final."""
-        given, place = True, 0
-        while given or feed.busy:
-            room = feed.room
-            while room > 0 and (item := next(asked, None)) is not None:
-                prompt, sampling, *_ = item
-                places = range(place, place + samples_of(sampling))
-                feed.put(places, partial(self._made, *item), samples=len(places), long=is_long(prompt))
-                place, room = places.stop, room - len(places)
-            given = room <= 0  # else there was no further prompt
-            for handed in feed.step():
-                places = handed.key
-                if isinstance(handed, Refused):
-                    reason = reason_of(handed.error, "the prompt cannot be read")
-                    yield from ((place, Output.refused(reason)) for place in places)
-                else:
-                    yield places[handed.sample], handed.reply.result()
 
     def _made(
         self, prompt: Any, sampling: Any, extra_key: Any, priority: Any, add_special_tokens: Any

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from makeready.engine.batch import Batch, Chunk
+from makeready.engine.batch import Batch, Chunk, asked_kind
 from makeready.engine.errors import RequestError
 from makeready.engine.kv.pools import Pools
 from makeready.engine.kv.radix import PrefixCache
@@ -132,7 +132,7 @@ class Scheduler:
         self._collect()
         if not self._decoding and not chunks:
             return None
-        kind = _asked(chunks) or next(kind for kind in self._kinds if kind.takes(chunks))
+        kind = asked_kind(chunks) or next(kind for kind in self._kinds if kind.takes(chunks))
         return Batch(self._decoding, self._slots, chunks, admitted, self._retractions, kind)
 
     def launched(self, batch: Batch) -> None:
@@ -348,7 +348,7 @@ class Scheduler:
     def _room(self, chunks: list[Chunk], kind: StepKind | None) -> int:
         """Tokens that the step takes beside what is chosen, if it has to be of a kind; 0 or less for none."""
         self._collect()
-        asked = _asked(chunks) or kind
+        asked = asked_kind(chunks) or kind
         if kind is not None and asked is not kind:
             return 0
         room = self._steps[asked.name if asked else self._any].tokens - len(self._decoding)
@@ -373,7 +373,7 @@ class Scheduler:
         A step costs about as much as its bucket has tokens, and at least as much as ``max_rows`` of them.
         The generating rows run in the next step anyway.
         """
-        if not chunks or _asked(chunks):
+        if not chunks or asked_kind(chunks):
             return
         self._collect()
         last, decoding = chunks[-1], len(self._decoding)
@@ -392,11 +392,6 @@ class Scheduler:
         """Put what the last chunk completes into the prefix cache; those before it are there."""
         if chunks and not self.seats.states:
             self.seats.share(chunks[-1].sequence, chunks[-1].start + chunks[-1].count)
-
-
-def _asked(chunks: list[Chunk]) -> StepKind | None:
-    """The kind of step that has to run these chunks; None where others may."""
-    return next((chunk.kind for chunk in chunks if chunk.kind is not None), None)
 
 
 _STALE = np.zeros(0, np.int64)
