@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from makeready.engine.errors import RequestError
-from makeready.engine.feed import Asked, Feed, Handed, Refused
+from makeready.engine.feed import Entry, Feed, Handed, Refused
 from makeready.engine.given import Sampling
 from makeready.engine.llm import LLM
 from makeready.engine.output import Output
@@ -43,7 +43,7 @@ class _Call:
     replies: list[Reply]
     loop: asyncio.AbstractEventLoop
     queue: asyncio.Queue[Piece | BaseException] = field(default_factory=asyncio.Queue)
-    asked: Asked[_Call] | None = None  # once the feed has it
+    entry: Entry[_Call] | None = None  # once the feed has it
 
     def __post_init__(self) -> None:
         self._texts: list[list[str]] = [[] for _ in self.replies]
@@ -192,13 +192,13 @@ class AsyncLLM:
 
     def _put(self, call: _Call) -> None:
         self._calls[call] = None  # known before anything can go wrong: who reads it is told of that
-        call.asked = self._feed.put(call, lambda: call.replies)
+        call.entry = self._feed.put(call, lambda: call.replies)
 
     def _drop(self, call: _Call) -> None:
         if call in self._calls:
             del self._calls[call]
-            if call.asked is not None:
-                self._feed.drop(call.asked)
+            if call.entry is not None:
+                self._feed.drop(call.entry)
 
     def _deliver(self, handed: list[Handed[_Call]]) -> None:
         """Hand every reader what is new."""

@@ -36,7 +36,7 @@ Given: TypeAlias = "tuple[Any, ...]"  # a prompt, its sampling parameters, and w
 
 
 @dataclass(eq=False)
-class Asked(Generic[Key]):
+class Entry(Generic[Key]):
     """A prompt on its way; ``replies`` are there once they were made, one a sample."""
 
     key: Key
@@ -77,9 +77,9 @@ class Feed(Generic[Key]):
         self._engine, self._patient = engine, patient
         # One thread: texts that are long enough for it take memory, 300 bytes a byte of text.
         self._reader = ThreadPoolExecutor(1, "makeready reader")
-        self._reading: dict[Future[list[Reply]], Asked[Key]] = {}
-        self._ready: deque[tuple[Asked[Key], int]] = deque()
-        self._running: dict[Reply, tuple[Asked[Key], int]] = {}  # in the engine, waiting or running
+        self._reading: dict[Future[list[Reply]], Entry[Key]] = {}
+        self._ready: deque[tuple[Entry[Key], int]] = deque()
+        self._running: dict[Reply, tuple[Entry[Key], int]] = {}  # in the engine, waiting or running
         self._handed: list[Handed[Key]] = []
 
     @property
@@ -106,29 +106,31 @@ class Feed(Generic[Key]):
 
     @property
     def _samples_read(self) -> int:
-        return sum(asked.samples for asked in self._reading.values())
+        return sum(entry.samples for entry in self._reading.values())
 
     def put(
         self, key: Key, make: Callable[[], list[Reply]], *, samples: int = 1, long: bool = False
-    ) -> Asked[Key]:
+    ) -> Entry[Key]:
         """Take a prompt.
 
         Args:
             make: its replies, made now, or in a thread if it is ``long``. What it raises refuses the prompt.
             samples: how many these will be.
         """
-        asked = Asked(key, samples)
+        entry = Entry(key, samples)
         if long:
-            self._reading[self._reader.submit(make)] = asked
+            self._reading[self._reader.submit(make)] = entry
         else:
-            self._take(asked, make)
+            self._take(entry, make)
         self._queue()
-        return asked
+        return entry
 
     def step(self) -> list[Handed[Key]]:
         """Run one step of the engine; returns what is there to hand back by now."""
         for future in [future for future in self._reading if future.done()]:
-            self._take(self._reading.pop(future), future.result)
+            entry = self._reading.pop(future)
+            if not entry.dropped:
+                self._take(entry, future.result)
         self._queue()
         if self._reading and not (self._running or self._ready or self._handed):
             wait(self._reading, IDLE_SECONDS, FIRST_COMPLETED)
@@ -137,10 +139,10 @@ class Feed(Generic[Key]):
         handed, self._handed = self._handed, []
         return handed
 
-    def drop(self, asked: Asked[Key]) -> None:
+    def drop(self, entry: Entry[Key]) -> None:
         """End a prompt wherever it is; nothing more is handed back of it."""
-        asked.dropped = True
-        for reply in asked.replies:
+        entry.dropped = True
+        for reply in entry.replies:
             if self._running.pop(reply, None) is not None:
                 self._engine.abort(reply.sequence)
 
@@ -149,40 +151,40 @@ class Feed(Generic[Key]):
         for future in self._reading:
             future.cancel()
         self._reader.shutdown(wait=False)
-        for asked in {asked: None for asked, _ in self._running.values()}:
-            self.drop(asked)
+        for entry in {entry: None for entry, _ in self._running.values()}:
+            self.drop(entry)
         for left in (self._reading, self._ready, self._handed):
             left.clear()
 
-    def _take(self, asked: Asked[Key], make: Callable[[], list[Reply]]) -> None:
+    def _take(self, entry: Entry[Key], make: Callable[[], list[Reply]]) -> None:
         """The replies that ``make`` gives are ready."""
         try:
-            asked.replies = make()
+            entry.replies = make()
         except BaseException as error:
-            self._handed.append(Refused(asked.key, error))
-        self._ready.extend((asked, sample) for sample in range(len(asked.replies)))
+            self._handed.append(Refused(entry.key, error))
+        self._ready.extend((entry, sample) for sample in range(len(entry.replies)))
 
     def _queue(self) -> None:
         """Give the engine what is ready, as far as there is room."""
         while self._ready and (self._engine.room or not self._patient):
-            asked, sample = self._ready.popleft()
-            if asked.dropped:
+            entry, sample = self._ready.popleft()
+            if entry.dropped:
                 continue
-            reply = asked.replies[sample]
+            reply = entry.replies[sample]
             reply.on_finish = self._finish
-            self._running[reply] = asked, sample
+            self._running[reply] = entry, sample
             try:
                 self._engine.submit(reply.sequence, reply)
             except BaseException as error:
                 del self._running[reply]
-                self.drop(asked)
-                self._handed.append(Refused(asked.key, error))
+                self.drop(entry)
+                self._handed.append(Refused(entry.key, error))
 
     def _finish(self, reply: Reply) -> None:
         found = self._running.pop(reply, None)
         if found is not None:
-            asked, sample = found
-            self._handed.append(Final(asked.key, sample, reply))
+            entry, sample = found
+            self._handed.append(Final(entry.key, sample, reply))
 
 
 def outputs_of(

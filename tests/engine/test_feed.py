@@ -124,6 +124,19 @@ def test_what_is_dropped_ends_and_is_not_handed_back() -> None:
     assert engine.pool.held == 0
 
 
+def test_what_is_dropped_while_it_is_made_is_forgotten() -> None:
+    ready = threading.Event()
+
+    def slow() -> list[Reply]:
+        assert ready.wait(60)
+        raise ZeroDivisionError
+
+    with closing(Feed[int](engine_of())) as feed:
+        feed.drop(feed.put(0, slow, long=True))
+        ready.set()
+        assert drained(feed) == []
+
+
 def test_a_feed_within_a_feed_takes_nothing_from_it() -> None:
     """Somebody else steps the engine, and ends it: replies still reach the feed that asked for them."""
     engine = engine_of()
