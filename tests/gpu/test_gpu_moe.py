@@ -130,7 +130,7 @@ def test_combine() -> None:
         _, place, start = CONTRACTS["sort_by_expert"].reference(expert, experts=64)
         y = random(tokens * k, width, dtype=torch.bfloat16)
         y[int(start[-1]) :] = float("nan")
-        tensors = {"y": y.cuda(), "place": place.cuda(), "weight": random(tokens, k, seed=3).cuda()}
+        tensors = {"x": y.cuda(), "place": place.cuda(), "share": random(tokens, k, seed=3).cuda()}
         launcher.check(CONTRACTS["combine"], lambda c: ways("combine", c), tensors)
 
 

@@ -294,6 +294,8 @@ BUILDERS: Mapping[str, Callable[[str], Iterator[Case]]] = {
     "sort_by_expert": moe_inputs.sort,
     "route_and_sort": lambda op: moe_inputs.sorted_too(moe_inputs.route(op)),
     "combine": moe_inputs.combine,
+    "combine_add_rms_norm": moe_inputs.combine_norm,
+    "combine_add_rms_norm_quantize_fp8": moe_inputs.combine_norm,
     "grouped_linear": moe_inputs.grouped_linear,
     "grouped_linear_fp8": moe_inputs.grouped_linear_fp8,
     "grouped_linear_fp8_block": moe_inputs.grouped_linear_fp8_block,
