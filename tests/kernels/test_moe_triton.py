@@ -251,12 +251,12 @@ def _products(tokens, experts, k, width, inner):
 
 @compiled
 def test_cross_compiles():
-    """Of every call the first way, or where that spills the second, as the planner takes them."""
+    """Of every call the first way that does not spill, as the planner takes it."""
     for op, operands, attrs in _calls():
         call = op_call(op, operands, {**CONTRACTS[op].attrs, **attrs}, features=FEATURES)
         for kernel in registry.cuda_kernels(op):
             fitting = []
-            for way in kernel.candidates(call)[:2]:
+            for way in kernel.candidates(call)[:4]:
                 compiled = [(launch, aot.compile_launch(launch, call)) for launch in way.launches]
                 assert all(made.waits for _, made in compiled)
                 if all(m.spill_bytes <= n.local_bytes and m.shared <= call.shared_bytes for n, m in compiled):
