@@ -1,8 +1,9 @@
-"""A small model under compute-sanitizer: no bad access, no leak, no race, and the same tokens as without it.
+"""Small models under compute-sanitizer: no bad access, no leak, no race, and the same tokens as without it.
 
 python tests/gpu/sanitize.py [TOOL ...]      memcheck and synccheck; racecheck and initcheck where named
+python tests/gpu/sanitize.py mixture [TOOL ...]          of MODELS, that one alone
 
-Compiles a plan of two layers for the GPU at hand, then runs its buckets in a process without torch, once bare
+Compiles plans of two layers for the GPU at hand, then runs their buckets in a process without torch, once bare
 and once under each tool. initcheck reports reads of padding that nobody writes, which poisoned memory shows
 to be harmless (test_gpu_executable.py).
 """
@@ -28,6 +29,17 @@ FOUND = 9  # exit code where the tool found something
 PLACES = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer", "/opt/cuda/bin")
 PROMPTS = (5, 33, 1)  # tokens
 STEPS = 3
+MIXTURE = {
+    "model_type": "qwen3_moe",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 128,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+MODELS = {"dense": ({}, None), "mixture": (MIXTURE, None), "mixture_fp8": (MIXTURE, "fp8_block")}
 
 
 def run(plan_folder: str, checkpoint_folder: str) -> list[list[int]]:
@@ -48,8 +60,8 @@ def run(plan_folder: str, checkpoint_folder: str) -> list[list[int]]:
     return tokens
 
 
-def prepare(folder: Path) -> None:
-    """Write ``checkpoint`` and ``plan`` to ``folder``."""
+def prepare(folder: Path, model: str) -> None:
+    """Write ``checkpoint`` and ``plan`` of one of MODELS to ``folder``."""
     import torch
     from scripted_steps import SMALL, write_checkpoint
 
@@ -58,9 +70,11 @@ def prepare(folder: Path) -> None:
 
     major, minor = torch.cuda.get_device_capability()
     target = next(t.name for t in TARGETS.values() if t.arch == 10 * major + minor)
-    checkpoint = write_checkpoint(folder / "checkpoint", {**SMALL, "num_hidden_layers": 2})
+    changes, quant = MODELS[model]
+    checkpoint = write_checkpoint(folder / "checkpoint", {**SMALL, **changes, "num_hidden_layers": 2})
     limits = {"max_rows": 4, "max_tokens": 64, "context_len": 128}
-    plan = compile_plan(checkpoint, target=target, **limits, max_decode_buckets=1, max_extend_buckets=1)
+    few = {"max_decode_buckets": 1, "max_extend_buckets": 1}
+    plan = compile_plan(checkpoint, target=target, quant=quant, **limits, **few)
     plan.save(folder / "plan")
 
 
@@ -72,16 +86,21 @@ def child(folder: Path, before: list[str]) -> tuple[int, str, list[list[int]] | 
     return made.returncode, made.stdout + made.stderr, json.loads(lines[-1]) if lines else None
 
 
-def main(tools: list[str]) -> int:
-    """Run every tool; returns the exit code."""
+def main(models: list[str], tools: list[str]) -> int:
+    """Run every tool over every model; returns the exit code."""
     path = os.pathsep.join([os.environ.get("PATH", ""), *PLACES])
     sanitizer = os.environ.get("COMPUTE_SANITIZER") or shutil.which("compute-sanitizer", path=path)
     if sanitizer is None:
         print("compute-sanitizer is not on PATH; name it in COMPUTE_SANITIZER")
         return 2
+    return max(_sanitize(model, tools, sanitizer) for model in models)
+
+
+def _sanitize(model: str, tools: list[str], sanitizer: str) -> int:
+    """0 where no tool found anything."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        prepare(folder)
+        prepare(folder, model)
         code, output, expected = child(folder, [])
         if code or expected is None:
             print(output)
@@ -93,10 +112,8 @@ def main(tools: list[str]) -> int:
             code, output, tokens = child(folder, [sanitizer, *options])
             same = tokens == expected
             summaries = [line for line in output.splitlines() if "SUMMARY" in line]
-            print(
-                f"{tool:<10} {time.perf_counter() - began:5.1f} s  exit {code}  same tokens: {same}",
-                *summaries,
-            )
+            took = time.perf_counter() - began
+            print(f"{model:<12} {tool:<10} {took:5.1f} s  exit {code}  same tokens: {same}", *summaries)
             if code or not same:
                 bad += 1
                 print("\n".join(output.splitlines()[:60]))
@@ -107,4 +124,8 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--run"]:
         print(json.dumps(run(*sys.argv[2:])))
     else:
-        sys.exit(main(sys.argv[1:] or ["memcheck", "synccheck"]))
+        words = sys.argv[1:]
+        models = [word for word in words if word in MODELS]
+        sys.exit(
+            main(models or list(MODELS), [w for w in words if w not in MODELS] or ["memcheck", "synccheck"])
+        )
