@@ -144,7 +144,9 @@ def tilings(call: OpCall, *, narrow: bool, block: bool) -> list[Tiling]:
 
 def _ways(grouped: Grouped, sums: int) -> Iterator[Tiling]:
     step = 128 // grouped.weight_bytes
-    for t, (n, warps), stages in product_of((16, 32, 64, 128), ((64, 4), (64, 8), (128, 4), (128, 8)), (3, 4)):
+    for t, (n, warps), stages in product_of(
+        (16, 32, 64, 128), ((64, 4), (64, 8), (128, 4), (128, 8)), (3, 4)
+    ):
         if t * n * (grouped.outputs // grouped.columns) <= sums * 32 * warps:
             yield Tiling(t, n, step, warps, stages)
 

@@ -275,6 +275,7 @@ BUILDERS: Mapping[str, Callable[[str], Iterator[Case]]] = {
     "quantize_fp8_block": quantize_fp8_block,
     "rms_norm_quantize_fp8": lambda op: _grouped(_norm(op, "x"), _width("x")),
     "add_rms_norm_quantize_fp8": lambda op: _grouped(_norm(op, "x", "residual"), _width("x")),
+    "add_rms_norm_and_quantize_fp8": lambda op: _grouped(_norm(op, "x", "residual"), _width("x")),
     "silu_mul_quantize_fp8": lambda op: _grouped(_pointwise(op, "gate_up", even=True), _width("gate_up", 2)),
     "linear_fp8": linear_fp8,
     "linear_fp8_block": linear_fp8_block,
