@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from makeready.engine.errors import RequestError
+from makeready.engine.feed import Entry, Feed, Handed, Refused
 from makeready.engine.given import Sampling
 from makeready.engine.llm import LLM
-from makeready.engine.request import Output, Request
+from makeready.engine.output import Output
+from makeready.engine.reply import Reply
 
 
 @dataclass(frozen=True)
@@ -34,25 +36,34 @@ class Piece:
     output: Output | None = None
 
 
-@dataclass
-class _Stream:
-    """A sample and who reads it."""
+@dataclass(eq=False)
+class _Call:
+    """A call of ``generate``: the replies that it waits for, and who reads what they come to."""
 
-    index: int
-    request: Request
+    replies: list[Reply]
     loop: asyncio.AbstractEventLoop
-    queue: asyncio.Queue[Piece | BaseException]
-    texts: list[str] = field(default_factory=list)
-    sent: int = 0
+    queue: asyncio.Queue[Piece | BaseException] = field(default_factory=asyncio.Queue)
+    entry: Entry[_Call] | None = None  # once the feed has it
 
-    def piece(self) -> Piece | None:
-        """What is new, if anything."""
-        request = self.request
-        if not request.done and not self.texts and len(request.output) == self.sent:
-            return None
-        text, self.texts[:] = "".join(self.texts), ()
-        tokens, self.sent = tuple(request.output[self.sent :]), len(request.output)
-        return Piece(self.index, text, tokens, request.result() if request.done else None)
+    def __post_init__(self) -> None:
+        self._texts: list[list[str]] = [[] for _ in self.replies]
+        self._sent = [0] * len(self.replies)
+        self.left = set(range(len(self.replies)))  # samples whose last piece was not made
+        for reply, texts in zip(self.replies, self._texts, strict=True):
+            reply.on_text = texts.append
+
+    def pieces(self) -> Iterator[Piece]:
+        """What is new of each sample."""
+        for index in sorted(self.left):
+            reply, texts = self.replies[index], self._texts[index]
+            output = reply.sequence.output
+            if not (reply.done or texts or len(output) > self._sent[index]):
+                continue
+            text, texts[:] = "".join(texts), ()
+            tokens, self._sent[index] = tuple(output[self._sent[index] :]), len(output)
+            if reply.done:
+                self.left.remove(index)
+            yield Piece(index, text, tokens, reply.result() if reply.done else None)
 
 
 class AsyncLLM:
@@ -69,8 +80,9 @@ class AsyncLLM:
 
     def __init__(self, llm: LLM) -> None:
         self.llm = llm
-        self._engine = llm.engine
-        self._streams: dict[Request, _Stream] = {}  # the thread's own
+        # Who reads an answer is told at once where there is no room for it.
+        self._feed = Feed[_Call](llm.engine, patient=False)
+        self._calls: dict[_Call, None] = {}  # the thread's own, in order of arrival
         self._wake = threading.Condition()
         self._inbox: deque[Callable[[], None]] = deque()
         self._closed = False
@@ -113,28 +125,26 @@ class AsyncLLM:
             RequestError, TextError: the prompt cannot be served, or the engine is closed.
         """
         make = partial(
-            self.llm.requests,
+            self.llm.replies,
             prompt,
             sampling,
             extra_key=extra_key,
             priority=priority,
             add_special_tokens=add_special_tokens,
         )
-        requests = await asyncio.to_thread(make)  # a long text takes a while to tokenize
-        loop, queue = asyncio.get_running_loop(), asyncio.Queue()
-        streams = [_Stream(i, request, loop, queue) for i, request in enumerate(requests)]
-        self._ask(partial(self._submit, streams))
-        left = len(streams)
+        replies = await asyncio.to_thread(make)  # a long text takes a while to tokenize
+        call, left = _Call(replies, asyncio.get_running_loop()), len(replies)
+        self._ask(partial(self._put, call))
         try:
             while left:
-                piece = await queue.get()
+                piece = await call.queue.get()
                 if isinstance(piece, BaseException):
                     raise piece
                 left -= piece.output is not None
                 yield piece
         finally:
             if left:
-                self._ask(partial(self._abort, streams), required=False)
+                self._ask(partial(self._drop, call), required=False)
 
     def _ask(self, act: Callable[[], None], required: bool = True) -> None:
         """Have the thread do something between two steps."""
@@ -148,20 +158,19 @@ class AsyncLLM:
     def _run(self) -> None:
         try:
             while self._receive():
-                self._engine.step()
-                self._deliver()
+                self._deliver(self._feed.step())
         except BaseException as failure:
             self._failure = failure
         with self._wake:
             self._closed = True
         while self._inbox:
             self._last(self._inbox.popleft())
-        streams = list(self._streams.values())
-        if self._failure is not None:
-            self._put([(stream, self._failure) for stream in streams])
-        for stream in streams:
-            self._last(partial(self._engine.abort, stream.request))
-        self._deliver()
+        failed = self._failure is not None
+        self._last(self._feed.close)
+        if not failed:
+            self._deliver([])
+        last = self._failure or RequestError("the engine is closed; make a new AsyncLLM")
+        self._tell([(call, last) for call in self._calls])
 
     def _last(self, act: Callable[[], None]) -> None:
         """Do something although the thread ends; what broke before may break again."""
@@ -173,7 +182,7 @@ class AsyncLLM:
     def _receive(self) -> bool:
         """Wait for something to do, and do what was asked; False once closed."""
         with self._wake:
-            while not (self._closed or self._inbox or self._engine.busy):
+            while not (self._closed or self._inbox or self._feed.busy):
                 self._wake.wait()
             if self._closed:
                 return False
@@ -181,37 +190,31 @@ class AsyncLLM:
             self._inbox.popleft()()
         return True
 
-    def _submit(self, streams: Sequence[_Stream]) -> None:
-        # Known before anything can go wrong: whoever reads one of them is told of it.
-        self._streams |= {stream.request: stream for stream in streams}
-        for stream in streams:
-            stream.request.on_text = stream.texts.append
-            try:
-                self._engine.submit(stream.request)
-            except RequestError as error:
-                self._abort(streams)
-                self._put([(stream, error)])
-                return
+    def _put(self, call: _Call) -> None:
+        self._calls[call] = None  # known before anything can go wrong: who reads it is told of that
+        call.entry = self._feed.put(call, lambda: call.replies)
 
-    def _abort(self, streams: Sequence[_Stream]) -> None:
-        for stream in streams:
-            if self._streams.pop(stream.request, None) is not None:
-                self._engine.abort(stream.request)
+    def _drop(self, call: _Call) -> None:
+        if call in self._calls:
+            del self._calls[call]
+            if call.entry is not None:
+                self._feed.drop(call.entry)
 
-    def _deliver(self) -> None:
+    def _deliver(self, handed: list[Handed[_Call]]) -> None:
         """Hand every reader what is new."""
-        pieces = [
-            (stream, piece) for stream in self._streams.values() if (piece := stream.piece()) is not None
-        ]
-        for stream, piece in pieces:
-            if piece.output is not None:
-                del self._streams[stream.request]
-        self._put(pieces)
+        refused = [(each.key, each.error) for each in handed if isinstance(each, Refused)]
+        for call, _ in refused:
+            self._calls.pop(call, None)
+        pieces = [(call, piece) for call in self._calls for piece in call.pieces()]
+        for call, piece in pieces:
+            if piece.output is not None and not call.left:
+                self._calls.pop(call, None)
+        self._tell([*refused, *pieces])
 
-    def _put(self, items: Sequence[tuple[_Stream, Any]]) -> None:
+    def _tell(self, items: list[tuple[_Call, Any]]) -> None:
         """Into the readers' queues, with one call to each loop: a call wakes its thread."""
-        for loop in {stream.loop for stream, _ in items}:
-            mine = [(stream.queue, item) for stream, item in items if stream.loop is loop]
+        for loop in {call.loop for call, _ in items}:
+            mine = [(call.queue, item) for call, item in items if call.loop is loop]
             with suppress(RuntimeError):  # the loop is closed, and nobody reads any more
                 loop.call_soon_threadsafe(_put_all, mine)
 

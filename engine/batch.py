@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from makeready.engine.request import Request
+from makeready.engine.sequence import TokenSequence
 
 if TYPE_CHECKING:
     from makeready.engine.steps.base import StepKind
@@ -17,16 +17,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens ``start : start + count`` of a request's known ones; ``last`` if none is left behind them.
+    """Tokens ``start : start + count`` of a sequence's known ones; ``last`` if none is left behind them.
 
-    ``scores`` tokens of its prompt, from ``start + 1`` on, get their log-probabilities.
+    ``kind`` is the one kind of step that may run them; None if others may.
     """
 
-    request: Request
+    sequence: TokenSequence
     start: int
     count: int
     last: bool
-    scores: int = 0
+    kind: StepKind | None = None
+
+
+def asked_kind(chunks: list[Chunk]) -> StepKind | None:
+    """The kind of step that has to run these chunks; None where others may."""
+    return next((chunk.kind for chunk in chunks if chunk.kind is not None), None)
 
 
 @dataclass(frozen=True)
@@ -34,17 +39,17 @@ class Batch:
     """One step's work: generating rows, which run the token that was sampled for them last, then chunks.
 
     Attributes:
-        decoding: the generating requests, of ``slots``.
+        decoding: the generating sequences, of ``slots``.
         chunks: rows of prompts, and of what has to be computed again.
-        admitted: requests whose first step this is; they have their first chunk in it.
-        retractions: requests that were sent back to wait for it.
+        admitted: sequences whose first step this is; they have their first chunk in it.
+        retractions: sequences that were sent back to wait for it.
         kind: of the step that runs it.
     """
 
-    decoding: Sequence[Request]
+    decoding: list[TokenSequence]
     slots: np.ndarray
-    chunks: Sequence[Chunk]
-    admitted: Sequence[Request]
+    chunks: list[Chunk]
+    admitted: list[TokenSequence]
     retractions: int
     kind: StepKind
 
@@ -63,7 +68,14 @@ class Batch:
         """Tokens of all rows."""
         return len(self.decoding) + self.chunk_tokens
 
-    def sampling(self) -> Iterator[tuple[int, Request]]:
-        """Rows whose sampled token belongs to their request; behind other chunks it means nothing."""
-        ends = ((row, c.request) for row, c in enumerate(self.chunks, start=len(self.decoding)) if c.last)
-        return chain(enumerate(self.decoding), ends)
+    def of_rows(self, tokens: list[int]) -> Iterable[tuple[TokenSequence, int]]:
+        """Each row's sequence and the token that was sampled for it; behind chunks with others none is.
+
+        Args:
+            tokens: of each row, in order, and of padding rows.
+        """
+        if not self.chunks:
+            return zip(self.decoding, tokens, strict=False)
+        ends = tokens[len(self.decoding) : self.rows]
+        sampled = ((c.sequence, token) for c, token in zip(self.chunks, ends, strict=True) if c.last)
+        return chain(zip(self.decoding, tokens, strict=False), sampled)

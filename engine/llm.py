@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from makeready.engine.errors import RequestError
-from makeready.engine.feed import Feed
+from makeready.engine.feed import Feed, Refused, outputs_of
 from makeready.engine.fields import boolean, whole
 from makeready.engine.fields import text as field_text
 from makeready.engine.generation_config import sampling_defaults, told
@@ -26,9 +26,11 @@ from makeready.engine.given import (
 )
 from makeready.engine.loop import Engine
 from makeready.engine.options import SchedulerOptions
+from makeready.engine.output import Output, TokenLogprob
 from makeready.engine.planned import Report, plan_of, shareable
-from makeready.engine.request import Output, Request, TokenLogprob
+from makeready.engine.reply import Reply
 from makeready.engine.sampling import SamplingParams
+from makeready.engine.sequence import TokenSequence
 from makeready.engine.text.chat import read_template, render_chat
 from makeready.engine.text.tokenizer import Tokenizer, load_tokenizer
 from makeready.graphs.checkpoint.base import Checkpoint, open_checkpoint
@@ -182,7 +184,7 @@ class LLM:
             strict=True,
         )
         outputs: dict[int, Output] = {}
-        with closing(Feed(self.engine, self._made).run(asked)) as finals:
+        with closing(outputs_of(self.engine, asked, self._made)) as finals:
             for place, output in finals:
                 outputs[place] = output
                 if on_finish is not None:
@@ -191,11 +193,11 @@ class LLM:
 
     def _made(
         self, prompt: Any, sampling: Any, extra_key: Any, priority: Any, add_special_tokens: Any
-    ) -> list[Request]:
-        """The requests of a prompt."""
+    ) -> list[Reply]:
+        """The replies to a prompt."""
         if isinstance(prompt, Conversation):
             prompt = self.render(prompt.messages, **prompt.template)
-        return self.requests(
+        return self.replies(
             prompt,
             sampling,
             extra_key=extra_key,
@@ -240,7 +242,7 @@ class LLM:
     ) -> Iterator[str]:
         """Yield the text of one sample as it becomes final; the generator's value is the output.
 
-        Arguments are those of :meth:`requests`.
+        Arguments are those of :meth:`replies`.
 
         Raises:
             RequestError, TextError: it cannot be served, or could not go on.
@@ -249,7 +251,7 @@ class LLM:
         pieces: list[str] = []
         if params_of(sampling, self.generation_defaults).n != 1:
             raise RequestError("a stream is of one sample; use n=1")
-        (request,) = self.requests(
+        (reply,) = self.replies(
             prompt,
             sampling,
             extra_key=extra_key,
@@ -257,18 +259,18 @@ class LLM:
             add_special_tokens=add_special_tokens,
             fit=fit,
         )
-        request.on_text = pieces.append
-        self.engine.submit(request)
-        try:
-            while not request.done:
-                self.engine.step()
+        reply.on_text = pieces.append
+        with closing(Feed[None](self.engine, patient=False)) as feed:
+            feed.put(None, lambda: [reply])
+            while feed.busy:
+                for handed in feed.step():
+                    if isinstance(handed, Refused):
+                        raise handed.error
                 new, pieces[:] = pieces[:], ()
                 yield from new
-        finally:
-            self.engine.abort(request)
-        if request.error is not None:
-            raise RequestError(request.error)
-        return request.result()
+        if reply.error is not None:
+            raise RequestError(reply.error)
+        return reply.result()
 
     def render(
         self,
@@ -286,7 +288,7 @@ class LLM:
         text = render_chat(source, messages, **{**tokenizer.special_tokens, **template})
         return self._encode(text, boolean("add_special_tokens", add_special_tokens))
 
-    def requests(
+    def replies(
         self,
         prompt: str | Sequence[int],
         sampling: Sampling,
@@ -295,8 +297,8 @@ class LLM:
         priority: int = 0,
         add_special_tokens: bool = True,
         fit: bool = False,
-    ) -> list[Request]:
-        """The ``n`` requests of one prompt, checked but not queued; see :meth:`generate` for the rest.
+    ) -> list[Reply]:
+        """The ``n`` replies to one prompt, checked but not queued; see :meth:`generate` for the rest.
 
         Args:
             fit: lower ``max_new_tokens`` to what the context has room for; as without ``sampling``.
@@ -336,7 +338,7 @@ class LLM:
                 f"{self.plan.limits.max_stop_ids}; give fewer stop_token_ids"
             )
         return [
-            Request(ids, sampling, seed, ends, self.tokenizer, salt=extra_key, priority=priority)
+            Reply(TokenSequence(ids, sampling, seed, ends, extra_key, priority), self.tokenizer)
             for seed in map(sampling.seed, range(sampling.n))
         ]
 

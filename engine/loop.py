@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections import deque
@@ -14,8 +15,9 @@ from makeready.engine.batch import Batch
 from makeready.engine.errors import RequestError
 from makeready.engine.kv.pools import Pools
 from makeready.engine.options import SchedulerOptions
-from makeready.engine.request import ABORT, Request
+from makeready.engine.reply import Reply
 from makeready.engine.scheduler import Scheduler
+from makeready.engine.sequence import ABORT, ERROR, TokenSequence
 from makeready.engine.staging import Stage, slot_values
 from makeready.engine.step_record import StepRecord
 from makeready.graphs.executable.base import Executable, Pending
@@ -27,7 +29,7 @@ from makeready.graphs.plan.spec import Bucket
 class _Flight:
     """A step that was launched and not read, and when it was planned, staged, and launched.
 
-    ``void`` are requests for which its results count for nothing.
+    ``void`` are sequences for which its results count for nothing.
     """
 
     batch: Batch
@@ -36,15 +38,18 @@ class _Flight:
     planned: float
     staged: float
     launched: float
-    void: set[Request] = field(default_factory=set)
+    void: set[TokenSequence] = field(default_factory=set)
 
 
 class Engine:
-    """Runs requests on an executable. Sees buckets and pages; never a layer or a kernel.
+    """Runs sequences on an executable. Sees buckets and pages; never a layer or a kernel.
+
+    What a sequence comes to is written to its reply, where it has one: tokens are the sequence's own, text and
+    log-probabilities the reply's.
 
     Args:
         executable: a loaded plan.
-        options: how requests share it.
+        options: how sequences share it.
 
     Attributes:
         observer: told of every step when its results were taken in, if not None.
@@ -68,51 +73,55 @@ class Engine:
         self.observer: Callable[[StepRecord], None] | None = None
         self._stage = Stage(plan.steps, plan.limits.null_slot)
         self._flights: deque[_Flight] = deque()
+        self._replies: dict[TokenSequence, Reply] = {}
+        self._following: dict[TokenSequence, Reply] = {}  # of those that ran, what follows the tokens
         self.closed = False
         self._ahead = 1 if self.options.overlap and executable.asynchronous else 0
 
     @property
     def busy(self) -> bool:
-        """Whether any request is queued or running."""
+        """Whether any sequence is queued or running."""
         return bool(self.scheduler.waiting or self.scheduler.running)
 
     @property
     def room(self) -> int:
-        """Requests that may still be queued before further ones are refused."""
+        """Sequences that may still be queued before further ones are refused."""
         most = self.options.max_queued_requests
         return sys.maxsize if most is None else max(0, most - len(self.scheduler.waiting))
 
-    def submit(self, request: Request) -> None:
-        """Queue a request; see :meth:`Scheduler.submit` for what is refused."""
+    def submit(self, sequence: TokenSequence, reply: Reply | None = None) -> None:
+        """Queue a sequence; see :meth:`Scheduler.submit` for what is refused."""
         if self.closed:
             raise RequestError("the model is closed; load it again")
-        self.scheduler.submit(request)
+        self.scheduler.submit(sequence)
+        if reply is not None:
+            self._replies[sequence] = reply
 
     def close(self) -> None:
-        """End all requests and give back what the executable holds; does nothing the second time."""
+        """End all sequences and give back what the executable holds; does nothing the second time."""
         if self.closed:
             return
         self.closed = True
         try:
-            for request in (*self.scheduler.running, *self.scheduler.waiting):
-                self.abort(request)
+            for sequence in (*self.scheduler.running, *self.scheduler.waiting):
+                self.abort(sequence)
         finally:
             self._flights.clear()
             self.executable.close()
 
-    def abort(self, request: Request) -> None:
-        """End a request where it stands, waiting or running; nothing if it is done."""
-        if not request.done:
-            request.finish(ABORT)
-            self.scheduler.retire(request)
+    def abort(self, sequence: TokenSequence) -> None:
+        """End a sequence where it stands, waiting or running; nothing if it is done."""
+        if not sequence.done:
+            sequence.finish(ABORT)
+            self._ended(sequence)
 
-    def step(self) -> list[Request]:
+    def step(self) -> list[TokenSequence]:
         """Launch a step and read one: with overlap, the one that was launched by the call before.
 
-        A call that is interrupted ends the requests that run; those that wait are left as they are.
+        A call that is interrupted ends the sequences that run; those that wait are left as they are.
 
         Returns:
-            Requests that are finished by what was read.
+            Sequences that were ended by what was read.
         """
         finished = self._read(self._ahead)
         batch, began = None, time.perf_counter()
@@ -121,7 +130,8 @@ class Engine:
             if batch is not None:
                 self._launch(batch, began)
         except BaseException:
-            self.scheduler.reset()
+            for sequence in self.scheduler.reset():
+                self._ended(sequence)
             raise
         finished += self._read(self._ahead if batch is not None else 0)
         if not self.busy:
@@ -131,27 +141,37 @@ class Engine:
 
     def _launch(self, batch: Batch, began: float) -> None:
         planned, seats = time.perf_counter(), self.scheduler.seats
-        for request, chunk in zip(batch.admitted, batch.chunks[-len(batch.admitted) :], strict=False):
-            request.admitted = request.admitted or planned
-            self._tell(request, chunk.start)
-        if seats.windows:  # a chunk may need more pages than its step can tell of
-            for chunk in batch.chunks:
-                if chunk.request not in batch.admitted:
-                    self._tell(chunk.request, chunk.start)
+        admitted = set(batch.admitted)
+        for chunk in batch.chunks:
+            if chunk.sequence in admitted:
+                self._admit(chunk.sequence, planned)
+            elif not seats.windows:  # a chunk may need more pages of a window than its step can tell of
+                continue
+            self._tell(chunk.sequence, chunk.start)
         bucket = self.buckets.covering(batch.kind.name, batch.rows, batch.tokens)
         batch.kind.stage(batch, seats, self._stage)
         pending = self.executable.launch(bucket, self._stage.filled(bucket))
         self._flights.append(_Flight(batch, bucket, pending, began, planned, time.perf_counter()))
         self.scheduler.launched(batch)
 
-    def _tell(self, request: Request, computed: int) -> None:
-        """Write a request's slot on the device."""
-        pages = self.scheduler.seats.page_lists(request.slot)
-        self.executable.write_slot(request.slot, slot_values(request, computed, pages, self.executable.plan))
+    def _admit(self, sequence: TokenSequence, now: float) -> None:
+        """A sequence begins to run, for the first time or again."""
+        reply = self._replies.get(sequence)
+        if reply is not None:
+            reply.admitted = reply.admitted or now
+            if reply.follows:
+                self._following[sequence] = reply
 
-    def _read(self, ahead: int) -> list[Request]:
-        """Read steps until only ``ahead`` are under way; returns the requests that they finished."""
-        finished: list[Request] = []
+    def _tell(self, sequence: TokenSequence, computed: int) -> None:
+        """Write a sequence's slot on the device."""
+        pages = self.scheduler.seats.page_lists(sequence.slot)
+        self.executable.write_slot(
+            sequence.slot, slot_values(sequence, computed, pages, self.executable.plan)
+        )
+
+    def _read(self, ahead: int) -> list[TokenSequence]:
+        """Read steps until only ``ahead`` are under way; returns the sequences that they ended."""
+        finished: list[TokenSequence] = []
         while len(self._flights) > ahead:
             flight, began = self._flights[0], time.perf_counter()
             results = flight.pending.wait()
@@ -163,38 +183,96 @@ class Engine:
                 self.observer(self._record(flight, kept, began, read))
         return finished
 
-    def _commit(self, flight: _Flight, results: Mapping[str, np.ndarray]) -> tuple[int, list[Request]]:
-        """Give tokens to their requests; how many were kept, and who is finished by them."""
-        batch, finished = flight.batch, list[Request]()
+    def _commit(self, flight: _Flight, results: Mapping[str, np.ndarray]) -> tuple[int, list[TokenSequence]]:
+        """Give tokens to their sequences, then to replies; how many were kept, and who is ended by them."""
+        batch, ended = flight.batch, list[TokenSequence]()
         counts = batch.kind.counts(batch, results)
         if counts is not None:
             self.scheduler.learned(batch, counts)
-        kept, void = 0, flight.void
-        for request, token, logprob in batch.kind.commit(batch, results, void):
-            if request.finish_reason is not None or (void and request in void):
+        if self._following:  # log-probabilities of output are of tokens that are not taken in yet
+            self._report(flight, results, ended)
+        kept = self._take(flight, results, ended)
+        if batch.chunks:
+            self._note_first(batch)
+        if self._following:
+            kept -= self._follow(ended)
+        for sequence in ended:
+            self._ended(sequence)
+        return kept, ended
+
+    def _take(self, flight: _Flight, results: Mapping[str, np.ndarray], ended: list[TokenSequence]) -> int:
+        """Append tokens to their sequences; returns how many, and adds to ``ended`` whom they end."""
+        batch, void, kept = flight.batch, flight.void, 0
+        for sequence, token in batch.kind.tokens(batch, results):
+            if sequence.finish_reason is not None or (void and sequence in void):
                 continue  # a token before this one ended it, or it was aborted or sent back
-            if isinstance(token, str):
-                finished += self._spoiled(request, token, flight)
+            if token < 0:
+                self._spoiled(sequence, f"output token {len(sequence.output)}", flight, ended)
                 continue
             kept += 1
-            request.append(token, logprob)
-            if request.finish_reason is not None:
-                self.scheduler.retire(request)
-                finished.append(request)
-        return kept, finished
+            if sequence.append(token):
+                ended.append(sequence)
+                kept -= not sequence.output  # of a prompt alone, log-probabilities were asked for
+        return kept
 
-    def _spoiled(self, request: Request, what: str, flight: _Flight) -> list[Request]:
-        """A request has NaN or infinities: it is computed again if another may have made them, or ends."""
-        if self.scheduler.spoiled(request):
+    def _note_first(self, batch: Batch) -> None:
+        """First tokens come with the last chunk of a prompt."""
+        now = time.perf_counter()
+        for chunk in batch.chunks:
+            reply = self._replies.get(chunk.sequence)
+            if reply is not None and chunk.sequence.output:
+                reply.first_token = reply.first_token or now
+
+    def _follow(self, ended: list[TokenSequence]) -> int:
+        """Let replies read new tokens; returns how many are behind the ends of texts, which sequences lose."""
+        lost = 0
+        for sequence, reply in list(self._following.items()):
+            going_on = not sequence.done
+            lost += reply.read()
+            if going_on and sequence.done:
+                ended.append(sequence)
+        return lost
+
+    def _report(self, flight: _Flight, results: Mapping[str, np.ndarray], ended: list[TokenSequence]) -> None:
+        """Give log-probabilities to replies that want them."""
+        void = flight.void
+        wanted = {s for s in self._following if s.sampling.return_logprob and not s.done and s not in void}
+        if not wanted:
+            return
+        for sequence, place, logprob in flight.batch.kind.reports(flight.batch, results, wanted):
+            if sequence.done or sequence in void:
+                continue
+            if place < len(sequence.prompt) and math.isnan(logprob.logprob or 0.0):
+                self._spoiled(sequence, f"prompt token {place}", flight, ended)
+            else:
+                self._following[sequence].report(place, logprob)
+
+    def _spoiled(
+        self, sequence: TokenSequence, token: str, flight: _Flight, ended: list[TokenSequence]
+    ) -> None:
+        """A sequence has NaN or infinities: it is computed again if another may have made them, or ends."""
+        reply = self._replies.get(sequence)
+        if self.scheduler.spoiled(sequence):
             for under_way in (flight, *self._flights):
-                under_way.void.add(request)
-            return []
-        request.fail(
-            f"{what} are not finite: the model's weights are damaged or its activations overflow; check the "
-            "checkpoint, or compile the plan with another plan.activation_dtype or plan.weight_dtype"
-        )
-        self.scheduler.retire(request)
-        return [request]
+                under_way.void.add(sequence)
+            if reply is not None:
+                reply.restart()
+            return
+        sequence.finish(ERROR)
+        ended.append(sequence)
+        if reply is not None:
+            reply.fail(
+                f"the logits of {token} are not finite: the model's weights are damaged or its activations overflow; "
+                "check the checkpoint, or compile the plan with another plan.activation_dtype or plan.weight_dtype"
+            )
+
+    def _ended(self, sequence: TokenSequence) -> None:
+        """A sequence has come to its end: the device has nothing more to do with it, and its reply is final."""
+        self.scheduler.retire(sequence)
+        self._following.pop(sequence, None)
+        reply = self._replies.pop(sequence, None)
+        if reply is not None:
+            reply.finish()
 
     def _record(self, flight: _Flight, kept: int, began: float, read: float) -> StepRecord:
         batch, admitted = flight.batch, set(flight.batch.admitted)
@@ -203,7 +281,7 @@ class Engine:
             rows=batch.rows,
             tokens=batch.tokens,
             prompt_tokens=batch.chunk_tokens,
-            cached_tokens=sum(chunk.start for chunk in batch.chunks if chunk.request in admitted),
+            cached_tokens=sum(chunk.start for chunk in batch.chunks if chunk.sequence in admitted),
             new_tokens=kept,
             retractions=batch.retractions,
             waiting=len(self.scheduler.waiting),

@@ -2,7 +2,7 @@
 
 >>> metrics = Metrics()
 >>> engine.observer = metrics.step          # every step
->>> metrics.finish(request.result())        # every finished request
+>>> metrics.finish(reply.result())          # every reply that is final
 >>> metrics.render()                        # the text of a scrape, of exposition.CONTENT_TYPE
 
 Rates and shares are left to queries, so that any window can be taken, such as
@@ -15,7 +15,8 @@ Rates and shares are left to queries, so that any window can be taken, such as
 from __future__ import annotations
 
 from makeready.engine.exposition import Counter, Gauge, Histogram, render
-from makeready.engine.request import ERROR, Output
+from makeready.engine.output import Output
+from makeready.engine.sequence import ERROR
 from makeready.engine.step_record import StepRecord
 
 # Seconds. A decode step of an 8B model takes 5 to 30 ms, a long prefill step 0.2 s, the host's part of

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from makeready.engine.kv.radix import PrefixCache
 from makeready.engine.options import FCFS, LPM, SchedulerOptions
 from makeready.engine.ranking import RANKINGS
-from makeready.engine.request import Request
+from makeready.engine.sequence import TokenSequence
 
 # Policies that go by the cache look at so many of those that came first: a look costs 2 to 20 us, and with so
 # many to choose from a batch is filled with what belongs together.
@@ -17,9 +17,9 @@ WINDOW = 128
 
 
 class WaitingQueue:
-    """Requests that wait.
+    """Sequences that wait.
 
-    Kept in sorted lists: in order of arrival, which a request that was sent back keeps, and in order of its
+    Kept in sorted lists: in order of arrival, which a sequence that was sent back keeps, and in order of its
     rank where the policy ranks each by itself. Adding and removing move a few pointers: 20 us at 100,000.
     """
 
@@ -28,48 +28,52 @@ class WaitingQueue:
         self._cache = cache
         self._size = page_size
         self._tickets = 0
-        self._arrived: list[Request] = []
-        self._ranked: list[Request] = []
-        self._ranks: dict[Request, tuple[float, int]] = {}
+        self._arrived: list[TokenSequence] = []
+        self._ranked: list[TokenSequence] = []
+        self._ranks: dict[TokenSequence, tuple[float, int]] = {}
         ranking = RANKINGS.get(options.policy)
         self._rank = None if ranking is None else ranking(options)
 
     def __len__(self) -> int:
         return len(self._arrived)
 
-    def __iter__(self) -> Iterator[Request]:
+    def __iter__(self) -> Iterator[TokenSequence]:
         """In order of arrival."""
         return iter(self._arrived)
 
-    def __contains__(self, request: object) -> bool:
-        at = bisect_left(self._arrived, request.ticket, key=_ticket) if isinstance(request, Request) else 0
-        return at < len(self._arrived) and self._arrived[at] is request
+    def __contains__(self, sequence: object) -> bool:
+        at = (
+            bisect_left(self._arrived, sequence.ticket, key=_ticket)
+            if isinstance(sequence, TokenSequence)
+            else 0
+        )
+        return at < len(self._arrived) and self._arrived[at] is sequence
 
-    def add(self, request: Request) -> None:
-        """Let a request wait, for the first time or again."""
-        if request.ticket < 0:
+    def add(self, sequence: TokenSequence) -> None:
+        """Let a sequence wait, for the first time or again."""
+        if sequence.ticket < 0:
             self._tickets += 1
-            request.ticket = self._tickets
-        insort(self._arrived, request, key=_ticket)
+            sequence.ticket = self._tickets
+        insort(self._arrived, sequence, key=_ticket)
         if self._rank is not None:
-            self._ranks[request] = (self._rank(request), request.ticket)
-            insort(self._ranked, request, key=self._ranks.__getitem__)
+            self._ranks[sequence] = (self._rank(sequence), sequence.ticket)
+            insort(self._ranked, sequence, key=self._ranks.__getitem__)
 
-    def remove(self, request: Request) -> None:
-        """A request waits no more."""
-        del self._arrived[bisect_left(self._arrived, request.ticket, key=_ticket)]
+    def remove(self, sequence: TokenSequence) -> None:
+        """A sequence waits no more."""
+        del self._arrived[bisect_left(self._arrived, sequence.ticket, key=_ticket)]
         if self._rank is not None:
-            del self._ranked[bisect_left(self._ranked, self._ranks[request], key=self._ranks.__getitem__)]
-            del self._ranks[request]
+            del self._ranked[bisect_left(self._ranked, self._ranks[sequence], key=self._ranks.__getitem__)]
+            del self._ranks[sequence]
 
-    def admitted(self, request: Request) -> None:
-        """A request waits no more, for it was chosen: one that came before it was passed over."""
-        self.remove(request)
-        if self._arrived and self._arrived[0].ticket < request.ticket:
+    def admitted(self, sequence: TokenSequence) -> None:
+        """A sequence waits no more, for it was chosen: one that came before it was passed over."""
+        self.remove(sequence)
+        if self._arrived and self._arrived[0].ticket < sequence.ticket:
             self._arrived[0].passed_over += 1
 
-    def order(self, count: int) -> list[Request]:
-        """The next ``count`` requests to admit, as things stand; fewer if fewer wait or are looked at."""
+    def order(self, count: int) -> list[TokenSequence]:
+        """The next ``count`` sequences to admit, as things stand; fewer if fewer wait or are looked at."""
         if self._rank is not None:
             order = self._ranked[:count]
         elif self._options.policy == FCFS:
@@ -84,40 +88,40 @@ class WaitingQueue:
         if left > 0:
             return order[: min(left, count)]
         first.urgent = True
-        return [first, *(request for request in order if request is not first)][:count]
+        return [first, *(sequence for sequence in order if sequence is not first)][:count]
 
-    def _by_match(self, requests: list[Request]) -> list[Request]:
+    def _by_match(self, sequences: list[TokenSequence]) -> list[TokenSequence]:
         """The longest cached prefix first, then who came first."""
-        return sorted(requests, key=lambda request: -self._match(request))
+        return sorted(sequences, key=lambda sequence: -self._match(sequence))
 
-    def _by_weight(self, requests: list[Request]) -> list[Request]:
-        """Depth first through the tree of cached prefixes, at every fork where most requests are first.
+    def _by_weight(self, sequences: list[TokenSequence]) -> list[TokenSequence]:
+        """Depth first through the tree of cached prefixes, at every fork where most sequences are first.
 
         Behind a prefix come first those whose own goes on, then those whose ends there.
         """
-        paths = {request: self._path(request) for request in requests}
+        paths = {sequence: self._path(sequence) for sequence in sequences}
         weight = Counter(key for path in paths.values() for key in path)
         # Between equals who came first, so that every process orders alike whatever the keys are.
         place = {key: (-weight[key], i) for i, key in enumerate(weight)}
         end = (1, 0)
 
-        def branches(request: Request) -> list[tuple[int, int]]:
-            path = paths[request]
-            # Pages of equal weight in a row are of the same requests: the first of them is enough to compare.
+        def branches(sequence: TokenSequence) -> list[tuple[int, int]]:
+            path = paths[sequence]
+            # Pages of equal weight in a row are of the same sequences: the first of them is enough to compare.
             new = [i for i, key in enumerate(path) if i == 0 or weight[key] < weight[path[i - 1]]]
             return [*(place[path[i]] for i in new), end]
 
-        return sorted(requests, key=branches)
+        return sorted(sequences, key=branches)
 
-    def _path(self, request: Request) -> list[int]:
-        """Keys of the cached pages that a request begins with."""
-        pages = self._match(request) // self._size
-        return [request.page_key(page, self._size) for page in range(pages)]
+    def _path(self, sequence: TokenSequence) -> list[int]:
+        """Keys of the cached pages that a sequence begins with."""
+        pages = self._match(sequence) // self._size
+        return [sequence.page_key(page, self._size) for page in range(pages)]
 
-    def _match(self, request: Request) -> int:
+    def _match(self, sequence: TokenSequence) -> int:
         assert self._cache is not None
-        return self._cache.match(request.ids()[:-1], request.salt)
+        return self._cache.match(sequence.ids()[:-1], sequence.salt)
 
 
-def _ticket(request: Request) -> int:
-    return request.ticket
+def _ticket(sequence: TokenSequence) -> int:
+    return sequence.ticket

@@ -1,6 +1,6 @@
-"""Orders of admission that rank each waiting request by itself: one function each.
+"""Orders of admission that rank each waiting sequence by itself: one function each.
 
-A policy here is a function of the options that gives a function of a request; the lowest goes first, between
+A policy here is a function of the options that gives a function of a sequence; the lowest goes first, between
 equals who came first. Policies that go by the cache are in policy.py.
 """
 
@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
     from makeready.engine.options import SchedulerOptions
-    from makeready.engine.request import Request
+    from makeready.engine.sequence import TokenSequence
 
-Rank: TypeAlias = "Callable[[Request], float]"
+Rank: TypeAlias = "Callable[[TokenSequence], float]"
 Ranking: TypeAlias = "Callable[[SchedulerOptions], Rank]"
 
 RANKINGS: dict[str, Ranking] = {}
@@ -33,17 +33,17 @@ def ranking(name: str) -> Callable[[Ranking], Ranking]:
 @ranking("lof")
 def longest_output_first(options: SchedulerOptions) -> Rank:
     """Who may generate most."""
-    return lambda request: -request.sampling.max_new_tokens
+    return lambda sequence: -sequence.sampling.max_new_tokens
 
 
 @ranking("random")
 def by_lot(options: SchedulerOptions) -> Rank:
     """In an order that ``random_seed`` decides."""
     source = random.Random(options.random_seed)
-    return lambda request: source.random()
+    return lambda sequence: source.random()
 
 
 @ranking("priority")
 def by_priority(options: SchedulerOptions) -> Rank:
-    """The highest ``Request.priority``."""
-    return lambda request: -request.priority
+    """The highest ``priority``."""
+    return lambda sequence: -sequence.priority

@@ -1,9 +1,9 @@
-"""What the host keeps of every running request, by slot: a decode step touches arrays, no request.
+"""What the host keeps of every running sequence, by slot: a decode step touches arrays, no sequence.
 
     S slots   P pages of a row
 
-A running request holds pages for the tokens that it has been admitted with, and takes further ones before
-they are needed. The first of them may be of the prefix cache (``Request.prefix``); the others are its own.
+A running sequence holds pages for the tokens that it has been admitted with, and takes further ones before
+they are needed. The first of them may be of the prefix cache (``prefix`` of the sequence); the others are its own.
 Of a cache group with a window it holds only what is still read, and takes it chunk by chunk; of states see
 ``kv/rows.py``. All page lists of a row go on in the same places.
 
@@ -20,7 +20,7 @@ writes them is under way. A state is read as the steps before left it: it is sha
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection
 
 import numpy as np
 
@@ -29,12 +29,12 @@ from makeready.engine.kv.pool import PagePool
 from makeready.engine.kv.pools import Pools
 from makeready.engine.kv.radix import PrefixCache
 from makeready.engine.kv.rows import StateRows, WindowRows
-from makeready.engine.request import Request
+from makeready.engine.sequence import TokenSequence
 from makeready.graphs.plan.spec import Limits
 
 
 class Seats:
-    """Slots and blocks of running requests.
+    """Slots and blocks of running sequences.
 
     Args:
         limits: of the plan.
@@ -45,7 +45,7 @@ class Seats:
 
     Attributes:
         least_S, most_S: bounds of the tokens whose keys and values are in the cache once what is launched has run.
-        left_S: tokens that the request may still sample, at most, beyond those that are being sampled.
+        left_S: tokens that the sequence may still sample, at most, beyond those that are being sampled.
         limit_S: tokens that it can come to.
         held_S: pages, of a group that keeps everything.
         pages_SP: which, for each group in the order of ``Pools.lists``; 0 where none is held.
@@ -82,7 +82,7 @@ class Seats:
 
     @property
     def free(self) -> int:
-        """Slots for further requests."""
+        """Slots for further sequences."""
         return len(self._free)
 
     @property
@@ -92,7 +92,7 @@ class Seats:
 
     @property
     def usable(self) -> int:
-        """Pages that a request could have if it were alone."""
+        """Pages that a sequence could have if it were alone."""
         return min((pool.usable for pool in self.pools.full), default=sys.maxsize)
 
     def pages_for(self, tokens: int) -> int:
@@ -100,47 +100,47 @@ class Seats:
         return -(-tokens // self._size)
 
     def wanted(self, share: float) -> int:
-        """Further pages that requests will hold if they still generate a ``share`` of what they may."""
+        """Further pages that sequences will hold if they still generate a ``share`` of what they may."""
         slots = np.flatnonzero(self.held_S)
         left = self.left_S[slots]
-        # The token that ends a request is never run: it needs no place.
+        # The token that ends a sequence is never run: it needs no place.
         tokens = self.limit_S[slots] - 1 - left + (share * left).astype(np.int64)
         return int(np.maximum(-(-tokens // self._size) - self.held_S[slots], 0).sum())
 
-    def enter(self, request: Request, share: float) -> bool:
-        """Give a request a slot, what is cached of it, and pages of its own for the rest of its tokens.
+    def enter(self, sequence: TokenSequence, share: float) -> bool:
+        """Give a sequence a slot, what is cached of it, and pages of its own for the rest of its tokens.
 
         Args:
-            request: waits; a slot is free.
+            sequence: waits; a slot is free.
             share: of the tokens that it and all others may still generate, how many pages are kept for.
 
         Returns:
             Whether pages suffice; nothing has changed otherwise.
         """
-        if self._counted and not self._fits(self.pages_for(request.most_tokens - 1)):
+        if self._counted and not self._fits(self.pages_for(sequence.most_tokens - 1)):
             return False
-        ids = request.ids()
+        ids = sequence.ids()
         now = self.pages_for(len(ids))
-        later = self.pages_for(len(ids) - 1 + int(share * request.left))
+        later = self.pages_for(len(ids) - 1 + int(share * sequence.left))
         need = max(now, later) + self.wanted(share)
-        reusable = ids[: request.reusable]
+        reusable = ids[: sequence.reusable]
         if need > self.available:  # cached pages may make up for the difference
-            found = self.cache.match(reusable, request.salt) // self._size if self.cache else 0
+            found = self.cache.match(reusable, sequence.salt) // self._size if self.cache else 0
             if need - found > self.available:
                 return False
-        known = self.cache.known(reusable, request.salt) if self.cache and self.states else 0
-        prefix = self.cache.acquire(reusable, request.salt, request.priority) if self.cache else None
+        known = self.cache.known(reusable, sequence.salt) if self.cache and self.states else 0
+        prefix = self.cache.acquire(reusable, sequence.salt, sequence.priority) if self.cache else None
         cached = prefix.tokens // self._size if prefix else 0
         if need - cached > self.available:
             if prefix is not None and self.cache is not None:
                 self.cache.abandon(prefix)
             return False
-        slot = request.slot = self._free.pop()
-        request.prefix = prefix
-        request.borrowed |= bool(cached)
+        slot = sequence.slot = self._free.pop()
+        sequence.prefix = prefix
+        sequence.borrowed |= bool(cached)
         self.least_S[slot] = self.most_S[slot] = cached * self._size
-        self.left_S[slot] = request.left
-        self.limit_S[slot] = request.most_tokens
+        self.left_S[slot] = sequence.left
+        self.limit_S[slot] = sequence.most_tokens
         self.held_S[slot] = self.told_S[slot] = now  # the device is told of them when it is admitted
         self._fork_S[slot] = known
         for g, pool in enumerate(self.pools.full):
@@ -149,20 +149,20 @@ class Seats:
             )
         for g, rows in enumerate(self.windows):
             rows.enter(
-                slot, prefix.tails[g] if prefix else [], cached, self.pages_for(request.most_tokens - 1)
+                slot, prefix.tails[g] if prefix else [], cached, self.pages_for(sequence.most_tokens - 1)
             )
         for g, rows in enumerate(self.states):
             rows.enter(slot, prefix.states[g] if prefix else 0)
         return True
 
-    def could_enter(self, request: Request, leaving: Sequence[Request]) -> bool:
-        """Whether a request could be admitted, once those that are ``leaving`` are gone."""
-        if not self._fits(self.pages_for(request.most_tokens - 1), [r.slot for r in leaving]):
+    def could_enter(self, sequence: TokenSequence, leaving: Collection[TokenSequence]) -> bool:
+        """Whether a sequence could be admitted, once those that are ``leaving`` are gone."""
+        if not self._fits(self.pages_for(sequence.most_tokens - 1), [s.slot for s in leaving]):
             return False
-        own = sum(len(self._own(r, 0)) for r in leaving) if self.pools.full else 0
-        return self.pages_for(request.length) <= self.available + own
+        own = sum(len(self._own(s, 0)) for s in leaving) if self.pools.full else 0
+        return self.pages_for(sequence.length) <= self.available + own
 
-    def chunk(self, slot: int, start: int, count: int) -> int:
+    def cut(self, slot: int, start: int, count: int) -> int:
         """Of ``count`` tokens behind ``start``, how many the row's next chunk has; it has pages for these."""
         if not self._counted or not count:
             return count
@@ -184,7 +184,7 @@ class Seats:
         near = slots[self.most_S[slots] + self._gain > self.held_S[slots] * self._size]
         if not len(near):
             return near
-        # The token that ends a request is never run: it needs no place.
+        # The token that ends a sequence is never run: it needs no place.
         tokens = np.minimum(self.most_S[near] + self._gain, self.limit_S[near] - 1)
         return np.repeat(near, np.maximum(-(-tokens // self._size) - self.held_S[near], 0))
 
@@ -243,69 +243,69 @@ class Seats:
         for rows in self.windows:
             rows.slide(slots, self.least_S[slots])
 
-    def share(self, request: Request, end: int) -> None:
+    def share(self, sequence: TokenSequence, end: int) -> None:
         """Let others have what is complete of the first ``end`` tokens, which the step being chosen runs.
 
         Not where the cache has the same from elsewhere: pages that are about to be written stay the
-        request's own, and only a state is left there. With states it is for steps that were launched.
+        sequence's own, and only a state is left there. With states it is for steps that were launched.
         """
-        if self.cache is None or request.prefix is None:
+        if self.cache is None or sequence.prefix is None:
             return
-        ids = request.ids()[: end // self._size * self._size]
-        if len(ids) <= request.prefix.tokens:
+        ids = sequence.ids()[: end // self._size * self._size]
+        if len(ids) <= sequence.prefix.tokens:
             return
-        states = self._state_behind(request, end)
-        if self.cache.ends(request.prefix, ids):
-            self._insert(request, ids, states)
+        states = self._state_behind(sequence, end)
+        if self.cache.ends(sequence.prefix, ids):
+            self._insert(sequence, ids, states)
         elif any(states):
-            self.cache.keep_states(request.prefix, ids, states)
+            self.cache.keep_states(sequence.prefix, ids, states)
         for rows in self.states:
-            rows.turn(request.slot)
+            rows.turn(sequence.slot)
 
-    def leave(self, request: Request) -> None:
+    def leave(self, sequence: TokenSequence) -> None:
         """Take slot and blocks back; what was computed of known tokens stays in the prefix cache."""
-        slot, prefix = request.slot, request.prefix
+        slot, prefix = sequence.slot, sequence.prefix
         if self.cache is not None and prefix is not None:
-            known = min(int(self.least_S[slot]), request.length)
+            known = min(int(self.least_S[slot]), sequence.length)
             if known // self._size > prefix.tokens // self._size:
                 exact = self.least_S[slot] == self.most_S[slot] == known
-                states = self._state_behind(request, known) if exact else []
-                self._insert(request, request.ids()[:known], states)
+                states = self._state_behind(sequence, known) if exact else []
+                self._insert(sequence, sequence.ids()[:known], states)
         for rows in (*self.windows, *self.states):
             rows.leave(slot)
         for g, pool in enumerate(self.pools.full):
-            pool.release(self._own(request, g))
+            pool.release(self._own(sequence, g))
             self.pages_SP[g][slot, : self.held_S[slot]] = 0
-        if self.cache is not None and request.prefix is not None:
-            self.cache.release(request.prefix)
-            request.prefix = None
+        if self.cache is not None and sequence.prefix is not None:
+            self.cache.release(sequence.prefix)
+            sequence.prefix = None
         self.held_S[slot] = 0
         self._free.append(slot)
-        request.slot = -1
+        sequence.slot = -1
 
-    def _fits(self, pages: int, leaving: Sequence[int] = ()) -> bool:
+    def _fits(self, pages: int, leaving: Collection[int] = ()) -> bool:
         """Whether windows and states have room for one more row, of ``pages`` at most."""
         return all(rows.fits(pages, leaving) for rows in self.windows) and all(
             rows.fits(leaving) for rows in self.states
         )
 
-    def _own(self, request: Request, group: int) -> list[int]:
-        shared = request.prefix.tokens // self._size if request.prefix is not None else 0
-        return self.pages_SP[group][request.slot, shared : self.held_S[request.slot]].tolist()
+    def _own(self, sequence: TokenSequence, group: int) -> list[int]:
+        shared = sequence.prefix.tokens // self._size if sequence.prefix is not None else 0
+        return self.pages_SP[group][sequence.slot, shared : self.held_S[sequence.slot]].tolist()
 
-    def _state_behind(self, request: Request, end: int) -> list[int]:
+    def _state_behind(self, sequence: TokenSequence, end: int) -> list[int]:
         """Blocks with the states behind the first ``end`` tokens, all that were launched; 0 for none."""
         if end % self._size:
             return [0 for _ in self.states]
-        return [rows.own(request.slot) for rows in self.states]
+        return [rows.own(sequence.slot) for rows in self.states]
 
-    def _insert(self, request: Request, ids: np.ndarray, states: list[int]) -> None:
+    def _insert(self, sequence: TokenSequence, ids: np.ndarray, states: list[int]) -> None:
         assert self.cache is not None
-        assert request.prefix is not None
+        assert sequence.prefix is not None
         full = len(ids) // self._size
-        pages = [own[request.slot, :full].tolist() for own in self.pages_SP]
-        request.prefix = self.cache.insert(request.prefix, ids, pages, states)
-        request.borrowed |= request.prefix.blocks != pages[: len(self.pools.full)]
+        pages = [own[sequence.slot, :full].tolist() for own in self.pages_SP]
+        sequence.prefix = self.cache.insert(sequence.prefix, ids, pages, states)
+        sequence.borrowed |= sequence.prefix.blocks != pages[: len(self.pools.full)]
 
     def _take(self, pool: PagePool, count: int) -> list[int]:
         if self.cache is not None and count > pool.free:

@@ -1,4 +1,4 @@
-"""What a step reads, as arrays; and what the device is told of a request when it is admitted."""
+"""What a step reads, as arrays; and what the device is told of a sequence when it is admitted."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from makeready.engine.request import Request
 from makeready.engine.sampling import CHECKS
+from makeready.engine.sequence import TokenSequence
 from makeready.graphs.plan.plan import Plan
 from makeready.graphs.plan.spec import Bucket, Field, StepSpec
 
@@ -20,10 +20,14 @@ class Stage:
 
     Args:
         steps: of the plan. Kinds share an array for a field of one name.
+
+    Attributes:
+        generating: slots of the rows that were written last, if all of them run what the device sampled.
     """
 
     def __init__(self, steps: Mapping[str, StepSpec], null_slot: int) -> None:
         self.null_slot = null_slot
+        self.generating: np.ndarray | None = None
         self._fields = {
             kind: tuple((f.name, str(f.spec.shape[0])) for f in step.staged) for kind, step in steps.items()
         }
@@ -67,9 +71,9 @@ class Stage:
 
 
 def slot_values(
-    request: Request, computed: int, pages: Mapping[str, np.ndarray], plan: Plan
+    sequence: TokenSequence, computed: int, pages: Mapping[str, np.ndarray], plan: Plan
 ) -> dict[str, object]:
-    """What the device's slot table is told of a request when it is admitted.
+    """What the device's slot table is told of a sequence when it is admitted.
 
     A slot field that is called like a sampling parameter holds its value; the others are said here.
 
@@ -78,13 +82,13 @@ def slot_values(
             history, which penalties look at.
         pages: its page lists, by field.
     """
-    sampling = request.sampling
-    stop_ids = sorted(request.end_ids)[: plan.limits.max_stop_ids] if sampling.min_new_tokens else []
+    sampling = sequence.sampling
+    stop_ids = sorted(sequence.end_ids)[: plan.limits.max_stop_ids] if sampling.min_new_tokens else []
     values: dict[str, object] = {f.name: getattr(sampling, f.name) for f in plan.slots if f.name in CHECKS}
     values |= {
         **pages,
-        "prompt_len": len(request.prompt),
-        "seed": request.seed,
+        "prompt_len": len(sequence.prompt),
+        "seed": sequence.seed,
         "stop_ids": stop_ids,
         "bias_ids": list(sampling.logit_bias),
         "bias_values": list(sampling.logit_bias.values()),
@@ -93,5 +97,5 @@ def slot_values(
     if computed and (
         sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1
     ):
-        values["history"] = request.ids()[:computed]
+        values["history"] = sequence.ids()[:computed]
     return values

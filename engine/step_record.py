@@ -18,15 +18,15 @@ class StepRecord:
         bucket: whose program ran; its phase, rows and tokens, padding included.
         rows, tokens: that were live.
         prompt_tokens: of these tokens, how many were of prompts (or recomputed), not sampled ones.
-        cached_tokens: prompt tokens that requests admitted with this step did not have to run.
+        cached_tokens: prompt tokens that sequences admitted with this step did not have to run.
         new_tokens: sampled and kept.
-        retractions: requests that were sent back to wait before this step, for want of pages.
-        waiting, running: requests after it.
+        retractions: sequences that were sent back to wait before this step, for want of pages.
+        waiting, running: sequences after it.
         free, cached, held: pages after it.
-        plan_start: the host began to choose requests.
+        plan_start: the host began to choose sequences.
         launch_start, launch_end: it staged the batch and launched it.
         wait_start, results_read: it waited for the results, and had them.
-        commit_end: tokens were given to their requests.
+        commit_end: tokens were given to their sequences, and text to their replies.
     """
 
     bucket: Bucket

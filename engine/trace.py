@@ -23,7 +23,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from makeready.engine.request import ERROR, Output
+from makeready.engine.output import Output
+from makeready.engine.sequence import ERROR
 from makeready.engine.step_record import StepRecord
 
 HOST, DEVICE = 1, 2  # rows of the time line
@@ -37,7 +38,7 @@ class StepTrace:
 
     >>> with StepTrace("steps.json") as trace:
     ...     engine.observer = trace.step
-    ...     trace.finish(request.result())      # every finished request, when it finishes
+    ...     trace.finish(reply.result())      # every reply, when it is final
 
     Args:
         path: of the file, which is replaced.

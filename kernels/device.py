@@ -64,6 +64,7 @@ class Descriptor:
         strides: elements between neighbours along each axis; the last is 1.
         block: elements of each axis that one copy moves.
         swizzle: bytes of the pattern in shared memory (0, 32, 64 or 128); None for Triton alone.
+        promotion: bytes that come to L2 where any of them is asked for (128 or 256).
     """
 
     operand: str
@@ -71,6 +72,7 @@ class Descriptor:
     strides: tuple[int, ...]
     block: tuple[int, ...]
     swizzle: int | None = None
+    promotion: int = 128
 
 
 Argument: TypeAlias = Pointer | Scratch | Scalar | Descriptor

@@ -156,6 +156,36 @@ def test_the_plan_knows_no_planner():
     assert not wrong
 
 
+def reachable(*names: str) -> set[str]:
+    """These modules and all that they import as they are imported."""
+    seen: set[str] = set()
+    waiting = list(names)
+    while waiting:
+        name = waiting.pop()
+        if name not in seen and name in MODULES:
+            seen.add(name)
+            waiting += imports_of(name, late=False)
+    return seen
+
+
+def test_the_scheduler_knows_no_text_and_no_replies():
+    """What every rank of a plan would run alike: sequences in, batches out."""
+    kinds = [name for name in MODULES if name.startswith("makeready.engine.steps.")]
+    found = reachable("makeready.engine.scheduler", "makeready.engine.staging", *kinds)
+    assert {"makeready.engine.seats", "makeready.engine.policy", "makeready.engine.sequence"} <= found
+    others = ("text", "reply", "feed", "llm", "entrypoints", "protocol")
+    assert not {name for name in found if name.startswith(tuple(f"makeready.engine.{o}" for o in others))}
+    assert "makeready.engine.text.detokenize" in reachable(
+        "makeready.engine.loop"
+    )  # or nothing would be found
+
+
+def test_protocols_know_no_batch_files():
+    protocols = [name for name in MODULES if name.startswith("makeready.engine.protocol.")]
+    assert len(protocols) >= 4
+    assert not {name for name in reachable(*protocols) if name.startswith("makeready.engine.entrypoints")}
+
+
 @pytest.mark.parametrize("layer", ["engine", "graphs", "kernels"])
 def test_layers_are_no_packages_of_their_own(layer):
     """A top-level package called kernels would be taken by transformers for Hugging Face's."""

@@ -14,7 +14,6 @@ from makeready.engine.entrypoints.batch.job import Rows, open_input, run_local
 from makeready.engine.entrypoints.batch.journal import Journal, Totals
 from makeready.engine.entrypoints.batch.on_ray import EngineSpec, Fleet
 from makeready.engine.entrypoints.batch.output import Files, check_output, open_journal, publish
-from makeready.engine.entrypoints.batch.rows import check_template
 from makeready.engine.entrypoints.batch.worker import Worker
 from makeready.engine.entrypoints.generate_options import GenerateJob
 from makeready.engine.entrypoints.golden import check_golden, summary
@@ -22,7 +21,8 @@ from makeready.engine.entrypoints.status import Stages, count_rows
 from makeready.engine.entrypoints.watch import Watch
 from makeready.engine.generation_config import stated_defaults, told
 from makeready.engine.llm import LLM
-from makeready.engine.request import Output
+from makeready.engine.output import Output
+from makeready.engine.protocol.asked import check_template
 from makeready.engine.text.chat import is_template, read_template
 from makeready.graphs.plan import artifact
 from makeready.graphs.plan.plan import Plan

@@ -11,7 +11,7 @@ from types import TracebackType
 from makeready.engine.entrypoints.batch.output import aside
 from makeready.engine.loop import Engine
 from makeready.engine.metrics import Metrics
-from makeready.engine.request import Output
+from makeready.engine.output import Output
 from makeready.engine.step_record import StepRecord
 from makeready.engine.trace import StepTrace
 

@@ -5,8 +5,8 @@ and padding tokens write there.
 
     free     in no page table; its content means nothing
     cached   in no page table; its content is a known prefix
-    held     in the page table of at least one running request:
-                 owned    of one request, which alone may write to it and gives it back by itself
+    held     in the page table of at least one running sequence:
+                 owned    of one sequence, which alone may write to it and gives it back by itself
                  shared   a page of the prefix cache, held by whoever reads it; nobody writes to it
 
            take             share             park              drop
@@ -31,7 +31,7 @@ _NOBODY, _FREE, _CACHED, _OWNED, _SHARED = range(5)
 class PagePool:
     """Hands out page numbers ``1 .. pages - 1`` and takes them back.
 
-    ``take`` and ``release`` are for pages that one request owns; the other moves are the prefix cache's.
+    ``take`` and ``release`` are for pages that one sequence owns; the other moves are the prefix cache's.
     """
 
     def __init__(self, pages: int) -> None:
@@ -61,7 +61,7 @@ class PagePool:
 
     @property
     def usable(self) -> int:
-        """Pages that there are for requests, used or not."""
+        """Pages that there are for sequences, used or not."""
         return self.pages - 1
 
     def take(self, count: int) -> list[int]:
@@ -74,7 +74,7 @@ class PagePool:
         return taken
 
     def release(self, pages: list[int]) -> None:
-        """Free pages that one request owned."""
+        """Free pages that one sequence owned."""
         self._move(pages, _OWNED, _FREE)
         self._free += pages
 
@@ -83,7 +83,7 @@ class PagePool:
         self._move(pages, _OWNED, _SHARED)
 
     def own(self, pages: list[int]) -> None:
-        """Shared pages that one request holds are its own again."""
+        """Shared pages that one sequence holds are its own again."""
         self._move(pages, _SHARED, _OWNED)
 
     def park(self, pages: list[int]) -> None:

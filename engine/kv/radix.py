@@ -80,7 +80,7 @@ class PrefixCache(Tree):
         Args:
             tokens: of the sequence. Leave out the last one if it has to be run whatever is cached.
             salt: prefixes are found only among those inserted under the same salt.
-            priority: of the request, for the policy of that name.
+            priority: of the sequence, for the policy of that name.
         """
         if not self._plain:
             tokens = tokens[: self.match(tokens, salt)]

@@ -1,7 +1,7 @@
 """What rows hold of windows and states, by slot.
 
 Neither ever runs out for a row that runs: a row counts from its admission on as the most blocks that it may need
-to get on by a token, and a request is admitted only where all these together are there. What a row holds
+to get on by a token, and a sequence is admitted only where all these together are there. What a row holds
 beyond that, for a long chunk, is of what is left.
 
     S slots   P pages of a row
@@ -9,7 +9,7 @@ beyond that, for a long chunk, is of what is left.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 
 import numpy as np
 
@@ -47,7 +47,7 @@ class WindowRows:
         """What a row counts as that comes to this number of pages."""
         return min(self._most, pages)
 
-    def fits(self, pages: int, leaving: Sequence[int] = ()) -> bool:
+    def fits(self, pages: int, leaving: Collection[int] = ()) -> bool:
         """Whether one more such row can be admitted, once those in the ``leaving`` slots are gone."""
         taken = np.maximum(self._most_S, self.end_S - self.first_S)
         taken[list(leaving)] = 0
@@ -100,7 +100,7 @@ class StateRows:
         self._cache = cache
         self.most = 1 if cache is None else 2
 
-    def fits(self, leaving: Sequence[int] = ()) -> bool:
+    def fits(self, leaving: Collection[int] = ()) -> bool:
         """Whether one more row can be admitted, once those in the ``leaving`` slots are gone."""
         rows = np.count_nonzero(self.out_S) - len(leaving) + 1
         return rows * self.most <= self.counted.pool.usable

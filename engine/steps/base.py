@@ -1,4 +1,4 @@
-"""What a kind of step is to the engine: which batches it takes, how they are staged, what comes back.
+"""What a kind of step is to the engine: which tokens it takes, how they are staged, what comes back.
 
 A module of this folder registers kinds with :func:`step_kind`; modules are found by themselves. Its twin of
 the same name in ``graphs/steps/`` declares the fields.
@@ -8,18 +8,27 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from makeready.engine import steps
-from makeready.engine.batch import Batch
-from makeready.engine.request import Request, TokenLogprob
+from makeready.engine.batch import Batch, Chunk
+from makeready.engine.output import TokenLogprob
 from makeready.engine.seats import Seats
+from makeready.engine.sequence import TokenSequence
 
 if TYPE_CHECKING:
     from makeready.engine.staging import Stage
+
+
+class Report(NamedTuple):
+    """What a step says of the token at a place of a sequence's prompt or output."""
+
+    sequence: TokenSequence
+    place: int
+    logprob: TokenLogprob
 
 
 class StepKind(Protocol):
@@ -32,7 +41,7 @@ class StepKind(Protocol):
 
     @property
     def order(self) -> int:
-        """Kinds are asked in this order whether they take a batch."""
+        """Kinds are asked in this order whether they take a batch; the last takes any."""
         ...
 
     @property
@@ -49,8 +58,16 @@ class StepKind(Protocol):
         """Tokens by which a step lengthens a generating row, at most."""
         ...
 
-    def takes(self, batch: Batch) -> bool:
-        """Whether such a step can run the batch."""
+    def claims(self, sequence: TokenSequence) -> int | None:
+        """The first of a sequence's tokens that has to run in such a step; None if none has."""
+        ...
+
+    def launched(self, chunk: Chunk) -> None:
+        """Such a step runs a chunk that it claimed, or is sure to."""
+        ...
+
+    def takes(self, chunks: list[Chunk]) -> bool:
+        """Whether such a step can run these chunks, which no kind claims, beside generating rows."""
         ...
 
     def stage(self, batch: Batch, seats: Seats, stage: Stage) -> None:
@@ -61,19 +78,19 @@ class StepKind(Protocol):
         """Tokens by which each generating row was lengthened; None where ``least`` and ``most`` say it."""
         ...
 
-    def commit(
-        self, batch: Batch, results: Mapping[str, np.ndarray], void: Collection[Request]
-    ) -> Iterator[Sampled]:
-        """Sampled tokens in order, and whose they are; other results are given to their requests on the way.
+    def tokens(self, batch: Batch, results: Mapping[str, np.ndarray]) -> Iterable[tuple[TokenSequence, int]]:
+        """Sampled tokens in order, and whose they are; below 0 where the logits were not finite."""
+        ...
 
-        Args:
-            void: requests that were sent back after the step was launched, which want nothing of it.
+    def reports(
+        self, batch: Batch, results: Mapping[str, np.ndarray], wanted: Collection[TokenSequence]
+    ) -> Iterator[Report]:
+        """Log-probabilities of tokens, in order, of the sequences that want them; NaN where they are none.
+
+        Those of output are of the tokens that the step sampled, which are not taken in yet.
         """
         ...
 
-
-Sampled: TypeAlias = "tuple[Request, int | str, TokenLogprob | None]"
-"""A request, its token and what was asked of it; a text in the token's place says what was not finite."""
 
 Kind = TypeVar("Kind", bound=StepKind)
 

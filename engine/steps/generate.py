@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from makeready.engine.batch import Batch
-from makeready.engine.request import Request, TokenLogprob
+from makeready.engine.batch import Batch, Chunk
+from makeready.engine.output import TokenLogprob
 from makeready.engine.seats import Seats
-from makeready.engine.steps.base import Sampled, step_kind
+from makeready.engine.sequence import TokenSequence
+from makeready.engine.steps.base import Report, step_kind
 from makeready.graphs.plan.spec import DECODE, EXTEND
 
 if TYPE_CHECKING:
@@ -30,10 +31,13 @@ class Generate:
     least: int = 1
     most: int = 1
 
-    def takes(self, batch: Batch) -> bool:
-        if any(chunk.scores for chunk in batch.chunks):
-            return False
-        return self.name == EXTEND or all(chunk.last and chunk.count == 1 for chunk in batch.chunks)
+    def claims(self, sequence: TokenSequence) -> int | None:
+        return None
+
+    def launched(self, chunk: Chunk) -> None: ...
+
+    def takes(self, chunks: list[Chunk]) -> bool:
+        return self.name == EXTEND or all(chunk.last and chunk.count == 1 for chunk in chunks)
 
     def stage(self, batch: Batch, seats: Seats, stage: Stage) -> None:
         stage_sequences(batch, seats, stage)
@@ -41,36 +45,25 @@ class Generate:
     def counts(self, batch: Batch, results: Mapping[str, np.ndarray]) -> np.ndarray | None:
         return None
 
-    def commit(
-        self, batch: Batch, results: Mapping[str, np.ndarray], void: Collection[Request]
-    ) -> Iterator[Sampled]:
-        return sampled_tokens(batch, results)
+    def tokens(self, batch: Batch, results: Mapping[str, np.ndarray]) -> Iterable[tuple[TokenSequence, int]]:
+        return batch.of_rows(results["tokens"].tolist())
+
+    def reports(
+        self, batch: Batch, results: Mapping[str, np.ndarray], wanted: Collection[TokenSequence]
+    ) -> Iterator[Report]:
+        return output_reports(batch, results, wanted)
 
 
-def stage_sequences(batch: Batch, seats: Seats, stage: Stage) -> np.ndarray:
-    """Write the fields of ``graphs.steps.generate.sequence_fields``; returns where each row's tokens begin.
+def stage_sequences(batch: Batch, seats: Seats, stage: Stage) -> None:
+    """Write the fields of ``graphs.steps.generate.sequence_fields``.
 
     Generating rows run what the device sampled for them, behind as many tokens as the device has.
     """
-    rows, chunks = len(batch.decoding), batch.chunks
-    slots, samples = batch.slots, batch.slots
-    ids, starts, counts = np.full(rows, DEVICE), np.full(rows, DEVICE), np.ones(rows, np.int64)
-    if chunks:
-        own = [chunk.request.slot for chunk in chunks]
-        # What is sampled behind a chunk that is not the last is nobody's: it is left to the null slot.
-        last = [s if chunk.last else stage.null_slot for s, chunk in zip(own, chunks, strict=True)]
-        slots, samples = np.append(slots, own), np.append(slots, last)
-        starts = np.append(starts, [chunk.start for chunk in chunks])
-        counts = np.append(counts, [chunk.count for chunk in chunks])
-        own_ids = (c.request.ids()[c.start : c.start + c.count] for c in chunks)
-        ids = np.concatenate((ids, *own_ids))
-    begins = np.cumsum(counts) - counts
-    stage.write("token_ids", ids)
-    stage.write("row_slot", slots)
-    stage.write("row_start", starts)
-    stage.write("query_start", begins)
-    stage.write("query_len", counts)
-    stage.write("sample_slot", samples)
+    slots = batch.slots
+    # While the same rows generate, all that is said of them here stays as it is.
+    if batch.chunks or slots is not stage.generating:
+        slots = _stage_rows(batch, stage)
+        stage.generating = None if batch.chunks else slots
     if grows := seats.pools.grows:
         grown = seats.news(slots, stage.width(grows[0]))
         if grown is None:
@@ -83,26 +76,47 @@ def stage_sequences(batch: Batch, seats: Seats, stage: Stage) -> np.ndarray:
         for (read, written), states in zip(seats.pools.state_fields, seats.states, strict=True):
             stage.write(read, states.in_S[slots])
             stage.write(written, states.out_S[slots])
-    return begins
 
 
-def sampled_tokens(batch: Batch, results: Mapping[str, np.ndarray]) -> Iterator[Sampled]:
-    """The token of each row that samples for somebody."""
+def _stage_rows(batch: Batch, stage: Stage) -> np.ndarray:
+    """Write which tokens each row runs; returns the rows' slots."""
+    rows, chunks = len(batch.decoding), batch.chunks
+    slots, samples = batch.slots, batch.slots
+    ids, starts, counts = np.full(rows, DEVICE), np.full(rows, DEVICE), np.ones(rows, np.int64)
+    if chunks:
+        own = [chunk.sequence.slot for chunk in chunks]
+        # What is sampled behind a chunk that is not the last is nobody's: it is left to the null slot.
+        last = [s if chunk.last else stage.null_slot for s, chunk in zip(own, chunks, strict=True)]
+        slots, samples = np.append(slots, own), np.append(slots, last)
+        starts = np.append(starts, [chunk.start for chunk in chunks])
+        counts = np.append(counts, [chunk.count for chunk in chunks])
+        own_ids = (c.sequence.ids()[c.start : c.start + c.count] for c in chunks)
+        ids = np.concatenate((ids, *own_ids))
+    stage.write("token_ids", ids)
+    stage.write("row_slot", slots)
+    stage.write("row_start", starts)
+    stage.write("query_start", np.cumsum(counts) - counts)
+    stage.write("query_len", counts)
+    stage.write("sample_slot", samples)
+    return slots
+
+
+def output_reports(
+    batch: Batch, results: Mapping[str, np.ndarray], wanted: Collection[TokenSequence]
+) -> Iterator[Report]:
+    """Log-probabilities of the token of each row that samples for somebody who wants them."""
     tokens = results["tokens"].tolist()
-    for row, request in batch.sampling():
-        token, logprob = tokens[row], None
-        if token < 0:
-            yield request, f"the logits of output token {len(request.output)}", None
-            continue
-        if request.sampling.return_logprob and request.finish_reason is None:
-            logprob = token_logprob(request, token, (results[name][row] for name in _OUTPUT))
-        yield request, token, logprob
+    rows = enumerate((*batch.decoding, *(chunk.sequence if chunk.last else None for chunk in batch.chunks)))
+    for row, sequence in rows:
+        if sequence is not None and sequence in wanted and tokens[row] >= 0:
+            of = (results[name][row] for name in _OUTPUT)
+            yield Report(sequence, sequence.length, token_logprob(sequence, tokens[row], of))
 
 
-def token_logprob(request: Request, token: int, results: Iterable[np.ndarray]) -> TokenLogprob:
+def token_logprob(sequence: TokenSequence, token: int, results: Iterable[np.ndarray]) -> TokenLogprob:
     """What a step says of ``token``: its log-probability, and ids and log-probabilities of its rivals."""
     logprob, ids, values = results
-    count = request.sampling.top_logprobs_num
+    count = sequence.sampling.top_logprobs_num
     pairs = zip(ids[:count].tolist(), values[:count].tolist(), strict=True)
     return TokenLogprob(token, float(logprob), tuple((i, value) for i, value in pairs if i >= 0))
 

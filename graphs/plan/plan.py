@@ -130,9 +130,10 @@ class NodeArgument:
         dtype: of what is pointed at, of the scalar, or of the map's elements.
         shape, strides: of a map, in elements, outermost axis first; the shape may hold the symbol P.
         block: elements of each axis that one copy moves: the box of the map.
-        swizzle, element_type: the map's, as numbers of CUtensorMapSwizzle and CUtensorMapDataType.
+        swizzle, element_type, promotion: the map's, as numbers of CUtensorMapSwizzle, CUtensorMapDataType and
+            CUtensorMapL2promotion.
 
-    Maps have no interleave, element strides of 1, 128-byte L2 promotion, and zeros beyond their bounds.
+    Maps have no interleave, element strides of 1, and zeros beyond their bounds.
     """
 
     kind: str
@@ -145,6 +146,7 @@ class NodeArgument:
     block: tuple[int, ...] = ()
     swizzle: int = 0
     element_type: int = 0
+    promotion: int = 2
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from makeready.kernels.attention.paged import extend_attention
 from makeready.kernels.device import (
@@ -23,70 +24,140 @@ from makeready.kernels.device import (
 )
 from makeready.kernels.registry import cuda_kernel
 
-_D, _M, _L, _RUN = 128, 128, 128, 64  # head size, query vectors of a tile, keys of a step and of a copy
-_GROUPS = range(1, 9)  # query heads a KV head, for which the kernel is tested
-# Microseconds of a launch, of an item without its steps, and of a step, of 8 x 1,024 to 1 x 16,384 tokens with 32
-# heads of 128 on one H200 at bf16; other devices are taken to be as much faster or slower as their matrix rate is.
-_LAUNCH_US, _ITEM_US, _STEP_US = 2.0, 1.0, 1.85
+_RUN = 64  # keys of a copy
+_GROUPS = (*range(1, 9), 16)  # query heads a KV head, for which the kernel is tested
+# Microseconds of a launch and of an item without its steps, of 8 x 1,024 to 1 x 16,384 tokens with 32 heads of 128 on
+# one H200 at bf16; other devices are taken to be as much faster or slower as their matrix rate is.
+_LAUNCH_US, _ITEM_US = 2.0, 1.0
 _STREAMED = 0.8  # share of the bandwidth at which 256 rows of 8 tokens read their 1,024 keys
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How the kernel cuts heads of one size; csrc/prefill.cu says the same.
+
+    Attributes:
+        vectors: query vectors of an item.
+        keys: of a step.
+        step_us: microseconds of a step at 16 bits: of 128 measured as above; of 64 and 256 estimated, from its
+            exponentials and its products.
+        narrow_us: the same with an 8-bit cache, estimated: what it moves within shared memory.
+    """
+
+    vectors: int
+    keys: int
+    step_us: float
+    narrow_us: float
+
+
+TILES = {64: Tile(192, 128, 1.7, 1.8), 128: Tile(128, 128, 1.85, 2.2), 256: Tile(128, 64, 1.9, 2.2)}
 
 
 def _applies(call: OpCall) -> bool:
     q, y, k, v = (call.tensors[name] for name in ("q", "y", "k_cache", "v_cache"))
     heads, kv_heads = call.attrs["heads"], call.attrs["kv_heads"]
     return (
-        call.attrs["head_dim"] == _D
+        call.attrs["head_dim"] in TILES
         and heads % kv_heads == 0
         and heads // kv_heads in _GROUPS
         and int(k.shape[1]) % _RUN == 0
         and q.dtype in ("bfloat16", "float16")
-        and k.dtype == v.dtype == y.dtype == q.dtype
+        and y.dtype == q.dtype
+        and k.dtype == v.dtype
+        and k.dtype in (q.dtype, "float8_e4m3fn")
         and all(x.alignment % 16 == 0 for x in (q, y, k, v))
         and all(x.row_stride % 8 == 0 for x in (q, y))
         and call.attrs["scale"] > 0
     )
 
 
+@dataclass(frozen=True)
+class Way:
+    """What the kernel can do in two ways, with the same result but for rounding.
+
+    Attributes:
+        lazy: sums are rescaled when a maximum has risen by a factor of 2^8 of weights, not whenever it rises
+            (FlashAttention-4's rule).
+        queries: are held in registers, which spares shared memory; with 32 numbers of each a thread there is room.
+    """
+
+    lazy: bool = False
+    queries: bool = False
+
+    @property
+    def suffix(self) -> str:
+        """For a candidate's name."""
+        return f"{'_q' if self.queries else ''}{'_lazy' if self.lazy else ''}"
+
+
+def ways(call: OpCall) -> list[Way]:
+    """All that have the registers for ``call``."""
+    roomy = call.attrs["head_dim"] == 128 and not _narrow(call)
+    return [
+        Way(lazy, queries) for queries in ((False, True) if roomy else (False,)) for lazy in (False, True)
+    ]
+
+
+def _narrow(call: OpCall) -> bool:
+    return call.tensors["k_cache"].dtype == "float8_e4m3fn"
+
+
 @cuda_kernel(extend_attention, "prefill", features=("tma", "wgmma"), applies=_applies)
 def extend_attention_prefill(call: OpCall) -> Sequence[Candidate]:
-    """The one way there is."""
-    return [candidate(call)]
+    """One cut and its ways."""
+    return [candidate(call, way) for way in ways(call)]
 
 
-def candidate(call: OpCall, *, give_up: int = 0) -> Candidate:
+_PLAIN = Way()
+
+
+def candidate(call: OpCall, way: Way = _PLAIN, *, give_up: int = 0) -> Candidate:
     """The launch for ``call``.
 
     Args:
         give_up: polls after which a wait gives up, so that a fault gives wrong numbers instead of a hang; 0: never.
             For debugging; plans hold kernels that wait.
     """
-    heads, kv_heads = call.attrs["heads"], call.attrs["kv_heads"]
-    q, y, table = (call.tensors[name] for name in ("q", "y", "page_table"))
-    page, group = int(call.tensors["k_cache"].shape[1]), heads // kv_heads
-    rows, tokens, a_tile = int(table.shape[0]), int(q.shape[0]), _M // group
-    dependent = "pdl" in call.features
+    heads, kv_heads, head_dim = (call.attrs[name] for name in ("heads", "kv_heads", "head_dim"))
+    q, k, y, table = (call.tensors[name] for name in ("q", "k_cache", "y", "page_table"))
+    page, group, tile = int(k.shape[1]), heads // kv_heads, TILES[head_dim]
+    rows, tokens, a_tile = int(table.shape[0]), int(q.shape[0]), tile.vectors // group
+    dependent, narrow = "pdl" in call.features, _narrow(call)
     constants = {
-        "FP16": q.dtype == "float16",
+        "HEAD": head_dim,
+        "CACHE8": narrow,
+        "FP16": narrow or q.dtype == "float16",
+        "BF16_IO": narrow and q.dtype == "bfloat16",
         "GROUP": group,
         "PAGE": page,
         "WINDOW": call.attrs["window"],
+        "LAZY": 8 if way.lazy else 0,
+        "Q_REGISTERS": way.queries,
         "PDL": dependent,
     }
     # Tiles reach beyond the last token; where the memory there is the plan's, copying is faster than zeros.
     q_tokens = tokens + a_tile if q.spare else tokens
-    width = kv_heads * _D
+    width = kv_heads * head_dim
 
     def cache(name: str) -> Descriptor:
-        return Descriptor(
-            name, ("P", page, kv_heads, _D), (page * width, width, _D, 1), (1, _RUN, 1, 64), swizzle=128
-        )
+        strides = (page * width, width, head_dim, 1)
+        columns, swizzle = (head_dim, 0) if narrow else (64, 128)
+        shape = ("P", page, kv_heads, head_dim)
+        # Columns of a head come in several copies: the first brings more of them.
+        promotion = 128 if head_dim * (1 if narrow else 2) == 128 else 256
+        box = (1, _RUN, 1, columns)
+        return Descriptor(name, shape, strides, box, swizzle=swizzle, promotion=promotion)
 
     launch = DeviceLaunch(
         function="csrc/prefill.cu:attention_prefill",
         constants=constants | ({"GIVE_UP": give_up} if give_up else {}),
         arguments={
             "q_map": Descriptor(
-                "q", (q_tokens, heads, _D), (q.row_stride, _D, 1), (a_tile, group, 64), swizzle=128
+                "q",
+                (q_tokens, heads, head_dim),
+                (q.row_stride, head_dim, 1),
+                (a_tile, group, 64),
+                swizzle=128,
             ),
             "k_map": cache("k_cache"),
             "v_map": cache("v_cache"),
@@ -105,7 +176,11 @@ def candidate(call: OpCall, *, give_up: int = 0) -> Candidate:
         dependent=dependent,
     )
     return Candidate(
-        f"wgmma_{_M}x{_L}", (launch,), scratch=256, zeroed=256, seconds=1e-6 * microseconds(call)
+        f"wgmma_{tile.vectors}x{tile.keys}{way.suffix}",
+        (launch,),
+        scratch=256,
+        zeroed=256,
+        seconds=1e-6 * microseconds(call),
     )
 
 
@@ -122,7 +197,8 @@ def microseconds(call: OpCall) -> float:
     of one token, of whose tiles most is padding, so that such steps stay the Triton kernel's.
     """
     tokens, kv_heads = int(call.tensors["q"].shape[0]), call.attrs["kv_heads"]
-    a_tile, window = _M // (call.attrs["heads"] // kv_heads), call.attrs["window"]
+    narrow, tile = _narrow(call), TILES[call.attrs["head_dim"]]
+    a_tile, window = tile.vectors // (call.attrs["heads"] // kv_heads), call.attrs["window"]
     if tokens < 2 * call.rows:
         tiles = [(call.context - 1, call.context)] * tokens
         keys = tokens * call.context
@@ -130,12 +206,17 @@ def microseconds(call: OpCall) -> float:
         before = max(0, call.context - tokens)
         keys = before + tokens
         tiles = [(first, min(first + a_tile, keys)) for first in range(before, keys, a_tile)]
-    steps = [-(-end // _L) - (max(first - window + 1, 0) // _L if window else 0) for first, end in tiles]
+    steps = [
+        -(-end // tile.keys) - (max(first - window + 1, 0) // tile.keys if window else 0)
+        for first, end in tiles
+    ]
     rate = (call.flops["bfloat16"] / call.multiprocessors) / (H100_FLOPS["bfloat16"] / 132)
+    a_step = (tile.narrow_us if narrow else tile.step_us) / rate
     ends = [0.0] * min(call.multiprocessors, kv_heads * len(steps))
     for n in sorted(steps, reverse=True):  # in the order in which blocks take them
         for _ in range(kv_heads):
-            heapq.heapreplace(ends, ends[0] + _ITEM_US + n * _STEP_US / rate)
+            heapq.heapreplace(ends, ends[0] + _ITEM_US + n * a_step)
     # Rows read their keys and values once; those of a prompt stay in L2 for its other tiles.
-    streamed = 1e6 * 4 * _D * kv_heads * keys / (_STREAMED * call.bandwidth)
+    nbytes = (1 if narrow else 2) * 2 * call.attrs["head_dim"] * kv_heads * keys
+    streamed = 1e6 * nbytes / (_STREAMED * call.bandwidth)
     return _LAUNCH_US + max(*ends, streamed)

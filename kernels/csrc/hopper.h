@@ -140,6 +140,11 @@ template <int N> __device__ __forceinline__ void wgmma_wait() {
 template <int N> __device__ __forceinline__ void keep(float (&x)[N]) {  // no copies of x across this point
   UNROLL for (int i = 0; i < N; ++i) asm volatile("" : "+f"(x[i])::"memory");
 }
+// x, of which nothing is computed ahead of a loop around this: that would hold registers through the loop.
+__device__ __forceinline__ int from_here(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 
 #if FP16
 #define ELEMENT "f16"
@@ -154,22 +159,6 @@ template <int N> __device__ __forceinline__ void keep(float (&x)[N]) {  // no co
   "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, "     \
   "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "     \
   "%62, %63}"
-
-// d[64 x 128] = a[64 x 16] b[128 x 16]^T, plus d where `accumulate`; operands in shared memory, columns contiguous.
-__device__ __forceinline__ void wgmma_ss_n128(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." ELEMENT "." ELEMENT " " NAMES64 ", %64, %65, p, 1, 1, 0, 0;\n}\n"
-      : OUT64(d) : "l"(a), "l"(b), "r"(accumulate));
-}
-// d[64 x 128] = a[64 x 16] b[16 x 128], plus d where `accumulate`; a in registers.
-__device__ __forceinline__ void wgmma_rs_n128(float (&d)[64], const uint32_t (&a)[4], uint64_t b, int accumulate) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." ELEMENT "." ELEMENT " " NAMES64
-      ", {%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}\n"
-      : OUT64(d) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
-}
 
 // -- numbers
 
@@ -197,6 +186,22 @@ __device__ __forceinline__ float high2(uint32_t two) { return low2(two >> 16); }
 __device__ __forceinline__ float low2(uint32_t two) { return __uint_as_float(two << 16); }
 __device__ __forceinline__ float high2(uint32_t two) { return __uint_as_float(two & 0xffff0000u); }
 #endif
+__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
+  uint32_t r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+__device__ __forceinline__ uint32_t half2_of_e4m3(uint16_t x) {  // two e4m3 numbers as float16, which holds them all
+  uint32_t r;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(r) : "h"(x));
+  return r;
+}
+__device__ __forceinline__ uint32_t half2_of_bf16(uint32_t x) {  // to nearest; numbers beyond 65504 saturate
+  uint32_t r;
+  asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;"
+      : "=r"(r) : "f"(__uint_as_float(x & 0xffff0000u)), "f"(__uint_as_float(x << 16)));
+  return r;
+}
 __device__ __forceinline__ float exp2_fast(float x) {  // volatile: stays before the wait that follows
   float r;
   asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
@@ -208,5 +213,11 @@ __device__ __forceinline__ float exp2_fast(float x) {  // volatile: stays before
 __device__ __forceinline__ uint64_t operand_128b(uint32_t leading, uint32_t stride) {
   return (1ull << 62) | ((uint64_t)(stride >> 4) << 32) | ((uint64_t)(leading >> 4) << 16);
 }
-__device__ __forceinline__ uint64_t at(uint64_t descriptor, uint32_t address) { return descriptor | (uint64_t)(address >> 4); }
+__device__ __forceinline__ uint64_t at(uint64_t descriptor, uint32_t bytes) {  // moved by so many, below 256 KiB
+  return (descriptor & 0xffffffff00000000ull) | ((uint32_t)descriptor + (bytes >> 4));
+}
+__device__ __forceinline__ Int4 widen8(uint32_t low, uint32_t high) {  // eight e4m3 numbers as float16
+  return Int4{(int)half2_of_e4m3(low & 0xffff), (int)half2_of_e4m3(low >> 16), (int)half2_of_e4m3(high & 0xffff),
+              (int)half2_of_e4m3(high >> 16)};
+}
 __device__ __forceinline__ int ceil_div(int a, int b) { return (a + b - 1) / b; }

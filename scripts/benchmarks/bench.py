@@ -92,8 +92,8 @@ class Bench:
 
         executable = self.llm.engine.executable
         options = replace(self.llm.engine.scheduler.options, **scheduler)
-        serve.serve(Engine(executable, options), serve.requests_of(self.llm, [Work([0], 4)]))
-        load = serve.requests_of(self.llm, works)
+        serve.serve(Engine(executable, options), serve.replies_of(self.llm, [Work([0], 4)]))
+        load = serve.replies_of(self.llm, works)
         trace = self.step_trace
         return serve.serve(Engine(executable, options), load, self.stages.note, trace and trace.step)
 

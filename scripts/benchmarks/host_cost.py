@@ -17,8 +17,9 @@ import numpy as np
 from benchmarks.record import summary
 from makeready.engine.loop import Engine
 from makeready.engine.options import SchedulerOptions
-from makeready.engine.request import Request
+from makeready.engine.reply import Reply
 from makeready.engine.sampling import SamplingParams
+from makeready.engine.sequence import TokenSequence
 from makeready.graphs.plan.spec import DECODE, EXTEND, Bucket, CacheGroup, CacheSpec, Limits
 from makeready.graphs.planner.request import Request as PlanRequest
 
@@ -114,7 +115,8 @@ def _measured(
     params = SamplingParams(temperature=0, max_new_tokens=output, ignore_eos=True)
     prompts = np.random.default_rng(0).integers(0, 1000, (rows, context)).tolist()
     for i in range(rows + waiting):
-        engine.submit(Request(prompts[i % rows], params, seed=0, end_ids=frozenset()))
+        sequence = TokenSequence(prompts[i % rows], params, seed=0, end_ids=frozenset())
+        engine.submit(sequence, Reply(sequence))
     for _ in range(-(-rows * context // limits.max_tokens) + 1):
         engine.step()
     found = []

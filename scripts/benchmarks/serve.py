@@ -9,7 +9,7 @@ arrives, so a load that falls behind shows it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +18,10 @@ from benchmarks.workloads import Work
 from makeready.engine.errors import RequestError
 from makeready.engine.llm import LLM
 from makeready.engine.loop import Engine
-from makeready.engine.request import Output, Request
+from makeready.engine.output import Output
+from makeready.engine.reply import Reply
 from makeready.engine.sampling import SamplingParams
+from makeready.engine.sequence import TokenSequence
 from makeready.engine.step_record import StepRecord
 
 LONGEST_SLEEP = 0.02  # seconds; while nothing runs and the next request is still to come
@@ -44,18 +46,18 @@ class Served:
     records: list[StepRecord] = field(default_factory=list)
 
 
-def requests_of(llm: LLM, works: Sequence[Work]) -> list[tuple[float, Request]]:
-    """Greedy requests that generate exactly what each work asks for, with their arrivals."""
+def replies_of(llm: LLM, works: Sequence[Work]) -> list[tuple[float, Reply]]:
+    """Greedy replies that generate exactly what each work asks for, with their arrivals."""
     made = []
     for work in works:
         params = SamplingParams(temperature=0, max_new_tokens=work.output, ignore_eos=True)
-        made.append((work.arrival, llm.requests(work.prompt, params)[0]))
+        made.append((work.arrival, llm.replies(work.prompt, params)[0]))
     return made
 
 
 def serve(
     engine: Engine,
-    load: Sequence[tuple[float, Request]],
+    load: Sequence[tuple[float, Reply]],
     note: Callable[[str], None] = lambda detail: None,
     watch: Callable[[StepRecord], None] | None = None,
 ) -> Served:
@@ -63,11 +65,12 @@ def serve(
 
     Args:
         engine: idle.
-        load: seconds from now and requests, ascending.
+        load: seconds from now and replies, ascending.
         note: told now and then how far it is.
         watch: told every step.
     """
     served, at, clock, steps = Served(), 0, _TokenClock(), 0
+    finished: list[Reply] = []
 
     def observe(record: StepRecord) -> None:
         served.records.append(record)
@@ -79,17 +82,17 @@ def serve(
     while at < len(load) or engine.busy:
         now = time.perf_counter() - began
         while at < len(load) and load[at][0] <= now:
-            arrival, request = load[at]
-            request.arrived = began + arrival
+            arrival, reply = load[at]
+            reply.arrived, reply.on_finish = began + arrival, finished.append
             at += 1
             try:
-                engine.submit(request)
+                engine.submit(reply.sequence, reply)
             except RequestError:
                 served.refused += 1
         if engine.busy:
-            finished = engine.step()
-            clock.read(served.gaps, [*finished, *engine.scheduler.running])
-            served.outputs += [request.result() for request in finished]
+            clock.read(served.gaps, [*engine.step(), *engine.scheduler.running])
+            served.outputs += [reply.result() for reply in finished]
+            finished.clear()
             steps += 1
             if not steps % 50:
                 note(f"{len(served.outputs)} of {len(load)} requests")
@@ -101,21 +104,21 @@ def serve(
 
 
 class _TokenClock:
-    """When each request was last seen to have a new token."""
+    """When each sequence was last seen to have a new token."""
 
     def __init__(self) -> None:
         self._seen: dict[int, tuple[int, float]] = {}
 
-    def read(self, gaps: list[float], requests: Sequence[Request]) -> None:
-        """Add to ``gaps`` what passed between the tokens of requests that have new ones."""
+    def read(self, gaps: list[float], sequences: Iterable[TokenSequence]) -> None:
+        """Add to ``gaps`` what passed between the tokens of sequences that have new ones."""
         now = time.perf_counter()
-        for request in requests:
-            count = len(request.output)
-            before, then = self._seen.get(id(request), (0, now))
+        for sequence in sequences:
+            count = len(sequence.output)
+            before, then = self._seen.get(id(sequence), (0, now))
             if count > before:
                 if before:
                     gaps.append(now - then)
-                self._seen[id(request)] = (count, now)
+                self._seen[id(sequence)] = (count, now)
 
 
 def throughput(served: Served) -> dict[str, float]:

@@ -205,7 +205,7 @@ def test_products_that_wait_for_each_other_are_refused(
     """A product's result is read before it is waited for: the assembler then waits by itself, everywhere."""
     for name in ("hopper.h", "prefill.cu"):
         text = (nvrtc.FOLDER / name).read_text()
-        (tmp_path / name).write_text(text.replace("        wgmma_wait<1>();\n", ""))
+        (tmp_path / name).write_text(text.replace("      wgmma_wait<1>();\n", ""))
     (launch,) = candidate(_attention()).launches
     monkeypatch.setattr(nvrtc, "FOLDER", tmp_path)
     with pytest.raises(PlanError, match=r"makes matrix products wait for each other: .*serializ"):
@@ -230,39 +230,66 @@ def _call() -> OpCall:
     return OpCall("silu", tensors, {}, {"C": 256}, 64, 64)
 
 
-def _attention(group: int = 4, *, page: int = 64, window: int = 0, dtype: str = "bfloat16") -> OpCall:
+def _attention(
+    group: int = 4,
+    page: int = 64,
+    window: int = 0,
+    dtype: str = "bfloat16",
+    size: int = 128,
+    cached: str = "",
+) -> OpCall:
     heads, rows, tokens = 2 * group, 16, 1024
-    cache = Tensor(("P", page, 2, 128), dtype, page * 256, 256)
+    cache = Tensor(("P", page, 2, size), cached or dtype, page * 2 * size, 256)
     each = Tensor((rows,), "int32", 1, 256)
     tensors = {
-        "q": Tensor((tokens, heads * 128), dtype, heads * 128 + 512, 256),
+        "q": Tensor((tokens, heads * size), dtype, heads * size + 512, 256),
         "k_cache": cache,
         "v_cache": cache,
         "page_table": Tensor((rows, 100), "int32", 100, 256),
         **dict.fromkeys(("query_start", "query_len", "context_len"), each),
-        "y": Tensor((tokens, heads * 128), dtype, heads * 128, 256),
+        "y": Tensor((tokens, heads * size), dtype, heads * size, 256),
     }
-    attrs = {"heads": heads, "kv_heads": 2, "head_dim": 128, "scale": 0.1, "window": window}
+    attrs = {"heads": heads, "kv_heads": 2, "head_dim": size, "scale": 0.1, "window": window}
     return OpCall("extend_attention", tensors, attrs, {}, rows, tokens, features=TARGET.features)
 
 
+F8 = "float8_e4m3fn"
+
+
 @pytest.mark.parametrize(
-    ("group", "page", "window", "dtype"),
-    [(4, 64, 0, "bfloat16"), (1, 64, 0, "float16"), (7, 128, 0, "bfloat16"), (8, 64, 500, "bfloat16")],
+    ("group", "page", "window", "dtype", "size", "cached"),
+    [
+        (4, 64, 0, "bfloat16", 128, ""),
+        (1, 64, 0, "float16", 128, ""),
+        (7, 128, 0, "bfloat16", 128, ""),
+        (8, 64, 500, "bfloat16", 128, ""),
+        (16, 64, 0, "bfloat16", 128, F8),
+        (5, 64, 500, "float16", 128, F8),
+        (4, 64, 0, "bfloat16", 64, ""),
+        (7, 64, 500, "bfloat16", 64, ""),
+        (6, 64, 500, "bfloat16", 64, F8),
+        (2, 64, 0, "bfloat16", 256, ""),
+        (3, 128, 500, "float16", 256, ""),
+        (2, 64, 500, "bfloat16", 256, F8),
+    ],
 )
-def test_prefill_attention(group: int, page: int, window: int, dtype: str) -> None:
-    """No spills, 168 registers of which warps get what they need, a block's shared memory, the wait."""
-    call = _attention(group, page=page, window=window, dtype=dtype)
-    (found,) = extend_attention_prefill(call)
-    (launch,) = found.launches
-    made = aot.compile_launch(launch, call)
-    assert (made.spill_bytes, made.warps, made.registers) == (0, 12, 168)
-    assert made.shared <= call.shared_bytes
-    assert made.waits
-    kind = {"bfloat16": "bf16", "float16": "f16"}[dtype]
-    assert f"wgmma.mma_async.sync.aligned.m64n128k16.f32.{kind}.{kind}" in made.ptx
-    assert "cp.async.bulk.tensor.4d" in made.ptx
-    assert (found.scratch, found.zeroed) == (256, 256)
+def test_prefill_attention(group: int, page: int, window: int, dtype: str, size: int, cached: str) -> None:
+    """No way spills; registers of which warps get what they need, a block's shared memory, the wait."""
+    call = _attention(group, page, window, dtype, size, cached)
+    ways = extend_attention_prefill(call)
+    assert len({way.name for way in ways}) == len(ways)
+    for way in ways:
+        (launch,) = way.launches
+        made = aot.compile_launch(launch, call)
+        assert (made.spill_bytes, made.warps * made.registers) == (0, 12 * 168 if size > 64 else 16 * 128)
+        assert made.shared <= call.shared_bytes
+        assert made.waits
+        kind = "f16" if dtype == "float16" or cached else "bf16"
+        keys = 64 if size == 256 else 128
+        assert f"wgmma.mma_async.sync.aligned.m64n{keys}k16.f32.{kind}.{kind}" in made.ptx
+        assert f"wgmma.mma_async.sync.aligned.m64n{size}k16.f32.{kind}.{kind}" in made.ptx
+        assert "cp.async.bulk.tensor.4d" in made.ptx
+        assert (way.scratch, way.zeroed) == (256, 256)
 
 
 def test_waits_of_plans_never_give_up() -> None:

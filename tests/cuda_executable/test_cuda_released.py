@@ -46,10 +46,10 @@ def test_leaving_by_an_error_in_the_middle_of_a_request_gives_everything_back(bi
 
     def interrupted() -> None:
         with LLM(dummy(), tiny(), kv_memory_gib=0.001) as llm:
-            (request,) = llm.requests([1, 2, 3], SamplingParams(max_new_tokens=20, ignore_eos=True))
-            llm.engine.submit(request)
+            (reply,) = llm.replies([1, 2, 3], SamplingParams(max_new_tokens=20, ignore_eos=True))
+            llm.engine.submit(reply.sequence, reply)
             llm.engine.step()  # is under way and has not been read
-            left.extend((request, llm))
+            left.extend((reply, llm))
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -62,7 +62,7 @@ def test_leaving_by_an_error_in_the_middle_of_a_request_gives_everything_back(bi
 
 def test_a_closed_model_says_so(bindings):
     llm = LLM(dummy(), tiny(), kv_memory_gib=0.001)
-    (request,) = llm.requests([1, 2, 3], SamplingParams(max_new_tokens=2))
+    (reply,) = llm.replies([1, 2, 3], SamplingParams(max_new_tokens=2))
     executable: Any = llm.engine.executable
     bucket = min(tiny().buckets)
     step = typical_step(executable, bucket)
@@ -72,7 +72,7 @@ def test_a_closed_model_says_so(bindings):
     for use in (
         lambda: llm.generate(token_ids=[[1, 2]]),
         lambda: next(llm.stream([1, 2])),
-        lambda: llm.engine.submit(request),
+        lambda: llm.engine.submit(reply.sequence, reply),
         lambda: llm.chat([{"role": "user", "content": "x"}]),
     ):
         with pytest.raises(RequestError, match=r"closed; load it again|needs a tokenizer"):

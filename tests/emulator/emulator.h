@@ -57,20 +57,21 @@ inline float widen_e4m3(uint8_t b) {
   if (exponent == 15 && mantissa == 7) return NAN;
   return (b & 128 ? -1.f : 1.f) * (exponent ? ldexpf(8 + mantissa, exponent - 10) : ldexpf(mantissa, -9));
 }
-inline uint16_t narrow(float f) {  // to nearest, ties to even
-#if FP16
-  uint16_t sign = float_bits(f) >> 16 & 0x8000;
+template <bool HALF> inline uint16_t narrow(float f) {  // to float16, else bfloat16; to nearest, ties to even
+  if (isnan(f)) return 0x7fff;
+  uint32_t u = float_bits(f);
+  if (!HALF) return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
+  uint16_t sign = u >> 16 & 0x8000;
   float a = fabsf(f);
-  if (isnan(a)) return 0x7fff;
   if (a >= 65520.f) return sign | 0x7c00;
   int exponent = a < ldexpf(1, -14) ? -14 : ilogbf(a);
   int steps = (int)nearbyintf(ldexpf(a, 10 - exponent));  // 1024 to 2048, or less if subnormal; carries by itself
   return sign | (uint16_t)(steps + ((exponent + 14) << 10));
-#else
-  uint32_t u = float_bits(f);
-  if (isnan(f)) return 0x7fff;
-  return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
-#endif
+}
+inline uint16_t half_of_e4m3(uint8_t x) {
+  int exponent = x >> 3 & 15, mantissa = x & 7;
+  float a = exponent ? ldexpf(8 + mantissa, exponent - 10) : ldexpf(mantissa, -9);
+  return (x & 127) == 127 ? 0x7fff : narrow<true>(x & 128 ? -a : a);
 }
 
 // -- state
@@ -85,7 +86,9 @@ struct Copy {
 struct Small { const void* from; uint32_t to; int thread, rounds; long number; };  // a copy of 16 bytes that a thread asked for
 struct Arrival { uint32_t bar; int thread; long number; };  // waits for the thread's copies with lower numbers
 // d[64 x n] of a[64 x k] and b[n x k] of 16-bit elements, or of e4m3 where `small`.
-struct Product { float* d[128]; const uint32_t* a_registers[128]; bool registers; uint64_t a, b; int accumulate, arrived, n = 128, k = 16; bool small = false; };
+struct Product {  // rows: of b contiguous
+  float* d[128]; const uint32_t* a_registers[128]; int n, k; bool registers, rows, small; uint64_t a, b; int accumulate, arrived;
+};
 struct Warpgroup { std::deque<Product> products; long first = 0; long issued[128] = {}; std::vector<long> ends[128]; };
 struct Warp { uint64_t slot[32]; int arrived = 0; long generation = 0; };
 struct Block {
@@ -203,7 +206,7 @@ inline float operand(Block& c, uint64_t descriptor, bool rows_contiguous, bool s
 inline int row_of(int thread, int high) { return (thread / 32) * 16 + (thread % 32) / 4 + high * 8; }
 inline void execute(Block& c, Product& p) {
   std::vector<float> a(64 * p.k), b(p.n * p.k);
-  for (int n = 0; n < p.n; ++n) for (int k = 0; k < p.k; ++k) b[n * p.k + k] = operand(c, p.b, p.registers, p.small, n, k);
+  for (int n = 0; n < p.n; ++n) for (int k = 0; k < p.k; ++k) b[n * p.k + k] = operand(c, p.b, p.rows, p.small, n, k);
   if (p.registers) {
     for (int t = 0; t < 128; ++t) for (int j = 0; j < 4; ++j) {
       float* to = &a[row_of(t, j & 1) * 16 + 2 * (t % 4) + (j >> 1) * 8];
@@ -225,17 +228,17 @@ inline void run_first(Block& c, Warpgroup& w) {
   w.products.pop_front();
   w.first++;
 }
-__attribute__((noinline)) inline void issue(float* d, const uint32_t* registers, uint64_t a, uint64_t b, int accumulate, int n = 128, bool small = false) {
+__attribute__((noinline)) inline void issue(float* d, int n, const uint32_t* registers, uint64_t a, uint64_t b, bool rows, int accumulate, bool small = false) {
   Warpgroup& w = block().warpgroups[thread() / 128];
   int t = thread() % 128;
   long number = w.issued[t]++;
   while ((long)w.products.size() + w.first <= number) {
     Product p{};
-    p.registers = registers; p.a = a; p.b = b; p.accumulate = accumulate; p.n = n; p.k = small ? 32 : 16; p.small = small;
+    p.n = n; p.k = small ? 32 : 16; p.registers = registers; p.rows = rows; p.small = small; p.a = a; p.b = b; p.accumulate = accumulate;
     w.products.push_back(p);
   }
   Product& p = w.products[number - w.first];
-  check(p.a == a && p.b == b && p.accumulate == accumulate && p.registers == (registers != nullptr) && p.n == n && p.small == small, "threads of a warpgroup disagree about a product");
+  check(p.n == n && p.a == a && p.b == b && p.accumulate == accumulate && p.registers == (registers != nullptr) && p.rows == rows && p.small == small, "threads of a warpgroup disagree about a product");
   p.d[t] = d; p.a_registers[t] = registers; p.arrived++;
   while (state().eager && !w.products.empty() && w.products.front().arrived == 128) run_first(block(), w);
 }
@@ -433,14 +436,26 @@ inline void wgmma_commit() {
 }
 template <int N> inline void wgmma_wait() { emulator::wait_groups(N); }
 template <int N> inline void keep(float (&)[N]) {}
-inline void wgmma_ss_n128(float (&d)[64], uint64_t a, uint64_t b, int accumulate) { emulator::issue(d, nullptr, a, b, accumulate); }
-inline void wgmma_rs_n128(float (&d)[64], const uint32_t (&a)[4], uint64_t b, int accumulate) { emulator::issue(d, a, 0, b, accumulate); }
-template <int R> inline void wgmma_ss_16bit(float (&d)[R], uint64_t a, uint64_t b, int accumulate) { emulator::issue(d, nullptr, a, b, accumulate, 2 * R); }
-template <int R> inline void wgmma_ss_e4m3(float (&d)[R], uint64_t a, uint64_t b, int accumulate) { emulator::issue(d, nullptr, a, b, accumulate, 2 * R, true); }
+template <int R> inline void wgmma_ss_16bit(float (&d)[R], uint64_t a, uint64_t b, int accumulate) { emulator::issue(d, 2 * R, nullptr, a, b, false, accumulate); }
+template <int R> inline void wgmma_ss_e4m3(float (&d)[R], uint64_t a, uint64_t b, int accumulate) { emulator::issue(d, 2 * R, nullptr, a, b, false, accumulate, true); }
 inline void unpack2(uint32_t two, float (&x)[2]) { x[0] = emulator::widen(two & 0xffff); x[1] = emulator::widen(two >> 16); }
-inline uint32_t pack2(float low, float high) { return emulator::narrow(low) | (uint32_t)emulator::narrow(high) << 16; }
 inline float low2(uint32_t two) { return emulator::widen(two & 0xffff); }
 inline float high2(uint32_t two) { return emulator::widen(two >> 16); }
+template <int N> inline void wgmma_ss(float (&d)[N], uint64_t a, uint64_t b, int accumulate) {
+  emulator::issue(d, 2 * N, nullptr, a, b, false, accumulate);
+}
+template <int ROWS, int N> inline void wgmma_rs(float (&d)[N], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+  emulator::issue(d, 2 * N, a, 0, b, ROWS, accumulate);
+}
+inline int from_here(int x) { return x; }
+inline uint32_t pack2(float low, float high) { return emulator::narrow<FP16>(low) | (uint32_t)emulator::narrow<FP16>(high) << 16; }
+inline uint32_t pack_bf16(float low, float high) { return emulator::narrow<false>(low) | (uint32_t)emulator::narrow<false>(high) << 16; }
+inline uint32_t half2_of_e4m3(uint16_t x) { return emulator::half_of_e4m3(x & 0xff) | (uint32_t)emulator::half_of_e4m3(x >> 8) << 16; }
+inline uint32_t half2_of_bf16(uint32_t x) {
+  float low = emulator::bits_float(x << 16), high = emulator::bits_float(x & 0xffff0000u);
+  auto bound = [](float f) { return f > 65504.f ? 65504.f : f < -65504.f ? -65504.f : f; };
+  return emulator::narrow<true>(bound(low)) | (uint32_t)emulator::narrow<true>(bound(high)) << 16;
+}
 inline float exp2_fast(float x) { return exp2f(x); }
 inline float rsqrtf(float x) { return 1.f / sqrtf(x); }
 inline void __syncthreads() { emulator::named(0, emulator::state().threads, true); }
@@ -452,6 +467,7 @@ template <class T> inline T __shfl_up_sync(unsigned, T v, int delta) {
   return emulator::exchange(v, lane >= delta ? lane - delta : lane);
 }
 inline uint32_t __ballot_sync(unsigned, bool b) { return emulator::ballot(b); }
+inline bool __any_sync(unsigned, bool b) { return emulator::ballot(b) != 0; }
 inline int __ffs(uint32_t x) { return __builtin_ffs(x); }
 inline int atomicAdd(int* p, int v) { int old = *p; *p += v; return old; }
 using std::max;

@@ -12,8 +12,8 @@ import torch
 import transformers
 
 from makeready.engine.llm import LLM
-from makeready.engine.request import Request
 from makeready.engine.sampling import SamplingParams
+from makeready.engine.sequence import TokenSequence
 from makeready.graphs.executable.cpu.executable import CpuExecutable
 from makeready.graphs.plan.spec import Bucket
 
@@ -77,7 +77,7 @@ def expected(model: Any, prompt: Sequence[int], count: int) -> Generation:
 
 
 class Recorder:
-    """Runs requests on an LLM and keeps the logits behind every sampled token."""
+    """Runs sequences on an LLM and keeps the logits behind every sampled token."""
 
     def __init__(self, llm: LLM) -> None:
         self.llm = llm
@@ -91,24 +91,24 @@ class Recorder:
     def generate(self, prompts: Sequence[Sequence[int]], count: int, **sampling: Any) -> list[Generation]:
         """Greedy generations of all prompts, submitted together."""
         params = SamplingParams(temperature=0, max_new_tokens=count, ignore_eos=True, **sampling)
-        requests = [self.llm.requests(list(p), params)[0] for p in prompts]
-        for request in requests:
-            self.made[id(request)] = Generation()
-            self.llm.engine.submit(request)
+        sequences = [self.llm.replies(list(p), params)[0].sequence for p in prompts]
+        for sequence in sequences:
+            self.made[id(sequence)] = Generation()
+            self.llm.engine.submit(sequence)
         while self.llm.engine.busy:
             self.llm.engine.step()
-        for request in requests:
-            self.made[id(request)].tokens = list(request.output)
-        return [self.made[id(request)] for request in requests]
+        for sequence in sequences:
+            self.made[id(sequence)].tokens = list(sequence.output)
+        return [self.made[id(sequence)] for sequence in sequences]
 
     def _record(self, bucket: Bucket, step: Mapping[str, np.ndarray]) -> Any:
         done = self._launch(bucket, step)
         logits = self._executable.operand(bucket, "sample", "logits")
-        by_slot: dict[int, Request] = {r.slot: r for r in self.llm.engine.scheduler.running}
+        by_slot: dict[int, TokenSequence] = {s.slot: s for s in self.llm.engine.scheduler.running}
         for row, count in enumerate(step["query_len"].tolist()):
-            request = by_slot.get(int(step["row_slot"][row]))
-            if count and request is not None and step["sample_slot"][row] == request.slot:
-                self.made[id(request)].logits.append(logits[row])
+            sequence = by_slot.get(int(step["row_slot"][row]))
+            if count and sequence is not None and step["sample_slot"][row] == sequence.slot:
+                self.made[id(sequence)].logits.append(logits[row])
         return done
 
 

@@ -12,7 +12,7 @@ from smollm2 import smollm2
 from makeready.engine.async_llm import AsyncLLM, Piece
 from makeready.engine.errors import RequestError
 from makeready.engine.llm import LLM, SamplingParams
-from makeready.engine.request import ABORT
+from makeready.engine.sequence import ABORT
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=10)
 PROMPTS = [f"Here is a list of {n} animals:" for n in ("two", "three", "four", "five", "six", "seven")]

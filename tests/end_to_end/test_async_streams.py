@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from makeready.engine.async_llm import AsyncLLM, _Stream
+from makeready.engine.async_llm import AsyncLLM, _Call
 from makeready.engine.errors import RequestError
 from makeready.engine.llm import LLM, SamplingParams
 from makeready.graphs.checkpoint.base import open_checkpoint
@@ -118,7 +118,8 @@ def test_many_streams_of_which_some_are_cancelled_are_those_of_generate(pages: i
             await asyncio.gather(*cancels)
             made = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 600)
             await idle(llm)
-            assert not served._streams
+            assert not served._calls
+            assert not served._feed.busy
             return made
 
     llm.engine.observer = observe
@@ -180,8 +181,8 @@ def test_a_loop_that_is_closed_at_the_last_moment_does_not_stop_the_others() -> 
 
     llm = make()
     served = AsyncLLM(llm)
-    gone = _Stream(0, llm.requests([5], LONG)[0], Loop(), asyncio.Queue())  # type: ignore[arg-type]
-    served._ask(partial(served._submit, [gone]))
+    gone = _Call(llm.replies([5], LONG), Loop())  # type: ignore[arg-type]
+    served._ask(partial(served._put, gone))
     (tokens,) = asyncio.run(read(served, [3], LONG))
     served.close()
     assert tokens == list(llm.generate(token_ids=[[3]], sampling=LONG)[0].token_ids)

@@ -224,24 +224,24 @@ def test_the_models_sampling_values_stand_in_for_what_is_not_asked(
     theirs = transformers.GenerationConfig.from_pretrained(stating)
     for name in ("temperature", "top_k", "top_p", "repetition_penalty"):
         assert getattr(stated.default_sampling, name) == getattr(theirs, name)
-        (request,) = stated.requests("hello", None)
-        assert getattr(request.sampling, name) == getattr(theirs, name)
+        (reply,) = stated.replies("hello", None)
+        assert getattr(reply.sequence.sampling, name) == getattr(theirs, name)
     given = SamplingParams(max_new_tokens=3)
-    assert stated.requests("hello", given)[0].sampling == given  # stands for itself
+    assert stated.replies("hello", given)[0].sequence.sampling == given  # stands for itself
     caplog.clear()
     silent = LLM(stating, llm.plan, generation_config=False)
     assert silent.default_sampling == SamplingParams()
     assert not caplog.records
 
     seen: list[SamplingParams] = []
-    requests = LLM.requests
+    replies = LLM.replies
 
     def watched(self: LLM, prompt: Any, sampling: Any, **more: Any) -> Any:
-        made = requests(self, prompt, sampling, **more)
-        seen.extend(request.sampling for request in made)
+        made = replies(self, prompt, sampling, **more)
+        seen.extend(reply.sequence.sampling for reply in made)
         return made
 
-    monkeypatch.setattr(LLM, "requests", watched)
+    monkeypatch.setattr(LLM, "replies", watched)
     stated.generate(["hello"])
     stated.chat(HELLO)
     list(stated.stream("hello"))
@@ -253,16 +253,16 @@ def test_most_tokens_of_the_model_end_with_the_context(stating: Path, llm: LLM, 
     (tmp_path / "long" / "generation_config.json").write_text('{"max_new_tokens": 2048}')
     made = LLM(tmp_path / "long", llm.plan, report=lambda sentence: None)
     assert made.default_sampling.max_new_tokens == 2048
-    (request,) = made.requests([5, 6, 7], None)
-    assert request.sampling.max_new_tokens == llm.plan.limits.context_len - 3
+    (reply,) = made.replies([5, 6, 7], None)
+    assert reply.sequence.sampling.max_new_tokens == llm.plan.limits.context_len - 3
     with pytest.raises(RequestError, match="2048"):  # asked for, it is refused as ever
-        made.engine.submit(made.requests([5], SamplingParams(max_new_tokens=2048))[0])
+        made.engine.submit(made.replies([5], SamplingParams(max_new_tokens=2048))[0].sequence)
 
 
 def test_a_dict_of_fields_changes_the_models_values_by_these(stating: Path, llm: LLM, tmp_path: Path) -> None:
     stated = LLM(stating, llm.plan, report=lambda sentence: None)
-    (request,) = stated.requests("hello", {"temperature": 0.5, "top_p": None})
-    asked = request.sampling
+    (reply,) = stated.replies("hello", {"temperature": 0.5, "top_p": None})
+    asked = reply.sequence.sampling
     assert (asked.temperature, asked.top_k, asked.top_p, asked.repetition_penalty) == (0.5, 7, 0.9, 1.1)
     good, bad = stated.generate(["hello", "hello"], [{"max_new_tokens": 1}, {"top_q": 1}])
     assert good.completion_tokens == 1
@@ -273,10 +273,10 @@ def test_a_dict_of_fields_changes_the_models_values_by_these(stating: Path, llm:
     shutil.copytree(stating, tmp_path / "long")
     (tmp_path / "long" / "generation_config.json").write_text('{"max_new_tokens": 2048}')
     made = LLM(tmp_path / "long", llm.plan, report=lambda sentence: None)
-    (request,) = made.requests([5, 6, 7], {"temperature": 0})
-    assert request.sampling.max_new_tokens == llm.plan.limits.context_len - 3
-    (request,) = made.requests([5, 6, 7], {"max_new_tokens": 2048})
-    assert request.sampling.max_new_tokens == 2048  # asked for: refused when it is queued
+    (reply,) = made.replies([5, 6, 7], {"temperature": 0})
+    assert reply.sequence.sampling.max_new_tokens == llm.plan.limits.context_len - 3
+    (reply,) = made.replies([5, 6, 7], {"max_new_tokens": 2048})
+    assert reply.sequence.sampling.max_new_tokens == 2048  # asked for: refused when it is queued
 
 
 def test_leaving_out_special_tokens_is_true_or_false(llm: LLM) -> None:

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from fake_executable import FakeExecutable, Step
 
-from makeready.engine.batch import Batch
-from makeready.engine.request import Request
+from makeready.engine.batch import Batch, Chunk
 from makeready.engine.seats import Seats
+from makeready.engine.sequence import TokenSequence
 from makeready.engine.staging import Stage
-from makeready.engine.steps.base import Sampled, step_kind
+from makeready.engine.steps.base import Report, step_kind
 from makeready.engine.steps.generate import stage_sequences
 from makeready.graphs.plan.spec import DECODE, Bucket, CacheSpec, Limits, StepSpec, fields
 from makeready.kernels.spec import ROWS
@@ -34,8 +34,13 @@ class Burst:
     least: int = 1
     most: int = MOST
 
-    def takes(self, batch: Batch) -> bool:
-        return not batch.chunks
+    def claims(self, sequence: TokenSequence) -> int | None:
+        return None
+
+    def launched(self, chunk: Chunk) -> None: ...
+
+    def takes(self, chunks: list[Chunk]) -> bool:
+        return not chunks
 
     def stage(self, batch: Batch, seats: Seats, stage: Stage) -> None:
         stage_sequences(batch, seats, stage)
@@ -44,12 +49,15 @@ class Burst:
     def counts(self, batch: Batch, results: Mapping[str, np.ndarray]) -> np.ndarray:
         return results["count"][: len(batch.decoding)].astype(np.int64)
 
-    def commit(
-        self, batch: Batch, results: Mapping[str, np.ndarray], void: Collection[Request]
-    ) -> Iterator[Sampled]:
-        for row, request in enumerate(batch.decoding):
+    def tokens(self, batch: Batch, results: Mapping[str, np.ndarray]) -> Iterator[tuple[TokenSequence, int]]:
+        for row, sequence in enumerate(batch.decoding):
             for token in results["tokens"][row, : results["count"][row]].tolist():
-                yield request, token, None
+                yield sequence, token
+
+    def reports(
+        self, batch: Batch, results: Mapping[str, np.ndarray], wanted: Collection[TokenSequence]
+    ) -> Iterator[Report]:
+        return iter(())
 
 
 step_kind(Burst())

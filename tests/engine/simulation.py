@@ -1,4 +1,4 @@
-"""Random requests on the fake executable, held to what each gives by itself.
+"""Random sequences on the fake executable, held to what each gives by itself.
 
 Everything is small (pages, rows, steps, the alphabet of prompts), so that prefixes are shared, pages run out
 and cached ones are evicted all the time.
@@ -15,10 +15,32 @@ from fake_executable import VOCABULARY, FakeExecutable, alone, buckets_of, score
 
 from makeready.engine.loop import Engine
 from makeready.engine.options import DFS_WEIGHT, LPM, POLICIES, SchedulerOptions
-from makeready.engine.request import ABORT, LENGTH, STOP, Request
+from makeready.engine.reply import Reply
 from makeready.engine.sampling import SamplingParams
+from makeready.engine.sequence import ABORT, LENGTH, STOP, TokenSequence
 from makeready.engine.step_record import StepRecord
 from makeready.graphs.plan.spec import CacheGroup, CacheSpec, Limits
+
+
+class Cut(Reply):
+    """A reply whose text ends behind the first token of a list, wherever a step's tokens end."""
+
+    words: frozenset[int] = frozenset()
+
+    @property
+    def follows(self) -> bool:
+        return True
+
+    def read(self) -> int:
+        """Tokens behind the end, which the sequence has lost again."""
+        output = self.sequence.output
+        for at, token in enumerate(output, start=1):
+            if token in self.words:
+                lost = len(output) - at
+                self.sequence.finish(STOP, at)
+                return lost
+        return 0
+
 
 PATIENCE = 3000  # steps that a drained engine may take: far above what any of these loads needs
 
@@ -87,7 +109,8 @@ class Simulation:
     events: int = 0
     retractions: int = 0
     cached: int = 0
-    live: dict[Request, list[int]] = field(default_factory=dict)
+    live: dict[TokenSequence, list[int]] = field(default_factory=dict)
+    replies: dict[TokenSequence, Reply] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         rng = self.rng
@@ -117,8 +140,8 @@ class Simulation:
         self.stems = [[rng.randrange(VOCABULARY) for _ in range(limits.context_len)] for _ in range(3)]
         self.ends = frozenset(rng.sample(range(VOCABULARY), rng.choice([0, 0, 1, 5])))
 
-    def submit(self) -> Request:
-        """A request that often begins like others, or goes on where another ended."""
+    def submit(self) -> TokenSequence:
+        """A sequence that often begins like others, or goes on where another ended."""
         rng, most = self.rng, self.limits.context_len - 1
         stem = rng.choice(self.stems)
         prompt = [
@@ -136,7 +159,7 @@ class Simulation:
             return_logprob=bool(scored),
             logprob_start_len=rng.randrange(len(prompt)) if scored else -1,
         )
-        request = Request(
+        sequence = TokenSequence(
             prompt,
             params,
             rng.randrange(3),
@@ -144,26 +167,31 @@ class Simulation:
             salt=rng.choice(["", "", "other"]),
             priority=rng.randrange(6),
         )
-        self.engine.submit(request)
-        self.live[request] = alone(prompt, request.seed, count, self.ends)
+        ends = self.ends
+        if scored or rng.random() < 0.5:  # the others run without a reply
+            cut = Cut(sequence)
+            cut.words = frozenset(rng.sample(range(VOCABULARY), rng.choice([0, 5])))
+            self.replies[sequence], ends = cut, ends | cut.words
+        self.engine.submit(sequence, self.replies.get(sequence))
+        self.live[sequence] = alone(prompt, sequence.seed, count, ends)
         self.events += 1
-        return request
+        return sequence
 
     def abort(self) -> None:
-        """End any request, wherever it is."""
+        """End any sequence, wherever it is."""
         if self.live:
-            request = self.rng.choice(list(self.live))
-            self.engine.abort(request)
-            assert request.finish_reason == ABORT
-            self._final(request)
+            sequence = self.rng.choice(list(self.live))
+            self.engine.abort(sequence)
+            assert sequence.finish_reason == ABORT
+            self._final(sequence)
             self.events += 1
             self._check()
 
     def step(self) -> None:
         """One step of the engine, and all that must hold behind it."""
-        for request in self.engine.step():
-            assert request.finish_reason != ABORT
-            self._final(request)
+        for sequence in self.engine.step():
+            assert sequence.finish_reason != ABORT
+            self._final(sequence)
         self.events += 1
         self._check()
 
@@ -181,7 +209,7 @@ class Simulation:
         self.drain()
 
     def drain(self) -> None:
-        """Every request that is still there gets done."""
+        """Every sequence that is still there gets done."""
         for _ in range(PATIENCE):
             if not self.engine.busy:
                 break
@@ -190,24 +218,26 @@ class Simulation:
         assert not self.engine.busy
         assert all(pool.held == 0 for pool in self.engine.pools.by_name.values())
 
-    def _continued(self, request: Request) -> list[int]:
-        stem = [*request.prompt, *request.output]
+    def _continued(self, sequence: TokenSequence) -> list[int]:
+        stem = [*sequence.prompt, *sequence.output]
         return [*stem, *(self.rng.randrange(VOCABULARY) for _ in range(self.limits.context_len - len(stem)))]
 
-    def _final(self, request: Request) -> None:
-        expected = self.live.pop(request)
-        self.events += len(request.output)
-        assert request.output == expected[: len(request.output)]
-        first = request.sampling.logprob_start_len
-        scored = [(t.token_id, t.logprob) for t in request.input_logprobs]
-        wanted = scores(request.prompt, first) if first >= 0 else []
+    def _final(self, sequence: TokenSequence) -> None:
+        expected, reply = self.live.pop(sequence), self.replies.pop(sequence, None)
+        assert reply is None or reply.done
+        self.events += len(sequence.output)
+        assert sequence.output == expected[: len(sequence.output)]
+        first = sequence.sampling.logprob_start_len
+        scored = [] if reply is None else [(t.token_id, t.logprob) for t in reply.input_logprobs]
+        wanted = scores(sequence.prompt, first) if first >= 0 else []
+        ends = self.ends | (reply.words if isinstance(reply, Cut) else frozenset())
         assert scored == wanted[: len(scored)]
-        if request.finish_reason != ABORT:
+        if sequence.finish_reason != ABORT:
             assert scored == wanted
-            assert request.output == expected
-            assert request.finish_reason == (STOP if expected and expected[-1] in self.ends else LENGTH)
-        assert request.cached_tokens < len(request.prompt)
-        assert request.cached_tokens % self.limits.page_size == 0
+            assert sequence.output == expected
+            assert sequence.finish_reason == (STOP if expected and expected[-1] in ends else LENGTH)
+        assert sequence.cached_tokens < len(sequence.prompt)
+        assert sequence.cached_tokens % self.limits.page_size == 0
 
     def _check(self) -> None:
         scheduler = self.engine.scheduler
@@ -218,7 +248,7 @@ class Simulation:
             scheduler.cache.check()
         assert set(scheduler.waiting) | set(scheduler.running) == set(self.live)
         assert len(scheduler.waiting) + len(scheduler.running) == len(self.live)
-        arrival = [request.ticket for request in scheduler.waiting]
+        arrival = [sequence.ticket for sequence in scheduler.waiting]
         assert arrival == sorted(arrival)
 
     def _observe(self, record: StepRecord) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from makeready.engine.feed import Feed
 from makeready.engine.llm import LLM, SamplingParams, SchedulerOptions
 from makeready.engine.loop import Engine
 from makeready.graphs.checkpoint.dummy import DummyCheckpoint
@@ -48,7 +47,6 @@ def llm_of(alone: LLM, pages: int, **options: Any) -> LLM:
     executable: Any = load_executable(alone.plan, alone.checkpoint, kv_bytes=pages * alone.plan.kv.page_bytes)
     executable.asynchronous = True
     made.engine = Engine(executable, SchedulerOptions(**options))
-    made._feed = Feed(made.engine, made._made)
     return made
 
 

@@ -12,8 +12,8 @@ import pytest
 
 from makeready.engine.loop import Engine
 from makeready.engine.options import SchedulerOptions
-from makeready.engine.request import Request
 from makeready.engine.sampling import SamplingParams
+from makeready.engine.sequence import ERROR, TokenSequence
 from makeready.graphs.checkpoint.dummy import DummyCheckpoint
 from makeready.graphs.executable.cpu.executable import CpuExecutable
 from makeready.graphs.models import decoder
@@ -70,7 +70,7 @@ def compiled(config: dict[str, Any], grouped: bool, patch: pytest.MonkeyPatch) -
         return compile_plan(DummyCheckpoint(dict(config)), target="cpu", **PLAN)
 
 
-def requests() -> list[Request]:
+def sequences() -> list[TokenSequence]:
     """Conversations that share beginnings, longer than the window."""
     rng = np.random.default_rng(3)
     stems = rng.integers(0, 96, (2, 50)).tolist()
@@ -78,7 +78,9 @@ def requests() -> list[Request]:
     for i in range(10):
         prompt = [*stems[i % 2][: 10 + 4 * i], *rng.integers(0, 96, 1 + i % 3).tolist()]
         made.append(
-            Request(prompt, SamplingParams(temperature=0, max_new_tokens=30, ignore_eos=True), 0, frozenset())
+            TokenSequence(
+                prompt, SamplingParams(temperature=0, max_new_tokens=30, ignore_eos=True), 0, frozenset()
+            )
         )
     return made
 
@@ -89,7 +91,7 @@ def tokens(plan: Plan, config: dict[str, Any], blocks: dict[str, int], **options
     executable.asynchronous = True  # type: ignore[misc]
     executable.poison()
     engine = Engine(executable, SchedulerOptions(**options))
-    made = requests()
+    made = sequences()
     for each in made:
         engine.submit(each)
     while engine.busy:
@@ -98,7 +100,7 @@ def tokens(plan: Plan, config: dict[str, Any], blocks: dict[str, int], **options
             free = engine.pools.by_name[group.name]._free
             for part in group.parts:
                 executable._tensors[part.name][free] = float("nan")
-    assert not any(each.error for each in made)
+    assert not any(each.finish_reason == ERROR for each in made)
     shared = sum(each.cached_tokens for each in made)
     assert (shared > 3 * WINDOW) == options.get("prefix_cache", True)
     return [each.output for each in made]

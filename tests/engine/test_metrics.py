@@ -10,7 +10,7 @@ from step_records import make_record, overlapped
 
 from makeready.engine.exposition import Counter, Gauge, Histogram, render
 from makeready.engine.metrics import Metrics
-from makeready.engine.request import Output
+from makeready.engine.output import Output
 from makeready.graphs.plan.spec import EXTEND, Bucket
 
 NAME = r"[a-zA-Z_:][a-zA-Z0-9_:]*"

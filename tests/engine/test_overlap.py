@@ -12,8 +12,9 @@ from fake_executable import FakeExecutable, Step, alone, buckets_of
 
 from makeready.engine.loop import Engine
 from makeready.engine.options import SchedulerOptions
-from makeready.engine.request import ABORT, Request
+from makeready.engine.reply import Reply
 from makeready.engine.sampling import SamplingParams
+from makeready.engine.sequence import ABORT, TokenSequence
 from makeready.engine.step_record import StepRecord
 from makeready.graphs.plan.spec import DECODE, EXTEND, Bucket, Limits
 
@@ -39,12 +40,14 @@ class Diary(FakeExecutable):
         return made
 
 
-def request(prompt: list[int], count: int, ends: frozenset[int] = frozenset(), **fields: Any) -> Request:
-    return Request(prompt, SamplingParams(max_new_tokens=count), 0, ends, **fields)
+def sequence(
+    prompt: list[int], count: int, ends: frozenset[int] = frozenset(), **fields: Any
+) -> TokenSequence:
+    return TokenSequence(prompt, SamplingParams(max_new_tokens=count), 0, ends, **fields)
 
 
-def run(engine: Engine, *requests: Request) -> None:
-    for each in requests:
+def run(engine: Engine, *sequences: TokenSequence) -> None:
+    for each in sequences:
         engine.submit(each)
     while engine.busy:
         engine.step()
@@ -53,8 +56,8 @@ def run(engine: Engine, *requests: Request) -> None:
 def test_a_step_is_launched_before_the_last_is_read() -> None:
     executable = Diary()
     engine = Engine(executable)
-    run(engine, request([1, 2, 3], 4))
-    # Four tokens take four steps: how long a request gets at most is known before any token is read.
+    run(engine, sequence([1, 2, 3], 4))
+    # Four tokens take four steps: how long a sequence gets at most is known before any token is read.
     assert executable.notes == [
         *("launch 1", "launch 2", "read 1", "launch 3", "read 2", "launch 4", "read 3", "read 4")
     ]
@@ -63,7 +66,7 @@ def test_a_step_is_launched_before_the_last_is_read() -> None:
 @pytest.mark.parametrize("why", ["option", "executable"])
 def test_without_overlap_each_step_is_read_at_once(why: str) -> None:
     executable = Diary(asynchronous=why != "executable")
-    run(Engine(executable, SchedulerOptions(overlap=why != "option")), request([1, 2, 3], 3))
+    run(Engine(executable, SchedulerOptions(overlap=why != "option")), sequence([1, 2, 3], 3))
     assert executable.notes == ["launch 1", "read 1", "launch 2", "read 2", "launch 3", "read 3"]
 
 
@@ -72,17 +75,17 @@ def test_a_token_that_ends_a_request_costs_one_row_of_one_step() -> None:
     expected = alone(prompt, 0, 20, frozenset())
     end = next(i for i in range(3, 20) if expected[i] not in expected[:i])
     executable = Diary()
-    ended = request(prompt, 20, frozenset([expected[end]]))
+    ended = sequence(prompt, 20, frozenset([expected[end]]))
     run(Engine(executable), ended)
     assert ended.output == expected[: end + 1]
     assert len(executable.steps) == end + 2
 
 
 def test_a_seat_is_taken_in_the_step_after_the_last_of_a_known_length() -> None:
-    """The next request does not wait until the last token of the one before it is read."""
+    """The next sequence does not wait until the last token of the one before it is read."""
     limits = Limits(max_rows=1, max_tokens=16, context_len=48, page_size=4)
     executable = Diary(limits)
-    first, second = request([1, 2], 3), request([3, 4, 5], 2)
+    first, second = sequence([1, 2], 3), sequence([3, 4, 5], 2)
     run(Engine(executable), first, second)
     assert [bucket.phase for bucket, *_ in executable.steps] == [EXTEND, DECODE, DECODE, EXTEND, DECODE]
     assert executable.notes[5:7] == ["launch 4", "read 3"]
@@ -90,7 +93,7 @@ def test_a_seat_is_taken_in_the_step_after_the_last_of_a_known_length() -> None:
 
 def test_aborts_while_a_step_is_under_way_drop_its_token() -> None:
     engine = Engine(Diary())
-    gone, stays = request([1, 2, 3], 30), request([4, 5], 9)
+    gone, stays = sequence([1, 2, 3], 30), sequence([4, 5], 9)
     engine.submit(gone)
     engine.submit(stays)
     for _ in range(4):
@@ -98,7 +101,7 @@ def test_aborts_while_a_step_is_under_way_drop_its_token() -> None:
     engine.abort(gone)
     output = list(gone.output)
     assert (gone.finish_reason, gone.slot) == (ABORT, -1)
-    run(engine, follower := request([6, 7, 8, 9], 9))
+    run(engine, follower := sequence([6, 7, 8, 9], 9))
     assert gone.output == output == alone([1, 2, 3], 0, 3, frozenset())
     assert stays.output == alone([4, 5], 0, 9, frozenset())
     assert follower.output == alone([6, 7, 8, 9], 0, 9, frozenset())
@@ -106,13 +109,13 @@ def test_aborts_while_a_step_is_under_way_drop_its_token() -> None:
 
 def test_the_last_request_aborted_leaves_nothing_behind() -> None:
     engine = Engine(Diary())
-    engine.submit(only := request([1, 2, 3, 4, 5], 9))
+    engine.submit(only := sequence([1, 2, 3, 4, 5], 9))
     engine.step()
     engine.step()
     engine.abort(only)
     assert not engine.busy
     assert engine.pool.held == 0
-    run(engine, again := request([1, 2, 3, 4, 5], 4))
+    run(engine, again := sequence([1, 2, 3, 4, 5], 4))
     assert again.cached_tokens == 4
     assert again.output == alone([1, 2, 3, 4, 5], 0, 4, frozenset())
 
@@ -122,8 +125,8 @@ def test_an_interrupted_step_ends_who_relied_on_it(overlap: bool) -> None:
     """Ctrl-C in a step that computes at once: its pages hold nothing, and nobody may believe they do."""
     executable = Diary()
     engine = Engine(executable, SchedulerOptions(overlap=overlap))
-    running = [request([1, 2, 3, 4, 5, 6, 7, 8, 9], 9) for _ in range(4)]
-    waits = request([1, 2, 3, 4, 5, 6, 7, 8], 3)
+    running = [sequence([1, 2, 3, 4, 5, 6, 7, 8, 9], 9) for _ in range(4)]
+    waits = sequence([1, 2, 3, 4, 5, 6, 7, 8], 3)
     for each in [*running, waits]:
         engine.submit(each)
     for step in range(3):
@@ -144,7 +147,7 @@ def test_records_tell_what_each_step_did() -> None:
     records: list[StepRecord] = []
     engine = Engine(Diary())
     engine.observer = records.append
-    run(engine, request([1, 2, 3, 4, 5, 6], 3), request([1, 2, 3, 4, 9], 3))
+    run(engine, sequence([1, 2, 3, 4, 5, 6], 3), sequence([1, 2, 3, 4, 9], 3))
     assert [record.bucket.phase for record in records] == [EXTEND, DECODE, DECODE]
     first, _, last = records
     # Six tokens, and one behind the page that both share.
@@ -158,14 +161,20 @@ def test_records_tell_what_each_step_did() -> None:
 
 def test_results_say_how_it_went() -> None:
     engine = Engine(Diary())
-    run(engine, done := request([1, 2, 3, 4, 5], 3))
+    told: list[Reply] = []
+    done = Reply(sequence([1, 2, 3, 4, 5], 3), on_finish=told.append)
+    engine.submit(done.sequence, done)
+    run(engine)
+    assert told == [done]
     meta = done.result().meta_info
     assert meta["id"] == done.id
     assert (meta["prompt_tokens"], meta["completion_tokens"], meta["cached_tokens"]) == (5, 3, 0)
     assert 0 <= meta["queue_time"] <= meta["time_to_first_token"] <= meta["e2e_latency"]
     assert meta["num_retractions"] == 0
-    engine.submit(never := request([1], 3))
-    engine.abort(never)
+    never = Reply(sequence([1], 3), on_finish=told.append)
+    engine.submit(never.sequence, never)
+    engine.abort(never.sequence)
+    assert told == [done, never]
     meta = never.result().meta_info
     assert meta["time_to_first_token"] is None
     assert 0 <= meta["queue_time"] == meta["e2e_latency"]

@@ -19,7 +19,7 @@ import pytest
 from step_records import make_record, overlapped
 
 from makeready.engine import trace as module
-from makeready.engine.request import Output
+from makeready.engine.output import Output
 from makeready.engine.step_record import StepRecord
 from makeready.engine.trace import DEVICE, HOST, StepTrace
 

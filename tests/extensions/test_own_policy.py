@@ -25,7 +25,7 @@ def test_the_shortest_prompt_goes_first(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(RequestError, match=r"there is no scheduler\.policy='toy-shortest'"):
         SchedulerOptions(policy="toy-shortest")
     monkeypatch.setitem(RANKINGS, "toy-shortest", None)  # type: ignore[arg-type]  # goes with the test
-    ranking("toy-shortest")(lambda options: lambda request: len(request.prompt))
+    ranking("toy-shortest")(lambda options: lambda sequence: len(sequence.prompt))
     llm = LLM(
         DummyCheckpoint(dict(CONFIG)),
         scheduler=SchedulerOptions(policy="toy-shortest"),
@@ -36,9 +36,9 @@ def test_the_shortest_prompt_goes_first(monkeypatch: pytest.MonkeyPatch) -> None
     lengths, order = (9, 4, 12, 2, 7), []
     finish = llm.engine.scheduler.retire
 
-    def retire(request) -> None:
-        order.append(len(request.prompt))
-        finish(request)
+    def retire(sequence) -> None:
+        order.append(len(sequence.prompt))
+        finish(sequence)
 
     monkeypatch.setattr(llm.engine.scheduler, "retire", retire)
     prompts = [list(range(1, 1 + length)) for length in lengths]

@@ -5,7 +5,7 @@ What it touches is what CONTRIBUTING's table says: a planner's half, an engine's
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from makeready.engine.llm import LLM, SamplingParams
-from makeready.engine.request import Request
+from makeready.engine.sequence import TokenSequence
 from makeready.engine.steps import base as engine_steps
 from makeready.engine.steps.generate import Generate
 from makeready.graphs.inspect.html import plan_html
@@ -62,18 +62,16 @@ class EnginesHalf(Generate):
 
     name: str = NAME
     order: int = -1
-    heard: dict[Request, list[float]] = field(default_factory=dict)
+    heard: dict[TokenSequence, list[float]] = field(default_factory=dict)
 
-    def takes(self, batch: Any) -> bool:
-        return not batch.chunks
+    def takes(self, chunks: list[Any]) -> bool:
+        return not chunks
 
-    def commit(
-        self, batch: Any, results: Mapping[str, np.ndarray], void: Collection[Request]
-    ) -> Iterator[Any]:
-        for row, request in batch.sampling():
-            if request.finish_reason is None:
-                self.heard.setdefault(request, []).append(float(results["entropy"][row]))
-        return super().commit(batch, results, void)
+    def tokens(self, batch: Any, results: Mapping[str, np.ndarray]) -> Iterable[tuple[TokenSequence, int]]:
+        for row, sequence in enumerate(batch.decoding):
+            if sequence.finish_reason is None:
+                self.heard.setdefault(sequence, []).append(float(results["entropy"][row]))
+        return super().tokens(batch, results)
 
 
 @pytest.fixture
@@ -120,7 +118,7 @@ def test_it_is_planned_stored_and_run(
     outputs = llm.generate(
         token_ids=PROMPTS, sampling=SamplingParams(temperature=0, max_new_tokens=5, ignore_eos=True)
     )
-    heard = {tuple(request.prompt): told for request, told in registered.heard.items()}
+    heard = {tuple(sequence.prompt): told for sequence, told in registered.heard.items()}
     for prompt, output in zip(PROMPTS, outputs, strict=True):
         ids = [*prompt, *output.token_ids]
         with torch.no_grad():

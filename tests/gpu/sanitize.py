@@ -1,11 +1,11 @@
-"""Small models under compute-sanitizer: no bad access, no leak, no race, and the same tokens as without it.
+"""Small models and kernels in CUDA C++ under compute-sanitizer: no bad access, leak or race, and the same results.
 
 python tests/gpu/sanitize.py [TOOL ...]      memcheck and synccheck; racecheck and initcheck where named
-python tests/gpu/sanitize.py mixture [TOOL ...]          of MODELS, that one alone
 
 Compiles plans of two layers for the GPU at hand, then runs their buckets in a process without torch, once bare
 and once under each tool. initcheck reports reads of padding that nobody writes, which poisoned memory shows
-to be harmless (test_gpu_executable.py).
+to be harmless (test_gpu_executable.py). Prefill attention in CUDA C++, which a small plan leaves to Triton, runs by
+itself: each head size and cache, a few rows, held to the reference. So do the products of experts, in all their tiles.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 TOOLS = {
     "memcheck": ["--leak-check", "full"],
@@ -26,8 +27,12 @@ TOOLS = {
     "initcheck": [],
 }
 FOUND = 9  # exit code where the tool found something
+RESULT = "result: "  # what a child's last line begins with
 PLACES = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer", "/opt/cuda/bin")
 PROMPTS = (5, 33, 1)  # tokens
+ROWS = ((1, 1), (70, 200), (0, 0), (3, 65), (1, 300))  # queries, context
+HEADS = ((8, 2, 128), (7, 1, 64), (2, 1, 256))  # heads, KV heads, size
+WINDOWS = (0, 100)
 STEPS = 3
 MIXTURE = {
     "model_type": "qwen3_moe",
@@ -60,6 +65,43 @@ def run(plan_folder: str, checkpoint_folder: str) -> list[list[int]]:
     return tokens
 
 
+def attend() -> int:
+    """Prefill attention in CUDA C++, each kernel with a few rows, against the reference; how many ways ran."""
+    sys.path.append(str(Path(__file__).parents[2] / "scripts"))
+    import torch
+    from benchmarks.gpu import launcher
+    from test_gpu_attention import planned, prefill_case
+
+    torch.manual_seed(0)
+    ways = 0
+    for cache in (torch.bfloat16, torch.float8_e4m3fn):
+        for heads, kv_heads, size in HEADS:
+            for window in WINDOWS:
+                contract, emit, tensors, attrs = prefill_case(
+                    planned, ROWS, cache, heads, kv_heads, size, 64, window
+                )
+                launcher.check(contract, emit, tensors, attrs)
+                ways += len(planned(launcher.op_call(contract, tensors, attrs)))
+    return ways
+
+
+def multiply() -> int:
+    """Products of experts in CUDA C++, every tile, rows gathered or not, against float64; how many ways ran."""
+    sys.path += [str(Path(__file__).parents[2] / "scripts"), str(Path(__file__).parents[1] / "kernels")]
+    from test_gpu_moe import ALLOWED, PRODUCTS, SCALES, SUFFIX, attrs_of, every_tile, hold, small
+
+    ways = 0
+    for scales in SCALES:
+        for product in PRODUCTS:
+            for gathered in (True, False):
+                op, attrs = product + SUFFIX[scales], attrs_of(scales, 0 if gathered else 2)
+                tensors = small("spread", gathered, scales, (40, 6, 2, 256, 512))
+                found = every_tile(op, tensors, attrs)
+                hold(op, tensors, attrs, found, ALLOWED[scales])
+                ways += len(found)
+    return ways
+
+
 def prepare(folder: Path, model: str) -> None:
     """Write ``checkpoint`` and ``plan`` of one of MODELS to ``folder``."""
     import torch
@@ -78,54 +120,61 @@ def prepare(folder: Path, model: str) -> None:
     plan.save(folder / "plan")
 
 
-def child(folder: Path, before: list[str]) -> tuple[int, str, list[list[int]] | None]:
-    """Exit code, output and tokens of a run behind the words ``before``."""
-    command = [*before, sys.executable, __file__, "--run", str(folder / "plan"), str(folder / "checkpoint")]
+def child(before: list[str], *arguments: str) -> tuple[int, str, Any]:
+    """Exit code, output and result (the last line's) of this file with ``arguments`` behind the words ``before``."""
+    command = [*before, sys.executable, __file__, *arguments]
     made = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = [line for line in made.stdout.splitlines() if line.startswith("[[")]
-    return made.returncode, made.stdout + made.stderr, json.loads(lines[-1]) if lines else None
+    lines = [line for line in made.stdout.splitlines() if line.startswith(RESULT)]
+    result = json.loads(lines[-1].removeprefix(RESULT)) if lines else None
+    return made.returncode, made.stdout + made.stderr, result
 
 
-def main(models: list[str], tools: list[str]) -> int:
-    """Run every tool over every model; returns the exit code."""
+def main(tools: list[str]) -> int:
+    """Run every tool; returns the exit code."""
     path = os.pathsep.join([os.environ.get("PATH", ""), *PLACES])
     sanitizer = os.environ.get("COMPUTE_SANITIZER") or shutil.which("compute-sanitizer", path=path)
     if sanitizer is None:
         print("compute-sanitizer is not on PATH; name it in COMPUTE_SANITIZER")
         return 2
-    return max(_sanitize(model, tools, sanitizer) for model in models)
-
-
-def _sanitize(model: str, tools: list[str], sanitizer: str) -> int:
-    """0 where no tool found anything."""
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        prepare(folder, model)
-        code, output, expected = child(folder, [])
-        if code or expected is None:
-            print(output)
-            return 1
+        runs = [("--attend",), ("--multiply",)]
+        for model in MODELS:
+            folder = Path(temporary) / model
+            prepare(folder, model)
+            runs.append(("--run", str(folder / "plan"), str(folder / "checkpoint")))
         bad = 0
-        for tool in tools:
-            began = time.perf_counter()
-            options = ["--tool", tool, "--error-exitcode", str(FOUND), *TOOLS[tool]]
-            code, output, tokens = child(folder, [sanitizer, *options])
-            same = tokens == expected
-            summaries = [line for line in output.splitlines() if "SUMMARY" in line]
-            took = time.perf_counter() - began
-            print(f"{model:<12} {tool:<10} {took:5.1f} s  exit {code}  same tokens: {same}", *summaries)
-            if code or not same:
-                bad += 1
-                print("\n".join(output.splitlines()[:60]))
+        for arguments in runs:
+            code, output, expected = child([], *arguments)
+            if code or expected is None:
+                print(output)
+                return 1
+            bad += sum(not clean(sanitizer, tool, arguments, expected) for tool in tools)
     return min(bad, 1)
+
+
+def clean(sanitizer: str, tool: str, arguments: tuple[str, ...], expected: Any) -> bool:
+    """Whether ``tool`` finds nothing and the result is ``expected``; says so."""
+    began = time.perf_counter()
+    options = TOOLS[tool] if arguments[0] == "--run" else []  # torch keeps its memory to the end
+    before = [sanitizer, "--tool", tool, "--error-exitcode", str(FOUND), *options]
+    code, output, result = child(before, *arguments)
+    summaries = [line for line in output.splitlines() if "SUMMARY" in line]
+    print(
+        f"{tool:<10} {' '.join(Path(a).parent.name or a for a in arguments[:2]):<18} {time.perf_counter() - began:5.1f} s  exit {code}  "
+        f"same result: {result == expected}",
+        *summaries,
+    )
+    if code or result != expected:
+        print("\n".join(output.splitlines()[:60]))
+    return not code and result == expected
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--run"]:
-        print(json.dumps(run(*sys.argv[2:])))
+        print(RESULT + json.dumps(run(*sys.argv[2:])))
+    elif sys.argv[1:] == ["--attend"]:
+        print(RESULT + json.dumps(attend()))
+    elif sys.argv[1:] == ["--multiply"]:
+        print(RESULT + json.dumps(multiply()))
     else:
-        words = sys.argv[1:]
-        models = [word for word in words if word in MODELS]
-        sys.exit(
-            main(models or list(MODELS), [w for w in words if w not in MODELS] or ["memcheck", "synccheck"])
-        )
+        sys.exit(main(sys.argv[1:] or ["memcheck", "synccheck"]))

@@ -20,6 +20,7 @@ from benchmarks.gpu import launcher
 from makeready.kernels.attention import paged
 from makeready.kernels.attention.decode_triton import decode_attention_cuda
 from makeready.kernels.attention.extend_cuda import candidate as prefill
+from makeready.kernels.attention.extend_cuda import ways
 from makeready.kernels.attention.extend_triton import extend_attention_cuda
 from makeready.kernels.attention.qkv_triton import kv_write_cuda, norm_rope_kv_write_cuda
 from makeready.kernels.contract import Contract
@@ -107,13 +108,20 @@ def _decode_case(lengths: Sequence[int], dtype: torch.dtype, heads: int, *geomet
     return paged.decode_attention, decode_attention_cuda, tensors, _attrs(heads, kv_heads, head_dim, window)
 
 
-def _extend_case(rows: Sequence[tuple[int, int]], dtype: torch.dtype, heads: int, *geometry: int) -> Case:
-    """Padding tokens, NaN, before and after the rows."""
+def _extend_case(
+    rows: Sequence[tuple[int, int]],
+    dtype: torch.dtype,
+    heads: int,
+    *geometry: int,
+    queries: torch.dtype | None = None,
+) -> Case:
+    """Padding tokens, NaN, before and after the rows; ``queries`` are bf16 or what the cache is unless it is said."""
     kv_heads, head_dim, page, window = geometry
+    queries = queries or _activations(dtype)
     tensors = _paged([context for _, context in rows], page, kv_heads, head_dim, dtype)
     count = torch.tensor([queries for queries, _ in rows], dtype=torch.int32, device="cuda")
     total = int(count.sum())
-    q = torch.full((total + 40, heads * head_dim), float("nan"), dtype=_activations(dtype), device="cuda")
+    q = torch.full((total + 40, heads * head_dim), float("nan"), dtype=queries, device="cuda")
     q[3 : 3 + total] = torch.randn(total, heads * head_dim, device="cuda").to(q.dtype)
     tensors |= {"q": q, "query_start": (3 + count.cumsum(0) - count).to(torch.int32), "query_len": count}
     return paged.extend_attention, extend_attention_cuda, tensors, _attrs(heads, kv_heads, head_dim, window)
@@ -121,20 +129,27 @@ def _extend_case(rows: Sequence[tuple[int, int]], dtype: torch.dtype, heads: int
 
 def _guarded(call: OpCall) -> list[Candidate]:
     """Prefill attention in CUDA C++ whose waits give up: a fault gives wrong numbers instead of a hang."""
-    return [prefill(call, give_up=200_000)]
+    return [prefill(call, way, give_up=200_000) for way in ways(call)]
 
 
-def _planned(call: OpCall) -> list[Candidate]:
-    return [prefill(call)]
+def planned(call: OpCall) -> list[Candidate]:
+    """Every way that plans carry of prefill attention in CUDA C++."""
+    return [prefill(call, way) for way in ways(call)]
 
 
-def _prefill_case(
-    emit: Emit, rows: Sequence[tuple[int, int]], dtype: torch.dtype, heads: int, *geometry: int
+def prefill_case(
+    emit: Emit,
+    rows: Sequence[tuple[int, int]],
+    dtype: torch.dtype,
+    heads: int,
+    *geometry: int,
+    queries: torch.dtype | None = None,
 ) -> Case:
     """In CUDA C++; queries are columns of the projection's output, pages before a row's window have other owners."""
-    contract, _, tensors, attrs = _extend_case(rows, dtype, heads, *geometry)
-    wide = torch.full((len(tensors["q"]), heads * 128 + 2 * geometry[0] * 128), float("nan"), device="cuda")
-    columns = wide.to(dtype)[:, : heads * 128]
+    contract, _, tensors, attrs = _extend_case(rows, dtype, heads, *geometry, queries=queries)
+    width = tensors["q"].shape[1]
+    wide = torch.full((len(tensors["q"]), width + 512), float("nan"), device="cuda")
+    columns = wide.to(tensors["q"].dtype)[:, :width]
     columns.copy_(tensors["q"])
     return contract, emit, tensors | {"q": columns}, attrs
 
@@ -175,19 +190,49 @@ _PREFILLS = (  # heads, KV heads, head size, page, window: of the kernel in CUDA
     (32, 8, 128, 64, 100),
     (32, 8, 128, 128, 1000),
 )
+_SIZES = (  # of heads of other sizes, and with 8-bit caches
+    (32, 8, 64, 64, 0),
+    (14, 2, 64, 128, 100),
+    (16, 1, 64, 64, 0),
+    (3, 3, 64, 64, 1000),
+    (16, 8, 256, 64, 0),
+    (8, 1, 256, 128, 100),
+    (5, 1, 256, 64, 0),
+)
 _MANY = (*((1 + 7 * (r % 3), 1032 - r) for r in range(200)), (700, 5000), (0, 0))
 # The first ones first, with waits that give up.
 _CASES: dict[str, Callable[[], Case]] = {
-    f"guarded-{rows}": partial(_prefill_case, _guarded, rows, B16, *_QWEN3_8B)
+    f"guarded-{rows}": partial(prefill_case, _guarded, rows, B16, *_QWEN3_8B)
     for rows in (((32, 32),), ((1, 1),), ((128, 128),), ((300, 300),), _ROWS[0])
 }
 _CASES |= {
-    f"prefill-{kind}-{geometry}-{len(rows)}-{rows[0]}": partial(
-        _prefill_case, _planned, rows, kind, *geometry
-    )
+    f"prefill-{kind}-{geometry}-{len(rows)}-{rows[0]}": partial(prefill_case, planned, rows, kind, *geometry)
     for kind in (B16, F16)
     for geometry in _PREFILLS
     for rows in (*_ROWS, *_LONG, *((_MANY,) if geometry == _QWEN3_8B else ()))
+}
+_CASES |= {
+    f"guarded-{kind}-{geometry}-{rows}": partial(prefill_case, _guarded, rows, kind, *geometry)
+    for kind, geometry in (
+        (B16, _SIZES[0]),
+        (B16, _SIZES[4]),
+        (F8, _QWEN3_8B),
+        (F8, _SIZES[0]),
+        (F8, _SIZES[4]),
+    )
+    for rows in (((1, 1),), ((300, 300),), _ROWS[0])
+}
+_CASES |= {
+    f"prefill-{kind}-{geometry}-{len(rows)}-{rows[0]}": partial(prefill_case, planned, rows, kind, *geometry)
+    for kind, geometries in ((B16, _SIZES), (F16, _SIZES[::3]), (F8, (*_PREFILLS[::3], *_SIZES)))
+    for geometry in geometries
+    for rows in (*_ROWS, *_LONG, *((_MANY,) if geometry == _QWEN3_8B else ()))
+}
+_CASES |= {
+    f"prefill-float16 queries-{geometry}": partial(
+        prefill_case, planned, _ROWS[0], F8, *geometry, queries=F16
+    )
+    for geometry in (_QWEN3_8B, _SIZES[0], _SIZES[4])
 }
 _CASES |= {f"kv_write-{kind}": partial(_kv_case, kind) for kind in (B16, F8)}
 _CASES |= {
@@ -243,7 +288,7 @@ def test_against_the_reference(name: str) -> None:
 def test_one_prefill_kernel_serves_a_bucket() -> None:
     """Launched over and over with one scratch, as in a plan, for other batches of one bucket and any grid."""
     torch.manual_seed(0)
-    contract, _, tensors, attrs = _prefill_case(_planned, ((700, 700), (0, 0), (3, 900)), B16, *_QWEN3_8B)
+    contract, _, tensors, attrs = prefill_case(planned, ((700, 700), (0, 0), (3, 900)), B16, *_QWEN3_8B)
     call = launcher.op_call(contract, tensors, attrs)
     way = prefill(call)
     scratch = launcher.new_scratch(way)

@@ -12,8 +12,9 @@ import pytest
 import yaml
 from scripts_in_process import CONF, TINY
 
-from makeready.engine.entrypoints.batch.worker import READ, Worker
+from makeready.engine.entrypoints.batch.worker import Worker
 from makeready.engine.errors import RequestError
+from makeready.engine.feed import MADE
 from makeready.engine.llm import LLM
 from makeready.engine.sampling import SamplingParams
 from makeready.engine.text.tokenizer import LONG
@@ -107,12 +108,12 @@ def test_bad_rows_get_errors_and_the_others_their_tokens(llm):
 
 
 def test_what_nobody_foresaw_in_a_row_costs_that_row_alone(llm, monkeypatch):
-    requests = llm.requests
+    replies = llm.replies
 
     def broken(prompt: Any, sampling: SamplingParams, **more: Any) -> Any:
-        return requests(prompt, sampling, **more) if prompt != [13] else 1 / 0
+        return replies(prompt, sampling, **more) if prompt != [13] else 1 / 0
 
-    monkeypatch.setattr(llm, "requests", broken)
+    monkeypatch.setattr(llm, "replies", broken)
     made = answers(llm, encoded({"token_ids": [1]}, {"token_ids": [13]}, {"token_ids": [2]}))
     assert [("error" in answer) for answer in made] == [False, True, False]
     assert "ZeroDivisionError" in made[1]["error"]["message"]
@@ -137,7 +138,7 @@ def test_rows_are_taken_as_there_is_room_for_them(llm):
             encoded(*({"token_ids": [i % 97], "max_new_tokens": 50 if not i else 1} for i in range(99)))
         )
     )
-    assert worker.room == max(llm.engine.limits.max_rows, READ)
+    assert worker.room == max(llm.engine.limits.max_rows, MADE)
     order, most = [], 0
     while True:
         given = list(islice(rows, worker.room))
@@ -148,19 +149,19 @@ def test_rows_are_taken_as_there_is_room_for_them(llm):
         most = max(most, len(given))
     assert sorted(order) == list(range(99))
     assert order.index(0) > 40
-    assert most <= READ
+    assert most <= MADE
 
 
 def test_a_queue_that_is_full_costs_rows_and_leaves_nothing_behind(llm, monkeypatch):
     """Where the engine refuses the second of a row's samples, the first is taken back."""
     submit, room = llm.engine.submit, 4
 
-    def full(request: Any) -> None:
+    def full(sequence: Any, reply: Any) -> None:
         nonlocal room
         if not room:
             raise RequestError("the queue is full")
         room -= 1
-        submit(request)
+        submit(sequence, reply)
 
     monkeypatch.setattr(llm.engine, "submit", full)
     made = answers(llm, encoded({"token_ids": [1], "n": 3}, {"token_ids": [1], "n": 3}, {"token_ids": [1]}))
@@ -170,21 +171,21 @@ def test_a_queue_that_is_full_costs_rows_and_leaves_nothing_behind(llm, monkeypa
 
 def test_no_row_waits_while_a_long_one_is_tokenized(llm, monkeypatch):
     """A text keeps its thread until another row is answered; in one thread that would be never."""
-    answered, requests = threading.Event(), llm.requests
+    answered, replies = threading.Event(), llm.replies
 
     def slow(prompt: Any, *arguments: Any, **named: Any) -> Any:
         if len(prompt) > LONG:
             assert answered.wait(60), "the other row was not answered meanwhile"
-        return requests([5], *arguments, **named)
+        return replies([5], *arguments, **named)
 
-    monkeypatch.setattr(llm, "requests", slow)
+    monkeypatch.setattr(llm, "replies", slow)
     worker = Worker(llm, "rows", GREEDY)
     texts = ["a" * (LONG + 1), "a", "b" * (LONG + 1)]
     worker.put([(i, line) for i, line in enumerate(encoded(*({"prompt": text} for text in texts)), 1)])
     worker.put([(4, b"{}")])
     numbers = []
     while worker.busy:
-        assert worker.room <= 4 + READ
+        assert worker.room <= 4 + MADE
         for done in worker.step():
             numbers.append(done.number)
             assert done.failed == (done.number == 4)

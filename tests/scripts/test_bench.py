@@ -18,7 +18,7 @@ from step_records import make_record, overlapped
 
 from makeready.engine.entrypoints import bench_options
 from makeready.engine.entrypoints.options import UsageError
-from makeready.engine.request import Output
+from makeready.engine.output import Output
 
 SMALL = (*TINY, "plan.max_rows=4", "plan.max_tokens=16", "plan.page_size=4")
 

@@ -15,6 +15,7 @@ pytest.importorskip("cuda.bindings")
 
 from benchmarks.gpu import (
     attention,
+    attention_batches,
     gemm,
     gemm_fp8,
     launcher,
@@ -31,7 +32,8 @@ from scripts_in_process import script
 from makeready.engine.entrypoints import bench_options
 from makeready.graphs.plan.devices import DEVICES
 from makeready.graphs.planner.cuda.aot import Kernel, compile_kernel, kernel_of
-from makeready.kernels.contract import CONTRACTS
+from makeready.kernels.attention import paged
+from makeready.kernels.contract import CONTRACTS, Contract
 from makeready.kernels.device import Candidate, OpCall
 
 Calls = Iterable[tuple[OpCall, Sequence[Candidate]]]
@@ -84,10 +86,11 @@ def test_floors_by_hand(monkeypatch: pytest.MonkeyPatch):
     product = gemm.Product("qkv", 16, 6144, 4096)
     assert product.floor == pytest.approx((6144 * 4096 + 16 * 4096 + 16 * 6144) * 2 / 3e12)
     assert gemm.Product("qkv", 8192, 6144, 4096).floor == pytest.approx(2 * 8192 * 6144 * 4096 / 779e12)
-    (decode, *_) = attention.batches(sweep=False)
+    (decode, *_) = attention_batches.batches(sweep=False)
     assert decode.label == "bf16 1 x (1, 1024)"
     assert decode.floor == pytest.approx((2 * 2 * 8 * 128 * 1024 + 2 * 2 * 4096) / 3e12)
-    prompt = attention.Batch(attention.batches(sweep=False)[-1].contract, [(3, 5)], attention.B16)
+    prompt = attention_batches.Batch(paged.extend_attention, [(3, 5)], attention_batches.B16)
+    assert isinstance(paged.extend_attention, Contract)
     assert prompt.operations == 4 * (3 + 4 + 5) * 4096  # queries see 3, 4 and 5 tokens
 
 
@@ -110,19 +113,9 @@ def test_tables_of_known_figures():
     assert found.split()[:4] == ["rows", "o", "4", "a"]
     assert found.split()[-4:] == ["1.0", "b", "2.0", "a"]
     batch = {"rows": "r", "nbytes": 3e6, "operations": 4e6, "floor": 1e-6, "sdpa": 5e-6, "backend": "flash",
-             "seconds": {"a": 2e-6, "b": 1e-6}}  # fmt: skip
-    assert attention.table([batch])[1].split() == [
-        "r",
-        "a",
-        "2.0",
-        "0.50",
-        "1.50",
-        "2",
-        "5.0",
-        "flash",
-        "1.0",
-        "b",
-    ]
+             "seconds": {"a": 2e-6, "wgmma": 1e-6}}  # fmt: skip
+    found = attention.table([batch])[1].split()
+    assert found == ["r", "a", "2.0", "0.50", "1.50", "2", "5.0", "flash", "2.0", "1.0", "wgmma"]
 
 
 @pytest.mark.parametrize("suite", [*SUITES, "load", "load_steps"])
@@ -207,9 +200,12 @@ def rehearsal(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     few = {
         gemm: {**small, "HEAD": {"lm_head": (96, 64)}, "LOGITS": (2,)},
         gemm_fp8: small,
-        attention: {"DECODES": ([(1, 40)] * 3, [(1, 9), (1, 70)]), "DECODES_F8": ([(1, 30)] * 2,),
-                    "EXTENDS": ([(20, 20)] * 2, [(3, 9), (0, 0)]), "EXTENDS_F8": ([(5, 7)],), "ROTATED": 1.0,
-                    "CHECKED": [(2, 7), (1, 30)], "TOKENS": (5,)},
+        attention: {"ROTATED": 1.0, "TOKENS": (5,)},
+        attention_batches: {
+            "DECODES": ([(1, 40)] * 3, [(1, 9), (1, 70)]), "DECODES_F8": ([(1, 30)] * 2,),
+            "EXTENDS": ([(20, 20)] * 2, [(3, 9), (0, 0)]), "EXTENDS_F8": ([(5, 7)],),
+            "EXTENDS_OTHER": ([(4, 6)],), "CHECKED": [(2, 7), (1, 30)],
+        },
         small_ops: {"TOKENS": (3,), "VOCABULARY": 50},
         quantize_fp8: {"TOKENS": (3,), "CHECKED": 4, "MATRICES": ((256, 128),)},
         sample: {"VOCABULARY": 700, "ROWS": (2,)},

@@ -13,9 +13,11 @@ from scripts_in_process import TINY, script
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from makeready.engine.entrypoints.batch.base import RowError
-from makeready.engine.entrypoints.batch.openai import CHAT, COMPLETIONS, OpenAIFormat
-from makeready.engine.entrypoints.batch.openai_logprobs import chat_logprobs, completion_logprobs
-from makeready.engine.request import Output, TokenLogprob
+from makeready.engine.entrypoints.batch.openai import OpenAIFormat
+from makeready.engine.output import Output, TokenLogprob
+from makeready.engine.protocol.asked import AskError
+from makeready.engine.protocol.openai.body import CHAT, COMPLETIONS
+from makeready.engine.protocol.openai.logprobs import chat_logprobs, completion_logprobs
 from makeready.engine.sampling import SamplingParams
 from makeready.engine.text.parts import TokenizerParts
 from makeready.engine.text.tokenizer import Tokenizer
@@ -145,7 +147,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("url", "body", "field"), REFUSED)
 def test_what_is_not_served_is_refused_by_its_name(url, body, field):
-    with pytest.raises(RowError, match=field) as refused:
+    with pytest.raises(AskError, match=field) as refused:
         OpenAIFormat().read(row(url, **body))
     assert refused.value.field == field
 

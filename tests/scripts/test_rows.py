@@ -10,7 +10,8 @@ import pytest
 from makeready.engine.entrypoints.batch import rows
 from makeready.engine.entrypoints.batch.base import RowError
 from makeready.engine.entrypoints.batch.rows import RowFormat
-from makeready.engine.request import Output, TokenLogprob
+from makeready.engine.output import Output, TokenLogprob
+from makeready.engine.protocol.asked import AskError
 from makeready.engine.sampling import SamplingParams
 
 BAD_LINES = [
@@ -74,7 +75,7 @@ def test_lines_that_are_no_objects(line, reason):
 
 @pytest.mark.parametrize(("fields", "reason"), BAD_FIELDS)
 def test_fields_that_make_no_request(fields, reason):
-    with pytest.raises(RowError, match=reason):
+    with pytest.raises(AskError, match=reason):
         RowFormat().read(fields)
 
 

@@ -13,8 +13,8 @@ from tokenizers import AddedToken, processors
 from tokenizers_fixture import CORPUS, TEXTS, byte_fallback_json, byte_level_json, wrap
 from transformers import PreTrainedTokenizerFast
 
-from makeready.engine.entrypoints.batch.openai_logprobs import chat_logprobs, completion_logprobs
-from makeready.engine.request import Output, TokenLogprob
+from makeready.engine.output import Output, TokenLogprob
+from makeready.engine.protocol.openai.logprobs import chat_logprobs, completion_logprobs
 from makeready.engine.text.token_text import prompt_starts, prompt_text, starts, token_bytes
 
 BYTE_LEVEL, BYTE_FALLBACK = wrap(byte_level_json()), wrap(byte_fallback_json())

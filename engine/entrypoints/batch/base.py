@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from makeready.engine.request import Output
+from makeready.engine.output import Output
+from makeready.engine.protocol.asked import Ask, AskError
 from makeready.engine.sampling import SamplingParams
 from makeready.engine.text.tokenizer import Tokenizer
 
@@ -19,16 +20,8 @@ class JobError(ValueError):
     """A batch job cannot begin or go on; the message says what is left where, and the remedy."""
 
 
-class RowError(ValueError):
-    """One row cannot be read; the message names the field and the remedy.
-
-    Attributes:
-        field: the field, where it is one; a user's tools may look for it.
-    """
-
-    def __init__(self, message: str, field: str | None = None) -> None:
-        super().__init__(message)
-        self.field = field
+class RowError(AskError):
+    """One row cannot be read; the message names the field and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -42,29 +35,6 @@ class Damaged:
 
     fields: Mapping[str, Any]
     reason: str
-
-
-@dataclass(frozen=True)
-class Ask:
-    """What a row asks for.
-
-    Attributes:
-        kind: what its prompts are: prompt (text), messages or token_ids.
-        prompts: one, or several that are answered together; not yet checked.
-        sampling: sampling fields that it sets.
-        template: variables of the chat template that it sets.
-        routing: what it tells the scheduler: ``priority`` and ``extra_key``.
-        text: how its text becomes tokens: ``chat_template`` and ``add_special_tokens``.
-        max_new_tokens: most tokens where neither it nor the job says how many; None for as many as fit.
-    """
-
-    kind: str
-    prompts: tuple[Any, ...]
-    sampling: Mapping[str, Any] = field(default_factory=dict)
-    template: Mapping[str, Any] = field(default_factory=dict)
-    routing: Mapping[str, Any] = field(default_factory=dict)
-    text: Mapping[str, Any] = field(default_factory=dict)
-    max_new_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +64,7 @@ class Format(Protocol):
     name: str
 
     def read(self, fields: Mapping[str, Any]) -> Ask:
-        """The request of a row; raises :class:`RowError`."""
+        """The request of a row; raises :class:`AskError`."""
         ...
 
     def answer(

@@ -5,25 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from makeready.engine.entrypoints.batch.base import Ask, RowError
-from makeready.engine.errors import RequestError
-from makeready.engine.fields import MEANT, Checker, meant, shown, whole
-from makeready.engine.fields import text as checked_text
-from makeready.engine.request import ERROR, Output
+from makeready.engine.entrypoints.batch.base import RowError
+from makeready.engine.fields import MEANT, meant, shown
+from makeready.engine.output import Output
+from makeready.engine.protocol.asked import ROUTING, TEXT, Ask, check_template, kind_of, routing_of, text_of
 from makeready.engine.sampling import SamplingParams
-from makeready.engine.text.chat import is_template
+from makeready.engine.sequence import ERROR
 from makeready.engine.text.tokenizer import Tokenizer
 
 PROMPTS = ("prompt", "messages", "token_ids")
 PASSED_THROUGH: tuple[str, ...] = ("id", "custom_id")
-ROUTING = ("priority", "extra_key")  # what the scheduler is told
-TEXT = ("chat_template", "add_special_tokens")  # how text becomes tokens
 OTHERS = ("chat_template_kwargs", "sampling")
-RESERVED = {"self", "template", "messages", "bos_token", "eos_token", *TEXT}
 DEEPEST = 100  # levels of a row: it must be read again from deeper ones, where Python's limit is closer
 SAMPLING = tuple(f.name for f in dataclasses.fields(SamplingParams))
 FIELDS = (*PROMPTS, *PASSED_THROUGH, *ROUTING, *TEXT, *OTHERS, *SAMPLING)
@@ -62,7 +57,7 @@ class RowFormat:
         """The request that a row's fields make.
 
         Raises:
-            RowError: none or several of prompt, messages and token_ids, a sampling field both bare and under
+            AskError: none or several of prompt, messages and token_ids, a sampling field both bare and under
                 sampling, a field of the wrong type, or a column that is not handed through.
         """
         for name in fields:
@@ -75,7 +70,7 @@ class RowFormat:
         prompt = fields[kinds[0]]
         wanted = str if kinds[0] == "prompt" else list
         if not isinstance(prompt, wanted):
-            raise RowError(f"{kinds[0]} must be a {_KINDS[wanted]}, not {kind_of(prompt)}")
+            raise RowError(f"{kinds[0]} must be a {kind_of(wanted())}, not {kind_of(prompt)}")
         nested, template = (_object(fields, name) for name in ("sampling", "chat_template_kwargs"))
         if template and kinds[0] != "messages":
             raise RowError(f"chat_template_kwargs is for messages; {kinds[0]} need no template")
@@ -139,75 +134,6 @@ def parse(line: bytes) -> dict[str, Any]:
     return fields
 
 
-def check_template(variables: Mapping[str, Any]) -> None:
-    """Keep a user's variables of the chat template apart from those that are the model's and the row's.
-
-    Raises:
-        RowError: naming the variable.
-    """
-    taken = sorted(variables.keys() & RESERVED)
-    if taken:
-        raise RowError(f"chat_template_kwargs cannot set {taken[0]}; leave it out", "chat_template_kwargs")
-    if not isinstance(variables.get("tools", []), list):
-        raise RowError(
-            "tools in chat_template_kwargs must be a list of function schemas", "chat_template_kwargs"
-        )
-
-
-def text_of(fields: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """Those of a row's fields that say how its text becomes tokens.
-
-    A template is given as text, as the name of one of the model's, or as the path of a ``.jinja`` file: a row is
-    data, and other files are not for it to read.
-
-    Args:
-        kind: what its prompts are.
-
-    Raises:
-        RowError: one is of the wrong type, or of no use for that kind of prompt.
-    """
-    made = {name: fields[name] for name in TEXT if fields.get(name) is not None}
-    template, special = made.get("chat_template", ""), made.get("add_special_tokens", True)
-    if not isinstance(template, str):
-        raise RowError(f"chat_template must be a string, not {kind_of(template)}", "chat_template")
-    if template and kind != "messages":
-        raise RowError(f"chat_template is for messages; {kind} need no template", "chat_template")
-    if not (is_template(template) or re.fullmatch(r"[\w-]*|.*\.jinja", template)):
-        raise RowError(
-            f"chat_template={template[:80]!r} is neither a template's text nor the path of a .jinja file; give one",
-            "chat_template",
-        )
-    if not isinstance(special, bool):
-        raise RowError(
-            f"add_special_tokens must be true or false, not {kind_of(special)}", "add_special_tokens"
-        )
-    if "add_special_tokens" in made and kind == "token_ids":
-        raise RowError(
-            "add_special_tokens is for texts; token_ids are taken as they are", "add_special_tokens"
-        )
-    return made
-
-
-def routing_of(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a row's fields that are for the scheduler.
-
-    Raises:
-        RowError: one is of the wrong type.
-    """
-    return {
-        name: _checked(check, name, fields[name])
-        for name, check in _ROUTING.items()
-        if fields.get(name) is not None
-    }
-
-
-def _checked(check: Checker, name: str, value: Any) -> Any:
-    try:
-        return check(name, value)
-    except RequestError as error:
-        raise RowError(str(error), name) from None
-
-
 def encode(fields: Mapping[str, Any]) -> bytes:
     """A line without its end, valid JSON whatever it holds.
 
@@ -230,11 +156,6 @@ def _without_infinities(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _without_infinities(item) for name, item in value.items()}
     return [_without_infinities(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def kind_of(value: Any) -> str:
-    """What JSON calls a value."""
-    return "number" if type(value) in (int, float) else _KINDS.get(type(value), type(value).__name__)
 
 
 def check_column(name: str, *, carry: bool) -> None:
@@ -325,7 +246,3 @@ def _float(text: str) -> float:
 
 def _no_number(text: str) -> Any:
     raise RowError(f"the row is not JSON: {text} is no number there")
-
-
-_ROUTING: Mapping[str, Checker] = {"priority": whole(-(2**63)), "extra_key": checked_text}
-_KINDS = {str: "string", list: "list", dict: "object", bool: "boolean", type(None): "null"}

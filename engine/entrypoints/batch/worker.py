@@ -3,42 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from makeready.engine.entrypoints.batch.base import Ask, Damaged, Done, Format, Numbered, RowError
+from makeready.engine.entrypoints.batch.base import Damaged, Done, Format, Numbered, RowError
 from makeready.engine.entrypoints.batch.openai import OpenAIFormat
 from makeready.engine.entrypoints.batch.rows import SAMPLING, RowFormat, encode, parse
 from makeready.engine.errors import reason_of
+from makeready.engine.feed import Feed, Refused
 from makeready.engine.given import is_long
 from makeready.engine.llm import LLM
-from makeready.engine.request import Output, Request
+from makeready.engine.output import Output
+from makeready.engine.protocol.asked import Ask, AskError
+from makeready.engine.reply import Reply
 from makeready.engine.sampling import SamplingParams
 
 FORMATS: dict[str, Format] = {format.name: format for format in (RowFormat(), OpenAIFormat())}
 
-# Rows beyond those that can run: the scheduler chooses among so many, for shared prefixes and a full batch.
-AHEAD = 1024
-# Of these so many are read a step: a device that is running shall not wait for text to be tokenized.
-READ = 16
-# Between two looks at long texts, where nothing runs.
-IDLE_SECONDS = 0.1
 # Characters of an error: one that repeats what a row says may be as long as the row.
 TOLD = 1000
 
 
-_Prepared = tuple[SamplingParams, list[Request]]
-
-
-@dataclass
-class _Entry:
-    """A row that is being answered."""
+@dataclass(eq=False)
+class _Row:
+    """A row that is being answered; its parameters are known once its replies are made."""
 
     number: int
     fields: Mapping[str, Any]
-    params: SamplingParams
-    requests: list[Request]
+    params: SamplingParams | None = None
     left: int = 0
     outputs: list[Output | None] = field(default_factory=list)
 
@@ -80,120 +73,97 @@ class Worker:
         self._told = told
         self._add_special_tokens = add_special_tokens
         self._fit = fit
-        self._running: dict[int, tuple[_Entry, int]] = {}  # id of a request → its row and place
+        self._feed = Feed[_Row](llm.engine)
         self._refused: list[Done] = []
-        self._reading: dict[Future[_Prepared], tuple[int, Mapping[str, Any]]] = {}  # rows with long texts
-        # One thread: texts that are long enough for it take memory, 300 bytes a byte of text.
-        self._reader = ThreadPoolExecutor(1, "makeready reader")
 
     @property
     def busy(self) -> bool:
         """Whether any row is not final or not handed back."""
-        return bool(self._running or self._refused or self._reading)
+        return bool(self._refused) or self._feed.busy
 
     @property
     def depth(self) -> int:
-        """Requests that it takes before any is final."""
-        return self._llm.engine.limits.max_rows + AHEAD
+        """Samples that it takes before any is final."""
+        return self._feed.depth
 
     @property
     def room(self) -> int:
         """Rows that it should be given before the next step."""
-        rows, taken = self._llm.engine.limits.max_rows, len(self._running) + len(self._reading)
-        return max(rows - taken, min(READ, self.depth - taken), 0)
+        return self._feed.room
 
     @property
     def output_tokens(self) -> int:
         """Tokens generated so far for rows that are not final."""
-        return sum(len(entry.requests[place].output) for entry, place in self._running.values())
+        return self._feed.output_tokens
 
     def put(self, rows: Iterable[Numbered]) -> None:
         """Take rows; one that cannot be served becomes final at once."""
-        for number, row in rows:
-            fields: Mapping[str, Any] = {}
+        for number, given in rows:
+            row = _Row(number, {})
             try:
-                if isinstance(row, Damaged):
-                    fields = row.fields
-                    raise RowError(row.reason)
-                fields = parse(row) if isinstance(row, bytes) else row
-                ask = self._format.read(fields)
-                if any(map(is_long, ask.prompts)):
-                    self._reading[self._reader.submit(self._prepare, ask)] = number, fields
-                else:
-                    self._submit(number, fields, *self._prepare(ask))
+                if isinstance(given, Damaged):
+                    row.fields = given.fields
+                    raise RowError(given.reason)
+                row.fields = parse(given) if isinstance(given, bytes) else given
+                ask = self._format.read(row.fields)
             except (
                 BaseException
             ) as error:  # what nobody foresaw in one row must not cost the others their text
-                self._refuse(number, fields, error)
+                self._refuse(row, error)
+            else:
+                self._feed.put(row, partial(self._make, row, ask), long=any(map(is_long, ask.prompts)))
 
     def step(self) -> list[Done]:
         """Run one step of the engine; returns the rows that are final now."""
-        if self._reading and not (self._running or self._refused):
-            wait(self._reading, IDLE_SECONDS, FIRST_COMPLETED)
-        for future in [future for future in self._reading if future.done()]:
-            number, fields = self._reading.pop(future)
-            try:
-                self._submit(number, fields, *future.result())
-            except BaseException as error:
-                self._refuse(number, fields, error)
-        done, self._refused = self._refused, []
-        if self._running:
-            for request in self._llm.engine.step():
-                entry, place = self._running.pop(id(request))
-                entry.outputs[place] = output = request.result()
+        done: list[Done] = []
+        if self._feed.busy:
+            for handed in self._feed.step():
+                row = handed.key
+                if isinstance(handed, Refused):
+                    self._refuse(row, handed.error)
+                    continue
+                row.outputs[handed.sample] = output = handed.reply.result()
                 self._told(output)
-                entry.left -= 1
-                if not entry.left:
-                    done.append(self._answer(entry))
-        return done
+                row.left -= 1
+                if not row.left:
+                    done.append(self._answer(row))
+        refused, self._refused = self._refused, []
+        return [*refused, *done]
 
-    def _prepare(self, ask: Ask) -> _Prepared:
-        """The requests of a row; may run in a thread."""
+    def _make(self, row: _Row, ask: Ask) -> list[Reply]:
+        """The replies to a row; may run in a thread."""
         asked = {**self._sampling, **ask.sampling}
         chosen = "max_new_tokens" in (ask.sampling if self._fit else asked)
         if not chosen:
             own = (ask.max_new_tokens, self._sampling.get("max_new_tokens"))  # the format's and the model's
             context = self._llm.plan.limits.context_len
             asked["max_new_tokens"] = min((most for most in own if most is not None), default=context)
-        params = SamplingParams.from_mapping(asked)
+        row.params = params = SamplingParams.from_mapping(asked)
         special = ask.text.get("add_special_tokens", self._add_special_tokens)
-        requests: list[Request] = []
+        replies: list[Reply] = []
         for prompt in ask.prompts:
             if ask.kind == "messages":
                 prompt = self._llm.render(prompt, **{**self._template, **ask.template, **ask.text})
-            requests += self._llm.requests(
+            replies += self._llm.replies(
                 prompt, params, **ask.routing, add_special_tokens=special, fit=not chosen
             )
-        return params, requests
+        row.left, row.outputs = len(replies), [None] * len(replies)
+        return replies
 
-    def _submit(
-        self, number: int, fields: Mapping[str, Any], params: SamplingParams, requests: list[Request]
-    ) -> None:
-        entry = _Entry(number, fields, params, requests, len(requests), [None] * len(requests))
-        submitted: list[Request] = []
-        try:
-            for request in requests:
-                self._llm.engine.submit(request)
-                submitted.append(request)
-        except BaseException:
-            for request in submitted:
-                self._llm.engine.abort(request)
-            raise
-        self._running |= {id(request): (entry, place) for place, request in enumerate(requests)}
-
-    def _answer(self, entry: _Entry) -> Done:
-        outputs = [output for output in entry.outputs if output is not None]
+    def _answer(self, row: _Row) -> Done:
+        assert row.params is not None, "a row is answered that was not made"
+        outputs = [output for output in row.outputs if output is not None]
         failed = next((output.error for output in outputs if output.error is not None), None)
         if failed is not None:
-            return self._refused_row(entry.number, entry.fields, failed)
+            return self._refused_row(row.number, row.fields, failed)
         try:
-            made = self._format.answer(entry.fields, outputs, entry.params, self._llm.tokenizer, entry.number)
+            made = self._format.answer(row.fields, outputs, row.params, self._llm.tokenizer, row.number)
             answer = encode(made)
         except BaseException as error:
             reason = reason_of(error, "the row's answer cannot be written")
-            return self._refused_row(entry.number, entry.fields, reason)
+            return self._refused_row(row.number, row.fields, reason)
         return Done(
-            entry.number,
+            row.number,
             answer,
             failed=False,
             prompt_tokens=sum(output.prompt_tokens for output in outputs),
@@ -201,10 +171,10 @@ class Worker:
             output_tokens=sum(output.completion_tokens for output in outputs),
         )
 
-    def _refuse(self, number: int, fields: Mapping[str, Any], error: BaseException) -> None:
+    def _refuse(self, row: _Row, error: BaseException) -> None:
         message = reason_of(error, "the row cannot be read")
-        name = error.field if isinstance(error, RowError) else None
-        self._refused.append(self._refused_row(number, fields, message, name))
+        name = error.field if isinstance(error, AskError) else None
+        self._refused.append(self._refused_row(row.number, row.fields, message, name))
         self._told(Output.refused(message))
 
     def _refused_row(

@@ -267,6 +267,7 @@ class Driver:
         strides: Sequence[int],
         box: Sequence[int],
         swizzle: int,
+        promotion: int,
     ) -> bytes:
         """A TMA tensor map: the 128 bytes of a ``CUtensorMap``.
 
@@ -275,6 +276,7 @@ class Driver:
             shape, box: elements of each axis, of the tensor and of one copy, innermost first.
             strides: bytes between neighbours along each axis but the innermost.
             swizzle: of ``CUtensorMapSwizzle``.
+            promotion: of ``CUtensorMapL2promotion``.
         """
         cu = self.cu
         encoded = self._check(
@@ -289,7 +291,7 @@ class Driver:
                 [cu.cuuint32_t(1)] * len(shape),
                 cu.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
                 cu.CUtensorMapSwizzle(swizzle),
-                cu.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                cu.CUtensorMapL2promotion(promotion),
                 cu.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
             ),
         )

@@ -152,6 +152,7 @@ class _Maps:
                 [stride * size for stride in argument.strides[-2::-1]],
                 argument.block[::-1],
                 argument.swizzle,
+                argument.promotion,
             )
             found = self._made[address] = np.frombuffer(encoded, np.uint64)
         return found

@@ -78,6 +78,7 @@ class MapLayout:
     block: tuple[int, ...]
     swizzle: int
     element_type: int
+    promotion: int = 2  # 128 bytes
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,7 @@ _Key: TypeAlias = tuple[str, int, Bucket]  # phase, class, bucket
 
 # What CUDA C++ states of a map, as numbers of CUtensorMapSwizzle (by bytes) and CUtensorMapDataType (by dtype).
 _SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
+_PROMOTIONS = {128: 2, 256: 3}
 _ELEMENTS = {"float8_e4m3fn": 0, "uint8": 0, "int32": 3, "float16": 6, "float32": 7, "bfloat16": 9}
 
 
@@ -417,6 +418,7 @@ def _argument(name: str, argument: Argument, way: Way, made: Compiled, counters:
         block=layout.block,
         swizzle=layout.swizzle,
         element_type=layout.element_type,
+        promotion=layout.promotion,
     )
 
 
@@ -436,7 +438,12 @@ def stated_layout(argument: Descriptor, dtype: str) -> MapLayout:
         )
     if any(s * DTYPE_BYTES[dtype] % 16 for s in argument.strides[:-1]) or argument.strides[-1] != 1:
         raise PlanError(f"the map over {argument.operand} has strides that are no multiples of 16 bytes")
-    return MapLayout(argument.block, _SWIZZLES[argument.swizzle], _ELEMENTS[dtype])
+    if argument.promotion not in _PROMOTIONS:
+        raise PlanError(
+            f"the map over {argument.operand} cannot bring {argument.promotion} bytes to L2 at once, but 128 or 256"
+        )
+    promotion = _PROMOTIONS[argument.promotion]
+    return MapLayout(argument.block, _SWIZZLES[argument.swizzle], _ELEMENTS[dtype], promotion)
 
 
 def _moved(offset: int, way: Way, counters: int) -> int:

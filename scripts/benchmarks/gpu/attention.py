@@ -1,15 +1,15 @@
-"""Attention of Qwen3-8B on the present GPU, beside its floors and PyTorch's attention over unpaged copies.
+"""Attention on the present GPU, beside its floors and PyTorch's attention over unpaged copies.
 
 ``attention`` times what plans carry, and PyTorch's attention; ``attention_sweep`` more ways to cut the work, for
 the cost model. All ways are held to the references first. Caches rotate, so that a small one is not left in L2
-when its turn comes again; pages lie in random order.
+when its turn comes again; pages lie in random order. Heads are those of Qwen3-8B unless a line says otherwise.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu import launcher, rates
+from benchmarks.gpu.attention_batches import B16, F8, PAGE, Batch, Tensors, batches, checked, kv_bytes
 from benchmarks.gpu.shapes import HEAD_DIM, HEADS, KV_HEADS, copies
 from makeready.kernels import registry
 from makeready.kernels.attention import decode_triton, extend_cuda, extend_tiling, extend_triton, paged
@@ -30,113 +31,11 @@ assert isinstance(paged.extend_attention, Contract)
 assert isinstance(paged.norm_rope_kv_write, Contract)
 
 ROTATED = 200e6  # bytes that calls rotate over
-PAGE = 64
-ATTRS = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "scale": HEAD_DIM**-0.5, "window": 0}
 QKV_ATTRS = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "eps": 1e-6}
-B16, F8 = torch.bfloat16, torch.float8_e4m3fn
 
-Tensors = dict[str, torch.Tensor]
-Row = tuple[int, int]  # queries, context
 Emit = Callable[[OpCall], Sequence[Candidate]]
 
-MIXED_LENGTHS = [(1, 64 * (i + 1)) for i in range(64)]
-DECODES = (
-    *([(1, 1024)] * n for n in (1, 4, 16, 64, 256)),
-    [(1, 32_768)],
-    [(1, 4096)] * 16,
-    MIXED_LENGTHS,
-)
-DECODES_F8 = (*([(1, 1024)] * n for n in (1, 16, 64, 256)), [(1, 32_768)])
-PADDING = [(0, 0)] * 255
-EXTENDS = (
-    [(64, 1024)],
-    [(256, 1024)],
-    [(1024, 1024)],
-    [(1024, 1024), *PADDING],
-    [(8000, 8000)],
-    [(1000, 1000)] * 8,
-    [(1, 1024)] * 64 + [(2000, 2000)],
-    [(1, 32_768), (2000, 2000)],
-    [(512, 8192)],
-    [(16, 8192)],
-    [(4096, 4096)],
-    [(16_384, 16_384)],
-    [(2048, 10_240)],
-    [(8, 1032)] * 256,
-)
-EXTENDS_F8 = ([(1024, 1024)], [(8000, 8000)], [(1, 1024)] * 64 + [(2000, 2000)], [(512, 8192)])
-UNSWEPT = ([(1, 1024)] * 4, [(1, 4096)] * 16, [(1024, 1024)], [(1000, 1000)] * 8, [(1, 32_768), (2000, 2000)])
-CHECKED = [(5, 700), (1, 3000), (130, 130), (0, 0), (300, 400)]
 TOKENS = (1, 16, 64, 256, 1024, 8192)  # of writing to the cache
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Rows for one of the two attentions, and the dtype of their cache."""
-
-    contract: Contract
-    rows: Sequence[Row]
-    kind: torch.dtype
-
-    @property
-    def decode(self) -> bool:
-        """Whether every row has one query."""
-        return self.contract.name == "decode_attention"
-
-    @property
-    def nbytes(self) -> int:
-        """Of all keys and values."""
-        return kv_bytes(self.kind) * sum(context for _, context in self.rows)
-
-    @property
-    def operations(self) -> float:
-        """Multiplications and additions over visible pairs."""
-        pairs = sum(queries * context - queries * (queries - 1) // 2 for queries, context in self.rows)
-        return 4.0 * pairs * HEADS * HEAD_DIM
-
-    @property
-    def floor(self) -> float:
-        """Seconds that no kernel beats: all keys and values once, or all operations."""
-        queries = sum(queries for queries, _ in self.rows)
-        return rates.present().floor(self.nbytes + 4 * queries * HEADS * HEAD_DIM, self.operations)
-
-    @property
-    def label(self) -> str:
-        """Such as ``bf16 64 x (1, 1024)``."""
-        some = [row for row in self.rows if row != (0, 0)]
-        text = f"{len(some)} x {some[0]}" if some[0] == some[-1] else f"{len(some)}: {some[0]}..{some[-1]}"
-        padded = f" of {len(self.rows)}" if len(some) < len(self.rows) else ""
-        return f"{'f8' if self.kind == F8 else 'bf16'} {text}{padded}"
-
-    def operands(self, device: str) -> Tensors:
-        """Random ones; on device meta without memory."""
-        count = torch.tensor([queries for queries, _ in self.rows], dtype=torch.int32)
-        tokens = len(self.rows) if self.decode else int(count.sum())
-        q = torch.randn(tokens, HEADS * HEAD_DIM, dtype=torch.bfloat16, device=device)
-        tensors = {**_paged(self.rows, self.kind, device), "q": q}
-        if not self.decode:
-            start = (count.cumsum(0) - count).to(torch.int32)
-            tensors |= {"query_start": start.to(device), "query_len": count.to(device)}
-        return tensors
-
-
-def batches(*, sweep: bool) -> list[Batch]:
-    """What is timed."""
-    decode, extend = paged.decode_attention, paged.extend_attention
-    assert isinstance(decode, Contract)
-    assert isinstance(extend, Contract)
-    made = [Batch(decode, rows, B16) for rows in DECODES] + [Batch(decode, rows, F8) for rows in DECODES_F8]
-    made += [Batch(extend, rows, B16) for rows in EXTENDS] + [Batch(extend, rows, F8) for rows in EXTENDS_F8]
-    return [batch for batch in made if not sweep or batch.rows not in UNSWEPT]
-
-
-def checked() -> list[Batch]:
-    """What is held to the references."""
-    decode, extend = paged.decode_attention, paged.extend_attention
-    assert isinstance(decode, Contract)
-    assert isinstance(extend, Contract)
-    single = [(min(queries, 1), context) for queries, context in CHECKED]
-    return [Batch(c, rows, kind) for kind in (B16, F8) for c, rows in ((decode, single), (extend, CHECKED))]
 
 
 def ways_of(call: OpCall, *, sweep: bool) -> Sequence[Candidate]:
@@ -144,7 +43,7 @@ def ways_of(call: OpCall, *, sweep: bool) -> Sequence[Candidate]:
     if call.op == "decode_attention":
         return _decode_ways(call) if sweep else decode_triton.decode_attention_cuda(call)
     if sweep:
-        return _extend_ways(call)
+        return [*_extend_ways(call), *extend_cuda.extend_attention_prefill(call)]
     ways = [way for kernel in registry.cuda_kernels(call.op) for way in kernel.candidates(call)]
     return sorted(ways, key=lambda way: way.seconds)  # the planner's first one first
 
@@ -152,16 +51,11 @@ def ways_of(call: OpCall, *, sweep: bool) -> Sequence[Candidate]:
 def calls(*, sweep: bool) -> Iterator[tuple[OpCall, Sequence[Candidate]]]:
     """What is going to run, without operands."""
     for batch in (*checked(), *batches(sweep=sweep)):
-        call = launcher.op_call(batch.contract, batch.operands("meta"), ATTRS)
+        call = launcher.op_call(batch.contract, batch.operands("meta"), batch.heads.attrs)
         yield call, ways_of(call, sweep=sweep)
     for kind, tokens in [] if sweep else itertools.product((B16, F8), TOKENS):
         call = launcher.op_call(paged.norm_rope_kv_write, _qkv_operands(tokens, kind, "meta"), QKV_ATTRS)
         yield call, norm_rope_kv_write_cuda(call)
-
-
-def kv_bytes(kind: torch.dtype) -> int:
-    """Of a token's keys and values."""
-    return 2 * kind.itemsize * KV_HEADS * HEAD_DIM
 
 
 def measure(note: Callable[[str], None], *, sweep: bool) -> list[dict[str, Any]]:
@@ -171,7 +65,10 @@ def measure(note: Callable[[str], None], *, sweep: bool) -> list[dict[str, Any]]
     launcher.prepare(calls(sweep=sweep))
     for batch in checked():
         launcher.check(
-            batch.contract, lambda call: _fitting(call, sweep=sweep), batch.operands("cuda"), ATTRS
+            batch.contract,
+            lambda call: _fitting(call, sweep=sweep),
+            batch.operands("cuda"),
+            batch.heads.attrs,
         )
     found = []
     for batch in batches(sweep=sweep):
@@ -183,36 +80,27 @@ def measure(note: Callable[[str], None], *, sweep: bool) -> list[dict[str, Any]]
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line a batch: the first way's time, its share of the floor, and the best of the others."""
+    """A line a batch: the first way's time, its share of the floor, PyTorch's time, that of the best way in Triton,
+    the best of all ways and the next three.
+    """
     lines = [
         "dtype rows x (queries, context)      chosen                           µs  floor  TB/s TFLOP/s  SDPA µs"
-        "         best µs                              others"
+        "       Triton  best µs                              others"
     ]
     for row in found:
         times = row["seconds"]
         chosen = next(iter(times))
         best, *others = sorted(times, key=times.__getitem__)
         took, other = times[chosen], row["sdpa"]
+        triton = min((n for name, n in times.items() if not name.startswith("wgmma")), default=float("inf"))
         lines.append(
             f"{row['rows']:36s} {chosen:26s} {took * 1e6:8.1f} {row['floor'] / took:6.2f} "
             f"{row['nbytes'] / took / 1e12:5.2f} {row['operations'] / took / 1e12:7.0f} "
             f"{float('inf') if other is None else other * 1e6:8.1f} {row['backend']:6s}"
-            f"{times[best] * 1e6:8.1f} {best:26s}"
+            f"{triton * 1e6:8.1f} {times[best] * 1e6:8.1f} {best:26s}"
             + "  ".join(f"{times[name] * 1e6:.1f} {name}" for name in others[:3] if name != chosen)
         )
     return lines
-
-
-def _paged(rows: Sequence[Row], kind: torch.dtype, device: str) -> Tensors:
-    pages = [-(-context // PAGE) for _, context in rows]
-    order = (1 + torch.randperm(sum(pages))).to(torch.int32)
-    table = torch.zeros(len(rows), max(pages), dtype=torch.int32)
-    for r, count in enumerate(pages):
-        table[r, :count] = order[sum(pages[:r]) :][:count]
-    shape = (1 + sum(pages), PAGE, KV_HEADS, HEAD_DIM)
-    k, v = (torch.randn(shape, dtype=torch.bfloat16, device=device).to(kind) for _ in "kv")
-    context = torch.tensor([context for _, context in rows], dtype=torch.int32, device=device)
-    return {"k_cache": k, "v_cache": v, "page_table": table.to(device), "context_len": context}
 
 
 def _qkv_operands(tokens: int, kind: torch.dtype, device: str) -> Tensors:
@@ -235,7 +123,7 @@ def _decode_ways(call: OpCall) -> list[Candidate]:
     sizes = [(32, 4), (64, 4), (64, 8), (128, 8)]
     made = []
     for (keys, warps), stages, blocks in itertools.product(sizes, (3, 4, 6), (1, 2, 3)):
-        held = 2 * keys * HEAD_DIM * (1 if narrow else 2) * (stages - 1) * blocks
+        held = 2 * keys * call.attrs["head_dim"] * (1 if narrow else 2) * (stages - 1) * blocks
         if held <= call.shared_bytes - 8192 * blocks and warps * blocks <= 16:
             made.append(decode_triton.candidate(call, keys, warps, stages, blocks))
     return made
@@ -258,7 +146,7 @@ def _fitting(call: OpCall, *, sweep: bool) -> list[Candidate]:
 def _time_batch(batch: Batch, *, sweep: bool) -> dict[str, Any]:
     count = copies(batch.nbytes, over=ROTATED, most=8)
     sets = [batch.operands("cuda") for _ in range(count)]
-    call = launcher.op_call(batch.contract, sets[0], ATTRS)
+    call = launcher.op_call(batch.contract, sets[0], batch.heads.attrs)
     other, backend = _sdpa(batch, count) if not sweep and batch.kind == B16 else (None, "")
     return {
         "rows": batch.label,
@@ -296,13 +184,13 @@ def _sdpa(batch: Batch, count: int) -> tuple[float | None, str]:
     if any(row != rows[0] for row in rows) or queries not in (1, context):
         return None, ""
     shapes: Iterable[tuple[str, int, int]] = (
-        ("q", HEADS, queries),
-        ("k", KV_HEADS, context),
-        ("v", KV_HEADS, context),
+        ("q", batch.heads.heads, queries),
+        ("k", batch.heads.kv_heads, context),
+        ("v", batch.heads.kv_heads, context),
     )
     sets = [
         {
-            name: torch.randn(len(rows), heads, n, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
+            name: torch.randn(len(rows), heads, n, batch.heads.size, dtype=torch.bfloat16, device="cuda")
             for name, heads, n in shapes
         }
         for _ in range(count)

@@ -10,7 +10,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from makeready.engine.request import STOP, Output, TokenLogprob
+from makeready.engine.output import Output, TokenLogprob
+from makeready.engine.sequence import STOP
 from makeready.engine.text.token_text import prompt_starts, starts, token_bytes
 from makeready.engine.text.tokenizer import Tokenizer
 

@@ -1,0 +1,128 @@
+"""Answers to requests for chat and completions, and errors.
+
+Source of the shapes: OpenAI's API reference, "The chat completion object" and "The completion object"
+(https://platform.openai.com/docs/api-reference/chat/object, .../completions/object); of errors, its libraries'
+``APIError``.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from makeready.engine.output import Output
+from makeready.engine.protocol.openai.body import CHAT, prompts_of
+from makeready.engine.protocol.openai.logprobs import chat_logprobs, completion_logprobs
+from makeready.engine.sampling import SamplingParams
+from makeready.engine.text.token_text import prompt_text
+from makeready.engine.text.tokenizer import Tokenizer
+
+# Our name of a field that an error may begin with or name → theirs.
+RENAMED = {
+    "max_tokens": "max_new_tokens",
+    "max_completion_tokens": "max_new_tokens",
+    "seed": "sampling_seed",
+    "min_tokens": "min_new_tokens",
+    "top_logprobs": "top_logprobs_num",
+    "logprobs": "top_logprobs_num",
+    "echo": "logprob_start_len",
+}
+
+
+def answer(
+    url: str,
+    body: Mapping[str, Any],
+    outputs: Sequence[Output],
+    params: SamplingParams,
+    tokenizer: Tokenizer | None,
+    identity: str,
+) -> dict[str, Any]:
+    """A ``chat.completion`` or ``text_completion`` object.
+
+    Args:
+        url, body: of the request.
+        outputs: its samples: those of the first prompt, then those of the next.
+        params: what they were generated with.
+        identity: of the request; no other has it.
+    """
+    chat = url == CHAT
+    return {
+        "id": f"{'chatcmpl' if chat else 'cmpl'}-{identity}",
+        "object": "chat.completion" if chat else "text_completion",
+        "created": int(time.time()),
+        "model": body["model"],
+        "choices": [
+            _chat_choice(i, output, tokenizer)
+            if chat
+            else _completion_choice(i, output, tokenizer, _echo(body, i // params.n), params)
+            for i, output in enumerate(outputs)
+        ],
+        "usage": _usage(outputs, params.n),
+    }
+
+
+def refusal(body: Mapping[str, Any], message: str, field: str | None) -> dict[str, Any]:
+    """An ``error`` object, in the words of the request.
+
+    Args:
+        body: of the request; empty where there is none that can be read.
+        message: why it is not served, in our words.
+        field: that it is about, if it is known.
+    """
+    for theirs, ours in RENAMED.items():
+        if theirs in body:
+            message = re.sub(rf"\b{ours}\b", theirs, message)
+    begins = re.match(r"\w+", message)
+    if field is None and begins is not None and begins[0] in body:
+        field = begins[0]
+    return {"error": {"message": message, "type": "invalid_request_error", "param": field, "code": None}}
+
+
+def _chat_choice(index: int, output: Output, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    return {
+        "index": index,
+        "message": {"role": "assistant", "content": output.text, "refusal": None},
+        "logprobs": chat_logprobs(output, tokenizer),
+        "finish_reason": output.finish_reason,
+    }
+
+
+def _echo(body: Mapping[str, Any], index: int) -> str | Sequence[int]:
+    """The prompt that an answer begins with; nothing where that was not asked for."""
+    return prompts_of(body["prompt"])[1][index] if body.get("echo") else ""
+
+
+def _completion_choice(
+    index: int, output: Output, tokenizer: Tokenizer | None, echo: str | Sequence[int], params: SamplingParams
+) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    begins = echo if isinstance(echo, str) else ""
+    if tokenizer is None:
+        made = {"token_ids": [*echo, *output.token_ids]}
+    elif not isinstance(echo, str):
+        begins = prompt_text(tokenizer, echo)
+    return made | {
+        "index": index,
+        "text": f"{begins}{output.text}",
+        "logprobs": completion_logprobs(
+            output, tokenizer, echo=begins, prompt=echo, skip_special_tokens=params.skip_special_tokens
+        ),
+        "finish_reason": output.finish_reason,
+    }
+
+
+def _usage(outputs: Sequence[Output], samples: int) -> dict[str, Any]:
+    """Tokens of a request: each prompt counts once, however many samples were drawn for it."""
+    firsts = outputs[::samples]
+    prompt = sum(output.prompt_tokens for output in firsts)
+    completion = sum(output.completion_tokens for output in outputs)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {
+            "cached_tokens": sum(output.meta_info["cached_tokens"] for output in firsts)
+        },
+    }
