@@ -5,7 +5,7 @@ python tests/gpu/sanitize.py [TOOL ...]      memcheck and synccheck; racecheck a
 Compiles plans of two layers for the GPU at hand, then runs their buckets in a process without torch, once bare
 and once under each tool. initcheck reports reads of padding that nobody writes, which poisoned memory shows
 to be harmless (test_gpu_executable.py). Prefill attention in CUDA C++, which a small plan leaves to Triton, runs by
-itself: each head size and cache, a few rows, held to the reference. So do the products of experts, in all their tiles.
+itself: each head size and cache, a few rows, held to the reference; so do products of experts, in all their tiles.
 """
 
 from __future__ import annotations
@@ -159,8 +159,9 @@ def clean(sanitizer: str, tool: str, arguments: tuple[str, ...], expected: Any) 
     before = [sanitizer, "--tool", tool, "--error-exitcode", str(FOUND), *options]
     code, output, result = child(before, *arguments)
     summaries = [line for line in output.splitlines() if "SUMMARY" in line]
+    name = " ".join(Path(a).parent.name or a for a in arguments[:2])  # the option, and of a plan the model
     print(
-        f"{tool:<10} {' '.join(Path(a).parent.name or a for a in arguments[:2]):<18} {time.perf_counter() - began:5.1f} s  exit {code}  "
+        f"{tool:<10} {name:<18} {time.perf_counter() - began:5.1f} s  exit {code}  "
         f"same result: {result == expected}",
         *summaries,
     )
