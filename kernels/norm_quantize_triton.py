@@ -14,7 +14,11 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from makeready.kernels.device import Candidate, DeviceLaunch, OpCall, Pointer, Scalar
-from makeready.kernels.quantize import add_rms_norm_quantize_fp8, rms_norm_quantize_fp8
+from makeready.kernels.quantize import (
+    add_rms_norm_and_quantize_fp8,
+    add_rms_norm_quantize_fp8,
+    rms_norm_quantize_fp8,
+)
 from makeready.kernels.quantize_triton import groups_fit, store_quantized
 from makeready.kernels.registry import cuda_kernel
 from makeready.kernels.row_tiles import row_tiles
@@ -27,6 +31,7 @@ def normalise_quantize(
     weight,
     q,
     scale,
+    y,
     residual_out,
     rows,
     EPS: tl.constexpr,
@@ -37,6 +42,7 @@ def normalise_quantize(
     RESIDUAL_STRIDE: tl.constexpr,
     Q_STRIDE: tl.constexpr,
     SCALE_STRIDE: tl.constexpr,
+    Y_STRIDE: tl.constexpr,
     OUT_STRIDE: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -44,7 +50,7 @@ def normalise_quantize(
 ):
     """Norms of ``ROWS`` rows a block, quantized by groups of ``GROUP`` features.
 
-    ``residual`` and ``residual_out`` are None where nothing is added.
+    ``residual`` and ``residual_out`` are None where nothing is added, ``y`` where nobody reads the norm itself.
     """
     c = tl.arange(0, WIDTH)[None, :]
     w = tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)
@@ -65,9 +71,12 @@ def normalise_quantize(
         wide = total.to(tl.float32)  # the norm is of the sum as it is stored
     root = tl.rsqrt(tl.sum(wide * wide, 1, keep_dims=True) / C + EPS)
     # Rounded as the unfused norm would store it.
-    normal = (wide * root * w).to(x.dtype.element_ty).to(tl.float32)
+    normal = (wide * root * w).to(x.dtype.element_ty)
+    if y is not None:
+        tl.store(y + row * Y_STRIDE + c, normal, mask=inside)
+    wide = normal.to(tl.float32)
     store_quantized(
-        normal, q, scale, row, c, 0, inside, row_inside, C, GROUP, Q_STRIDE, SCALE_STRIDE, ROWS, WIDTH
+        wide, q, scale, row, c, 0, inside, row_inside, C, GROUP, Q_STRIDE, SCALE_STRIDE, ROWS, WIDTH
     )
 
 
@@ -77,7 +86,7 @@ def _fits(call: OpCall) -> bool:
 
 def _launch(call: OpCall) -> Sequence[Candidate]:
     tensors = call.tensors
-    adds = "residual" in tensors
+    adds, keeps = "residual" in tensors, "y" in tensors
     features, tokens = call.dims["C"], call.dims["T"]
     tiles = row_tiles(
         tokens, features, multiprocessors=call.multiprocessors, invariant=call.invariant, whole_rows=True
@@ -92,6 +101,7 @@ def _launch(call: OpCall) -> Sequence[Candidate]:
         "RESIDUAL_STRIDE": tensors["residual"].row_stride if adds else 0,
         "Q_STRIDE": tensors["q"].row_stride,
         "SCALE_STRIDE": tensors["scale"].row_stride,
+        "Y_STRIDE": tensors["y"].row_stride if keeps else 0,
         "OUT_STRIDE": tensors["residual_out"].row_stride if adds else 0,
         "ROWS": tiles.rows,
         "WIDTH": tiles.width,
@@ -102,6 +112,10 @@ def _launch(call: OpCall) -> Sequence[Candidate]:
         names += ["residual", "residual_out"]
     else:
         constants |= {"residual": None, "residual_out": None}
+    if keeps:
+        names.append("y")
+    else:
+        constants["y"] = None
     launch = DeviceLaunch(
         function="makeready.kernels.norm_quantize_triton:normalise_quantize",
         constants=constants,
@@ -125,5 +139,11 @@ def rms_norm_quantize_fp8_launches(call: OpCall) -> Sequence[Candidate]:
 
 @cuda_kernel(add_rms_norm_quantize_fp8, "registers", features=("fp8",), applies=_fits, invariant=True)
 def add_rms_norm_quantize_fp8_launches(call: OpCall) -> Sequence[Candidate]:
+    """See :func:`normalise_quantize`."""
+    return _launch(call)
+
+
+@cuda_kernel(add_rms_norm_and_quantize_fp8, "registers", features=("fp8",), applies=_fits, invariant=True)
+def add_rms_norm_and_quantize_fp8_launches(call: OpCall) -> Sequence[Candidate]:
     """See :func:`normalise_quantize`."""
     return _launch(call)

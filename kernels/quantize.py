@@ -116,6 +116,28 @@ def add_rms_norm_quantize_fp8(
 
 
 @contract(
+    "x[T,C]:A residual[T,C]:A weight[C]:W -> "
+    "q[T,C]:float8_e4m3fn scale[T,C//group]:float32 y[T,C]:A residual_out[T,C]:A",
+    rowwise="T",
+    flops="8*T*C",
+    tolerance=_FUSED_TOLERANCE,
+    fuses=("add_rms_norm", "quantize_fp8"),
+)
+def add_rms_norm_and_quantize_fp8(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    eps: float,
+    group: int,
+    offset: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``add_rms_norm``, and :func:`quantize_fp8` of its norm: for those who read both, as a router and experts do."""
+    y, total = norm.add_rms_norm(x, residual, weight, eps=eps, offset=offset)
+    return *quantize_fp8(y, group=group), y, total
+
+
+@contract(
     "gate_up[T,J]:A -> q[T,J//2]:float8_e4m3fn scale[T,J//2//group]:float32",
     rowwise="T",
     flops="4*T*J",

@@ -17,7 +17,7 @@ from makeready.kernels.spec import DTYPE_BYTES
 # reach. They put it behind the kernels of grouped_cuda.py, whose figures are measured.
 _MEMORY, _MATRIX = 0.6, 0.4
 _LAUNCH = 3e-6
-_SUMS, _SUMS_SCALED = 128, 64  # that a thread has registers for
+_SUMS, _SUMS_SCALED = 128, 48  # that a thread has registers for
 _TILE = 1.5e-6  # until a tile's copies are under way, and writing it
 
 
@@ -144,7 +144,9 @@ def tilings(call: OpCall, *, narrow: bool, block: bool) -> list[Tiling]:
 
 def _ways(grouped: Grouped, sums: int) -> Iterator[Tiling]:
     step = 128 // grouped.weight_bytes
-    for t, (n, warps), stages in product_of((16, 32, 64, 128), ((64, 4), (128, 4), (128, 8)), (3, 4)):
+    for t, (n, warps), stages in product_of(
+        (16, 32, 64, 128), ((64, 4), (64, 8), (128, 4), (128, 8)), (3, 4)
+    ):
         if t * n * (grouped.outputs // grouped.columns) <= sums * 32 * warps:
             yield Tiling(t, n, step, warps, stages)
 

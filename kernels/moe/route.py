@@ -94,15 +94,16 @@ def sort_by_expert(expert: torch.Tensor, *, experts: int) -> tuple[torch.Tensor,
 
 
 @contract(
-    "y[M,C]:A place[T,k]:int32 weight[T,k]:float32 -> sum[T,C]:A",
+    "x[M,C]:A place[T,k]:int32 share[T,k]:float32 -> sum[T,C]:A",
     rowwise="T",
     flops="2*T*k*C",
 )
-def combine(y: torch.Tensor, place: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def combine(x: torch.Tensor, place: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
     """Every token's experts, weighted and added in the order in which the token has them.
 
-    ``y[place[t, i]]`` is what expert i of token t gave. Entries without a place count nothing.
+    ``x[place[t, i]]`` is what expert i of token t gave, ``share[t, i]`` its weight. Entries without a place count
+    nothing.
     """
     live = place >= 0
-    parts = widen(y)[place.clamp_min(0).long()] * widen(weight).unsqueeze(-1)
-    return torch.where(live.unsqueeze(-1), parts, 0).sum(1).to(y.dtype)
+    parts = widen(x)[place.clamp_min(0).long()] * widen(share).unsqueeze(-1)
+    return torch.where(live.unsqueeze(-1), parts, 0).sum(1).to(x.dtype)

@@ -1,11 +1,11 @@
-"""A small model and kernels in CUDA C++ under compute-sanitizer: no bad access, leak or race, and the same results.
+"""Small models and kernels in CUDA C++ under compute-sanitizer: no bad access, leak or race, and the same results.
 
 python tests/gpu/sanitize.py [TOOL ...]      memcheck and synccheck; racecheck and initcheck where named
 
-Compiles a plan of two layers for the GPU at hand, then runs its buckets in a process without torch, once bare
+Compiles plans of two layers for the GPU at hand, then runs their buckets in a process without torch, once bare
 and once under each tool. initcheck reports reads of padding that nobody writes, which poisoned memory shows
 to be harmless (test_gpu_executable.py). Prefill attention in CUDA C++, which a small plan leaves to Triton, runs by
-itself: each head size and cache, a few rows, held to the reference.
+itself: each head size and cache, a few rows, held to the reference; so do products of experts, in all their tiles.
 """
 
 from __future__ import annotations
@@ -34,6 +34,17 @@ ROWS = ((1, 1), (70, 200), (0, 0), (3, 65), (1, 300))  # queries, context
 HEADS = ((8, 2, 128), (7, 1, 64), (2, 1, 256))  # heads, KV heads, size
 WINDOWS = (0, 100)
 STEPS = 3
+MIXTURE = {
+    "model_type": "qwen3_moe",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 128,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+MODELS = {"dense": ({}, None), "mixture": (MIXTURE, None), "mixture_fp8": (MIXTURE, "fp8_block")}
 
 
 def run(plan_folder: str, checkpoint_folder: str) -> list[list[int]]:
@@ -74,8 +85,25 @@ def attend() -> int:
     return ways
 
 
-def prepare(folder: Path) -> None:
-    """Write ``checkpoint`` and ``plan`` to ``folder``."""
+def multiply() -> int:
+    """Products of experts in CUDA C++, every tile, rows gathered or not, against float64; how many ways ran."""
+    sys.path += [str(Path(__file__).parents[2] / "scripts"), str(Path(__file__).parents[1] / "kernels")]
+    from test_gpu_moe import ALLOWED, PRODUCTS, SCALES, SUFFIX, attrs_of, every_tile, hold, small
+
+    ways = 0
+    for scales in SCALES:
+        for product in PRODUCTS:
+            for gathered in (True, False):
+                op, attrs = product + SUFFIX[scales], attrs_of(scales, 0 if gathered else 2)
+                tensors = small("spread", gathered, scales, (40, 6, 2, 256, 512))
+                found = every_tile(op, tensors, attrs)
+                hold(op, tensors, attrs, found, ALLOWED[scales])
+                ways += len(found)
+    return ways
+
+
+def prepare(folder: Path, model: str) -> None:
+    """Write ``checkpoint`` and ``plan`` of one of MODELS to ``folder``."""
     import torch
     from scripted_steps import SMALL, write_checkpoint
 
@@ -84,9 +112,11 @@ def prepare(folder: Path) -> None:
 
     major, minor = torch.cuda.get_device_capability()
     target = next(t.name for t in TARGETS.values() if t.arch == 10 * major + minor)
-    checkpoint = write_checkpoint(folder / "checkpoint", {**SMALL, "num_hidden_layers": 2})
+    changes, quant = MODELS[model]
+    checkpoint = write_checkpoint(folder / "checkpoint", {**SMALL, **changes, "num_hidden_layers": 2})
     limits = {"max_rows": 4, "max_tokens": 64, "context_len": 128}
-    plan = compile_plan(checkpoint, target=target, **limits, max_decode_buckets=1, max_extend_buckets=1)
+    few = {"max_decode_buckets": 1, "max_extend_buckets": 1}
+    plan = compile_plan(checkpoint, target=target, quant=quant, **limits, **few)
     plan.save(folder / "plan")
 
 
@@ -107,10 +137,13 @@ def main(tools: list[str]) -> int:
         print("compute-sanitizer is not on PATH; name it in COMPUTE_SANITIZER")
         return 2
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        prepare(folder)
+        runs = [("--attend",), ("--multiply",)]
+        for model in MODELS:
+            folder = Path(temporary) / model
+            prepare(folder, model)
+            runs.append(("--run", str(folder / "plan"), str(folder / "checkpoint")))
         bad = 0
-        for arguments in (("--run", str(folder / "plan"), str(folder / "checkpoint")), ("--attend",)):
+        for arguments in runs:
             code, output, expected = child([], *arguments)
             if code or expected is None:
                 print(output)
@@ -126,8 +159,9 @@ def clean(sanitizer: str, tool: str, arguments: tuple[str, ...], expected: Any) 
     before = [sanitizer, "--tool", tool, "--error-exitcode", str(FOUND), *options]
     code, output, result = child(before, *arguments)
     summaries = [line for line in output.splitlines() if "SUMMARY" in line]
+    name = " ".join(Path(a).parent.name or a for a in arguments[:2])  # the option, and of a plan the model
     print(
-        f"{tool:<10} {arguments[0]:<8} {time.perf_counter() - began:5.1f} s  exit {code}  "
+        f"{tool:<10} {name:<18} {time.perf_counter() - began:5.1f} s  exit {code}  "
         f"same result: {result == expected}",
         *summaries,
     )
@@ -141,5 +175,7 @@ if __name__ == "__main__":
         print(RESULT + json.dumps(run(*sys.argv[2:])))
     elif sys.argv[1:] == ["--attend"]:
         print(RESULT + json.dumps(attend()))
+    elif sys.argv[1:] == ["--multiply"]:
+        print(RESULT + json.dumps(multiply()))
     else:
         sys.exit(main(sys.argv[1:] or ["memcheck", "synccheck"]))

@@ -202,6 +202,7 @@ def _fused(tokens: int, width: int, dtype: torch.dtype, device: str) -> Iterator
         yield "rms_norm_quantize_fp8", {"x": x, "weight": weight}, {"eps": 1e-6, "group": group}
         tensors = {"x": x, "residual": residual, "weight": weight.float()}
         yield "add_rms_norm_quantize_fp8", tensors, {"eps": 1e-5, "group": group}
+        yield "add_rms_norm_and_quantize_fp8", tensors, {"eps": 1e-5, "group": group}
         yield "silu_mul_quantize_fp8", {"gate_up": half}, {"group": group}
 
 

@@ -40,6 +40,12 @@ def ways(op: str, call: OpCall) -> list[Candidate]:
     return [way for kernel in registry.cuda_kernels(op) for way in kernel.candidates(call)]
 
 
+def every_tile(op: str, tensors: Tensors, attrs: dict[str, Any], give_up: int = 0) -> list[Candidate]:
+    """The kernels in CUDA C++ with all their tiles, whatever suits the call."""
+    call = replace(launcher.op_call(CONTRACTS[op], tensors, attrs), invariant=True)
+    return [grouped_cuda.candidate(call, tile, give_up=give_up) for tile in grouped_cuda.tiles(call)]
+
+
 def attrs_of(scales: str, top_k: int) -> dict[str, Any]:
     return {"top_k": top_k, "out_dtype": "bfloat16", **({"block": 128} if scales == "block" else {})}
 
@@ -69,19 +75,14 @@ def small(
     return {name: x.cuda() for name, x in made.items()}
 
 
-@pytest.mark.parametrize("tile", [*grouped_cuda.FEW, *grouped_cuda.MANY], ids=lambda tile: tile.name)
 @pytest.mark.parametrize("scales", SCALES)
-def test_first_look(tile: grouped_cuda.Tile, scales: str) -> None:
-    """One small product of each kernel, whose waits give up."""
-    if scales == "block" and tile.ways == 2 and tile.outputs == 256:
-        pytest.skip("sums of groups beside as many others have no registers")
-    for product in PRODUCTS:
-        for gathered in (True, False):
-            op, attrs = product + SUFFIX[scales], attrs_of(scales, 0 if gathered else 2)
-            tensors = small("spread", gathered, scales, (40, 6, 2, 256, 512))
-            call = launcher.op_call(CONTRACTS[op], tensors, attrs)
-            way = grouped_cuda.candidate(call, tile, give_up=200_000)
-            hold(op, tensors, attrs, [way], 2 * ALLOWED[scales])
+@pytest.mark.parametrize("gathered", [True, False])
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_first_look(product: str, gathered: bool, scales: str) -> None:
+    """One small product with each tile, whose waits give up."""
+    op, attrs = product + SUFFIX[scales], attrs_of(scales, 0 if gathered else 2)
+    tensors = small("spread", gathered, scales, (40, 6, 2, 256, 512))
+    hold(op, tensors, attrs, every_tile(op, tensors, attrs, give_up=200_000), 2 * ALLOWED[scales])
 
 
 @pytest.mark.parametrize("name", ["qwen3", "mixtral", "qwen2", "v2_lite", "v3", "one", "three", "odd_groups"])
@@ -131,7 +132,7 @@ def test_combine() -> None:
         _, place, start = CONTRACTS["sort_by_expert"].reference(expert, experts=64)
         y = random(tokens * k, width, dtype=torch.bfloat16)
         y[int(start[-1]) :] = float("nan")
-        tensors = {"y": y.cuda(), "place": place.cuda(), "weight": random(tokens, k, seed=3).cuda()}
+        tensors = {"x": y.cuda(), "place": place.cuda(), "share": random(tokens, k, seed=3).cuda()}
         launcher.check(CONTRACTS["combine"], lambda c: ways("combine", c), tensors)
 
 

@@ -313,6 +313,21 @@ def test_a_fused_op_may_be_the_first_of_another(toys):
         late[2] = replace(late[2], operands={"x": "t", "weight": "w"})
         program = handmade(late, step=step, params=params, results=["q", "s", "first", "second"])
         assert ops(fuse_quantize(program)) == ["toy_two", "toy_scale", "toy_scale_quantize"]
+        shared = [calls[0], Call("toy_scale", {"x": "second", "weight": "w"}, {"y": "scaled"}), calls[1]]
+        shared.append(Call("silu", {"x": "second"}, {"y": "both"}))
+        program = handmade(shared, step=step, params=params, results=["scaled", "other", "both"])
+        assert fuse_quantize(program) == program
+
+        @contract("x[T,C]:A weight[C]:W -> y[T,C]:A a[T,C]:A b[T,C]:A", fuses=("toy_two", "toy_scale"))
+        def toy_keeping(x, weight):
+            raise NotImplementedError
+
+        try:
+            fused = verify(fuse_quantize(program), after="it")
+            assert ops(fused) == ["toy_keeping", "silu", "silu"]
+            assert fused.calls[0].results == {"y": "scaled", "a": "first", "b": "second"}
+        finally:
+            del CONTRACTS["toy_keeping"]
     finally:
         for op in (toy_two, toy_two_scale, toy_all):
             del CONTRACTS[op.name]

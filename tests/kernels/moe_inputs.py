@@ -94,8 +94,22 @@ def combine(op: str) -> Iterator[Case]:
             order, place, start = sort_by_expert.reference(expert, experts=experts)
             y = random.normal(len(order), 24 if seed % 2 else 130, dtype=dtype)
             y[int(start[-1]) :] = NAN
-            operands = {"y": y, "place": place, "weight": random.uniform(tokens, k)}
+            operands = {"x": y, "place": place, "share": random.uniform(tokens, k)}
             yield Case(op, f"{tokens}x{experts}x{k}-{label}-{dtype}", operands)
+
+
+def combine_norm(op: str) -> Iterator[Case]:
+    """Sums that are added and normed; groups where the op quantizes, too."""
+    for case in combine(op):
+        x, width = case.operands["x"], case.operands["x"].shape[1]
+        random = Random(width)
+        dtype = str(x.dtype).removeprefix("torch.")
+        more = {
+            "residual": random.normal(len(case.operands["place"]), width, dtype=dtype),
+            "weight": random.uniform(width, dtype=dtype),
+        }
+        attrs = {"eps": 1e-6} | ({"group": width} if op.endswith("fp8") else {})
+        yield Case(op, case.label, case.operands | more, attrs)
 
 
 PRODUCTS = [

@@ -203,6 +203,7 @@ def test_fused(rows, columns):
         operands = {"x": x, "residual": residual, "weight": weight}
         check("add_rms_norm_quantize_fp8", operands, eps=1e-6, group=group)
         check("add_rms_norm_quantize_fp8", operands, eps=1e-6, group=group, offset=1.0)
+        check("add_rms_norm_and_quantize_fp8", operands, eps=1e-6, group=group)
         half = columns_of(random(rows, 2 * columns, dtype=torch.float16))
         check("silu_mul_quantize_fp8", {"gate_up": half}, group=group)
 

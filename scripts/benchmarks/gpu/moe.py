@@ -159,7 +159,7 @@ def steps(shape: Shape, scales: str) -> list[Step]:
             {"top_k": k, "experts": experts, "renormalise": True},
         ),
         product("grouped_silu_mul", "x", "gate_up", "h", k),
-        Step("combine", {"y": "y", "place": "place", "weight": "share"}, {"sum": "sum"}, {}),
+        Step("combine", {"x": "y", "place": "place", "share": "share"}, {"sum": "sum"}, {}),
     ]
     made.insert(2, product("grouped_linear", "q" if scales else "h", "down", "y", 0))
     if scales:
