@@ -161,7 +161,8 @@ def _program(plan: Plan, phase: str, binaries: dict[str, Binary], cubins: dict[s
             candidates = {str(b): _choices(plan, b, launch, len(classes), binaries, cubins) for b in buckets}
             classes[key] = (len(classes), OpClass(launch.op, candidates))
         launches.append(replace(launch, op_class=classes[key][0]))
-    return replace(program, launches=tuple(launches), classes=tuple(c for _, c in classes.values()))
+    made = tuple(one for _, one in classes.values())
+    return replace(program, launches=tuple(launches), classes=made, chains=())
 
 
 def _choices(
