@@ -145,6 +145,29 @@ def test_what_is_a_chain(launches: Any, bases: Any, results: Any, wanted: Any) -
     assert [(c.launch.op, c.first, c.stop) for c in find_chains(launches, bases, results)] == wanted
 
 
+WRITE = {"qkv": "p", "rows": "a", "kv_slot": "at", "k_cache": "k", "v_cache": "v"}
+READ = {"k_cache": "k", "v_cache": "v", "page_table": "t", "context_len": "l"}
+
+
+def _attended(cache: str, head_dim: int) -> list[Launch]:
+    """A row's cache write, and attention over ``cache``."""
+    sizes = {"heads": 2, "kv_heads": 1, "head_dim": 64}
+    write = {**sizes, "eps": 0.0, "offset": 0.0}
+    read = {**sizes, "head_dim": head_dim, "scale": 1.0, "window": 0}
+    return [
+        Launch("norm_rope_kv_write", "reference", WRITE, {"q": "q"}, write),
+        Launch("decode_attention", "reference", {**READ, "q": "q", "k_cache": cache}, {"y": "y"}, read),
+    ]
+
+
+def test_a_cache_is_one_operand_of_a_chain() -> None:
+    (chain,) = find_chains(_attended("k", 64), {}, ())
+    assert chain.launch.operands == {**WRITE, **READ}
+    assert chain.launch.results == {"y": "y"}
+    assert not find_chains(_attended("another", 64), {}, ())
+    assert not find_chains(_attended("k", 32), {}, ())  # attributes of one name are one
+
+
 def _program() -> LoweredProgram:
     """Norm, projection and gate; the chain of all in the bucket of one row, that of two in both."""
     launches = _launches(NORM, LINEAR, SILU)
