@@ -4,7 +4,7 @@
 // memory, eight warps share every row of weights, the row of x in registers. Launched dependently, the ring fills
 // before x is there. It is less than half of a multiprocessor's shared memory, so that the next kernel's blocks find
 // room and start to copy while this kernel's last ones multiply. Rings of 48, 64 and 192 KiB, a trigger at the last
-// copy and a warp a row were slower (bench/results of the one-row step in docs/NOTES.md).
+// copy and a warp a row were slower (docs/NOTES.md).
 //
 //   NORM  0: x as it is; 1: its RMS norm; 2: the norm of x + residual, which block 0 writes to residual_out
 //   GATE  1: y[i] = silu(g[i]) * u[i], where the product has n values g, then n values u

@@ -413,6 +413,24 @@ inline Int4 load_written(const void* p) {
   memcpy(&r, p, 16);
   return r;
 }
+inline uint32_t load_written_two(const uint16_t* p) {
+  emulator::check((uintptr_t)p % 4 == 0, "a load of 4 bytes from an address that is no multiple of 4");
+  emulator::check(emulator::state().now->waited, "what kernels before wrote is read before the wait for them");
+  uint32_t r;
+  memcpy(&r, p, 4);
+  return r;
+}
+inline float load_written_one(const float* p) {
+  emulator::check(emulator::state().now->waited, "what kernels before wrote is read before the wait for them");
+  return *p;
+}
+inline Int4 load_kept(const void* p) {
+  emulator::check((uintptr_t)p % 16 == 0, "a load of 16 bytes from an address that is no multiple of 16");
+  Int4 r;
+  memcpy(&r, p, 16);
+  return r;
+}
+inline void fence_gpu() {}
 inline Int4 load_constant(const void* p) {
   emulator::check((uintptr_t)p % 16 == 0, "a load of 16 bytes from an address that is no multiple of 16");
   Int4 r;

@@ -13,7 +13,13 @@ from collections.abc import Callable, Iterator, Mapping
 
 import moe_inputs
 import torch
-from attention_inputs import decode_attention, extend_attention, kv_write, norm_rope_kv_write
+from attention_inputs import (
+    decode_attention,
+    extend_attention,
+    kv_write,
+    norm_rope_kv_write,
+    norm_rope_kv_write_decode_attention,
+)
 from case import FLOATS, Case, Random, in_columns, int32
 from sample_inputs import sample, token_logprobs
 from step_inputs import find_pages, locate
@@ -287,6 +293,7 @@ BUILDERS: Mapping[str, Callable[[str], Iterator[Case]]] = {
     "rope": rope,
     "kv_write": kv_write,
     "norm_rope_kv_write": norm_rope_kv_write,
+    "norm_rope_kv_write_decode_attention": norm_rope_kv_write_decode_attention,
     "decode_attention": decode_attention,
     "extend_attention": extend_attention,
     "paged_attention": extend_attention,
