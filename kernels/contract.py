@@ -107,6 +107,7 @@ class Contract:
     shares: tuple[str, ...] = ()
     quantizes: Quantizes | None = None
     fuses: tuple[str, str] | None = None
+    chains: tuple[str, ...] = ()
     gates: str | None = None
     expands: Mapping[str, Expansion] = field(default_factory=dict, repr=False)
 
@@ -226,6 +227,7 @@ def contract(
     shares: Sequence[str] = (),
     quantizes: Quantizes | None = None,
     fuses: tuple[str, str] | None = None,
+    chains: Sequence[str] = (),
     gates: str | None = None,
     expands: Mapping[str, Expansion] | None = None,
 ) -> Callable[[Callable[..., Any]], Contract]:
@@ -250,8 +252,12 @@ def contract(
             put together along its first axis, and what each call gave is columns of the result.
         shares: operands that merged calls have in common.
         quantizes: the op that this one takes the place of under a quantization.
-        fuses: names of two ops; this one is the second over the first result of the first, with the operands and
-            attributes of both and the further results of the first.
+        fuses: names of two ops; this one is the second over one result of the first, with the operands and
+            attributes of both and the other results of the first.
+        chains: names of ops, each over the first result of the one before as its first operand. A plan may run
+            calls of them as one call of this op in some batch shapes; no program holds it. Its operands are those of
+            the ops in their order, without what is passed on, its results the last op's, then the further ones of the
+            others in their order; attributes keep their names.
         gates: name of an activation function; this op is it over the left half of its only operand's columns,
             times the right half.
         expands: by kind of step, what the op becomes there; :data:`ANY` for all kinds without an entry, and for
@@ -288,6 +294,7 @@ def contract(
             shares=tuple(shares),
             quantizes=quantizes,
             fuses=fuses,
+            chains=tuple(chains),
             gates=gates,
             expands=expands or {},
         )
@@ -325,6 +332,8 @@ def _contradictions(op: Contract) -> Iterator[str]:
         yield "a view has one operand, one result and an attribute that says where the result begins"
     if op.selects_rows is not None and len(op.outputs) != 1:
         yield "selects_rows is for ops with one result"
+    if op.chains:
+        yield from _chain_contradictions(op)
     if op.merges is not None:
         if len(op.outputs) != 1 or op.outputs[0].axes[-1] != op.merges:
             yield f"merges names {op.merges}, which is not the last axis of its only result"
@@ -332,6 +341,24 @@ def _contradictions(op: Contract) -> Iterator[str]:
             along = [op.merges in _names(axis) for axis in o.axes]
             if any(along[1:]) or any(along) == (o.name in op.shares):
                 yield f"calls cannot be merged along {op.merges} with {o.name}[{', '.join(o.axes)}]"
+
+
+def _chain_contradictions(op: Contract) -> Iterator[str]:
+    """Whether a chain has as many operands and results of each kind, and the attributes, as its ops leave to it."""
+    unknown = [name for name in op.chains if name not in CONTRACTS]
+    if unknown or len(op.chains) < 2:
+        yield f"chains names {unknown[0]}, which is no op" if unknown else "a chain has two ops or more"
+        return
+    links = [CONTRACTS[name] for name in op.chains]
+    inputs = [o for i, link in enumerate(links) for o in link.inputs[i > 0 :]]
+    outputs = [*links[-1].outputs, *(o for link in links[:-1] for o in link.outputs[1:])]
+    if [(o.optional, o.written) for o in inputs] != [(o.optional, o.written) for o in op.inputs]:
+        yield f"the operands of {', '.join(op.chains)} are {', '.join(o.name for o in inputs)}"
+    if len(outputs) != len(op.outputs):
+        yield f"the results of {', '.join(op.chains)} are {', '.join(o.name for o in outputs)}"
+    attrs = [name for link in links for name in link.attrs]
+    if sorted(attrs) != sorted(op.attrs):
+        yield f"the attributes of {', '.join(op.chains)} are {', '.join(attrs)}"
 
 
 def _names(expression: str) -> set[str]:

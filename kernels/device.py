@@ -91,6 +91,8 @@ class DeviceLaunch:
         num_warps, num_stages: compile options of Triton. CUDA C++ says itself how many threads it has.
         dependent: the kernel waits (``gdc_wait``, ``griddepcontrol.wait``) before it touches what earlier kernels
             wrote, so it may be started before they end (a programmatic edge).
+        early: operands that it reads before it waits. Those that are no parameters were made before some kernel ahead
+            of it started, which the planner sees to.
         local_bytes: local memory that a thread may use; a plan is refused when the compiled kernel spills
             more.
     """
@@ -102,6 +104,7 @@ class DeviceLaunch:
     num_warps: int = 4
     num_stages: int = 3
     dependent: bool = False
+    early: tuple[str, ...] = ()
     local_bytes: int = 0
 
 

@@ -22,6 +22,7 @@ from makeready.kernels.elementwise import (
     multiply,
     pad_columns,
     scale,
+    sigmoid_gate,
     silu,
     silu_mul,
 )
@@ -80,6 +81,8 @@ def pointwise(
         a = _gelu_tanh(a)
     elif OP == "scale":
         a *= BY
+    elif OP == "sigmoid_gate":
+        a *= tl.sigmoid(tl.load(y + row * Y_STRIDE, mask=row < rows, other=0.0))
     elif OP != "pad_columns":
         b = tl.load(y + row * Y_STRIDE + c, mask=inside, other=0.0).to(tl.float32)
         a = a + b if OP == "add" else a * b
@@ -107,7 +110,7 @@ def _launch(call: OpCall, x: str, y: str | None, out: str) -> Sequence[Candidate
         "PDL": pdl,
     }
     arguments: dict[str, Argument] = {"x": Pointer(x), "out": Pointer(out), "rows": Scalar(rows, "int32")}
-    if y:
+    if y:  # of a gate, the only column
         arguments["y"] = Pointer(y)
     else:
         constants["y"] = None
@@ -162,6 +165,12 @@ def gelu_tanh_mul_launches(call: OpCall) -> Sequence[Candidate]:
 def scale_launches(call: OpCall) -> Sequence[Candidate]:
     """See :func:`pointwise`."""
     return _launch(call, "x", None, "y")
+
+
+@cuda_kernel(sigmoid_gate, "tiles", invariant=True)
+def sigmoid_gate_launches(call: OpCall) -> Sequence[Candidate]:
+    """See :func:`pointwise`."""
+    return _launch(call, "x", "gate", "y")
 
 
 @cuda_kernel(pad_columns, "tiles", invariant=True)

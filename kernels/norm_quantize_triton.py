@@ -112,6 +112,7 @@ def _launch(call: OpCall) -> Sequence[Candidate]:
         grid=(tiles.blocks, 1, 1),
         num_warps=tiles.num_warps,
         dependent=pdl,
+        early=("weight",),
     )
     return (Candidate(f"{tiles.rows}x{tiles.width}", (launch,)),)
 

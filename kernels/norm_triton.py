@@ -103,6 +103,7 @@ def _launch(call: OpCall, heads: int = 1) -> Sequence[Candidate]:
         grid=(tiles.blocks, 1, 1),
         num_warps=tiles.num_warps,
         dependent=pdl,
+        early=("weight",),
     )
     return (Candidate(f"{tiles.rows}x{tiles.width}", (launch,)),)
 

@@ -260,6 +260,7 @@ def quantize_fp8_static_launches(call: OpCall) -> Sequence[Candidate]:
         grid=(tiles.blocks, 1, 1),
         num_warps=tiles.num_warps,
         dependent=pdl,
+        early=("scale",),
     )
     return (Candidate(f"{tiles.rows}x{tiles.width}", (launch,)),)
 

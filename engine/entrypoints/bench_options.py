@@ -34,6 +34,7 @@ SUITES: dict[str, tuple[str, ...]] = {
     "small_ops": (),
     "quantize_fp8": (),
     "sample": (),
+    "moe": (),
 }
 _SHARING = {name for name, options in SUITES.items() if set(_LLM) <= set(options)}
 _MODEL = {"decode", "startup", "latency", "throughput", "replay", "prefix", "buckets", "load"}

@@ -24,6 +24,7 @@ from makeready.graphs.checkpoint.gguf import GGUFFile
 from makeready.graphs.checkpoint.gguf_config import hugging_face_config, llama3_rope
 from makeready.graphs.checkpoint.gguf_dequantize import BLOCK_TYPES, PLAIN_TYPES, dequantize
 from makeready.graphs.checkpoint.gguf_names import (
+    EXPERT,
     ROPE_FACTORS,
     Fields,
     architecture_of,
@@ -135,9 +136,9 @@ class GGUFCheckpoint(Checkpoint):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         return ThreadPoolExecutor(cores, thread_name_prefix="dequantize")
 
-    def _translate(self) -> dict[str, str]:
-        """Map Hugging Face names to GGUF names; a tensor without counterpart is an error."""
-        names: dict[str, str] = {}
+    def _translate(self) -> dict[str, tuple[str, int | None]]:
+        """Map Hugging Face names to GGUF names and the expert that is meant; no counterpart is an error."""
+        names: dict[str, tuple[str, int | None]] = {}
         for stored in self._file.tensors:
             if stored == ROPE_FACTORS:
                 continue  # becomes rope_parameters
@@ -147,12 +148,25 @@ class GGUFCheckpoint(Checkpoint):
                     f"{self.path}: tensor {stored!r} has no counterpart in {self._gguf.architecture} models; "
                     "use the Hugging Face folder of this model"
                 )
-            names[name] = stored
+            if EXPERT not in name:
+                names[name] = (stored, None)
+                continue
+            shape = self._file.tensors[stored].shape
+            if len(shape) != 3:
+                raise CheckpointError(
+                    f"{self.path}: tensor {stored!r} of shape {list(shape)} holds no experts' matrices; "
+                    "convert the model again"
+                )
+            names |= {name.replace(EXPERT, str(e)): (stored, e) for e in range(shape[0])}
         return names
 
     def _info(self, name: str) -> TensorInfo:
-        tensor = self._file.tensors[self._gguf_names[name]]
-        return TensorInfo(name, _PLAIN_DTYPES.get(tensor.kind, tensor.kind), tensor.shape)
+        stored, expert = self._gguf_names[name]
+        tensor = self._file.tensors[stored]
+        shape = tensor.shape if expert is None else tensor.shape[1:]
+        if name.endswith("shared_expert_gate.weight") and len(shape) == 1:  # a projection to one number
+            shape = (1, *shape)
+        return TensorInfo(name, _PLAIN_DTYPES.get(tensor.kind, tensor.kind), shape)
 
     def _build_config(self, fields: Fields) -> dict[str, Any]:
         embedding = self._tensors.get("model.embed_tokens.weight")
@@ -183,7 +197,7 @@ class GGUFCheckpoint(Checkpoint):
             heads = self._interleaved(name)
             if heads is not None and info.shape[0] != heads * self.config["head_dim"]:
                 raise CheckpointError(
-                    f"{self.path}: tensor {self._gguf_names[name]!r} has {info.shape[0]} rows where "
+                    f"{self.path}: tensor {self._gguf_names[name][0]!r} has {info.shape[0]} rows where "
                     f"{heads} heads of {self.config['head_dim']} are described; download the file again"
                 )
 
@@ -192,8 +206,12 @@ class GGUFCheckpoint(Checkpoint):
 
     def _stored(self, info: TensorInfo, start: int, stop: int) -> np.ndarray:
         """Rows of a tensor in Hugging Face order: raw bytes of block types, values of plain ones."""
-        tensor = self._file.tensors[self._gguf_names[info.name]]
-        data = self._file.rows(tensor.name).reshape(info.shape[0], -1)
+        stored, expert = self._gguf_names[info.name]
+        tensor = self._file.tensors[stored]
+        data = self._file.rows(tensor.name)
+        if expert is not None:
+            data = data.reshape(tensor.shape[0], -1)[expert]
+        data = data.reshape(info.shape[0], -1)
         heads = self._interleaved(info.name)
         if heads is None:
             data = data[start:stop]

@@ -23,7 +23,6 @@ _SIZES = {
 
 # Metadata that would change the computation in ways no supported architecture has; absent or as stated.
 _NEUTRAL: dict[str, float] = {
-    "expert_count": 0,
     "attention.max_alibi_bias": 0,
     "attention.clamp_kqv": 0,
     "attn_logit_softcapping": 0,

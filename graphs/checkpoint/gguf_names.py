@@ -34,6 +34,7 @@ _LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+EXPERT = "{e}"  # in the name of what GGUF stacks: the expert's number
 _BLOCK = re.compile(r"blk\.(0|[1-9][0-9]*)\.([a-z_]+)\.(weight|bias)")
 
 
@@ -118,12 +119,20 @@ def architecture_of(fields: Fields, source: str) -> Family:
         CheckpointError: missing or unsupported.
     """
     name = fields.text("general.architecture")
-    known = {f.gguf.architecture: f for f in families().values() if f.gguf is not None}
-    if name not in known:
+    known = {(f.gguf.architecture, f.gguf.experts): f for f in families().values() if f.gguf is not None}
+    experts = bool(name) and bool(fields.integer(f"{name}.expert_count"))
+    found = known.get((name or "", experts))
+    if found is None:
+        names = sorted({name for name, _ in known})
+        if name in names:
+            kind = "with" if experts else "without"
+            raise CheckpointError(
+                f"{source}: {name} models {kind} experts are not supported; use another model"
+            )
         raise CheckpointError(
-            f"{source}: general.architecture {name!r} is not supported; use one of {', '.join(known)}"
+            f"{source}: general.architecture {name!r} is not supported; use one of {', '.join(names)}"
         )
-    return known[name]
+    return found
 
 
 def special_tokens(fields: Fields) -> dict[str, Any]:

@@ -19,11 +19,14 @@ from makeready.graphs.checkpoint.base import (
     CheckpointWarning,
     Ranges,
     TensorInfo,
+    ranges,
     read_json,
 )
 from makeready.graphs.checkpoint.config import DTYPES, normalise_config
 from makeready.graphs.checkpoint.generation_config import check_generation_config
 from makeready.graphs.checkpoint.safetensors_file import SafetensorsFile
+from makeready.graphs.checkpoint.stacked import Part, split_experts
+from makeready.graphs.models.family import family_of_type
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -66,6 +69,8 @@ class HuggingFaceCheckpoint(Checkpoint):
         self.config = normalise_config(
             raw, source=str(config_path), default_dtype=_stored_dtype(self._tensors)
         )
+        self._parts: dict[str, Part] = {}  # where a tensor is some rows of another one
+        self._split_experts()
         if self.config["tie_word_embeddings"]:
             self._tie_head()
         generation = path / "generation_config.json"
@@ -80,7 +85,13 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     def read(self, name: str, box: Ranges | None = None) -> np.ndarray:
         """Read one tensor or a box of it; see `Checkpoint.read`."""
-        self._find(name)
+        info = self._find(name)
+        part = self._parts.get(name)
+        if part is not None:
+            first, *others = (slice(*r) for r in ranges(info, box))
+            rows = slice(part.start + first.start, part.start + first.stop)
+            box = (slice(part.expert, part.expert + 1), rows, *others)
+            return self._sources[part.stored].read(part.stored, box)[0]
         stored = self._stored_names.get(name, name)
         return self._sources[stored].read(stored, box)
 
@@ -94,6 +105,21 @@ class HuggingFaceCheckpoint(Checkpoint):
         """The safetensors files that a tensor is read from."""
         files = {file.path: file for file in self._sources.values()}
         return {path.name: (path, files[path].data_start) for path in sorted(files)}
+
+    def _split_experts(self) -> None:
+        """Present stacked experts one by one, in the spelling of the family."""
+        family = family_of_type(self.config["model_type"])
+        if family is None or family.experts is None:
+            return
+        self._parts, routers = split_experts(self._tensors, family.experts, str(self.path))
+        if not self._parts:
+            return
+        self._stored_names |= routers
+        gone = {part.stored for part in self._parts.values()} | set(routers.values())
+        kept = {name: info for name, info in self._tensors.items() if name not in gone}
+        made = {name: part.info for name, part in self._parts.items()}
+        named = {name: replace(self._tensors[stored], name=name) for name, stored in routers.items()}
+        self._tensors = dict(sorted({**kept, **made, **named}.items()))
 
     def _tie_head(self) -> None:
         """Do with a tied head what transformers does, which believes the stored tensors.

@@ -21,7 +21,7 @@ from makeready.graphs.executable.base import Executable
 from makeready.graphs.executable.example import Row, example_step
 from makeready.graphs.inspect.segments import segments
 from makeready.graphs.plan.buckets import BucketTable
-from makeready.graphs.plan.plan import Launch, Plan, PlanError
+from makeready.graphs.plan.plan import Chain, Launch, Plan, PlanError
 from makeready.graphs.plan.spec import DECODE, EXTEND, Bucket
 from makeready.kernels.contract import CONTRACTS, Tolerance
 from makeready.kernels.registry import REFERENCE
@@ -35,10 +35,14 @@ _OF_A_ROW, _ROW = 1 / 3, 16  # share of a row's error that counts, elements that
 class Walking(Executable, Protocol):
     """An executable that can pause in a step, and whose values can be read and written then."""
 
+    def calls(self, bucket: Bucket) -> list[Chain]:
+        """What a step runs, in order: launches, or chains of them that run as one."""
+        ...
+
     def walk(
         self, bucket: Bucket, step: Mapping[str, np.ndarray], stops: Iterable[int] | None = None
     ) -> Iterator[int]:
-        """Run a step up to each of ``stops`` in turn, or launch by launch; yields how many have run."""
+        """Run a step up to each of ``stops`` in turn, or call by call; yields how many launches have run."""
         ...
 
     def peek(self, bucket: Bucket, name: str) -> np.ndarray:
@@ -212,6 +216,7 @@ class _Pair:
         self._checked = checked  # parameters that were compared before
         self._plan = device.plan
         self._program = device.plan.programs[bucket.phase]
+        self._calls = device.calls(bucket)
         self._parameters = {w.param.name for w in device.plan.weights}
         self.launches, self.nearest = 0, 0.0
 
@@ -221,18 +226,17 @@ class _Pair:
         return self._device.peek(self._bucket, "tokens").view(np.int32)[: self._live[ROWS]].tolist()
 
     def compare(self, progress: Progress) -> Difference | None:
-        launches = self._program.launches
-        walks = self._device.walk(self._bucket, self._step), self._reference.walk(self._bucket, self._step)
-        for at, launch in enumerate(launches):
-            progress(
-                f"step {self._number + 1} ({self._bucket}), launch {at + 1} of {len(launches)}: {launch.op}"
-            )
-            found = self._parameter(at, launch)
+        count, stops = len(self._program.launches), [call.stop for call in self._calls]
+        walks = [each.walk(self._bucket, self._step, stops) for each in (self._device, self._reference)]
+        for call in self._calls:
+            at, launch = call.first, call.launch
+            progress(f"step {self._number + 1} ({self._bucket}), launch {at + 1} of {count}: {launch.op}")
+            found = self._parameter(call)
             before = {name: self._device.peek(self._bucket, v) for name, v in self._written(launch).items()}
             for walk in walks:
                 next(walk)
             self.launches += 1
-            found = found or self._result(at, launch, before)
+            found = found or self._result(call, before)
             if found is not None:
                 return found
         alone = self._results()
@@ -247,9 +251,9 @@ class _Pair:
             name: launch.operands[name] for name in CONTRACTS[launch.op].writes if name in launch.operands
         }
 
-    def _parameter(self, at: int, launch: Launch) -> Difference | None:
+    def _parameter(self, call: Chain) -> Difference | None:
         """Whether parameters that no launch read before are the same on both."""
-        for name, value in launch.operands.items():
+        for name, value in call.launch.operands.items():
             if value not in self._parameters or value in self._checked:
                 continue
             self._checked.add(value)
@@ -261,12 +265,12 @@ class _Pair:
             error, row = _error(ours, theirs, dtype, None)
             allowed = getattr(Tolerance(), dtype, 0.0)  # conversions on a device round in their own order
             if error > allowed:
-                return self._difference("parameter", at, name, error, row, allowed)
+                return self._difference("parameter", call, name, error, row, allowed)
         return None
 
-    def _result(self, at: int, launch: Launch, before: Mapping[str, np.ndarray]) -> Difference | None:
+    def _result(self, call: Chain, before: Mapping[str, np.ndarray]) -> Difference | None:
         """Whether what the launch wrote is within the contract's tolerance; the reference goes on with it."""
-        tolerance = CONTRACTS[launch.op].tolerance
+        launch, tolerance = call.launch, CONTRACTS[call.launch.op].tolerance
         for name, value in {**launch.results, **self._written(launch)}.items():
             ours, theirs = (e.peek(self._bucket, value) for e in (self._device, self._reference))
             theirs = theirs.view(ours.dtype)
@@ -278,7 +282,7 @@ class _Pair:
             error, row = _error(ours[keep], theirs[keep], spec.dtype, changed)
             allowed = 0.0 if tolerance.exact else getattr(tolerance, spec.dtype, 0.0)
             if error > allowed:
-                return self._difference("result", at, name, error, row, allowed)
+                return self._difference("result", call, name, error, row, allowed)
             if allowed:
                 self.nearest = max(self.nearest, error / allowed)
             self._reference.poke(self._bucket, value, ours)
@@ -298,24 +302,24 @@ class _Pair:
         }
 
     def _order(self) -> Difference:
-        """The last launch of the shortest beginning of the program that gives other bits as a whole.
+        """The last call of the shortest beginning of the step that gives other bits as a whole.
 
         Steps say where their rows start, so they can be run again and again.
         """
-        agree, differ = 0, len(self._program.launches)
+        agree, differ = 0, len(self._calls)
         while differ - agree > 1:
             middle = (agree + differ) // 2
             agree, differ = (agree, middle) if self._disturbed(middle) else (middle, differ)
-        launch = self._program.launches[differ - 1]
+        launch = self._calls[differ - 1].launch
         nowhere = (next(iter({**launch.results, **launch.operands})), np.inf, 0)  # it comes and goes
-        return self._difference("order", differ - 1, *(self._disturbed(differ) or nowhere))
+        return self._difference("order", self._calls[differ - 1], *(self._disturbed(differ) or nowhere))
 
     def _disturbed(self, count: int) -> tuple[str, float, int] | None:
-        """What the last of the first ``count`` launches gives otherwise if they run as a whole."""
-        launch = self._program.launches[count - 1]
+        """What the last of the first ``count`` calls gives otherwise if they run as a whole."""
+        launch, every = self._calls[count - 1].launch, [call.stop for call in self._calls[:count]]
         values = {**launch.results, **self._written(launch)}
         seen = []
-        for stops in ((count,), range(1, count + 1)):
+        for stops in (every[-1:], every):
             for _ in self._device.walk(self._bucket, self._step, stops):
                 pass
             left = {n: self._device.peek(self._bucket, v)[self._somebodys(v)] for n, v in values.items()}
@@ -327,11 +331,11 @@ class _Pair:
         return None
 
     def _difference(
-        self, what: str, at: int, name: str, error: float, row: int, allowed: float = 0.0
+        self, what: str, call: Chain, name: str, error: float, row: int, allowed: float = 0.0
     ) -> Difference:
+        at = call.first
         layer = next(s.name for s in segments(self._program) if s.start <= at < s.stop)
-        launch = self._program.launches[at]
-        return Difference(what, self._number, self._bucket, at, layer, launch, name, error, allowed, row)
+        return Difference(what, self._number, self._bucket, at, layer, call.launch, name, error, allowed, row)
 
 
 def _error(ours: np.ndarray, theirs: np.ndarray, dtype: str, only: np.ndarray | None) -> tuple[float, int]:

@@ -14,6 +14,7 @@ from makeready.graphs.inspect.analysis import (
     launch_costs,
     memory_analysis,
 )
+from makeready.graphs.inspect.experts import Mixture, kernels_of, mixtures, spread
 from makeready.graphs.inspect.facts import facts, passes
 from makeready.graphs.inspect.padding import padding
 from makeready.graphs.inspect.segments import SegmentGroup, groups, local, value_spec
@@ -33,6 +34,7 @@ def plan_text(plan: Plan, context: int = 1024) -> str:
     memory = memory_analysis(plan)
     context = min(context, plan.limits.context_len)
     sections = [_head(plan, memory), _memory(memory), _capacity(plan, memory), _buckets(plan, context)]
+    sections += [_experts(plan, mixture) for mixture in mixtures(plan)]
     sections += [_kernels(plan, phase, context) for phase in plan.programs]
     sections += [_layer(plan, phase) for phase in plan.programs]
     return "\n\n".join("\n".join(line.rstrip() for line in section) for section in sections) + "\n"
@@ -104,6 +106,28 @@ def _buckets(plan: Plan, context: int) -> Iterator[str]:
             "tokens≤", "tokens~", "time≤", "time~")  # fmt: skip
     yield from table(head, rows, "<>>>>>>>>>")
     yield "  ≤ worst case, ~ expected"
+
+
+def _experts(plan: Plan, mixture: Mixture) -> Iterator[str]:
+    """One row a bucket; its kernels where they are others than the row's above."""
+    every = mixture.nbytes * mixture.experts
+    yield (
+        f"Experts of {mixture.layers} layers: {mixture.experts} of {units.nbytes(mixture.nbytes)}, "
+        f"{units.nbytes(every)} a layer, {units.nbytes(every * mixture.layers)} in all; "
+        f"{mixture.top_k} for a token"
+    )
+    rows, before = [], ""
+    for bucket in plan.buckets:
+        of = spread(bucket.tokens, mixture.experts, mixture.top_k)
+        kernels = ", ".join(kernels_of(plan, mixture, bucket))
+        rows.append((
+            str(bucket), f"{of.entries:,}", f"{of.hit:,.1f}", units.nbytes(int(of.hit * mixture.nbytes)),
+            f"{of.largest:,.1f}", f"{of.imbalance:.2f}", f"{of.worst:,}", kernels if kernels != before else "",
+        ))  # fmt: skip
+        before = kernels
+    head = ("bucket", "entries", "hit~", "read~", "largest~", "/mean~", "worst", "kernels")
+    yield from table(head, rows, "<>>>>>><")
+    yield "  ~ expected of a router that gives each expert the same chance; worst: all tokens choose alike"
 
 
 def _kernels(plan: Plan, phase: str, context: int) -> Iterator[str]:

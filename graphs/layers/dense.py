@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from makeready.graphs.layers.inputs import Inputs
 from makeready.graphs.layers.parameter import TENSOR_PARALLEL, Shard, parameter
 from makeready.kernels import elementwise, norm
 from makeready.kernels.gemm import linear as gemm
@@ -59,5 +60,6 @@ class GatedMLP(nn.Module):
         self.up = Linear(up, intermediate, hidden, bias=bias, shard=BY_OUTPUTS)
         self.down = Linear(down, hidden, intermediate, bias=bias, shard=BY_INPUTS)
 
-    def forward(self, x_TC: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_TC: torch.Tensor, inputs: Inputs | None = None) -> torch.Tensor:
+        """``inputs`` are there for other blocks in an MLP's place, which depend on the step."""
         return self.down(elementwise.multiply(self.activation(self.gate(x_TC)), self.up(x_TC)))

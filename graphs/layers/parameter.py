@@ -13,6 +13,7 @@ from makeready.graphs.plan.reads import unrolled
 from makeready.graphs.plan.recipe import Derived, Generated, Piece, whole
 
 TENSOR_PARALLEL = "tp"  # the mesh axis that layers are split over
+EXPERT_PARALLEL = "ep"  # the one that experts are split over
 
 Shard: TypeAlias = tuple[str | None, ...]
 Source: TypeAlias = tuple[Piece, ...] | Generated | Callable[[str], Derived]

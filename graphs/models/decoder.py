@@ -61,9 +61,12 @@ class DecoderConfig:
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm attention, then pre-norm MLP, each added to the residual stream."""
+    """Pre-norm attention, then pre-norm MLP, each added to the residual stream.
 
-    def __init__(self, config: DecoderConfig, index: int) -> None:
+    ``mlp`` is called with the normed stream and the inputs; None is a :class:`GatedMLP`.
+    """
+
+    def __init__(self, config: DecoderConfig, index: int, mlp: nn.Module | None = None) -> None:
         super().__init__()
         source = f"model.layers.{index}"
         self.input_norm = RMSNorm(f"{source}.input_layernorm", config.hidden, config.norm_eps)
@@ -80,7 +83,7 @@ class DecoderLayer(nn.Module):
             norm_eps=config.norm_eps if config.qk_norm else None,
         )
         self.mlp_norm = RMSNorm(f"{source}.post_attention_layernorm", config.hidden, config.norm_eps)
-        self.mlp = GatedMLP(
+        self.mlp = mlp or GatedMLP(
             f"{source}.mlp",
             config.hidden,
             config.intermediate,
@@ -90,7 +93,7 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x_TC: torch.Tensor, rows_TQ: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         x_TC = elementwise.add(self.attention(self.input_norm(x_TC), rows_TQ, inputs), x_TC)
-        return elementwise.add(self.mlp(self.mlp_norm(x_TC)), x_TC)
+        return elementwise.add(self.mlp(self.mlp_norm(x_TC), inputs), x_TC)
 
 
 class Decoder(nn.Module):

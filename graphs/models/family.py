@@ -106,6 +106,35 @@ def refuse_windows(fields: Fields, config: dict[str, Any], source: str) -> None:
 
 
 @dataclass(frozen=True)
+class ExpertNames:
+    """What a family's checkpoints call the parts of a mixture of experts.
+
+    An expert's up projection is ``<layer>.<module>.experts.<e>.<up>.weight``.
+
+    Attributes:
+        module: of a layer, in the place of its MLP.
+        gate, up, down: an expert's projections.
+        router: the projection to the experts' logits, within the module.
+    """
+
+    module: str = "mlp"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    router: str = "gate"
+
+    def gguf(self) -> dict[str, str]:
+        """What GGUF's parts of a layer are called; ``{e}`` is the expert, which GGUF stacks."""
+        experts = f"{self.module}.experts.{{e}}"
+        return {
+            "ffn_gate_inp": f"{self.module}.{self.router}",
+            "ffn_gate_exps": f"{experts}.{self.gate}",
+            "ffn_up_exps": f"{experts}.{self.up}",
+            "ffn_down_exps": f"{experts}.{self.down}",
+        }
+
+
+@dataclass(frozen=True)
 class GGUF:
     """How the GGUF files of a family differ from the common form (graphs/checkpoint/gguf_config.py).
 
@@ -114,12 +143,14 @@ class GGUF:
         names: parts of a layer, in Hugging Face's spelling, that are called otherwise than usual.
         interleaved: whether each head's rows of q and k are reordered, so that the two halves that rotary
             embedding pairs alternate.
+        experts: whether files of that architecture with experts are meant, and not those without.
         complete: completes the config from the metadata, in place; ``sliding_window`` is the file's.
     """
 
     architecture: str
     names: Mapping[str, str] = field(default_factory=dict)
     interleaved: bool = False
+    experts: bool = False
     complete: Callable[[Fields, dict[str, Any], str], None] = refuse_windows
 
 
@@ -135,6 +166,7 @@ class Family:
         windows: fills ``layer_types`` where the config lacks it; ``sliding_window`` is None where none is used.
         rope: reads the rotary settings; see :func:`~makeready.graphs.checkpoint.rope.normalise_rope`.
         longest: tokens of context that the model was made for, of a normalised config.
+        experts: what its checkpoints call the parts of mixtures of experts; None where it has none.
         gguf: how its GGUF files are read; None where they are not, or as another family's.
     """
 
@@ -146,6 +178,7 @@ class Family:
     windows: Rewrite = no_windows
     rope: Callable[[dict[str, Any], str], dict[str, Any]] = normalise_rope
     longest: Callable[[Mapping[str, Any]], int] = longest_context
+    experts: ExpertNames | None = None
     gguf: GGUF | None = None
 
 
@@ -167,7 +200,7 @@ def model(architecture: str, *, model_type: str, **reading: Any) -> Callable[[Bu
 def families() -> dict[str, Family]:
     """Every supported architecture, by name."""
     for module in pkgutil.iter_modules(models.__path__):
-        if module.name not in ("family", "decoder"):
+        if module.name not in ("family", "decoder", "moe"):
             importlib.import_module(f"{models.__name__}.{module.name}")
     return dict(sorted(_FAMILIES.items()))
 

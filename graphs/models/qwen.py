@@ -8,7 +8,7 @@ from typing import Any
 from makeready.graphs.checkpoint.base import CheckpointError
 from makeready.graphs.models.family import GGUF, Model, model, no_windows
 
-_DEFAULTS = {
+DEFAULTS = {
     "max_position_embeddings": 32768,
     "num_key_value_heads": 32,
     "use_sliding_window": False,
@@ -17,7 +17,7 @@ _DEFAULTS = {
 }
 
 
-def _windows(config: dict[str, Any], source: str) -> None:
+def windows(config: dict[str, Any], source: str) -> None:
     """Layers from ``max_window_layers`` on slide where ``use_sliding_window`` says so, and no ``layer_types``."""
     if not config["use_sliding_window"]:
         return no_windows(config, source)
@@ -35,8 +35,8 @@ def _windows(config: dict[str, Any], source: str) -> None:
     "Qwen2ForCausalLM",
     model_type="qwen2",
     # There is no such field as attention_bias: q, k and v always have one, o never.
-    defaults={**_DEFAULTS, "attention_bias": True},
-    windows=_windows,
+    defaults={**DEFAULTS, "attention_bias": True},
+    windows=windows,
     gguf=GGUF("qwen2"),
 )
 def qwen2(config: Mapping[str, Any], *, context_len: int, activation: str) -> Model:
@@ -49,8 +49,8 @@ def qwen2(config: Mapping[str, Any], *, context_len: int, activation: str) -> Mo
 @model(
     "Qwen3ForCausalLM",
     model_type="qwen3",
-    defaults={**_DEFAULTS, "head_dim": 128},
-    windows=_windows,
+    defaults={**DEFAULTS, "head_dim": 128},
+    windows=windows,
     gguf=GGUF("qwen3"),
 )
 def qwen3(config: Mapping[str, Any], *, context_len: int, activation: str) -> Model:

@@ -1,48 +1,38 @@
-"""Quantizing what a norm or an activation function just made becomes part of it."""
+"""An op over what another one just made becomes part of it: quantizing behind a norm, a gate behind a product."""
 
 from __future__ import annotations
-
-import itertools
-from collections.abc import Mapping
 
 from makeready.graphs.planner.ir import Call, Program
 from makeready.kernels.contract import CONTRACTS
 
 
 def fuse_quantize(program: Program) -> Program:
-    """``quantize(f(x))`` → ``f_quantize(x)`` for every op whose contract ``fuses`` the two.
+    """``g(f(x))`` → ``f_g(x)`` for every op whose contract ``fuses`` the two, and so on behind that.
 
-    The wide value never leaves the chip. Applies where nobody else reads it.
+    What is between never leaves the chip. Applies where nobody else reads it.
     """
     known = {op.fuses: op for op in CONTRACTS.values() if op.fuses is not None}
-    producers, uses = program.producers(), program.uses()
-    fused: dict[int, Call] = {}  # identity of the producer → what takes its place
-    gone: set[int] = set()
-    for call in program.calls:
+    uses = program.uses()
+    calls: list[Call] = []
+    place: dict[str, int] = {}  # of the call that makes a value
+
+    def joined(call: Call) -> tuple[int, Call] | None:
+        """Where the first op of a pair stands whose second ``call`` is, and what takes its place."""
         for y in call.operands.values():
-            made = producers.get(y)
+            made = calls[place[y]] if y in place else None
             op = known.get((made.op, call.op)) if made is not None else None
             if made is None or op is None or len(uses[y]) > 1 or y in program.results.values():
                 continue
-            first = made.contract.outputs[0].name
             others = {k: v for k, v in call.operands.items() if v != y}
-            if made.results[first] != y or id(made) in fused or not _before(program, made, others):
+            if any(place.get(v, -1) >= place[y] for v in others.values()):  # not there yet
                 continue
-            kept = {k: v for k, v in made.results.items() if k != first}
-            fused[id(made)] = Call(
-                op.name,
-                {**made.operands, **others},
-                {**call.results, **kept},
-                {**made.attrs, **call.attrs},
-            )
-            gone.add(id(call))
-            break
-    return program.with_calls([fused.get(id(c), c) for c in program.calls if id(c) not in gone])
+            kept = {k: v for k, v in made.results.items() if v != y}
+            operands = {**made.operands, **others}
+            return place[y], Call(op.name, operands, {**call.results, **kept}, {**made.attrs, **call.attrs})
+        return None
 
-
-def _before(program: Program, at: Call, operands: Mapping[str, str]) -> bool:
-    """Whether the values are there when ``at`` runs."""
-    if not operands:
-        return True
-    later = itertools.dropwhile(lambda call: call is not at, program.calls)
-    return not {v for call in later for v in call.results.values()} & set(operands.values())
+    for call in program.calls:
+        at, now = joined(call) or (len(calls), call)
+        calls[at : at + 1] = [now]
+        place |= dict.fromkeys(now.results.values(), at)
+    return program.with_calls(calls)

@@ -16,7 +16,7 @@ from makeready.graphs.checkpoint.base import CheckpointError
 from makeready.graphs.checkpoint.config import normalise_config
 from makeready.graphs.plan import memory
 from makeready.graphs.plan.buckets import prove_coverage
-from makeready.graphs.plan.check_cuda import check_kernels, check_nodes
+from makeready.graphs.plan.check_cuda import check_chains, check_kernels, check_nodes
 from makeready.graphs.plan.constants import GENERATORS
 from makeready.graphs.plan.plan import Buffer, LoweredProgram, Plan, PlanError, Weight
 from makeready.graphs.plan.reads import complaint
@@ -273,6 +273,7 @@ def _programs(plan: Plan) -> None:
             _buffer(where, buffer, sizes, plan.memory.arena)
         _order(plan, program, names)
         if TARGETS[plan.target].is_cuda:
+            check_chains(plan, program, phase)
             check_nodes(plan, program, [str(b) for b in plan.buckets if b.phase == phase], phase)
 
 

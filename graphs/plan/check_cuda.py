@@ -17,10 +17,29 @@ KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,200}")  # of a binary, which is
 SCALARS = {"int32": (-(2**31), 2**31), "int64": (-(2**63), 2**63), "float32": (-math.inf, math.inf)}
 
 
+def check_chains(plan: Plan, program: LoweredProgram, phase: str) -> None:
+    """A chain reads and gives what its launches do, and what it does not write nobody else reads."""
+    results = {field.name for field in plan.steps[phase].results}
+    need(all(0 <= join < len(program.launches) for join in program.joins), f"{phase}: a join is no launch")
+    for chain in program.chains:
+        where = f"{phase}: the chain {chain.launch.op} of launches {chain.first} to {chain.stop}"
+        need(0 <= chain.first < chain.stop - 1 < len(program.launches), f"{where}, which are none")
+        members = program.launches[chain.first : chain.stop]
+        read = {value for launch in members for value in launch.operands.values()}
+        made = {value for launch in members for value in launch.results.values()}
+        given = set(chain.launch.results.values())
+        need(set(chain.launch.operands.values()) <= read - made, f"{where} reads what they do not")
+        need(given <= made, f"{where} gives what they do not")
+        later = {v for launch in program.launches[chain.stop :] for v in launch.operands.values()}
+        lost = sorted((made - given) & (later | results))
+        need(not lost, f"{where} leaves out {', '.join(lost)}, which others read")
+
+
 def check_nodes(plan: Plan, program: LoweredProgram, buckets: Sequence[str], phase: str) -> None:
     """Every kernel node names a binary, a grid that there can be, and arguments that its launches have."""
     operands: dict[int, set[str]] = {}
-    for launch in program.launches:
+    launches = (*program.launches, *(chain.launch for chain in program.chains))
+    for launch in launches:
         need(
             0 <= launch.op_class < len(program.classes),
             f"{phase}: {launch.op} has no class {launch.op_class}",
@@ -28,7 +47,7 @@ def check_nodes(plan: Plan, program: LoweredProgram, buckets: Sequence[str], pha
         given = {*launch.operands, *launch.results}
         operands[launch.op_class] = operands.get(launch.op_class, given) & given
     specs = {}
-    for launch in program.launches:
+    for launch in launches:
         for name, value in (*launch.operands.items(), *launch.results.items()):
             specs.setdefault((launch.op_class, name), _extent(plan, program, value))
     for index, op_class in enumerate(program.classes):

@@ -67,6 +67,23 @@ class Launch:
 
 
 @dataclass(frozen=True)
+class Chain:
+    """Neighbouring launches, and the one call that takes their place in buckets in which its class has candidates.
+
+    What one of them gives and only the next one reads is not written then. Operands of all of them are alive until
+    the last.
+
+    Attributes:
+        launch: the call; its op's contract ``chains`` the ops of the launches.
+        first, stop: position of the first launch, and behind the last.
+    """
+
+    launch: Launch
+    first: int
+    stop: int
+
+
+@dataclass(frozen=True)
 class Binary:
     """One compiled kernel, whose machine code is ``Plan.cubins`` under the same key.
 
@@ -162,11 +179,16 @@ class OpClass:
     candidates: Mapping[str, tuple[Choice, ...]]
 
 
+APART = "apart"  # the choice to run the launches of a chain one by one
+
+
 @dataclass(frozen=True)
 class LoweredProgram:
     """A phase's launches in order, the arena buffers they use, and the classes that launches index.
 
     Attributes:
+        chains: by place, the longest first; they may overlap, and the first that has candidates is run.
+        joins: positions of launches that start only when all before them have ended, dependent or not.
         alignments: bytes that addresses of values outside the arena are surely multiples of, where that is
             less than what regions and all in them are aligned to.
     """
@@ -176,6 +198,39 @@ class LoweredProgram:
     buffers: Mapping[str, Buffer]
     classes: tuple[OpClass, ...] = ()
     alignments: Mapping[str, int] = field(default_factory=dict)
+    chains: tuple[Chain, ...] = ()
+    joins: tuple[int, ...] = ()
+
+    def choice(self, op_class: int, bucket: Bucket, tuned: Mapping[str, str]) -> Choice | None:
+        """How calls of a class run in ``bucket``: as ``tuned`` names it, else the planner's first candidate."""
+        if not 0 <= op_class < len(self.classes):
+            return None
+        found = self.classes[op_class].candidates.get(str(bucket), ())
+        name = tuned.get(tuned_key(bucket.phase, op_class, bucket))
+        return next((c for c in found if c.name == name), found[0] if found else None)
+
+    def calls(self, bucket: Bucket, tuned: Mapping[str, str], only: slice = slice(None)) -> list[Chain]:
+        """What runs in ``bucket``, in order: chains, and every other launch as a chain of one.
+
+        Args:
+            tuned: by :func:`tuned_key`, choices in place of the planner's.
+            only: which launches; those of a chain that it cuts run one by one.
+        """
+        starts: dict[int, list[Chain]] = {}
+        for chain in self.chains:
+            starts.setdefault(chain.first, []).append(chain)
+        made: list[Chain] = []
+        at, stop, _ = only.indices(len(self.launches))
+        while at < stop:
+            call = Chain(self.launches[at], at, at + 1)
+            for chain in starts.get(at, ()):
+                chosen = self.choice(chain.launch.op_class, bucket, tuned)
+                if chain.stop <= stop and chosen is not None and chosen.name != APART:
+                    call = chain
+                    break
+            made.append(call)
+            at = call.stop
+        return made
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,13 @@ class Lowered:
         for phase, program in self.programs.items():
             largest = max((b for b in buckets if b.phase == phase), key=lambda b: (b.tokens, b.rows))
             programs[phase], nbytes = lower(
-                program, t.target, largest, stored, deterministic=t.options.deterministic
+                program,
+                t.target,
+                largest,
+                stored,
+                deterministic=t.options.deterministic,
+                # Chains hold more of the arena at once, much more of long prompts, and their kernels take few rows.
+                chained=t.target.is_cuda and not t.options.deterministic and t.steps[phase].each == 1,
             )
             memory.prove_places(programs[phase].buffers, (b for b in buckets if b.phase == phase), largest)
             arena = max(arena, nbytes)

@@ -7,10 +7,11 @@ from dataclasses import replace
 
 from makeready.graphs.plan.codec import canonical, to_json
 from makeready.graphs.plan.memory import Interval, align, assign
-from makeready.graphs.plan.plan import Buffer, Launch, LoweredProgram, PlanError, Weight
+from makeready.graphs.plan.plan import Buffer, Chain, Launch, LoweredProgram, PlanError, Weight
 from makeready.graphs.plan.recipe import Param
 from makeready.graphs.plan.spec import Bucket
 from makeready.graphs.plan.targets import Target
+from makeready.graphs.planner.chains import find_chains, together
 from makeready.graphs.planner.ir import LOADED, PARAM, TEMP, Columns, Program
 from makeready.kernels import registry
 from makeready.kernels.spec import DTYPE_BYTES
@@ -23,8 +24,12 @@ def lower(
     stored: dict[bytes, Param],
     *,
     deterministic: bool = False,
+    chained: bool = False,
 ) -> tuple[LoweredProgram, int]:
     """Launches of ``program`` and the arena bytes they need at its ``largest`` bucket.
+
+    Where it may be ``chained``, some buckets may run neighbouring launches as one call: what those name is in the
+    arena from the first to the last.
 
     ``stored`` collects the parameters in the layouts that the chosen kernels want, by content: programs that
     share it share parameters, and so do an embedding and a head that are one tensor of the checkpoint.
@@ -59,8 +64,10 @@ def lower(
         results = {k: names.get(v, v) for k, v in call.results.items()}
         operands = {k: names.get(v, v) for k, v in operands.items()}
         launches.append(Launch(call.op, chosen.name, operands, results, dict(call.attrs)))
-    buffers, nbytes = _place(program, launches, views, largest)
-    return LoweredProgram(program.phase, tuple(launches), buffers), nbytes
+    bases = {name: view.base for name, view in views.items()}
+    chains = find_chains(launches, bases, program.results) if chained else ()
+    buffers, nbytes = _place(program, launches, chains, views, largest)
+    return LoweredProgram(program.phase, tuple(launches), buffers, chains=chains), nbytes
 
 
 def place_weights(params: Sequence[Param]) -> tuple[tuple[Weight, ...], int]:
@@ -102,7 +109,11 @@ def _views(program: Program) -> dict[str, Columns]:
 
 
 def _place(
-    program: Program, launches: Sequence[Launch], views: Mapping[str, Columns], largest: Bucket
+    program: Program,
+    launches: Sequence[Launch],
+    chains: Sequence[Chain],
+    views: Mapping[str, Columns],
+    largest: Bucket,
 ) -> tuple[dict[str, Buffer], int]:
     """Arena buffers of all temps and views that the launches name."""
     loaded = {n for n, v in program.values.items() if v.kind == LOADED}
@@ -112,6 +123,9 @@ def _place(
             base = views[name].base if name in views else name
             first.setdefault(base, at)
             last[base] = at
+    for start, end, name in together(chains, launches):
+        base = views[name].base if name in views else name
+        first[base], last[base] = min(first[base], start), max(last[base], end)
     temps = {n for n, v in program.values.items() if v.kind == TEMP} - set(program.results.values()) | loaded
     bases = sorted(n for n in first if n in temps)
     outside = {v.base for v in views.values()} - temps

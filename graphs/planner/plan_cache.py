@@ -20,7 +20,7 @@ from makeready.graphs.plan.tokenizer_reference import tokenizer_reference
 if TYPE_CHECKING:
     from makeready.graphs.planner.compile import Request
 
-SOURCES = Path(__file__).resolve().parents[1]
+SOURCES = Path(__file__).resolve().parents[2]
 
 
 # Where a user without a home folder, as in many containers, would have the cache: no folder can be made there.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from makeready.graphs.plan.plan import PlanError
-from makeready.graphs.plan.recipe import Derivation, Derived, LoadCall, Operand, Param, Piece, joined
+from makeready.graphs.plan.recipe import Derivation, Derived, Each, LoadCall, Operand, Param, Piece, joined
 from makeready.graphs.planner.ir import PARAM, Call, Program
 from makeready.graphs.quant.scheme import BLOCK, CHANNEL, TENSOR, Scheme
 from makeready.kernels.contract import CONTRACTS, Contract
@@ -96,19 +96,21 @@ class _Rewrite:
         return [*before, Call(op.name, operands, call.results, attrs)]
 
     def _check(self, param: Param) -> None:
-        block, width = self.scheme.block, int(param.spec.shape[1])
-        if block and width % block and not self.scheme.stored:
-            raise PlanError(
-                f"{_module(param)} has {width} inputs, which are no multiple of its blocks of {block}; "
-                "use scales by channel (quant=fp8)"
-            )
+        block, (*stacked, rows, width) = self.scheme.block, (int(n) for n in param.spec.shape)
+        if not block or self.scheme.stored:
+            return
+        for axis, size in (("inputs", width), *([("outputs", rows)] if stacked else [])):
+            if size % block:
+                raise PlanError(
+                    f"{_module(param)} has {size} {axis}, which are no multiple of its blocks of {block}; "
+                    "use scales by channel (quant=fp8)"
+                )
 
     def _weight(self, param: Param) -> Param:
-        rows, width = (int(n) for n in param.spec.shape)
+        *others, width = (int(n) for n in param.spec.shape)
         beyond = self._whole(width) - width
-        made = replace(
-            param, spec=TensorSpec((rows, width + beyond), FP8), padding=(0, beyond) if beyond else ()
-        )
+        padding = (*(0 for _ in others), beyond) if beyond else ()
+        made = replace(param, spec=TensorSpec((*others, width + beyond), FP8), padding=padding)
         return self._made(made, param, "q")
 
     def _whole(self, width: int) -> int:
@@ -118,13 +120,14 @@ class _Rewrite:
 
     def _scale(self, param: Param) -> Param:
         """One number an output, whatever stored scales stand for, or one a block."""
-        rows, width = (int(n) for n in param.spec.shape)
-        made = Param(f"{param.name}_scale", TensorSpec((rows,), "float32"), shard=param.shard[:1])
+        *stacked, rows, width = (int(n) for n in param.spec.shape)
+        spec = TensorSpec((*stacked, rows), "float32")
+        made = Param(f"{param.name}_scale", spec, shard=param.shard[:-1])
         if self.scheme.weights == BLOCK:
             size = self.scheme.block
             rows = -(-rows // size)
             bands = self._whole(width) // size
-            made = replace(made, spec=TensorSpec((rows, bands), "float32"), shard=param.shard)
+            made = replace(made, spec=TensorSpec((*stacked, rows, bands), "float32"), shard=param.shard)
         if not self.scheme.stored:
             return self._made(made, param, "scale")
         return replace(made, pieces=tuple(self._scales_of(piece) for piece in param.pieces))
@@ -136,34 +139,37 @@ class _Rewrite:
             PlanError: the box is no matrix of its own, or begins within a block.
         """
         source = f"{piece.source.removesuffix('.weight')}.{self.scheme.scale}"
-        if piece.each or piece.axes or len(piece.box) != 2:
+        within = any(any(each.source) or any(each.place[-2:]) for each in piece.each)
+        if within or piece.axes or len(piece.box) != 2:
             raise PlanError(
                 f"{piece.source} is stored in another form than it is used in, and its scales are not known then; "
                 "use a checkpoint with 16-bit weights"
             )
         (first, stop), _ = piece.box
+        by_row = tuple(replace(each, source=(), place=each.place[:-1]) for each in piece.each)
         if self.scheme.weights == TENSOR:
-            return Piece(source, (), piece.at[:1], fills=(stop - first,))
+            return Piece(source, (), piece.at[:-1], each=by_row, fills=(stop - first,))
         if self.scheme.weights == CHANNEL:
-            return Piece(source, piece.box[:1], piece.at[:1])
+            return Piece(source, piece.box[:1], piece.at[:-1], each=by_row)
         size = self.scheme.block
-        if any(start % size for start in (*(start for start, _ in piece.box), *piece.at)):
+        *stacked, row, column = piece.at
+        if any(start % size for start in (*(start for start, _ in piece.box), row, column)):
             raise PlanError(
                 f"a part of {piece.source} begins within a block of {size}, whose scale it would share; "
                 "use a checkpoint with 16-bit weights"
             )
         box = tuple((start // size, -(-end // size)) for start, end in piece.box)
-        return Piece(source, box, tuple(at // size for at in piece.at))
+        return Piece(source, box, (*stacked, row // size, column // size), each=piece.each)
 
     def _made(self, made: Param, wide: Param, result: str) -> Param:
         """``made`` as a result of quantizing ``wide``, unless the checkpoint has it."""
         if self.scheme.stored:
             return made
         if self.scheme.weights == CHANNEL:
-            attrs, op = {"group": int(wide.spec.shape[1])}, "quantize_fp8"
+            attrs, op = {"group": int(wide.spec.shape[-1])}, "quantize_fp8"
         else:
             attrs, op = {"block": self.scheme.block}, "quantize_fp8_block"
-        operand = Operand(wide.spec, wide.pieces, unit=self.scheme.block or 1)
+        operand = replace(_as_matrix(wide), unit=self.scheme.block or 1)
         call = LoadCall(op, {"x": "x"}, {"q": "q", "scale": "scale"}, attrs)
         return replace(made, pieces=(), derived=Derived(Derivation({"x": operand}, (call,)), result))
 
@@ -204,8 +210,35 @@ def _scale(operand: str) -> str:
 def _static_scale(weights: Sequence[Param]) -> Param:
     """The scale of what all of ``weights`` are multiplied with."""
     name = joined([w.name.removesuffix(".weight") + ".input_scale" for w in weights])
-    pieces = tuple(Piece(f"{_module(w)}.input_scale", (), (0,), fills=(1,)) for w in weights)
-    return Param(name, TensorSpec((1,), "float32"), pieces=pieces, largest=True)
+    pieces = (
+        Piece(
+            f"{piece.source.removesuffix('.weight')}.input_scale",
+            (),
+            (0,),
+            each=tuple(Each(each.name, each.count) for each in piece.each),
+            fills=(1,),
+        )
+        for w in weights
+        for piece in w.pieces
+    )
+    return Param(name, TensorSpec((1,), "float32"), pieces=tuple(dict.fromkeys(pieces)), largest=True)
+
+
+def _as_matrix(param: Param) -> Operand:
+    """What a parameter is put together of, as a matrix: those that are stacked lie one below the other."""
+    *stacked, rows, width = (int(n) for n in param.spec.shape)
+    if not stacked:
+        return Operand(param.spec, param.pieces)
+    (count,) = stacked
+
+    def flat(place: tuple[int, ...]) -> tuple[int, ...]:
+        return (place[0] * rows + place[1], place[2]) if place else ()
+
+    pieces = tuple(
+        replace(p, at=flat(p.at), each=tuple(replace(e, place=flat(e.place)) for e in p.each))
+        for p in param.pieces
+    )
+    return Operand(TensorSpec((count * rows, width), param.spec.dtype), pieces)
 
 
 def _module(param: Param) -> str:

@@ -82,7 +82,7 @@ def decode_attention_tiles(
     n = tl.arange(0, N)
     d = tl.arange(0, D)
     row_R = tl.arange(0, R)
-    # A step's lengths and pages are there before its first kernel starts.
+    # Lengths and pages are there before the kernel starts: they are among what it reads early.
     length_R = tl.load(context_len + row_R, mask=row_R < rows, other=0)
     first_R = length_R * 0
     if WINDOW > 0:
@@ -303,6 +303,7 @@ def candidate(call: OpCall, L: int, warps: int, stages: int, a_multiprocessor: i
         num_warps=warps,
         num_stages=stages,
         dependent=dependent,
+        early=("context_len", "page_table"),
         local_bytes=16,  # 8 at 256 rows and half tiles
     )
     scratch = counters + stats + 2 * blocks * group * head_dim * 4

@@ -209,6 +209,7 @@ def _rows(call: OpCall, M: int) -> Candidate:
         },
         grid=((heads + 2 * kv_heads) // a_block, triton.cdiv(tokens, M // a_block), 1),
         dependent=dependent,
+        early=("q_norm", "k_norm") if norm else (),
     )
     return Candidate(f"rows_{M}", (launch,))
 

@@ -177,6 +177,7 @@ def _launch(
         num_warps=way.warps,
         num_stages=way.stages,
         dependent="pdl" in call.features,
+        early=("bias",) if "bias" in call.tensors else (),
         local_bytes=0 if product.wgmma else _STACK,
     )
 

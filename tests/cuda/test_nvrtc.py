@@ -346,6 +346,8 @@ def test_the_resource_table_counts_its_threads(
 def test_cached_plans_are_of_these_sources_and_this_compiler(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert (plan_cache.SOURCES / "graphs" / "planner" / "plan_cache.py").is_file()
+    assert (plan_cache.SOURCES / "kernels" / "csrc").is_dir()
     (tmp_path / "kernels" / "csrc").mkdir(parents=True)
     monkeypatch.setattr(plan_cache, "SOURCES", tmp_path)
     found = set()

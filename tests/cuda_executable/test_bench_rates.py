@@ -40,7 +40,8 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
         for choice in built.choices:
             for node in choice.nodes:
                 sizes = [size for argument in node.arguments for size in argument_sizes(argument)]
-                cubins[node.binary] = cubin(built.binaries[node.binary].function, [*sizes, 8, 8])
+                made = built.binaries[node.binary]
+                cubins[node.binary] = cubin(made.function, sizes + [8] * made.null_pointers)
         assert cubins.keys() == built.cubins.keys()
         return replace(built, cubins=cubins)
 

@@ -161,6 +161,8 @@ def op_call(
     dims = contract.dims(specs, attrs)
     made = {}
     for operand in contract.inputs:
+        if operand.name not in tensors:
+            continue
         tensor = tensors[operand.name]
         shape = ("P", *tensor.shape[1:]) if operand.axes[:1] == ("P",) else tuple(tensor.shape)
         dtype = specs[operand.name].dtype

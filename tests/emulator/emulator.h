@@ -52,6 +52,11 @@ inline float widen(uint16_t h) {
   return bits_float((uint32_t)h << 16);
 #endif
 }
+inline float widen_e4m3(uint8_t b) {
+  int exponent = b >> 3 & 15, mantissa = b & 7;
+  if (exponent == 15 && mantissa == 7) return NAN;
+  return (b & 128 ? -1.f : 1.f) * (exponent ? ldexpf(8 + mantissa, exponent - 10) : ldexpf(mantissa, -9));
+}
 template <bool HALF> inline uint16_t narrow(float f) {  // to float16, else bfloat16; to nearest, ties to even
   if (isnan(f)) return 0x7fff;
   uint32_t u = float_bits(f);
@@ -74,17 +79,23 @@ inline uint16_t half_of_e4m3(uint8_t x) {
 struct Map { const uint8_t* base; int rank, size; bool swizzled; uint64_t dims[5], strides[5]; uint32_t box[5]; };
 struct Bar { int count = 0, pending = 0; long bytes = 0; int phase = 0; };
 struct Named { int arrived = 0; long generation = 0; };
-struct Copy { TensorMap map; uint32_t to, bar; int at[5]; int rounds; };  // how long it takes yet
+struct Copy {
+  TensorMap map; uint32_t to, bar; int at[5]; int rounds;  // how long it takes yet
+  const uint8_t* from = nullptr; uint32_t bytes = 0;  // of a copy without a map
+};
+struct Small { const void* from; uint32_t to; int thread, rounds; long number; };  // a copy of 16 bytes that a thread asked for
+struct Arrival { uint32_t bar; int thread; long number; };  // waits for the thread's copies with lower numbers
+// d[64 x n] of a[64 x k] and b[n x k] of 16-bit elements, or of e4m3 where `small`.
 struct Product {  // rows: of b contiguous
-  float* d[128]; const uint32_t* a_registers[128]; int n; bool registers, rows; uint64_t a, b; int accumulate, arrived;
+  float* d[128]; const uint32_t* a_registers[128]; int n, k; bool registers, rows, small; uint64_t a, b; int accumulate, arrived;
 };
 struct Warpgroup { std::deque<Product> products; long first = 0; long issued[128] = {}; std::vector<long> ends[128]; };
 struct Warp { uint64_t slot[32]; int arrived = 0; long generation = 0; };
 struct Block {
   int index; std::vector<uint8_t> store; uint8_t* shared; std::map<uint32_t, Bar> bars; Named named[16];
-  std::vector<Copy> copies; std::vector<Warpgroup> warpgroups; std::vector<Warp> warps;
+  std::vector<Copy> copies; std::vector<Small> smalls; std::vector<Arrival> arrivals; long number = 0; std::vector<Warpgroup> warpgroups; std::vector<Warp> warps;
 };
-struct Fiber { ucontext_t context; std::vector<uint8_t> stack; Block* block; int thread; bool done = false; const char* where = ""; };
+struct Fiber { ucontext_t context; std::vector<uint8_t> stack; Block* block; int thread; bool done = false, waited = false; const char* where = ""; };
 struct Dim { int x; };
 struct State {
   ucontext_t main; Fiber* now = nullptr; bool progress = false; std::mt19937 random; int threads = 0, grid = 0; bool eager = false;
@@ -120,7 +131,16 @@ inline Bar& bar_at(Block& c, uint32_t at) {
   check(found != c.bars.end(), "there is no such mbarrier");
   return found->second;
 }
+inline void run_bulk(Block& c, const Copy& copy) {
+  check(copy.to % 16 == 0 && (uintptr_t)copy.from % 16 == 0 && copy.bytes % 16 == 0 && copy.bytes, "bulk copy: places and bytes are multiples of 16");
+  check(copy.to + copy.bytes <= c.store.size(), "copy: beyond shared memory");
+  memcpy(c.shared + copy.to, copy.from, copy.bytes);
+  Bar& bar = bar_at(c, copy.bar);
+  bar.bytes -= copy.bytes;
+  complete(bar);
+}
 inline void run_copy(Block& c, const Copy& copy) {
+  if (copy.from) return run_bulk(c, copy);
   const Map& m = state().maps.at(copy.map.id);
   uint32_t total = m.size;
   for (int i = 0; i < m.rank; ++i) total *= m.box[i];
@@ -146,22 +166,47 @@ inline void run_copy(Block& c, const Copy& copy) {
   complete(bar);
 }
 
-// -- matrix products: 64 x n x 16
+// Copies of 16 bytes whose time has come, then the arrivals that wait for no other; whether there were any.
+inline bool run_smalls(Block& c) {
+  if (c.smalls.empty() && c.arrivals.empty()) return false;
+  std::vector<Small> copies;
+  std::vector<Arrival> arrivals;
+  std::map<int, long> oldest;  // of a thread's copies that are under way
+  copies.swap(c.smalls);
+  arrivals.swap(c.arrivals);
+  for (auto& copy : copies) {
+    if (copy.rounds-- <= 0) { memcpy(c.shared + copy.to, copy.from, 16); continue; }
+    c.smalls.push_back(copy);
+    oldest.emplace(copy.thread, copy.number);  // the first of a thread is its oldest
+  }
+  for (auto& arrival : arrivals) {
+    auto found = oldest.find(arrival.thread);
+    if (found != oldest.end() && found->second < arrival.number) { c.arrivals.push_back(arrival); continue; }
+    Bar& bar = bar_at(c, arrival.bar);
+    check(bar.pending > 0, "too many arrivals at an mbarrier");
+    bar.pending--;
+    complete(bar);
+  }
+  return true;
+}
 
-inline float operand(Block& c, uint64_t descriptor, bool rows_contiguous, int r, int k) {
+// -- matrix products
+
+inline float operand(Block& c, uint64_t descriptor, bool rows_contiguous, bool small, int r, int k) {
   uint32_t start = (descriptor & 0x3fff) << 4, leading = (descriptor >> 16 & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
   check(descriptor >> 62 == 1, "descriptor: 128-byte swizzle only");
   uint32_t at = rows_contiguous ? start + (r / 64) * leading + (r % 64) * 2 + (k / 8) * stride + (k % 8) * 128
-                                : start + (r / 8) * stride + (r % 8) * 128 + k * 2;
+                                : start + (r / 8) * stride + (r % 8) * 128 + k * (small ? 1 : 2);
   at ^= (at >> 7 & 7) << 4;
+  if (small) return widen_e4m3(c.shared[at]);
   uint16_t h;
   memcpy(&h, c.shared + at, 2);
   return widen(h);
 }
 inline int row_of(int thread, int high) { return (thread / 32) * 16 + (thread % 32) / 4 + high * 8; }
 inline void execute(Block& c, Product& p) {
-  std::vector<float> a(64 * 16), b(p.n * 16);
-  for (int n = 0; n < p.n; ++n) for (int k = 0; k < 16; ++k) b[n * 16 + k] = operand(c, p.b, p.rows, n, k);
+  std::vector<float> a(64 * p.k), b(p.n * p.k);
+  for (int n = 0; n < p.n; ++n) for (int k = 0; k < p.k; ++k) b[n * p.k + k] = operand(c, p.b, p.rows, p.small, n, k);
   if (p.registers) {
     for (int t = 0; t < 128; ++t) for (int j = 0; j < 4; ++j) {
       float* to = &a[row_of(t, j & 1) * 16 + 2 * (t % 4) + (j >> 1) * 8];
@@ -169,12 +214,12 @@ inline void execute(Block& c, Product& p) {
       to[1] = widen(p.a_registers[t][j] >> 16);
     }
   } else {
-    for (int m = 0; m < 64; ++m) for (int k = 0; k < 16; ++k) a[m * 16 + k] = operand(c, p.a, false, m, k);
+    for (int m = 0; m < 64; ++m) for (int k = 0; k < p.k; ++k) a[m * p.k + k] = operand(c, p.a, false, p.small, m, k);
   }
   for (int t = 0; t < 128; ++t) for (int i = 0; i < p.n / 2; ++i) {
     int row = row_of(t, i >> 1 & 1), column = (i / 4) * 8 + 2 * (t % 4) + (i & 1);
     float s = p.accumulate ? p.d[t][i] : 0.f;
-    for (int k = 0; k < 16; ++k) s += a[row * 16 + k] * b[column * 16 + k];
+    for (int k = 0; k < p.k; ++k) s += a[row * p.k + k] * b[column * p.k + k];
     p.d[t][i] = s;
   }
 }
@@ -183,17 +228,17 @@ inline void run_first(Block& c, Warpgroup& w) {
   w.products.pop_front();
   w.first++;
 }
-__attribute__((noinline)) inline void issue(float* d, int n, const uint32_t* registers, uint64_t a, uint64_t b, bool rows, int accumulate) {
+__attribute__((noinline)) inline void issue(float* d, int n, const uint32_t* registers, uint64_t a, uint64_t b, bool rows, int accumulate, bool small = false) {
   Warpgroup& w = block().warpgroups[thread() / 128];
   int t = thread() % 128;
   long number = w.issued[t]++;
   while ((long)w.products.size() + w.first <= number) {
     Product p{};
-    p.n = n; p.registers = registers; p.rows = rows; p.a = a; p.b = b; p.accumulate = accumulate;
+    p.n = n; p.k = small ? 32 : 16; p.registers = registers; p.rows = rows; p.small = small; p.a = a; p.b = b; p.accumulate = accumulate;
     w.products.push_back(p);
   }
   Product& p = w.products[number - w.first];
-  check(p.n == n && p.a == a && p.b == b && p.accumulate == accumulate && p.registers == (registers != nullptr) && p.rows == rows, "threads of a warpgroup disagree about a product");
+  check(p.n == n && p.a == a && p.b == b && p.accumulate == accumulate && p.registers == (registers != nullptr) && p.rows == rows && p.small == small, "threads of a warpgroup disagree about a product");
   p.d[t] = d; p.a_registers[t] = registers; p.arrived++;
   while (state().eager && !w.products.empty() && w.products.front().arrived == 128) run_first(block(), w);
 }
@@ -272,6 +317,7 @@ inline void launch(int grid, int threads, size_t shared, unsigned seed, std::fun
   while (left) {
     s.progress = false; s.now = nullptr;
     for (auto& c : blocks) {
+      if (run_smalls(*c)) s.progress = true;
       std::vector<Copy> pending;
       pending.swap(c->copies);
       for (auto& copy : pending) {
@@ -297,7 +343,7 @@ inline void launch(int grid, int threads, size_t shared, unsigned seed, std::fun
       throw std::runtime_error(text);
     }
   }
-  for (auto& c : blocks) check(c->copies.empty(), "a copy is under way at the end");
+  for (auto& c : blocks) check(c->copies.empty() && c->smalls.empty() && c->arrivals.empty(), "a copy is under way at the end");
 }
 // Innermost axis first and strides in bytes of all axes but that, as the driver has them.
 inline TensorMap encode(const void* base, int size, int rank, const uint64_t* dims, const uint64_t* strides, const uint32_t* box, bool swizzled) {
@@ -338,14 +384,46 @@ inline void mbar_wait(uint64_t* b, uint32_t parity, const char* where) {
 inline void fence_async_proxy() {}
 inline void tma_prefetch_map(const TensorMap*) {}
 inline int emulated_delay() { uint32_t r = emulator::state().random(); return r & 3 ? r >> 8 & 3 : 40; }  // now and then a long one
+inline void tma_2d(void* d, const TensorMap* m, uint64_t* b, int c0, int c1) {
+  emulator::block().copies.push_back({*m, smem_u32(d), smem_u32(b), {c0, c1, 0, 0, 0}, emulated_delay()});
+}
 inline void tma_3d(void* d, const TensorMap* m, uint64_t* b, int c0, int c1, int c2) {
   emulator::block().copies.push_back({*m, smem_u32(d), smem_u32(b), {c0, c1, c2, 0, 0}, emulated_delay()});
 }
 inline void tma_4d(void* d, const TensorMap* m, uint64_t* b, int c0, int c1, int c2, int c3) {
   emulator::block().copies.push_back({*m, smem_u32(d), smem_u32(b), {c0, c1, c2, c3, 0}, emulated_delay()});
 }
+inline void copy_16(void* d, const void* from) {
+  emulator::Block& c = emulator::block();
+  emulator::check(smem_u32(d) % 16 == 0 && (uintptr_t)from % 16 == 0, "copy of 16 bytes: a place is no multiple of 16");
+  emulator::check(smem_u32(d) + 16 <= c.store.size(), "copy of 16 bytes: beyond shared memory");
+  c.smalls.push_back({from, smem_u32(d), emulator::thread(), emulated_delay(), c.number++});
+}
+inline void mbar_arrive_after_copies(uint64_t* b) {
+  emulator::Block& c = emulator::block();
+  c.arrivals.push_back({smem_u32(b), emulator::thread(), c.number++});
+}
+inline void bulk_load(void* d, const void* from, uint64_t* b, uint32_t bytes) {
+  emulator::block().copies.push_back({{}, smem_u32(d), smem_u32(b), {}, emulated_delay(), (const uint8_t*)from, bytes});
+}
+inline Int4 load_written(const void* p) {
+  emulator::check((uintptr_t)p % 16 == 0, "a load of 16 bytes from an address that is no multiple of 16");
+  emulator::check(emulator::state().now->waited, "what kernels before wrote is read before the wait for them");
+  Int4 r;
+  memcpy(&r, p, 16);
+  return r;
+}
+inline Int4 load_constant(const void* p) {
+  emulator::check((uintptr_t)p % 16 == 0, "a load of 16 bytes from an address that is no multiple of 16");
+  Int4 r;
+  memcpy(&r, p, 16);
+  return r;
+}
 inline void dependents_go() {}
-inline void dependence_wait() { if (emulator::state().random() & 1) emulator::yield("dependence"); }
+inline void dependence_wait() {
+  if (emulator::state().random() & 1) emulator::yield("dependence");
+  emulator::state().now->waited = true;
+}
 inline void named_sync(int id, int threads) { emulator::named(id, threads, true); }
 inline void named_arrive(int id, int threads) { emulator::named(id, threads, false); }
 template <int N> inline void setmaxnreg_inc() {}
@@ -358,6 +436,11 @@ inline void wgmma_commit() {
 }
 template <int N> inline void wgmma_wait() { emulator::wait_groups(N); }
 template <int N> inline void keep(float (&)[N]) {}
+template <int R> inline void wgmma_ss_16bit(float (&d)[R], uint64_t a, uint64_t b, int accumulate) { emulator::issue(d, 2 * R, nullptr, a, b, false, accumulate); }
+template <int R> inline void wgmma_ss_e4m3(float (&d)[R], uint64_t a, uint64_t b, int accumulate) { emulator::issue(d, 2 * R, nullptr, a, b, false, accumulate, true); }
+inline void unpack2(uint32_t two, float (&x)[2]) { x[0] = emulator::widen(two & 0xffff); x[1] = emulator::widen(two >> 16); }
+inline float low2(uint32_t two) { return emulator::widen(two & 0xffff); }
+inline float high2(uint32_t two) { return emulator::widen(two >> 16); }
 template <int N> inline void wgmma_ss(float (&d)[N], uint64_t a, uint64_t b, int accumulate) {
   emulator::issue(d, 2 * N, nullptr, a, b, false, accumulate);
 }
@@ -374,6 +457,7 @@ inline uint32_t half2_of_bf16(uint32_t x) {
   return emulator::narrow<true>(bound(low)) | (uint32_t)emulator::narrow<true>(bound(high)) << 16;
 }
 inline float exp2_fast(float x) { return exp2f(x); }
+inline float rsqrtf(float x) { return 1.f / sqrtf(x); }
 inline void __syncthreads() { emulator::named(0, emulator::state().threads, true); }
 inline void __syncwarp() { emulator::warp_sync(); }
 template <class T> inline T __shfl_sync(unsigned, T v, int from) { return emulator::exchange(v, from); }

@@ -49,6 +49,16 @@ def test_no_launch_differs(name: str, tmp_path) -> None:
     device.close()
 
 
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_no_chain_of_one_row_differs(name: str, tmp_path) -> None:
+    device, reference = load(tmp_path, **MODELS[name])
+    bucket = next(b for b in device.plan.buckets if (b.phase, b.rows) == ("decode", 1))
+    assert any(call.stop - call.first > 1 for call in device.calls(bucket)), "nothing runs as one"
+    found = bisect(device, reference, PROMPT, TOKENS, rows=1)
+    assert found.difference is None, found.difference.sentence(device.plan)
+    device.close()
+
+
 def test_a_spoiled_launch_is_named(tmp_path) -> None:
     class Spoiled(CudaExecutable):
         """A row of what launch 15 of decode steps gives is doubled; it is a launch with one result."""

@@ -29,7 +29,7 @@ from makeready.graphs.planner.lower import lower
 from makeready.graphs.planner.verify import VerificationError, verify, verify_alike
 from makeready.graphs.quant.fp8 import quantize_linears
 from makeready.graphs.quant.scheme import ON_LOAD
-from makeready.kernels.contract import contract
+from makeready.kernels.contract import CONTRACTS, contract
 from makeready.kernels.spec import TensorSpec
 
 ROWS = [(0, 0, 5), (2, 0, 1), (1, 0, 4)]  # slot, tokens before, tokens now
@@ -277,6 +277,45 @@ def test_what_others_read_is_not_fused(toys):
     for results, count in ((["q", "s", "other"], 3), (["q", "s", "scaled"], 2)):
         program = handmade(calls[:count], step=step, params=params, results=results)
         assert fuse_quantize(program) == program
+
+
+def test_a_fused_op_may_be_the_first_of_another(toys):
+    """And what is read may be any result of the first."""
+
+    @contract("x[T,C]:A -> a[T,C]:A b[T,C]:A")
+    def toy_two(x):
+        return x, 2 * x
+
+    @contract("x[T,C]:A weight[C]:W -> y[T,C]:A a[T,C]:A", fuses=("toy_two", "toy_scale"))
+    def toy_two_scale(x, weight):
+        return x * weight, 2 * x
+
+    @contract(
+        "x[T,C]:A weight[C]:W -> q[T,C]:float8_e4m3fn scale[T,C//group]:float32 a[T,C]:A",
+        fuses=("toy_two_scale", "quantize_fp8"),
+    )
+    def toy_all(x, weight, *, group: int):
+        raise NotImplementedError
+
+    try:
+        calls = [
+            Call("toy_two", {"x": "x"}, {"a": "first", "b": "second"}),
+            Call("silu", {"x": "first"}, {"y": "other"}),
+            Call("toy_scale", {"x": "second", "weight": "w"}, {"y": "scaled"}),
+            Call("quantize_fp8", {"x": "scaled"}, {"q": "q", "scale": "s"}, {"group": 8}),
+        ]
+        step, params = {"x": TensorSpec(("T", 8), "float32")}, {"w": TensorSpec((8,), "float32")}
+        program = verify(
+            fuse_quantize(handmade(calls, step=step, params=params, results=["q", "s", "other"])), after="it"
+        )
+        assert ops(program) == ["toy_all", "silu"]
+        late = [calls[0], Call("toy_scale", {"x": "x", "weight": "w"}, {"y": "t"}), calls[2], calls[3]]
+        late[2] = replace(late[2], operands={"x": "t", "weight": "w"})
+        program = handmade(late, step=step, params=params, results=["q", "s", "first", "second"])
+        assert ops(fuse_quantize(program)) == ["toy_two", "toy_scale", "toy_scale_quantize"]
+    finally:
+        for op in (toy_two, toy_two_scale, toy_all):
+            del CONTRACTS[op.name]
 
 
 def test_quantized_ops_give_what_the_wide_ones_gave(toys):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 
+import moe_inputs
 import torch
 from attention_inputs import decode_attention, extend_attention, kv_write, norm_rope_kv_write
 from case import FLOATS, Case, Random, in_columns, int32
@@ -67,6 +68,12 @@ def embedding(op: str) -> Iterator[Case]:
     yield Case(op, "one", {"ids": int32([2]), "weight": Random(3).normal(3, 1)}, {"out_dtype": ""})
 
 
+def sigmoid_gate(op: str) -> Iterator[Case]:
+    for seed, case in enumerate(_pointwise(op, "x")):
+        gate = Random(seed).normal(len(case.operands["x"]), 1, scale=3)
+        yield Case(op, case.label, case.operands | {"gate": in_columns(gate) if seed % 2 else gate})
+
+
 def linear(op: str) -> Iterator[Case]:
     shapes = [(3, 10, 7), (1, 1, 1), (1, 576, 192), (5, 64, 131), (17, 96, 33), (33, 130, 1), (129, 64, 64)]
     dtypes = [("float32", "float32"), ("float32", "bfloat16"), ("float32", "float16")]
@@ -98,6 +105,19 @@ def _norm(op: str, *names: str) -> Iterator[Case]:
         yield Case(op, label, operands | {"weight": Random(5).uniform(8)}, {"eps": 1e-6})
     operands = {name: in_columns(Random(6).normal(4, 9)) for name in names}
     yield Case(op, "columns", operands | {"weight": Random(5).uniform(9)}, {"eps": 1e-6})
+
+
+def _norm_linear(op: str, *names: str, gate: bool = False) -> Iterator[Case]:
+    shapes = [(3, 10, 6), (1, 1, 2), (1, 576, 192), (5, 64, 130)]
+    for seed, ((tokens, inputs, outputs), act) in enumerate(itertools.product(shapes, FLOATS)):
+        random = Random(seed)
+        operands = {name: random.normal(tokens, inputs, dtype=act, scale=2) for name in names}
+        operands |= {"gain": random.uniform(inputs, dtype=act)}
+        operands |= {"weight": random.normal(outputs, inputs, dtype=act)}
+        for bias, offset, out in ((False, 0.0, ""), (True, 1.0, "" if gate else "float32")):
+            given = operands | ({"bias": random.normal(outputs, dtype=act)} if bias else {})
+            attrs = {"eps": 1e-6, "offset": offset, "out_dtype": out}
+            yield Case(op, f"{tokens}x{inputs}x{outputs}-{act}-{bias}", given, attrs)
 
 
 def _grouped(made: Iterator[Case], width_of: Callable[[Case], int]) -> Iterator[Case]:
@@ -247,6 +267,9 @@ BUILDERS: Mapping[str, Callable[[str], Iterator[Case]]] = {
     "linear": linear,
     "rms_norm": lambda op: _norm(op, "x"),
     "add_rms_norm": lambda op: _norm(op, "x", "residual"),
+    "rms_norm_linear": lambda op: _norm_linear(op, "x"),
+    "add_rms_norm_linear": lambda op: _norm_linear(op, "x", "residual"),
+    "add_rms_norm_linear_silu_mul": lambda op: _norm_linear(op, "x", "residual", gate=True),
     "quantize_fp8": lambda op: _grouped(_pointwise(op, "x"), _width("x")),
     "quantize_fp8_static": quantize_fp8_static,
     "quantize_fp8_block": quantize_fp8_block,
@@ -266,6 +289,17 @@ BUILDERS: Mapping[str, Callable[[str], Iterator[Case]]] = {
     "decode_attention": decode_attention,
     "extend_attention": extend_attention,
     "paged_attention": extend_attention,
+    "sigmoid_gate": sigmoid_gate,
+    "route": moe_inputs.route,
+    "sort_by_expert": moe_inputs.sort,
+    "route_and_sort": lambda op: moe_inputs.sorted_too(moe_inputs.route(op)),
+    "combine": moe_inputs.combine,
+    "grouped_linear": moe_inputs.grouped_linear,
+    "grouped_linear_fp8": moe_inputs.grouped_linear_fp8,
+    "grouped_linear_fp8_block": moe_inputs.grouped_linear_fp8_block,
+    "grouped_silu_mul": lambda op: moe_inputs.gated(moe_inputs.grouped_linear(op)),
+    "grouped_silu_mul_fp8": lambda op: moe_inputs.gated(moe_inputs.grouped_linear_fp8(op)),
+    "grouped_silu_mul_fp8_block": lambda op: moe_inputs.gated(moe_inputs.grouped_linear_fp8_block(op)),
     "sample": sample,
     "token_logprobs": token_logprobs,
 }

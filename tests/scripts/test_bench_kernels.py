@@ -19,6 +19,7 @@ from benchmarks.gpu import (
     gemm,
     gemm_fp8,
     launcher,
+    moe,
     ops,
     quantize_fp8,
     rates,
@@ -47,6 +48,7 @@ SUITES: dict[str, Callable[[], Calls]] = {
     "small_ops": lambda: ops.calls(small_ops.cases("meta", small_ops.TOKENS)),
     "quantize_fp8": lambda: ops.calls(quantize_fp8.cases("meta")),
     "sample": lambda: ops.calls(sample.cases("meta", [1, 64])),
+    "moe": moe.calls,
 }
 
 
@@ -179,7 +181,11 @@ def rehearsal(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         assert all(names <= s.keys() for s in sets)
         return 1e-6
 
-    for function in (run, check, time_each, time):
+    def time_chains(chains, reps=20) -> float:
+        assert all(set(call.tensors) <= tensors.keys() for chain in chains for _, call, tensors in chain)
+        return 1e-6
+
+    for function in (run, check, time_each, time, time_chains):
         monkeypatch.setattr(launcher, function.__name__, function)
     monkeypatch.setattr(rates, "present", lambda: rates.of_device(DEVICES["h200"]))
     monkeypatch.setattr(launcher, "fits", lambda way, call: True)
@@ -203,6 +209,7 @@ def rehearsal(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         small_ops: {"TOKENS": (3,), "VOCABULARY": 50},
         quantize_fp8: {"TOKENS": (3,), "CHECKED": 4, "MATRICES": ((256, 128),)},
         sample: {"VOCABULARY": 700, "ROWS": (2,)},
+        moe: {"QWEN3": moe.Shape("tiny", 5, 2, 128, 128), "TOKENS": (3,)},
         ops: {"ROTATED": 1.0},
     }  # fmt: skip
     for module, constants in few.items():

@@ -27,6 +27,10 @@ PARAMETERS = {
     "mistral_7b": 7_248_023_552,
     "gemma3_270m": 268_098_176,
     "qwen_7b": 7_721_324_544,
+    "qwen3_30b_a3b": 30_532_122_624,
+    "qwen2_57b_a14b": 57_408_658_944,
+    "deepseek_moe_16b": 16_375_728_128,
+    "mixtral_8x7b": 46_702_792_704,
 }
 CONTEXT = {
     "smollm2_135m": 8192,
@@ -37,6 +41,10 @@ CONTEXT = {
     "mistral_7b": 32768,
     "gemma3_270m": 32768,
     "qwen_7b": 32768,
+    "qwen3_30b_a3b": 40960,
+    "qwen2_57b_a14b": 32768,
+    "deepseek_moe_16b": 4096,
+    "mixtral_8x7b": 32768,
 }
 
 
@@ -45,7 +53,7 @@ def parameters(plan: Plan) -> int:
     elements: dict[str, int] = {}
     for weight in plan.weights:
         for piece in weight.param.pieces:
-            size = math.prod(stop for _, stop in piece.box)
+            size = math.prod(stop for _, stop in piece.box) * math.prod(each.count for each in piece.each)
             elements[piece.source] = max(size, elements.get(piece.source, 0))
     return sum(elements.values())
 

@@ -20,7 +20,7 @@ from makeready.graphs.executable.cpu.weights import Progress, load_weights
 from makeready.graphs.executable.match import check_checkpoint
 from makeready.graphs.executable.unowned import Held, unowned
 from makeready.graphs.plan import memory
-from makeready.graphs.plan.plan import Launch, Plan, PlanError
+from makeready.graphs.plan.plan import Chain, Launch, Plan, PlanError
 from makeready.graphs.plan.spec import HOST, Bucket, Field
 from makeready.kernels import registry
 from makeready.kernels.contract import CONTRACTS
@@ -131,6 +131,11 @@ class CpuExecutable:
         for launch in program.launches:
             launch.call()
         return _Done({name: array.copy() for name, array in program.results.items()})
+
+    def calls(self, bucket: Bucket) -> list[Chain]:
+        """What a step in ``bucket`` runs, in order: every launch by itself."""
+        launches = self.plan.programs[bucket.phase].launches
+        return [Chain(launch, at, at + 1) for at, launch in enumerate(launches)]
 
     def walk(
         self, bucket: Bucket, step: Mapping[str, np.ndarray], stops: Iterable[int] | None = None

@@ -22,6 +22,7 @@ from makeready.graphs.plan.recipe import Derivation, Operand, Param
 from makeready.graphs.planner.derivation import derived_groups
 from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.gemm.linear_cpu import PACKED, ProductError, join, pack, pack_rows, packs, part_rows
+from makeready.kernels.moe.experts_cpu import PACKED_EXPERTS, pack_experts
 
 # Arrays of a mapped file are read-only; they are only copied from.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -29,7 +30,11 @@ warnings.filterwarnings("ignore", message="The given NumPy array is not writable
 Progress = Callable[[int, int], None]
 Fill = Callable[[torch.Tensor], Any]  # writes a parameter into a tensor of its shape and dtype
 
-LAYOUTS: Mapping[str, Callable[[torch.Tensor], Any]] = {"rows": lambda x: x, PACKED: pack}
+LAYOUTS: Mapping[str, Callable[[torch.Tensor], Any]] = {
+    "rows": lambda x: x,
+    PACKED: pack,
+    PACKED_EXPERTS: pack_experts,
+}
 
 
 def load_weights(plan: Plan, checkpoint: Checkpoint, progress: Progress) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from makeready.graphs.executable.cuda.workbench import Workbench
 from makeready.graphs.executable.match import check_checkpoint
 from makeready.graphs.executable.unowned import Held, unowned
 from makeready.graphs.plan.devices import chosen_for_another
-from makeready.graphs.plan.plan import Plan, PlanError
+from makeready.graphs.plan.plan import Chain, Plan, PlanError
 from makeready.graphs.plan.spec import Bucket
 from makeready.kernels.spec import DTYPE_BYTES, PAGES
 
@@ -207,13 +207,18 @@ class CudaExecutable:
             return convert(stored, dtype, "float32")
         return rows.view(NUMPY_DTYPES[dtype])
 
+    def calls(self, bucket: Bucket) -> list[Chain]:
+        """What a step in ``bucket`` runs, in order."""
+        return self._builder.calls(bucket)
+
     def walk(
         self, bucket: Bucket, step: Mapping[str, np.ndarray], stops: Iterable[int] | None = None
     ) -> Iterator[int]:
         """Run a step as :meth:`launch` does, with pauses; see :mod:`makeready.graphs.executable.bisect`.
 
         Args:
-            stops: numbers of launches, rising; None pauses behind each. Launches between two are one graph.
+            stops: numbers of launches, rising; None pauses behind each of :meth:`calls`. Launches between two are one
+                graph.
 
         Yields:
             How many launches have run; meanwhile :meth:`peek` and :meth:`poke` see what they left.
@@ -226,8 +231,7 @@ class CudaExecutable:
         driver.to_device(regions.step, self._flights[self._turn].step, step_bytes, stream)
         driver.record(self._flights[self._turn].event, stream)
         done = 0
-        count = len(self.plan.programs[bucket.phase].launches)
-        for stop in range(1, count + 1) if stops is None else stops:
+        for stop in (call.stop for call in self.calls(bucket)) if stops is None else stops:
             driver.use(self._device)
             graph = self._builder.build(bucket, addresses, stream, only=slice(done, stop))
             try:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from makeready.graphs.executable.cuda.driver import Driver, Function
-from makeready.graphs.plan.plan import Choice, Launch, Node, NodeArgument, Plan, PlanError, tuned_key
+from makeready.graphs.plan.plan import Chain, Choice, Launch, Node, NodeArgument, Plan, PlanError
 from makeready.graphs.plan.spec import Bucket
 from makeready.kernels.size import parse, value
 from makeready.kernels.spec import DTYPE_BYTES, PAGES
@@ -77,34 +77,38 @@ class GraphBuilder:
         program = self._plan.programs[bucket.phase]
         best = self._tuned if choices is None else choices
         prepared: dict[int, list[PreparedNode]] = {}
-        graph, last = self._driver.graph(), None
+        graph, last, before = self._driver.graph(), None, only.indices(len(program.launches))[0]
         try:
-            for launch in program.launches[only]:
+            for call in program.calls(bucket, best, only):
+                launch = call.launch
                 nodes = prepared.get(launch.op_class)
                 if nodes is None:
                     chosen = self._choose(bucket, launch, best)
                     nodes = [self.prepare(node) for node in chosen.nodes]
                     prepared[launch.op_class] = nodes
                 names = {**launch.operands, **launch.results}
+                joined = any(before < join <= call.first for join in program.joins)
+                before = call.first
                 for node in nodes:
                     parameters = node.bind(names, addresses)
                     last = self._driver.add_kernel(
-                        graph, node.function, node.grid, parameters, last, node.dependent
+                        graph, node.function, node.grid, parameters, last, node.dependent and not joined
                     )
+                    joined = False
             return self._driver.instantiate(graph, stream)
         finally:
             self._driver.destroy_graph(graph)
 
+    def calls(self, bucket: Bucket) -> list[Chain]:
+        """What the graph of ``bucket`` runs, in order."""
+        return self._plan.programs[bucket.phase].calls(bucket, self._tuned)
+
     def _choose(self, bucket: Bucket, launch: Launch, best: Mapping[str, str]) -> Choice:
         """The candidate that ``best`` names, else the planner's first."""
-        classes = self._plan.programs[bucket.phase].classes
-        found: tuple[Choice, ...] = ()
-        if 0 <= launch.op_class < len(classes):
-            found = classes[launch.op_class].candidates.get(str(bucket), ())
-        if not found:
+        found = self._plan.programs[bucket.phase].choice(launch.op_class, bucket, best)
+        if found is None:
             raise PlanError(f"the plan has no kernel for {launch.op} in bucket {bucket}; compile it again")
-        name = best.get(tuned_key(bucket.phase, launch.op_class, bucket))
-        return next((c for c in found if c.name == name), found[0])
+        return found
 
     def prepare(self, node: Node) -> PreparedNode:
         """What it takes to launch ``node`` again and again; not for several threads at once."""

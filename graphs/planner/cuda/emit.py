@@ -22,6 +22,7 @@ from typing import TypeAlias
 from makeready.graphs.plan.codec import canonical
 from makeready.graphs.plan.memory import ALIGNMENT, align
 from makeready.graphs.plan.plan import (
+    APART,
     Binary,
     Choice,
     Launch,
@@ -34,6 +35,7 @@ from makeready.graphs.plan.plan import (
 from makeready.graphs.plan.spec import Bucket
 from makeready.graphs.plan.targets import Target
 from makeready.graphs.planner.cuda.aot import Compiled, Kernel, MapLayout
+from makeready.graphs.planner.cuda.edges import joins
 from makeready.graphs.planner.cuda.ways import Way, select
 from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.device import (
@@ -188,8 +190,21 @@ def emit(
         _check_alike(steps, classes, reports)
     same = set(programs) - set(loads) if deterministic else set()
     calls, alike = _calls(classes, buckets, context, target, alike=same)
-    ways, compiled, dropped = select(calls, target, keep=keep, cache=cache, progress=progress, alike=alike)
-    lacking = {calls[key].op: key for key, found in reversed(ways.items()) if not found}
+    chained = {
+        (phase, chain.launch.op_class) for phase, program in classified.items() for chain in program.chains
+    }
+    ways, compiled, dropped = select(
+        calls,
+        target,
+        keep=keep,
+        cache=cache,
+        progress=progress,
+        alike=alike,
+        optional={key for key in calls if key[:2] in chained},
+    )
+    lacking = {
+        calls[key].op: key for key, found in reversed(ways.items()) if not found and key[:2] not in chained
+    }
     if lacking:
         phase, index, bucket = lacking[min(lacking)]
         raise PlanError(
@@ -206,14 +221,21 @@ def emit(
             OpClass(
                 one.op,
                 {
-                    str(bucket): tuple(_choice(w, compiled, names, counters) for w in ways[phase, i, bucket])
+                    str(bucket): _choices(
+                        ways[phase, i, bucket],
+                        compiled,
+                        names,
+                        counters,
+                        apart=keep > 1 and (phase, i) in chained,
+                    )
                     for bucket in buckets
                     if bucket.phase == phase
                 },
             )
             for i, one in enumerate(classes[phase])
         )
-        classified[phase] = replace(program, classes=made_classes)
+        early = {i: _early(ways, phase, i) for i in range(len(made_classes))}
+        classified[phase] = replace(program, classes=made_classes, joins=joins(program, early))
     return Emitted(
         programs=classified,
         binaries={names[k]: _binary(made) for k, made in sorted(compiled.items(), key=lambda item: names[item[0]])},
@@ -290,14 +312,16 @@ def _classify(
 ) -> tuple[LoweredProgram, list[_Class]]:
     found: dict[_Class, int] = {}
     launches: list[Launch] = []
-    for launch in program.launches:
+    for launch in (*program.launches, *(chain.launch for chain in program.chains)):
         values = tuple(
             _value(name, value, program, specs, spare=spare)
             for name, value in (*launch.operands.items(), *launch.results.items())
         )
         one = _Class(launch.op, values, canonical(dict(launch.attrs)).decode())
         launches.append(replace(launch, op_class=found.setdefault(one, len(found))))
-    return replace(program, launches=tuple(launches)), list(found)
+    count = len(program.launches)
+    chains = (replace(c, launch=launch) for c, launch in zip(program.chains, launches[count:], strict=True))
+    return replace(program, launches=tuple(launches[:count]), chains=tuple(chains)), list(found)
 
 
 def _value(
@@ -340,6 +364,25 @@ def _binary(made: Compiled) -> Binary:
         null_pointers=made.null_pointers,
         cluster=made.cluster,
     )
+
+
+def _early(ways: Mapping[_Key, Sequence[Way]], phase: str, op_class: int) -> set[str]:
+    """Operands that a kernel of a class reads before it waits, in some bucket."""
+    mine = (way for key, found in ways.items() if key[:2] == (phase, op_class) for way in found)
+    return {name for way in mine for launch in way.candidate.launches for name in launch.early}
+
+
+def _choices(
+    ways: Sequence[Way],
+    compiled: Mapping[Kernel, Compiled],
+    keys: Mapping[Kernel, str],
+    counters: int,
+    *,
+    apart: bool,
+) -> tuple[Choice, ...]:
+    """The choices that a plan has of ``ways``; of a chain, if there are any, its launches ``apart`` are the last."""
+    made = tuple(_choice(way, compiled, keys, counters) for way in ways)
+    return (*made, Choice(APART, ())) if made and apart else made
 
 
 def _choice(

@@ -7,7 +7,7 @@ the best are compiled, those that spill or do not fit are dropped, and the next 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
@@ -52,6 +52,7 @@ def select(
     cache: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
     alike: Mapping[Key, Hashable] | None = None,
+    optional: Collection[Key] = (),
 ) -> tuple[dict[Key, list[Way]], dict[Kernel, Compiled], tuple[str, ...]]:
     """The best ``keep`` ways of every call, their machine code, and a line for each way that was dropped.
 
@@ -61,6 +62,7 @@ def select(
         cache: folder of compiled kernels.
         progress: told how many of how many kernels are compiled; the latter grows where ways are dropped.
         alike: calls that have an equal value here get the same ways: the very same kernels.
+        optional: calls that need not have a way.
 
     Raises:
         PlanError: none of a call's ways compiles within the target's resources, or an implementation is wrong:
@@ -78,8 +80,8 @@ def select(
             progress(done + part, done + of)
 
         compiled |= compile_each(wanted, cache, onward)
-    for search in searches.values():
-        if search.refused and not search.taken:
+    for key, search in searches.items():
+        if search.refused and not search.taken and key not in optional:
             raise PlanError(search.refused[0])
     ways = {key: search.taken for key, search in searches.items()}
     # Compilers' reasons may name temporary files, which must not enter a plan.

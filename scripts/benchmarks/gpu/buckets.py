@@ -18,7 +18,7 @@ from benchmarks.gpu import timeline
 from makeready.graphs.executable.cuda.executable import CudaExecutable
 from makeready.graphs.executable.example import typical_step
 from makeready.graphs.inspect.analysis import work
-from makeready.graphs.plan.plan import Launch, Plan, tuned_key
+from makeready.graphs.plan.plan import Launch, Plan
 from makeready.graphs.plan.spec import DECODE, Bucket
 from makeready.graphs.plan.targets import Target, target_of
 
@@ -58,12 +58,15 @@ def buckets(
         bench.clear()
         classes = _classes_of_nodes(plan, bucket, bench.device.name)
         parts = _parts(record(lambda b=bucket, s=step: executable.launch(b, s).wait()), classes)
-        costs, names = floors(plan, bucket, context, target), plan.programs[bucket.phase].classes
+        costs, names = (
+            floors(plan, bucket, context, bench.device.name, target),
+            plan.programs[bucket.phase].classes,
+        )
         found.append(
             {
                 "bucket": str(bucket),
                 "seconds": whole,
-                "floor": math.fsum(cost["floor"] for cost in costs),
+                "floor": math.fsum(cost["floor"] for cost in costs.values()),
                 "parts": [
                     {"op": names[i].op, "class": i, "seconds": s, **costs[i]} for i, s in parts.items()
                 ],
@@ -75,12 +78,17 @@ def buckets(
 def _classes_of_nodes(plan: Plan, bucket: Bucket, device: str) -> list[int]:
     """The op class of every kernel node of a bucket's graph, in order."""
     program, tuned = plan.programs[bucket.phase], plan.tuned.get(device, {})
-    counts = []
-    for index, one in enumerate(program.classes):
-        choices = one.candidates[str(bucket)]
-        name = tuned.get(tuned_key(bucket.phase, index, bucket))
-        counts.append(len(next((c for c in choices if c.name == name), choices[0]).nodes))
-    return [launch.op_class for launch in program.launches for _ in range(counts[launch.op_class])]
+    found = []
+    for launch in _launches(plan, bucket, device):
+        choice = program.choice(launch.op_class, bucket, tuned)
+        assert choice is not None
+        found += [launch.op_class] * len(choice.nodes)
+    return found
+
+
+def _launches(plan: Plan, bucket: Bucket, device: str) -> list[Launch]:
+    """What a bucket runs, chains in place of their launches."""
+    return [call.launch for call in plan.programs[bucket.phase].calls(bucket, plan.tuned.get(device, {}))]
 
 
 def _parts(kernels: Sequence[tuple[float, float]], classes: Sequence[int]) -> dict[int, float]:
@@ -95,26 +103,25 @@ def _parts(kernels: Sequence[tuple[float, float]], classes: Sequence[int]) -> di
     return seconds
 
 
-def floors(plan: Plan, bucket: Bucket, context: int, target: Target | None = None) -> list[dict[str, Any]]:
-    """Launches, floor in seconds, and shape of the weights of each op class in a step of :func:`buckets`."""
+def floors(
+    plan: Plan, bucket: Bucket, context: int, device: str, target: Target | None = None
+) -> dict[int, dict[str, Any]]:
+    """By op class what a step of :func:`buckets` has of it on ``device``: launches, floor in seconds, weights."""
     target, real = target or target_of(plan), bucket
     if bucket.phase != DECODE:  # one prompt: on average a token sees half of it
         real, context = Bucket(bucket.phase, 1, bucket.tokens), bucket.tokens // 2
-    program = plan.programs[bucket.phase]
-    of_class: list[list[Launch]] = [[] for _ in program.classes]
-    for launch in program.launches:
-        of_class[launch.op_class].append(launch)
-    found = []
-    for launches in of_class:
+    of_class: dict[int, list[Launch]] = {}
+    for launch in _launches(plan, bucket, device):
+        of_class.setdefault(launch.op_class, []).append(launch)
+    found = {}
+    for index, launches in of_class.items():
         nbytes, flops, rate = work(plan, bucket.phase, launches[0], real.sizes, context, target)
         weight = launches[0].operands.get("weight")
-        found.append(
-            {
-                "launches": len(launches),
-                "floor": len(launches) * max(nbytes / target.bandwidth, flops / rate),
-                "weight": None if weight is None else list(plan.spec(bucket.phase, weight).shape),
-            }
-        )
+        found[index] = {
+            "launches": len(launches),
+            "floor": len(launches) * max(nbytes / target.bandwidth, flops / rate),
+            "weight": None if weight is None else list(plan.spec(bucket.phase, weight).shape),
+        }
     return found
 
 

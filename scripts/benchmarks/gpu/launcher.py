@@ -127,7 +127,7 @@ def run(
     Results that ``tensors`` lacks are allocated and poisoned with NaN (integers: the most negative value).
     Scratch, unless given, holds garbage behind its zeroed counters, which must be zero again afterwards.
     """
-    full = {**_results(call, tensors), **tensors}
+    full = {**results(call, tensors), **tensors}
     if scratch is None:
         scratch = new_scratch(candidate)
     launch_all(candidate, call, full, scratch, torch.cuda.current_stream())
@@ -147,7 +147,7 @@ def time(
 
     Give enough sets to exceed the 50 MiB of L2 where the operands would be read from memory in a model.
     """
-    sets = [{**_results(call, tensors), **tensors} for tensors in tensors_list]
+    sets = [{**results(call, tensors), **tensors} for tensors in tensors_list]
     scratch = new_scratch(candidate)
 
     def calls() -> None:
@@ -157,6 +157,22 @@ def time(
 
     count = -(-max(reps, len(sets)) // len(sets)) * len(sets)
     return time_graph(calls) / count
+
+
+def time_chains(
+    chains: Sequence[Sequence[tuple[Candidate, OpCall, Mapping[str, torch.Tensor]]]], reps: int = 20
+) -> float:
+    """Median seconds of one chain of calls, in a CUDA graph that rotates over ``chains``; tensors hold results."""
+    rounds = -(-max(reps, len(chains)) // len(chains))
+    links = [[(*link, new_scratch(link[0])) for link in chain] for chain in chains]
+
+    def calls() -> None:
+        stream = torch.cuda.current_stream()
+        for _ in range(rounds):
+            for way, call, tensors, scratch in (link for chain in links for link in chain):
+                launch_all(way, call, tensors, scratch, stream)
+
+    return time_graph(calls) / (rounds * len(chains))
 
 
 def time_each(
@@ -291,7 +307,8 @@ def _arch() -> int:
     return 10 * major + minor
 
 
-def _results(call: OpCall, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def results(call: OpCall, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Results of ``call`` that ``tensors`` lack, poisoned as :func:`run` says."""
     made = {}
     for name, tensor in call.tensors.items():
         if name in tensors:

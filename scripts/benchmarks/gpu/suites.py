@@ -135,6 +135,15 @@ def sample(bench: Bench) -> Measured:
     return _with_rates({"sample": found}, ops.table(found))
 
 
+def moe(bench: Bench) -> Measured:
+    """A layer of experts and its ops; see :mod:`benchmarks.gpu.moe`."""
+    _need_gpu("moe")
+    from benchmarks.gpu import moe
+
+    found = moe.measure(bench.stages.note)
+    return _with_rates({"moe": found}, moe.table(found))
+
+
 def _with_rates(found: dict[str, Any], lines: list[str]) -> Measured:
     """A suite's result with what its floors were computed from."""
     from benchmarks.gpu import rates
@@ -183,4 +192,5 @@ GPU_SUITES = {
     "small_ops": small_ops,
     "quantize_fp8": quantize_fp8,
     "sample": sample,
+    "moe": moe,
 }

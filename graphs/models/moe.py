@@ -1,0 +1,70 @@
+"""What configs of mixtures of experts have in common: sizes that are checked, and which layers are mixtures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from makeready.graphs.checkpoint.base import CheckpointError
+from makeready.graphs.models.family import Model
+
+if TYPE_CHECKING:
+    from makeready.graphs.layers.moe import ExpertsConfig
+    from makeready.graphs.models.decoder import DecoderConfig
+
+MAX_EXPERTS = 1024  # far above any model; route's kernels hold a token's logits in registers
+
+
+def one_spelling(config: dict[str, Any], name: str, other: str, source: str) -> None:
+    """The field ``other`` becomes ``name``, which a newer or older transformers writes.
+
+    Raises:
+        CheckpointError: both are there and differ.
+    """
+    stated = config.pop(other, None)
+    if stated is None:
+        return
+    if config.setdefault(name, stated) != stated:
+        raise CheckpointError(f"{source}: {name} and {other} differ; keep one")
+
+
+def check_experts(config: Mapping[str, Any], experts: str, top_k: str, *sizes: str) -> None:
+    """Check the number of experts, of a token's experts and further sizes, by the config's names for them.
+
+    Raises:
+        CheckpointError: one is missing, not a positive integer, or too large.
+    """
+    for field in (experts, top_k, *sizes):
+        value = config.get(field)
+        if type(value) is not int or value < 1:
+            raise CheckpointError(
+                f"config.json: {field} must be a positive integer, not {value!r}; correct the config"
+            )
+    if config[experts] > MAX_EXPERTS:
+        raise CheckpointError(
+            f"config.json: {experts} {config[experts]} exceeds the limit of {MAX_EXPERTS}; correct the config"
+        )
+    if config[top_k] > config[experts]:
+        raise CheckpointError(
+            f"config.json: {top_k} ({config[top_k]}) exceeds {experts} ({config[experts]}); correct the config"
+        )
+
+
+def sparse_decoder(
+    read: DecoderConfig,
+    experts: ExpertsConfig,
+    sparse: Callable[[int], bool],
+    *,
+    context_len: int,
+    activation: str,
+) -> Model:
+    """A decoder whose layers are mixtures where ``sparse`` says so of their index, and dense elsewhere."""
+    from makeready.graphs.layers.moe import MixtureOfExperts
+    from makeready.graphs.models.decoder import Decoder, DecoderLayer
+
+    def layer(config: DecoderConfig, index: int) -> DecoderLayer:
+        if not sparse(index):
+            return DecoderLayer(config, index)
+        return DecoderLayer(config, index, MixtureOfExperts(f"model.layers.{index}", config.hidden, experts))
+
+    return Decoder(read, context_len=context_len, activation=activation, layer=layer)

@@ -1,0 +1,196 @@
+// One row times weights W[N, K] of 16 bits, which stay rows as the checkpoint has them.
+//
+// A block takes neighbouring outputs, whose weights are one piece of memory: one thread copies it into a ring in shared
+// memory, eight warps share every row of weights, the row of x in registers. Launched dependently, the ring fills
+// before x is there. It is less than half of a multiprocessor's shared memory, so that the next kernel's blocks find
+// room and start to copy while this kernel's last ones multiply. Rings of 48, 64 and 192 KiB, a trigger at the last
+// copy and a warp a row were slower (bench/results of the one-row step in docs/NOTES.md).
+//
+//   NORM  0: x as it is; 1: its RMS norm; 2: the norm of x + residual, which block 0 writes to residual_out
+//   GATE  1: y[i] = silu(g[i]) * u[i], where the product has n values g, then n values u
+//   WIDE  1: y is float32 (entry gemv_wide)
+#include "hopper.h"
+
+#ifndef K
+#error "K: inputs"
+#endif
+constexpr int WARPS = 8, THREADS = WARPS * 32, ROW = K * 2;
+constexpr int CHUNKS = (K + 8 * THREADS - 1) / (8 * THREADS);  // of 8 inputs that a thread has; of the last some lack one
+constexpr int RING = 96 << 10, MOST = 24 << 10;  // bytes of the ring and of a stage
+constexpr int rows_of_a_stage() {
+  int rows = GATE ? 2 : 1;
+  while (rows < 8 && 2 * rows * ROW <= MOST) rows *= 2;
+  return rows;
+}
+constexpr int ROWS = rows_of_a_stage(), OUTS = GATE ? ROWS / 2 : ROWS, STAGE = ROWS * ROW;
+constexpr int STAGES = RING / STAGE < 32 ? RING / STAGE : 32, FLUSH = 8;  // stages whose sums are written together
+constexpr int PART = FLUSH * ROWS * WARPS;
+constexpr int OFF_PART = STAGES * STAGE, OFF_SQUARES = OFF_PART + 2 * PART * 4, OFF_BARS = OFF_SQUARES + WARPS * 4;
+constexpr int SHARED = OFF_BARS + STAGES * 16 + 1024;  // 1024: the base is aligned by hand
+static_assert(K % 8 == 0 && STAGES >= 2 && FLUSH * OUTS <= THREADS && OFF_BARS % 8 == 0, "shape");
+LAUNCH_FACTS(THREADS + 32, SHARED, 1);
+
+__device__ __forceinline__ bool holds(int chunk, int t) { return (chunk + 1) * THREADS * 8 <= K || (chunk * THREADS + t) * 8 < K; }
+__device__ __forceinline__ void widen8(float* to, Int4 v) {
+  uint32_t two[4] = {(uint32_t)v.x, (uint32_t)v.y, (uint32_t)v.z, (uint32_t)v.w};
+  UNROLL for (int j = 0; j < 4; ++j) { to[2 * j] = low2(two[j]); to[2 * j + 1] = high2(two[j]); }
+}
+
+// The one thread that copies. Weights are parameters, so it waits for no kernel.
+__device__ __forceinline__ void feed(uint8_t* ring, uint64_t* full, uint64_t* free, const uint16_t* weight, int n,
+                                     int from, int count) {
+  for (int i = 0; i * OUTS < count; ++i) {
+    int s = i % STAGES;
+    uint32_t bytes = min(OUTS, count - i * OUTS) * ROW;
+    const uint16_t* rows = weight + (int64_t)(from + i * OUTS) * K;
+    mbar_wait(&free[s], ((i / STAGES) & 1) ^ 1, "feed: free");
+    mbar_expect(&full[s], GATE ? 2 * bytes : bytes);
+    bulk_load(ring + s * STAGE, rows, &full[s], bytes);
+    if (GATE) bulk_load(ring + s * STAGE + OUTS * ROW, rows + (int64_t)n * K, &full[s], bytes);
+  }
+}
+
+// A thread's part of x or of its norm. Sums are kept as they are stored, as the ops one by one have them.
+__device__ __forceinline__ void prepare(float (&xs)[CHUNKS * 8], const Int4* gains, float* squares, const uint16_t* x,
+                                        const uint16_t* residual, uint16_t* residual_out, float eps, float offset) {
+  int t = threadIdx.x, lane = t % 32;
+  float sum = 0;
+  UNROLL for (int c = 0; c < CHUNKS; ++c) {
+    int at = (c * THREADS + t) * 8;
+    float* mine = xs + 8 * c;
+    UNROLL for (int j = 0; j < 8; ++j) mine[j] = 0;
+    if (!holds(c, t)) continue;
+    widen8(mine, load_written(x + at));
+    if (NORM == 2) {
+      float other[8];
+      widen8(other, load_written(residual + at));
+      UNROLL for (int j = 0; j < 8; ++j) mine[j] += other[j];
+      uint32_t p[4];
+      UNROLL for (int j = 0; j < 4; ++j) p[j] = pack2(mine[2 * j], mine[2 * j + 1]);
+      Int4 total = {(int)p[0], (int)p[1], (int)p[2], (int)p[3]};
+      if (blockIdx.x == 0) *(Int4*)(residual_out + at) = total;
+      widen8(mine, total);
+    }
+    if (NORM) UNROLL for (int j = 0; j < 8; ++j) sum += mine[j] * mine[j];
+  }
+  if (!NORM) return;
+  UNROLL for (int d = 16; d; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
+  if (lane == 0) squares[t / 32] = sum;
+  named_sync(1, THREADS);
+  sum = 0;
+  UNROLL for (int w = 0; w < WARPS; ++w) sum += squares[w];
+  float scale = rsqrtf(sum * (1.f / K) + eps);
+  UNROLL for (int c = 0; c < CHUNKS; ++c) {
+    float gain[8];
+    widen8(gain, gains[c]);
+    UNROLL for (int j = 0; j < 8; ++j) xs[8 * c + j] *= scale * (gain[j] + offset);
+  }
+}
+
+// Sums over the lanes of ROWS values at once: lane l ends with value l / (32 / ROWS).
+__device__ __forceinline__ float add_lanes(float (&sum)[ROWS]) {
+  int lane = threadIdx.x % 32;
+  UNROLL for (int many = ROWS, d = 16; d; d /= 2) {
+    if (many > 1) {
+      many /= 2;
+      UNROLL for (int j = 0; j < (ROWS + 1) / 2; ++j) if (j < many) {
+        bool upper = lane & d;
+        float mine = upper ? sum[j + many] : sum[j], other = upper ? sum[j] : sum[j + many];
+        sum[j] = mine + __shfl_xor_sync(~0u, other, d);
+      }
+    } else {
+      sum[0] += __shfl_xor_sync(~0u, sum[0], d);
+    }
+  }
+  return sum[0];
+}
+
+__device__ __forceinline__ float add_warps(const float* part) {
+  float sum = 0;
+  UNROLL for (int w = 0; w < WARPS; ++w) sum += part[w];
+  return sum;
+}
+
+__device__ __forceinline__ void store(float* y, float v) { *y = v; }
+__device__ __forceinline__ void store(uint16_t* y, float v) { *y = (uint16_t)pack2(v, 0.f); }
+
+template <class Y>
+__device__ __forceinline__ void gemv_body(const uint16_t* weight, const uint16_t* x, const uint16_t* residual,
+                                          const uint16_t* gain, const uint16_t* bias, Y* y, uint16_t* residual_out,
+                                          int n, float eps, float offset) {
+  uint8_t* ring = smem_base();
+  float* part = (float*)(ring + OFF_PART);
+  float* squares = (float*)(ring + OFF_SQUARES);
+  uint64_t* full = (uint64_t*)(ring + OFF_BARS);
+  uint64_t* free = full + STAGES;
+  int t = threadIdx.x, warp = t / 32, lane = t % 32;
+  int from = (int)((int64_t)n * blockIdx.x / gridDim.x), count = (int)((int64_t)n * (blockIdx.x + 1) / gridDim.x) - from;
+  if (t == 0) {
+    for (int i = 0; i < STAGES; ++i) {
+      mbar_init(&full[i], 1);
+      mbar_init(&free[i], WARPS);
+    }
+    mbar_fence_init();
+    dependents_go();
+  }
+  __syncthreads();
+  if (warp == WARPS) {
+    if (lane == 0) feed(ring, full, free, weight, n, from, count);
+    return;
+  }
+  Int4 gains[CHUNKS];
+  UNROLL for (int c = 0; c < CHUNKS; ++c) {
+    gains[c] = Int4{0, 0, 0, 0};
+    if (NORM && holds(c, t)) gains[c] = load_constant(gain + (c * THREADS + t) * 8);
+  }
+  dependence_wait();
+  float xs[CHUNKS * 8];
+  prepare(xs, gains, squares, x, residual, residual_out, eps, offset);
+
+  int stages = ceil_div(count, OUTS);
+  for (int i = 0; i < stages; ++i) {
+    int s = i % STAGES;
+    float* mine = part + (i / FLUSH & 1) * PART;  // the parts of two flushes, so that one barrier a flush is enough
+    float sum[ROWS];
+    mbar_wait(&full[s], (i / STAGES) & 1, "multiply: full");
+    UNROLL for (int row = 0; row < ROWS; ++row) {
+      sum[row] = 0;
+      UNROLL for (int c = 0; c < CHUNKS; ++c) if (holds(c, t)) {
+        float w[8];
+        widen8(w, *(const Int4*)(ring + s * STAGE + row * ROW + (c * THREADS + t) * 16));
+        UNROLL for (int j = 0; j < 8; ++j) sum[row] += w[j] * xs[8 * c + j];
+      }
+    }
+    __syncwarp();
+    if (lane == 0) mbar_arrive(&free[s]);
+    float total = add_lanes(sum);
+    if (lane % (32 / ROWS) == 0) mine[((i % FLUSH) * ROWS + lane / (32 / ROWS)) * WARPS + warp] = total;
+    if (i % FLUSH < FLUSH - 1 && i < stages - 1) continue;
+    named_sync(1, THREADS);
+    int first = i / FLUSH * FLUSH * OUTS, stage = t / OUTS, place = t % OUTS;
+    if (t >= FLUSH * OUTS || first + t >= count) continue;
+    int out = from + first + t;
+    float v = add_warps(mine + (stage * ROWS + place) * WARPS);
+    if (BIAS) v += low2(bias[out]);
+    if (GATE) {
+      float up = add_warps(mine + (stage * ROWS + OUTS + place) * WARPS);
+      if (BIAS) up += low2(bias[n + out]);
+      v = v / (1.f + exp2_fast(-1.44269504f * v)) * up;
+    }
+    store(y + out, v);
+  }
+}
+
+#if WIDE
+extern "C" __global__ void __launch_bounds__(THREADS + 32, 2)
+gemv_wide(const uint16_t* weight, const uint16_t* x, const uint16_t* residual, const uint16_t* gain,
+          const uint16_t* bias, float* y, uint16_t* residual_out, int n, float eps, float offset) {
+  gemv_body(weight, x, residual, gain, bias, y, residual_out, n, eps, offset);
+}
+#else
+extern "C" __global__ void __launch_bounds__(THREADS + 32, 2)
+gemv(const uint16_t* weight, const uint16_t* x, const uint16_t* residual, const uint16_t* gain, const uint16_t* bias,
+     uint16_t* y, uint16_t* residual_out, int n, float eps, float offset) {
+  gemv_body(weight, x, residual, gain, bias, y, residual_out, n, eps, offset);
+}
+#endif

@@ -1,0 +1,40 @@
+// Matrix products of the shapes that products with experts' weights use: d[64 x N] = a[64 x 16 or 32] b[N x 16 or 32]^T,
+// plus d where `accumulate`; operands in shared memory with columns contiguous, N by the size of d. 16-bit elements
+// (float16 where FP16, else bfloat16) and e4m3. The emulator has the same names.
+#pragma once
+#include "hopper.h"
+#ifndef EMULATED
+#define OUT8(d, i) OUT4(d, i), OUT4(d, i + 4)
+#define OUT32(d, i) OUT16(d, i), OUT16(d, i + 16)
+#define NAMES4 "{%0, %1, %2, %3}"
+#define NAMES8 "{%0, %1, %2, %3, %4, %5, %6, %7}"
+#define NAMES16 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}"
+#define NAMES32                                                                                              \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "    \
+  "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
+#define NAMES128                                                                                             \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "    \
+  "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, "     \
+  "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "     \
+  "%62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, "     \
+  "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, "   \
+  "%102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, "   \
+  "%119, %120, %121, %122, %123, %124, %125, %126, %127}"
+
+#define PRODUCT(NAME, N, REGISTERS, K, TYPES, TAIL, NAMES, A, B, P, ...)                                     \
+  __device__ __forceinline__ void NAME(float (&d)[REGISTERS], uint64_t a, uint64_t b, int accumulate) {      \
+    asm volatile(                                                                                            \
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %" #P ", 0;\n"                                                     \
+        "wgmma.mma_async.sync.aligned.m64n" #N "k" #K ".f32." TYPES " " NAMES ", %" #A ", %" #B ", p, 1, 1" TAIL ";\n}\n" \
+        : __VA_ARGS__ : "l"(a), "l"(b), "r"(accumulate));                                                            \
+  }
+#define PRODUCTS(N, REGISTERS, NAMES, A, B, P, ...)                                                          \
+  PRODUCT(wgmma_ss_16bit, N, REGISTERS, 16, ELEMENT "." ELEMENT, ", 0, 0", NAMES, A, B, P, __VA_ARGS__)      \
+  PRODUCT(wgmma_ss_e4m3, N, REGISTERS, 32, "e4m3.e4m3", "", NAMES, A, B, P, __VA_ARGS__)
+PRODUCTS(8, 4, NAMES4, 4, 5, 6, OUT4(d, 0))
+PRODUCTS(16, 8, NAMES8, 8, 9, 10, OUT8(d, 0))
+PRODUCTS(32, 16, NAMES16, 16, 17, 18, OUT16(d, 0))
+PRODUCTS(64, 32, NAMES32, 32, 33, 34, OUT32(d, 0))
+PRODUCTS(128, 64, NAMES64, 64, 65, 66, OUT32(d, 0), OUT32(d, 32))
+PRODUCTS(256, 128, NAMES128, 128, 129, 130, OUT32(d, 0), OUT32(d, 32), OUT32(d, 64), OUT32(d, 96))
+#endif  // EMULATED

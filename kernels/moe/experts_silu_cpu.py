@@ -1,0 +1,53 @@
+"""The first product of experts with its gate on the CPU: the kernels of experts_cpu.py, and the gate behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from makeready.kernels.contract import Contract
+from makeready.kernels.elementwise import silu_mul
+from makeready.kernels.elementwise_cpu import silu_mul_cpu
+from makeready.kernels.moe import experts_cpu
+from makeready.kernels.moe.experts import grouped_linear, grouped_linear_fp8, grouped_linear_fp8_block
+from makeready.kernels.moe.experts_silu import (
+    grouped_silu_mul,
+    grouped_silu_mul_fp8,
+    grouped_silu_mul_fp8_block,
+)
+from makeready.kernels.registry import REFERENCE, Kernel, by_rows, kernel, kernels
+
+assert experts_cpu  # whose kernels are registered by now
+assert isinstance(silu_mul, Contract)
+
+
+def _gated(product: Kernel) -> Callable[..., torch.Tensor]:
+    gate = by_rows(silu_mul, silu_mul_cpu) if product.invariant else silu_mul_cpu
+
+    def run(*operands: Any, **attrs: Any) -> torch.Tensor:
+        return gate(product.run(*operands, **attrs))
+
+    return run
+
+
+for plain, fused in (
+    (grouped_linear, grouped_silu_mul),
+    (grouped_linear_fp8, grouped_silu_mul_fp8),
+    (grouped_linear_fp8_block, grouped_silu_mul_fp8_block),
+):
+    assert isinstance(plain, Contract)
+    assert isinstance(fused, Contract)
+    for made in kernels(plain.name, "cpu"):
+        if made.name != REFERENCE:
+            kernel(
+                fused,
+                made.name,
+                target="cpu",
+                layouts=made.layouts,
+                invariant=made.invariant,
+                ordinary=made.ordinary,
+                applies=made.applies,
+                bind=made.bind,
+            )(_gated(made))
