@@ -78,24 +78,27 @@ class Way:
     Attributes:
         lazy: sums are rescaled when a maximum has risen by a factor of 2^8 of weights, not whenever it rises
             (FlashAttention-4's rule).
-        queries: are held in registers, which spares shared memory; with 32 numbers of each a thread there is room.
+        queries: are held in registers, which spares shared memory.
+        early: the product with values is waited for before exponentials, so that packing weights and rescaling sums
+            are hidden behind them.
     """
 
     lazy: bool = False
     queries: bool = False
+    early: bool = False
 
     @property
     def suffix(self) -> str:
         """For a candidate's name."""
-        return f"{'_q' if self.queries else ''}{'_lazy' if self.lazy else ''}"
+        chosen = {"_q": self.queries, "_early": self.early, "_lazy": self.lazy}
+        return "".join(name for name, on in chosen.items() if on)
 
 
 def ways(call: OpCall) -> list[Way]:
     """All that have the registers for ``call``."""
-    roomy = call.attrs["head_dim"] == 128 and not _narrow(call)
-    return [
-        Way(lazy, queries) for queries in ((False, True) if roomy else (False,)) for lazy in (False, True)
-    ]
+    either = (False, True)
+    roomy = either if call.attrs["head_dim"] == 128 and not _narrow(call) else (False,)
+    return [Way(lazy, queries, early) for queries in roomy for early in either for lazy in either]
 
 
 def _narrow(call: OpCall) -> bool:
@@ -133,6 +136,7 @@ def candidate(call: OpCall, way: Way = _PLAIN, *, give_up: int = 0) -> Candidate
         "WINDOW": call.attrs["window"],
         "LAZY": 8 if way.lazy else 0,
         "Q_REGISTERS": way.queries,
+        "EARLY": way.early,
         "PDL": dependent,
     }
     # Tiles reach beyond the last token; where the memory there is the plan's, copying is faster than zeros.

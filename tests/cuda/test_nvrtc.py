@@ -203,9 +203,9 @@ def test_products_that_wait_for_each_other_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A product's result is read before it is waited for: the assembler then waits by itself, everywhere."""
-    for name in ("hopper.h", "prefill.cu"):
-        text = (nvrtc.FOLDER / name).read_text()
-        (tmp_path / name).write_text(text.replace("      wgmma_wait<1>();\n", ""))
+    for path in (*nvrtc.FOLDER.glob("*.h"), nvrtc.FOLDER / "prefill.cu"):
+        text = path.read_text()
+        (tmp_path / path.name).write_text(text.replace("      wgmma_wait<1>();\n", ""))
     (launch,) = candidate(_attention()).launches
     monkeypatch.setattr(nvrtc, "FOLDER", tmp_path)
     with pytest.raises(PlanError, match=r"makes matrix products wait for each other: .*serializ"):
