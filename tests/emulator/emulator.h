@@ -407,6 +407,26 @@ template <int N> inline void keep(float (&)[N]) {}
 inline void wgmma_ss_n128(float (&d)[64], uint64_t a, uint64_t b, int accumulate) { emulator::issue(d, nullptr, a, b, accumulate); }
 inline void wgmma_rs_n128(float (&d)[64], const uint32_t (&a)[4], uint64_t b, int accumulate) { emulator::issue(d, a, 0, b, accumulate); }
 inline uint32_t pack2(float low, float high) { return emulator::narrow(low) | (uint32_t)emulator::narrow(high) << 16; }
+inline float emulated_fp8(uint32_t bits) {
+  int exponent = bits >> 3 & 15, mantissa = bits & 7;
+  if ((bits & 127) == 127) return NAN;
+  float size = exponent ? ldexpf(8 + mantissa, exponent - 10) : ldexpf(mantissa, -9);
+  return bits & 128 ? -size : size;
+}
+inline uint32_t emulated_to_fp8(float x) {  // to nearest, ties to even; beyond 448 saturated
+  uint32_t sign = std::signbit(x) ? 128 : 0;
+  float a = fabsf(x);
+  if (isnan(a)) return 127;
+  if (a >= 448.f) return sign | 126;
+  int exponent = a < ldexpf(1, -6) ? -6 : ilogbf(a);
+  int steps = (int)nearbyintf(ldexpf(a, 3 - exponent));  // 8 to 16, or less if subnormal; carries by itself
+  return sign | (uint32_t)(steps + ((exponent + 6) << 3));
+}
+inline uint32_t pack_fp8(float low, float high) { return emulated_to_fp8(low) | emulated_to_fp8(high) << 8; }
+inline void widen_fp8(float* to, uint32_t two) {
+  to[0] = emulated_fp8(two & 255);
+  to[1] = emulated_fp8(two >> 8 & 255);
+}
 inline float low2(uint32_t two) { return emulator::widen(two & 0xffff); }
 inline float high2(uint32_t two) { return emulator::widen(two >> 16); }
 inline float exp2_fast(float x) { return exp2f(x); }
