@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 from makeready.graphs.plan.plan import Chain, Launch
-from makeready.kernels.contract import CONTRACTS, Contract, chain_operands
+from makeready.kernels.contract import CONTRACTS, Contract, chain_operands, passed_on
 from makeready.kernels.registry import REFERENCE
 
 
@@ -34,7 +34,7 @@ def find_chains(
     return tuple(chain for chain in found if chain is not None)
 
 
-def _chain(op: Contract, launches: Sequence[Launch], at: int, kept: Collection[str]) -> Chain | None:
+def _chain(op: Contract, launches: Sequence[Launch], at: int, kept: set[str]) -> Chain | None:
     """The launches from ``at`` on as one call of ``op``, if they are one."""
     members = launches[at : at + len(op.chains)]
     if tuple(launch.op for launch in members) != op.chains:
@@ -56,16 +56,18 @@ def _chain(op: Contract, launches: Sequence[Launch], at: int, kept: Collection[s
         if any(attrs.get(k, v) != v for k, v in given.items()) or not written.items() <= operands.items():
             return None
         attrs |= given
-    *earlier, last = members
-    results = [*_results(last), *(value for launch in earlier for value in _results(launch)[1:])]
+    further = (v for one, other in pairwise(members) for v in _results(one)[passed_on(CONTRACTS[other.op]) :])
+    results = [*_results(members[-1]), *further]
     outputs = {o.name: v for o, v in zip(op.outputs, results, strict=True)}
     return Chain(Launch(op.name, REFERENCE, operands, outputs, attrs), at, at + len(members))
 
 
-def _passes(one: Launch, other: Launch, kept: Collection[str]) -> bool:
-    """Whether the second launch reads the first one's first result as its first operand, and nobody else reads it."""
-    passed = _results(one)[0]
-    return other.operands[CONTRACTS[other.op].inputs[0].name] == passed and passed not in kept
+def _passes(one: Launch, other: Launch, kept: set[str]) -> bool:
+    """Whether ``other`` takes first results of ``one`` as its first operands, and nobody else reads them."""
+    count = passed_on(CONTRACTS[other.op])
+    passed = _results(one)[:count]
+    taken = [other.operands.get(operand.name) for operand in CONTRACTS[other.op].inputs[:count]]
+    return taken == passed and not kept & set(passed)
 
 
 def _results(launch: Launch) -> list[str]:

@@ -192,6 +192,16 @@ __device__ __forceinline__ void unpack2(uint32_t two, float (&x)[2]) {
   x[1] = __int_as_float((int)(two & 0xffff0000));
 #endif
 }
+// Two 8-bit floats e4m3 from two numbers, saturated, and as numbers; the first in the lower bits.
+__device__ __forceinline__ uint32_t pack_fp8(float low, float high) {
+  uint16_t r;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(high), "f"(low));
+  return r;
+}
+__device__ __forceinline__ void widen_fp8(float* to, uint32_t two) {
+  asm("{\n.reg .b32 h;\n.reg .b16 a, b;\ncvt.rn.f16x2.e4m3x2 h, %2;\nmov.b32 {a, b}, h;\ncvt.f32.f16 %0, a;\n"
+      "cvt.f32.f16 %1, b;\n}\n" : "=f"(to[0]), "=f"(to[1]) : "h"((uint16_t)two));
+}
 #if FP16
 __device__ __forceinline__ float low2(uint32_t two) {  // the first of two 16-bit elements
   float r;
