@@ -8,13 +8,10 @@
 // from the last keys to the first: masks of the diagonal come first, those of a window last.
 //
 // Slots without a token are never used (they may hold NaN): a run of 64 keys that reaches beyond the row's length is
-// copied from further left, so that it ends with the last token; slots before a page's first arrive as zeros. Nor
-// are pages that lie wholly before the window of a tile's first token: they may have another owner by now.
+// copied from further left, so that it ends with the last token, and slots before a page's first are zeros. Nor are
+// pages that lie wholly before the window of a tile's first token: they may have another owner by now.
 #include "prefill_feed.h"
 #include "prefill_wgmma.h"
-
-struct Yes { static constexpr bool value = true; };
-struct No { static constexpr bool value = false; };
 
 // Running maxima of scores (unscaled). base: what exponents are taken from; shrink: of what came before.
 template <bool MASKED>
@@ -153,9 +150,10 @@ LAUNCH_FACTS(THREADS, SHARED, 1);
 // positive.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 attention_prefill(GRID_CONSTANT TensorMap q_map, GRID_CONSTANT TensorMap k_map, GRID_CONSTANT TensorMap v_map,
-                  uint16_t* y, const int* page_table, const int* query_start, const int* query_len,
-                  const int* context_len, int* counter, int rows, int tokens, int kv_heads, int table_stride,
-                  int y_stride, float scale_log2) {
+                  GRID_CONSTANT TensorMap k_box_map, GRID_CONSTANT TensorMap v_box_map, uint16_t* y,
+                  const int* page_table, const int* query_start, const int* query_len, const int* context_len,
+                  int* counter, int rows, int tokens, int kv_heads, int table_stride, int y_stride,
+                  float scale_log2) {
   uint8_t* smem = smem_base();
   Bars& bars = *(Bars*)(smem + OFF_BARS);
   int warp = __shfl_sync(~0u, (int)threadIdx.x / 32, 0), lane = threadIdx.x % 32;  // by a lane: the same in all
@@ -166,6 +164,7 @@ attention_prefill(GRID_CONSTANT TensorMap q_map, GRID_CONSTANT TensorMap k_map, 
     init(bars.raw, 1, FEED);
     mbar_fence_init();
     tma_prefetch_map(&q_map); tma_prefetch_map(&k_map); tma_prefetch_map(&v_map);
+    tma_prefetch_map(&k_box_map); tma_prefetch_map(&v_box_map);
   }
 #if PDL
   dependents_go();
@@ -176,8 +175,8 @@ attention_prefill(GRID_CONSTANT TensorMap q_map, GRID_CONSTANT TensorMap k_map, 
   if (warp < 4) {
     setmaxnreg_dec<FEED_REGISTERS>();
     if (warp == 0) {
-      feed(smem, bars, &q_map, &k_map, &v_map, page_table, query_start, query_len, context_len, counter, rows,
-           kv_heads, table_stride);
+      Maps maps{&q_map, &k_map, &v_map, &k_box_map, &v_box_map};
+      feed(smem, bars, maps, page_table, query_start, query_len, context_len, counter, rows, kv_heads, table_stride);
     } else {
       clear_idle(y, query_start, query_len, rows, tokens, y_stride, kv_heads * GROUP * D, blockIdx.x * 3 + warp - 1,
                  gridDim.x * 3);

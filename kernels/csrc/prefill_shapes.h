@@ -6,7 +6,8 @@
 // CACHE8: the cache holds e4m3; products then take float16 (FP16). BF16_IO: queries and results are bfloat16
 // nevertheless. PDL: waits for the kernels before it on the device. LAZY, Q_REGISTERS, EARLY: see Way in
 // attention/extend_cuda.py; LAZY is the power of two.
-constexpr int D = HEAD, RUN = 64, MATH = D == 64 ? 3 : 2;  // RUN: keys of a copy; MATH: warpgroups that multiply
+constexpr int D = HEAD, MATH = D == 64 ? 3 : 2;  // MATH: warpgroups that multiply
+constexpr int RUN = 64, BOX = 8;                 // keys of a copy, and of one where a run has few
 constexpr int M = 64 * MATH, TOKENS = M / GROUP, L = D == 256 ? 64 : 128, RUNS = L / RUN;
 constexpr int THREADS = 128 * (1 + MATH), FEED_REGISTERS = MATH == 2 && CACHE8 ? 64 : 32;
 constexpr int MATH_REGISTERS = (65536 / 128 - FEED_REGISTERS) / MATH / 8 * 8;
@@ -22,6 +23,8 @@ static_assert(D == 64 || D == 128 || D == 256, "head size");
 static_assert(GROUP >= 1 && GROUP <= 16 && PAGE % RUN == 0 && WINDOW >= 0, "a run of keys lies in one page");
 static_assert(SHARED <= 232448, "shared memory");
 
+struct Yes { static constexpr bool value = true; };
+struct No { static constexpr bool value = false; };
 // count: tokens of the tile; position, length: of its first token, of its row. Its keys are steps `end - steps` to
 // `end - 1`. No steps: no items are left.
 struct Item { int token, count, position, length, head, row, end, steps; };

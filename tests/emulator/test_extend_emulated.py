@@ -204,7 +204,7 @@ FAULTS: dict[str, tuple[Case, str, str]] = {
         "      give_back(&bars.v.free[v.place()]);\n      v.next();\n      pack",
         "      v.next();\n      pack",
     ),
-    "bytes are miscounted": (TALL, "RAW_BYTES : KV_BYTES)", "RAW_BYTES : KV_BYTES - 128)"),
+    "bytes are miscounted": (TALL, "slots * COPIES * LINE", "slots * COPIES * LINE - 128"),
     "a wait for values is missing": (TALL, 'wait_full(bars.v, v, "attend: v full");\n      issue', "issue"),
     "a wait for what is free is missing": (
         TALL,
@@ -220,15 +220,13 @@ FAULTS: dict[str, tuple[Case, str, str]] = {
     ),
     "sums are not rescaled": (TALL, "o[i] *= shrink[(i >> 1) & 1]", "o[i] *= 1"),
     "the next token is seen": (TALL, "at_key <= position_a", "at_key <= position_a + 1"),
-    "slots without a token are seen": (
-        TALL,
-        "valid > 0 ? first % PAGE + valid - RUN",
-        "valid > 0 ? first % PAGE",
-    ),
+    "slots without a token are seen": (TALL, "first % PAGE - at.empty[run]", "first % PAGE"),
+    "empty slots keep what was there": (TALL, "if (VALUE && at.empty[0]", "if (false && at.empty[0]"),
+    "empty 8-bit slots are widened": (NARROW, "bool copied = ", "bool copied = true || "),
     "the counter is left": (TALL, "*counter = 0;", ";"),
     "padding is left": (TALL, "if (total >= tokens) return;", "return;"),
     "a turn is not passed on": (TALL, "next_turn();\n      wgmma_wait<1>();", "wgmma_wait<1>();"),
-    "queries of another head": (TALL, "item.head * GROUP,\n", "item.head,\n"),
+    "queries of another head": (TALL, "item.head * GROUP, item.token)", "item.head, item.token)"),
     "a half lies elsewhere": (TALL, "operand_128b(KV_CHUNK, 1024)", "operand_128b(1024, KV_CHUNK)"),
     "a warpgroup without tokens keeps values": (
         TALL,

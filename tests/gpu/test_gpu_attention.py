@@ -134,7 +134,7 @@ def _guarded(call: OpCall) -> list[Candidate]:
 
 
 def planned(call: OpCall) -> list[Candidate]:
-    """Every way that plans carry of prefill attention in CUDA C++."""
+    """Every way of prefill attention in CUDA C++."""
     return [prefill(call, way) for way in ways(call)]
 
 
