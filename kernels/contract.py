@@ -31,6 +31,7 @@ import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 from torch import fx
@@ -254,10 +255,11 @@ def contract(
         quantizes: the op that this one takes the place of under a quantization.
         fuses: names of two ops; this one is the second over one result of the first, with the operands and
             attributes of both and the other results of the first.
-        chains: names of ops, each over the first result of the one before as its first operand. A plan may run
-            calls of them as one call of this op in some batch shapes; no program holds it. Its operands are those of
-            the ops in their order, without what is passed on, its results the last op's, then the further ones of the
-            others in their order; attributes keep their names.
+        chains: names of ops, each over the first result of the one before as its first operand, and over the second
+            where its next operand is the first one's scale (``x``, ``x_scale``). A plan may run calls of them as one
+            call of this op in some batch shapes; no program holds it. Its operands are those of the ops in their
+            order, without what is passed on, and what one of them writes (a cache) only once; its results the last
+            op's, then the further ones of the others in their order; attributes keep their names.
         gates: name of an activation function; this op is it over the left half of its only operand's columns,
             times the right half.
         expands: by kind of step, what the op becomes there; :data:`ANY` for all kinds without an entry, and for
@@ -343,6 +345,22 @@ def _contradictions(op: Contract) -> Iterator[str]:
                 yield f"calls cannot be merged along {op.merges} with {o.name}[{', '.join(o.axes)}]"
 
 
+def chain_operands(op: Contract) -> list[tuple[int, Operand]]:
+    """Operands of a chain in its order, each with the number of the op that it comes from."""
+    found: list[tuple[int, Operand]] = []
+    for i, name in enumerate(op.chains):
+        written = {operand.name for _, operand in found if operand.written}
+        inputs = CONTRACTS[name].inputs[passed_on(CONTRACTS[name]) if i else 0 :]
+        found += [(i, operand) for operand in inputs if operand.name not in written]
+    return found
+
+
+def passed_on(op: Contract) -> int:
+    """How many results of the op before it in a chain ``op`` takes as its first operands."""
+    names = [operand.name for operand in op.inputs[:2]]
+    return 2 if names[1:] == [f"{names[0]}_scale"] else 1
+
+
 def _chain_contradictions(op: Contract) -> Iterator[str]:
     """Whether a chain has as many operands and results of each kind, and the attributes, as its ops leave to it."""
     unknown = [name for name in op.chains if name not in CONTRACTS]
@@ -350,14 +368,15 @@ def _chain_contradictions(op: Contract) -> Iterator[str]:
         yield f"chains names {unknown[0]}, which is no op" if unknown else "a chain has two ops or more"
         return
     links = [CONTRACTS[name] for name in op.chains]
-    inputs = [o for i, link in enumerate(links) for o in link.inputs[i > 0 :]]
-    outputs = [*links[-1].outputs, *(o for link in links[:-1] for o in link.outputs[1:])]
+    inputs = [operand for _, operand in chain_operands(op)]
+    further = (o for one, other in pairwise(links) for o in one.outputs[passed_on(other) :])
+    outputs = [*links[-1].outputs, *further]
     if [(o.optional, o.written) for o in inputs] != [(o.optional, o.written) for o in op.inputs]:
         yield f"the operands of {', '.join(op.chains)} are {', '.join(o.name for o in inputs)}"
     if len(outputs) != len(op.outputs):
         yield f"the results of {', '.join(op.chains)} are {', '.join(o.name for o in outputs)}"
-    attrs = [name for link in links for name in link.attrs]
-    if sorted(attrs) != sorted(op.attrs):
+    attrs = {name for link in links for name in link.attrs}
+    if attrs != set(op.attrs):
         yield f"the attributes of {', '.join(op.chains)} are {', '.join(attrs)}"
 
 

@@ -158,6 +158,11 @@ def _layer(plan: Plan, phase: str) -> Iterator[str]:
         yield from _wrapped(f"  {at:>4}  ", [f"{word}," for word in made[:-1]] + made[-1:])
         operands = [_operand(plan, phase, role, value) for role, value in sorted(launch.operands.items())]
         yield from _wrapped(" " * 10, [f"{o}," for o in operands[:-1]] + operands[-1:])
+    for chain in program.chains:
+        if segment.start <= chain.first and chain.stop <= segment.stop:
+            found = program.classes[chain.launch.op_class].candidates
+            where = ", ".join(bucket for bucket, choices in found.items() if choices)
+            yield f"  {chain.first} to {chain.stop - 1} run as {chain.launch.op} in {where}"
 
 
 def _typical(found: Sequence[SegmentGroup]) -> SegmentGroup:

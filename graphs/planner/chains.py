@@ -7,9 +7,11 @@ decided by kernels, which offer to run the call or do not.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
 
 from makeready.graphs.plan.plan import Chain, Launch
-from makeready.kernels.contract import CONTRACTS, Contract
+from makeready.kernels.contract import CONTRACTS, Contract, chain_operands, passed_on
 from makeready.kernels.registry import REFERENCE
 
 
@@ -32,40 +34,44 @@ def find_chains(
     return tuple(chain for chain in found if chain is not None)
 
 
-def _chain(op: Contract, launches: Sequence[Launch], at: int, kept: Collection[str]) -> Chain | None:
+def _chain(op: Contract, launches: Sequence[Launch], at: int, kept: set[str]) -> Chain | None:
     """The launches from ``at`` on as one call of ``op``, if they are one."""
     members = launches[at : at + len(op.chains)]
     if tuple(launch.op for launch in members) != op.chains:
         return None
-    passed = [_first_result(launch) for launch in members[:-1]]
-    made = {value for launch in members[:-1] for value in launch.results.values()}
-    for before, launch in zip(passed, members[1:], strict=True):
-        first, *others = _operands(launch)
-        if first != before or before in kept or made & set(others):
+    if not all(_passes(*pair, kept) for pair in pairwise(members)):
+        return None
+    made = {value for launch in members for value in launch.results.values()}
+    operands: dict[str, str] = {}
+    for named, (number, operand) in zip(op.inputs, chain_operands(op), strict=True):
+        value = members[number].operands.get(operand.name)
+        if value in made:
             return None
-    attrs: dict[str, object] = {}
+        if value is not None:
+            operands[named.name] = value
+    attrs: dict[str, Any] = {}
     for launch in members:
-        for name, value in {**CONTRACTS[launch.op].attrs, **launch.attrs}.items():
-            attrs[name] = value
-    given = [v for i, launch in enumerate(members) for v in _operands(launch)[i > 0 :]]
-    last, *earlier = reversed(members)
-    results = [*_results(last), *(v for launch in reversed(earlier) for v in _results(launch)[1:])]
-    operands = {o.name: v for o, v in zip(op.inputs, given, strict=True) if v is not None}
+        given = {**CONTRACTS[launch.op].attrs, **launch.attrs}
+        written = {name: launch.operands[name] for name in op.writes if name in launch.operands}
+        if any(attrs.get(k, v) != v for k, v in given.items()) or not written.items() <= operands.items():
+            return None
+        attrs |= given
+    further = (v for one, other in pairwise(members) for v in _results(one)[passed_on(CONTRACTS[other.op]) :])
+    results = [*_results(members[-1]), *further]
     outputs = {o.name: v for o, v in zip(op.outputs, results, strict=True)}
     return Chain(Launch(op.name, REFERENCE, operands, outputs, attrs), at, at + len(members))
 
 
-def _operands(launch: Launch) -> list[str | None]:
-    """Values in the contract's order; None where an optional operand is absent."""
-    return [launch.operands.get(operand.name) for operand in CONTRACTS[launch.op].inputs]
+def _passes(one: Launch, other: Launch, kept: set[str]) -> bool:
+    """Whether ``other`` takes first results of ``one`` as its first operands, and nobody else reads them."""
+    count = passed_on(CONTRACTS[other.op])
+    passed = _results(one)[:count]
+    taken = [other.operands.get(operand.name) for operand in CONTRACTS[other.op].inputs[:count]]
+    return taken == passed and not kept & set(passed)
 
 
 def _results(launch: Launch) -> list[str]:
     return [launch.results[operand.name] for operand in CONTRACTS[launch.op].outputs]
-
-
-def _first_result(launch: Launch) -> str:
-    return _results(launch)[0]
 
 
 def together(chains: Sequence[Chain], launches: Sequence[Launch]) -> Iterator[tuple[int, int, str]]:

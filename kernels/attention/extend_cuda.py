@@ -24,7 +24,7 @@ from makeready.kernels.device import (
 )
 from makeready.kernels.registry import cuda_kernel
 
-_RUN = 64  # keys of a copy
+_RUN, _BOX = 64, 8  # keys of a copy, and of one where a run has few
 _GROUPS = (*range(1, 9), 16)  # query heads a KV head, for which the kernel is tested
 # Microseconds of a launch and of an item without its steps, of 8 x 1,024 to 1 x 16,384 tokens with 32 heads of 128 on
 # one H200 at bf16; other devices are taken to be as much faster or slower as their matrix rate is.
@@ -78,24 +78,27 @@ class Way:
     Attributes:
         lazy: sums are rescaled when a maximum has risen by a factor of 2^8 of weights, not whenever it rises
             (FlashAttention-4's rule).
-        queries: are held in registers, which spares shared memory; with 32 numbers of each a thread there is room.
+        queries: are held in registers, which spares shared memory.
+        early: the product with values is waited for before exponentials, so that packing weights and rescaling sums
+            are hidden behind them.
     """
 
     lazy: bool = False
     queries: bool = False
+    early: bool = False
 
     @property
     def suffix(self) -> str:
         """For a candidate's name."""
-        return f"{'_q' if self.queries else ''}{'_lazy' if self.lazy else ''}"
+        chosen = {"_q": self.queries, "_early": self.early, "_lazy": self.lazy}
+        return "".join(name for name, on in chosen.items() if on)
 
 
 def ways(call: OpCall) -> list[Way]:
-    """All that have the registers for ``call``."""
-    roomy = call.attrs["head_dim"] == 128 and not _narrow(call)
-    return [
-        Way(lazy, queries) for queries in ((False, True) if roomy else (False,)) for lazy in (False, True)
-    ]
+    """All that have the registers for ``call``: what suite=[attention] times, of which plans carry one."""
+    either = (False, True)
+    roomy = either if call.attrs["head_dim"] == 128 and not _narrow(call) else (False,)
+    return [Way(lazy, queries, early) for queries in roomy for early in either for lazy in either]
 
 
 def _narrow(call: OpCall) -> bool:
@@ -104,14 +107,14 @@ def _narrow(call: OpCall) -> bool:
 
 @cuda_kernel(extend_attention, "prefill", features=("tma", "wgmma"), applies=_applies)
 def extend_attention_prefill(call: OpCall) -> Sequence[Candidate]:
-    """One cut and its ways."""
-    return [candidate(call, way) for way in ways(call)]
+    """One cut, one way."""
+    return [candidate(call)]
 
 
-_PLAIN = Way()
+_CHOSEN = Way()
 
 
-def candidate(call: OpCall, way: Way = _PLAIN, *, give_up: int = 0) -> Candidate:
+def candidate(call: OpCall, way: Way = _CHOSEN, *, give_up: int = 0) -> Candidate:
     """The launch for ``call``.
 
     Args:
@@ -133,19 +136,20 @@ def candidate(call: OpCall, way: Way = _PLAIN, *, give_up: int = 0) -> Candidate
         "WINDOW": call.attrs["window"],
         "LAZY": 8 if way.lazy else 0,
         "Q_REGISTERS": way.queries,
+        "EARLY": way.early,
         "PDL": dependent,
     }
     # Tiles reach beyond the last token; where the memory there is the plan's, copying is faster than zeros.
     q_tokens = tokens + a_tile if q.spare else tokens
     width = kv_heads * head_dim
 
-    def cache(name: str) -> Descriptor:
+    def cache(name: str, keys: int) -> Descriptor:
         strides = (page * width, width, head_dim, 1)
         columns, swizzle = (head_dim, 0) if narrow else (64, 128)
         shape = ("P", page, kv_heads, head_dim)
         # Columns of a head come in several copies: the first brings more of them.
         promotion = 128 if head_dim * (1 if narrow else 2) == 128 else 256
-        box = (1, _RUN, 1, columns)
+        box = (1, keys, 1, columns)
         return Descriptor(name, shape, strides, box, swizzle=swizzle, promotion=promotion)
 
     launch = DeviceLaunch(
@@ -159,8 +163,10 @@ def candidate(call: OpCall, way: Way = _PLAIN, *, give_up: int = 0) -> Candidate
                 (a_tile, group, 64),
                 swizzle=128,
             ),
-            "k_map": cache("k_cache"),
-            "v_map": cache("v_cache"),
+            "k_map": cache("k_cache", _RUN),
+            "v_map": cache("v_cache", _RUN),
+            "k_box_map": cache("k_cache", _BOX),
+            "v_box_map": cache("v_cache", _BOX),
             **{
                 name: Pointer(name) for name in ("y", "page_table", "query_start", "query_len", "context_len")
             },
@@ -174,6 +180,7 @@ def candidate(call: OpCall, way: Way = _PLAIN, *, give_up: int = 0) -> Candidate
         },
         grid=(min(call.multiprocessors, kv_heads * most_tiles(rows, tokens, a_tile)), 1, 1),
         dependent=dependent,
+        local_bytes=16 if head_dim == 64 else 0,  # 160 registers a thread; none of it in a loop over keys
     )
     return Candidate(
         f"wgmma_{tile.vectors}x{tile.keys}{way.suffix}",

@@ -106,6 +106,22 @@ __device__ __forceinline__ Int4 load_written(const void* p) {
                : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(p) : "memory");
   return r;
 }
+__device__ __forceinline__ uint32_t load_written_two(const uint16_t* p) {
+  uint32_t r;
+  asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(r) : "l"(p) : "memory");
+  return r;
+}
+__device__ __forceinline__ float load_written_one(const float* p) {
+  float r;
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(r) : "l"(p) : "memory");
+  return r;
+}
+__device__ __forceinline__ Int4 load_kept(const void* p) {  // what steps before this one wrote; used once
+  Int4 r;
+  asm volatile("ld.global.L1::no_allocate.v4.s32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(p) : "memory");
+  return r;
+}
 __device__ __forceinline__ Int4 load_constant(const void* p) {  // what no kernel writes
   Int4 r;
   asm volatile("ld.global.nc.v4.s32 {%0, %1, %2, %3}, [%4];"
@@ -117,6 +133,7 @@ __device__ __forceinline__ Int4 load_constant(const void* p) {  // what no kerne
 
 __device__ __forceinline__ void dependents_go() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 __device__ __forceinline__ void dependence_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void fence_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 __device__ __forceinline__ void named_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
@@ -174,6 +191,16 @@ __device__ __forceinline__ void unpack2(uint32_t two, float (&x)[2]) {
   x[0] = __int_as_float((int)(two << 16));
   x[1] = __int_as_float((int)(two & 0xffff0000));
 #endif
+}
+// Two 8-bit floats e4m3 from two numbers, saturated, and as numbers; the first in the lower bits.
+__device__ __forceinline__ uint32_t pack_fp8(float low, float high) {
+  uint16_t r;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(high), "f"(low));
+  return r;
+}
+__device__ __forceinline__ void widen_fp8(float* to, uint32_t two) {
+  asm("{\n.reg .b32 h;\n.reg .b16 a, b;\ncvt.rn.f16x2.e4m3x2 h, %2;\nmov.b32 {a, b}, h;\ncvt.f32.f16 %0, a;\n"
+      "cvt.f32.f16 %1, b;\n}\n" : "=f"(to[0]), "=f"(to[1]) : "h"((uint16_t)two));
 }
 #if FP16
 __device__ __forceinline__ float low2(uint32_t two) {  // the first of two 16-bit elements

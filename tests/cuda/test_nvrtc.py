@@ -22,7 +22,7 @@ from makeready.graphs.planner import plan_cache
 from makeready.graphs.planner.cuda import aot, nvrtc
 from makeready.graphs.planner.cuda.table import resource_table
 from makeready.kernels import registry
-from makeready.kernels.attention.extend_cuda import candidate, extend_attention_prefill
+from makeready.kernels.attention.extend_cuda import candidate, extend_attention_prefill, ways
 from makeready.kernels.device import (
     Candidate,
     Descriptor,
@@ -203,9 +203,9 @@ def test_products_that_wait_for_each_other_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A product's result is read before it is waited for: the assembler then waits by itself, everywhere."""
-    for name in ("hopper.h", "prefill.cu"):
-        text = (nvrtc.FOLDER / name).read_text()
-        (tmp_path / name).write_text(text.replace("      wgmma_wait<1>();\n", ""))
+    for path in (*nvrtc.FOLDER.glob("*.h"), nvrtc.FOLDER / "prefill.cu"):
+        text = path.read_text()
+        (tmp_path / path.name).write_text(text.replace("      wgmma_wait<1>();\n", ""))
     (launch,) = candidate(_attention()).launches
     monkeypatch.setattr(nvrtc, "FOLDER", tmp_path)
     with pytest.raises(PlanError, match=r"makes matrix products wait for each other: .*serializ"):
@@ -268,20 +268,23 @@ F8 = "float8_e4m3fn"
         (4, 64, 0, "bfloat16", 64, ""),
         (7, 64, 500, "bfloat16", 64, ""),
         (6, 64, 500, "bfloat16", 64, F8),
-        (2, 64, 0, "bfloat16", 256, ""),
+        (4, 64, 0, "bfloat16", 256, ""),
         (3, 128, 500, "float16", 256, ""),
         (2, 64, 500, "bfloat16", 256, F8),
     ],
 )
 def test_prefill_attention(group: int, page: int, window: int, dtype: str, size: int, cached: str) -> None:
-    """No way spills; registers of which warps get what they need, a block's shared memory, the wait."""
+    """A few bytes are spilled at 64, else none; warps have the registers that they need, plans the wait."""
     call = _attention(group, page, window, dtype, size, cached)
-    ways = extend_attention_prefill(call)
-    assert len({way.name for way in ways}) == len(ways)
-    for way in ways:
+    (planned,) = extend_attention_prefill(call)
+    found = [candidate(call, way) for way in ways(call)]
+    assert planned in found
+    assert len({way.name for way in found}) == len(found)
+    for way in found if group == 4 else [planned]:
         (launch,) = way.launches
         made = aot.compile_launch(launch, call)
-        assert (made.spill_bytes, made.warps * made.registers) == (0, 12 * 168 if size > 64 else 16 * 128)
+        assert made.spill_bytes <= launch.local_bytes <= (16 if size == 64 else 0)
+        assert made.warps * made.registers == (12 * 168 if size > 64 else 16 * 128)
         assert made.shared <= call.shared_bytes
         assert made.waits
         kind = "f16" if dtype == "float16" or cached else "bf16"

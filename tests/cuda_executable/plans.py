@@ -18,6 +18,7 @@ from makeready.graphs.checkpoint.dummy import DummyCheckpoint
 from makeready.graphs.executable.cuda.driver import host_bytes
 from makeready.graphs.plan.memory import align
 from makeready.graphs.plan.plan import (
+    APART,
     Binary,
     Choice,
     Launch,
@@ -94,6 +95,29 @@ def with_kernels(plan: Plan) -> Plan:
     return replace(plan, programs=programs, loading=loading, binaries=binaries, cubins=cubins, memory=memory)
 
 
+def chained() -> Plan:
+    """:func:`tiny`, whose buckets of one row run each norm and its projection as one dependent kernel; the launch at
+    place 2 of decode steps joins all before it.
+    """
+    plan, program = tiny(), make_plan(kernels=False).programs["decode"]
+    bucket = next(b for b in plan.buckets if (b.phase, b.rows) == ("decode", 1))
+    binaries, cubins, classes, chains = (
+        dict(plan.binaries),
+        dict(plan.cubins),
+        list(plan.programs["decode"].classes),
+        [],
+    )
+    for chain in (c for c in program.chains if c.launch.op.endswith("_linear")):
+        names = [*chain.launch.operands, *chain.launch.results]
+        arguments = tuple(NodeArgument("pointer", operand=name, dtype="bfloat16") for name in names)
+        node = _node(arguments, f"chain_{len(classes)}", bucket, True, binaries, cubins)
+        chains.append(replace(chain, launch=replace(chain.launch, op_class=len(classes))))
+        classes.append(OpClass(chain.launch.op, {str(bucket): (Choice("one", (node,)), Choice(APART, ()))}))
+    decode = replace(plan.programs["decode"], classes=tuple(classes), chains=tuple(chains), joins=(2,))
+    programs = {**plan.programs, "decode": decode}
+    return replace(plan, programs=programs, binaries=binaries, cubins=cubins)
+
+
 def _loading(load: LoadProgram, binaries: dict[str, Binary], cubins: dict[str, bytes]) -> LoadProgram:
     """Each launch's kernel takes the addresses of its operands and results, in order; see :class:`Loader`."""
     launches, classes = [], []
@@ -161,7 +185,8 @@ def _program(plan: Plan, phase: str, binaries: dict[str, Binary], cubins: dict[s
             candidates = {str(b): _choices(plan, b, launch, len(classes), binaries, cubins) for b in buckets}
             classes[key] = (len(classes), OpClass(launch.op, candidates))
         launches.append(replace(launch, op_class=classes[key][0]))
-    return replace(program, launches=tuple(launches), classes=tuple(c for _, c in classes.values()))
+    made = tuple(one for _, one in classes.values())
+    return replace(program, launches=tuple(launches), classes=made, chains=())
 
 
 def _choices(

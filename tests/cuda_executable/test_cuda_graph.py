@@ -7,13 +7,14 @@ from dataclasses import replace
 
 import pytest
 from fake_driver import FakeBindings
-from plans import argument_sizes, dummy, tiny
+from plans import argument_sizes, chained, dummy, tiny
+from test_cuda_walk import step_of
 
 from makeready.graphs.executable.cuda.driver import Driver
 from makeready.graphs.executable.cuda.executable import CudaExecutable
 from makeready.graphs.executable.cuda.graph import _shape
 from makeready.graphs.plan import memory
-from makeready.graphs.plan.plan import NodeArgument, Plan, PlanError, tuned_key
+from makeready.graphs.plan.plan import APART, NodeArgument, Plan, PlanError, tuned_key
 from makeready.graphs.plan.spec import Bucket
 from makeready.kernels.spec import DTYPE_BYTES, PAGES
 
@@ -174,6 +175,50 @@ def test_tensor_maps_are_encoded_innermost_axis_first(loaded):
     assert kinds == {"descriptor", "map"}
     # The same map serves every bucket: weights and caches do not move.
     assert len({(m.address, tuple(m.box)) for m in bindings.maps.values()}) == len(bindings.maps)
+
+
+def test_chains_are_one_node_where_a_bucket_has_a_kernel_for_them():
+    plan, bindings = chained(), FakeBindings()
+    program, device = plan.programs["decode"], bindings.name.decode()
+    executable = load(plan, bindings)
+    for bucket, nodes in zip(plan.buckets, bindings.graphs, strict=True):
+        names = [node.function.name for node in nodes if node.function.name.startswith("chain_")]
+        runs = executable.calls(bucket) if bucket.phase == "decode" else []
+        if (bucket.phase, bucket.rows) == ("decode", 1):
+            assert len(names) == len(program.chains) > 2
+            assert len(runs) == len(program.launches) - len(names)
+        else:
+            assert not names
+    bucket = next(b for b in plan.buckets if (b.phase, b.rows) == ("decode", 1))
+    stops = list(executable.walk(bucket, step_of(plan, bucket)))
+    assert stops == [call.stop for call in executable.calls(bucket)]
+    executable.close()
+    apart = {tuned_key("decode", c.launch.op_class, bucket): APART for c in program.chains}
+    bindings = FakeBindings()
+    executable = load(replace(plan, tuned={device: apart}), bindings)
+    assert not any(n.function.name.startswith("chain_") for nodes in bindings.graphs for n in nodes)
+    executable.close()
+
+
+def test_what_is_read_early_is_behind_a_plain_edge():
+    """The node of the chain that joins, though its kernel waits by itself; of what is behind it where it is cut."""
+    plan = chained()
+    bucket = next(b for b in plan.buckets if (b.phase, b.rows) == ("decode", 1))
+    decode, at = plan.programs["decode"], plan.buckets.index(bucket)
+    first, second = decode.chains[:2]
+    edges = {}
+    for join in (None, first.first, second.first - 1, second.first + 1):
+        joins, bindings = () if join is None else (join,), FakeBindings()
+        programs = {**plan.programs, "decode": replace(decode, joins=joins)}
+        executable = load(replace(plan, programs=programs), bindings)
+        edges[join] = {node.function.name: node.edge for node in bindings.graphs[at]}
+        executable.close()
+    of_first, of_second = (f"chain_{chain.launch.op_class}" for chain in (first, second))
+    free = edges[None]
+    assert (free[of_first], free[of_second]) == ("programmatic", "programmatic")
+    assert edges[first.first] == free | {of_first: "plain"}
+    for join in (second.first - 1, second.first + 1):
+        assert edges[join][of_second] == "programmatic"
 
 
 def test_measured_choices_are_taken_on_the_device_they_were_measured_on():

@@ -413,6 +413,24 @@ inline Int4 load_written(const void* p) {
   memcpy(&r, p, 16);
   return r;
 }
+inline uint32_t load_written_two(const uint16_t* p) {
+  emulator::check((uintptr_t)p % 4 == 0, "a load of 4 bytes from an address that is no multiple of 4");
+  emulator::check(emulator::state().now->waited, "what kernels before wrote is read before the wait for them");
+  uint32_t r;
+  memcpy(&r, p, 4);
+  return r;
+}
+inline float load_written_one(const float* p) {
+  emulator::check(emulator::state().now->waited, "what kernels before wrote is read before the wait for them");
+  return *p;
+}
+inline Int4 load_kept(const void* p) {
+  emulator::check((uintptr_t)p % 16 == 0, "a load of 16 bytes from an address that is no multiple of 16");
+  Int4 r;
+  memcpy(&r, p, 16);
+  return r;
+}
+inline void fence_gpu() {}
 inline Int4 load_constant(const void* p) {
   emulator::check((uintptr_t)p % 16 == 0, "a load of 16 bytes from an address that is no multiple of 16");
   Int4 r;
@@ -439,6 +457,20 @@ template <int N> inline void keep(float (&)[N]) {}
 template <int R> inline void wgmma_ss_16bit(float (&d)[R], uint64_t a, uint64_t b, int accumulate) { emulator::issue(d, 2 * R, nullptr, a, b, false, accumulate); }
 template <int R> inline void wgmma_ss_e4m3(float (&d)[R], uint64_t a, uint64_t b, int accumulate) { emulator::issue(d, 2 * R, nullptr, a, b, false, accumulate, true); }
 inline void unpack2(uint32_t two, float (&x)[2]) { x[0] = emulator::widen(two & 0xffff); x[1] = emulator::widen(two >> 16); }
+inline uint32_t emulated_to_fp8(float x) {  // to nearest, ties to even; beyond 448 saturated
+  uint32_t sign = std::signbit(x) ? 128 : 0;
+  float a = fabsf(x);
+  if (isnan(a)) return 127;
+  if (a >= 448.f) return sign | 126;
+  int exponent = a < ldexpf(1, -6) ? -6 : ilogbf(a);
+  int steps = (int)nearbyintf(ldexpf(a, 3 - exponent));  // 8 to 16, or less if subnormal; carries by itself
+  return sign | (uint32_t)(steps + ((exponent + 6) << 3));
+}
+inline uint32_t pack_fp8(float low, float high) { return emulated_to_fp8(low) | emulated_to_fp8(high) << 8; }
+inline void widen_fp8(float* to, uint32_t two) {
+  to[0] = emulator::widen_e4m3(two & 255);
+  to[1] = emulator::widen_e4m3(two >> 8 & 255);
+}
 inline float low2(uint32_t two) { return emulator::widen(two & 0xffff); }
 inline float high2(uint32_t two) { return emulator::widen(two >> 16); }
 template <int N> inline void wgmma_ss(float (&d)[N], uint64_t a, uint64_t b, int accumulate) {

@@ -48,9 +48,16 @@ def is_guarded(x: torch.Tensor) -> bool:
 
 
 def make(
-    N: int, K: int, dtype: torch.dtype = B16, *, bias: bool = False, norm: str = "", seed: int = 0
+    N: int,
+    K: int,
+    dtype: torch.dtype = B16,
+    *,
+    bias: bool = False,
+    norm: str = "",
+    fp8: bool = False,
+    seed: int = 0,
 ) -> Tensors:
-    """Operands of a product; of the ``norm`` before it, too."""
+    """Operands of a product, of weights of 8 bits if they are to be; of the ``norm`` before it, too."""
     random = torch.Generator().manual_seed(seed)
     made = {
         "x": 3 * torch.randn(1, K, generator=random),
@@ -62,7 +69,16 @@ def make(
         made["gain"] = 1 + 0.3 * torch.randn(K, generator=random)
     if norm == "add_rms_norm":
         made["residual"] = 5 * torch.randn(1, K, generator=random)
-    return {name: guarded(x.to(dtype)) for name, x in made.items()}
+    if norm == "silu_mul":
+        made["gate_up"] = torch.cat((made.pop("x"), torch.randn(1, K, generator=random)), 1)
+    tensors = {name: guarded(x.to(dtype)) for name, x in made.items()}
+    if fp8:
+        bits = (60 * torch.randn(N, K, generator=random)).clamp(-448, 448).to(torch.float8_e4m3fn)
+        room = torch.full((N * K + 2 * _GUARD,), 127, dtype=torch.uint8)  # NaN
+        tensors["weight"] = room.view(torch.float8_e4m3fn)[_GUARD:-_GUARD].view(N, K)
+        tensors["weight"].view(torch.uint8).copy_(bits.view(torch.uint8))
+        tensors["weight_scale"] = guarded(0.01 + torch.rand(N, generator=random))
+    return tensors
 
 
 def emulate(
@@ -142,6 +158,45 @@ def test_chains_with_other_dtypes_and_biases(
     assert error(op, tensors, attrs, emulate(emulator, op, tensors, attrs)) < (4e-3 if dtype == B16 else 1e-3)
 
 
+FP8_CHAINS = {
+    "quantize_fp8_linear_fp8": "",
+    "rms_norm_quantize_fp8_linear_fp8": "rms_norm",
+    "add_rms_norm_quantize_fp8_linear_fp8": "add_rms_norm",
+    "silu_mul_quantize_fp8_linear_fp8": "silu_mul",
+}
+
+
+def fp8_attrs(op: str, K: int, **more: Any) -> dict[str, Any]:
+    norm = {"eps": 1e-6, "offset": 0.0} if "norm" in FP8_CHAINS[op] else {}
+    return {"group": K, "out_dtype": "bfloat16", **norm, **more}
+
+
+def fp8_error(op: str, tensors: Tensors, attrs: Mapping[str, Any], got: Tensors) -> float:
+    """As :func:`error`, by the reference on the operands' own dtypes: what is quantized has 16 bits."""
+    contract = CONTRACTS[op]
+    want = contract.reference(*(tensors.get(o.name) for o in contract.inputs), **attrs)
+    wants = dict(
+        zip((o.name for o in contract.outputs), want if isinstance(want, tuple) else (want,), strict=True)
+    )
+    return max(float((got[n].double() - w.double()).norm() / w.double().norm()) for n, w in wants.items())
+
+
+@pytest.mark.parametrize("op", FP8_CHAINS)
+@pytest.mark.parametrize(("N", "K"), [(1, 64), (74, 880), (61, 4112), (38, 4096), (9, 12288)])
+def test_chains_of_8_bits(emulator: Emulator, op: str, N: int, K: int) -> None:
+    """An element in some hundreds may round to its other neighbour."""
+    tensors = make(N, K, norm=FP8_CHAINS[op], fp8=True, bias=N == 74)
+    for grid in (1, 3):
+        got = emulate(emulator, op, tensors, fp8_attrs(op, K), grid=grid, seed=K + grid)
+        assert fp8_error(op, tensors, fp8_attrs(op, K), got) < 8e-3
+
+
+def test_a_row_of_zeros_in_8_bits(emulator: Emulator) -> None:
+    op, tensors = "quantize_fp8_linear_fp8", make(40, 512, fp8=True)
+    tensors["x"].zero_()
+    assert not emulate(emulator, op, tensors, fp8_attrs(op, 512))["y"].any()
+
+
 def test_the_sum_is_stored_as_the_ops_one_by_one_do(emulator: Emulator) -> None:
     """To the last bit, and the norm is of what is stored."""
     tensors = make(10, 2056, norm="add_rms_norm")
@@ -167,23 +222,23 @@ FAULTS = {
     "weights are not waited for": ('    mbar_wait(&full[s], (i / STAGES) & 1, "multiply: full");\n', ""),
     "places are not given back": ("    if (lane == 0) mbar_arrive(&free[s]);\n", ""),
     "the row is read before it is there": ("  dependence_wait();\n  float xs", "  float xs"),
-    "weights of other outputs": ("(int64_t)(from + i * OUTS) * K", "(int64_t)(from + i) * K"),
+    "weights of other outputs": ("(int64_t)(from + i * OUTS) * ROW", "(int64_t)(from + i) * ROW"),
     "sums of warps are not waited for": ("    named_sync(1, THREADS);\n    int first", "    int first"),
     "a flush is dropped": ("&& i < stages - 1) continue;", ") continue;"),
     "outputs of another block": ("int out = from + first + t;", "int out = first + t;"),
-    "inputs beyond the last": ("|| (chunk * THREADS + t) * 8 < K;", "|| true;"),
+    "inputs beyond the last": ("|| (chunk * THREADS + t) * PIECE < K;", "|| true;"),
 }  # fmt: skip
 CHAIN_FAULTS = {
     "bytes of one half": ("GATE ? 2 * bytes : bytes);", "bytes);"),
-    "the gate twice": ("rows + (int64_t)n * K, &full[s]", "rows, &full[s]"),
+    "the gate twice": ("rows + (int64_t)n * ROW, &full[s]", "rows, &full[s]"),
     "halves are exchanged": ("(stage * ROWS + OUTS + place) * WARPS", "(stage * ROWS + place) * WARPS"),
-    "squares of one warp": ("w < WARPS; ++w) sum += squares[w]", "w < 1; ++w) sum += squares[w]"),
-    "squares are not waited for": ("  named_sync(1, THREADS);\n  sum = 0;", "  sum = 0;"),
+    "squares of one warp": (": all + of_warps[w];", ": all;"),
+    "squares are not waited for": ("  named_sync(1, THREADS);\n  float all", "  float all"),
     "no block stores the sum": ("if (blockIdx.x == 0) *(Int4*)", "if (blockIdx.x == 9) *(Int4*)"),
     "an offset is forgotten": ("(gain[j] + offset)", "gain[j]"),
     "the residual is read before it is there": (
-        "  dependence_wait();\n  float xs[CHUNKS * 8];\n",
-        "  float xs[CHUNKS * 8];\n",
+        "  dependence_wait();\n  float xs[PER];\n",
+        "  float xs[PER];\n",
     ),
 }  # fmt: skip
 
@@ -208,6 +263,32 @@ def caught(emulator: Emulator, op: str, tensors: Tensors, attrs: Mapping[str, An
             return False
 
     return not all(right(seed) for seed in (4, 5, 6))
+
+
+FP8_FAULTS = {
+    "the scale of the row is forgotten": ("v *= scale * weight_scale[out];", "v *= weight_scale[out];"),
+    "scales of other weights": ("weight_scale[out]", "weight_scale[first + t]"),
+    "the largest of one warp": ("fmaxf(all, of_warps[w])", "all"),
+    "the row is not rounded": (
+        "widen_fp8(xs + j, pack_fp8(xs[j] * inverse, xs[j + 1] * inverse));",
+        "{ xs[j] *= inverse; xs[j + 1] *= inverse; }",
+    ),
+    "neighbours are exchanged": ("pack_fp8(xs[j] * inverse, xs[j + 1]", "pack_fp8(xs[j + 1] * inverse, xs[j]"),
+    "the up half is the gate's": ("x + K + at", "x + at"),
+    "inputs of another piece": ("eight % (PIECE / 8) * 8;", "0;"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FP8_FAULTS)
+def test_faults_planted_in_chains_of_8_bits_are_caught(fault: str, tmp_path: Path) -> None:
+    op, tensors = "silu_mul_quantize_fp8_linear_fp8", make(82, 2064, norm="silu_mul", fp8=True)
+    tensors["gate_up"][0, 2060], tensors["gate_up"][0, 2064 + 2060] = (
+        20,
+        9,
+    )  # the largest is not the first warp's
+    emulator, attrs = planted(tmp_path, FP8_FAULTS[fault]), fp8_attrs(op, 2064)
+    got = emulate(emulator, op, tensors, attrs)
+    assert not fp8_error(op, tensors, attrs, got) < 8e-3
 
 
 @pytest.mark.parametrize("fault", FAULTS)

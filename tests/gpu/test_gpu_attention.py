@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from benchmarks.gpu import launcher
+from prepared import prepare
 
 from makeready.kernels.attention import paged
 from makeready.kernels.attention.decode_triton import decode_attention_cuda
@@ -133,7 +134,7 @@ def _guarded(call: OpCall) -> list[Candidate]:
 
 
 def planned(call: OpCall) -> list[Candidate]:
-    """Every way that plans carry of prefill attention in CUDA C++."""
+    """Every way of prefill attention in CUDA C++."""
     return [prefill(call, way) for way in ways(call)]
 
 
@@ -273,7 +274,7 @@ def kernels() -> None:
         contract, emit, tensors, attrs = make()
         call = launcher.op_call(contract, tensors, attrs)
         work.append((call, _emit(name, emit)(call)))
-    launcher.prepare(work)
+    prepare(work)
 
 
 @pytest.mark.parametrize("name", _CASES)

@@ -49,7 +49,7 @@ def test_no_launch_differs(name: str, tmp_path) -> None:
     device.close()
 
 
-@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["bfloat16", "float16", "fp8"])
 def test_no_chain_of_one_row_differs(name: str, tmp_path) -> None:
     device, reference = load(tmp_path, **MODELS[name])
     bucket = next(b for b in device.plan.buckets if (b.phase, b.rows) == ("decode", 1))

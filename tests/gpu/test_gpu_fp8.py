@@ -18,6 +18,7 @@ from benchmarks.gpu.gemm_fp8 import contract_of, operands, shapes
 from benchmarks.gpu.ops import candidates as all_ways
 from benchmarks.gpu.quantize_fp8 import hold_equal, hold_near, run_all
 from benchmarks.gpu.shapes import MATRICES
+from prepared import prepare
 
 from makeready.kernels import norm, quantize, registry
 from makeready.kernels.contract import CONTRACTS
@@ -110,7 +111,7 @@ def _compiled() -> None:
     ):
         call = launcher.op_call(CONTRACTS[op], tensors, attrs)
         work.append((call, all_ways(call)))
-    launcher.prepare(work)
+    prepare(work)
 
 
 def test_matrices_of_a_real_model():

@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from benchmarks.gpu import launcher
+from prepared import prepare
 
 from makeready.kernels.contract import Contract
 from makeready.kernels.gemm.linear import linear
@@ -64,7 +65,7 @@ def _compiled() -> None:
             attrs = {"out_dtype": "float32" if VOCABULARY[0] == N else ""}
             call = launcher.op_call(linear, {"x": x, "weight": weight}, attrs, spare=True)
             work.append((call, linear_cuda(call)[: 6 if T in (16, 256) else 1]))
-    launcher.prepare(work)
+    prepare(work)
 
 
 @pytest.mark.parametrize(("N", "K"), MATRICES)
@@ -125,7 +126,7 @@ def test_every_way_to_cut_one_small_product(T: int):
     want = x.double() @ weight.double().T + tensors["bias"].double()
     call = launcher.op_call(linear, tensors, spare=True)
     ways = candidates(call)
-    launcher.prepare([(call, ways)])
+    prepare([(call, ways)])
     for way in ways:
         if launcher.fits(way, call):
             got = launcher.run(way, call, tensors)["y"].double()

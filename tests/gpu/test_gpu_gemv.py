@@ -107,6 +107,45 @@ def test_the_vocabulary() -> None:
     _hold(op, _make(op, 151936, 4096), _attrs(op, out_dtype="float32"))
 
 
+FP8 = {
+    "quantize_fp8_linear_fp8": "",
+    "rms_norm_quantize_fp8_linear_fp8": "rms",
+    "add_rms_norm_quantize_fp8_linear_fp8": "add",
+    "silu_mul_quantize_fp8_linear_fp8": "gate",
+}
+
+
+@pytest.mark.parametrize("op", FP8)
+def test_chains_of_8_bits(op: str) -> None:
+    """Against the reference on the CPU, which rounds what it quantizes to 16 bits, too."""
+    contract, random = CONTRACTS[op], torch.Generator("cuda").manual_seed(1)
+    for N, K in ((6144, 4096), (4096, 12288), (300, 880), (24576, 4096)):
+
+        def normal(*shape: int, width: int = K) -> torch.Tensor:
+            return torch.randn(*shape, width, device="cuda", generator=random)
+
+        tensors = {"gate_up": normal(1, width=2 * K)} if FP8[op] == "gate" else {"x": 3 * normal(1)}
+        tensors |= {"gain": 1 + 0.3 * normal(width=K)} if FP8[op] in ("rms", "add") else {}
+        tensors |= {"residual": 5 * normal(1)} if FP8[op] == "add" else {}
+        tensors = {name: x.bfloat16() for name, x in tensors.items()}
+        tensors["weight"] = (60 * normal(N)).clamp(-448, 448).to(torch.float8_e4m3fn)
+        tensors["weight_scale"] = 0.01 + torch.rand(N, device="cuda", generator=random)
+        attrs = {"group": K, "out_dtype": "bfloat16"} | (
+            {"eps": 1e-6, "offset": 0.0} if "gain" in tensors else {}
+        )
+        call = launcher.op_call(contract, tensors, attrs)
+        assert applies(call)
+        host = {name: x.cpu() for name, x in tensors.items()}
+        want = contract.reference(*(host.get(o.name) for o in contract.inputs), **attrs)
+        for give_up in (GIVE_UP, 0):
+            got = launcher.run(candidate(call, give_up=give_up), call, tensors)
+            for operand, w in zip(
+                contract.outputs, want if isinstance(want, tuple) else (want,), strict=True
+            ):
+                error = ((got[operand.name].cpu().double() - w.double()).norm() / w.double().norm()).item()
+                assert error <= 8e-3, f"{op}: {operand.name} at {N} x {K} is off by {error:.1e}"
+
+
 def _layers(count: int) -> list[tuple[Candidate, OpCall, Tensors]]:
     """o, gate_up, down and the next qkv, again and again, each over what the one before gave."""
     sizes = {

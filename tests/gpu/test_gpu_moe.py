@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
 from benchmarks.gpu import launcher
 from benchmarks.gpu.moe import SHAPES, Shape, exact
 from moe_operands import expert_weights, random, routing
+from prepared import prepare
 
 from makeready.kernels import registry
 from makeready.kernels.contract import CONTRACTS
@@ -147,6 +148,7 @@ def test_awkward_routings(scales: str, kind: str) -> None:
                 (triton,) = (k for k in registry.cuda_kernels(op) if k.name == "tiles")
                 every = [*every_tile(op, tensors, attrs), *triton.candidates(call)[:4]]
                 launcher.prepare([(call, every)])
+                prepare([(call, every)])
                 hold(op, tensors, attrs, every, ALLOWED[scales])
 
 
@@ -170,7 +172,7 @@ def test_real_shapes(shape: Shape, scales: str, tokens: int) -> None:
             for k in registry.cuda_kernels(op)
             for way in k.candidates(call)[: 1 if k.name == "tiles" else 3]
         ]
-        launcher.prepare([(call, found)])
+        prepare([(call, found)])
         hold(op, tensors, attrs, found, ALLOWED[scales])
 
 
@@ -181,7 +183,7 @@ def test_an_entry_does_not_depend_on_the_others(scales: str) -> None:
     tensors = small("many", False, scales, (90, 5, 2, 256, 512))
     call = replace(launcher.op_call(CONTRACTS[op], tensors, attrs), invariant=True)
     order, start = tensors["order"].tolist(), tensors["start"].tolist()
-    launcher.prepare([(call, ways(op, call))])
+    prepare([(call, ways(op, call))])
     for way in ways(op, call):
         if not launcher.fits(way, call):
             continue

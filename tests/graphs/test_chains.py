@@ -35,6 +35,7 @@ from makeready.graphs.planner.lower import lower
 from makeready.kernels.contract import CONTRACTS
 
 GATED, NORMED, FIRST = "add_rms_norm_linear_silu_mul", "add_rms_norm_linear", "rms_norm_linear"
+ATTENDED = "norm_rope_kv_write_decode_attention"
 ONE, MANY = Bucket(DECODE, 1, 1), Bucket(DECODE, 4, 4)
 
 
@@ -52,7 +53,9 @@ def places(program: LoweredProgram, values: Sequence[str]) -> list[tuple[str, in
 def test_norms_and_what_they_are_projected_to_are_chains() -> None:
     program = lowered()
     longest = {chain.first: chain for chain in reversed(program.chains)}
-    assert [longest[at].launch.op for at in sorted(longest)] == [FIRST, GATED, NORMED, GATED, NORMED]
+    assert [longest[at].launch.op for at in sorted(longest)] == [
+        FIRST, ATTENDED, GATED, NORMED, ATTENDED, GATED, NORMED,
+    ]  # fmt: skip
     assert {c.launch.op for c in program.chains if c.first == longest[min(longest)].first} == {FIRST}
     gated = next(chain for chain in program.chains if chain.launch.op == GATED)
     at = next(i for i, chain in enumerate(program.chains) if chain is gated)
@@ -142,6 +145,29 @@ def test_what_is_a_chain(launches: Any, bases: Any, results: Any, wanted: Any) -
     assert [(c.launch.op, c.first, c.stop) for c in find_chains(launches, bases, results)] == wanted
 
 
+WRITE = {"qkv": "p", "rows": "a", "kv_slot": "at", "k_cache": "k", "v_cache": "v"}
+READ = {"k_cache": "k", "v_cache": "v", "page_table": "t", "context_len": "l"}
+
+
+def _attended(cache: str, head_dim: int) -> list[Launch]:
+    """A row's cache write, and attention over ``cache``."""
+    sizes = {"heads": 2, "kv_heads": 1, "head_dim": 64}
+    write = {**sizes, "eps": 0.0, "offset": 0.0}
+    read = {**sizes, "head_dim": head_dim, "scale": 1.0, "window": 0}
+    return [
+        Launch("norm_rope_kv_write", "reference", WRITE, {"q": "q"}, write),
+        Launch("decode_attention", "reference", {**READ, "q": "q", "k_cache": cache}, {"y": "y"}, read),
+    ]
+
+
+def test_a_cache_is_one_operand_of_a_chain() -> None:
+    (chain,) = find_chains(_attended("k", 64), {}, ())
+    assert chain.launch.operands == {**WRITE, **READ}
+    assert chain.launch.results == {"y": "y"}
+    assert not find_chains(_attended("another", 64), {}, ())
+    assert not find_chains(_attended("k", 32), {}, ())  # attributes of one name are one
+
+
 def _program() -> LoweredProgram:
     """Norm, projection and gate; the chain of all in the bucket of one row, that of two in both."""
     launches = _launches(NORM, LINEAR, SILU)
@@ -206,5 +232,6 @@ def test_what_a_chain_leaves_out_nobody_else_reads() -> None:
 
 def test_chains_state_the_operands_of_their_ops() -> None:
     for op in (op for op in CONTRACTS.values() if op.chains):
-        assert op.rowwise == "T"
-        assert {CONTRACTS[name].rowwise for name in op.chains} == {"T"}
+        links = [CONTRACTS[name] for name in op.chains]
+        assert (op.rowwise is None) == any(link.rowwise is None for link in links)
+        assert op.writes == tuple(dict.fromkeys(name for link in links for name in link.writes))

@@ -154,6 +154,35 @@ def decode_attention(op: str) -> Iterator[Case]:
             yield Case(op, label, operands, _attention_attrs(heads, window))
 
 
+def norm_rope_kv_write_decode_attention(op: str) -> Iterator[Case]:
+    for seed, heads in enumerate(GEOMETRIES):
+        for lengths, act, normed in (
+            ([2 * heads.page + 3, 1, heads.page], "float32", True),
+            ([1], "bfloat16", False),
+            ([0, heads.page + 1, 0], "float16", True),
+        ):
+            random = Random(seed)
+            caches = filled_cache(random, heads, lengths, act)
+            lasts = [max(length - 1, 0) for length in lengths]
+            pages = [
+                int(row[last // heads.page]) for row, last in zip(caches["page_table"], lasts, strict=True)
+            ]
+            slots = [p * heads.page + last % heads.page for p, last in zip(pages, lasts, strict=True)]
+            operands = {
+                "qkv": random.normal(
+                    len(lengths), (heads.heads + 2 * heads.kv_heads) * heads.size, dtype=act
+                ),
+                "rows": random.rotary(len(lengths), heads.size),
+                "kv_slot": int32([slot if n else 0 for slot, n in zip(slots, lengths, strict=True)]),
+                **caches,
+                "context_len": int32(lengths),
+            }
+            if normed:
+                operands |= {name: random.uniform(heads.size, dtype=act) for name in ("q_norm", "k_norm")}
+            attrs = {**_attention_attrs(heads, 4 * normed), "eps": 1e-6, "offset": 0.0}
+            yield Case(op, f"{heads.label}-{lengths}-{act}".replace(" ", ""), operands, attrs)
+
+
 def extend_attention(op: str) -> Iterator[Case]:
     for seed, (heads, (act, cache)) in enumerate(itertools.product(GEOMETRIES, ACT_AND_CACHE)):
         page = heads.page

@@ -13,7 +13,13 @@ from collections.abc import Callable, Iterator, Mapping
 
 import moe_inputs
 import torch
-from attention_inputs import decode_attention, extend_attention, kv_write, norm_rope_kv_write
+from attention_inputs import (
+    decode_attention,
+    extend_attention,
+    kv_write,
+    norm_rope_kv_write,
+    norm_rope_kv_write_decode_attention,
+)
 from case import FLOATS, Case, Random, in_columns, int32
 from sample_inputs import sample, token_logprobs
 from step_inputs import find_pages, locate
@@ -117,6 +123,20 @@ def _norm_linear(op: str, *names: str, gate: bool = False) -> Iterator[Case]:
         for bias, offset, out in ((False, 0.0, ""), (True, 1.0, "" if gate else "float32")):
             given = operands | ({"bias": random.normal(outputs, dtype=act)} if bias else {})
             attrs = {"eps": 1e-6, "offset": offset, "out_dtype": out}
+            yield Case(op, f"{tokens}x{inputs}x{outputs}-{act}-{bias}", given, attrs)
+
+
+def _linear_fp8_chain(op: str, *names: str, norm: bool = False) -> Iterator[Case]:
+    shapes = [(3, 16, 6), (1, 2, 1), (1, 576, 192), (5, 64, 130)]
+    for seed, ((tokens, inputs, outputs), act) in enumerate(itertools.product(shapes, FLOATS)):
+        random = Random(seed)
+        width = 2 * inputs if names == ("gate_up",) else inputs
+        operands = {name: random.normal(tokens, width, dtype=act, scale=2) for name in names}
+        operands |= {"gain": random.uniform(inputs, dtype=act)} if norm else {}
+        operands |= {"weight": _fp8(random, outputs, inputs), "weight_scale": random.uniform(outputs)}
+        attrs = {"group": inputs, "out_dtype": "bfloat16"} | ({"eps": 1e-6, "offset": 0.0} if norm else {})
+        for bias in (False, True):
+            given = operands | ({"bias": random.normal(outputs, dtype=act)} if bias else {})
             yield Case(op, f"{tokens}x{inputs}x{outputs}-{act}-{bias}", given, attrs)
 
 
@@ -270,6 +290,10 @@ BUILDERS: Mapping[str, Callable[[str], Iterator[Case]]] = {
     "rms_norm_linear": lambda op: _norm_linear(op, "x"),
     "add_rms_norm_linear": lambda op: _norm_linear(op, "x", "residual"),
     "add_rms_norm_linear_silu_mul": lambda op: _norm_linear(op, "x", "residual", gate=True),
+    "quantize_fp8_linear_fp8": lambda op: _linear_fp8_chain(op, "x"),
+    "rms_norm_quantize_fp8_linear_fp8": lambda op: _linear_fp8_chain(op, "x", norm=True),
+    "add_rms_norm_quantize_fp8_linear_fp8": lambda op: _linear_fp8_chain(op, "x", "residual", norm=True),
+    "silu_mul_quantize_fp8_linear_fp8": lambda op: _linear_fp8_chain(op, "gate_up"),
     "quantize_fp8": lambda op: _grouped(_pointwise(op, "x"), _width("x")),
     "quantize_fp8_static": quantize_fp8_static,
     "quantize_fp8_block": quantize_fp8_block,
@@ -287,6 +311,7 @@ BUILDERS: Mapping[str, Callable[[str], Iterator[Case]]] = {
     "rope": rope,
     "kv_write": kv_write,
     "norm_rope_kv_write": norm_rope_kv_write,
+    "norm_rope_kv_write_decode_attention": norm_rope_kv_write_decode_attention,
     "decode_attention": decode_attention,
     "extend_attention": extend_attention,
     "paged_attention": extend_attention,

@@ -235,7 +235,8 @@ def emit(
             for i, one in enumerate(classes[phase])
         )
         early = {i: _early(ways, phase, i) for i in range(len(made_classes))}
-        classified[phase] = replace(program, classes=made_classes, joins=joins(program, early))
+        made = replace(program, classes=made_classes, joins=joins(program, early))
+        classified[phase] = _without_idle_chains(made)
     return Emitted(
         programs=classified,
         binaries={names[k]: _binary(made) for k, made in sorted(compiled.items(), key=lambda item: names[item[0]])},
@@ -364,6 +365,20 @@ def _binary(made: Compiled) -> Binary:
         null_pointers=made.null_pointers,
         cluster=made.cluster,
     )
+
+
+def _without_idle_chains(program: LoweredProgram) -> LoweredProgram:
+    """``program`` without chains that no bucket has a kernel for, nor their classes."""
+    kept = [bool(any(one.candidates.values())) for one in program.classes]
+    place = {old: new for new, old in enumerate(i for i, has in enumerate(kept) if has)}
+    renamed = (
+        replace(chain, launch=replace(chain.launch, op_class=place[chain.launch.op_class]))
+        for chain in program.chains
+        if chain.launch.op_class in place
+    )
+    launches = (replace(launch, op_class=place[launch.op_class]) for launch in program.launches)
+    classes = tuple(one for one, has in zip(program.classes, kept, strict=True) if has)
+    return replace(program, launches=tuple(launches), classes=classes, chains=tuple(renamed))
 
 
 def _early(ways: Mapping[_Key, Sequence[Way]], phase: str, op_class: int) -> set[str]:

@@ -38,7 +38,8 @@ _NUMBERS: Mapping[str, str] = {"int": "int32", "int64_t": "int64", "float": "flo
 
 _INCLUDE = re.compile(r'^\s*#include\s+"([^"]+)"', re.MULTILINE)
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
-_OPTIONS = ("--std=c++17", "-default-device", "--ptxas-options=-v")
+# Out of the compiler's own cache machine code comes without what the assembler says of registers.
+_OPTIONS = ("--std=c++17", "-default-device", "--ptxas-options=-v", "--no-cache")
 
 
 @dataclass(frozen=True)

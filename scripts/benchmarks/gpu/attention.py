@@ -42,10 +42,12 @@ def ways_of(call: OpCall, *, sweep: bool) -> Sequence[Candidate]:
     """The ways to run an attention that plans carry, or more."""
     if call.op == "decode_attention":
         return _decode_ways(call) if sweep else decode_triton.decode_attention_cuda(call)
+    prefill = [extend_cuda.candidate(call, way) for way in extend_cuda.ways(call)]
     if sweep:
-        return [*_extend_ways(call), *extend_cuda.extend_attention_prefill(call)]
+        return [*_extend_ways(call), *prefill]
     ways = [way for kernel in registry.cuda_kernels(call.op) for way in kernel.candidates(call)]
-    return sorted(ways, key=lambda way: way.seconds)  # the planner's first one first
+    ways = sorted(ways, key=lambda way: way.seconds)  # the planner's first one first
+    return [*ways, *(way for way in prefill if way.name not in {known.name for known in ways})]
 
 
 def calls(*, sweep: bool) -> Iterator[tuple[OpCall, Sequence[Candidate]]]:

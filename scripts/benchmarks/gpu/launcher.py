@@ -21,6 +21,7 @@ import torch
 from benchmarks.gpu import kernel_call
 from benchmarks.gpu.kernel_call import dtype_name
 from makeready.graphs.plan.devices import Device, device_named, find_device
+from makeready.graphs.plan.plan import PlanError
 from makeready.graphs.planner.cuda.aot import Compiled, Kernel, compile_kernel, kernel_of
 from makeready.graphs.planner.cuda.pool import compile_each
 from makeready.kernels.contract import Contract
@@ -109,7 +110,11 @@ def fits(candidate: Candidate, call: OpCall) -> bool:
         kernel = kernel_of(launch, call, _arch())
         if kernel in _REFUSED:
             return False
-        compiled = _compiled(kernel)
+        try:
+            compiled = _compiled(kernel)
+        except PlanError:
+            _REFUSED.add(kernel)
+            return False
         if compiled.spill_bytes > launch.local_bytes or compiled.shared > call.shared_bytes:
             return False
     return True

@@ -1,0 +1,58 @@
+// Sizes of prefill.cu, its places in shared memory, and what its warps tell each other.
+#pragma once
+#include "hopper.h"
+
+// HEAD: head size. GROUP: query heads a KV head. PAGE: slots of a page. WINDOW: tokens that a token sees, 0: all.
+// CACHE8: the cache holds e4m3; products then take float16 (FP16). BF16_IO: queries and results are bfloat16
+// nevertheless. PDL: waits for the kernels before it on the device. LAZY, Q_REGISTERS, EARLY: see Way in
+// attention/extend_cuda.py; LAZY is the power of two.
+constexpr int D = HEAD, MATH = D == 64 ? 3 : 2;  // MATH: warpgroups that multiply
+constexpr int RUN = 64, BOX = 8;                 // keys of a copy, and of one where a run has few
+constexpr int M = 64 * MATH, TOKENS = M / GROUP, L = D == 256 ? 64 : 128, RUNS = L / RUN;
+constexpr int THREADS = 128 * (1 + MATH), FEED_REGISTERS = MATH == 2 && CACHE8 ? 64 : 32;
+constexpr int MATH_REGISTERS = (65536 / 128 - FEED_REGISTERS) / MATH / 8 * 8;
+constexpr bool TURNS = D <= 128;  // else 128 numbers of the result leave little to do between products
+// Places in shared memory. Values have one more than keys where there is room: they are free again late.
+constexpr int Q_STAGES = D == 256 ? 1 : 2, K_STAGES = 2, V_STAGES = CACHE8 ? 2 : 3, RAW_STAGES = D == 64 ? 4 : 2;
+constexpr int Q_CHUNK = M * 128, KV_CHUNK = L * 128;  // 64 columns: the 128 bytes that a pattern of addresses has
+constexpr int Q_BYTES = M * D * 2, KV_BYTES = L * D * 2, RAW_BYTES = CACHE8 ? L * D : 0;
+constexpr int OFF_K = Q_STAGES * Q_BYTES, OFF_V = OFF_K + K_STAGES * KV_BYTES, OFF_RAW = OFF_V + V_STAGES * KV_BYTES;
+constexpr int OFF_BARS = OFF_RAW + RAW_STAGES * RAW_BYTES, SHARED = OFF_BARS + 256 + 1024;  // 1024: aligned by hand
+constexpr int FEED = CACHE8 ? 3 : 1;  // warps that say that keys or values are there
+static_assert(D == 64 || D == 128 || D == 256, "head size");
+static_assert(GROUP >= 1 && GROUP <= 16 && PAGE % RUN == 0 && WINDOW >= 0, "a run of keys lies in one page");
+static_assert(SHARED <= 232448, "shared memory");
+
+struct Yes { static constexpr bool value = true; };
+struct No { static constexpr bool value = false; };
+// count: tokens of the tile; position, length: of its first token, of its row. Its keys are steps `end - steps` to
+// `end - 1`. No steps: no items are left.
+struct Item { int token, count, position, length, head, row, end, steps; };
+// What says that places are full, and that they are free again.
+template <int N> struct Places { uint64_t full[N], free[N]; };
+struct Bars {
+  Places<Q_STAGES> q;
+  Places<K_STAGES> k;
+  Places<V_STAGES> v;
+  Places<RAW_STAGES> raw;
+  Item item[Q_STAGES];
+};
+// The place whose turn it is, and the parity of the wait until it is full; until it is free: the other one.
+template <int N> struct Ring {
+  int state = 0;  // in one register: the place, and the parity times 8
+  __device__ __forceinline__ int place() const { return state & 7; }
+  __device__ __forceinline__ int parity() const { return state >> 3; }
+  __device__ __forceinline__ void next() { state = place() == N - 1 ? ~state & 8 : state + 1; }
+};
+template <int N> __device__ __forceinline__ void wait_full(Places<N>& at, const Ring<N>& ring, const char* where) {
+  mbar_wait(&at.full[ring.place()], ring.parity(), where);
+}
+template <int N> __device__ __forceinline__ void wait_free(Places<N>& at, const Ring<N>& ring, const char* where) {
+  mbar_wait(&at.free[ring.place()], ring.parity() ^ 1, where);
+}
+template <int N> __device__ __forceinline__ void init(Places<N>& at, int full, int free) {
+  for (int i = 0; i < N; ++i) { mbar_init(&at.full[i], full); mbar_init(&at.free[i], free); }
+}
+static_assert(sizeof(Bars) <= 256, "shared memory");
+
+__device__ __forceinline__ int first_seen(int position) { return WINDOW > 0 ? max(position - WINDOW + 1, 0) : 0; }
