@@ -90,13 +90,13 @@ def check(
 
 
 KINDS = ("spread", "one", "none", "nobody", "single")
-SMALL = (9, 5, 2, 128, 256)  # tokens, experts, k, outputs, inputs
+SMALL = (9, 5, 2, 128, 128)  # tokens, experts, k, outputs, inputs
 
 
 @pytest.mark.parametrize("tile", FEW, ids=lambda tile: tile.name)
 @pytest.mark.parametrize("gathered", [False, True])
 def test_few(emulator: Emulator, tile: Tile, gathered: bool) -> None:
-    for seed, kind in enumerate(KINDS):
+    for seed, kind in enumerate(KINDS if tile == FEW[0] else KINDS[:2]):
         check(emulator, "grouped_linear", kind, SMALL, tile, gathered=gathered, seed=seed)
     check(emulator, "grouped_silu_mul", "spread", SMALL, tile, gathered=gathered, seed=7)
 
@@ -106,17 +106,17 @@ def test_few(emulator: Emulator, tile: Tile, gathered: bool) -> None:
 def test_few_of_eight_bits(emulator: Emulator, scales: str, gathered: bool) -> None:
     for seed, op in enumerate(("grouped_linear", "grouped_silu_mul")):
         check(
-            emulator, op, "spread", (9, 5, 2, 256, 384), FEW[1], gathered=gathered, seed=seed, scales=scales
+            emulator, op, "spread", (9, 5, 2, 256, 256), FEW[1], gathered=gathered, seed=seed, scales=scales
         )
-        check(emulator, op, "one", (9, 5, 2, 256, 384), FEW[0], gathered=gathered, seed=seed, scales=scales)
+        check(emulator, op, "one", (9, 5, 2, 256, 256), FEW[0], gathered=gathered, seed=seed, scales=scales)
 
 
 @pytest.mark.parametrize("tile", MANY, ids=lambda tile: tile.name)
 @pytest.mark.parametrize("gathered", [False, True])
 def test_many(emulator: Emulator, tile: Tile, gathered: bool) -> None:
-    for seed, kind in enumerate(KINDS):
-        check(emulator, "grouped_linear", kind, (70, 3, 2, 320, 128), tile, gathered=gathered, seed=seed)
-    check(emulator, "grouped_silu_mul", "spread", (70, 3, 2, 384, 128), tile, gathered=gathered, seed=7)
+    for seed, kind in enumerate(KINDS if tile == MANY[1] else KINDS[:2]):
+        check(emulator, "grouped_linear", kind, (70, 3, 2, 320, 64), tile, gathered=gathered, seed=seed)
+    check(emulator, "grouped_silu_mul", "spread", (70, 3, 2, 384, 64), tile, gathered=gathered, seed=7)
 
 
 @pytest.mark.parametrize("scales", ["channel", "block"])
@@ -126,7 +126,7 @@ def test_many_of_eight_bits(emulator: Emulator, tile: Tile, scales: str, gathere
     if scales == "block" and tile.outputs == 256 and tile.ways == 2:
         pytest.skip("sums of groups beside as many others have no registers")
     for seed, op in enumerate(("grouped_linear", "grouped_silu_mul")):
-        check(emulator, op, "spread", (70, 3, 2, 384, 384), tile, gathered=gathered, seed=seed, scales=scales)
+        check(emulator, op, "spread", (70, 3, 2, 256, 256), tile, gathered=gathered, seed=seed, scales=scales)
 
 
 def test_other_dtypes_and_numbers_of_experts(emulator: Emulator) -> None:
@@ -194,7 +194,7 @@ def test_planted_faults_are_caught(file: str, fault: str, tmp_path: Path) -> Non
     (tmp_path / file).write_text(text.replace(before, after))
     emulator = Emulator(tmp_path, tmp_path)
     tile = MANY[1] if file == "grouped.cu" else FEW[0]
-    shape = (150, 2, 2, 256, 1024) if file == "grouped.cu" else (30, 3, 2, 256, 2048)
+    shape = (150, 2, 2, 256, 512) if file == "grouped.cu" else (30, 3, 2, 256, 512)
 
     def right(seed: int) -> bool:
         try:

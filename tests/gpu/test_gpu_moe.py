@@ -145,7 +145,9 @@ def test_awkward_routings(scales: str, kind: str) -> None:
                 op, attrs = product + SUFFIX[scales], attrs_of(scales, 0 if gathered else shape[2])
                 tensors = small(kind, gathered, scales, shape)
                 call = launcher.op_call(CONTRACTS[op], tensors, attrs)
-                every = ways(op, replace(call, invariant=True))
+                (triton,) = (k for k in registry.cuda_kernels(op) if k.name == "tiles")
+                every = [*every_tile(op, tensors, attrs), *triton.candidates(call)[:4]]
+                launcher.prepare([(call, every)])
                 prepare([(call, every)])
                 hold(op, tensors, attrs, every, ALLOWED[scales])
 
