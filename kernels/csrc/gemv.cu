@@ -131,9 +131,11 @@ __device__ __forceinline__ float prepare(float (&xs)[PER], const Int4* gains, fl
       UNROLL for (int j = 0; j < 8; ++j) xs[8 * e + j] *= scale * (gain[j] + offset);
     }
   }
+  if (NORM) {  // what ops one by one store in 16 bits
+    UNROLL for (int e = 0; e < PER / 8; ++e) widen8(xs + 8 * e, narrow8(xs + 8 * e));
+  }
   if (!FP8) return 1.f;
   UNROLL for (int e = 0; e < PER / 8; ++e) {
-    widen8(xs + 8 * e, narrow8(xs + 8 * e));  // what is quantized was stored in 16 bits
     UNROLL for (int j = 0; j < 8; ++j) largest = fmaxf(largest, fabsf(xs[8 * e + j]));
   }
   float scale = fmaxf(over_threads<true>(largest, of_warps + WARPS) * (1.f / 448), 1e-12f), inverse = 1.f / scale;

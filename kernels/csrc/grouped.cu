@@ -23,7 +23,7 @@ constexpr int COPYING = TOP_K ? 72 : 40, MULTIPLYING = TOP_K ? 216 : 232;
 static_assert(128 * COPYING + 256 * MULTIPLYING <= 65536, "registers");
 
 struct Bars { uint64_t full[8], free[8], tile_full[2], tile_free[2]; Tile tile[2]; };
-static_assert((WAYS == 1 || WAYS == 2) && BN <= 256 && (SCALES != 2 || !WIDE), "a tile");
+static_assert((WAYS == 1 || WAYS == 2) && BN <= 256 && !(FP8 && WIDE), "a tile");
 static_assert(sizeof(Bars) <= BAR_BYTES && STAGES >= 3 && SHARED <= 232448, "shared memory");
 
 LAUNCH_FACTS(384, SHARED, 1);
@@ -110,8 +110,10 @@ __device__ __forceinline__ void sum_up(float (&acc)[WN / 2], uint8_t* smem, Bars
   int lane = threadIdx.x % 32, steps = call.inputs / BK;
   uint32_t base = smem_u32(smem), a0 = WAYS == 2 ? part.row / 64 * 64 * 128 : 0;
   const uint64_t form = operand_128b(16, 1024);
-#if SCALES == 2
+#if FP8
   UNROLL for (int j = 0; j < WN / 2; ++j) acc[j] = 0.f;
+#endif
+#if SCALES == 2
   GroupScales scales(call, tile, part);
 #endif
   for (int i = 0; i < steps; ++i, ++step) {
@@ -120,16 +122,23 @@ __device__ __forceinline__ void sum_up(float (&acc)[WN / 2], uint8_t* smem, Bars
     mbar_wait(&bars.full[s], (step / STAGES) & 1, "multiply: full");
     if (TOP_K) fence_async_proxy();  // rows of x were written by ordinary copies
     wgmma_fence();
-#if SCALES == 2
-    float sums[WN / 2], scale[4];
+#if FP8  // sums of 8-bit products keep 14 bits: those of 128 inputs are added in fp32
+    float sums[WN / 2];
     UNROLL for (int j = 0; j < 4; ++j) multiply(sums, at(form, a + j * 32), at(form, b + j * 32), j != 0);
     wgmma_commit();
+#if SCALES == 2
+    float scale[4];
     UNROLL for (int j = 0; j < 4; ++j) scale[j] = scales.rows[j & 1] * scales.outputs[j >> 1];
     scales.load(min(i + 1, steps - 1));
+#endif
     wgmma_wait<0>();
     keep(sums);
     if (lane == 0) mbar_arrive(&bars.free[s]);
+#if SCALES == 2
     UNROLL for (int j = 0; j < WN / 2; ++j) acc[j] += sums[j] * scale[((j >> 1) & 1) + (SILU && j >= WN / 4 ? 2 : 0)];
+#else
+    UNROLL for (int j = 0; j < WN / 2; ++j) acc[j] += sums[j];
+#endif
 #else
     UNROLL for (int j = 0; j < 4; ++j) multiply(acc, at(form, a + j * 32), at(form, b + j * 32), j != 0 ? 1 : i != 0);
     wgmma_commit();
@@ -137,7 +146,7 @@ __device__ __forceinline__ void sum_up(float (&acc)[WN / 2], uint8_t* smem, Bars
     if (i > 0 && lane == 0) mbar_arrive(&bars.free[(step - 1) % STAGES]);
 #endif
   }
-#if SCALES != 2
+#if !FP8
   wgmma_wait<0>();
   keep(acc);
   if (lane == 0) mbar_arrive(&bars.free[(step - 1) % STAGES]);

@@ -99,8 +99,10 @@ __device__ __forceinline__ void sum_up(float (&acc)[PER], uint8_t* smem, Bars& b
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32 - 4, steps = call.inputs / BK;
   uint32_t base = smem_u32(smem);
   const uint64_t form = operand_128b(16, 1024);
-#if SCALES == 2
+#if FP8
   UNROLL for (int j = 0; j < PER; ++j) acc[j] = 0.f;
+#endif
+#if SCALES == 2
   GroupScales scales(call, tile, warp);
 #endif
   for (int i = 0; i < steps; ++i, ++step) {
@@ -109,16 +111,23 @@ __device__ __forceinline__ void sum_up(float (&acc)[PER], uint8_t* smem, Bars& b
     mbar_wait(&bars.full[s], (step / STAGES) & 1, "multiply: full");
     if (TOP_K) fence_async_proxy();  // rows of x were written by ordinary copies
     wgmma_fence();
-#if SCALES == 2
-    float part[PER], scale[TOKENS / 4];
+#if FP8  // sums of 8-bit products keep 14 bits: those of 128 inputs are added in fp32
+    float part[PER];
     UNROLL for (int j = 0; j < 4; ++j) multiply(part, at(form, a + j * 32), at(form, b + j * 32), j != 0);
     wgmma_commit();
+#if SCALES == 2
+    float scale[TOKENS / 4];
     UNROLL for (int h = 0; h < TOKENS / 4; ++h) scale[h] = scales.entries[h] * scales.outputs;
     scales.load(call, min(i + 1, steps - 1));
+#endif
     wgmma_wait<0>();
     keep(part);
     if (lane == 0) mbar_arrive(&bars.free[s]);
+#if SCALES == 2
     UNROLL for (int j = 0; j < PER; ++j) acc[j] += part[j] * scale[2 * (j / 4) + (j & 1)];
+#else
+    UNROLL for (int j = 0; j < PER; ++j) acc[j] += part[j];
+#endif
 #else
     UNROLL for (int j = 0; j < 4; ++j) multiply(acc, at(form, a + j * 32), at(form, b + j * 32), j != 0 ? 1 : i != 0);
     wgmma_commit();
@@ -126,7 +135,7 @@ __device__ __forceinline__ void sum_up(float (&acc)[PER], uint8_t* smem, Bars& b
     if (i > 0 && lane == 0) mbar_arrive(&bars.free[(step - 1) % STAGES]);
 #endif
   }
-#if SCALES != 2
+#if !FP8
   wgmma_wait<0>();
   keep(acc);
   if (lane == 0) mbar_arrive(&bars.free[(step - 1) % STAGES]);
