@@ -240,7 +240,7 @@ def contract(
         rowwise: axis along which rows neither see each other nor have side effects, so that selecting
             rows commutes with the op.
         flops: floating-point operations, an expression over axis names, attributes and ``context``
-            (expected tokens of context a row), with ``min``, ``max`` and ``cdiv``.
+            (expected tokens of context a row), with ``min``, ``max``, ``cdiv`` and ``distinct``.
         traffic: elements of an operand that are really moved where that is not all of them (a cache, an
             embedding table, the weights of experts that few tokens reach), by operand name, as such expressions.
         rate: operand whose dtype decides how fast the target multiplies; None where the op does no matrix

@@ -194,7 +194,8 @@ class _Axes(dict[str, str]):
 
 
 def evaluate(expression: str, names: Mapping[str, Any]) -> Any:
-    """Value of an arithmetic expression: ``+ - * // / %``, ``min``, ``max`` and ``cdiv`` over names and numbers.
+    """Value of an arithmetic expression: ``+ - * // / %``, ``min``, ``max``, ``cdiv`` and ``distinct`` over names and
+    numbers.
 
     Names stand for numbers, arrays of numbers (for which ``min`` and ``max`` go by element), or dimensions; of a
     dimension the value is one.
@@ -228,7 +229,17 @@ def _is_number(x: Any) -> bool:
     return isinstance(x, int | float)
 
 
-_FUNCTIONS: Mapping[str, Callable[[Any, Any], Any]] = {"min": _least, "max": _most, "cdiv": cdiv}
+def distinct(many: Any, draws: Any) -> Any:
+    """How many different ones of ``many`` are expected among so many ``draws``, each of any with the same chance."""
+    return many * (1 - (1 - 1 / many) ** draws)
+
+
+_FUNCTIONS: Mapping[str, Callable[[Any, Any], Any]] = {
+    "min": _least,
+    "max": _most,
+    "cdiv": cdiv,
+    "distinct": distinct,
+}
 
 
 def _walk(node: ast.expr, names: Mapping[str, Any]) -> Any:
@@ -254,4 +265,6 @@ def _walk(node: ast.expr, names: Mapping[str, Any]) -> Any:
                 return function(a, b)
             except TypeError:
                 raise SizeError(f"{ast.unparse(node)} is no size") from None
-    raise SizeError(f"contracts compute with + - * // / %, min, max and cdiv only, not {ast.unparse(node)}")
+    raise SizeError(
+        f"contracts compute with + - * // / %, min, max, cdiv and distinct only, not {ast.unparse(node)}"
+    )

@@ -7,10 +7,11 @@ decided by kernels, which offer to run the call or do not.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-from makeready.graphs.plan.plan import Chain, Launch
+from makeready.graphs.plan.plan import Chain, Launch, LoweredProgram
 from makeready.kernels.contract import CONTRACTS, Contract, chain_operands, passed_on
 from makeready.kernels.registry import REFERENCE
 
@@ -83,3 +84,17 @@ def together(chains: Sequence[Chain], launches: Sequence[Launch]) -> Iterator[tu
         for launch in launches[chain.first : chain.stop]:
             for value in (*launch.operands.values(), *launch.results.values()):
                 yield chain.first, chain.stop - 1, value
+
+
+def without_idle(program: LoweredProgram) -> LoweredProgram:
+    """``program`` without chains that no bucket has a kernel for, nor their classes."""
+    kept = [bool(any(one.candidates.values())) for one in program.classes]
+    place = {old: new for new, old in enumerate(i for i, has in enumerate(kept) if has)}
+    renamed = (
+        replace(chain, launch=replace(chain.launch, op_class=place[chain.launch.op_class]))
+        for chain in program.chains
+        if chain.launch.op_class in place
+    )
+    launches = (replace(launch, op_class=place[launch.op_class]) for launch in program.launches)
+    classes = tuple(one for one, has in zip(program.classes, kept, strict=True) if has)
+    return replace(program, launches=tuple(launches), classes=classes, chains=tuple(renamed))

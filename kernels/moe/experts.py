@@ -12,7 +12,9 @@ import torch
 from makeready.kernels.contract import Quantizes, contract
 from makeready.kernels.numeric import to_dtype, widen
 
-_TRAFFIC = {"weight": "min(E,M)*N*K"}  # experts without an entry are not read
+_TRAFFIC = {
+    "weight": "distinct(E,M)*N*K"
+}  # of a router that gives each expert the same chance; others are not read
 
 
 def _grouped(x: torch.Tensor, weight: torch.Tensor, order: torch.Tensor, start: torch.Tensor, top_k: int):

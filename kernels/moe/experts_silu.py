@@ -14,7 +14,9 @@ from makeready.kernels.contract import contract
 from makeready.kernels.elementwise import silu_mul
 from makeready.kernels.moe.experts import grouped_linear, grouped_linear_fp8, grouped_linear_fp8_block
 
-_TRAFFIC = {"weight": "min(E,M)*J*K"}  # experts without an entry are not read
+_TRAFFIC = {
+    "weight": "distinct(E,M)*J*K"
+}  # of a router that gives each expert the same chance; others are not read
 
 
 @contract(

@@ -92,7 +92,7 @@ struct Product {  // rows: of b contiguous
 struct Warpgroup { std::deque<Product> products; long first = 0; long issued[128] = {}; std::vector<long> ends[128]; };
 struct Warp { uint64_t slot[32]; int arrived = 0; long generation = 0; };
 struct Block {
-  int index; std::vector<uint8_t> store; uint8_t* shared; std::map<uint32_t, Bar> bars; Named named[16];
+  int index, registers = 0; std::vector<uint8_t> store; uint8_t* shared; std::map<uint32_t, Bar> bars; Named named[16];
   std::vector<Copy> copies; std::vector<Small> smalls; std::vector<Arrival> arrivals; long number = 0; std::vector<Warpgroup> warpgroups; std::vector<Warp> warps;
 };
 struct Fiber { ucontext_t context; std::vector<uint8_t> stack; Block* block; int thread; bool done = false, waited = false; const char* where = ""; };
@@ -103,6 +103,7 @@ struct State {
 };
 inline State& state() { static State s; return s; }
 inline Block& block() { return *state().now->block; }
+inline int first_registers() { return std::min(65536 / state().threads / 8 * 8, 248); }
 inline int thread() { return state().now->thread; }
 
 // A fiber that fails is left where it stands.
@@ -444,8 +445,14 @@ inline void dependence_wait() {
 }
 inline void named_sync(int id, int threads) { emulator::named(id, threads, true); }
 inline void named_arrive(int id, int threads) { emulator::named(id, threads, false); }
-template <int N> inline void setmaxnreg_inc() {}
-template <int N> inline void setmaxnreg_dec() {}
+// A block starts with as many registers as its threads can have; more come only when others gave some back.
+template <int N> inline void setmaxnreg_inc() {
+  int more = N - emulator::first_registers();
+  emulator::Block& c = emulator::block();
+  emulator::wait_until([&] { return c.registers >= more; }, "setmaxnreg");
+  c.registers -= more;
+}
+template <int N> inline void setmaxnreg_dec() { emulator::block().registers += emulator::first_registers() - N; }
 inline void wgmma_fence() {}
 inline void wgmma_commit() {
   auto& w = emulator::block().warpgroups[emulator::thread() / 128];

@@ -252,6 +252,11 @@ FAULTS: dict[str, tuple[Case, str, str]] = {
         "",
     ),
     "widened keys lie elsewhere": (NARROW, "turned = (slot & 7) << 4", "turned = (slot & 3) << 4"),
+    "registers that no warp gave back are waited for": (
+        NARROW,
+        "setmaxnreg_dec<FEED_REGISTERS>",
+        "setmaxnreg_dec<FEED_REGISTERS + 8>",
+    ),
     "lazy sums are not rescaled": (STEEP, "if (!__any_sync(~0u, ", "if (true || !__any_sync(~0u, "),
 }  # fmt: skip
 

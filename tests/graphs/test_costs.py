@@ -112,7 +112,9 @@ def test_a_dtype_without_a_rate_is_an_error(toys, name):
 def test_every_product_names_what_decides_its_rate():
     registry.discover()
     for name, op in CONTRACTS.items():
-        assert (op.rate is not None) == name.startswith(("linear", "paged_", "extend_", "decode_")), name
+        products = ("linear", "paged_", "extend_", "decode_", "grouped_")
+        chains = op.chains and any(CONTRACTS[part].rate is not None for part in op.chains)
+        assert (op.rate is not None) == (name.startswith(products) or bool(chains)), name
 
 
 def test_places_are_large_enough_in_all_buckets():

@@ -7,10 +7,19 @@ early, a kernel starts only when all before it have ended, and so do then all be
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from makeready.graphs.plan.plan import LoweredProgram
 from makeready.kernels.contract import CONTRACTS
+
+if TYPE_CHECKING:
+    from makeready.graphs.planner.cuda.ways import Way
+
+
+def early_operands(ways: Iterable[Way]) -> set[str]:
+    """Operands that a kernel of one of ``ways`` reads before it waits."""
+    return {name for way in ways for launch in way.candidate.launches for name in launch.early}
 
 
 def joins(program: LoweredProgram, early: Mapping[int, Collection[str]]) -> tuple[int, ...]:

@@ -34,8 +34,9 @@ from makeready.graphs.plan.plan import (
 )
 from makeready.graphs.plan.spec import Bucket
 from makeready.graphs.plan.targets import Target
+from makeready.graphs.planner.chains import without_idle
 from makeready.graphs.planner.cuda.aot import Compiled, Kernel, MapLayout
-from makeready.graphs.planner.cuda.edges import joins
+from makeready.graphs.planner.cuda.edges import early_operands, joins
 from makeready.graphs.planner.cuda.ways import Way, select
 from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.device import (
@@ -234,9 +235,12 @@ def emit(
             )
             for i, one in enumerate(classes[phase])
         )
-        early = {i: _early(ways, phase, i) for i in range(len(made_classes))}
+        early = {
+            i: early_operands(way for key, found in ways.items() if key[:2] == (phase, i) for way in found)
+            for i in range(len(made_classes))
+        }
         made = replace(program, classes=made_classes, joins=joins(program, early))
-        classified[phase] = _without_idle_chains(made)
+        classified[phase] = without_idle(made)
     return Emitted(
         programs=classified,
         binaries={names[k]: _binary(made) for k, made in sorted(compiled.items(), key=lambda item: names[item[0]])},
@@ -295,7 +299,7 @@ def _check_alike(
 def _reach(program: LoweredProgram) -> int:
     """Bytes of the arena that tensor maps reach to: they may go beyond the last row of an operand."""
     ends = [0]
-    for launch in program.launches:
+    for launch in (*program.launches, *(chain.launch for chain in program.chains)):
         names = {**launch.operands, **launch.results}
         for choices in program.classes[launch.op_class].candidates.values():
             for argument in (a for choice in choices for node in choice.nodes for a in node.arguments):
@@ -365,26 +369,6 @@ def _binary(made: Compiled) -> Binary:
         null_pointers=made.null_pointers,
         cluster=made.cluster,
     )
-
-
-def _without_idle_chains(program: LoweredProgram) -> LoweredProgram:
-    """``program`` without chains that no bucket has a kernel for, nor their classes."""
-    kept = [bool(any(one.candidates.values())) for one in program.classes]
-    place = {old: new for new, old in enumerate(i for i, has in enumerate(kept) if has)}
-    renamed = (
-        replace(chain, launch=replace(chain.launch, op_class=place[chain.launch.op_class]))
-        for chain in program.chains
-        if chain.launch.op_class in place
-    )
-    launches = (replace(launch, op_class=place[launch.op_class]) for launch in program.launches)
-    classes = tuple(one for one, has in zip(program.classes, kept, strict=True) if has)
-    return replace(program, launches=tuple(launches), classes=classes, chains=tuple(renamed))
-
-
-def _early(ways: Mapping[_Key, Sequence[Way]], phase: str, op_class: int) -> set[str]:
-    """Operands that a kernel of a class reads before it waits, in some bucket."""
-    mine = (way for key, found in ways.items() if key[:2] == (phase, op_class) for way in found)
-    return {name for way in mine for launch in way.candidate.launches for name in launch.early}
 
 
 def _choices(
