@@ -194,7 +194,7 @@ def test_planted_faults_are_caught(file: str, fault: str, tmp_path: Path) -> Non
     (tmp_path / file).write_text(text.replace(before, after))
     emulator = Emulator(tmp_path, tmp_path)
     tile = MANY[1] if file == "grouped.cu" else FEW[0]
-    shape = (150, 2, 2, 256, 512) if file == "grouped.cu" else (30, 3, 2, 256, 512)
+    shape = (150, 2, 2, 256, 1024) if file == "grouped.cu" else (23, 3, 2, 256, 1024)
 
     def right(seed: int) -> bool:
         try:
