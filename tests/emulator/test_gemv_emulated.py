@@ -143,9 +143,8 @@ def test_chains(emulator: Emulator, op: str, N: int, K: int) -> None:
     tensors = make(N, K, norm=CHAINS[op])
     for grid, offset in ((1, 0.0), (3, 1.0)):
         attrs = {"eps": 1e-6, "offset": offset}
-        assert (
-            error(op, tensors, attrs, emulate(emulator, op, tensors, attrs, grid=grid, seed=K + grid)) < 5e-3
-        )
+        got = emulate(emulator, op, tensors, attrs, grid=grid, seed=K + grid)
+        assert error(op, tensors, attrs, got) < 8e-3  # the norm, too, is rounded to 16 bits
 
 
 @pytest.mark.parametrize("op", CHAINS)

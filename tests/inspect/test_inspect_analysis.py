@@ -182,7 +182,7 @@ def test_plan_methods(tmp_path):
 def test_a_plan_is_read_and_measured_without_torch(tmp_path):
     folder = tiny().save(tmp_path / "p")
     code = (
-        "import sys; from makeready.graphs import artifact; "
+        "import sys; from makeready.graphs.plan import artifact; "
         f"plan = artifact.load({str(folder)!r}); "
         "print(plan.memory_analysis()['fixed'], plan.digest, 'torch' in sys.modules)"
     )
