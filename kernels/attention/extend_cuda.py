@@ -105,7 +105,7 @@ def _narrow(call: OpCall) -> bool:
     return call.tensors["k_cache"].dtype == "float8_e4m3fn"
 
 
-@cuda_kernel(extend_attention, "prefill", features=("tma", "wgmma"), applies=_applies)
+@cuda_kernel(extend_attention, "prefill", features=("tma", "wgmma"), applies=_applies, untimed=True)
 def extend_attention_prefill(call: OpCall) -> Sequence[Candidate]:
     """One cut, one way."""
     return [candidate(call)]

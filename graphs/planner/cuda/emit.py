@@ -379,9 +379,13 @@ def _choices(
     *,
     apart: bool,
 ) -> tuple[Choice, ...]:
-    """The choices that a plan has of ``ways``; of a chain, if there are any, its launches ``apart`` are the last."""
-    made = tuple(_choice(way, compiled, keys, counters) for way in ways)
-    return (*made, Choice(APART, ())) if made and apart else made
+    """The choices that a plan has of ``ways``; of a chain, if there are any, its launches ``apart`` come behind those
+    that were timed.
+    """
+    made = [_choice(way, compiled, keys, counters) for way in ways]
+    if made and apart:
+        made.insert(sum(not way.untimed for way in ways), Choice(APART, ()))
+    return tuple(made)
 
 
 def _choice(

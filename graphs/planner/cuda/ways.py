@@ -26,12 +26,13 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True)
 class Way:
-    """A candidate for a call, the kernels of its launches in order."""
+    """A candidate for a call, the kernels of its launches in order; ``untimed`` as its implementation is."""
 
     name: str
     call: OpCall
     candidate: Candidate
     kernels: tuple[Kernel, ...]
+    untimed: bool = False
 
 
 @dataclass
@@ -68,7 +69,7 @@ def select(
         PlanError: none of a call's ways compiles within the target's resources, or an implementation is wrong:
             its launch does not suit its kernel, or is dependent and never waits.
     """
-    offered = {key: _offered(call, target) for key, call in calls.items()}
+    offered = {key: _offered(call, target, keep, key in optional) for key, call in calls.items()}
     if alike:
         offered |= _joined({key: list(offered[key]) for key in alike}, alike)
     searches = {key: _Search(ways) for key, ways in offered.items()}
@@ -93,24 +94,24 @@ def select(
     return ways, {k: made for k in used if isinstance(made := compiled[k], Compiled)}, tuple(dropped)
 
 
-def _offered(call: OpCall, target: Target) -> Iterator[Way]:
+def _offered(call: OpCall, target: Target, keep: int, optional: bool) -> Iterator[Way]:
     """All candidates: each implementation's best first, then each one's second.
 
     The implementation whose best way should take the least time comes first; where one does not know its own, they
-    come in the order of their registration.
+    come in the order of their registration. Untimed ones come last, and where a plan keeps one way not at all,
+    unless the call must have one.
     """
-    offered = [
-        [(f"{kernel.name}/{candidate.name}", candidate) for candidate in kernel.candidates(call)]
-        for kernel in registry.cuda_kernels(call.op)
-    ]
-    offered = [found for found in offered if found]
-    if all(found[0][1].seconds > 0 for found in offered):
-        offered.sort(key=lambda found: found[0][1].seconds)
-    turns = itertools.chain.from_iterable(itertools.zip_longest(*offered))
-    for name, candidate in filter(None, turns):
-        yield Way(
-            name, call, candidate, tuple(_kernel(launch, call, target) for launch in candidate.launches)
-        )
+    offered = [(kernel, kernel.candidates(call)) for kernel in registry.cuda_kernels(call.op)]
+    offered = [(kernel, found) for kernel, found in offered if found]
+    if all(found[0].seconds > 0 for _, found in offered):
+        offered.sort(key=lambda one: one[1][0].seconds)
+    timed = [one for one in offered if not one[0].untimed]
+    if keep > 1 or not (timed or optional):
+        timed += [one for one in offered if one[0].untimed]
+    turns = itertools.zip_longest(*([(kernel, way) for way in found] for kernel, found in timed))
+    for kernel, candidate in filter(None, itertools.chain.from_iterable(turns)):
+        kernels = tuple(_kernel(launch, call, target) for launch in candidate.launches)
+        yield Way(f"{kernel.name}/{candidate.name}", call, candidate, kernels, kernel.untimed)
 
 
 def _joined(offered: Mapping[Key, list[Way]], alike: Mapping[Key, Hashable]) -> dict[Key, Iterator[Way]]:
