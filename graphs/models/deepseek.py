@@ -14,7 +14,7 @@ from makeready.graphs.models.family import (
     model,
     refuse_windows,
 )
-from makeready.graphs.models.moe import check_experts, sparse_decoder
+from makeready.graphs.models.moe import check_experts, read_sizes, sparse_decoder
 
 if TYPE_CHECKING:
     from makeready.graphs.checkpoint.gguf_names import Fields
@@ -35,14 +35,14 @@ def _sparse(config: Mapping[str, Any]) -> Callable[[int], bool]:
 
 def _of_gguf(fields: Fields, config: dict[str, Any], source: str) -> None:
     refuse_windows(fields, config, source)
-    for name, key in (
-        ("n_routed_experts", "expert_count"),
-        ("num_experts_per_tok", "expert_used_count"),
-        ("moe_intermediate_size", "expert_feed_forward_length"),
-        ("n_shared_experts", "expert_shared_count"),
-        ("first_k_dense_replace", "leading_dense_block_count"),
-    ):
-        config[name] = fields.integer(f"deepseek.{key}")
+    sizes = {
+        "n_routed_experts": "expert_count",
+        "num_experts_per_tok": "expert_used_count",
+        "moe_intermediate_size": "expert_feed_forward_length",
+        "n_shared_experts": "expert_shared_count",
+        "first_k_dense_replace": "leading_dense_block_count",
+    }
+    read_sizes(fields, config, source, "deepseek", sizes)
     config["routed_scaling_factor"] = fields.number("deepseek.expert_weights_scale") or 1.0
 
 

@@ -13,7 +13,7 @@ from makeready.graphs.models.family import (
     model,
     refuse_windows,
 )
-from makeready.graphs.models.moe import check_experts, one_spelling, sparse_decoder
+from makeready.graphs.models.moe import check_experts, one_spelling, read_sizes, sparse_decoder
 
 if TYPE_CHECKING:
     from makeready.graphs.checkpoint.gguf_names import Fields
@@ -28,8 +28,8 @@ def _rename(config: dict[str, Any], source: str) -> None:
 
 def _of_gguf(fields: Fields, config: dict[str, Any], source: str) -> None:
     refuse_windows(fields, config, source)
-    config["num_local_experts"] = fields.integer("llama.expert_count")
-    config["num_experts_per_tok"] = fields.integer("llama.expert_used_count")
+    sizes = {"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
+    read_sizes(fields, config, source, "llama", sizes)
 
 
 @model(

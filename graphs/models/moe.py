@@ -9,6 +9,7 @@ from makeready.graphs.checkpoint.base import CheckpointError
 from makeready.graphs.models.family import Model
 
 if TYPE_CHECKING:
+    from makeready.graphs.checkpoint.gguf_names import Fields
     from makeready.graphs.layers.moe import ExpertsConfig
     from makeready.graphs.models.decoder import DecoderConfig
 
@@ -48,6 +49,20 @@ def check_experts(config: Mapping[str, Any], experts: str, top_k: str, *sizes: s
         raise CheckpointError(
             f"config.json: {top_k} ({config[top_k]}) exceeds {experts} ({config[experts]}); correct the config"
         )
+
+
+def read_sizes(
+    fields: Fields, config: dict[str, Any], source: str, architecture: str, names: Mapping[str, str]
+) -> None:
+    """Fill the config's fields ``names`` from a GGUF file's keys of the architecture.
+
+    Raises:
+        CheckpointError: the file lacks one.
+    """
+    for name, key in names.items():
+        config[name] = fields.integer(f"{architecture}.{key}")
+        if config[name] is None:
+            raise CheckpointError(f"{source} lacks {architecture}.{key}; convert it again")
 
 
 def sparse_decoder(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from makeready.graphs.checkpoint.base import CheckpointError
 from makeready.graphs.models.family import GGUF, ExpertNames, Model, model, refuse_windows
-from makeready.graphs.models.moe import check_experts, one_spelling, sparse_decoder
+from makeready.graphs.models.moe import check_experts, one_spelling, read_sizes, sparse_decoder
 from makeready.graphs.models.qwen import DEFAULTS, windows
 
 if TYPE_CHECKING:
@@ -44,16 +44,16 @@ def _of_gguf(fields: Fields, config: dict[str, Any], source: str) -> None:
     """Sizes of experts; weights of Qwen3's are divided by their sum, as llama.cpp knows by the architecture."""
     refuse_windows(fields, config, source)
     architecture = {"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}[config["model_type"]]
-    for name, key in (
-        ("num_experts", "expert_count"),
-        ("num_experts_per_tok", "expert_used_count"),
-        ("moe_intermediate_size", "expert_feed_forward_length"),
-        ("shared_expert_intermediate_size", "expert_shared_feed_forward_length"),
-    ):
-        config[name] = fields.integer(f"{architecture}.{key}")
+    sizes = {
+        "num_experts": "expert_count",
+        "num_experts_per_tok": "expert_used_count",
+        "moe_intermediate_size": "expert_feed_forward_length",
+    }
+    if architecture == "qwen2moe":
+        sizes["shared_expert_intermediate_size"] = "expert_shared_feed_forward_length"
+    read_sizes(fields, config, source, architecture, sizes)
     if architecture == "qwen3moe":
         config["norm_topk_prob"] = True
-        del config["shared_expert_intermediate_size"]
     # Files without dense layers need not say how wide these would be.
     config["intermediate_size"] = config["intermediate_size"] or config["moe_intermediate_size"]
 

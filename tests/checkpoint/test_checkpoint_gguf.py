@@ -176,7 +176,7 @@ def test_yarn_linear_window_and_end_tokens(tmp_path):
     assert (window.config["model_type"], window.config["sliding_window"]) == ("mistral", 128)
     with pytest.raises(CheckpointError, match=r"rope\.scaling\.type 'longrope'"):
         written("long.gguf", rope_scaling_type=gguf.RopeScalingType.LONGROPE)
-    with pytest.raises(CheckpointError, match="expert_count"):
+    with pytest.raises(CheckpointError, match=r"lacks llama\.expert_used_count"):
         written("moe.gguf", expert_count=8)
     with pytest.raises(CheckpointError, match=r"dimension_count=8 differs from the head size 32"):
         written("partial.gguf", rope_dimension_count=8)
@@ -237,7 +237,8 @@ def test_versions(tmp_path, llama_file):
 
 def test_unsupported_files_name_what_is_supported(tmp_path):
     with pytest.raises(
-        CheckpointError, match=r"'gemma2' is not supported; use one of gemma3, llama, qwen2, qwen3"
+        CheckpointError,
+        match=r"'gemma2' is not supported; use one of deepseek, gemma3, llama, qwen2, qwen2moe, qwen3, qwen3moe",
     ):
         open_checkpoint(finish_gguf(start_gguf(tmp_path / "a.gguf", "gemma2", LLAMA)))
     writer = start_gguf(tmp_path / "b.gguf", "llama", LLAMA)
