@@ -94,19 +94,26 @@ def test_tied_embeddings_stay_wide(tmp_path: Path) -> None:
 
 
 def test_padding_never_leaks(tmp_path: Path) -> None:
-    """With NaN in every byte that a step has not written itself, nothing changes."""
-    model, wide = (make_model(tmp_path, "qwen3", **QWEN3) for _ in range(2))
+    """With NaN in every byte that a step has not written itself, no bit of the logits changes."""
+    model = make_model(tmp_path, "qwen3", **QWEN3)
     form = FORMATS["fp8-block"]
     save_quantized(tmp_path, quantize_model(model, form), form)
-    llm = LLM(tmp_path, **PLAN, max_decode_buckets=1, max_extend_buckets=1)
-    recorder = Recorder(llm)
-    launch = llm.engine.executable.launch
-
-    def poisoned(bucket: Any, step: Any) -> Any:
-        llm.engine.executable.poison()  # type: ignore[attr-defined]
-        return launch(bucket, step)
-
-    llm.engine.executable.launch = poisoned  # type: ignore[method-assign]
     prompts = [prompt_of(length, 131) for length in (1, 7, 30)]
-    for prompt, ours in zip(prompts, recorder.generate(prompts, 4), strict=True):
-        compare(ours, expected(model, prompt, 4), expected(wide, prompt, 1))
+
+    def generations(poison: bool) -> list[Generation]:
+        llm = LLM(tmp_path, **PLAN, max_decode_buckets=1, max_extend_buckets=1)
+        recorder = Recorder(llm)
+        launch = llm.engine.executable.launch
+
+        def poisoned(bucket: Any, step: Any) -> Any:
+            llm.engine.executable.poison()  # type: ignore[attr-defined]
+            return launch(bucket, step)
+
+        if poison:
+            llm.engine.executable.launch = poisoned  # type: ignore[method-assign]
+        return recorder.generate(prompts, 4)
+
+    for ours, theirs in zip(generations(True), generations(False), strict=True):
+        assert ours.tokens == theirs.tokens
+        assert np.isfinite(ours.logits).all()
+        assert np.array_equal(ours.logits, theirs.logits)

@@ -285,7 +285,12 @@ REFUSED = [
     ("generate", [*ROWS, "output=x"], 2, "output=x is the file of checkpoint= too"),
     ("generate", [*ROWS, "metrics=m", "scale=ray"], 2, "metrics= tells of the engine in this process"),
     ("compile", ["checkpoint=dummy"], 2, "add model="),
-    ("compile", ["checkpoint=dummy", "model=gpt5"], 2, "choose one of deepseek_moe_16b, gemma3_270m, llama3_1_8b"),
+    (
+        "compile",
+        ["checkpoint=dummy", "model=gpt5"],
+        2,
+        "choose one of deepseek_moe_16b, gemma3_270m, llama3_1_8b",
+    ),
     ("compile", [*TINY, "plan=plans/x"], 2, "plan=plans/x is no choice"),
     ("compile", [*TINY, "plan.path=x"], 2, "there is no option plan.path"),
     ("compile", [*TINY, "plan.max_rows=-3"], 1, "plan.max_rows=-3"),
