@@ -191,7 +191,9 @@ class AsyncLLM:
         return True
 
     def _put(self, call: _Call) -> None:
-        self._calls[call] = None  # known before anything can go wrong: who reads it is told of that
+        self._calls[call] = (
+            None  # first, so that whoever waits for the call is told of an error in the next line
+        )
         call.entry = self._feed.put(call, lambda: call.replies)
 
     def _drop(self, call: _Call) -> None:

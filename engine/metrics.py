@@ -40,7 +40,7 @@ class Metrics:
             "makeready_cached_tokens_total", "Tokens of prompts found in the prefix cache."
         )
         self._retractions = Counter(
-            "makeready_retractions_total", "Requests sent back to wait for want of pages."
+            "makeready_retractions_total", "Requests that went back to the queue because pages ran out."
         )
         self._steps = Counter("makeready_steps_total", "Steps, by the bucket they ran in.", bucket)
         self._live = Counter("makeready_live_tokens_total", "Tokens of requests in these steps.", bucket)

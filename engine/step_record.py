@@ -20,7 +20,7 @@ class StepRecord:
         prompt_tokens: of these tokens, how many were of prompts (or recomputed), not sampled ones.
         cached_tokens: prompt tokens that sequences admitted with this step did not have to run.
         new_tokens: sampled and kept.
-        retractions: sequences that were sent back to wait before this step, for want of pages.
+        retractions: sequences that went back to the queue before this step because pages ran out.
         waiting, running: sequences after it.
         free, cached, held: pages after it.
         plan_start: the host began to choose sequences.

@@ -21,7 +21,8 @@ from makeready.graphs.executable.base import Executable
 from makeready.graphs.executable.example import Row, example_step
 from makeready.graphs.inspect.segments import segments
 from makeready.graphs.plan.buckets import BucketTable
-from makeready.graphs.plan.plan import Chain, Launch, Plan, PlanError
+from makeready.graphs.plan.plan import Plan, PlanError
+from makeready.graphs.plan.program import Chain, Launch
 from makeready.graphs.plan.spec import DECODE, EXTEND, Bucket
 from makeready.kernels.contract import CONTRACTS, Tolerance
 from makeready.kernels.registry import REFERENCE

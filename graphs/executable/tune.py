@@ -15,7 +15,8 @@ from typing import Any
 from makeready.graphs.executable.cuda.executable import CudaExecutable
 from makeready.graphs.executable.cuda.workbench import Workbench
 from makeready.graphs.executable.example import typical_step
-from makeready.graphs.plan.plan import Plan, PlanError, tuned_key
+from makeready.graphs.plan.plan import Plan, PlanError
+from makeready.graphs.plan.program import tuned_key
 from makeready.graphs.plan.spec import Bucket
 
 _ROUNDS = 5

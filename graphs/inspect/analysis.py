@@ -12,7 +12,8 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from makeready.graphs.inspect.segments import one_token, segments, value_spec
-from makeready.graphs.plan.plan import Launch, Plan, PlanError, Weight
+from makeready.graphs.plan.plan import Plan, PlanError, Weight
+from makeready.graphs.plan.program import Launch
 from makeready.graphs.plan.reads import reads
 from makeready.graphs.plan.recipe import Box
 from makeready.graphs.plan.spec import Bucket

@@ -11,7 +11,8 @@ from makeready.graphs.inspect.markup import Markup, joined, svg, tag, text, tip
 from makeready.graphs.inspect.scales import Scale, byte_ticks
 from makeready.graphs.inspect.segments import Segment, local, segments
 from makeready.graphs.inspect.text import shape_text
-from makeready.graphs.plan.plan import Buffer, LoweredProgram, Plan
+from makeready.graphs.plan.plan import Plan
+from makeready.graphs.plan.program import Buffer, LoweredProgram
 from makeready.kernels.spec import TensorSpec
 
 _WIDTH, _LEFT, _TOP = 1200.0, 74.0, 8.0

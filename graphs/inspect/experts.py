@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from makeready.graphs.inspect.analysis import kernel_of
-from makeready.graphs.plan.plan import Launch, Plan
+from makeready.graphs.plan.plan import Plan
+from makeready.graphs.plan.program import Launch
 from makeready.graphs.plan.spec import Bucket
 
 

@@ -18,7 +18,8 @@ from makeready.graphs.inspect.layout import Layout, arrange
 from makeready.graphs.inspect.markup import Markup, joined, svg, tag, text, tip
 from makeready.graphs.inspect.segments import Segment, local, value_spec
 from makeready.graphs.inspect.text import shape_text
-from makeready.graphs.plan.plan import Launch, Plan
+from makeready.graphs.plan.plan import Plan
+from makeready.graphs.plan.program import Launch
 
 _CHAR, _ROW, _HEAD, _PAD = (
     6.3,

@@ -24,7 +24,8 @@ from makeready.graphs.inspect.analysis import largest_bucket, launch_key, work
 from makeready.graphs.inspect.segments import one_token
 from makeready.graphs.plan.buckets import BucketTable, Distribution, Traffic
 from makeready.graphs.plan.codec import from_json
-from makeready.graphs.plan.plan import Launch, Plan
+from makeready.graphs.plan.plan import Plan
+from makeready.graphs.plan.program import Launch
 from makeready.graphs.plan.spec import Bucket
 from makeready.graphs.plan.targets import target_of
 from makeready.kernels.spec import ROWS, TOKENS

@@ -9,7 +9,8 @@ from itertools import groupby
 from typing import Any
 
 from makeready.graphs.inspect.units import ranges
-from makeready.graphs.plan.plan import Launch, LoweredProgram, Plan
+from makeready.graphs.plan.plan import Plan
+from makeready.graphs.plan.program import Launch, LoweredProgram
 from makeready.kernels.spec import ROWS, TOKENS, TensorSpec
 
 _LAYER = re.compile(r"layers\.(\d+)\.")

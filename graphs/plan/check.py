@@ -18,7 +18,8 @@ from makeready.graphs.plan import memory
 from makeready.graphs.plan.buckets import prove_coverage
 from makeready.graphs.plan.check_cuda import check_chains, check_kernels, check_nodes
 from makeready.graphs.plan.constants import GENERATORS
-from makeready.graphs.plan.plan import Buffer, LoweredProgram, Plan, PlanError, Weight
+from makeready.graphs.plan.plan import Plan, PlanError, Weight
+from makeready.graphs.plan.program import Buffer, LoweredProgram
 from makeready.graphs.plan.reads import complaint
 from makeready.graphs.plan.recipe import Derived, Param
 from makeready.graphs.plan.rules import MOST, ContradictionError, inside, need

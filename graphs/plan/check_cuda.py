@@ -9,7 +9,8 @@ import math
 import re
 from collections.abc import Sequence
 
-from makeready.graphs.plan.plan import Conversion, Loading, LoadProgram, LoweredProgram, NodeArgument, Plan
+from makeready.graphs.plan.plan import Plan
+from makeready.graphs.plan.program import Conversion, Loading, LoadProgram, LoweredProgram, NodeArgument
 from makeready.graphs.plan.rules import MOST, inside, need
 from makeready.kernels.spec import DTYPE_BYTES, PAGES, ROWS, TOKENS, TensorSpec
 

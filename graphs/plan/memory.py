@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from makeready.graphs.plan.plan import Buffer, PlanError
+from makeready.graphs.plan.plan import PlanError
+from makeready.graphs.plan.program import Buffer
 from makeready.graphs.plan.spec import Bucket, Field
 
 ALIGNMENT = (

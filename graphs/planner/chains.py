@@ -11,7 +11,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-from makeready.graphs.plan.plan import Chain, Launch, LoweredProgram
+from makeready.graphs.plan.program import Chain, Launch, LoweredProgram
 from makeready.kernels.contract import CONTRACTS, Contract, chain_operands, passed_on
 from makeready.kernels.registry import REFERENCE
 

@@ -22,7 +22,8 @@ from makeready.graphs.passes.expand import expand
 from makeready.graphs.plan import memory
 from makeready.graphs.plan.buckets import Traffic, choose_buckets, prove_coverage
 from makeready.graphs.plan.codec import to_json
-from makeready.graphs.plan.plan import SCHEMA, Loading, LoweredProgram, Memory, Options, Plan, PlanError
+from makeready.graphs.plan.plan import SCHEMA, Memory, Options, Plan, PlanError
+from makeready.graphs.plan.program import Loading, LoweredProgram
 from makeready.graphs.plan.reads import needs
 from makeready.graphs.plan.recipe import Param
 from makeready.graphs.plan.spec import Bucket, CacheSpec, Field, Limits, StepSpec

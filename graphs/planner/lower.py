@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from makeready.graphs.plan.codec import canonical, to_json
 from makeready.graphs.plan.memory import Interval, align, assign
-from makeready.graphs.plan.plan import Buffer, Chain, Launch, LoweredProgram, PlanError, Weight
+from makeready.graphs.plan.plan import PlanError, Weight
+from makeready.graphs.plan.program import Buffer, Chain, Launch, LoweredProgram
 from makeready.graphs.plan.recipe import Param
 from makeready.graphs.plan.spec import Bucket
 from makeready.graphs.plan.targets import Target

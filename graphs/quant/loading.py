@@ -14,7 +14,8 @@ from typing import Any
 
 from makeready.graphs.plan.codec import canonical, to_json
 from makeready.graphs.plan.memory import ALIGNMENT
-from makeready.graphs.plan.plan import Conversion, Loading, LoadProgram, LoadResult, Weight
+from makeready.graphs.plan.plan import Weight
+from makeready.graphs.plan.program import Conversion, Loading, LoadProgram, LoadResult
 from makeready.graphs.plan.recipe import CHUNK_BYTES, LOADERS, Derivation
 from makeready.graphs.plan.spec import Bucket
 from makeready.graphs.plan.targets import Target

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from makeready.kernels.contract import Contract
-from makeready.kernels.gemm.linear_cpu import in_blocks, invariant_product, pack, packs, prove_invariant
+from makeready.kernels.gemm.linear_cpu import invariant_product, pack, packs, prove_invariant
 from makeready.kernels.moe.experts import grouped_linear, grouped_linear_fp8, grouped_linear_fp8_block
 from makeready.kernels.registry import Operands, kernel
 from makeready.kernels.spec import TensorSpec
@@ -23,6 +23,7 @@ for op in (grouped_linear, grouped_linear_fp8, grouped_linear_fp8_block):
 PACKED_EXPERTS = "fbgemm_fp16_experts"
 
 Product = Callable[[torch.Tensor], torch.Tensor]
+Products = Callable[[Any], Callable[[int], Product]]
 
 
 def pack_experts(weight: torch.Tensor) -> Any:
@@ -97,164 +98,90 @@ def _proving(weight_at: int) -> Callable[[Operands, Sequence[torch.Tensor], Mapp
     return bind
 
 
-@kernel(grouped_linear, "packed_fp16", target="cpu", layouts={"weight": PACKED_EXPERTS}, applies=_packable)
-def grouped_packed(
-    x: torch.Tensor, weight: Any, order: torch.Tensor, start: torch.Tensor, *, top_k: int, out_dtype: str = ""
-) -> torch.Tensor:
-    """fp32 activations times packed fp16 weights, accumulated in fp32."""
-    return _grouped(x, order, start, top_k, _outputs(weight), _plain(weight))
+def _linear(products: Products) -> Callable[..., torch.Tensor]:
+    """:func:`grouped_linear` of fp32 activations, accumulated in fp32."""
+
+    def run(
+        x: torch.Tensor,
+        weight: Any,
+        order: torch.Tensor,
+        start: torch.Tensor,
+        *,
+        top_k: int,
+        out_dtype: str = "",
+    ) -> torch.Tensor:
+        return _grouped(x, order, start, top_k, _outputs(weight), products(weight))
+
+    return run
 
 
-@kernel(grouped_linear, "experts", target="cpu", applies=_wide)
-def grouped_wide(
-    x: torch.Tensor, weight: Any, order: torch.Tensor, start: torch.Tensor, *, top_k: int, out_dtype: str = ""
-) -> torch.Tensor:
-    """fp32 activations times weights as they are, of which only those in use are widened."""
-    return _grouped(x, order, start, top_k, _outputs(weight), _plain(weight))
+def _by_channel(products: Products) -> Callable[..., torch.Tensor]:
+    """:func:`grouped_linear_fp8`: products of 8-bit values in fp32, then the scales of tokens and of outputs."""
+
+    def run(
+        x: torch.Tensor,
+        x_scale: torch.Tensor,
+        weight: Any,
+        weight_scale: torch.Tensor,
+        order: torch.Tensor,
+        start: torch.Tensor,
+        *,
+        top_k: int,
+        out_dtype: str,
+    ) -> torch.Tensor:
+        y = _grouped(x.float(), order, start, top_k, _outputs(weight), products(weight))
+        used = int(start[-1])
+        y[:used] *= x_scale[order[:used].long() // top_k] if top_k else x_scale[:used]
+        for expert, first, stop in _runs(start):
+            y[first:stop] *= weight_scale[expert]
+        return y
+
+    return run
 
 
-@kernel(
-    grouped_linear,
-    "panels_fp16",
-    target="cpu",
-    layouts={"weight": PACKED_EXPERTS},
-    invariant=True,
-    ordinary=False,
-    applies=_packable,
-    bind=_proving(1),
-)
-def grouped_panels(
-    x: torch.Tensor, weight: Any, order: torch.Tensor, start: torch.Tensor, *, top_k: int, out_dtype: str = ""
-) -> torch.Tensor:
-    """:func:`grouped_packed`, the same for an entry whatever the others are."""
-    return _grouped(x, order, start, top_k, _outputs(weight), _invariant(weight))
+def _by_block(products: Products) -> Callable[..., torch.Tensor]:
+    """:func:`grouped_linear_fp8_block` in fp32, widening the weights of experts in use alone."""
+
+    def run(
+        x: torch.Tensor,
+        x_scale: torch.Tensor,
+        weight: torch.Tensor,
+        weight_scale: torch.Tensor,
+        order: torch.Tensor,
+        start: torch.Tensor,
+        *,
+        top_k: int,
+        out_dtype: str,
+        block: int,
+    ) -> torch.Tensor:
+        outputs = weight.shape[1]
+
+        def product(expert: int) -> Product:
+            scale = weight_scale[expert].repeat_interleave(block, 0)[:outputs].repeat_interleave(block, 1)
+            return products((weight[expert].float() * scale).unsqueeze(0))(0)
+
+        wide = x.float() * x_scale.repeat_interleave(block, 1)
+        return _grouped(wide, order, start, top_k, outputs, product)
+
+    return run
 
 
-@kernel(
-    grouped_linear, "blocks", target="cpu", invariant=True, ordinary=False, applies=_wide, bind=_proving(1)
-)
-def grouped_blocks(
-    x: torch.Tensor, weight: Any, order: torch.Tensor, start: torch.Tensor, *, top_k: int, out_dtype: str = ""
-) -> torch.Tensor:
-    """:func:`grouped_wide`, the same for an entry whatever the others are."""
-    return _grouped(x, order, start, top_k, _outputs(weight), _invariant(weight))
-
-
-def _scaled(
-    products: Callable[[Any], Callable[[int], Product]],
-    x: torch.Tensor,
-    x_scale: torch.Tensor,
-    weight: Any,
-    weight_scale: torch.Tensor,
-    order: torch.Tensor,
-    start: torch.Tensor,
-    top_k: int,
-) -> torch.Tensor:
-    """Products of 8-bit values in fp32, then the scales of tokens and of outputs."""
-    y = _grouped(x.float(), order, start, top_k, _outputs(weight), products(weight))
-    used = int(start[-1])
-    y[:used] *= x_scale[order[:used].long() // top_k] if top_k else x_scale[:used]
-    for expert, first, stop in _runs(start):
-        y[first:stop] *= weight_scale[expert]
-    return y
-
-
-@kernel(
-    grouped_linear_fp8, "packed_fp16", target="cpu", layouts={"weight": PACKED_EXPERTS}, applies=_quantized
-)
-def grouped_fp8_packed(
-    x: torch.Tensor,
-    x_scale: torch.Tensor,
-    weight: Any,
-    weight_scale: torch.Tensor,
-    order: torch.Tensor,
-    start: torch.Tensor,
-    *,
-    top_k: int,
-    out_dtype: str,
-) -> torch.Tensor:
-    """8-bit activations widened to fp32 times packed weights, accumulated in fp32, then the scales."""
-    return _scaled(_plain, x, x_scale, weight, weight_scale, order, start, top_k)
-
-
-@kernel(
-    grouped_linear_fp8,
-    "panels_fp16",
-    target="cpu",
-    layouts={"weight": PACKED_EXPERTS},
-    invariant=True,
-    ordinary=False,
-    applies=_quantized,
-    bind=_proving(2),
-)
-def grouped_fp8_panels(
-    x: torch.Tensor,
-    x_scale: torch.Tensor,
-    weight: Any,
-    weight_scale: torch.Tensor,
-    order: torch.Tensor,
-    start: torch.Tensor,
-    *,
-    top_k: int,
-    out_dtype: str,
-) -> torch.Tensor:
-    """:func:`grouped_fp8_packed`, the same for an entry whatever the others are."""
-    return _scaled(_invariant, x, x_scale, weight, weight_scale, order, start, top_k)
-
-
-def _widened(weight: torch.Tensor, weight_scale: torch.Tensor, block: int, expert: int) -> torch.Tensor:
-    scale = weight_scale[expert].repeat_interleave(block, 0)[: weight.shape[1]].repeat_interleave(block, 1)
-    return weight[expert].float() * scale
-
-
-@kernel(grouped_linear_fp8_block, "experts", target="cpu", applies=_quantized)
-def grouped_fp8_experts(
-    x: torch.Tensor,
-    x_scale: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    order: torch.Tensor,
-    start: torch.Tensor,
-    *,
-    top_k: int,
-    out_dtype: str,
-    block: int,
-) -> torch.Tensor:
-    """fp32, widening the weights of experts in use alone."""
-    wide = x.float() * x_scale.repeat_interleave(block, 1)
-
-    def product(expert: int) -> Product:
-        return lambda rows: rows @ _widened(weight, weight_scale, block, expert).T
-
-    return _grouped(wide, order, start, top_k, weight.shape[1], product)
-
-
-@kernel(
-    grouped_linear_fp8_block,
-    "blocks",
-    target="cpu",
-    invariant=True,
-    ordinary=False,
-    applies=_quantized,
-    bind=_proving(2),
-)
-def grouped_fp8_blocks(
-    x: torch.Tensor,
-    x_scale: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    order: torch.Tensor,
-    start: torch.Tensor,
-    *,
-    top_k: int,
-    out_dtype: str,
-    block: int,
-) -> torch.Tensor:
-    """:func:`grouped_fp8_experts`, the same for an entry whatever the others are."""
-    wide = x.float() * x_scale.repeat_interleave(block, 1)
-
-    def product(expert: int) -> Product:
-        matrix = _widened(weight, weight_scale, block, expert)
-        return lambda rows: in_blocks(matrix, rows)
-
-    return _grouped(wide, order, start, top_k, weight.shape[1], product)
+# Each twice: for ordinary plans, and giving an entry the same whatever the others are.
+_PACKED = {"weight": PACKED_EXPERTS}
+for op, make, stored, applies, ordinary, invariant in (
+    (grouped_linear, _linear, _PACKED, _packable, "packed_fp16", "panels_fp16"),
+    (grouped_linear, _linear, {}, _wide, "experts", "blocks"),
+    (grouped_linear_fp8, _by_channel, _PACKED, _quantized, "packed_fp16", "panels_fp16"),
+    (grouped_linear_fp8_block, _by_block, {}, _quantized, "experts", "blocks"),
+):
+    kernel(op, ordinary, target="cpu", layouts=stored, applies=applies)(make(_plain))
+    kernel(
+        op,
+        invariant,
+        target="cpu",
+        layouts=stored,
+        invariant=True,
+        ordinary=False,
+        applies=applies,
+        bind=_proving(1 if op is grouped_linear else 2),
+    )(make(_invariant))

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from makeready.graphs.plan.plan import Buffer, Launch, LoweredProgram
+from makeready.graphs.plan.program import Buffer, Launch, LoweredProgram
 from makeready.graphs.plan.spec import Bucket
 from makeready.graphs.plan.targets import Target, find_target
 from makeready.graphs.planner.cuda.emit import Emitted, emit

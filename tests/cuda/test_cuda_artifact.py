@@ -12,7 +12,8 @@ import small_programs
 
 from makeready.graphs.checkpoint.dummy import DummyCheckpoint
 from makeready.graphs.plan import artifact
-from makeready.graphs.plan.plan import PlanError, tuned_key
+from makeready.graphs.plan.plan import PlanError
+from makeready.graphs.plan.program import tuned_key
 from makeready.graphs.plan.spec import Bucket
 from makeready.graphs.planner.compile import compile_plan
 from makeready.graphs.planner.cuda.table import resource_table

@@ -12,7 +12,7 @@ from fake_objects import FakeNode
 
 from makeready.graphs.executable.cuda import memory as cuda_memory
 from makeready.graphs.executable.cuda.executable import CudaExecutable
-from makeready.graphs.plan.plan import Launch
+from makeready.graphs.plan.program import Launch
 from makeready.graphs.plan.spec import Bucket
 from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.spec import DTYPE_BYTES, PAGES

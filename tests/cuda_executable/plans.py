@@ -17,7 +17,8 @@ from makeready.graphs.checkpoint.base import Checkpoint
 from makeready.graphs.checkpoint.dummy import DummyCheckpoint
 from makeready.graphs.executable.cuda.driver import host_bytes
 from makeready.graphs.plan.memory import align
-from makeready.graphs.plan.plan import (
+from makeready.graphs.plan.plan import Plan
+from makeready.graphs.plan.program import (
     APART,
     Binary,
     Choice,
@@ -27,7 +28,6 @@ from makeready.graphs.plan.plan import (
     Node,
     NodeArgument,
     OpClass,
-    Plan,
 )
 from makeready.graphs.plan.spec import Bucket
 from makeready.graphs.planner import compile as compiler

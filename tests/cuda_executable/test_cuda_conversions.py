@@ -15,7 +15,7 @@ from makeready.graphs.executable.cuda import weights as cuda_weights
 from makeready.graphs.executable.cuda.driver import Driver, DriverError
 from makeready.graphs.executable.cuda.executable import CudaExecutable
 from makeready.graphs.plan import artifact
-from makeready.graphs.plan.plan import LoadProgram
+from makeready.graphs.plan.program import LoadProgram
 from makeready.graphs.quant import loading
 
 BLOCKY = CONFIG | {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}

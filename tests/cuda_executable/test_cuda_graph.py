@@ -14,7 +14,8 @@ from makeready.graphs.executable.cuda.driver import Driver
 from makeready.graphs.executable.cuda.executable import CudaExecutable
 from makeready.graphs.executable.cuda.graph import _shape
 from makeready.graphs.plan import memory
-from makeready.graphs.plan.plan import APART, NodeArgument, Plan, PlanError, tuned_key
+from makeready.graphs.plan.plan import Plan, PlanError
+from makeready.graphs.plan.program import APART, NodeArgument, tuned_key
 from makeready.graphs.plan.spec import Bucket
 from makeready.kernels.spec import DTYPE_BYTES, PAGES
 

@@ -18,7 +18,7 @@ from makeready.graphs.executable.cuda import driver as cuda_driver
 from makeready.graphs.executable.cuda.driver import Driver
 from makeready.graphs.executable.cuda.executable import CudaExecutable
 from makeready.graphs.plan import artifact
-from makeready.graphs.plan.plan import Choice
+from makeready.graphs.plan.program import Choice
 from makeready.graphs.plan.spec import DECODE
 from makeready.graphs.plan.targets import find_target
 

@@ -14,7 +14,8 @@ from makeready.graphs.executable.cuda.driver import Driver
 from makeready.graphs.executable.cuda.executable import CudaExecutable
 from makeready.graphs.executable.example import typical_step
 from makeready.graphs.executable.tune import tune
-from makeready.graphs.plan.plan import Plan, PlanError, tuned_key
+from makeready.graphs.plan.plan import Plan, PlanError
+from makeready.graphs.plan.program import tuned_key
 from makeready.graphs.plan.spec import DECODE
 
 DEVICE = "Fake GPU"

@@ -15,7 +15,8 @@ from makeready.graphs.executable.bisect import as_references
 from makeready.graphs.executable.cpu.executable import CpuExecutable
 from makeready.graphs.executable.example import Row, example_step
 from makeready.graphs.plan.check_cuda import check_chains
-from makeready.graphs.plan.plan import (
+from makeready.graphs.plan.plan import Plan
+from makeready.graphs.plan.program import (
     APART,
     Chain,
     Choice,
@@ -23,7 +24,6 @@ from makeready.graphs.plan.plan import (
     LoweredProgram,
     Node,
     OpClass,
-    Plan,
     tuned_key,
 )
 from makeready.graphs.plan.rules import ContradictionError

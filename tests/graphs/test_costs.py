@@ -17,7 +17,8 @@ from makeready.graphs.inspect.html import plan_html
 from makeready.graphs.inspect.padding import _step_seconds
 from makeready.graphs.plan.buckets import Traffic
 from makeready.graphs.plan.memory import align, prove_places
-from makeready.graphs.plan.plan import Buffer, PlanError
+from makeready.graphs.plan.plan import PlanError
+from makeready.graphs.plan.program import Buffer
 from makeready.graphs.plan.spec import EXTEND, Bucket
 from makeready.graphs.plan.targets import find_target
 from makeready.graphs.planner.cost import StepTime, call_cost, op_cost, op_work, program_cost

@@ -22,7 +22,7 @@ from makeready.graphs.inspect.html import plan_html
 from makeready.graphs.inspect.segments import groups, segments
 from makeready.graphs.passes import REWRITES
 from makeready.graphs.plan import artifact
-from makeready.graphs.plan.plan import Choice, OpClass
+from makeready.graphs.plan.program import Choice, OpClass
 from makeready.graphs.plan.spec import DECODE, EXTEND, Bucket
 
 

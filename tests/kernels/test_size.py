@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from makeready.graphs.plan.codec import CodecError, canonical, from_json, to_json
-from makeready.graphs.plan.plan import Buffer
+from makeready.graphs.plan.program import Buffer
 from makeready.kernels.contract import ContractError, contract, evaluate
 from makeready.kernels.size import Size, SizeError, axis_of, parse, value
 from makeready.kernels.spec import TensorSpec

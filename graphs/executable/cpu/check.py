@@ -11,7 +11,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from makeready.graphs.plan.plan import Launch, Plan, PlanError
+from makeready.graphs.plan.plan import Plan, PlanError
+from makeready.graphs.plan.program import Launch
 from makeready.graphs.plan.recipe import Derived, Param
 from makeready.graphs.planner.derivation import infer
 from makeready.kernels import registry

@@ -20,7 +20,8 @@ from makeready.graphs.executable.cpu.weights import Progress, load_weights
 from makeready.graphs.executable.match import check_checkpoint
 from makeready.graphs.executable.unowned import Held, unowned
 from makeready.graphs.plan import memory
-from makeready.graphs.plan.plan import Chain, Launch, Plan, PlanError
+from makeready.graphs.plan.plan import Plan, PlanError
+from makeready.graphs.plan.program import Chain, Launch
 from makeready.graphs.plan.spec import HOST, Bucket, Field
 from makeready.kernels import registry
 from makeready.kernels.contract import CONTRACTS

@@ -19,7 +19,8 @@ from makeready.graphs.checkpoint.base import Checkpoint
 from makeready.graphs.executable.cuda.convert import runs
 from makeready.graphs.executable.cuda.driver import Driver, Function
 from makeready.graphs.executable.cuda.graph import GraphBuilder, PreparedNode
-from makeready.graphs.plan.plan import Conversion, Loading, Plan
+from makeready.graphs.plan.plan import Plan
+from makeready.graphs.plan.program import Conversion, Loading
 from makeready.graphs.plan.recipe import CHUNK_BYTES
 
 

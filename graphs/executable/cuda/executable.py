@@ -30,7 +30,8 @@ from makeready.graphs.executable.cuda.workbench import Workbench
 from makeready.graphs.executable.match import check_checkpoint
 from makeready.graphs.executable.unowned import Held, unowned
 from makeready.graphs.plan.devices import chosen_for_another
-from makeready.graphs.plan.plan import Chain, Plan, PlanError
+from makeready.graphs.plan.plan import Plan, PlanError
+from makeready.graphs.plan.program import Chain
 from makeready.graphs.plan.spec import Bucket
 from makeready.kernels.spec import DTYPE_BYTES, PAGES
 

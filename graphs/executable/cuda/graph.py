@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from makeready.graphs.executable.cuda.driver import Driver, Function
-from makeready.graphs.plan.plan import Chain, Choice, Launch, Node, NodeArgument, Plan, PlanError
+from makeready.graphs.plan.plan import Plan, PlanError
+from makeready.graphs.plan.program import Chain, Choice, Launch, Node, NodeArgument
 from makeready.graphs.plan.spec import Bucket
 from makeready.kernels.size import parse, value
 from makeready.kernels.spec import DTYPE_BYTES, PAGES

@@ -1,8 +1,9 @@
 """Which kernels may start before the one ahead of them has ended, where that is not theirs alone to say.
 
-A dependent kernel waits, on the device, for the kernel ahead of it, and by way of that for all others. What it reads
-before, its launch states (``early``). Parameters are there anyway. Between who makes anything else and who reads it
-early, a kernel starts only when all before it have ended, and so do then all behind it.
+A dependent kernel waits, on the device, for the kernel ahead of it, which has waited for the one ahead of that, and
+so for all of them. A launch states which operands its kernel reads before this wait (``early``). Parameters are in
+memory from the start. For any other early operand the launch behind the one that makes it is a join: it starts when
+all kernels before it have ended, and so does every launch behind it, the reader included.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from makeready.graphs.plan.plan import LoweredProgram
+from makeready.graphs.plan.program import LoweredProgram
 from makeready.kernels.contract import CONTRACTS
 
 if TYPE_CHECKING:

@@ -10,54 +10,33 @@ which any call may leave in any state. Both are as large as the greediest candid
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
-from makeready.graphs.plan.codec import canonical
-from makeready.graphs.plan.memory import ALIGNMENT, align
-from makeready.graphs.plan.plan import (
-    APART,
+from makeready.graphs.plan.memory import align
+from makeready.graphs.plan.plan import PlanError
+from makeready.graphs.plan.program import (
     Binary,
-    Choice,
-    Launch,
     LoweredProgram,
-    Node,
-    NodeArgument,
     OpClass,
-    PlanError,
 )
 from makeready.graphs.plan.spec import Bucket
 from makeready.graphs.plan.targets import Target
 from makeready.graphs.planner.chains import without_idle
-from makeready.graphs.planner.cuda.aot import Compiled, Kernel, MapLayout
+from makeready.graphs.planner.cuda.classes import CallClass, classify, signature
 from makeready.graphs.planner.cuda.edges import early_operands, joins
-from makeready.graphs.planner.cuda.ways import Way, select
+from makeready.graphs.planner.cuda.nodes import binary_key, binary_of, choices_of, rest_start
+from makeready.graphs.planner.cuda.ways import select
 from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.device import (
-    Argument,
-    Candidate,
-    Descriptor,
     OpCall,
-    Pointer,
-    Scalar,
-    Scratch,
-    Tensor,
 )
-from makeready.kernels.size import Dim
-from makeready.kernels.spec import DTYPE_BYTES, ROWS, TOKENS, TensorSpec
+from makeready.kernels.spec import DTYPE_BYTES, TensorSpec
 
 _Key: TypeAlias = tuple[str, int, Bucket]  # phase, class, bucket
-
-# What CUDA C++ states of a map, as numbers of CUtensorMapSwizzle (by bytes) and CUtensorMapDataType (by dtype).
-_SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
-_PROMOTIONS = {128: 2, 256: 3}
-_ELEMENTS = {"float8_e4m3fn": 0, "uint8": 0, "int32": 3, "float16": 6, "float32": 7, "bfloat16": 9}
 
 
 @dataclass(frozen=True)
@@ -76,77 +55,6 @@ class Emitted:
     scratch: int
     arena: int
     dropped: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Value:
-    """What a kernel may know of an operand or result, its name aside."""
-
-    name: str
-    spec: TensorSpec
-    row_stride: int | None
-    alignment: int
-    spare: bool = False
-
-
-@dataclass(frozen=True)
-class _Class:
-    """Calls that one set of nodes serves. ``attrs`` is canonical JSON, so that classes can be compared."""
-
-    op: str
-    values: tuple[_Value, ...]
-    attrs: str
-
-    @property
-    def alike(self) -> tuple[object, ...]:
-        """What the class has in common with those of the same calls in other phases, where T may be R."""
-        values = tuple(replace(v, spec=v.spec.renamed({TOKENS: ROWS})) for v in self.values)
-        return self.op, values, self.attrs
-
-    def call(self, bucket: Bucket, context: int, target: Target, *, most_rows: int = 0) -> OpCall:
-        """The call in ``bucket``, as implementations see it.
-
-        Args:
-            most_rows: of the plan's buckets, where it is deterministic; 0 where it is not.
-        """
-        attrs = json.loads(self.attrs)
-        specs = {v.name: v.spec.under(bucket.sizes) for v in self.values}
-        inputs = {operand.name for operand in CONTRACTS[self.op].inputs}
-        dims = CONTRACTS[self.op].dims({k: s for k, s in specs.items() if k in inputs}, attrs)
-        tensors = {
-            v.name: Tensor(
-                specs[v.name].shape,
-                v.spec.dtype,
-                math.prod(_length(d) for d in specs[v.name].shape[1:])
-                if v.row_stride is None
-                else v.row_stride,
-                v.alignment,
-                v.spare,
-            )
-            for v in self.values
-        }
-        return OpCall(
-            op=self.op,
-            tensors=tensors,
-            attrs=attrs,
-            dims=dims,
-            rows=bucket.rows,
-            tokens=bucket.tokens,
-            context=context,
-            multiprocessors=target.multiprocessors,
-            bandwidth=target.bandwidth,
-            flops=target.flops,
-            shared_bytes=target.shared_bytes,
-            features=target.features,
-            invariant=most_rows > 0,
-            most_rows=max(most_rows, bucket.rows),
-        )
-
-
-def _length(dim: Dim) -> int:
-    """Behind the first axis nothing depends on pages."""
-    assert isinstance(dim, int), dim
-    return dim
 
 
 def emit(
@@ -182,10 +90,10 @@ def emit(
         PlanError: an op has no implementation for the target, or none that it has the resources for, or a kernel
             is called dependent and never waits; or there is none that serves all buckets.
     """
-    classes: dict[str, list[_Class]] = {}
+    classes: dict[str, list[CallClass]] = {}
     classified: dict[str, LoweredProgram] = {}
     for phase, program in programs.items():
-        classified[phase], classes[phase] = _classify(program, specs[phase], spare=phase not in loads)
+        classified[phase], classes[phase] = classify(program, specs[phase], spare=phase not in loads)
     if deterministic:
         steps = {phase: program for phase, program in classified.items() if phase not in loads}
         _check_alike(steps, classes, reports)
@@ -211,18 +119,18 @@ def emit(
         raise PlanError(
             f"no {'deterministic ' if deterministic else ''}{target.name} implementation for "
             f"{', '.join(sorted(lacking))}; for instance {min(lacking)} in "
-            f"{bucket}: {_signature(classes[phase][index])}"
+            f"{bucket}: {signature(classes[phase][index])}"
         )
     everything = list(itertools.chain(*ways.values()))
-    names = {kernel: _key(kernel, made) for kernel, made in compiled.items()}
+    names = {kernel: binary_key(kernel, made) for kernel, made in compiled.items()}
     counters = align(max((way.candidate.zeroed for way in everything), default=0))
-    rest = max((way.candidate.scratch - _rest_start(way.candidate) for way in everything), default=0)
+    rest = max((way.candidate.scratch - rest_start(way.candidate) for way in everything), default=0)
     for phase, program in classified.items():
         made_classes = tuple(
             OpClass(
                 one.op,
                 {
-                    str(bucket): _choices(
+                    str(bucket): choices_of(
                         ways[phase, i, bucket],
                         compiled,
                         names,
@@ -243,7 +151,7 @@ def emit(
         classified[phase] = without_idle(made)
     return Emitted(
         programs=classified,
-        binaries={names[k]: _binary(made) for k, made in sorted(compiled.items(), key=lambda item: names[item[0]])},
+        binaries={names[k]: binary_of(made) for k, made in sorted(compiled.items(), key=lambda item: names[item[0]])},
         cubins={names[k]: made.cubin for k, made in compiled.items()},
         scratch=align(counters + rest),
         arena=max((_reach(program) for phase, program in classified.items() if phase not in loads), default=0),
@@ -252,7 +160,7 @@ def emit(
 
 
 def _calls(
-    classes: Mapping[str, Sequence[_Class]],
+    classes: Mapping[str, Sequence[CallClass]],
     buckets: Sequence[Bucket],
     context: int,
     target: Target,
@@ -271,7 +179,9 @@ def _calls(
 
 
 def _check_alike(
-    programs: Mapping[str, LoweredProgram], classes: Mapping[str, Sequence[_Class]], reports: Collection[str]
+    programs: Mapping[str, LoweredProgram],
+    classes: Mapping[str, Sequence[CallClass]],
+    reports: Collection[str],
 ) -> None:
     """Check that a token's results come from the same classes of calls in all phases, in the same order.
 
@@ -310,158 +220,3 @@ def _reach(program: LoweredProgram) -> int:
                     )
                     ends.append(buffer.offset + (last + 1) * DTYPE_BYTES[argument.dtype])
     return align(max(ends))
-
-
-def _classify(
-    program: LoweredProgram, specs: Mapping[str, TensorSpec], *, spare: bool
-) -> tuple[LoweredProgram, list[_Class]]:
-    found: dict[_Class, int] = {}
-    launches: list[Launch] = []
-    for launch in (*program.launches, *(chain.launch for chain in program.chains)):
-        values = tuple(
-            _value(name, value, program, specs, spare=spare)
-            for name, value in (*launch.operands.items(), *launch.results.items())
-        )
-        one = _Class(launch.op, values, canonical(dict(launch.attrs)).decode())
-        launches.append(replace(launch, op_class=found.setdefault(one, len(found))))
-    count = len(program.launches)
-    chains = (replace(c, launch=launch) for c, launch in zip(program.chains, launches[count:], strict=True))
-    return replace(program, launches=tuple(launches[:count]), chains=tuple(chains)), list(found)
-
-
-def _value(
-    name: str, value: str, program: LoweredProgram, specs: Mapping[str, TensorSpec], *, spare: bool
-) -> _Value:
-    """Regions and everything in them start at multiples of :data:`ALIGNMENT`, but for column views and what a
-    program says otherwise.
-
-    Args:
-        spare: whether memory behind the arena's buffers may be touched; behind a place of a load program lies the
-            next thread's.
-    """
-    buffer = program.buffers.get(value)
-    if buffer is None:
-        return _Value(name, specs[value], None, program.alignments.get(value, ALIGNMENT))
-    return _Value(name, buffer.spec, buffer.row_stride, math.gcd(buffer.offset, ALIGNMENT), spare)
-
-
-def _signature(one: _Class) -> str:
-    return ", ".join(f"{v.name} {v.spec}" for v in one.values)
-
-
-def _key(kernel: Kernel, made: Compiled) -> str:
-    """Name of a binary: the function's, and a digest of the machine code and of how it is launched."""
-    total = hashlib.sha256(made.cubin)
-    total.update(f"{made.function} {made.warps} {made.shared}".encode())
-    return f"{kernel.name}-{total.hexdigest()[:16]}"
-
-
-def _binary(made: Compiled) -> Binary:
-    return Binary(
-        function=made.function,
-        sha256=hashlib.sha256(made.cubin).hexdigest(),
-        warps=made.warps,
-        shared=made.shared,
-        registers=made.registers,
-        spill_bytes=made.spill_bytes,
-        dependent=made.waits,
-        nbytes=len(made.cubin),
-        null_pointers=made.null_pointers,
-        cluster=made.cluster,
-    )
-
-
-def _choices(
-    ways: Sequence[Way],
-    compiled: Mapping[Kernel, Compiled],
-    keys: Mapping[Kernel, str],
-    counters: int,
-    *,
-    apart: bool,
-) -> tuple[Choice, ...]:
-    """The choices that a plan has of ``ways``; of a chain, if there are any, its launches ``apart`` come behind those
-    that were timed.
-    """
-    made = [_choice(way, compiled, keys, counters) for way in ways]
-    if made and apart:
-        made.insert(sum(not way.untimed for way in ways), Choice(APART, ()))
-    return tuple(made)
-
-
-def _choice(
-    way: Way, compiled: Mapping[Kernel, Compiled], keys: Mapping[Kernel, str], counters: int
-) -> Choice:
-    nodes = []
-    for launch, kernel in zip(way.candidate.launches, way.kernels, strict=True):
-        made = compiled[kernel]
-        arguments = tuple(
-            _argument(name, launch.arguments[name], way, made, counters) for name in made.arguments
-        )
-        nodes.append(Node(keys[kernel], launch.grid, arguments, launch.dependent))
-    return Choice(way.name, tuple(nodes))
-
-
-def _argument(name: str, argument: Argument, way: Way, made: Compiled, counters: int) -> NodeArgument:
-    if isinstance(argument, Scalar):
-        return NodeArgument("scalar", value=argument.value, dtype=argument.dtype)
-    if isinstance(argument, Scratch):
-        return NodeArgument("scratch", offset=_moved(argument.offset, way, counters), dtype=argument.dtype)
-    dtype = way.call.tensors[argument.operand].dtype
-    if isinstance(argument, Pointer):
-        return NodeArgument("pointer", operand=argument.operand, dtype=dtype)
-    kind, layout = "descriptor", made.maps.get(name)
-    if layout is None:
-        kind, layout = "map", stated_layout(argument, dtype)
-    return NodeArgument(
-        kind,
-        operand=argument.operand,
-        dtype=dtype,
-        shape=tuple(d if isinstance(d, int) else str(d) for d in argument.shape),
-        strides=argument.strides,
-        block=layout.block,
-        swizzle=layout.swizzle,
-        element_type=layout.element_type,
-        promotion=layout.promotion,
-    )
-
-
-def stated_layout(argument: Descriptor, dtype: str) -> MapLayout:
-    """The layout of a map of CUDA C++, which its launch states.
-
-    Raises:
-        PlanError: the driver takes no such map.
-    """
-    inner = argument.block[-1] * DTYPE_BYTES[dtype]
-    if argument.swizzle not in _SWIZZLES:
-        raise PlanError(f"the map over {argument.operand} has no swizzle of {argument.swizzle} bytes")
-    if (argument.swizzle and inner > argument.swizzle) or inner % 16 or max(argument.block) > 256:
-        raise PlanError(
-            f"the map over {argument.operand} cannot have a box of {argument.block} with rows of {inner} bytes: rows "
-            "are multiples of 16 bytes, no longer than the swizzle, and no side is more than 256"
-        )
-    if any(s * DTYPE_BYTES[dtype] % 16 for s in argument.strides[:-1]) or argument.strides[-1] != 1:
-        raise PlanError(f"the map over {argument.operand} has strides that are no multiples of 16 bytes")
-    if argument.promotion not in _PROMOTIONS:
-        raise PlanError(
-            f"the map over {argument.operand} cannot bring {argument.promotion} bytes to L2 at once, but 128 or 256"
-        )
-    promotion = _PROMOTIONS[argument.promotion]
-    return MapLayout(argument.block, _SWIZZLES[argument.swizzle], _ELEMENTS[dtype], promotion)
-
-
-def _moved(offset: int, way: Way, counters: int) -> int:
-    """Where the region has what a candidate calls ``offset``: its counters first, the rest behind everybody's.
-
-    The rest moves by a multiple of :data:`ALIGNMENT`, so that alignment is what the candidate thinks it is.
-    """
-    if offset >= max(way.candidate.scratch, way.candidate.zeroed):
-        raise PlanError(
-            f"{way.call.op}/{way.name} uses scratch at {offset} beyond its {way.candidate.scratch} bytes"
-        )
-    if offset < way.candidate.zeroed:
-        return offset
-    return counters + offset - _rest_start(way.candidate)
-
-
-def _rest_start(candidate: Candidate) -> int:
-    return candidate.zeroed // ALIGNMENT * ALIGNMENT

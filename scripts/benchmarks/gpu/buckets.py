@@ -18,7 +18,8 @@ from benchmarks.gpu import timeline
 from makeready.graphs.executable.cuda.executable import CudaExecutable
 from makeready.graphs.executable.example import typical_step
 from makeready.graphs.inspect.analysis import work
-from makeready.graphs.plan.plan import Launch, Plan
+from makeready.graphs.plan.plan import Plan
+from makeready.graphs.plan.program import Launch
 from makeready.graphs.plan.spec import DECODE, Bucket
 from makeready.graphs.plan.targets import Target, target_of
 

@@ -10,7 +10,7 @@ import torch
 from cuda.bindings import driver  # pyright: ignore[reportAttributeAccessIssue]  # compiled, without stubs
 
 from makeready.graphs.planner.cuda.aot import Compiled, MapLayout
-from makeready.graphs.planner.cuda.emit import stated_layout
+from makeready.graphs.planner.cuda.nodes import stated_layout
 from makeready.kernels.device import Descriptor, DeviceLaunch, Pointer, Scalar, Scratch
 from makeready.kernels.size import value
 

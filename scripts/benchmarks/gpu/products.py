@@ -18,7 +18,7 @@ from makeready.graphs.executable.cuda.driver import Driver
 from makeready.graphs.executable.cuda.graph import GraphBuilder
 from makeready.graphs.executable.cuda.memory import random_numbers
 from makeready.graphs.plan.memory import align
-from makeready.graphs.plan.plan import Binary, Buffer, Choice, Launch, LoweredProgram
+from makeready.graphs.plan.program import Binary, Buffer, Choice, Launch, LoweredProgram
 from makeready.graphs.plan.spec import EXTEND, Bucket
 from makeready.graphs.plan.targets import Target
 from makeready.kernels.spec import TensorSpec
