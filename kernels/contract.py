@@ -24,11 +24,8 @@ Called with tensors a contract runs its reference; called with ``torch.fx`` prox
 
 from __future__ import annotations
 
-import ast
 import inspect
-import itertools
 import operator
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -36,29 +33,12 @@ from typing import Any, TypeAlias
 
 from torch import fx
 
-from makeready.kernels import size
-from makeready.kernels.size import Dim, SizeError
+from makeready.kernels.signature import ContractError, Operand, dtype_of, evaluate, names_in, operand_of
+from makeready.kernels.size import Dim
 from makeready.kernels.spec import DTYPE_BYTES, TensorSpec
 
 CONTRACTS: dict[str, Contract] = {}
 ANY = "*"  # kind of step: those for which nothing else is said
-
-_OPERAND = re.compile(r"(?P<name>\w+)(?P<mark>[?!]?)\[(?P<axes>[^\]]*)\]:(?P<dtype>[\w|]+)")
-
-
-class ContractError(TypeError):
-    """A call does not satisfy its op's contract."""
-
-
-@dataclass(frozen=True)
-class Operand:
-    """One tensor of a contract: axes and dtype as written in the signature line."""
-
-    name: str
-    axes: tuple[str, ...]
-    dtype: str
-    optional: bool = False
-    written: bool = False
 
 
 @dataclass(frozen=True)
@@ -160,7 +140,7 @@ class Contract:
         outputs = {}
         for operand in self.outputs:
             shape = tuple(self._evaluate(axis, dims) for axis in operand.axes)
-            outputs[operand.name] = TensorSpec(shape, _dtype(operand.dtype, dtypes, attrs))
+            outputs[operand.name] = TensorSpec(shape, dtype_of(operand.dtype, dtypes, attrs))
         return outputs
 
     def dims(self, operands: Mapping[str, TensorSpec], attrs: Mapping[str, Any]) -> dict[str, Any]:
@@ -272,7 +252,7 @@ def contract(
     def register(reference: Callable[..., Any]) -> Contract:
         name = reference.__name__
         left, right = signature.split("->")
-        inputs, outputs = (tuple(_operand(text) for text in side.split()) for side in (left, right))
+        inputs, outputs = (tuple(operand_of(text) for text in side.split()) for side in (left, right))
         parameters = inspect.signature(reference).parameters.values()
         positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
         if positional != [o.name for o in inputs]:
@@ -313,10 +293,10 @@ def _contradictions(op: Contract) -> Iterator[str]:
     operands = {o.name: o for o in op.inputs}
     bound = {axis for o in op.inputs for axis in o.axes if axis.isidentifier()} | set(op.attrs)
     for axis in (axis for o in (*op.inputs, *op.outputs) for axis in o.axes):
-        for name in sorted(_names(axis) - bound):
+        for name in sorted(names_in(axis) - bound):
             yield f"the axis {axis} needs {name}, which is neither an axis of an operand nor an attribute"
     for text in (op.flops, *op.traffic.values()):
-        for name in sorted(_names(text) - bound - {"context"}):
+        for name in sorted(names_in(text) - bound - {"context"}):
             yield f"the cost {text} needs {name}, which is neither an axis of an operand nor an attribute"
     named = {
         "rate": (op.rate,),
@@ -340,7 +320,7 @@ def _contradictions(op: Contract) -> Iterator[str]:
         if len(op.outputs) != 1 or op.outputs[0].axes[-1] != op.merges:
             yield f"merges names {op.merges}, which is not the last axis of its only result"
         for o in op.inputs:
-            along = [op.merges in _names(axis) for axis in o.axes]
+            along = [op.merges in names_in(axis) for axis in o.axes]
             if any(along[1:]) or any(along) == (o.name in op.shares):
                 yield f"calls cannot be merged along {op.merges} with {o.name}[{', '.join(o.axes)}]"
 
@@ -378,45 +358,3 @@ def _chain_contradictions(op: Contract) -> Iterator[str]:
     attrs = {name for link in links for name in link.attrs}
     if attrs != set(op.attrs):
         yield f"the attributes of {', '.join(op.chains)} are {', '.join(attrs)}"
-
-
-def _names(expression: str) -> set[str]:
-    """The axes and attributes that an expression names."""
-    nodes = list(ast.walk(ast.parse(expression, mode="eval")))
-    functions = {id(node.func) for node in nodes if isinstance(node, ast.Call)}
-    return {node.id for node in nodes if isinstance(node, ast.Name) and id(node) not in functions}
-
-
-def _operand(text: str) -> Operand:
-    match = _OPERAND.fullmatch(text)
-    if match is None:
-        raise TypeError(f"cannot read operand {text!r}; write name[axes]:dtype")
-    return Operand(
-        match["name"], _axes(match["axes"]), match["dtype"], match["mark"] == "?", match["mark"] == "!"
-    )
-
-
-def _axes(text: str) -> tuple[str, ...]:
-    """Axes separated by commas, those within parentheses aside."""
-    depths = itertools.accumulate((c == "(") - (c == ")") for c in text)
-    parts = "".join("\n" if c == "," and depth == 0 else c for c, depth in zip(text, depths, strict=True))
-    return tuple(axis for axis in parts.split("\n") if axis)
-
-
-def _dtype(rule: str, bound: Mapping[str, str], attrs: Mapping[str, Any]) -> str:
-    attribute, _, variable = rule.rpartition("|")
-    if attribute and attrs[attribute]:
-        return attrs[attribute]
-    return variable if variable in DTYPE_BYTES else bound[variable]
-
-
-def evaluate(expression: str, names: Mapping[str, Any]) -> Any:
-    """Value of an expression of a contract, see :func:`makeready.kernels.size.evaluate`.
-
-    Raises:
-        ContractError: it has none.
-    """
-    try:
-        return size.evaluate(expression, names)
-    except SizeError as error:
-        raise ContractError(str(error)) from None

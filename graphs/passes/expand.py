@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from makeready.graphs.planner.ir import Call, Program
 from makeready.graphs.planner.verify import VerificationError
-from makeready.kernels.contract import ANY, ContractError
+from makeready.kernels.contract import ANY
+from makeready.kernels.signature import ContractError
 from makeready.kernels.spec import TensorSpec
 
 

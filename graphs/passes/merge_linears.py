@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from makeready.graphs.plan.recipe import Param, can_concatenate, concatenate, kind
 from makeready.graphs.planner.ir import Call, Program
-from makeready.kernels.contract import evaluate
 from makeready.kernels.elementwise import columns
+from makeready.kernels.signature import evaluate
 from makeready.kernels.size import Size
 
 

@@ -10,7 +10,8 @@ from typing import Any
 from makeready.graphs.plan.spec import Bucket
 from makeready.graphs.plan.targets import Target
 from makeready.graphs.planner.ir import Call, Program
-from makeready.kernels.contract import Contract, evaluate
+from makeready.kernels.contract import Contract
+from makeready.kernels.signature import evaluate
 from makeready.kernels.size import Size, value
 from makeready.kernels.spec import DTYPE_BYTES, PAGES, TensorSpec
 

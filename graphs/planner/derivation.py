@@ -9,7 +9,8 @@ from dataclasses import replace
 from makeready.graphs.plan import reads
 from makeready.graphs.plan.codec import canonical, to_json
 from makeready.graphs.plan.recipe import Derivation, Param
-from makeready.kernels.contract import CONTRACTS, ContractError
+from makeready.kernels.contract import CONTRACTS
+from makeready.kernels.signature import ContractError
 from makeready.kernels.spec import TensorSpec
 
 

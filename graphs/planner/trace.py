@@ -21,7 +21,8 @@ from makeready.graphs.plan.spec import CacheSpec, Field, Limits, StepSpec
 from makeready.graphs.planner.derivation import infer
 from makeready.graphs.planner.ir import KV, PARAM, SLOT, STEP, TEMP, Call, Program, Value
 from makeready.graphs.steps.base import StepKind
-from makeready.kernels.contract import Contract, ContractError
+from makeready.kernels.contract import Contract
+from makeready.kernels.signature import ContractError
 from makeready.kernels.spec import TensorSpec
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from makeready.graphs.planner.derivation import complaints
 from makeready.graphs.planner.ir import KV, PARAM, SLOT, STEP, TEMP, Program, live
-from makeready.kernels.contract import CONTRACTS, ContractError
+from makeready.kernels.contract import CONTRACTS
+from makeready.kernels.signature import ContractError
 
 
 class VerificationError(AssertionError):

@@ -62,6 +62,32 @@ def test_logits_and_tokens_equal_transformers(name: str, tmp_path: Path) -> None
         compare(ours, expected(model, prompt, 8))
 
 
+def test_300_tokens_in_one_step(tmp_path: Path) -> None:
+    family, config = MODELS["qwen3-128"]
+    model = make_model(tmp_path, family, **config, max_position_embeddings=512)
+    prompt = prompt_of(300, 131)
+    (ours,) = Recorder(LLM(tmp_path, **(PLAN | {"max_tokens": 320}))).generate([prompt], 4)
+    compare(ours, expected(model, prompt, 4))
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "mixtral"])
+def test_routers_that_cannot_decide(name: str, tmp_path: Path) -> None:
+    """All experts tie for every token, so that all tokens have the same few and the others none.
+
+    Which those are is not defined where torch chooses: experts are alike.
+    """
+    family, config = MODELS[name]
+    model = make_model(tmp_path, family, **config)
+    for layer in model.model.layers:
+        layer.mlp.gate.weight.data.zero_()
+        for stacked in (layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj):
+            stacked.data.copy_(stacked.data[:1].clone().expand_as(stacked))
+    model.save_pretrained(tmp_path)
+    prompt = prompt_of(63, 131)
+    (ours,) = Recorder(LLM(tmp_path, **PLAN)).generate([prompt], 4)
+    compare(ours, expected(model, prompt, 4))
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -12,7 +12,8 @@ from inputs import BUILDERS, cases
 
 from makeready.kernels import contract as contracts
 from makeready.kernels import registry
-from makeready.kernels.contract import CONTRACTS, ContractError, Tolerance, contract, evaluate
+from makeready.kernels.contract import CONTRACTS, Tolerance, contract
+from makeready.kernels.signature import ContractError, evaluate
 from makeready.kernels.spec import DTYPE_BYTES, PAGES, ROWS, TOKENS, TensorSpec
 
 registry.discover()

@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from transformers.generation import logits_process as hf
 
-from makeready.kernels.contract import ContractError
 from makeready.kernels.sample.sample import sample
+from makeready.kernels.signature import ContractError
 from makeready.kernels.spec import TensorSpec
 
 INF = float("inf")

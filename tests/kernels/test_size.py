@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from makeready.graphs.plan.codec import CodecError, canonical, from_json, to_json
 from makeready.graphs.plan.program import Buffer
-from makeready.kernels.contract import ContractError, contract, evaluate
+from makeready.kernels.contract import contract
+from makeready.kernels.signature import ContractError, evaluate
 from makeready.kernels.size import Size, SizeError, axis_of, parse, value
 from makeready.kernels.spec import TensorSpec
 
