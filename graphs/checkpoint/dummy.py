@@ -32,8 +32,9 @@ SCALES = {
     "input_scale": 8 / 448,
 }
 
-# Big tensors repeat one random block, as a million normals take 30 ms. A prime length shares no factor with
-# a row, so no two rows of a matrix with fewer rows than this are alike.
+# Big tensors repeat one random block, each from a place of its own: a million normals take 30 ms, and there may be
+# tens of thousands of such tensors. A prime length shares no factor with a row, so no two rows of a matrix with fewer
+# rows than this are alike.
 PERIOD = 2**20 - 3
 
 
@@ -72,6 +73,9 @@ class DummyCheckpoint(Checkpoint):
             )
         self._seed = seed
         self._tensors: dict[str, TensorInfo] = {}
+        self._shared: dict[
+            tuple[str, str], np.ndarray
+        ] = {}  # what big tensors are taken from, by dtype and kind
         self.declare(shapes or {})
 
     @property
@@ -109,9 +113,9 @@ class DummyCheckpoint(Checkpoint):
         info = self._find(name)
         (start, stop), *others = ranges(info, box) or ((0, 1),)
         row = math.prod(info.shape[1:])
-        block = self._block(info)
+        block, first = self._block(info)
         flat = np.empty((stop - start) * row, block.dtype)
-        filled, source = 0, start * row % len(block)
+        filled, source = 0, (first + start * row) % len(block)
         while filled < len(flat):
             part = block[source : source + len(flat) - filled]
             flat[filled : filled + len(part)] = part
@@ -119,21 +123,37 @@ class DummyCheckpoint(Checkpoint):
         made = flat.reshape((stop - start, *info.shape[1:]) if info.shape else ())
         return made[(..., *(slice(*part) for part in others))] if others else made
 
-    def _block(self, info: TensorInfo) -> np.ndarray:
+    def _block(self, info: TensorInfo) -> tuple[np.ndarray, int]:
+        """What a tensor's elements are taken from, in turn, and where the first of them is."""
         key = hashlib.sha256(f"{self._seed}/{info.name}".encode()).digest()[:16]
-        generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
-        values = generator.standard_normal(min(math.prod(info.shape), PERIOD), np.float32)
+        number, count = int.from_bytes(key, "little"), math.prod(info.shape)
+        if count < PERIOD or len(info.shape) == 1:
+            return _numbers(_normals(number, min(count, PERIOD)), info), 0
         kind = info.name.rpartition(".")[2]
-        if kind in SCALES:  # between a half and one and a half of the usual
-            return ((np.abs(np.tanh(values)) + np.float32(0.5)) * np.float32(SCALES[kind])).astype(np.float32)
-        if info.dtype == "float8_e4m3fn":
-            return to_float8(values * np.float32(FLOAT8_SPREAD))
-        values *= np.float32(SCALE)
-        if len(info.shape) == 1 and "norm" in info.name and not info.name.endswith(".bias"):
-            values += np.float32(1)
-        if info.dtype == "bfloat16":
-            return bfloat16_bits(values)
-        return values.astype(NUMPY_DTYPES[info.dtype], copy=False)
+        shared = (info.dtype, kind if kind in SCALES else "")
+        if shared not in self._shared:
+            self._shared[shared] = _numbers(_normals(self._seed, PERIOD), info)
+        return self._shared[shared], number % PERIOD
+
+
+def _normals(key: int, count: int) -> np.ndarray:
+    generator = np.random.Generator(np.random.Philox(key=key % 2**128))
+    return generator.standard_normal(count, np.float32)
+
+
+def _numbers(values: np.ndarray, info: TensorInfo) -> np.ndarray:
+    """A tensor's elements, as its file would hold them, of normal ``values``, which are overwritten."""
+    kind = info.name.rpartition(".")[2]
+    if kind in SCALES:  # between a half and one and a half of the usual
+        return ((np.abs(np.tanh(values)) + np.float32(0.5)) * np.float32(SCALES[kind])).astype(np.float32)
+    if info.dtype == "float8_e4m3fn":
+        return to_float8(values * np.float32(FLOAT8_SPREAD))
+    values *= np.float32(SCALE)
+    if len(info.shape) == 1 and "norm" in info.name and not info.name.endswith(".bias"):
+        values += np.float32(1)
+    if info.dtype == "bfloat16":
+        return bfloat16_bits(values)
+    return values.astype(NUMPY_DTYPES[info.dtype], copy=False)
 
 
 def bfloat16_bits(values: np.ndarray) -> np.ndarray:

@@ -44,6 +44,8 @@ def test_big_tensors_are_not_degenerate_and_slice():
     checkpoint = DummyCheckpoint({**LLAMA, "torch_dtype": "bfloat16"}, {W: shape})
     whole = checkpoint.read(W)
     assert len(np.unique(whole[:, :8], axis=0)) == shape[0]
+    other = DummyCheckpoint(checkpoint.config, {"other.weight": shape}).read("other.weight")
+    assert not (whole == other).all(1).any()
     for rows in (slice(0, 3), slice(1020, 1030), slice(2999, 3000), slice(5, 5)):
         assert np.array_equal(checkpoint.read(W, rows), whole[rows])
 
