@@ -39,6 +39,7 @@ from makeready.kernels.spec import DTYPE_BYTES, TensorSpec
 
 CONTRACTS: dict[str, Contract] = {}
 ANY = "*"  # kind of step: those for which nothing else is said
+INVARIANT = "="  # kind of step: all of a deterministic plan
 
 
 @dataclass(frozen=True)
@@ -242,8 +243,9 @@ def contract(
             op's, then the further ones of the others in their order; attributes keep their names.
         gates: name of an activation function; this op is it over the left half of its only operand's columns,
             times the right half.
-        expands: by kind of step, what the op becomes there; :data:`ANY` for all kinds without an entry, and for
-            all kinds of a deterministic plan. Such an op is never lowered.
+        expands: by kind of step, what the op becomes there; :data:`ANY` for all kinds without an entry,
+            :data:`INVARIANT`, or else :data:`ANY`, for all kinds of a deterministic plan. Such an op is never
+            lowered.
 
     Raises:
         TypeError: the signature line, the function and the traits do not fit together.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from makeready.graphs.planner.ir import Call, Program
 from makeready.graphs.planner.verify import VerificationError
-from makeready.kernels.contract import ANY
+from makeready.kernels.contract import ANY, INVARIANT
 from makeready.kernels.signature import ContractError
 from makeready.kernels.spec import TensorSpec
 
@@ -14,15 +14,14 @@ from makeready.kernels.spec import TensorSpec
 def expand(program: Program, *, deterministic: bool = False) -> Program:
     """``program`` with every op that becomes something else in steps of its kind (``expands`` of its contract).
 
-    In a ``deterministic`` plan ops become in all kinds what they are in the general one, so that steps of all kinds
-    run the very same ops.
+    In a ``deterministic`` plan steps of all kinds run the very same ops.
 
     Raises:
         VerificationError: what an op becomes does not define what it defined.
     """
     calls: list[Call] = []
     for call in program.calls:
-        calls += _expanded(program, call, ANY if deterministic else program.phase)
+        calls += _expanded(program, call, INVARIANT if deterministic else program.phase)
     return program.with_calls(calls)
 
 
