@@ -185,11 +185,13 @@ def test_a_deterministic_plan_has_one_way_for_all_sizes():
     operands = expert_weights(17, 4, 2, 64, 96, "spread", False, "float16", "float16")
     attrs = {**CONTRACTS["grouped_linear"].attrs, "top_k": 2}
     few = {**operands, **dict(zip(("order", "start"), _order_of(operands, 3), strict=True))}
+    (kernel,) = (k for k in registry.cuda_kernels("grouped_linear") if k.features <= PLAIN)
     names = []
     for mine in (operands, few):
         call = replace(op_call("grouped_linear", mine, attrs, features=PLAIN), invariant=True)
-        names.append([way.name for way in registry.cuda_kernels("grouped_linear")[0].candidates(call)])
-    assert sorted(names[0]) == sorted(names[1])
+        names.append(sorted(way.name for way in kernel.candidates(call)))
+    assert names[0]
+    assert names[0] == names[1]
 
 
 def _order_of(operands, tokens):
@@ -254,7 +256,7 @@ def test_cross_compiles():
     """Of every call the first way that does not spill, as the planner takes it."""
     for op, operands, attrs in _calls():
         call = op_call(op, operands, {**CONTRACTS[op].attrs, **attrs}, features=FEATURES)
-        for kernel in registry.cuda_kernels(op):
+        for kernel in (k for k in registry.cuda_kernels(op) if k.features <= FEATURES):
             fitting = []
             for way in kernel.candidates(call)[:4]:
                 compiled = [(launch, aot.compile_launch(launch, call)) for launch in way.launches]
