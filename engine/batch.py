@@ -68,6 +68,11 @@ class Batch:
         """Tokens of all rows."""
         return len(self.decoding) + self.chunk_tokens
 
+    @property
+    def sampled(self) -> list[TokenSequence]:
+        """Sequences for which a token is sampled."""
+        return self.decoding + [chunk.sequence for chunk in self.chunks if chunk.last]
+
     def of_rows(self, tokens: list[int]) -> Iterable[tuple[TokenSequence, int]]:
         """Each row's sequence and the token that was sampled for it; behind chunks with others none is.
 

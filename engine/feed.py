@@ -1,6 +1,6 @@
 """Prompts on their way through the engine: the one path of ``LLM``, ``AsyncLLM`` and batch jobs.
 
-    make     the replies to a prompt; long texts are tokenized in a thread, while steps run
+    make     the replies to a prompt; long texts are tokenized, and grammars compiled, in threads, while steps run
     queue    these, as the engine has room
     step     the engine
     hand     back each reply when it is final, or what refused its prompt
@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from makeready.engine.errors import reason_of
-from makeready.engine.given import is_long, samples_of
+from makeready.engine.given import has_grammar, is_long, samples_of
 from makeready.engine.loop import Engine
 from makeready.engine.output import Output
 from makeready.engine.reply import Reply
@@ -28,6 +28,8 @@ from makeready.engine.reply import Reply
 AHEAD = 1024
 # Of these, so many are made a step: a device that is running shall not wait for text to be tokenized.
 MADE = 16
+# Grammars that are compiled at once; a large one takes seconds.
+COMPILERS = 2
 # Between two looks at long texts, where nothing runs.
 IDLE_SECONDS = 0.1
 
@@ -77,6 +79,7 @@ class Feed(Generic[Key]):
         self._engine, self._patient = engine, patient
         # One thread: texts that are long enough for it take memory, 300 bytes a byte of text.
         self._reader = ThreadPoolExecutor(1, "makeready reader")
+        self._compiler = ThreadPoolExecutor(COMPILERS, "makeready grammars")
         self._reading: dict[Future[list[Reply]], Entry[Key]] = {}
         self._ready: deque[tuple[Entry[Key], int]] = deque()
         self._running: dict[Reply, tuple[Entry[Key], int]] = {}  # in the engine, waiting or running
@@ -109,17 +112,24 @@ class Feed(Generic[Key]):
         return sum(entry.samples for entry in self._reading.values())
 
     def put(
-        self, key: Key, make: Callable[[], list[Reply]], *, samples: int = 1, long: bool = False
+        self,
+        key: Key,
+        make: Callable[[], list[Reply]],
+        *,
+        samples: int = 1,
+        long: bool = False,
+        grammar: bool = False,
     ) -> Entry[Key]:
         """Take a prompt.
 
         Args:
-            make: its replies, made now, or in a thread if it is ``long``. What it raises refuses the prompt.
+            make: its replies, made now, or in a thread if it is ``long`` or has a ``grammar``. What it raises
+                refuses the prompt.
             samples: how many these will be.
         """
         entry = Entry(key, samples)
-        if long:
-            self._reading[self._reader.submit(make)] = entry
+        if grammar or long:
+            self._reading[(self._compiler if grammar else self._reader).submit(make)] = entry
         else:
             self._take(entry, make)
         self._queue()
@@ -151,6 +161,7 @@ class Feed(Generic[Key]):
         for future in self._reading:
             future.cancel()
         self._reader.shutdown(wait=False)
+        self._compiler.shutdown(wait=False)
         for entry in {entry: None for entry, _ in self._running.values()}:
             self.drop(entry)
         for left in (self._reading, self._ready, self._handed):
@@ -202,7 +213,13 @@ def outputs_of(
             room = feed.room
             while room > 0 and (given := next(prompts, None)) is not None:
                 places = range(end, end + samples_of(given[1]))
-                feed.put(places, partial(make, *given), samples=len(places), long=is_long(given[0]))
+                feed.put(
+                    places,
+                    partial(make, *given),
+                    samples=len(places),
+                    long=is_long(given[0]),
+                    grammar=has_grammar(given[1]),
+                )
                 end, room = places.stop, room - len(places)
             more = room <= 0  # else there was no further prompt
             for handed in feed.step():

@@ -8,6 +8,7 @@ whole number 2, as tables write it. A boolean is no number, and no number or tex
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -131,6 +132,25 @@ def text(name: str, value: Any) -> str:
     """A string."""
     if not isinstance(value, str):
         raise RequestError(f"{name}={shown(value)} must be a string")
+    return value
+
+
+def filled(name: str, value: Any) -> str:
+    """A string that is not empty."""
+    if not text(name, value):
+        raise RequestError(f"{name} is empty; leave it out")
+    return value
+
+
+def schema(name: str, value: Any) -> Mapping[str, Any] | bool:
+    """A JSON schema: an object, true or false, or the text of one."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"{name}={shown(value)} is no JSON: {error}; correct it") from None
+    if not isinstance(value, Mapping | bool):
+        raise RequestError(f"{name}={shown(value)} must be a JSON schema: an object, or its text")
     return value
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from makeready.engine.errors import RequestError
 from makeready.engine.fields import plain, shown, whole
-from makeready.engine.sampling import SamplingParams
+from makeready.engine.sampling import GRAMMARS, SamplingParams
 from makeready.engine.text.tokenizer import LONG
 
 Sampling = SamplingParams | Mapping[str, Any] | None
@@ -50,6 +50,15 @@ def prompts_of(prompts: Any, token_ids: Any) -> list[Any]:
 def is_long(prompt: Any) -> bool:
     """Whether a prompt's texts are so long that a step should not wait until they are tokenized."""
     return _characters(prompt) > LONG
+
+
+def has_grammar(sampling: Any) -> bool:
+    """Whether an output is asked for that follows a grammar, which takes a while to compile."""
+    if isinstance(sampling, SamplingParams):
+        return sampling.grammar is not None
+    return isinstance(sampling, Mapping) and any(
+        sampling.get(name) not in (None, (), []) for name in GRAMMARS
+    )
 
 
 def _characters(value: Any) -> int:
@@ -113,6 +122,12 @@ def params_of(sampling: Any, defaults: Mapping[str, Any] | None = None) -> Sampl
         raise RequestError(f"sampling={shown(sampling)} must be SamplingParams, or a dict of its fields")
     asked = {name: value for name, value in (sampling or {}).items() if value is not None}
     return SamplingParams.from_mapping({**(defaults or {}), **asked})
+
+
+def sampling_of(defaults: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that are asked for, over those of a job; a grammar takes the place of any other."""
+    own = any(asked.get(name) not in (None, (), []) for name in GRAMMARS)
+    return {**{k: v for k, v in defaults.items() if not (own and k in GRAMMARS)}, **asked}
 
 
 def limit_is_models(sampling: Any, defaults: Mapping[str, Any]) -> bool:

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from makeready.engine.reply import Reply
 from makeready.engine.sampling import SamplingParams
 from makeready.engine.sequence import TokenSequence
 from makeready.engine.text.chat import read_template, render_chat
+from makeready.engine.text.grammar import Grammars
 from makeready.engine.text.tokenizer import Tokenizer, load_tokenizer
 from makeready.graphs.checkpoint.base import Checkpoint, open_checkpoint
 from makeready.graphs.executable.load import load_executable
@@ -337,10 +339,27 @@ class LLM:
                 f"min_new_tokens holds back {len(ends)} end tokens, the plan allows "
                 f"{self.plan.limits.max_stop_ids}; give fewer stop_token_ids"
             )
+        grammar = self._grammars.start(sampling) if sampling.grammar else None
         return [
-            Reply(TokenSequence(ids, sampling, seed, ends, extra_key, priority), self.tokenizer)
+            Reply(
+                TokenSequence(
+                    ids,
+                    sampling,
+                    seed,
+                    ends,
+                    extra_key,
+                    priority,
+                    None if grammar is None else grammar.copy(),
+                ),
+                self.tokenizer,
+            )
             for seed in map(sampling.seed, range(sampling.n))
         ]
+
+    @cached_property
+    def _grammars(self) -> Grammars:
+        tokenizer = self._tokenizer("an output that follows a grammar")
+        return Grammars(tokenizer, self.plan.config["vocab_size"], self.end_ids)
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids of a text, which is refused by its length alone where that is enough."""

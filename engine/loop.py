@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -75,6 +76,9 @@ class Engine:
         self._flights: deque[_Flight] = deque()
         self._replies: dict[TokenSequence, Reply] = {}
         self._following: dict[TokenSequence, Reply] = {}  # of those that ran, what follows the tokens
+        self._constrained: set[TokenSequence] = set()  # in the queue or running
+        self._mask = np.zeros(plan.limits.mask_words, np.int32)
+        self._allowed = np.zeros((plan.limits.slots, plan.limits.mask_words), np.int32)  # as slots have it
         self.closed = False
         self._ahead = 1 if self.options.overlap and executable.asynchronous else 0
 
@@ -96,6 +100,8 @@ class Engine:
         self.scheduler.submit(sequence)
         if reply is not None:
             self._replies[sequence] = reply
+        if sequence.constraint is not None:
+            self._constrained.add(sequence)
 
     def close(self) -> None:
         """End all sequences and give back what the executable holds; does nothing the second time."""
@@ -128,7 +134,7 @@ class Engine:
         try:
             batch = self.scheduler.next()
             if batch is not None:
-                self._launch(batch, began)
+                finished += self._launch(batch, began)
         except BaseException:
             for sequence in self.scheduler.reset():
                 self._ended(sequence)
@@ -139,7 +145,8 @@ class Engine:
             assert not any(pool.held for pool in self.pools.by_name.values()), "held though nothing runs"
         return finished
 
-    def _launch(self, batch: Batch, began: float) -> None:
+    def _launch(self, batch: Batch, began: float) -> list[TokenSequence]:
+        """Start a step; returns the sequences that ended by what had to be read for it."""
         planned, seats = time.perf_counter(), self.scheduler.seats
         admitted = set(batch.admitted)
         for chunk in batch.chunks:
@@ -150,9 +157,37 @@ class Engine:
             self._tell(chunk.sequence, chunk.start)
         bucket = self.buckets.covering(batch.kind.name, batch.rows, batch.tokens)
         batch.kind.stage(batch, seats, self._stage)
-        pending = self.executable.launch(bucket, self._stage.filled(bucket))
+        # A sequence whose last token this is leaves its slot when the step is launched.
+        masked = [(s, s.slot) for s in batch.sampled if s.constraint is not None] if self._constrained else []
+        pending = self.executable.launch(bucket, self._stage.filled(bucket), cut=bool(masked))
         self._flights.append(_Flight(batch, bucket, pending, began, planned, time.perf_counter()))
         self.scheduler.launched(batch)
+        return self._resume(masked) if masked else []
+
+    def _resume(self, masked: list[tuple[TokenSequence, int]]) -> list[TokenSequence]:
+        """Let a step go on that stands at its cut, where masks are wanted for these sequences in their slots.
+
+        Meanwhile its first part runs, and the step before is read: its tokens say what may come now.
+        """
+        finished: list[TokenSequence] = []
+        late: dict[int, Mapping[str, Any]] = {}
+        try:
+            finished = self._read(1)
+            for sequence, slot in masked:
+                if sequence.done:
+                    continue
+                assert sequence.constraint is not None
+                sequence.constraint.allow(self._mask)
+                if sequence.constraint.error is not None:
+                    sequence.finish(ERROR)
+                    finished.append(sequence)
+                    self._ended(sequence)
+                elif not np.array_equal(self._allowed[slot], self._mask):
+                    self._allowed[slot] = self._mask
+                    late[slot] = {"allowed": self._allowed[slot]}
+        finally:
+            self.executable.resume(late)
+        return finished
 
     def _admit(self, sequence: TokenSequence, now: float) -> None:
         """A sequence begins to run, for the first time or again."""
@@ -269,6 +304,7 @@ class Engine:
     def _ended(self, sequence: TokenSequence) -> None:
         """A sequence has come to its end: the device has nothing more to do with it, and its reply is final."""
         self.scheduler.retire(sequence)
+        self._constrained.discard(sequence)
         self._following.pop(sequence, None)
         reply = self._replies.pop(sequence, None)
         if reply is not None:

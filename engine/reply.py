@@ -72,11 +72,11 @@ class Reply:
 
     @property
     def matched(self) -> int | str | None:
-        """What ended it where the reason is ``stop``: a token id, or the stop string or pattern."""
-        if self.finish_reason != STOP:
-            return None
+        """What ended it where the reason is ``stop``: a token id, or the stop string or pattern; None for a grammar."""
         text = None if self._text is None else self._text.matched
-        return self.sequence.output[-1] if text is None else text
+        if self.finish_reason != STOP or text is not None:
+            return text
+        return self.sequence.output[-1] if self.sequence.ends_with_token else None
 
     def restart(self) -> None:
         """Its sequence is computed again from the first token on; what is known of output stays."""
@@ -110,7 +110,7 @@ class Reply:
             while self._read < count and text.matched is None:
                 token = output[self._read]
                 self._read += 1
-                text.take(token, ends=self._read == count and sequence.finish_reason == STOP)
+                text.take(token, ends=self._read == count and sequence.ends_with_token)
         except BaseException as error:
             self.fail(reason_of(error, TEXT_FAILED), self._read)
             return count - self._read
@@ -129,6 +129,9 @@ class Reply:
         if self.done:
             return
         self.finished = time.perf_counter()
+        constraint = self.sequence.constraint
+        if constraint is not None and self.finish_reason == ERROR and self.error is None:
+            self.error = constraint.error
         del self.logprobs[len(self.sequence.output) :]
         if self._text is not None and self.error is None:
             try:
@@ -186,5 +189,5 @@ class Reply:
             return "".join(self._text.pieces)
         if self.tokenizer is None:
             return ""
-        ended = sequence.finish_reason == STOP
+        ended = sequence.ends_with_token
         return whole_text(self.tokenizer, sequence.prompt, sequence.output, sequence.sampling, ended=ended)

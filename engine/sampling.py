@@ -9,7 +9,7 @@ from typing import Any
 
 from makeready.engine import fields as fields_module
 from makeready.engine.errors import RequestError
-from makeready.engine.fields import biases, boolean, number, optional, texts, token_ids, whole
+from makeready.engine.fields import biases, boolean, filled, number, optional, schema, texts, token_ids, whole
 from makeready.graphs.plan.spec import INPUT_LOGPROBS, Limits
 
 
@@ -42,6 +42,11 @@ class SamplingParams:
         logprob_start_len: report those of the prompt's tokens as well, from this one on; -1 for none. The
             first token of all has none.
         top_logprobs_num: report so many most probable alternatives as well.
+        json_schema: the output is JSON of this schema: an object, or its text. What cannot be enforced is refused.
+        regex: the output matches this pattern as a whole (Rust's syntax: no lookaround, no references).
+        ebnf: the output follows this grammar in llama.cpp's GBNF.
+        lark: the output follows this grammar in llguidance's dialect of Lark.
+        choice: the output is one of these texts.
     """
 
     max_new_tokens: int = 128
@@ -65,6 +70,11 @@ class SamplingParams:
     return_logprob: bool = False
     logprob_start_len: int = -1
     top_logprobs_num: int = 0
+    json_schema: Mapping[str, Any] | str | bool | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    lark: str | None = None
+    choice: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         for name, check in CHECKS.items():
@@ -83,6 +93,18 @@ class SamplingParams:
             raise RequestError(
                 "max_new_tokens=0 asks for nothing; it must be at least 1, or logprob_start_len at least 0"
             )
+
+        asked = [name for name in GRAMMARS if getattr(self, name) not in (None, ())]
+        if len(asked) > 1:
+            raise RequestError(f"{asked[0]} and {asked[1]} cannot both hold; give one of them")
+        if asked and self.max_new_tokens == 0:
+            raise RequestError(f"{asked[0]} needs an output; max_new_tokens=0 asks for none")
+
+    @property
+    def grammar(self) -> tuple[str, Any] | None:
+        """Name and value of the one field of :data:`GRAMMARS` that is set; None where none is."""
+        asked = ((name, getattr(self, name)) for name in GRAMMARS)
+        return next(((name, value) for name, value in asked if value not in (None, ())), None)
 
     @classmethod
     def from_mapping(cls, fields: Mapping[str, Any]) -> SamplingParams:
@@ -138,9 +160,12 @@ class SamplingParams:
         return (first + sample * 0x9E3779B97F4A7C15) % 2**63  # odd constant: no two samples below 2**63 alike
 
 
+GRAMMARS = ("json_schema", "regex", "ebnf", "lark", "choice")
+
 _MOST_BIAS = 1e6  # decides any choice, and is far from the end of float32
 MOST_STOPS, LONGEST_STOP = 128, 1024  # every token's text is held against all of them
 MOST_PATTERNS, LONGEST_PATTERN = 16, 1024
+MOST_CHOICES, LONGEST_CHOICE = 100_000, 10_000
 
 # Every field: what it may hold. The only place that knows; rows, OpenAI's bodies and the command line come here.
 CHECKS: Mapping[str, fields_module.Checker] = {
@@ -165,4 +190,9 @@ CHECKS: Mapping[str, fields_module.Checker] = {
     "return_logprob": boolean,
     "logprob_start_len": whole(-1),
     "top_logprobs_num": whole(0),
+    "json_schema": optional(schema),
+    "regex": optional(filled),
+    "ebnf": optional(filled),
+    "lark": optional(filled),
+    "choice": texts(MOST_CHOICES, LONGEST_CHOICE),
 }

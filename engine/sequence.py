@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from makeready.engine.constraint import Constraint
 from makeready.engine.kv.radix import Prefix
 from makeready.engine.sampling import SamplingParams
 
@@ -27,6 +28,7 @@ class TokenSequence:
         end_ids: token ids that end it.
         salt: it shares cached prefixes with sequences of the same salt only (SGLang's ``extra_key``).
         priority: higher goes first, under the policy of that name.
+        constraint: says which tokens may come; None where all may.
         output: token ids generated so far.
         finish_reason: why it ended: :data:`STOP`, :data:`LENGTH`, :data:`ABORT` or :data:`ERROR`; None before.
         most: output tokens that it can come to; one is sampled in any case.
@@ -48,6 +50,7 @@ class TokenSequence:
     end_ids: frozenset[int]
     salt: str = ""
     priority: int = 0
+    constraint: Constraint | None = None
     output: list[int] = field(default_factory=list, init=False)
     finish_reason: str | None = field(default=None, init=False)
     most: int = field(init=False)
@@ -101,6 +104,11 @@ class TokenSequence:
         return self.finish_reason is not None
 
     @property
+    def ends_with_token(self) -> bool:
+        """Whether a token ended it, its last one, which is then no part of what it says."""
+        return self.finish_reason == STOP and bool(self.output) and self.output[-1] in self.end_ids
+
+    @property
     def scoring(self) -> bool:
         """Whether log-probabilities of its prompt are yet to be computed."""
         return self.scored < len(self.prompt)
@@ -142,7 +150,7 @@ class TokenSequence:
         """Take in a sampled token; whether that ends it."""
         output = self.output
         output.append(token)
-        if token not in self.end_ids and len(output) < self.most:
+        if token not in self.end_ids and len(output) < self.most and self.constraint is None:
             return False
         return self._ends(token)
 
@@ -154,6 +162,8 @@ class TokenSequence:
             self.finish_reason = LENGTH
         elif token in self.end_ids and len(output) > sampling.min_new_tokens:
             self.finish_reason = STOP
+        elif self.constraint is not None and self.constraint.take(token):
+            self.finish_reason = STOP if self.constraint.error is None else ERROR
         elif len(output) >= self.most:
             self.finish_reason = LENGTH
         return self.done

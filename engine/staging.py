@@ -92,6 +92,7 @@ def slot_values(
         "stop_ids": stop_ids,
         "bias_ids": list(sampling.logit_bias),
         "bias_values": list(sampling.logit_bias.values()),
+        "masked": sequence.constraint is not None,
         "top_logprobs": sampling.top_logprobs_num if sampling.return_logprob else -1,
     }
     if computed and (

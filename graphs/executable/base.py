@@ -47,13 +47,23 @@ class Executable(Protocol):
         """
         ...
 
-    def launch(self, bucket: Bucket, step: Mapping[str, np.ndarray]) -> Pending:
+    def launch(self, bucket: Bucket, step: Mapping[str, np.ndarray], *, cut: bool = False) -> Pending:
         """Start the program of ``bucket``.
 
         Args:
             bucket: one of the plan's.
             step: an array of the bucket's shape for every field that the kind of step stages. They may be
                 reused as soon as this returns.
+            cut: start only what comes before the program's cut; :meth:`resume` starts the rest. Results must not be
+                waited for, and slots not be written, before that.
+        """
+        ...
+
+    def resume(self, late: Mapping[int, Mapping[str, Any]]) -> None:
+        """Start what a step that was launched with a ``cut`` has left; does nothing where there is none.
+
+        Args:
+            late: by slot, late fields to set before; what is given is a field's beginning.
         """
         ...
 

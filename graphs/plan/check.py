@@ -23,7 +23,7 @@ from makeready.graphs.plan.program import Buffer, LoweredProgram
 from makeready.graphs.plan.reads import complaint
 from makeready.graphs.plan.recipe import Derived, Param
 from makeready.graphs.plan.rules import MOST, ContradictionError, inside, need
-from makeready.graphs.plan.spec import DEVICE, HOST, Field
+from makeready.graphs.plan.spec import DEVICE, HOST, LATE, Field
 from makeready.graphs.plan.targets import TARGETS
 from makeready.kernels.spec import DTYPE_BYTES, PAGES, ROWS, TOKENS
 
@@ -103,7 +103,7 @@ def _steps(plan: Plan) -> None:
         shape = field.spec.shape
         sane = shape[:1] == (limits.slots,) and all(type(n) is int and 1 <= n <= MOST for n in shape[1:])
         need(sane and _holds(field), f"slot field {field.name} is {field.spec}, by default {field.default}")
-        need(field.keeper in (HOST, DEVICE), f"slot field {field.name} is kept by {field.keeper!r}")
+        need(field.keeper in (HOST, DEVICE, LATE), f"slot field {field.name} is kept by {field.keeper!r}")
         wanted = widths.get(field.name)
         need(wanted is None or shape[1:] == (wanted,), f"slot field {field.name} is {field.spec}")
 

@@ -24,10 +24,10 @@ from typing import Any
 
 from makeready.graphs.plan.program import Binary, Loading, LoweredProgram
 from makeready.graphs.plan.recipe import Param
-from makeready.graphs.plan.spec import Bucket, CacheSpec, Field, Limits, StepSpec
+from makeready.graphs.plan.spec import LATE, Bucket, CacheSpec, Field, Limits, StepSpec
 from makeready.kernels.spec import TensorSpec
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 class PlanError(ValueError):
@@ -149,6 +149,13 @@ class Plan:
         """Spec of the value that launches of ``phase`` call ``name``."""
         buffer = self.programs[phase].buffers.get(name)
         return buffer.spec if buffer is not None else self.specs(phase)[name]
+
+    def cut(self, phase: str) -> int:
+        """How many launches of ``phase`` come before the first that reads what the host may write while they run."""
+        late = {f.name for f in self.slots if f.keeper == LATE}
+        launches = self.programs[phase].launches
+        reads = (at for at, launch in enumerate(launches) if not late.isdisjoint(launch.operands.values()))
+        return next(reads, len(launches))
 
     @property
     def digest(self) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from makeready.kernels.spec import DTYPE_BYTES, PAGES, ROWS, TOKENS, Dim, TensorSpec
 
 DECODE, EXTEND, INPUT_LOGPROBS = "decode", "extend", "input_logprobs"  # kinds of step that the engine knows
-HOST, DEVICE = "host", "device"  # who keeps a slot field up to date
+HOST, DEVICE, LATE = "host", "device", "late"  # who keeps a slot field up to date, and when
 
 
 @dataclass(frozen=True, order=True)
@@ -51,6 +51,7 @@ class Limits:
         max_stop_ids: token ids a request may ask to be held back until its ``min_new_tokens``.
         max_logit_bias: entries of a request's logit bias.
         max_top_logprobs: alternatives reported a token.
+        vocabulary: tokens that have a logit.
     """
 
     max_rows: int
@@ -60,6 +61,12 @@ class Limits:
     max_stop_ids: int = 16
     max_logit_bias: int = 300
     max_top_logprobs: int = 20
+    vocabulary: int = 0
+
+    @property
+    def mask_words(self) -> int:
+        """32-bit words of a mask over the vocabulary."""
+        return max(1, -(-self.vocabulary // 32))
 
     @property
     def pages_per_row(self) -> int:
@@ -85,7 +92,8 @@ class Field:
         keeper: of a slot field, who keeps it up to date while a request runs. The ``host`` writes its fields
             once, when the request is admitted; those that it does not name take their default. What the
             ``device`` keeps (how long a sequence is, its tokens) changes with every step; the host may set
-            its first entries at admission.
+            its first entries at admission. ``late`` fields are the host's, too: it writes them while a step runs,
+            at the step's cut (:meth:`~.plan.Plan.cut`), and else never.
     """
 
     name: str

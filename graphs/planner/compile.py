@@ -249,7 +249,7 @@ def trace_checkpoint(checkpoint: Checkpoint | str | Path, request: Request) -> T
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = open_checkpoint(checkpoint)
     described = family.family_of(checkpoint.config)
-    limits = limits_of(request, target, described.longest(checkpoint.config))
+    limits = limits_of(request, target, described.longest(checkpoint.config), checkpoint.config["vocab_size"])
     activation = activation_dtype(request, target)
     cache = kv_dtype(request, target)
     scheme = quantization(request, target, checkpoint)

@@ -70,11 +70,12 @@ class Request:
     traffic: Traffic = field(default_factory=Traffic)
 
 
-def limits_of(request: Request, target: Target, longest: int) -> Limits:
+def limits_of(request: Request, target: Target, longest: int, vocabulary: int) -> Limits:
     """What the runtime may ask for.
 
     Args:
         longest: tokens of context that the model was made for.
+        vocabulary: tokens that have a logit.
 
     Raises:
         PlanError: a limit is not positive or beyond what the model allows.
@@ -104,6 +105,7 @@ def limits_of(request: Request, target: Target, longest: int) -> Limits:
         max_tokens=request.max_tokens or max(target.max_tokens, request.max_rows),
         context_len=context,
         page_size=request.page_size or target.page_size,
+        vocabulary=vocabulary,
     )
 
 

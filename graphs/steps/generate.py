@@ -14,7 +14,17 @@ import torch
 
 from makeready.graphs.layers.inputs import Inputs
 from makeready.graphs.plan.buckets import Shapes
-from makeready.graphs.plan.spec import DECODE, DEVICE, EXTEND, CacheSpec, Field, Limits, StepSpec, fields
+from makeready.graphs.plan.spec import (
+    DECODE,
+    DEVICE,
+    EXTEND,
+    LATE,
+    CacheSpec,
+    Field,
+    Limits,
+    StepSpec,
+    fields,
+)
 from makeready.graphs.steps.base import Sizing, step_kind
 from makeready.kernels import elementwise
 from makeready.kernels.sample import logprobs
@@ -76,7 +86,8 @@ def sampling_slot(limits: Limits) -> tuple[Field, ...]:
         ("bias_ids", (slots, limits.max_logit_bias), "int32", -1),
         ("bias_values", (slots, limits.max_logit_bias), "float32", 0.0),
         ("top_logprobs", (slots,), "int32", -1),
-    )
+        ("masked", (slots,), "int32", 0),  # whether only tokens that are allowed are drawn
+    ) + fields(("allowed", (slots, limits.mask_words), "int32", 0), keeper=LATE)
 
 
 def token_results(limits: Limits) -> tuple[Field, ...]:
@@ -116,7 +127,7 @@ def sample(logits_RV: torch.Tensor, i: Inputs, limits: Limits) -> dict[str, torc
         logits_RV, i.sample_slot, i.context_len, i.history, i.prompt_len,
         i.temperature, i.top_k, i.top_p, i.min_p,
         i.presence_penalty, i.frequency_penalty, i.repetition_penalty,
-        i.seed, i.min_new_tokens, i.stop_ids, i.bias_ids, i.bias_values,
+        i.seed, i.min_new_tokens, i.stop_ids, i.bias_ids, i.bias_values, i.masked, i.allowed,
     )  # fmt: skip
     logprob, top_ids, top_values = logprobs.token_logprobs(
         logits_RV, tokens, i.sample_slot, i.top_logprobs, max_top=limits.max_top_logprobs

@@ -10,7 +10,7 @@ What it leaves for the second launch depends on what the row asks for:
 
 Chunks do not depend on the batch, and sums are of integers: nor does any result.
 
-# R rows, V vocabulary, L length of a context, E stop ids and B biases of a slot
+# R rows, V vocabulary, L length of a context, E stop ids, B biases and W words of a mask of a slot
 """
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
 # pyright: reportCallIssue=false
@@ -50,6 +50,8 @@ def look_at_chunks(
     min_new_tokens,
     stop_ids,
     bias_ids,
+    masked,
+    allowed,
     bias_values,
     best,
     drawn,
@@ -60,6 +62,7 @@ def look_at_chunks(
     L,
     E,
     B,
+    W,
     null_slot,
     chunks,
     V: tl.constexpr,
@@ -87,7 +90,7 @@ def look_at_chunks(
     heat = tl.load(temperature + slot)
     if is_changed(
         slot, length, prompt_len, presence_penalty, frequency_penalty, repetition_penalty, min_new_tokens,
-        bias_ids, B, B_WIDTH,
+        bias_ids, masked, B, B_WIDTH,
     ):  # fmt: skip
         own = adjusted + row.to(tl.int64) * (CHUNK * chunks)
         adjust_chunk(
@@ -96,7 +99,7 @@ def look_at_chunks(
             tl.load(presence_penalty + slot), tl.load(frequency_penalty + slot),
             tl.load(repetition_penalty + slot), is_muted(slot, length, prompt_len, min_new_tokens),
             stop_ids + slot * E, bias_ids + slot * B, bias_values + slot * B,
-            E, B, V, CHUNK, PART, E_WIDTH, B_WIDTH,
+            tl.load(masked + slot) != 0, allowed + slot * W, E, B, V, CHUNK, PART, E_WIDTH, B_WIDTH,
         )  # fmt: skip
         z_row = own
         z = tl.load(z_row + ids, mask=ids < V, other=float("-inf"), cache_modifier=".cg")

@@ -32,8 +32,9 @@ def adjust(
     presence_penalty: float = 0.0,
     frequency_penalty: float = 0.0,
     repetition_penalty: float = 1.0,
+    allowed: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Logits of one row after bias, minimum length and penalties, in this order, as a new tensor.
+    """Logits of one row after bias, minimum length, penalties and mask, in this order, as a new tensor.
 
     1. ``logits[bias_ids] += bias_values``; ids of a row are distinct, those outside ``0 .. V-1`` unused;
     2. while fewer than ``min_new_tokens`` output tokens exist, ``logits[stop_ids] = -inf``, with unused
@@ -41,13 +42,15 @@ def adjust(
     3. every token of the prompt or the output, once: divided by ``repetition_penalty`` where its logit is
        positive, multiplied where not (Keskar et al. 2019, arXiv:1909.05858);
     4. every token of the output, seen ``count`` times: minus
-       ``frequency_penalty * count + presence_penalty``.
+       ``frequency_penalty * count + presence_penalty``;
+    5. ``-inf`` where the token's bit in ``allowed`` is 0.
 
     Args:
         logits_V: raw logits, float32.
         prompt, output: token ids of the request so far, int32.
         stop_ids, bias_ids: int32[E], int32[B].
         bias_values: float32[B].
+        allowed: int32[cdiv(V, 32)], bit i % 32 of word i // 32 for token i; None allows all.
     """
     z = logits_V.clone()
     used = (bias_ids >= 0) & (bias_ids < len(z))
@@ -61,6 +64,9 @@ def adjust(
     if presence_penalty or frequency_penalty:
         ids, count = output.long().unique(return_counts=True)
         z[ids] -= frequency_penalty * count + presence_penalty
+    if allowed is not None:
+        bits = (allowed[:, None] >> torch.arange(32)) & 1
+        z[bits.flatten()[: len(z)] == 0] = float("-inf")
     return z
 
 

@@ -174,6 +174,7 @@ def draw_tokens(
     seed,
     min_new_tokens,
     bias_ids,
+    masked,
     tokens,
     best,
     drawn,
@@ -216,7 +217,7 @@ def draw_tokens(
         z_row = logits + row.to(tl.int64) * logits_stride
         if is_changed(
             slot, length, prompt_len, presence_penalty, frequency_penalty, repetition_penalty,
-            min_new_tokens, bias_ids, B, B_WIDTH,
+            min_new_tokens, bias_ids, masked, B, B_WIDTH,
         ):  # fmt: skip
             z_row = adjusted + row.to(tl.int64) * (CHUNK * chunks)
         k, p, least = tl.load(top_k + slot), tl.load(top_p + slot), tl.load(min_p + slot)

@@ -1,6 +1,6 @@
-"""What one row of sampling asks for, and its logits after bias, minimum length and penalties.
+"""What one row of sampling asks for, and its logits after bias, minimum length, penalties and mask.
 
-# V vocabulary, L length of a context, E stop ids and B biases of a slot
+# V vocabulary, L length of a context, E stop ids, B biases and W words of a mask of a slot
 """
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
 # pyright: reportCallIssue=false
@@ -29,7 +29,7 @@ def is_penalised(presence, frequency, repetition):
 @triton.jit
 def is_changed(
     slot, length, prompt_len, presence_penalty, frequency_penalty, repetition_penalty, min_new_tokens,
-    bias_ids, B, B_WIDTH: tl.constexpr,
+    bias_ids, masked, B, B_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Whether the row of ``slot`` has logits of its own in scratch, as :func:`adjust_chunk` leaves them."""
     changed = is_penalised(
@@ -37,7 +37,7 @@ def is_changed(
         tl.load(frequency_penalty + slot),
         tl.load(repetition_penalty + slot),
     )
-    changed = changed | is_muted(slot, length, prompt_len, min_new_tokens)
+    changed = changed | is_muted(slot, length, prompt_len, min_new_tokens) | (tl.load(masked + slot) != 0)
     return changed | is_biased(bias_ids, slot, B, B_WIDTH)
 
 
@@ -77,6 +77,8 @@ def adjust_chunk(
     stop_ids,
     bias_ids,
     bias_values,
+    masked,
+    allowed,
     E,
     B,
     V: tl.constexpr,
@@ -91,9 +93,10 @@ def adjust_chunk(
     it holds the tokens' counts, then their logits. Work is cut into parts to spare registers.
 
     Args:
-        logits, tokens, stop_ids, bias_ids, bias_values: of the row.
+        logits, tokens, stop_ids, bias_ids, bias_values, allowed: of the row.
         adjusted, counts: scratch of the row, the same memory.
         muted: whether stop ids are still held back.
+        masked: whether only ``allowed`` tokens may be drawn.
     """
     end = tl.minimum(start + CHUNK, V)
     for at in range(start, end, PART):
@@ -134,3 +137,10 @@ def adjust_chunk(
     tl.debug_barrier()
     tl.store(adjusted + stop, stop_z, mask=stops)
     tl.debug_barrier()
+    if masked:
+        for at in range(start, end, PART):
+            ids = at + tl.arange(0, PART)
+            words = tl.load(allowed + (ids >> 5), mask=ids < V, other=0)
+            refused = ((words >> (ids & 31)) & 1) == 0
+            tl.store(adjusted + ids, tl.full((PART,), float("-inf"), tl.float32), mask=refused)
+        tl.debug_barrier()

@@ -29,12 +29,18 @@ class _Knobs(NamedTuple):
     min_new_tokens: int
     prompt_len: int
     biased: bool
+    masked: bool
 
     @property
     def adjusts(self) -> bool:
         """Whether anything changes the logits themselves."""
         penalties = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
-        return bool(self.biased or penalties or self.context_len - self.prompt_len < self.min_new_tokens)
+        return bool(
+            self.biased
+            or self.masked
+            or penalties
+            or self.context_len - self.prompt_len < self.min_new_tokens
+        )
 
 
 def _draw(z_V: torch.Tensor, row: _Knobs) -> int:
@@ -50,10 +56,10 @@ def _draw(z_V: torch.Tensor, row: _Knobs) -> int:
     "temperature[S]:float32 top_k[S]:int32 top_p[S]:float32 min_p[S]:float32 "
     "presence_penalty[S]:float32 frequency_penalty[S]:float32 repetition_penalty[S]:float32 "
     "seed[S]:int64 min_new_tokens[S]:int32 stop_ids[S,E]:int32 bias_ids[S,B]:int32 bias_values[S,B]:float32 "
-    "-> tokens[R]:int32",
+    "masked[S]:int32 allowed[S,W]:int32 -> tokens[R]:int32",
     tolerance=Tolerance(exact=True),
     flops="8*R*V",
-    traffic={"history": "R*context"},
+    traffic={"history": "R*context", "allowed": "0"},
 )
 def sample(
     logits: torch.Tensor,
@@ -73,6 +79,8 @@ def sample(
     stop_ids: torch.Tensor,
     bias_ids: torch.Tensor,
     bias_values: torch.Tensor,
+    masked: torch.Tensor,
+    allowed: torch.Tensor,
 ) -> torch.Tensor:
     """Sample one token a row and append it to the row's history.
 
@@ -84,7 +92,8 @@ def sample(
 
     In this order:
 
-    1. the logits are adjusted by bias, minimum length and penalties: see :func:`~.filters.adjust`;
+    1. the logits are adjusted by bias, minimum length, penalties and, where ``masked[s]`` is not 0, by the mask
+       ``allowed[s]`` (bit i % 32 of word i // 32 is token i's): see :func:`~.filters.adjust`;
     2. ``temperature[s] <= 0`` is greedy: the largest adjusted logit, the lowest id among equals. Else
        ``gap = (logit - largest logit) / temperature``, 0 for the largest;
     3. ``top_k``, ``top_p``, ``min_p`` choose the survivors: see :func:`~.filters.survivors`;
@@ -98,7 +107,7 @@ def sample(
     log1p may differ between devices, in the last bit.
     """
     per_slot = (temperature, top_k, top_p, min_p, presence_penalty, frequency_penalty, repetition_penalty)
-    per_slot += (seed, min_new_tokens, prompt_len, (bias_ids >= 0).any(1))
+    per_slot += (seed, min_new_tokens, prompt_len, (bias_ids >= 0).any(1), masked != 0)
     table = list(zip(*(x.tolist() for x in per_slot), strict=True))
     places = zip(row_slot.tolist(), context_len.tolist(), strict=True)
     rows = [_Knobs(slot, length, *table[slot]) for slot, length in places]
@@ -123,6 +132,7 @@ def sample(
                     stop_ids=stop_ids[row.slot],
                     bias_ids=bias_ids[row.slot],
                     bias_values=bias_values[row.slot],
+                    allowed=allowed[row.slot] if row.masked else None,
                     min_new_tokens=row.min_new_tokens,
                     presence_penalty=row.presence_penalty,
                     frequency_penalty=row.frequency_penalty,

@@ -21,7 +21,7 @@ _SWEEP = 2048  # tokens that a block of the second launch looks at together, and
 
 _KNOBS = (
     "row_slot", "context_len", "history", "prompt_len", "temperature", "top_k", "top_p", "min_p",
-    "presence_penalty", "frequency_penalty", "repetition_penalty", "seed", "min_new_tokens", "bias_ids",
+    "presence_penalty", "frequency_penalty", "repetition_penalty", "seed", "min_new_tokens", "bias_ids", "masked",
 )  # fmt: skip
 
 
@@ -77,6 +77,8 @@ def sample_launches(call: OpCall) -> Sequence[Candidate]:
             "E": Scalar(stops, "int32"),
             "stop_ids": Pointer("stop_ids"),
             "bias_values": Pointer("bias_values"),
+            "allowed": Pointer("allowed"),
+            "W": Scalar(tensors["allowed"].row_stride, "int32"),
             "counts": Scratch(places["adjusted"].offset, "int32"),
         },
         grid=(rows * chunks, 1, 1),

@@ -52,9 +52,14 @@ class InstantExecutable:
     def write_slot(self, slot: int, values: Mapping[str, Any]) -> None:
         """Nothing."""
 
-    def launch(self, bucket: Bucket, step: Mapping[str, np.ndarray]) -> InstantExecutable:
+    def launch(
+        self, bucket: Bucket, step: Mapping[str, np.ndarray], *, cut: bool = False
+    ) -> InstantExecutable:
         """Nothing; results are there."""
         return self
+
+    def resume(self, late: Mapping[int, Mapping[str, Any]]) -> None:
+        """Nothing."""
 
     def close(self) -> None:
         """Nothing is held."""

@@ -97,9 +97,9 @@ class BurstExecutable(FakeExecutable):
         self.plan.steps = with_bursts(self.plan.steps, limits)
         self._random = random.Random(seed)
 
-    def launch(self, bucket: Bucket, step: Mapping[str, np.ndarray]) -> Step:
+    def launch(self, bucket: Bucket, step: Mapping[str, np.ndarray], *, cut: bool = False) -> Step:
         if bucket.phase != BURST:
-            return super().launch(bucket, step)
+            return super().launch(bucket, step, cut=cut)
         kind = self.plan.steps[BURST]
         assert set(step) == {field.name for field in kind.staged}
         rows = int((step["query_len"] > 0).sum())

@@ -9,7 +9,7 @@ told of, a prefix of another sequence, or a position off by one are found in the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,6 +28,12 @@ def sample(folded: int, seed: int) -> int:
     mixed = (folded ^ (seed * 0xBF58476D1CE4E5B9)) & MASK
     mixed = ((mixed ^ mixed >> 30) * 0x94D049BB133111EB) & MASK
     return (mixed ^ mixed >> 31) % VOCABULARY
+
+
+def allowed_of(words: np.ndarray, token: int) -> int:
+    """The token, or the next one that a mask allows; -1 where none is."""
+    bits = np.unpackbits(words.view(np.uint8), bitorder="little")[:VOCABULARY]
+    return next((t % VOCABULARY for t in range(token, token + VOCABULARY) if bits[t % VOCABULARY]), -1)
 
 
 def score(folded: int, token: int) -> float:
@@ -92,6 +98,8 @@ class FakeExecutable:
         self._history = np.full((limits.slots, limits.context_len), -1)
         self._length = np.full(limits.slots, -1)
         self._slots: dict[int, dict[str, Any]] = {}
+        self._allowed = np.zeros((limits.slots, limits.mask_words), np.int32)
+        self._at_cut: Callable[[], None] | None = None
         self.paged = {g.name: FakePages(kv, g, self.blocks[g.name], limits) for g in kv.paged}
         self.states = {g.name: FakeStates(kv, g, self.blocks[g.name]) for g in kv.states}
 
@@ -107,7 +115,8 @@ class FakeExecutable:
         for group in self.paged.values():
             group.write_slot(slot, values)
 
-    def launch(self, bucket: Bucket, step: Mapping[str, np.ndarray]) -> Step:
+    def launch(self, bucket: Bucket, step: Mapping[str, np.ndarray], *, cut: bool = False) -> Step:
+        assert self._at_cut is None, "a step stands at its cut while another is launched"
         limits, kind = self.plan.limits, self.plan.steps[bucket.phase]
         assert bucket in self.plan.buckets
         assert set(step) == {field.name for field in kind.staged}
@@ -124,12 +133,31 @@ class FakeExecutable:
             self._read_row(slot, int(self._length[slot]) - len(folds[row]))
             if bucket.phase == INPUT_LOGPROBS:
                 self._score_row(row, step, folds[row], results)
-            if step["sample_slot"][row] != limits.null_slot:
-                assert step["sample_slot"][row] == slot
-                results["tokens"][row] = self._sample(slot, folds[row][-1])
         self._end()
+        samples = step["sample_slot"][:rows].copy()
+
+        def draw() -> None:
+            for row, slot in enumerate(samples.tolist()):
+                if slot != limits.null_slot:
+                    results["tokens"][row] = self._sample(slot, folds[row][-1])
+
+        assert (step["row_slot"][:rows] == samples)[samples != limits.null_slot].all()
+        if cut:
+            self._at_cut = draw
+        else:
+            assert not any(
+                self._slots[slot]["masked"] for slot in samples.tolist() if slot != limits.null_slot
+            )
+            draw()
         self.steps.append((bucket, rows, tokens))
         return Step(results)
+
+    def resume(self, late: Mapping[int, Mapping[str, Any]]) -> None:
+        assert self._at_cut is not None, "nothing stands at a cut"
+        draw, self._at_cut = self._at_cut, None
+        for slot, values in late.items():
+            (self._allowed[slot],) = values.values()
+        draw()
 
     def _begin(self, step: Mapping[str, np.ndarray], rows: int) -> None:
         """Take the pages and read the states that a step names."""
@@ -151,8 +179,10 @@ class FakeExecutable:
         end = int(self._length[slot])
         assert end >= self._slots[slot]["prompt_len"], "a token is sampled inside of a prompt"
         token = sample(folded, self._slots[slot]["seed"])
+        if self._slots[slot]["masked"]:
+            token = allowed_of(self._allowed[slot], token)
         if end < self.plan.limits.context_len:
-            self._history[slot, end] = token
+            self._history[slot, end] = max(token, 0)
         return token
 
     def _check_padding(self, bucket: Bucket, step: Mapping[str, np.ndarray], rows: int, tokens: int) -> None:

@@ -29,11 +29,11 @@ class Diary(FakeExecutable):
         self.notes: list[str] = []
         self.fail: BaseException | None = None
 
-    def launch(self, bucket: Bucket, step: Mapping[str, np.ndarray]) -> Step:
+    def launch(self, bucket: Bucket, step: Mapping[str, np.ndarray], *, cut: bool = False) -> Step:
         if self.fail is not None:
             failure, self.fail = self.fail, None
             raise failure
-        made, number = super().launch(bucket, step), len(self.steps)
+        made, number = super().launch(bucket, step, cut=cut), len(self.steps)
         self.notes.append(f"launch {number}")
         wait = made.wait
         made.wait = lambda: (self.notes.append(f"read {number}"), wait())[1]  # type: ignore[method-assign]

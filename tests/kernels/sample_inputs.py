@@ -32,7 +32,10 @@ def sample(op: str) -> Iterator[Case]:
                 "stop_ids": random.integers(vocabulary + 1, slots, 2) - 1,
                 "bias_ids": torch.full((slots, 3), -1, dtype=torch.int32),
                 "bias_values": random.normal(slots, 3),
+                "masked": random.integers(2, slots),
+                "allowed": random.integers(2**31 - 1, slots, -(-vocabulary // 32)),
             }
+            operands["allowed"][:, 0] |= 1  # a token is left
             operands["bias_ids"][:, 0] = random.integers(vocabulary, slots)
             if rows > 2:
                 operands["row_slot"][-1] = slots - 1  # a padding row

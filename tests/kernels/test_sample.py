@@ -39,6 +39,8 @@ def operands(logits, rows, *, slots=None, context=None, pad_to=0):
     op["stop_ids"] = torch.full((total, 3), -1, dtype=torch.int32)
     op["bias_ids"] = torch.full((total, 4), -1, dtype=torch.int32)
     op["bias_values"] = torch.full((total, 4), 7.0)
+    op["masked"] = torch.zeros(total, dtype=torch.int32)
+    op["allowed"] = torch.zeros(total, -(-vocabulary // 32), dtype=torch.int32)  # left by others: nothing
     for slot, row in zip(slots, rows, strict=True):
         tokens = [*row.get("prompt", [0]), *row.get("output", [])]
         op["history"][slot, : len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
@@ -47,6 +49,11 @@ def operands(logits, rows, *, slots=None, context=None, pad_to=0):
             op["stop_ids"][slot, i] = stop
         for i, (token, value) in enumerate(row.get("bias", {}).items()):
             op["bias_ids"][slot, i + 1], op["bias_values"][slot, i + 1] = token, value
+        if row.get("allowed") is not None:
+            op["masked"][slot] = 1
+            bits = np.zeros(op["allowed"].shape[1] * 32, dtype=np.uint8)
+            bits[row["allowed"]] = 1
+            op["allowed"][slot] = torch.from_numpy(np.packbits(bits, bitorder="little").view(np.int32))
         for name in DEFAULTS.keys() & row.keys():
             op[name][slot] = row[name]
     if pad_to:
@@ -90,6 +97,8 @@ def oracle_adjust(logits, row):
         z[token] = z[token] / factor if z[token] > 0 else z[token] * factor
     for token in set(row["output"]):
         z[token] -= row["frequency_penalty"] * row["output"].count(token) + row["presence_penalty"]
+    if row["allowed"] is not None:
+        z[[token for token in range(len(z)) if token not in row["allowed"]]] = -INF
     return z
 
 
@@ -148,6 +157,7 @@ def requests(draw_):
         "min_new_tokens": draw_(st.integers(0, 9)),
         "stop": draw_(st.lists(token, max_size=3)),
         "bias": draw_(st.dictionaries(token, st.sampled_from([-2.0, 1.5, 100.0]), max_size=3)),
+        "allowed": draw_(st.none() | st.lists(token, unique=True)),
     }
     row["position"] = len(row["prompt"]) + len(row["output"])
     return logits, row

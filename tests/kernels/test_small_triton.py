@@ -277,6 +277,7 @@ def test_sample_refuses_rows_that_are_not_finite(vocabulary, greedy):
         operands["logits"][4 * row, [0, vocabulary - 1][row % 2]] = value
     operands["logits"][22] = -inf
     operands["bias_ids"][operands["row_slot"][22].long()] = -1
+    operands["masked"][operands["row_slot"][:24].long()] = 0  # a mask may hide what is not finite
     broken = [0, 4, 8, 12, 16, 20, 22]
     left = [r for r in range(rows) if r not in broken]
     want_history = operands["history"].clone()

@@ -12,7 +12,7 @@ from makeready.engine.entrypoints.batch.openai import OpenAIFormat
 from makeready.engine.entrypoints.batch.rows import SAMPLING, RowFormat, encode, parse
 from makeready.engine.errors import reason_of
 from makeready.engine.feed import Feed, Refused
-from makeready.engine.given import is_long
+from makeready.engine.given import has_grammar, is_long, sampling_of
 from makeready.engine.llm import LLM
 from makeready.engine.output import Output
 from makeready.engine.protocol.asked import Ask, AskError
@@ -111,7 +111,12 @@ class Worker:
             ) as error:  # what nobody foresaw in one row must not cost the others their text
                 self._refuse(row, error)
             else:
-                self._feed.put(row, partial(self._make, row, ask), long=any(map(is_long, ask.prompts)))
+                self._feed.put(
+                    row,
+                    partial(self._make, row, ask),
+                    long=any(map(is_long, ask.prompts)),
+                    grammar=has_grammar(sampling_of(self._sampling, ask.sampling)),
+                )
 
     def step(self) -> list[Done]:
         """Run one step of the engine; returns the rows that are final now."""
@@ -132,7 +137,7 @@ class Worker:
 
     def _make(self, row: _Row, ask: Ask) -> list[Reply]:
         """The replies to a row; may run in a thread."""
-        asked = {**self._sampling, **ask.sampling}
+        asked = sampling_of(self._sampling, ask.sampling)
         chosen = "max_new_tokens" in (ask.sampling if self._fit else asked)
         if not chosen:
             own = (ask.max_new_tokens, self._sampling.get("max_new_tokens"))  # the format's and the model's

@@ -19,6 +19,7 @@ from makeready.engine.protocol.asked import (
     routing_of,
     text_of,
 )
+from makeready.engine.protocol.openai import structured
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
@@ -54,7 +55,6 @@ IDLE: Mapping[str, Sequence[Any]] = {
     "suffix": ("",),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
 }
 # Fields that change nothing in an answer, whatever they say: what the request is for, where it is to be kept, how
@@ -85,13 +85,17 @@ def read(url: str, body: Mapping[str, Any]) -> Ask:
     """
     body, chat = {name: value for name, value in body.items() if value is not None}, url == CHAT
     table = CHAT_SAMPLING if chat else SAMPLING
-    known = (*(CHAT_FIELDS if chat else COMPLETION_FIELDS), *table, *ROUTING)
+    known = (*(CHAT_FIELDS if chat else COMPLETION_FIELDS), *table, *structured.FIELDS, *ROUTING)
     for name in body:
         if name not in known:
             _check_idle(name, body[name], known)
     if not isinstance(body.get("model"), str):
         raise AskError("model must be a string; the answer repeats it", "model")
-    sampling = _sampling(body, table) | (_chat_logprobs(body) if chat else _completion_logprobs(body))
+    sampling = (
+        _sampling(body, table)
+        | structured.grammar_of(body)
+        | (_chat_logprobs(body) if chat else _completion_logprobs(body))
+    )
     if not chat:
         kind, prompts = prompts_of(body.get("prompt"))
         text = text_of(body, kind)

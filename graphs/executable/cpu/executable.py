@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -48,11 +49,20 @@ class _Program:
     names: Mapping[str, Any]
 
 
-class _Done:
-    """Results of a step that has already run."""
+class _Running:
+    """A step, whose results are there when its last launch has run."""
 
-    def __init__(self, results: Mapping[str, np.ndarray]) -> None:
-        self._results = results
+    def __init__(self, program: _Program) -> None:
+        self._left = iter(program.launches)
+        self._program = program
+        self._results: Mapping[str, np.ndarray] = {}
+
+    def run(self, count: int | None = None) -> None:
+        """Run the next ``count`` launches, or all that are left."""
+        for launch in islice(self._left, count):
+            launch.call()
+        if count is None:
+            self._results = {name: array.copy() for name, array in self._program.results.items()}
 
     def wait(self) -> Mapping[str, np.ndarray]:
         return self._results
@@ -111,6 +121,7 @@ class CpuExecutable:
         for slot in range(plan.limits.slots):
             self.write_slot(slot, {})
         self._programs: dict[Bucket, _Program] = {}
+        self._at_cut: _Running | None = None
 
     def write_slot(self, slot: int, values: Mapping[str, Any]) -> None:
         unknown = set(values) - set(self._slots)
@@ -127,11 +138,22 @@ class CpuExecutable:
                     row.copy_(value)
 
     @torch.inference_mode()
-    def launch(self, bucket: Bucket, step: Mapping[str, np.ndarray]) -> _Done:
-        program = self._staged(bucket, step)
-        for launch in program.launches:
-            launch.call()
-        return _Done({name: array.copy() for name, array in program.results.items()})
+    def launch(self, bucket: Bucket, step: Mapping[str, np.ndarray], *, cut: bool = False) -> _Running:
+        self.resume({})
+        running = _Running(self._staged(bucket, step))
+        running.run(self.plan.cut(bucket.phase) if cut else None)
+        self._at_cut = running if cut else None
+        return running
+
+    @torch.inference_mode()
+    def resume(self, late: Mapping[int, Mapping[str, Any]]) -> None:
+        running, self._at_cut = self._at_cut, None
+        if running is None:
+            return
+        for slot, values in late.items():
+            for name, value in values.items():
+                self._slots[name][slot, : len(value)] = torch.as_tensor(value)
+        running.run()
 
     def calls(self, bucket: Bucket) -> list[Chain]:
         """What a step in ``bucket`` runs, in order: every launch by itself."""

@@ -128,6 +128,8 @@ class CudaExecutable:
             upload.wait()
         with self._phase("graphs"):
             self._graphs = self._build_graphs(functions)
+        self._cut_graphs: dict[Bucket, tuple[Any, Any]] = {}
+        self._at_cut: tuple[Any, Flight, int] | None = None
         self._turn = 0
         self._keep(partial(driver.synchronize, self._stream))
         self._keep(partial(driver.use, self._device))  # in whatever thread everything is given back
@@ -163,19 +165,52 @@ class CudaExecutable:
         self._driver.use(self._device)
         self._slots.write(slot, values)
 
-    def launch(self, bucket: Bucket, step: Mapping[str, np.ndarray]) -> PendingStep:
+    def launch(self, bucket: Bucket, step: Mapping[str, np.ndarray], *, cut: bool = False) -> PendingStep:
         if not self._finalizer.alive:
             raise PlanError("the model is closed; load it again")
+        self.resume({})
         driver, regions, stream = self._driver, self._regions, self._stream
         driver.use(self._device)
         self._turn ^= 1
         flight = self._flights[self._turn]
         step_bytes, result_bytes = flight.take(bucket, step)
         driver.to_device(regions.step, flight.step, step_bytes, stream)
-        driver.launch(self._graphs[bucket], stream)
-        driver.to_host(flight.result, regions.result, result_bytes, stream)
-        driver.record(flight.event, stream)
+        if cut:
+            head, tail = self._halves(bucket)
+            driver.launch(head, stream)
+            self._at_cut = (tail, flight, result_bytes)
+        else:
+            driver.launch(self._graphs[bucket], stream)
+            self._collect(flight, result_bytes)
         return flight.pending
+
+    def resume(self, late: Mapping[int, Mapping[str, Any]]) -> None:
+        if self._at_cut is None:
+            return
+        (tail, flight, result_bytes), self._at_cut = self._at_cut, None
+        self._driver.use(self._device)
+        for slot, values in late.items():
+            self._slots.write_late(slot, values)
+        self._driver.launch(tail, self._stream)
+        self._collect(flight, result_bytes)
+
+    def _collect(self, flight: Flight, result_bytes: int) -> None:
+        """Behind a step's last launch its results go to the host."""
+        self._driver.to_host(flight.result, self._regions.result, result_bytes, self._stream)
+        self._driver.record(flight.event, self._stream)
+
+    def _halves(self, bucket: Bucket) -> tuple[Any, Any]:
+        """Graphs of the launches before the cut of ``bucket`` and of the others, made when first asked for."""
+        found = self._cut_graphs.get(bucket)
+        if found is None:
+            addresses = cuda_memory.bucket_addresses(self.plan, self._regions, self._lasting, bucket)
+            at = self.plan.cut(bucket.phase)
+            made = []
+            for part in (slice(at), slice(at, None)):
+                made.append(self._builder.build(bucket, addresses, self._stream, only=part))
+                self._keep(partial(self._driver.destroy_executable, made[-1]))
+            found = self._cut_graphs[bucket] = (made[0], made[1])
+        return found
 
     def poison(self, held: Sequence[Held] | None = None) -> None:
         """Fill arena, results and the null page with NaN patterns: what a step reads, it must have written.

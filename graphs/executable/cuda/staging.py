@@ -136,6 +136,11 @@ class SlotTable:
             elif name in values:
                 self._send(field, slot, np.atleast_1d(np.asarray(values[name], field.spec.dtype)))
 
+    def write_late(self, slot: int, values: Mapping[str, Any]) -> None:
+        """Set beginnings of one slot's late fields alone, in the stream's order."""
+        for name, value in values.items():
+            self._send(self._fields[name], slot, np.asarray(value, self._fields[name].spec.dtype))
+
     def forget(self, slots: Iterable[int]) -> None:
         """What the device has of ``slots`` was overwritten with 0xFF: whatever is written next is sent."""
         for slot in slots:

@@ -32,6 +32,8 @@ CHANGES: tuple[dict[str, Any], ...] = (
     {"bias": True},
     {"min_new_tokens": 10**6},
     {"repetition_penalty": 0.8, "frequency_penalty": -0.1, "bias": True, "min_new_tokens": 10**6},
+    {"mask": True},
+    {"mask": True, "bias": True, "repetition_penalty": 1.2},
 )
 _FLOATS = {
     "temperature": 0.0, "top_p": 1.0, "min_p": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
@@ -75,6 +77,8 @@ def requests(
     op["stop_ids"] = torch.full((slots, 5), -1, dtype=torch.int32)
     op["bias_ids"] = torch.full((slots, 300), -1, dtype=torch.int32)
     op["bias_values"] = torch.randn(slots, 300, generator=draw) * 3
+    op["masked"] = torch.zeros(slots, dtype=torch.int32)
+    op["allowed"] = torch.zeros(slots, -(-vocabulary // 32), dtype=torch.int32)
     for r in range(rows):
         slot, length = int(op["row_slot"][r]), int(op["context_len"][r])
         op["prompt_len"][slot] = torch.randint(1, length + 1, (), generator=draw)
@@ -83,8 +87,13 @@ def requests(
         sampled = r % 11 != 0
         knobs = {"temperature": (0.3, 0.7, 1.0)[r % 3]} if sampled else {}
         knobs |= (FILTERS[(r * 7 + r // 12) % len(FILTERS)] if sampled else {}) | CHANGES[r % len(CHANGES)]
-        for name in knobs.keys() - {"bias"}:
+        for name in knobs.keys() - {"bias", "mask"}:
             op[name][slot] = knobs[name]
+        if knobs.get("mask"):
+            op["masked"][slot] = 1
+            few = torch.randint(-(2**31), 2**31 - 1, op["allowed"].shape[1:], generator=draw).int()
+            op["allowed"][slot] = few & (few << 3)
+            op["allowed"][slot, 0] |= 1  # a token is left
         if knobs.get("bias"):
             count = min(200, vocabulary)
             op["bias_ids"][slot, 1 : 1 + count] = torch.randperm(vocabulary, generator=draw)[:count].int()
@@ -105,6 +114,7 @@ def adjusted(op: dict[str, torch.Tensor], row: int) -> torch.Tensor:
         stop_ids=op["stop_ids"][slot],
         bias_ids=op["bias_ids"][slot],
         bias_values=op["bias_values"][slot],
+        allowed=op["allowed"][slot] if op["masked"][slot] else None,
         min_new_tokens=int(op["min_new_tokens"][slot]),
         **{name: float(op[name][slot]) for name in penalties},
     )

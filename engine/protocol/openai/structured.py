@@ -1,0 +1,78 @@
+"""Fields of a body that say what the output has to follow, as OpenAI, SGLang and vLLM spell them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from makeready.engine.protocol.asked import AskError, kind_of
+from makeready.engine.sampling import GRAMMARS
+
+_OBJECT = {"type": "object"}
+# Of vLLM's `structured_outputs`, and of its older fields, which begin with `guided_`.
+_VLLM = {"json": "json_schema", "regex": "regex", "choice": "choice", "grammar": "grammar"}
+_GUIDED = {f"guided_{name}": ours for name, ours in _VLLM.items()}
+
+FIELDS = ("response_format", "structured_outputs", *_GUIDED, *GRAMMARS)
+
+
+def grammar_of(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The sampling field that a body's fields come to, if there is any.
+
+    Raises:
+        AskError: one is of an unknown form, or two are given.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name in FIELDS:
+        if body.get(name) is None:
+            continue
+        if name == "response_format":
+            made = _response_format(body[name])
+        elif name == "structured_outputs":
+            made = _structured_outputs(body[name])
+        else:
+            made = _one(_GUIDED.get(name, name), body[name])
+        if made:
+            found[name] = made
+    if len(found) > 1:
+        first, second, *_ = found
+        raise AskError(f"{first} and {second} cannot both hold; give one of them", second)
+    return next(iter(found.values()), {})
+
+
+def _response_format(value: Any) -> dict[str, Any]:
+    kind = value.get("type") if isinstance(value, Mapping) else None
+    if kind == "text":
+        return {}
+    if kind == "json_object":
+        return {"json_schema": _OBJECT}
+    if kind == "json_schema":
+        named = value.get("json_schema")
+        if isinstance(named, Mapping) and isinstance(named.get("schema"), Mapping | bool):
+            return {"json_schema": named["schema"]}
+        raise AskError("response_format.json_schema must have a schema, an object", "response_format")
+    raise AskError(
+        "response_format must be an object whose type is text, json_object or json_schema", "response_format"
+    )
+
+
+def _structured_outputs(value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise AskError(f"structured_outputs must be an object, not {kind_of(value)}", "structured_outputs")
+    given = {name: item for name, item in value.items() if item is not None}
+    if given == {"json_object": True}:
+        return {"json_schema": _OBJECT}
+    if len(given) != 1 or not given.keys() <= _VLLM.keys():
+        raise AskError(
+            f"structured_outputs must have one of {', '.join(_VLLM)} and json_object: true",
+            "structured_outputs",
+        )
+    ((name, item),) = given.items()
+    return _one(_VLLM[name], item)
+
+
+def _one(name: str, value: Any) -> dict[str, Any]:
+    """vLLM takes two kinds of grammar in one field; in GBNF every rule has ``::=``."""
+    if name == "grammar":
+        name = "ebnf" if isinstance(value, str) and "::=" in value else "lark"
+    return {name: value}
