@@ -142,14 +142,16 @@ def filled(name: str, value: Any) -> str:
     return value
 
 
-def schema(name: str, value: Any) -> Mapping[str, Any] | bool:
-    """A JSON schema: an object, true or false, or the text of one."""
+def schema(name: str, value: Any) -> Mapping[str, Any]:
+    """A JSON schema: an object, or its text; true is the schema of all values, ``{}``."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
             raise RequestError(f"{name}={shown(value)} is no JSON: {error}; correct it") from None
-    if not isinstance(value, Mapping | bool):
+    if value is True:
+        return {}
+    if not isinstance(value, Mapping):
         raise RequestError(f"{name}={shown(value)} must be a JSON schema: an object, or its text")
     return value
 

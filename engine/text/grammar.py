@@ -140,11 +140,11 @@ def _regex(pattern: str) -> str:
 
 
 def _gbnf(grammar: str) -> str:
-    from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
+    from llguidance.gbnf_to_lark import gbnf_to_lark
 
     try:
         return _lark(gbnf_to_lark(grammar))
-    except GbnfToLarkError as error:
+    except Exception as error:  # it raises no narrower one
         raise ValueError(str(error)) from None
 
 
