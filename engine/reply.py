@@ -72,7 +72,7 @@ class Reply:
 
     @property
     def matched(self) -> int | str | None:
-        """What ended it where the reason is ``stop``: a token id, or the stop string or pattern; None for a grammar."""
+        """What ended it where the reason is ``stop``: a token id, the stop string or pattern; None: its grammar."""
         text = None if self._text is None else self._text.matched
         if self.finish_reason != STOP or text is not None:
             return text

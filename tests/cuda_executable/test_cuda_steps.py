@@ -258,3 +258,50 @@ def test_an_executable_that_is_dropped_gives_everything_back():
     del executable
     gc.collect()
     bindings.check_released()
+
+
+@pytest.mark.parametrize("phase", ["decode", "extend"])
+def test_a_step_that_is_cut_samples_when_masks_are_there(loaded, phase):
+    """What comes before the cut is launched at once; masks are copied and the rest launched when the step goes on."""
+    executable, bindings = loaded
+    bucket, plan = bucket_of(phase), executable.plan
+    nodes = []
+    bindings.on_launch = lambda launched: nodes.append(list(launched))
+    executable.launch(bucket, make_step(bucket)).wait()
+    whole = nodes.pop()
+
+    executable.launch(bucket, make_step(bucket), cut=True)
+    executable.resume({})
+    executable.launch(bucket, make_step(bucket)).wait()
+    assert [len(part) for part in nodes] == [len(nodes[0]), len(whole) - len(nodes[0]), len(whole)]
+    nodes.clear()
+    bindings.calls.clear()
+    words = np.arange(1, plan.limits.mask_words + 1, dtype=np.int32)
+    pending = executable.launch(bucket, make_step(bucket), cut=True)
+    executable.resume({2: {"allowed": words}, 0: {"allowed": words[:1]}})
+    assert [call for call in bindings.calls if call not in ("cuCtxSetCurrent", "cuEventSynchronize")] == [
+        *("cuMemcpyHtoDAsync", "cuGraphLaunch"),
+        *("cuMemcpyHtoDAsync", "cuMemcpyHtoDAsync", "cuGraphLaunch"),
+        *("cuMemcpyDtoHAsync", "cuEventRecord"),
+    ], "graphs are made once"
+    pending.wait()
+    head, tail = nodes
+    assert [(n.function, n.parameters) for n in head + tail] == [(n.function, n.parameters) for n in whole]
+    cut = [launch.op for launch in plan.programs[phase].launches[plan.cut(phase) :]]
+    assert cut == ["sample", "token_logprobs"]
+    table = slot_bytes(executable)["allowed"]
+    assert np.array_equal(table[2], words)
+    assert table[0, 0] == 1
+    assert not table[[1, 3]].any()
+
+
+def test_a_step_that_was_left_at_its_cut_is_finished_by_the_next(loaded):
+    executable, bindings = loaded
+    bucket, nodes = bucket_of("decode"), []
+    bindings.on_launch = lambda launched: nodes.append(len(list(launched)))
+    executable.launch(bucket, make_step(bucket), cut=True)
+    executable.launch(bucket, make_step(bucket)).wait()
+    assert len(nodes) == 3
+    assert nodes[0] + nodes[1] == nodes[2]
+    executable.resume({})
+    assert len(nodes) == 3, "nothing stands at a cut"

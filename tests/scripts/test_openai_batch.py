@@ -115,9 +115,48 @@ def test_fields_that_ask_for_nothing_are_taken():
     assert OpenAIFormat().read(row(COMPLETIONS, echo=False, best_of=1, suffix=None)).sampling == {}
 
 
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+CONSTRAINED = [
+    ({"response_format": {"type": "json_object"}}, {"json_schema": {"type": "object"}}),
+    (
+        {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "x", "strict": True, "schema": SCHEMA},
+            }
+        },
+        {"json_schema": SCHEMA},
+    ),
+    ({"structured_outputs": {"json": SCHEMA, "regex": None}}, {"json_schema": SCHEMA}),
+    ({"structured_outputs": {"json_object": True}}, {"json_schema": {"type": "object"}}),
+    ({"structured_outputs": {"choice": ["a", "b"]}}, {"choice": ["a", "b"]}),
+    ({"structured_outputs": {"grammar": 'root ::= "a"'}}, {"ebnf": 'root ::= "a"'}),
+    ({"guided_json": SCHEMA}, {"json_schema": SCHEMA}),
+    ({"guided_regex": "a+"}, {"regex": "a+"}),
+    ({"guided_choice": ["a"]}, {"choice": ["a"]}),
+    ({"guided_grammar": 'start: "a"'}, {"lark": 'start: "a"'}),
+    ({"json_schema": json.dumps(SCHEMA)}, {"json_schema": json.dumps(SCHEMA)}),
+    ({"ebnf": 'root ::= "a"'}, {"ebnf": 'root ::= "a"'}),
+]
+
+
+@pytest.mark.parametrize(("given", "sampling"), CONSTRAINED, ids=str)
+def test_what_an_output_has_to_follow_is_read_in_every_spelling(given, sampling):
+    for url, fields in ((CHAT, {}), (COMPLETIONS, {"prompt": "x"})):
+        read = OpenAIFormat().read(row(url, **fields, **given)).sampling
+        assert read == sampling
+        SamplingParams.from_mapping(read)
+
+
 REFUSED = [
     (CHAT, {"tools": [{"type": "function"}]}, "tools"),
-    (CHAT, {"response_format": {"type": "json_object"}}, "response_format"),
+    (CHAT, {"response_format": {"type": "json"}}, "response_format"),
+    (CHAT, {"response_format": "json_object"}, "response_format"),
+    (CHAT, {"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
+    (CHAT, {"structured_outputs": {"json": {}, "regex": "a"}}, "structured_outputs"),
+    (CHAT, {"structured_outputs": {"xml": "a"}}, "structured_outputs"),
+    (CHAT, {"structured_outputs": "json"}, "structured_outputs"),
+    (CHAT, {"response_format": {"type": "json_object"}, "regex": "a"}, "regex"),
     (CHAT, {"stream": True}, "stream"),
     (CHAT, {"user": 3}, "user"),
     (CHAT, {"metadata": "x"}, "metadata"),

@@ -8,7 +8,6 @@ when it wants them.
 
 from __future__ import annotations
 
-import re
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,9 +19,10 @@ import numpy as np
 
 from makeready.graphs.checkpoint.base import NUMPY_DTYPES, Checkpoint
 from makeready.graphs.executable.cuda import memory as cuda_memory
+from makeready.graphs.executable.cuda.compatible import capability, check_capability, check_version
 from makeready.graphs.executable.cuda.conversions import Converter
 from makeready.graphs.executable.cuda.convert import convert
-from makeready.graphs.executable.cuda.driver import Device, Driver, DriverError, Function
+from makeready.graphs.executable.cuda.driver import Driver, DriverError, Function
 from makeready.graphs.executable.cuda.graph import GraphBuilder
 from makeready.graphs.executable.cuda.staging import Flight, PendingStep, SlotTable
 from makeready.graphs.executable.cuda.weights import Progress, Upload
@@ -36,11 +36,6 @@ from makeready.graphs.plan.spec import Bucket
 from makeready.kernels.spec import DTYPE_BYTES, PAGES
 
 Report = Callable[[str], None]
-
-# CUDA 12.3 brought graph nodes with edge data. Machine code runs on any driver of the toolkit's major version
-# that knows the architecture: Blackwell's came with 12.8, its second generation's with 12.9.
-_LEAST_CUDA = 12030
-_LEAST_CUDA_FOR = {"sm_100a": 12080, "sm_120a": 12080, "sm_103a": 12090}
 
 
 class CudaExecutable:
@@ -79,7 +74,7 @@ class CudaExecutable:
     ) -> None:
         self.plan = plan
         self.startup: dict[str, float] = {}
-        capability = _capability(plan.target)
+        made_for = capability(plan.target)
         check_checkpoint(plan, checkpoint)
         # What is made from here on is given back in reverse, on close or with the executable.
         self._undo: list[Callable[[], None]] = []
@@ -88,7 +83,7 @@ class CudaExecutable:
         self._upload = Upload(plan, checkpoint, progress)  # maps files already
         try:
             self._open(driver, ordinal)
-            _check_capability(plan.target, capability, self._device)
+            check_capability(plan.target, made_for, self._device)
             another = chosen_for_another(plan, self._device.name)
             if another is not None:
                 report(another)
@@ -103,7 +98,7 @@ class CudaExecutable:
         with self._phase("imports"):
             self._driver = driver = driver or Driver()
         with self._phase("context"):
-            _check_version(self.plan.target, driver.initialise())
+            check_version(self.plan.target, driver.initialise())
             self._device = device = driver.open(ordinal)
         self._keep(partial(driver.release, device))
 
@@ -398,36 +393,3 @@ def _undo_all(undo: list[Callable[[], None]]) -> None:
             refused = refused or error
     if refused is not None:
         raise refused
-
-
-def _capability(target: str) -> tuple[int, int]:
-    """Compute capability of a target such as ``sm_90a``."""
-    match = re.fullmatch(r"sm_(\d+)(\d)a?", target)
-    if match is None:
-        raise PlanError(f"the plan is for target {target}, this backend runs sm_80, sm_90a and the like")
-    return int(match[1]), int(match[2])
-
-
-def _check_version(target: str, version: int) -> None:
-    least = _LEAST_CUDA_FOR.get(target, _LEAST_CUDA)
-    if version < least:
-        raise PlanError(
-            f"the NVIDIA driver supports CUDA {_dotted(version)}, a plan for {target} needs {_dotted(least)}; "
-            "update the driver"
-        )
-
-
-def _check_capability(target: str, made_for: tuple[int, int], device: Device) -> None:
-    found = device.capability
-    # Code with architecture-specific features (…a) runs on that very capability, other code on later minors.
-    fits = found == made_for if target.endswith("a") else found[0] == made_for[0] and found >= made_for
-    if not fits:
-        wanted = f"{made_for[0]}.{made_for[1]}" + ("" if target.endswith("a") else " or a later minor")
-        raise PlanError(
-            f"the plan is for target {target} (compute capability {wanted}), GPU {device.ordinal} is "
-            f"{device.name} with {found[0]}.{found[1]}; compile a plan for it"
-        )
-
-
-def _dotted(version: int) -> str:
-    return f"{version // 1000}.{version % 1000 // 10}"
