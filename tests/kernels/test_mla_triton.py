@@ -1,0 +1,96 @@
+"""Kernels of latent attention without a GPU: interpreted against the references, and cross-compiled.
+
+Interpreted functions need a process of their own; see test_attention_triton.py.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from mla_inputs import (
+    Sizes,
+    attrs_of,
+    merge_operands,
+    query_operands,
+    write_operands,
+)
+from test_attention_triton import _call, _interpret, _numpy_2_4, compiled, interpreted
+
+from makeready.kernels import registry
+from makeready.kernels.contract import CONTRACTS
+from makeready.kernels.device import Candidate, OpCall
+
+registry.discover("cuda")
+assert _numpy_2_4  # a fixture for all tests here
+
+SMALL: Sequence[Sizes] = ((1, 16, 8, 16, 32), (3, 24, 16, 20, 48), (16, 16, 8, 32, 64))
+
+
+@compiled
+def test_interpreted() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-n", "0", __file__]
+    made = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert made.returncode == 0, made.stdout + made.stderr
+
+
+def ways(call: OpCall) -> list[Candidate]:
+    """Of the Triton kernels."""
+    found = [way for kernel in registry.cuda_kernels(call.op) for way in kernel.candidates(call)]
+    return [way for way in found if "triton" in way.launches[0].function]
+
+
+def hold(
+    op: str, tensors: Mapping[str, torch.Tensor], attrs: Mapping[str, Any], *, invariant: bool = False, most: int = 9
+) -> None:
+    """Hold every different way to the reference in float64, NaN to NaN and infinity to infinity."""
+    contract = CONTRACTS[op]
+    call = replace(_call(contract, tensors, attrs, ""), invariant=invariant)
+    wide = {k: v.double() if v.is_floating_point() else v.clone() for k, v in tensors.items()}
+    made = contract.reference(*(wide.get(o.name) for o in contract.inputs), **call.attrs)
+    made = made if isinstance(made, tuple) else (made,)
+    wanted = dict(zip((o.name for o in contract.outputs), made, strict=True))
+    wanted |= {name: wide[name] for name in contract.writes}
+    # Warps and stages are nothing to the interpreter.
+    found = {str([launch.constants for launch in way.launches]): way for way in ways(call)}
+    assert found
+    for way in list(found.values())[:most]:
+        got = _interpret(way, call, {k: v.clone() if k in contract.writes else v for k, v in tensors.items()})
+        for name, want in wanted.items():
+            where = f"{op}/{way.name}: {name}"
+            have, number = got[name].double(), want.isfinite()
+            assert torch.equal(have.isfinite(), number), f"{where} has NaN or infinity"
+            assert torch.equal(have[want.isinf()], want[want.isinf()]), f"{where} lacks an infinity"
+            error = (have - want)[number].norm() / want[number].norm().clamp_min(1e-30)
+            allowed = getattr(contract.tolerance, str(got[name].dtype).removeprefix("torch."))
+            if name == "log_sum":
+                allowed = contract.tolerance.float16
+            assert error <= allowed, f"{where} is off by {error:.1e}"
+
+
+@interpreted
+@pytest.mark.parametrize("sizes", SMALL, ids=str)
+@pytest.mark.parametrize(("tokens", "page", "dtype"), [(1, 7, "float16"), (9, 1, "float32"), (33, 64, "float16")])
+def test_write_and_rotate(sizes: Sizes, tokens: int, page: int, dtype: str) -> None:
+    for interleaved in (True, False):
+        attrs = attrs_of(sizes, "rank", "rope", eps=1e-6, interleaved=interleaved)
+        hold("mla_write", write_operands(sizes, tokens, page, dtype, dtype), attrs)
+        attrs = attrs_of(sizes, "heads", "nope", "rope", interleaved=interleaved)
+        hold("mla_rope", query_operands(sizes, tokens, dtype), attrs)
+
+
+@interpreted
+@pytest.mark.parametrize(("heads", "value", "tokens", "dtype"), [
+    (1, 16, 1, "float16"), (3, 20, 7, "float32"), (16, 128, 5, "float16"),
+])  # fmt: skip
+def test_merge(heads: int, value: int, tokens: int, dtype: str) -> None:
+    hold("merge_attention", merge_operands(heads, value, tokens, dtype), {"heads": heads, "value": value})
