@@ -152,8 +152,12 @@ def merge_parts(
     c = tl.arange(0, WIDTH)[None, :]
     inside = (row < count) & (c < VALUE)
     at = head * VALUE + c
-    x_wide = tl.load(x + token * x_stride + at, mask=inside & (x_sum > float("-inf")), other=0.0).to(tl.float32)
-    y_wide = tl.load(y + token * y_stride + at, mask=inside & (y_sum > float("-inf")), other=0.0).to(tl.float32)
+    x_wide = tl.load(x + token * x_stride + at, mask=inside & (x_sum > float("-inf")), other=0.0).to(
+        tl.float32
+    )
+    y_wide = tl.load(y + token * y_stride + at, mask=inside & (y_sum > float("-inf")), other=0.0).to(
+        tl.float32
+    )
     most = tl.maximum(x_sum, y_sum)
     most = tl.where(most > float("-inf"), most, 0.0)
     of_x, of_y = tl.exp(x_sum - most), tl.exp(y_sum - most)
@@ -172,7 +176,9 @@ def mla_write_cuda(call: OpCall) -> Sequence[Candidate]:
         **_strides(call, kv_stride="kv", rows_stride="rows", latent_stride="latent"),
         "eps": Scalar(call.attrs["eps"], "float32"),
     }
-    return _by_rows(call, "write_latents", names, constants, arguments, "tokens", call.dims["T"], rank, ("weight",))
+    return _by_rows(
+        call, "write_latents", names, constants, arguments, "tokens", call.dims["T"], rank, ("weight",)
+    )
 
 
 @cuda_kernel(mla_rope, "heads", invariant=True)

@@ -50,7 +50,9 @@ def step_rows(rows: Sequence[tuple[int, int]], *, before: int = 2) -> Tensors:
     }
 
 
-def of_tokens(rows: Sequence[tuple[int, int]], width: int, dtype: str, seed: int = 0, *, before: int = 2) -> Any:
+def of_tokens(
+    rows: Sequence[tuple[int, int]], width: int, dtype: str, seed: int = 0, *, before: int = 2
+) -> Any:
     """``[T, width]``: normals for the rows' tokens, NaN for ``before`` of nobody and three behind."""
     count = sum(queries for queries, _ in rows)
     x = torch.full((before + count + 3, width), NAN).to(getattr(torch, dtype))

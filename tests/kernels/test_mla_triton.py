@@ -20,7 +20,9 @@ from mla_inputs import (
     Sizes,
     attrs_of,
     merge_operands,
+    of_tokens,
     query_operands,
+    up_projection,
     write_operands,
 )
 from test_attention_triton import _call, _interpret, _numpy_2_4, compiled, interpreted
@@ -50,7 +52,12 @@ def ways(call: OpCall) -> list[Candidate]:
 
 
 def hold(
-    op: str, tensors: Mapping[str, torch.Tensor], attrs: Mapping[str, Any], *, invariant: bool = False, most: int = 9
+    op: str,
+    tensors: Mapping[str, torch.Tensor],
+    attrs: Mapping[str, Any],
+    *,
+    invariant: bool = False,
+    most: int = 9,
 ) -> None:
     """Hold every different way to the reference in float64, NaN to NaN and infinity to infinity."""
     contract = CONTRACTS[op]
@@ -79,7 +86,9 @@ def hold(
 
 @interpreted
 @pytest.mark.parametrize("sizes", SMALL, ids=str)
-@pytest.mark.parametrize(("tokens", "page", "dtype"), [(1, 7, "float16"), (9, 1, "float32"), (33, 64, "float16")])
+@pytest.mark.parametrize(
+    ("tokens", "page", "dtype"), [(1, 7, "float16"), (9, 1, "float32"), (33, 64, "float16")]
+)
 def test_write_and_rotate(sizes: Sizes, tokens: int, page: int, dtype: str) -> None:
     for interleaved in (True, False):
         attrs = attrs_of(sizes, "rank", "rope", eps=1e-6, interleaved=interleaved)
@@ -94,3 +103,16 @@ def test_write_and_rotate(sizes: Sizes, tokens: int, page: int, dtype: str) -> N
 ])  # fmt: skip
 def test_merge(heads: int, value: int, tokens: int, dtype: str) -> None:
     hold("merge_attention", merge_operands(heads, value, tokens, dtype), {"heads": heads, "value": value})
+
+
+@interpreted
+@pytest.mark.parametrize("sizes", SMALL, ids=str)
+@pytest.mark.parametrize(("tokens", "dtype"), [(1, "float16"), (17, "float32"), (65, "float16")])
+def test_products_of_heads(sizes: Sizes, tokens: int, dtype: str) -> None:
+    heads, _, _, _, rank = sizes
+    kv_b = up_projection(sizes, dtype)
+    attrs = attrs_of(sizes, "heads", "nope", "rope", "value", "rank", interleaved=tokens != 17)
+    hold("mla_absorb", query_operands(sizes, tokens, dtype) | {"kv_b": kv_b}, attrs, invariant=tokens == 17)
+    x = of_tokens([(tokens, tokens)], heads * rank, dtype, before=0)[:tokens]
+    attrs = attrs_of(sizes, "heads", "nope", "value", "rank")
+    hold("mla_values", {"x": x, "kv_b": kv_b}, attrs, invariant=tokens == 17)
