@@ -96,10 +96,8 @@ def ways(call: OpCall) -> list[Way]:
     made = [
         Way(n, keys, warps, stages, split)
         for n, keys, warps, stages in (
-            (16, 64, 4, 3),
             (16, 64, 4, 2),
-            (32, 64, 8, 2),
-            (64, 64, 8, 2),
+            (32, 64, 4, 2),
             (16, 32, 4, 3),
             (16, 32, 4, 2),
             (32, 32, 8, 2),
@@ -107,7 +105,9 @@ def ways(call: OpCall) -> list[Way]:
         for split in ((False,) if call.invariant else (True, False))
     ]
     heads, tokens = call.attrs["heads"], int(call.tensors["q"].shape[0])
-    many = "query_len" in call.tensors and (call.invariant or tokens > int(call.tensors["page_table"].shape[0]))
+    many = "query_len" in call.tensors and (
+        call.invariant or tokens > int(call.tensors["page_table"].shape[0])
+    )
     vectors = heads * 4 if many else heads
     fitting = [
         way

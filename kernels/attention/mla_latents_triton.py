@@ -25,7 +25,9 @@ from makeready.kernels.attention.pages_triton import as_queries, pages_of, slots
 from makeready.kernels.attention.parts_triton import gather_parts, leave_part
 from makeready.kernels.prefetch_triton import prefetch
 
-_HIDDEN = tl.constexpr(-1e30)  # score of a key that a query does not see: finite, as in extend_steps_triton.py
+_HIDDEN = tl.constexpr(
+    -1e30
+)  # score of a key that a query does not see: finite, as in extend_steps_triton.py
 _LN2 = tl.constexpr(0.6931471805599453)
 
 
@@ -95,7 +97,7 @@ def latent_attention_tiles(
     if PDL:
         if AHEAD and at < stop:
             first = at - begin if SPLIT else 0
-            count, length, keys = row_of(row, query_len, context_len, OWN)
+            _, _, keys = row_of(row, query_len, context_len, OWN)
             pages = page_table + row.to(tl.int64) * table_stride
             token_K = tl.minimum(first * K + tl.arange(0, K), keys - 1)
             slot_K = tl.load(pages + token_K // PAGE).to(tl.int64) * PAGE + token_K % PAGE
@@ -107,13 +109,13 @@ def latent_attention_tiles(
     d = tl.arange(0, D)
     j = tl.arange(0, Q)
     while at < stop:
-        count, length, keys = row_of(row, query_len, context_len, OWN)
+        count, before, keys = row_of(row, query_len, context_len, OWN)
         start = first_token(row, query_start)
         vector_N = item * N + n
         own_N = vector_N < count * HEADS
         high = keys
         if OWN:
-            high = tl.minimum(length - count + (item * N + N - 1) // HEADS + 1, length)
+            high = tl.minimum(before + (item * N + N - 1) // HEADS + 1, keys)
         upto = at + 1
         first = 0
         last = tl.cdiv(high, K)
@@ -129,7 +131,8 @@ def latent_attention_tiles(
         )  # fmt: skip
         max_N, sum_N, acc_DN = _attend(
             as_queries(q_ND, cache), as_queries(q_NQ, cache), cache, page_table + row.to(tl.int64) * table_stride,
-            length - count + vector_N // HEADS, scale, first, last, high, RANK, ROPE, PAGE, OWN, N, D, Q, K,
+            before + vector_N // HEADS, scale, first, last, high, RANK, ROPE, PAGE,
+            OWN and query_len is not None, N, D, Q, K,
         )  # fmt: skip
 
         if upto - at == tiles:
@@ -198,7 +201,7 @@ def add_latent_parts(
     if (cut < total) & (begin < cut) & (begin >= cut - share):
         n = tl.program_id(0) % (N // V) * V + tl.arange(0, V)
         d = tl.arange(0, D)
-        count, length, keys = row_of(row, query_len, context_len, OWN)
+        count, _, _ = row_of(row, query_len, context_len, OWN)
         vector_V = item * N + n
         own_V = vector_V < count * HEADS
         # Of the oldest share it is the last part, of all others the first.
@@ -243,13 +246,13 @@ def share_of(total, blocks, LEAST: tl.constexpr):
 
 @triton.jit
 def row_of(row, query_len, context_len, OWN: tl.constexpr):
-    """Queries, length and keys (of the last query) of a row that has work."""
+    """Queries of a row that has work, tokens before them, and keys of the last query."""
     length = tl.load(context_len + row)
     count = length * 0 + 1
     if query_len is not None:
         count = tl.load(query_len + row)
     keys = length if OWN else length - count
-    return count, length, keys
+    return count, length - count, keys
 
 
 @triton.jit
@@ -278,7 +281,7 @@ def item_at(
     begin = at
     tiles = 1
     if SPLIT:
-        count, length, keys = row_of(row, query_len, context_len, OWN)
+        _, _, keys = row_of(row, query_len, context_len, OWN)
         tiles = tl.maximum(tl.cdiv(keys, K), 1)
         item = (at - before) // tiles
         begin = before + item * tiles
@@ -299,13 +302,15 @@ def _attend(
     RANK: tl.constexpr,
     ROPE: tl.constexpr,
     PAGE: tl.constexpr,
-    OWN: tl.constexpr,
+    CAUSAL: tl.constexpr,
     N: tl.constexpr,
     D: tl.constexpr,
     Q: tl.constexpr,
     K: tl.constexpr,
 ):
-    """Maxima, denominators and unscaled sums of query vectors over key tiles ``first : last`` before key ``high``."""
+    """Maxima, denominators and unscaled sums of query vectors over key tiles ``first : last`` before key ``high``,
+    of which they see those up to their position where ``CAUSAL``.
+    """
     k = tl.arange(0, K)
     d = tl.arange(0, D)
     j = tl.arange(0, Q)
@@ -331,7 +336,7 @@ def _attend(
         score_KN = tl.dot(c_KD, q_ND.T)
         score_KN = tl.dot(r_KQ, q_NQ.T, score_KN)
         seen = there
-        if OWN:
+        if CAUSAL:
             seen &= (key + k)[:, None] <= position_N[None, :]
         score_KN = tl.where(seen, score_KN * scale, _HIDDEN)
         higher_N = tl.maximum(max_N, tl.max(score_KN, 0))

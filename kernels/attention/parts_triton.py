@@ -46,7 +46,7 @@ def add_parts(
     AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Normalised attention ``[N, D]`` of the rows ``n`` and columns ``d``, fp32; see :func:`gather_parts`."""
-    max_N, sum_N, acc_ND = gather_parts(
+    _, sum_N, acc_ND = gather_parts(
         sums, stats, first, rest, step, parts, n, d, ROWS, COLUMNS, AT_ONCE
     )  # fmt: skip
     return acc_ND / sum_N[:, None]

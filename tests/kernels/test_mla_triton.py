@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,12 +16,15 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from case import in_columns, int32
 from mla_inputs import (
     Sizes,
     attrs_of,
     merge_operands,
     of_tokens,
+    paged_latents,
     query_operands,
+    step_rows,
     up_projection,
     write_operands,
 )
@@ -57,6 +60,7 @@ def hold(
     attrs: Mapping[str, Any],
     *,
     invariant: bool = False,
+    among: Callable[[Candidate], bool] = lambda way: True,
     most: int = 9,
 ) -> None:
     """Hold every different way to the reference in float64, NaN to NaN and infinity to infinity."""
@@ -68,7 +72,7 @@ def hold(
     wanted = dict(zip((o.name for o in contract.outputs), made, strict=True))
     wanted |= {name: wide[name] for name in contract.writes}
     # Warps and stages are nothing to the interpreter.
-    found = {str([launch.constants for launch in way.launches]): way for way in ways(call)}
+    found = {str([launch.constants for launch in way.launches]): way for way in filter(among, ways(call))}
     assert found
     for way in list(found.values())[:most]:
         got = _interpret(way, call, {k: v.clone() if k in contract.writes else v for k, v in tensors.items()})
@@ -116,3 +120,46 @@ def test_products_of_heads(sizes: Sizes, tokens: int, dtype: str) -> None:
     x = of_tokens([(tokens, tokens)], heads * rank, dtype, before=0)[:tokens]
     attrs = attrs_of(sizes, "heads", "nope", "value", "rank")
     hold("mla_values", {"x": x, "kv_b": kv_b}, attrs, invariant=tokens == 17)
+
+
+PAGED = (  # sizes, page, dtype of the cache, rows of (queries, context), whether items are cut, keys of a tile
+    (SMALL[0], 16, "float16", ((1, 1), (17, 17), (3, 90), (0, 0), (1, 64)), False, 64),
+    (SMALL[1], 7, "float16", ((5, 40), (1, 333), (20, 20)), True, 32),
+    (SMALL[1], 1, "float16", ((2, 130),), False, 32),
+    (SMALL[2], 64, "float16", ((9, 64), (3, 129), (1, 700), (0, 0)), True, 64),
+    (SMALL[2], 64, "float8_e4m3fn", ((2, 800), (9, 9)), True, 64),
+    (SMALL[0], 64, "float16", ((0, 0), (0, 0)), True, 64),
+    ((5, 16, 8, 16, 128), 48, "float16", ((1, 1), (1, 2000), (4, 700)), True, 32),
+)
+
+
+def of_kind(split: bool, keys: int) -> Callable[[Candidate], bool]:
+    """Ways of which the interpreter, which is slow, runs the first."""
+    return lambda way: (way.launches[0].constants["SPLIT"], way.launches[0].constants["K"]) == (split, keys)
+
+
+@interpreted
+@pytest.mark.parametrize("case", PAGED, ids=str)
+def test_decode(case: Any) -> None:
+    sizes, page, cache, rows, split, keys = case
+    heads, _, rope, _, rank = sizes
+    lengths = [context for _, context in rows]
+    tensors = paged_latents(lengths, page, rank + rope, cache)
+    q = of_tokens([(len(rows), 0)], heads * (rank + rope), "float16", before=0)[: len(rows)]
+    q[[n == 0 for n in lengths]] = float("nan")
+    tensors |= {"q": in_columns(q, 8, 8), "context_len": int32(lengths)}
+    attrs = attrs_of(sizes, "heads", "rank", "rope", "scale")
+    hold("mla_decode_attention", tensors, attrs, among=of_kind(split, keys), most=1)
+
+
+@interpreted
+@pytest.mark.parametrize("case", PAGED, ids=str)
+@pytest.mark.parametrize("own", [True, False])
+def test_extend(case: Any, own: bool) -> None:
+    sizes, page, cache, rows, split, keys = case
+    heads, _, rope, _, rank = sizes
+    tensors = paged_latents([context for _, context in rows], page, rank + rope, cache)
+    tensors |= step_rows(rows) | {"q": of_tokens(rows, heads * (rank + rope), "float16")}
+    attrs = attrs_of(sizes, "heads", "rank", "rope", "scale", own=own)
+    among = of_kind(split, keys)
+    hold("mla_extend_attention", tensors, attrs, invariant=not split, among=among, most=1)
