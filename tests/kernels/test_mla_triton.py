@@ -163,3 +163,20 @@ def test_extend(case: Any, own: bool) -> None:
     attrs = attrs_of(sizes, "heads", "rank", "rope", "scale", own=own)
     among = of_kind(split, keys)
     hold("mla_extend_attention", tensors, attrs, invariant=not split, among=among, most=1)
+
+
+@interpreted
+@pytest.mark.parametrize("sizes", SMALL, ids=str)
+@pytest.mark.parametrize(
+    "rows", [((1, 1),), ((0, 0), (129, 300), (1, 7), (64, 64)), ((0, 0), (0, 0))], ids=str
+)
+def test_own(sizes: Sizes, rows: tuple[tuple[int, int], ...]) -> None:
+    heads, nope, rope, value, rank = sizes
+    tensors = {
+        "q": of_tokens(rows, heads * (nope + rope), "float16"),
+        "kv": of_tokens(rows, heads * (nope + value), "float16", 1),
+        "latent": in_columns(of_tokens(rows, rank + rope, "float16", 2), 8, 8),
+    }
+    tensors |= {name: x for name, x in step_rows(rows).items() if name != "context_len"}
+    attrs = attrs_of(sizes, "heads", "nope", "rope", "value", "rank", "scale")
+    hold("mla_own_attention", tensors, attrs)
