@@ -88,6 +88,7 @@ def candidate(call: OpCall, way: Way) -> Candidate:
         num_stages=way.stages,
         dependent=dependent,
         early=(*fields, "page_table"),
+        local_bytes=way.local_bytes,
     )
     if not way.split:
         return Candidate(way.name, (attend,), seconds=way.seconds(call))

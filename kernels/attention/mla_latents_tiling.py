@@ -15,6 +15,7 @@ LEAST = 4  # key tiles of a share, at least: leaving and adding a part costs wha
 # Estimates, timed nowhere: seconds of a launch, of an item around its tiles and of a tile at least, what products
 # reach of the matrix rate, and how much faster L2 is than memory.
 _LAUNCH, _ITEM, _TILE, _REACHED, _L2 = 3e-6, 2e-6, 7e-7, 0.4, 2.5
+_SLOW = 0.12  # of the matrix rate, tiles of 32 keys: warps repeat each other's scores
 _FEW = 512  # keys that a row is taken to have where the plan expects no context before a chunk
 
 
@@ -27,6 +28,15 @@ class Way:
     warps: int
     stages: int
     split: bool
+
+    @property
+    def local_bytes(self) -> int:
+        """Of local memory that a thread may use.
+
+        Where each descriptor of queries for a matrix instruction, which stay the same, has two registers, the largest
+        tile lacks some: 10 of them are read again in every tile of keys, the rest lies outside of the loop.
+        """
+        return 384 if (self.n, self.keys) == (32, 64) else 0
 
     @property
     def name(self) -> str:
@@ -66,12 +76,13 @@ class Way:
         else:
             items, keys, distinct = -(-tokens * heads // self.n), max(call.context - tokens, _FEW), 1
         tiles, blocks = -(-keys // self.keys), self.blocks(call)
+        at_once = max(blocks, call.multiprocessors)
         read = self.keys * (rank + rope) * DTYPE_BYTES[call.tensors["cache"].dtype]
         work = 2 * self.n * self.keys * (2 * rank + rope)
         a_tile = max(
             _TILE,
-            read * call.multiprocessors / (_L2 * call.bandwidth),
-            work * call.multiprocessors / (_REACHED * call.flops["bfloat16"]),
+            read * at_once / (_L2 * call.bandwidth),
+            work * at_once / ((_REACHED if self.keys == 64 else _SLOW) * call.flops["bfloat16"]),
         )
         if self.split:
             share = max(-(-items * tiles // blocks), LEAST)
@@ -93,17 +104,13 @@ def ways(call: OpCall) -> list[Way]:
 
     64 keys are the least that a Hopper matrix instruction takes on its long side.
     """
-    made = [
-        Way(n, keys, warps, stages, split)
-        for n, keys, warps, stages in (
-            (16, 64, 4, 2),
-            (32, 64, 4, 2),
-            (16, 32, 4, 3),
-            (16, 32, 4, 2),
-            (32, 32, 8, 2),
-        )
-        for split in ((False,) if call.invariant else (True, False))
-    ]
+    page, element = int(call.tensors["cache"].shape[1]), DTYPE_BYTES[call.tensors["cache"].dtype]
+    sides = [(16, 32, 4, 3), (32, 32, 8, 2)] if element == 2 else [(16, 32, 8, 3), (32, 32, 8, 2)]
+    # Addresses of tiles that span pages, or values that are widened, leave no registers for 64 keys.
+    if "wgmma" in call.features and page % 64 == 0 and element == 2:
+        sides = [(16, 64, 4, 2), (32, 64, 4, 2), *sides]
+    cut = (False,) if call.invariant else (True, False)
+    made = [Way(*side, split) for side in sides for split in cut]
     heads, tokens = call.attrs["heads"], int(call.tensors["q"].shape[0])
     many = "query_len" in call.tensors and (
         call.invariant or tokens > int(call.tensors["page_table"].shape[0])

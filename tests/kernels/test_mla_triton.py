@@ -65,7 +65,7 @@ def hold(
 ) -> None:
     """Hold every different way to the reference in float64, NaN to NaN and infinity to infinity."""
     contract = CONTRACTS[op]
-    call = replace(_call(contract, tensors, attrs, ""), invariant=invariant)
+    call = replace(_call(contract, tensors, attrs, "wgmma"), invariant=invariant)
     wide = {k: v.double() if v.is_floating_point() else v.clone() for k, v in tensors.items()}
     made = contract.reference(*(wide.get(o.name) for o in contract.inputs), **call.attrs)
     made = made if isinstance(made, tuple) else (made,)
@@ -123,13 +123,13 @@ def test_products_of_heads(sizes: Sizes, tokens: int, dtype: str) -> None:
 
 
 PAGED = (  # sizes, page, dtype of the cache, rows of (queries, context), whether items are cut, keys of a tile
-    (SMALL[0], 16, "float16", ((1, 1), (17, 17), (3, 90), (0, 0), (1, 64)), False, 64),
-    (SMALL[1], 7, "float16", ((5, 40), (1, 333), (20, 20)), True, 32),
-    (SMALL[1], 1, "float16", ((2, 130),), False, 32),
-    (SMALL[2], 64, "float16", ((9, 64), (3, 129), (1, 700), (0, 0)), True, 64),
-    (SMALL[2], 64, "float8_e4m3fn", ((2, 800), (9, 9)), True, 64),
+    (SMALL[0], 64, "float16", ((1, 1), (17, 17), (3, 90), (0, 0), (1, 64)), False, 64),
+    (SMALL[1], 7, "float16", ((5, 40), (1, 203), (20, 20)), False, 32),
+    (SMALL[1], 1, "float16", ((2, 130),), True, 32),
+    (SMALL[2], 64, "float16", ((3, 129), (1, 500), (0, 0), (2, 2)), True, 64),
+    (SMALL[2], 64, "float8_e4m3fn", ((2, 300), (3, 3)), False, 32),
     (SMALL[0], 64, "float16", ((0, 0), (0, 0)), True, 64),
-    ((5, 16, 8, 16, 128), 48, "float16", ((1, 1), (1, 2000), (4, 700)), True, 32),
+    ((5, 16, 8, 16, 128), 48, "float16", ((1, 1), (1, 1200), (4, 400)), True, 32),
 )
 
 
@@ -166,9 +166,15 @@ def test_extend(case: Any, own: bool) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("sizes", SMALL, ids=str)
 @pytest.mark.parametrize(
-    "rows", [((1, 1),), ((0, 0), (129, 300), (1, 7), (64, 64)), ((0, 0), (0, 0))], ids=str
+    ("sizes", "rows"),
+    [
+        (SMALL[0], ((0, 0), (129, 300), (1, 7), (64, 64))),
+        (SMALL[1], ((5, 5), (70, 300))),
+        (SMALL[2], ((33, 33),)),
+        (SMALL[0], ((0, 0), (0, 0))),
+    ],
+    ids=str,
 )
 def test_own(sizes: Sizes, rows: tuple[tuple[int, int], ...]) -> None:
     heads, nope, rope, value, rank = sizes
@@ -179,4 +185,4 @@ def test_own(sizes: Sizes, rows: tuple[tuple[int, int], ...]) -> None:
     }
     tensors |= {name: x for name, x in step_rows(rows).items() if name != "context_len"}
     attrs = attrs_of(sizes, "heads", "nope", "rope", "value", "rank", "scale")
-    hold("mla_own_attention", tensors, attrs)
+    hold("mla_own_attention", tensors, attrs, among=lambda way: way.name in ("128x64_w8_s3", "64x32_w4_s2"))
