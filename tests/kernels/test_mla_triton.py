@@ -18,6 +18,8 @@ import torch
 pytest.importorskip("triton")
 from case import in_columns, int32
 from mla_inputs import (
+    V2_LITE,
+    V3,
     Sizes,
     attrs_of,
     merge_operands,
@@ -186,3 +188,98 @@ def test_own(sizes: Sizes, rows: tuple[tuple[int, int], ...]) -> None:
     tensors |= {name: x for name, x in step_rows(rows).items() if name != "context_len"}
     attrs = attrs_of(sizes, "heads", "nope", "rope", "value", "rank", "scale")
     hold("mla_own_attention", tensors, attrs, among=lambda way: way.name in ("128x64_w8_s3", "64x32_w4_s2"))
+
+
+OPS = ("mla_write", "mla_rope", "mla_absorb", "mla_values", "mla_decode_attention", "mla_extend_attention")
+OPS = (*OPS, "mla_own_attention", "merge_attention")
+
+
+def real_call(
+    op: str, sizes: Sizes, tokens: int, *, invariant: bool = False, cache: str = "bfloat16"
+) -> OpCall:
+    """A call of ``op`` as in a plan with pages of 64, without memory."""
+    heads, nope, rope, value, rank = sizes
+    contract = CONTRACTS[op]
+    attrs = attrs_of(sizes, "heads", "nope", "rope", "value", "rank", "scale")
+    attrs |= {"eps": 1e-6, "interleaved": True, "own": invariant}
+    of_kv = rank + rope if op == "mla_write" else heads * (nope + value)
+    of_q = rank + rope if "cache" in (o.name for o in contract.inputs) else nope + rope
+    of_x = value if op == "merge_attention" else rank
+    shapes = {
+        "q": heads * of_q, "kv": of_kv, "rows": rope, "x": heads * of_x, "y": heads * value, "latent": rank + rope,
+        "x_log_sum": heads, "y_log_sum": heads, "page_table": 64,
+    }  # fmt: skip
+    kinds = {"F": torch.float32, "A": torch.bfloat16, "int32": torch.int32, "float32": torch.float32}
+    made = {}
+    for operand in contract.inputs:
+        kind = kinds.get(operand.dtype, torch.bfloat16)
+        shape: tuple[int, ...] = (tokens, shapes[operand.name]) if operand.name in shapes else (tokens,)
+        shape = {
+            "weight": (rank,),
+            "kv_b": (heads * (nope + value), rank),
+            "cache": (9, 64, rank + rope),
+        }.get(operand.name, shape)
+        kind = getattr(torch, cache) if operand.name == "cache" else kind
+        made[operand.name] = torch.empty(shape, dtype=kind, device="meta")
+    call = _call(contract, made, {name: attrs[name] for name in contract.attrs}, "tma wgmma pdl fp8")
+    return replace(call, invariant=invariant, most_rows=tokens)
+
+
+@compiled
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(("sizes", "tokens"), [(V2_LITE, 64), (V3, 512)], ids=["v2_lite", "v3"])
+def test_machine_code(op: str, sizes: Sizes, tokens: int) -> None:
+    """The best way: no spills but those announced, shared memory of a block, matrix instructions, the wait."""
+    aot = pytest.importorskip("makeready.graphs.planner.cuda.aot")
+    call = real_call(op, sizes, tokens)
+    for launch in ways(call)[0].launches:
+        made = aot.compile_launch(launch, call)
+        assert made.spill_bytes <= launch.local_bytes
+        assert made.shared <= call.shared_bytes
+        assert launch.dependent
+        assert made.waits
+        products = op not in ("mla_write", "mla_rope", "merge_attention") and "add" not in launch.function
+        assert ("wgmma.mma_async" in made.ptx or "mma.sync" in made.ptx) == products
+
+
+@compiled
+def test_latents_are_loaded_once() -> None:
+    """Scores and outputs take the same tile: two are on their way, and there is no room for a third."""
+    aot = pytest.importorskip("makeready.graphs.planner.cuda.aot")
+    call = real_call("mla_decode_attention", V2_LITE, 64)
+    (way,) = (way for way in ways(call) if way.name == "split_16x64_w4_s2")
+    made = aot.compile_launch(way.launches[0], call)
+    tile, queries = 64 * 576 * 2, 16 * 576 * 2
+    assert 2 * tile + queries <= made.shared < 2 * tile + queries + 4096
+    assert "wgmma.mma_async" in made.ptx
+    assert "mma.sync" not in made.ptx
+
+
+@compiled
+def test_8_bit_latents() -> None:
+    """Rounded by the device, which the interpreter does wrongly; read without spills."""
+    aot = pytest.importorskip("makeready.graphs.planner.cuda.aot")
+    for op, wanted in (
+        ("mla_write", "cvt.rn.satfinite.e4m3x2.f32"),
+        ("mla_decode_attention", "cvt.rn.f16x2.e4m3x2"),
+    ):
+        call = real_call(op, V2_LITE, 64, cache="float8_e4m3fn")
+        launch = ways(call)[0].launches[0]
+        made = aot.compile_launch(launch, call)
+        assert made.spill_bytes <= launch.local_bytes
+        assert wanted in made.ptx
+
+
+@compiled
+def test_deterministic_plans_have_one_way_for_all_steps() -> None:
+    """The same constants and options in every bucket; only grids differ."""
+    for op in ("mla_write", "mla_absorb", "mla_extend_attention", "mla_values"):
+        found = []
+        for tokens in (1, 64, 2048):
+            call = replace(real_call(op, V2_LITE, tokens, invariant=True), most_rows=64)
+            assert all(len(way.launches) == 1 for way in ways(call))
+            found.append({
+                (str(way.launches[0].constants), way.launches[0].num_warps, way.launches[0].num_stages)
+                for way in ways(call)
+            })  # fmt: skip
+        assert found[0] == found[1] == found[2]
