@@ -116,22 +116,22 @@ def test_merge(heads: int, value: int, tokens: int, dtype: str) -> None:
 @pytest.mark.parametrize(("tokens", "dtype"), [(1, "float16"), (17, "float32"), (65, "float16")])
 def test_products_of_heads(sizes: Sizes, tokens: int, dtype: str) -> None:
     heads, _, _, _, rank = sizes
-    kv_b = up_projection(sizes, dtype)
+    kv_b, most = up_projection(sizes, dtype), 1 if heads == 16 else 3  # the interpreter is slow
     attrs = attrs_of(sizes, "heads", "nope", "rope", "value", "rank", interleaved=tokens != 17)
-    hold("mla_absorb", query_operands(sizes, tokens, dtype) | {"kv_b": kv_b}, attrs, invariant=tokens == 17)
+    hold("mla_absorb", query_operands(sizes, tokens, dtype) | {"kv_b": kv_b}, attrs, most=most)
     x = of_tokens([(tokens, tokens)], heads * rank, dtype, before=0)[:tokens]
     attrs = attrs_of(sizes, "heads", "nope", "value", "rank")
-    hold("mla_values", {"x": x, "kv_b": kv_b}, attrs, invariant=tokens == 17)
+    hold("mla_values", {"x": x, "kv_b": kv_b}, attrs, most=most)
 
 
 PAGED = (  # sizes, page, dtype of the cache, rows of (queries, context), whether items are cut, keys of a tile
     (SMALL[0], 64, "float16", ((1, 1), (17, 17), (3, 90), (0, 0), (1, 64)), False, 64),
     (SMALL[1], 7, "float16", ((5, 40), (1, 203), (20, 20)), False, 32),
-    (SMALL[1], 1, "float16", ((2, 130),), True, 32),
-    (SMALL[2], 64, "float16", ((3, 129), (1, 500), (0, 0), (2, 2)), True, 64),
+    (SMALL[1], 1, "float16", ((2, 130),), False, 32),
+    (SMALL[2], 64, "float16", ((3, 129), (1, 400), (0, 0), (1, 1)), True, 64),
     (SMALL[2], 64, "float8_e4m3fn", ((2, 300), (3, 3)), False, 32),
     (SMALL[0], 64, "float16", ((0, 0), (0, 0)), True, 64),
-    ((5, 16, 8, 16, 128), 48, "float16", ((1, 1), (1, 1200), (4, 400)), True, 32),
+    ((5, 16, 8, 16, 128), 48, "float16", ((1, 1), (1, 1000), (2, 200)), True, 32),
 )
 
 
@@ -173,7 +173,7 @@ def test_extend(case: Any, own: bool) -> None:
     [
         (SMALL[0], ((0, 0), (129, 300), (1, 7), (64, 64))),
         (SMALL[1], ((5, 5), (70, 300))),
-        (SMALL[2], ((33, 33),)),
+        (SMALL[2], ((3, 3),)),
         (SMALL[0], ((0, 0), (0, 0))),
     ],
     ids=str,
