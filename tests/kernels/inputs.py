@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 
+import mla_inputs
 import moe_inputs
 import torch
 from attention_inputs import (
@@ -315,6 +316,15 @@ BUILDERS: Mapping[str, Callable[[str], Iterator[Case]]] = {
     "decode_attention": decode_attention,
     "extend_attention": extend_attention,
     "paged_attention": extend_attention,
+    "mla_write": mla_inputs.mla_write,
+    "mla_rope": mla_inputs.mla_rope,
+    "mla_absorb": mla_inputs.mla_absorb,
+    "mla_values": mla_inputs.mla_values,
+    "mla_extend_attention": mla_inputs.mla_extend_attention,
+    "mla_decode_attention": mla_inputs.mla_decode_attention,
+    "mla_own_attention": mla_inputs.mla_own_attention,
+    "merge_attention": mla_inputs.merge_attention,
+    "mla_attention": mla_inputs.mla_attention,
     "sigmoid_gate": sigmoid_gate,
     "route": moe_inputs.route,
     "sort_by_expert": moe_inputs.sort,

@@ -1,0 +1,122 @@
+"""DeepSeek-V2 and V3 against transformers in fp32: latent attention and their mixtures of experts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from reference import Recorder, compare, expected, make_model, prompt_of
+
+from makeready.engine.llm import LLM
+from makeready.graphs.passes import REWRITES
+
+PAGE = 7
+PLAN: dict[str, Any] = {"max_rows": 4, "max_tokens": 24, "page_size": PAGE, "weight_dtype": "float32"}
+# One token, around a page, around a chunk, several chunks.
+LENGTHS = (1, PAGE - 1, PAGE, PAGE + 1, 24, 25, 60)
+LATENT: dict[str, Any] = {
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 20,
+    "kv_lora_rank": 24,
+    "q_lora_rank": 28,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+}
+YARN: dict[str, Any] = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 16.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+GROUPS = {"n_group": 4, "topk_group": 2}
+LIMITED = {**GROUPS, "topk_method": "group_limited_greedy"}
+MODELS: dict[str, tuple[str, dict[str, Any], int]] = {  # with a page size
+    "v2-lite": ("deepseek_v2", {"q_lora_rank": None, "n_shared_experts": 2}, PAGE),
+    "v2": ("deepseek_v2", {**LIMITED, "routed_scaling_factor": 3.0, "rope_parameters": YARN}, 1),
+    "v2-one-head": (
+        "deepseek_v2",
+        {"num_attention_heads": 1, "attention_bias": True, "qk_rope_head_dim": 2, "first_k_dense_replace": 0},
+        64,
+    ),
+    "v3": ("deepseek_v3", {**GROUPS, "num_attention_heads": 16, "rope_parameters": YARN}, PAGE),
+    "v3-three-heads": (
+        "deepseek_v3",
+        {
+            "hidden_size": 72,
+            "num_attention_heads": 3,
+            **{"n_group": 1, "topk_group": 1, "norm_topk_prob": False, "rope_interleave": False},
+            "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.9},
+            "num_hidden_layers": 3,
+        },
+        64,
+    ),
+    "v3-no-q-rank": ("deepseek_v3", {**GROUPS, "q_lora_rank": None, "num_experts_per_tok": 1}, 1),
+}
+
+
+def make(folder: Path, name: str, **changes: Any) -> Any:
+    family, config, _ = MODELS[name]
+    made = LATENT | config | changes
+    return make_model(folder, family, num_key_value_heads=made.get("num_attention_heads", 4), **made)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_and_tokens_equal_transformers(name: str, tmp_path: Path) -> None:
+    model = make(tmp_path, name)
+    recorder = Recorder(LLM(tmp_path, **(PLAN | {"page_size": MODELS[name][2]})))
+    for length in LENGTHS:
+        prompt = prompt_of(length, 131)
+        (ours,) = recorder.generate([prompt], 8)
+        compare(ours, expected(model, prompt, 8))
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_batched_with_shared_prefixes_equals_alone(deterministic: bool, tmp_path: Path) -> None:
+    """Prompts that begin alike, the second time with all that the first left in the cache."""
+    model = make(tmp_path, "v3")
+    stem = prompt_of(40, 131)
+    prompts = [[*stem[:n], *prompt_of(5, 131, seed=n)] for n in (35, 34, 0, 21, 40, 7, 1)]
+    llm = LLM(tmp_path, **PLAN, deterministic=deterministic)
+    recorder = Recorder(llm)
+    wanted = [expected(model, prompt, 6) for prompt in prompts]
+    for _ in range(2):
+        for ours, theirs in zip(recorder.generate(prompts, 6), wanted, strict=True):
+            compare(ours, theirs)
+    again = llm.generate(token_ids=prompts[:1])[0]
+    assert again.meta_info["cached_tokens"] == 35
+
+
+def test_padding_never_leaks(tmp_path: Path) -> None:
+    """With NaN in every byte that a step has not written itself."""
+    model = make(tmp_path, "v2")
+    llm = LLM(tmp_path, **PLAN, max_decode_buckets=1, max_extend_buckets=1)
+    recorder = Recorder(llm)
+    launch = llm.engine.executable.launch
+
+    def poisoned(bucket: Any, step: Any) -> Any:
+        llm.engine.executable.poison()  # type: ignore[attr-defined]
+        return launch(bucket, step)
+
+    llm.engine.executable.launch = poisoned  # type: ignore[method-assign]
+    prompts = [prompt_of(length, 131) for length in (1, 7, 30)]
+    for prompt, ours in zip(prompts, recorder.generate(prompts, 6), strict=True):
+        compare(ours, expected(model, prompt, 6))
+
+
+@pytest.mark.parametrize(
+    "disabled", [("merge_linears",), ("hoist_gather",), tuple(REWRITES)], ids=["merge", "hoist", "all"]
+)
+def test_every_pass_on_or_off_gives_the_same_tokens(disabled: tuple[str, ...], tmp_path: Path) -> None:
+    model = make(tmp_path, "v3")
+    prompts = [prompt_of(n, 131, seed=n) for n in (30, 5)]
+    made = Recorder(LLM(tmp_path, disabled_passes=disabled, **PLAN)).generate(prompts, 4)
+    for prompt, ours in zip(prompts, made, strict=True):
+        compare(ours, expected(model, prompt, 4))
