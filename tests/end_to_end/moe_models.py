@@ -138,6 +138,8 @@ def quantize_mixture(model: Any, form: Format) -> dict[str, torch.Tensor]:
     """Quantize the model's linears and experts in place; returns what a checkpoint holds for them."""
     tensors = quantize_model(model, form)
     for i, layer in enumerate(model.model.layers):
+        if not hasattr(layer.mlp, "experts"):
+            continue
         made = layer.mlp.experts = QuantizedExperts(layer.mlp.experts, form)
         for e, parts in enumerate(made.parts):
             for name, linear in parts.items():

@@ -5,7 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from moe_models import quantize_mixture
+from quantized_models import Format, save_quantized
 from reference import Recorder, compare, expected, make_model, prompt_of
 
 from makeready.engine.llm import LLM
@@ -52,7 +56,10 @@ MODELS: dict[str, tuple[str, dict[str, Any], int]] = {  # with a page size
         {
             "hidden_size": 72,
             "num_attention_heads": 3,
-            **{"n_group": 1, "topk_group": 1, "norm_topk_prob": False, "rope_interleave": False},
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": False,
+            "rope_interleave": False,
             "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.9},
             "num_hidden_layers": 3,
         },
@@ -120,3 +127,75 @@ def test_every_pass_on_or_off_gives_the_same_tokens(disabled: tuple[str, ...], t
     made = Recorder(LLM(tmp_path, disabled_passes=disabled, **PLAN)).generate(prompts, 4)
     for prompt, ours in zip(prompts, made, strict=True):
         compare(ours, expected(model, prompt, 4))
+
+
+QUANTIZED = {
+    "fp8-block": Format("block", 32),
+    "fp8-block-larger": Format("block", 128),
+    "fp8-tensor": Format("tensor"),
+    "ct-channel": Format("channel", tool="compressed-tensors"),
+}
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize("family", ["v2-lite", "v3"])
+def test_stored_8_bit_weights(name: str, family: str, tmp_path: Path) -> None:
+    """What makes keys and values of latents is stored in 8 bits like all else, and made wide when it is loaded."""
+    sizes = {"initializer_range": 0.1, "moe_intermediate_size": 128}
+    model, wide = (make(tmp_path, family, **sizes) for _ in range(2))
+    save_quantized(tmp_path, quantize(model, QUANTIZED[name]), QUANTIZED[name])
+    check_quantized(tmp_path, model, wide)
+
+
+@pytest.mark.parametrize(("quant", "form"), [("fp8", Format("channel")), ("fp8_block", Format("block", 128))])
+def test_quantized_when_loaded(quant: str, form: Format, tmp_path: Path) -> None:
+    """With dense layers, latents and heads that are no whole blocks."""
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 128, "intermediate_size": 192}
+    model, wide = (make(tmp_path, "v3", initializer_range=0.1, **sizes) for _ in range(2))
+    quantize(model, form, stored=False)
+    check_quantized(tmp_path, model, wide, quant=quant)
+
+
+def quantize(model: Any, form: Format, *, stored: bool = True) -> dict[str, torch.Tensor]:
+    """Quantize the model in place; what makes keys and values of latents multiplies wide activations.
+
+    Args:
+        stored: whether it is quantized as well, to what a checkpoint holds.
+    """
+    attentions = [layer.self_attn for layer in model.model.layers]
+    plain = [attention.kv_b_proj for attention in attentions]
+    tensors = quantize_mixture(model, form)
+    for attention, linear in zip(attentions, plain, strict=True):
+        if stored:
+            linear.weight.data.copy_(attention.kv_b_proj.wide)
+        attention.kv_b_proj = linear
+    return tensors
+
+
+def check_quantized(folder: Path, model: Any, wide: Any, **plan: Any) -> None:
+    """As for other mixtures (test_moe.py): a last bit of fp32 may move an activation to the next 8-bit number, which
+    in a long prompt happens to some token.
+    """
+    recorder = Recorder(LLM(folder, **{**PLAN, **plan}))
+    errors, changes = [], []
+    for length in (1, 4, 6, 9):
+        prompt = prompt_of(length, 131)
+        (ours,) = recorder.generate([prompt], 5)
+        theirs, plain = expected(model, prompt, 5), expected(wide, prompt, 1)
+        for at, (mine, other) in enumerate(zip(ours.logits, theirs.logits, strict=True)):
+            if ours.tokens[:at] == theirs.tokens[:at]:
+                errors.append(np.abs(mine - other).max() / np.abs(other).max())
+        changes.append(np.abs(theirs.logits[0] - plain.logits[0]).max() / np.abs(plain.logits[0]).max())
+    assert max(errors) <= 8e-2, errors
+    assert np.median(errors) <= 5e-6, errors
+    assert min(changes) >= 2e-3, "the quantized model is as the wide one"
+
+
+def test_an_8_bit_cache_is_near(tmp_path: Path) -> None:
+    """Latents in 8 bits without a scale: near the wide ones, and not the same."""
+    model = make(tmp_path, "v2-lite", initializer_range=0.1)
+    recorder = Recorder(LLM(tmp_path, **PLAN, kv_dtype="float8_e4m3fn"))
+    prompt = prompt_of(30, 131)
+    (ours,), theirs = recorder.generate([prompt], 1), expected(model, prompt, 1)
+    error = np.abs(ours.logits[0] - theirs.logits[0]).max() / np.abs(theirs.logits[0]).max()
+    assert 1e-4 < error < 0.1
