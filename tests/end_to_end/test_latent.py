@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
+from latent_gguf import latent_gguf
 from moe_models import quantize_mixture
 from quantized_models import Format, save_quantized
 from reference import Recorder, compare, expected, make_model, prompt_of
@@ -199,3 +201,51 @@ def test_an_8_bit_cache_is_near(tmp_path: Path) -> None:
     (ours,), theirs = recorder.generate([prompt], 1), expected(model, prompt, 1)
     error = np.abs(ours.logits[0] - theirs.logits[0]).max() / np.abs(theirs.logits[0]).max()
     assert 1e-4 < error < 0.1
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["one", "split"])
+@pytest.mark.parametrize("name", ["v2-lite", "v2", "v3"])
+def test_gguf_files_give_the_same(name: str, split: bool, tmp_path: Path) -> None:
+    model = make(tmp_path, name)
+    prompt = prompt_of(30, 131)
+    llm = LLM(latent_gguf(tmp_path, split=split), **PLAN)
+    (ours,) = Recorder(llm).generate([prompt], 5)
+    compare(ours, expected(model, prompt, 5))
+    assert llm.plan.architecture == f"DeepseekV{3 if name == 'v3' else 2}ForCausalLM"
+
+
+def test_gguf_files_that_do_not_say_how_scores_are_scaled(tmp_path: Path) -> None:
+    """YaRN without DeepSeek's factors, and without its own: rotary rows keep their size."""
+    rope = {k: v for k, v in YARN.items() if not k.startswith("mscale")}
+    model = make(tmp_path, "v2", rope_parameters={**rope, "attention_factor": 1.0})
+    prompt = prompt_of(30, 131)
+    path = latent_gguf(tmp_path, split=False, log_multiplier=False)
+    (ours,) = Recorder(LLM(path, **PLAN)).generate([prompt], 5)
+    compare(ours, expected(model, prompt, 5))
+
+
+def test_blocks_of_gguf_are_put_together(tmp_path: Path) -> None:
+    """Keys' matrices of every head are stored transposed, in Q8_0; the model is changed to what the blocks hold."""
+    sizes = {"qk_nope_head_dim": 32, "kv_lora_rank": 64, "q_lora_rank": 32, "v_head_dim": 16}
+    model = make(tmp_path, "v3", num_attention_heads=4, **sizes)
+    kind = gguf.GGMLQuantizationType.Q8_0
+    path = latent_gguf(tmp_path, split=True, quantized=kind)
+
+    def rounded(values: np.ndarray) -> np.ndarray:
+        return gguf.quants.dequantize(gguf.quants.quantize(np.ascontiguousarray(values), kind), kind)
+
+    for layer in model.model.layers:
+        for name, weight in layer.self_attn.named_parameters():
+            if weight.dim() == 1:
+                continue
+            values = weight.detach().numpy()
+            if name == "kv_b_proj.weight":
+                of_head = values.reshape(4, 48, 64)
+                keys = rounded(of_head[:, :32].transpose(0, 2, 1)).transpose(0, 2, 1)
+                values = np.concatenate((keys, rounded(of_head[:, 32:])), 1).reshape(values.shape)
+            else:
+                values = rounded(values)
+            weight.data.copy_(weight.new_tensor(values))
+    prompt = prompt_of(30, 131)
+    (ours,) = Recorder(LLM(path, **PLAN)).generate([prompt], 5)
+    compare(ours, expected(model, prompt, 5))
