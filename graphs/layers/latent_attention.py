@@ -85,9 +85,9 @@ class LatentAttention(nn.Module):
 
     def forward(self, x_TC: torch.Tensor, rows_TQ: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         c, cache = self.config, inputs.kv(self.name)
-        squeezed = self.q_a(x_TC) if c.q_rank else x_TC
+        # Queries first: their rows are whole 8-bit blocks, behind which those of latents merge.
+        q = self.q(self.q_norm(self.q_a(x_TC)) if c.q_rank else x_TC)
         kv = self.kv_a(x_TC)
-        q = self.q(self.q_norm(squeezed) if c.q_rank else squeezed)
         latent = mla.mla_write(
             kv, rows_TQ, self.kv_norm, inputs.kv_slot, cache,
             rank=c.rank, rope=c.rope, eps=c.norm_eps, interleaved=c.interleaved,
