@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
 
 from benchmarks.gpu import launcher
 from case import in_columns, int32
-from mla_inputs import (
+from mla_operands import (
     V2_LITE,
     V3,
     Sizes,

@@ -17,7 +17,7 @@ import torch
 
 pytest.importorskip("triton")
 from case import in_columns, int32
-from mla_inputs import (
+from mla_operands import (
     V2_LITE,
     V3,
     Sizes,
