@@ -12,7 +12,7 @@ import torch
 
 from makeready.kernels import elementwise, norm
 from makeready.kernels.contract import Tolerance, contract
-from makeready.kernels.numeric import widen
+from makeready.kernels.numeric import to_dtype, widen
 
 FP8_MAX = 448.0
 LEAST_SCALE = 1e-12  # zeros stay zeros, and nothing is divided by zero
@@ -77,6 +77,23 @@ def quantize_fp8_block(x: torch.Tensor, *, block: int) -> tuple[torch.Tensor, to
     scale = _scale_of(squares.abs().amax((1, 3)))
     q = to_fp8(squares, scale[:, None, :, None]).flatten(2).flatten(0, 1)
     return q[:rows, :columns].contiguous(), scale.float()
+
+
+@contract("q[N,C]:float8_e4m3fn scale[N]:float32 -> x[N,C]:out_dtype|bfloat16", flops="N*C")
+def dequantize_fp8(q: torch.Tensor, scale: torch.Tensor, *, out_dtype: str) -> torch.Tensor:
+    """``q * scale`` with one scale a row."""
+    return to_dtype(widen(q) * widen(scale).unsqueeze(1), out_dtype, like=q)
+
+
+@contract(
+    "q[N,C]:float8_e4m3fn scale[(N+block-1)//block,(C+block-1)//block]:float32 -> x[N,C]:out_dtype|bfloat16",
+    flops="N*C",
+)
+def dequantize_fp8_block(q: torch.Tensor, scale: torch.Tensor, *, block: int, out_dtype: str) -> torch.Tensor:
+    """``q * scale`` with one scale for every square of ``block`` rows and columns; the last ones may be smaller."""
+    rows, columns = q.shape
+    wide = widen(scale).repeat_interleave(block, 0)[:rows].repeat_interleave(block, 1)[:, :columns]
+    return to_dtype(widen(q) * wide, out_dtype, like=q)
 
 
 @contract(

@@ -203,8 +203,13 @@ def evaluate(expression: str, names: Mapping[str, Any]) -> Any:
     Raises:
         SizeError: it computes with something else, names what ``names`` has not, or is no size.
     """
-    made = _walk(ast.parse(expression, mode="eval").body, names)
+    made = _walk(_parsed(expression), names)
     return made.simple if isinstance(made, Size) else made
+
+
+@lru_cache(maxsize=4096)  # the contracts' few hundred are evaluated for every call, behind every pass
+def _parsed(expression: str) -> ast.expr:
+    return ast.parse(expression, mode="eval").body
 
 
 _BINARY: Mapping[type, Callable[[Any, Any], Any]] = {

@@ -56,6 +56,8 @@ def hugging_face_config(
     assert family.gguf is not None
     architecture = family.gguf.architecture
     for key, neutral in _NEUTRAL.items():
+        if key in family.gguf.reads:
+            continue
         value = fields.number(f"{architecture}.{key}")
         if value not in (None, neutral):
             raise CheckpointError(
@@ -81,7 +83,8 @@ def hugging_face_config(
             f"{source} lacks {architecture}.attention.layer_norm_rms_epsilon; convert it again"
         )
     config["rms_norm_eps"] = eps
-    config["head_dim"] = _head_dim(architecture, fields, config, source)
+    if "attention.key_length" not in family.gguf.reads:
+        config["head_dim"] = _head_dim(architecture, fields, config, source)
     config["sliding_window"] = fields.integer(f"{architecture}.attention.sliding_window") or None
     config["rope_parameters"] = _rope(architecture, fields, source)
     family.gguf.complete(fields, config, source)

@@ -39,14 +39,16 @@ _BLOCK = re.compile(r"blk\.(0|[1-9][0-9]*)\.([a-z_]+)\.(weight|bias)")
 
 
 def hugging_face_name(name: str, own: Mapping[str, str]) -> str | None:
-    """Translate a GGUF tensor name; None if it has no counterpart. ``own`` are the names of the architecture's parts
-    that are not the usual ones.
+    """Translate a GGUF tensor name; None if it has no counterpart. ``own`` are the names of the architecture's parts,
+    or of whole tensors of a layer, that are not the usual ones.
     """
     match = _BLOCK.fullmatch(name)
     if match is None:
         return _OUTER.get(name)
     layer, part, leaf = match.groups()
     known = {**_LAYER, **own}
+    if f"{part}.{leaf}" in known:
+        return f"model.layers.{layer}.{known[f'{part}.{leaf}']}"
     return f"model.layers.{layer}.{known[part]}.{leaf}" if part in known else None
 
 
@@ -101,6 +103,15 @@ class Fields:
         with np.errstate(over="ignore"):
             single = np.float32(value)
         return float(str(single)) if float(single) == value else float(value)
+
+    def flag(self, key: str) -> bool | None:
+        """Yes or no."""
+        value = self._metadata.get(key)
+        if value is not None and type(value) is not bool:
+            raise CheckpointError(
+                f"{self._source}: {key} must be true or false, not {str(value)[:60]}; convert it again"
+            )
+        return value
 
     def text(self, key: str) -> str | None:
         """A string."""

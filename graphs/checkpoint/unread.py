@@ -20,7 +20,8 @@ _SHIFTS = ("bias", "weight_zero_point", "zero_point")
 
 
 def check_unread(checkpoint: Checkpoint, read: Collection[str]) -> None:
-    """Warn of tensors that nothing reads; once, with their number and the first of them.
+    """Warn of tensors that nothing reads; once, with their number and the first of them. Layers that predict further
+    tokens are told apart from others.
 
     Args:
         checkpoint: whose tensors.
@@ -42,23 +43,38 @@ def check_unread(checkpoint: Checkpoint, read: Collection[str]) -> None:
         reason = _reason(checkpoint, name, read)
         if reason is not None:
             raise CheckpointError(f"{checkpoint.path} has the tensor {name}, {reason}")
+    ahead = [name for name in unread if _predicts_further(checkpoint, name)]
+    _tell(checkpoint, ahead, "they predict further tokens, which is not done here")
+    others = [name for name in unread if name not in set(ahead)]
+    _tell(checkpoint, others, "if they belong to it, config.json is another checkpoint's")
+
+
+def _tell(checkpoint: Checkpoint, unread: Collection[str], meaning: str) -> None:
+    if not unread:
+        return
     more = f" and {len(unread) - NAMED} more" if len(unread) > NAMED else ""
     warnings.warn(
         f"{checkpoint.path} has {len(unread)} tensor{'s' if len(unread) > 1 else ''} that the model does not read: "
-        f"{', '.join(unread[:NAMED])}{more}; if they belong to it, config.json is another checkpoint's",
+        f"{', '.join([*unread][:NAMED])}{more}; {meaning}",
         CheckpointWarning,
         stacklevel=1,  # from here, so that a process is told once, whether it compiles, loads, or both
     )
+
+
+def _predicts_further(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether the tensor is of a layer behind the last, of which the config says how many there are."""
+    layers, layer = checkpoint.config["num_hidden_layers"], _LAYER.match(name)
+    predicting = checkpoint.config.get("num_nextn_predict_layers")
+    return layer is not None and type(predicting) is int and layers <= int(layer[1]) < layers + predicting
 
 
 def _reason(checkpoint: Checkpoint, name: str, read: Collection[str]) -> str | None:
     """Why the result would be wrong without the tensor; None where that is not sure."""
     config = checkpoint.config
     layers, layer = config["num_hidden_layers"], _LAYER.match(name)
-    predicting = config.get("num_nextn_predict_layers")  # layers behind the last that predict further tokens
+    if _predicts_further(checkpoint, name):
+        return None
     if layer is not None and int(layer[1]) >= layers:
-        if type(predicting) is int and int(layer[1]) < layers + predicting:
-            return None
         return f"but its config says num_hidden_layers={layers}; correct the config"
     module, _, kind = name.rpartition(".")
     if layer is not None and kind == "weight":

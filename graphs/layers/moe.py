@@ -71,7 +71,11 @@ class MixtureOfExperts(nn.Module):
         names, source = config.names, f"{layer}.{config.names.module}"
         count, width = config.experts, config.intermediate
         self.router = parameter((count, hidden), f"{source}.{names.router}.weight")
-        self.correction = parameter((count,), f"{source}.{config.correction}") if config.correction else None
+        self.correction = (
+            parameter((count,), f"{source}.{config.correction}", dtype="float32")
+            if config.correction
+            else None
+        )
         each = (Each("e", count, place=(1, 0, 0)),)
 
         def stacked(name: str, rows: int, columns: int, at: int = 0) -> Piece:

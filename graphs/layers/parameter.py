@@ -29,11 +29,13 @@ class Declaration:
     Attributes:
         source: pieces, a generator, or what gives a derivation for the dtype that matrices are stored in.
         shard: see :class:`~makeready.graphs.plan.recipe.Param`.
+        dtype: what it is stored in; empty for what matrices, or norms and biases, are stored in.
     """
 
     source: Source
     shard: Shard
     quantizable: bool
+    dtype: str = ""
 
 
 class Parameter(nn.Parameter):
@@ -48,6 +50,7 @@ def parameter(
     *,
     shard: Shard = (),
     quantizable: bool = False,
+    dtype: str = "",
 ) -> Parameter:
     """A weight of ``shape``.
 
@@ -55,13 +58,16 @@ def parameter(
         source: the checkpoint tensor that it is (Hugging Face spelling), the pieces that it is put together
             of, or a function from the dtype that matrices are stored in to the derivation that makes it.
         shard: the mesh axis that splits each of its axes, ``(TENSOR_PARALLEL, None)``; () for none.
+        quantizable: whether quantizations apply. What only wide ops read stays wide; where a checkpoint stores it
+            quantized, it is made wide when it is loaded.
+        dtype: what it is stored in, where its ops leave no choice.
     """
     said: Source
     if isinstance(source, str):
         said = (whole(source, shape),)
     else:
         said = source if callable(source) else tuple(source)
-    return _declare(shape, Declaration(said, shard, quantizable))
+    return _declare(shape, Declaration(said, shard, quantizable, dtype))
 
 
 def constant(shape: tuple[int, ...], function: str, arguments: Mapping[str, Any]) -> Parameter:

@@ -63,14 +63,22 @@ class DecoderConfig:
 class DecoderLayer(nn.Module):
     """Pre-norm attention, then pre-norm MLP, each added to the residual stream.
 
-    ``mlp`` is called with the normed stream and the inputs; None is a :class:`GatedMLP`.
+    Args:
+        mlp: called with the normed stream and the inputs; None is a :class:`GatedMLP`.
+        attention: called with the normed stream, rotary rows and the inputs; None is grouped-query attention.
     """
 
-    def __init__(self, config: DecoderConfig, index: int, mlp: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        index: int,
+        mlp: nn.Module | None = None,
+        attention: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         source = f"model.layers.{index}"
         self.input_norm = RMSNorm(f"{source}.input_layernorm", config.hidden, config.norm_eps)
-        self.attention = Attention(
+        self.attention = attention or Attention(
             f"{source}.self_attn",
             f"layers.{index}",
             hidden=config.hidden,

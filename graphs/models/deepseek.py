@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from makeready.graphs.checkpoint.base import CheckpointError
 from makeready.graphs.models.family import (
     GGUF,
     ExpertNames,
@@ -14,23 +13,18 @@ from makeready.graphs.models.family import (
     model,
     refuse_windows,
 )
-from makeready.graphs.models.moe import check_experts, read_sizes, sparse_decoder
+from makeready.graphs.models.moe import (
+    check_experts,
+    read_sizes,
+    shared_experts,
+    sparse_decoder,
+    sparse_layers,
+)
 
 if TYPE_CHECKING:
     from makeready.graphs.checkpoint.gguf_names import Fields
 
 _NAMES = ExpertNames()
-
-
-def _sparse(config: Mapping[str, Any]) -> Callable[[int], bool]:
-    """Layers from ``first_k_dense_replace`` on, every ``moe_layer_freq``-th by its index."""
-    first, step = config["first_k_dense_replace"], config["moe_layer_freq"]
-    for name, value, least in (("first_k_dense_replace", first, 0), ("moe_layer_freq", step, 1)):
-        if type(value) is not int or value < least:
-            raise CheckpointError(
-                f"config.json: {name} must be an integer of at least {least}, not {value!r}; correct the config"
-            )
-    return lambda index: index >= first and index % step == 0
 
 
 def _of_gguf(fields: Fields, config: dict[str, Any], source: str) -> None:
@@ -82,11 +76,7 @@ def deepseek(config: Mapping[str, Any], *, context_len: int, activation: str) ->
         raise UnsupportedModelError(
             f"scoring_func {config['scoring_func']!r} is not supported; DeepSeek-V1 uses 'softmax'"
         )
-    shared, width = config["n_shared_experts"] or 0, config["moe_intermediate_size"]
-    if type(shared) is not int or shared < 0:
-        raise CheckpointError(
-            f"config.json: n_shared_experts must be an integer of at least 0, not {shared!r}; correct the config"
-        )
+    shared, width = shared_experts(config), config["moe_intermediate_size"]
     bias = bool(config.get("attention_bias"))
     return sparse_decoder(
         dense(config, qkv_bias=bias, output_bias=bias),
@@ -102,7 +92,7 @@ def deepseek(config: Mapping[str, Any], *, context_len: int, activation: str) ->
             shared="shared_experts",
             shared_intermediate=shared * width,
         ),
-        _sparse(config),
+        sparse_layers(config),
         context_len=context_len,
         activation=activation,
     )

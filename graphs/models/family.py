@@ -140,10 +140,13 @@ class GGUF:
 
     Attributes:
         architecture: ``general.architecture``.
-        names: parts of a layer, in Hugging Face's spelling, that are called otherwise than usual.
+        names: parts of a layer, in Hugging Face's spelling, that are called otherwise than usual; and tensors of a
+            layer, such as ``exp_probs_b.bias``.
         interleaved: whether each head's rows of q and k are reordered, so that the two halves that rotary
             embedding pairs alternate.
         experts: whether files of that architecture with experts are meant, and not those without.
+        reads: keys, without the architecture, that ``complete`` gives a meaning: among them
+            ``attention.key_length`` where heads are of several sizes.
         complete: completes the config from the metadata, in place; ``sliding_window`` is the file's.
     """
 
@@ -151,6 +154,7 @@ class GGUF:
     names: Mapping[str, str] = field(default_factory=dict)
     interleaved: bool = False
     experts: bool = False
+    reads: frozenset[str] = frozenset()
     complete: Callable[[Fields, dict[str, Any], str], None] = refuse_windows
 
 

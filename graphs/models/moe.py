@@ -9,6 +9,8 @@ from makeready.graphs.checkpoint.base import CheckpointError
 from makeready.graphs.models.family import Model
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from makeready.graphs.checkpoint.gguf_names import Fields
     from makeready.graphs.layers.moe import ExpertsConfig
     from makeready.graphs.models.decoder import DecoderConfig
@@ -51,6 +53,35 @@ def check_experts(config: Mapping[str, Any], experts: str, top_k: str, *sizes: s
         )
 
 
+def sparse_layers(config: Mapping[str, Any]) -> Callable[[int], bool]:
+    """DeepSeek's: layers from ``first_k_dense_replace`` on, every ``moe_layer_freq``-th by its index.
+
+    Raises:
+        CheckpointError: one of the two is no such number.
+    """
+    first, step = config["first_k_dense_replace"], config["moe_layer_freq"]
+    for name, value, least in (("first_k_dense_replace", first, 0), ("moe_layer_freq", step, 1)):
+        if type(value) is not int or value < least:
+            raise CheckpointError(
+                f"config.json: {name} must be an integer of at least {least}, not {value!r}; correct the config"
+            )
+    return lambda index: index >= first and index % step == 0
+
+
+def shared_experts(config: Mapping[str, Any]) -> int:
+    """DeepSeek's ``n_shared_experts``, which are one MLP as wide as they are together; 0 for none.
+
+    Raises:
+        CheckpointError: it is no such number.
+    """
+    shared = config["n_shared_experts"] or 0
+    if type(shared) is not int or shared < 0:
+        raise CheckpointError(
+            f"config.json: n_shared_experts must be an integer of at least 0, not {shared!r}; correct the config"
+        )
+    return shared
+
+
 def read_sizes(
     fields: Fields, config: dict[str, Any], source: str, architecture: str, names: Mapping[str, str]
 ) -> None:
@@ -72,14 +103,19 @@ def sparse_decoder(
     *,
     context_len: int,
     activation: str,
+    attention: Callable[[int], nn.Module] | None = None,
 ) -> Model:
-    """A decoder whose layers are mixtures where ``sparse`` says so of their index, and dense elsewhere."""
+    """A decoder whose layers are mixtures where ``sparse`` says so of their index, and dense elsewhere.
+
+    ``attention`` makes that of the layer of an index; None is grouped-query attention.
+    """
     from makeready.graphs.layers.moe import MixtureOfExperts
     from makeready.graphs.models.decoder import Decoder, DecoderLayer
 
     def layer(config: DecoderConfig, index: int) -> DecoderLayer:
-        if not sparse(index):
-            return DecoderLayer(config, index)
-        return DecoderLayer(config, index, MixtureOfExperts(f"model.layers.{index}", config.hidden, experts))
+        mlp = None
+        if sparse(index):
+            mlp = MixtureOfExperts(f"model.layers.{index}", config.hidden, experts)
+        return DecoderLayer(config, index, mlp, None if attention is None else attention(index))
 
     return Decoder(read, context_len=context_len, activation=activation, layer=layer)

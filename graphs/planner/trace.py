@@ -109,7 +109,7 @@ def _param(name: str, tensor: torch.nn.Parameter, weight_dtype: str, vector_dtyp
     said, shape = tensor.declaration, tuple(tensor.shape)
     if isinstance(said.source, Generated):
         return Param(name, TensorSpec(shape, "float32"), generated=said.source)
-    spec = TensorSpec(shape, weight_dtype if tensor.ndim > 1 else vector_dtype)
+    spec = TensorSpec(shape, said.dtype or (weight_dtype if tensor.ndim > 1 else vector_dtype))
     if isinstance(said.source, tuple):
         return Param(name, spec, pieces=said.source, shard=said.shard, quantizable=said.quantizable)
     derived = said.source(weight_dtype)

@@ -22,15 +22,16 @@ def quantize_linears(program: Program, scheme: Scheme) -> Program:
 
     Values that several linears read are quantized once; with a static scale that is the largest of theirs,
     so that merging them changes nothing. Weights take their place and their scale's from the checkpoint or,
-    where the scheme quantizes on load, from an op over the checkpoint's rows.
+    where the scheme quantizes on load, from an op over the checkpoint's rows. What ops read that nothing takes
+    the place of is made wide when it is loaded, where the checkpoint stores it quantized.
 
     Raises:
-        PlanError: blocks do not divide the inputs of a weight that is quantized when it is loaded.
+        PlanError: blocks do not divide the outputs of stacked weights that are quantized when they are loaded.
     """
     rewrite = _Rewrite(program, scheme)
     calls: list[Call] = []
     for call in program.calls:
-        calls += rewrite.linear(call) if rewrite.covers(call) else [call]
+        calls += rewrite.linear(call) if rewrite.covers(call) else [rewrite.kept(call)]
     return program.with_calls(calls, rewrite.params)
 
 
@@ -95,16 +96,35 @@ class _Rewrite:
         attrs = {name: said.get(name, call.attrs.get(name)) for name in op.attrs}
         return [*before, Call(op.name, operands, call.results, attrs)]
 
+    def kept(self, call: Call) -> Call:
+        """``call`` as it is; its parameters that are stored quantized come from an op over them."""
+        if self.scheme.stored and call.op not in self.ops:
+            read = (self.program.params.get(value) for value in call.operands.values())
+            for param in (p for p in read if p is not None and p.quantizable and p.pieces):
+                if self.scheme.covers(_module(param)):
+                    self.params[param.name] = self._wide(param)
+        return call
+
+    def _wide(self, param: Param) -> Param:
+        """``param`` as a product of the stored weights and scales."""
+        block, scale = self.scheme.block, self._scale(param)
+        blocks = self.scheme.weights == BLOCK
+        operands = {
+            "q": Operand(TensorSpec(param.spec.shape, FP8), param.pieces, unit=block or 1),
+            "scale": Operand(scale.spec, scale.pieces, unit=1),
+        }
+        attrs = {"out_dtype": param.spec.dtype} | ({"block": block} if blocks else {})
+        op = "dequantize_fp8_block" if blocks else "dequantize_fp8"
+        call = LoadCall(op, {"q": "q", "scale": "scale"}, {"x": "x"}, attrs)
+        return replace(param, pieces=(), derived=Derived(Derivation(operands, (call,)), "x"))
+
     def _check(self, param: Param) -> None:
-        block, (*stacked, rows, width) = self.scheme.block, (int(n) for n in param.spec.shape)
-        if not block or self.scheme.stored:
-            return
-        for axis, size in (("inputs", width), *([("outputs", rows)] if stacked else [])):
-            if size % block:
-                raise PlanError(
-                    f"{_module(param)} has {size} {axis}, which are no multiple of its blocks of {block}; "
-                    "use scales by channel (quant=fp8)"
-                )
+        block, (*stacked, rows, _) = self.scheme.block, (int(n) for n in param.spec.shape)
+        if block and stacked and rows % block and not self.scheme.stored:
+            raise PlanError(
+                f"{_module(param)} has {rows} outputs, which are no multiple of its blocks of {block}; "
+                "use scales by channel (quant=fp8)"
+            )
 
     def _weight(self, param: Param) -> Param:
         *others, width = (int(n) for n in param.spec.shape)
@@ -169,9 +189,18 @@ class _Rewrite:
             attrs, op = {"group": int(wide.spec.shape[-1])}, "quantize_fp8"
         else:
             attrs, op = {"block": self.scheme.block}, "quantize_fp8_block"
-        operand = replace(_as_matrix(wide), unit=self.scheme.block or 1)
+        matrix = _as_matrix(wide)
+        rows, width = (int(n) for n in matrix.spec.shape)
+        whole = self._whole(width)
+        operand = replace(
+            matrix,
+            spec=TensorSpec((rows, whole), matrix.spec.dtype),
+            padding=(0, whole - width) if whole > width else (),
+            unit=self.scheme.block or 1,
+        )
         call = LoadCall(op, {"x": "x"}, {"q": "q", "scale": "scale"}, attrs)
-        return replace(made, pieces=(), derived=Derived(Derivation({"x": operand}, (call,)), result))
+        derived = Derived(Derivation({"x": operand}, (call,)), result)
+        return replace(made, pieces=(), padding=(), derived=derived)
 
     def _activation(self, x: str) -> list[Call]:
         """The calls that quantize the input ``x``, filled up to whole blocks."""

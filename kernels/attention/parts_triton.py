@@ -45,7 +45,19 @@ def add_parts(
     sums, stats, first, rest, step, parts, n, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Normalised attention ``[N, D]`` of the rows ``n`` and columns ``d``, fp32.
+    """Normalised attention ``[N, D]`` of the rows ``n`` and columns ``d``, fp32; see :func:`gather_parts`."""
+    _, sum_N, acc_ND = gather_parts(
+        sums, stats, first, rest, step, parts, n, d, ROWS, COLUMNS, AT_ONCE
+    )  # fmt: skip
+    return acc_ND / sum_N[:, None]
+
+
+@triton.jit
+def gather_parts(
+    sums, stats, first, rest, step, parts, n, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """Maxima, denominators and unscaled sums ``[N, D]`` over all parts, of the rows ``n`` and columns ``d``.
 
     Args:
         first: slot of part 0; part i > 0 has slot ``rest + i * step``.
@@ -82,4 +94,4 @@ def add_parts(
             sum_N += weight_N * denominators[i]
             acc_ND += weight_N[:, None] * accs[i]
         max_N = higher_N
-    return acc_ND / sum_N[:, None]
+    return max_N, sum_N, acc_ND

@@ -75,6 +75,11 @@ OWN = {
     ("qwen2_moe", "attention_bias"),
     ("qwen3_moe", "max_window_layers"),
     ("gemma3_text", "norm_offset"),
+    # Of DeepSeek's own modeling files, but for the last, which is of GGUF files.
+    *((f"deepseek_{v}", field) for v in ("v2", "v3") for field in ("moe_layer_freq", "scoring_func")),
+    ("deepseek_v2", "rope_interleave"),
+    ("deepseek_v3", "topk_method"),
+    *((f"deepseek_{v}", "kv_b_split") for v in ("v2", "v3")),
 }
 ELSEWHERE = ("qwen", "deepseek")  # not in transformers
 DEFAULTS = {f.model_type: f.defaults for f in families().values() if f.model_type not in ELSEWHERE}

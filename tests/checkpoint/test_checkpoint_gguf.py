@@ -238,7 +238,7 @@ def test_versions(tmp_path, llama_file):
 def test_unsupported_files_name_what_is_supported(tmp_path):
     with pytest.raises(
         CheckpointError,
-        match=r"'gemma2' is not supported; use one of deepseek, gemma3, llama, qwen2, qwen2moe, qwen3, qwen3moe",
+        match=r"'gemma2' is not supported; use one of deepseek, deepseek2, gemma3, llama, qwen2, qwen2moe, qwen3, qw",
     ):
         open_checkpoint(finish_gguf(start_gguf(tmp_path / "a.gguf", "gemma2", LLAMA)))
     writer = start_gguf(tmp_path / "b.gguf", "llama", LLAMA)

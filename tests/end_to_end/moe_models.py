@@ -78,7 +78,7 @@ def gguf_file(folder: Path, architecture: str, quantized: gguf.GGMLQuantizationT
         writer.add_uint32(f"{architecture}.{key}", config[field])
     kind = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture)
     names = gguf.get_tensor_name_map(kind, config["num_hidden_layers"])
-    for name, tensor in _stacked_by_part(load_file(folder / "model.safetensors")).items():
+    for name, tensor in stacked_by_part(load_file(folder / "model.safetensors")).items():
         values = tensor.float().numpy()
         for part, heads in (("q", "num_attention_heads"), ("k", "num_key_value_heads")):
             if architecture in ("llama", "deepseek") and f".{part}_proj." in name:
@@ -93,7 +93,7 @@ def gguf_file(folder: Path, architecture: str, quantized: gguf.GGMLQuantizationT
     return finish_gguf(writer)
 
 
-def _stacked_by_part(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def stacked_by_part(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     made: dict[str, Any] = {}
     for name, tensor in tensors.items():
         match = re.fullmatch(r"(.+\.experts)\.(\d+)\.(\w+\.weight)", name)
@@ -138,6 +138,8 @@ def quantize_mixture(model: Any, form: Format) -> dict[str, torch.Tensor]:
     """Quantize the model's linears and experts in place; returns what a checkpoint holds for them."""
     tensors = quantize_model(model, form)
     for i, layer in enumerate(model.model.layers):
+        if not hasattr(layer.mlp, "experts"):
+            continue
         made = layer.mlp.experts = QuantizedExperts(layer.mlp.experts, form)
         for e, parts in enumerate(made.parts):
             for name, linear in parts.items():

@@ -39,6 +39,20 @@ QWEN3 = {**LLAMA, "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], 
 DYNAMIC = {**QWEN3, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}}
 WINDOWED = {**LLAMA, "model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 11}
 WIDE = {**QWEN3, "hidden_size": 128, "head_dim": 32, "intermediate_size": 256}  # whole blocks of 128
+LATENT = {
+    **{k: v for k, v in LLAMA.items() if k not in ("head_dim", "num_key_value_heads", "tie_word_embeddings")},
+    "model_type": "deepseek_v2",
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "q_lora_rank": None,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 14,
+    "n_routed_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+}
 LIMITS: dict[str, Any] = {
     "max_rows": 5,
     "max_tokens": 40,
@@ -57,6 +71,7 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "fp8": (QWEN3, {"quant": "fp8"}),
     "fp8_block": (WIDE, {"quant": "fp8_block", "kv_dtype": "float8_e4m3fn"}),
     "fp8_cache": (LLAMA, {"kv_dtype": "float8_e4m3fn"}),
+    "latent": (LATENT, {"quant": "fp8", "kv_dtype": "float8_e4m3fn"}),
     "deterministic": (QWEN3, {"deterministic": True}),
     "deterministic_fp8": (QWEN2, {"deterministic": True, "quant": "fp8", "kv_dtype": "float8_e4m3fn"}),
     "plain": (QWEN3, {"disabled_passes": ("merge_linears", "fuse_add_norm", "fuse_qkv", "hoist_gather")}),

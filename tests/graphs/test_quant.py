@@ -29,6 +29,13 @@ FP8 = torch.float8_e4m3fn
 BLOCKS = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
 WIDE = LLAMA | {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "num_attention_heads": 4}
 LAYERS = LLAMA["num_hidden_layers"]
+MIXTURE = LLAMA | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+}
 
 
 def compressed(weights: dict[str, Any], activations: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -151,9 +158,9 @@ def test_ignored_modules_are_names_parts_or_patterns():
     [
         (LLAMA, {"quant": "int4"}, "quant=int4 is not supported; choose one of fp8, fp8_block"),
         (
-            LLAMA,
+            MIXTURE,
             {"quant": "fp8_block"},
-            "q_proj has 24 inputs, which are no multiple of its blocks of 128; use",
+            "gate_proj has 48 outputs, which are no multiple of its blocks of 128; use",
         ),
         (
             LLAMA | {"quantization_config": BLOCKS},

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 
+import mla_inputs
 import moe_inputs
 import torch
 from attention_inputs import (
@@ -167,6 +168,17 @@ def quantize_fp8_block(op: str) -> Iterator[Case]:
     yield Case(op, "zero", {"x": torch.zeros(5, 8)}, {"block": 4})
 
 
+def dequantize_fp8(op: str) -> Iterator[Case]:
+    shapes = [(6, 8, 4), (1, 1, 4), (128, 256, 128), (200, 384, 128), (37, 50, 16)]
+    for seed, ((rows, width, block), dtype) in enumerate(itertools.product(shapes, FLOATS)):
+        random, attrs = Random(seed), {"out_dtype": dtype}
+        scales, more = (rows,), {}
+        if op.endswith("_block"):
+            scales, more = (-(-rows // block), -(-width // block)), {"block": block}
+        operands = {"q": _fp8(random, rows, width), "scale": random.uniform(*scales)}
+        yield Case(op, f"{rows}x{width}x{block}-{dtype}", operands, attrs | more)
+
+
 def _fp8(random: Random, *shape: int) -> torch.Tensor:
     """Every magnitude of the format, the largest included."""
     return random.normal(*shape, scale=60).clamp(-448, 448).to(torch.float8_e4m3fn)
@@ -297,6 +309,8 @@ BUILDERS: Mapping[str, Callable[[str], Iterator[Case]]] = {
     "quantize_fp8": lambda op: _grouped(_pointwise(op, "x"), _width("x")),
     "quantize_fp8_static": quantize_fp8_static,
     "quantize_fp8_block": quantize_fp8_block,
+    "dequantize_fp8": dequantize_fp8,
+    "dequantize_fp8_block": dequantize_fp8,
     "rms_norm_quantize_fp8": lambda op: _grouped(_norm(op, "x"), _width("x")),
     "add_rms_norm_quantize_fp8": lambda op: _grouped(_norm(op, "x", "residual"), _width("x")),
     "add_rms_norm_and_quantize_fp8": lambda op: _grouped(_norm(op, "x", "residual"), _width("x")),
@@ -315,6 +329,15 @@ BUILDERS: Mapping[str, Callable[[str], Iterator[Case]]] = {
     "decode_attention": decode_attention,
     "extend_attention": extend_attention,
     "paged_attention": extend_attention,
+    "mla_write": mla_inputs.mla_write,
+    "mla_rope": mla_inputs.mla_rope,
+    "mla_absorb": mla_inputs.mla_absorb,
+    "mla_values": mla_inputs.mla_values,
+    "mla_extend_attention": mla_inputs.mla_extend_attention,
+    "mla_decode_attention": mla_inputs.mla_decode_attention,
+    "mla_own_attention": mla_inputs.mla_own_attention,
+    "merge_attention": mla_inputs.merge_attention,
+    "mla_attention": mla_inputs.mla_attention,
     "sigmoid_gate": sigmoid_gate,
     "route": moe_inputs.route,
     "sort_by_expert": moe_inputs.sort,

@@ -61,7 +61,7 @@ def _call(
         for k, v in contract.infer(specs, attrs).items()
     }
     for name, tensor in tensors.items():
-        shape = ("P", *tensor.shape[1:]) if name.endswith("_cache") else tuple(tensor.shape)
+        shape = ("P", *tensor.shape[1:]) if name.endswith("cache") else tuple(tensor.shape)
         made[name] = Tensor(shape, specs[name].dtype, tensor.stride(0), math.gcd(tensor.data_ptr(), 256))
     rows = int(dims["R" if "R" in dims else "T"])
     return OpCall(

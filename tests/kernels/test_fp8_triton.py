@@ -18,7 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_small_triton import INTERPRETED, aot, columns_of, op_call, random
 
-from makeready.kernels import norm_quantize_triton, quantize_triton, registry  # noqa: F401
+from makeready.kernels import (  # noqa: F401
+    dequantize_triton,
+    norm_quantize_triton,
+    quantize_triton,
+    registry,
+)
 from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.device import Candidate, Descriptor, OpCall, Pointer, Scalar, Scratch, Tensor
 from makeready.kernels.gemm import linear_fp8_triton
@@ -28,7 +33,11 @@ if INTERPRETED:
     import numpy as np
     from triton.runtime import interpreter
 
-    _BITS = {"fp8e4nv": (torch.float8_e4m3fn, np.uint8), "fp16": (torch.float16, np.uint16)}
+    _BITS = {
+        "fp8e4nv": (torch.float8_e4m3fn, np.uint8),
+        "fp16": (torch.float16, np.uint16),
+        "fp32": (torch.float32, np.uint32),
+    }
     _convert = interpreter._convert_float
 
     def _convert_by_torch(values, source, target, rounding):
@@ -38,7 +47,7 @@ if INTERPRETED:
         wide = torch.from_numpy(np.ascontiguousarray(values))
         wide = wide.view(torch.float8_e4m3fn) if source.name == "fp8e4nv" else wide
         made, bits = _BITS[target.name]
-        signed = torch.uint8 if bits is np.uint8 else torch.int16
+        signed = {np.uint8: torch.uint8, np.uint16: torch.int16, np.uint32: torch.int32}[bits]
         return wide.to(made).view(signed).numpy().view(bits).reshape(values.shape)
 
     interpreter._convert_float = _convert_by_torch
@@ -146,6 +155,7 @@ def check(op: str, operands: dict[str, torch.Tensor], **attrs) -> None:
     """The reference's bytes where nothing is summed; else what the contract allows."""
     contract = CONTRACTS[op]
     want = contract.reference(**operands, **attrs)
+    want = want if isinstance(want, tuple) else (want,)
     for multiprocessors in (1, 132):
         call = op_call(op, operands, attrs, features=PLAIN, multiprocessors=multiprocessors)
         for kernel in registry.cuda_kernels(op):
@@ -190,6 +200,16 @@ def test_quantize(rows, columns):
 )
 def test_quantize_squares(rows, columns, block):
     check("quantize_fp8_block", {"x": hard(rows, columns)}, block=block)
+
+
+@interpreted
+@pytest.mark.parametrize(("rows", "columns", "block"), [(1, 16, 16), (300, 384, 128), (37, 50, 40)])
+def test_dequantize(rows, columns, block):
+    q, squares = fp8(rows, columns, seed=1), (-(-rows // block), -(-columns // block))
+    for dtype in ("bfloat16", "float16", "float32"):
+        check("dequantize_fp8", {"q": q, "scale": random(rows)}, out_dtype=dtype)
+        scale = random(*squares, seed=2)
+        check("dequantize_fp8_block", {"q": q, "scale": scale}, block=block, out_dtype=dtype)
 
 
 @interpreted

@@ -18,10 +18,13 @@ pytest.importorskip("triton")
 from case import int32
 from test_attention_triton import _call, _emit, _interpret, _numpy_2_4, compiled, interpreted
 
+from makeready.kernels import registry
+from makeready.kernels.attention.mla import mla_extend_attention
 from makeready.kernels.attention.paged import extend_attention
 from makeready.kernels.contract import Contract
 
 assert isinstance(extend_attention, Contract)
+assert isinstance(mla_extend_attention, Contract)
 assert _numpy_2_4  # a fixture for all tests here
 
 
@@ -93,3 +96,38 @@ def test_ordinary_attention_does_not() -> None:
     (made, *_) = attend(False, 0, CHUNKS[1:])
     parts = zip(CHUNKS[1:], made, strict=True)
     assert not all(torch.equal(y, whole[begin:end]) for (begin, end), y in parts)
+
+
+def attend_to_latents(chunks: tuple[tuple[int, int], ...]) -> list[list[torch.Tensor]]:
+    """As :func:`attend`, of latents, by ways of deterministic plans."""
+    registry.discover("cuda")
+    heads, rank, rope = 3, 32, 16
+    g = torch.Generator().manual_seed(0)
+    pages = -(-LENGTH // PAGE)
+    q = torch.randn(LENGTH, heads * (rank + rope), generator=g).half()
+    counts = [end - begin for begin, end in chunks]
+    tensors = {
+        "cache": torch.randn(pages + 1, PAGE, rank + rope, generator=g).half(),
+        "q": torch.cat([q[begin:end] for begin, end in chunks]),
+        "page_table": int32([list(range(1, pages + 1))] * len(chunks)),
+        "query_start": int32([sum(counts[:r]) for r in range(len(counts))]),
+        "query_len": int32(counts),
+        "context_len": int32([end for _, end in chunks]),
+    }
+    attrs = {"heads": heads, "rank": rank, "rope": rope, "scale": 0.2, "own": True}
+    call = replace(_call(mla_extend_attention, tensors, attrs, ""), invariant=True, most_rows=4)
+    (kernel,) = (k for k in registry.cuda_kernels("mla_extend_attention") if k.name == "latents")
+    made = [
+        _interpret(way, call, tensors) for way in sorted(kernel.candidates(call), key=lambda way: way.name)
+    ]
+    return [list(torch.cat((x["y"].float(), x["log_sum"]), dim=1).split(counts)) for x in made]
+
+
+@interpreted
+def test_a_token_gets_the_same_bits_from_latents() -> None:
+    wholes = [whole for (whole,) in attend_to_latents(((0, LENGTH),))]
+    assert wholes
+    for chunks in (CHUNKS[1:4], CHUNKS[4:]):
+        for whole, made in zip(wholes, attend_to_latents(chunks), strict=True):
+            for (begin, end), y in zip(chunks, made, strict=True):
+                assert torch.equal(y, whole[begin:end]), f"tokens {begin} to {end}"
