@@ -86,8 +86,8 @@ struct Copy {
 struct Small { const void* from; uint32_t to; int thread, rounds; long number; };  // a copy of 16 bytes that a thread asked for
 struct Arrival { uint32_t bar; int thread; long number; };  // waits for the thread's copies with lower numbers
 // d[64 x n] of a[64 x k] and b[n x k] of 16-bit elements, or of e4m3 where `small`.
-struct Product {  // rows: of b contiguous
-  float* d[128]; const uint32_t* a_registers[128]; int n, k; bool registers, rows, small; uint64_t a, b; int accumulate, arrived;
+struct Product {  // rows: of b contiguous; turned: those of a
+  float* d[128]; const uint32_t* a_registers[128]; int n, k; bool registers, rows, small, turned; uint64_t a, b; int accumulate, arrived;
 };
 struct Warpgroup { std::deque<Product> products; long first = 0; long issued[128] = {}; std::vector<long> ends[128]; };
 struct Warp { uint64_t slot[32]; int arrived = 0; long generation = 0; };
@@ -215,7 +215,7 @@ inline void execute(Block& c, Product& p) {
       to[1] = widen(p.a_registers[t][j] >> 16);
     }
   } else {
-    for (int m = 0; m < 64; ++m) for (int k = 0; k < p.k; ++k) a[m * p.k + k] = operand(c, p.a, false, p.small, m, k);
+    for (int m = 0; m < 64; ++m) for (int k = 0; k < p.k; ++k) a[m * p.k + k] = operand(c, p.a, p.turned, p.small, m, k);
   }
   for (int t = 0; t < 128; ++t) for (int i = 0; i < p.n / 2; ++i) {
     int row = row_of(t, i >> 1 & 1), column = (i / 4) * 8 + 2 * (t % 4) + (i & 1);
@@ -229,17 +229,17 @@ inline void run_first(Block& c, Warpgroup& w) {
   w.products.pop_front();
   w.first++;
 }
-__attribute__((noinline)) inline void issue(float* d, int n, const uint32_t* registers, uint64_t a, uint64_t b, bool rows, int accumulate, bool small = false) {
+__attribute__((noinline)) inline void issue(float* d, int n, const uint32_t* registers, uint64_t a, uint64_t b, bool rows, int accumulate, bool small = false, bool turned = false) {
   Warpgroup& w = block().warpgroups[thread() / 128];
   int t = thread() % 128;
   long number = w.issued[t]++;
   while ((long)w.products.size() + w.first <= number) {
     Product p{};
-    p.n = n; p.k = small ? 32 : 16; p.registers = registers; p.rows = rows; p.small = small; p.a = a; p.b = b; p.accumulate = accumulate;
+    p.n = n; p.k = small ? 32 : 16; p.registers = registers; p.rows = rows; p.small = small; p.turned = turned; p.a = a; p.b = b; p.accumulate = accumulate;
     w.products.push_back(p);
   }
   Product& p = w.products[number - w.first];
-  check(p.n == n && p.a == a && p.b == b && p.accumulate == accumulate && p.registers == (registers != nullptr) && p.rows == rows && p.small == small, "threads of a warpgroup disagree about a product");
+  check(p.n == n && p.a == a && p.b == b && p.accumulate == accumulate && p.registers == (registers != nullptr) && p.rows == rows && p.small == small && p.turned == turned, "threads of a warpgroup disagree about a product");
   p.d[t] = d; p.a_registers[t] = registers; p.arrived++;
   while (state().eager && !w.products.empty() && w.products.front().arrived == 128) run_first(block(), w);
 }
@@ -463,6 +463,17 @@ template <int N> inline void wgmma_wait() { emulator::wait_groups(N); }
 template <int N> inline void keep(float (&)[N]) {}
 template <int R> inline void wgmma_ss_16bit(float (&d)[R], uint64_t a, uint64_t b, int accumulate) { emulator::issue(d, 2 * R, nullptr, a, b, false, accumulate); }
 template <int R> inline void wgmma_ss_e4m3(float (&d)[R], uint64_t a, uint64_t b, int accumulate) { emulator::issue(d, 2 * R, nullptr, a, b, false, accumulate, true); }
+template <int R> inline void wgmma_turned(float (&d)[R], uint64_t a, uint64_t b, int accumulate) { emulator::issue(d, 2 * R, nullptr, a, b, false, accumulate, false, true); }
+inline void store_turned(void* to, uint32_t first, uint32_t second) {
+  int lane = emulator::thread() % 32;
+  emulator::check(smem_u32(to) % 16 == 0, "stored blocks: a row's address is no multiple of 16");
+  for (int block = 0; block < 2; ++block) {
+    uint32_t two = block ? second : first;
+    uint16_t* rows[8];  // a lane has row lane / 4 and two columns, which become rows
+    for (int r = 0; r < 8; ++r) rows[r] = emulator::exchange((uint16_t*)to, block * 8 + r);
+    for (int j = 0; j < 2; ++j) rows[lane % 4 * 2 + j][lane / 4] = (uint16_t)(two >> 16 * j);
+  }
+}
 inline void unpack2(uint32_t two, float (&x)[2]) { x[0] = emulator::widen(two & 0xffff); x[1] = emulator::widen(two >> 16); }
 inline uint32_t emulated_to_fp8(float x) {  // to nearest, ties to even; beyond 448 saturated
   uint32_t sign = std::signbit(x) ? 128 : 0;
