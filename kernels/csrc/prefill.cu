@@ -136,7 +136,7 @@ attention_prefill(GRID_CONSTANT TensorMap q_map, GRID_CONSTANT TensorMap k_map, 
       feed(smem, bars, maps, page_table, query_start, query_len, context_len, counter, rows, kv_heads, table_stride);
     } else {
       clear_idle(y, query_start, query_len, rows, tokens, y_stride, kv_heads * GROUP * D, blockIdx.x * 3 + warp - 1,
-                 gridDim.x * 3);
+                 gridDim.x * 3, [](int) {});
       if (CACHE8) widen(smem, bars, warp - 1);
     }
     return;

@@ -25,9 +25,8 @@ static_assert(D == 64 || D == 128 || D == 256, "head size");
 static_assert(GROUP >= 1 && GROUP <= 16 && PAGE % RUN == 0 && WINDOW >= 0, "a run of keys lies in one page");
 static_assert(SHARED <= 232448, "shared memory");
 
-// count: tokens of the tile; position, length: of its first token, of its row. Its keys are steps `end - steps` to
-// `end - 1`. No steps: no items are left.
-struct Item { int token, count, position, length, head, row, end, steps; };
+#include "prefill_items.h"
+
 struct Bars {
   Places<Q_STAGES> q;
   Places<K_STAGES> k;
@@ -36,5 +35,3 @@ struct Bars {
   Item item[Q_STAGES];
 };
 static_assert(sizeof(Bars) <= 256, "shared memory");
-
-__device__ __forceinline__ int first_seen(int position) { return WINDOW > 0 ? max(position - WINDOW + 1, 0) : 0; }
