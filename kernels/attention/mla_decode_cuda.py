@@ -1,7 +1,8 @@
 """Attention over a paged cache of latents on Hopper in CUDA C++ (csrc/mla_decode.cu, csrc/mla_combine.cu).
 
-Keys are the long side of the matrix instructions, so that few heads cost no padding; the keys of all rows are cut into
-equal shares, so that one long row occupies every multiprocessor. A second launch adds up what lies in several shares.
+Keys are the long side of the matrix instructions, so that few heads cost no padding; the keys of all rows are cut
+into equal shares, so that one long row occupies every multiprocessor. A second launch adds up what lies in several
+shares.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from makeready.kernels.registry import cuda_kernel
 _KEYS, _BOX = 64, 16  # of a block, and of a copy where a row ends
 _RANK, _ROPE, _WIDTH = 512, 64, 576
 _COLUMNS = (8, 16, 32, 64)  # query vectors of a product
-# Microseconds of both launches until and after keys stream, and the share of a copy's bandwidth at which they do: of 16
-# and 32 heads as a prototype ran on one H200 (64 to 256 rows of 4,096 tokens), less what its sums of parts took. Share
-# of the matrix rate at 64 vectors: estimated.
+# Microseconds of both launches until and after keys stream, and the share of a copy's bandwidth at which they do: of
+# 16 heads as a prototype ran on one H200 (64 to 256 rows of 4,096 tokens), whose sums of parts took longer. Share of the
+# matrix rate at 64 vectors: estimated.
 _LAUNCH_US, _STREAMED, _MATRIX = 7.0, 0.88, 0.6
 
 
@@ -127,7 +128,7 @@ def candidate(call: OpCall, *, give_up: int = 0) -> Candidate:
         return Descriptor("cache", shape, strides, (1, count, 64), swizzle=128, promotion=256)
 
     name = "mla_extend" if extend else "mla_decode"
-    # A group's vectors reach beyond the last token; where the memory there is the plan's, copying is faster than zeros.
+    # Units reach beyond the last token; where the memory there is the plan's, copying is faster than zeros.
     q_tokens = tokens + made.tokens if q.spare else tokens
     q_shape, q_box = (q_tokens, call.attrs["heads"], _WIDTH), (made.tokens, made.group, 64)
     early = tuple(n for n in lengths if n != "query_start")

@@ -1,4 +1,4 @@
-"""Latent attention of a step's own tokens on Hopper in CUDA C++ (csrc/mla_own.cu): prompts, with keys of every head."""
+"""Latent attention of a step's own tokens on Hopper in CUDA C++ (csrc/mla_own.cu), with keys of every head."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from makeready.kernels.registry import cuda_kernel
 
 _SIZES = {"nope": 128, "rope": 64, "value": 128, "rank": 512}
 _TILE, _RUN = 128, 64  # tokens of a tile and keys of a step; keys of a copy
-# Microseconds of a launch, of an item without its steps and of a step, of 8 x 1,024 to 1 x 16,384 tokens with 16 heads
-# as a prototype ran on one H200; other devices are taken to be as much faster or slower as their matrix rate is.
+# Microseconds of a launch, of an item without its steps and of a step, of 1,024 to 16,384 tokens with 16 heads as a
+# prototype ran on one H200; other devices are taken to be as much faster or slower as their matrix rate is.
 _LAUNCH_US, _ITEM_US, _STEP_US = 2.0, 1.3, 2.05
 
 

@@ -6,6 +6,7 @@ Tokens of no row are NaN, and so are columns of wider buffers and the latents' n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from makeready.graphs.planner.cuda import nvrtc
 from makeready.kernels.attention import mla
 from makeready.kernels.attention.mla_own_cuda import candidate
 from makeready.kernels.contract import Contract
+from makeready.kernels.device import OpCall
 from makeready.kernels.registry import cuda_kernels
 
 pytestmark = needs_compiler
@@ -84,3 +86,88 @@ def test_against_the_reference(emulator: Emulator, name: str) -> None:
     case = CASES[name]
     allowed = 5e-3 if case[0]["q"].dtype == B16 else 1e-3
     assert error(case, emulate(emulator, case, seed=list(CASES).index(name))) < allowed
+
+
+def test_order_and_number_of_blocks_do_not_matter(emulator: Emulator) -> None:
+    """To the last bit: no tile is cut, and every launch leaves the counter for the next."""
+    case = make([130, 0, 70], 1)
+    ways = [emulate(emulator, case, seed=seed, grid=grid) for seed, grid in ((1, 1), (2, 3), (4, 2))]
+    assert all(torch.equal(ways[0]["y"], other["y"]) for other in ways[1:])
+
+
+def test_steps_without_a_row_give_zeros(emulator: Emulator) -> None:
+    made = emulate(emulator, make([0, 0], 1))
+    assert not made["y"].any()
+    assert made["log_sum"].isneginf().all()
+
+
+TALL = make([300, 70], 1)
+FAULTS: dict[str, tuple[str, str]] = {
+    "an mbarrier is not arrived at": (
+        "      give_back(&bars.v.free[v.place()]);\n      v.next();\n      pack(p, s);",
+        "      v.next();\n      pack(p, s);",
+    ),
+    "bytes are miscounted": ("runs * RUN * KEY * 2", "RUNS * RUN * KEY * 2"),
+    "a wait for keys is missing": ('    wait_full(bars.k, k, "attend: k full");\n    my_turn', "    my_turn"),
+    "values are copied over those in use": ('wait_free(bars.v, v, "feed: v free");\n', ""),
+    "queries are copied over those in use": ('wait_free(bars.q, q, "feed: q free");\n', ""),
+    "sums are not rescaled": ("o[j] *= shrink[(j >> 1) & 1]", "o[j] *= 1"),
+    "the next token is seen": ("j <= position_a", "j <= position_a + 1"),
+    "values of others stay": ("if (key + row < item.length) x", "if (true) x"),
+    "rotated features of another token": ("maps.rope, full, RANK, first)", "maps.rope, full, RANK, first + 1)"),
+    "the counter is left": ("*counter = 0;", ";"),
+    "a turn is not passed on": ("next_turn();\n      wgmma_wait<1>();", "wgmma_wait<1>();"),
+    "logarithms of another base": ("(base[h] + log2f(sum[h]))", "(base[h] + logf(sum[h]))"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_caught(fault: str, tmp_path: Path) -> None:
+    """A wrong line makes a wrong number, a NaN, a counter that is not zero, or a report of a deadlock."""
+    before, after = FAULTS[fault]
+    for path in (*nvrtc.FOLDER.glob("*.h"), nvrtc.FOLDER / "mla_own.cu"):
+        text = path.read_text()
+        if path.suffix == ".cu":
+            assert text.count(before) == 1
+            text = text.replace(before, after)
+        (tmp_path / path.name).write_text(text)
+    emulator = Emulator(tmp_path, tmp_path)
+
+    def right(seed: int) -> bool:
+        try:
+            return error(TALL, emulate(emulator, TALL, seed=seed)) < 5e-3
+        except (AssertionError, RuntimeError):
+            return False
+
+    assert not all(right(seed) for seed in (4, 5, 1004, 1005))
+
+
+def _call(tokens: int, heads: int = 16, **changes: object) -> OpCall:
+    tensors, attrs = make([1], heads)
+    small = {
+        name: torch.empty(tokens, x.shape[1], dtype=x.dtype, device="meta")
+        for name, x in tensors.items()
+        if x.dim() == 2
+    }
+    small |= {name: tensors[name].to("meta") for name in ("query_start", "query_len")}
+    return op_call("mla_own_attention", small, attrs | changes)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "measured"), [(1024, 19.2), (4096, 134.7), (8192, 519.3), (16384, 2154.3)]
+)
+def test_the_model_is_near_what_a_prototype_took(tokens: int, measured: float) -> None:
+    """Microseconds of 16 heads on one H200; its matrix rate is the H100's by which others are scaled."""
+    assert abs(1e6 * candidate(_call(tokens)).seconds / measured - 1) < 0.08
+
+
+def test_what_it_does_not_do_is_others() -> None:
+    (kernel,) = (k for k in cuda_kernels("mla_own_attention") if k.name == "wgmma")
+    call = _call(300)
+    assert kernel.untimed
+    assert kernel.candidates(call)
+    assert not kernel.candidates(replace(call, invariant=True))
+    assert not kernel.candidates(replace(call, features=frozenset({"tma", "pdl"})))
+    for changes in ({"nope": 64}, {"value": 64}, {"rope": 32}, {"scale": -1.0}):
+        assert not kernel.candidates(replace(call, attrs={**call.attrs, **changes}))
+    assert not kernel.candidates(op_call("mla_own_attention", *make([3], 2, torch.float32)))
