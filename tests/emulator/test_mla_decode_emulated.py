@@ -173,7 +173,7 @@ FAULTS: dict[str, tuple[tuple[Case, int], str, str]] = {
     "parts are read before the wait": (TALL, "  dependence_wait();\n#endif\n  if (begin", "#endif\n  if (begin"),
     "registers that no warp gave back": (WIDE, "setmaxnreg_dec<FEED", "setmaxnreg_dec<8 + FEED"),
     "the other half's tiles": (WIDE, "int d = g * 3 + c - FIRST;", "int d = g * 3 + c - FIRST / 2;"),
-    "tokens of a unit are miscounted": (MORE, "min(row.tokens - unit * TOKENS, TOKENS);\n      item", "TOKENS;\n      item"),
+    "tokens of a unit are miscounted": (MORE, "count = min(row.tokens - unit * TOKENS, ", "count = max(0, "),
 }  # fmt: skip
 
 
