@@ -11,45 +11,8 @@
 // copied from further left, so that it ends with the last token, and slots before a page's first are zeros. Nor are
 // pages that lie wholly before the window of a tile's first token: they may have another owner by now.
 #include "prefill_feed.h"
+#include "prefill_softmax.h"
 #include "prefill_wgmma.h"
-
-// Running maxima of scores (unscaled). base: what exponents are taken from; shrink: of what came before.
-template <bool MASKED>
-__device__ __forceinline__ void maxima(const float (&s)[L / 2], float (&top)[2], float (&base)[2], float (&shrink)[2],
-                                       float scale) {
-  float m[2] = {top[0], top[1]};
-  UNROLL for (int i = 0; i < L / 8; ++i) {
-    UNROLL for (int h = 0; h < 2; ++h) m[h] = fmaxf(m[h], fmaxf(s[4 * i + 2 * h], s[4 * i + 2 * h + 1]));
-  }
-  UNROLL for (int lanes = 1; lanes < 4; lanes *= 2) {
-    UNROLL for (int h = 0; h < 2; ++h) m[h] = fmaxf(m[h], __shfl_xor_sync(~0u, m[h], lanes));
-  }
-  UNROLL for (int h = 0; h < 2; ++h) {
-#if LAZY
-    m[h] = (m[h] - top[h]) * scale > LAZY ? m[h] : top[h];
-#endif
-    base[h] = m[h] * scale;
-    if (MASKED) base[h] = m[h] == -INFINITY ? 0.f : base[h];  // nothing seen yet
-    shrink[h] = exp2_fast(top[h] * scale - base[h]);
-    top[h] = m[h];
-  }
-}
-
-// Weights exp2(scale * s - base) in place of scores, and their running sums.
-__device__ __forceinline__ void exponentials(float (&s)[L / 2], const float (&base)[2], float (&sum)[2],
-                                             const float (&shrink)[2], float scale) {
-  UNROLL for (int h = 0; h < 2; ++h) {
-    float t = 0.f;
-    UNROLL for (int i = 0; i < L / 8; ++i) {
-      UNROLL for (int j = 0; j < 2; ++j) {
-        float& x = s[4 * i + 2 * h + j];
-        x = exp2_fast(x * scale - base[h]);
-        t += x;
-      }
-    }
-    sum[h] = sum[h] * shrink[h] + t;
-  }
-}
 
 // No scores of keys that the tokens at position_a and position_b do not see.
 __device__ __forceinline__ void hide(float (&s)[L / 2], int key, int length, int position_a, int position_b) {
@@ -66,12 +29,6 @@ __device__ __forceinline__ void hide(float (&s)[L / 2], int key, int length, int
         b = there && at_key <= position_b && (WINDOW == 0 || at_key >= low_b) ? b : -INFINITY;
       }
     }
-  }
-}
-
-__device__ __forceinline__ void pack(uint32_t (&p)[L / 16][4], const float (&s)[L / 2]) {
-  UNROLL for (int k = 0; k < L / 16; ++k) {
-    UNROLL for (int j = 0; j < 4; ++j) p[k][j] = pack2(s[8 * k + 2 * j], s[8 * k + 2 * j + 1]);
   }
 }
 
@@ -179,7 +136,7 @@ attention_prefill(GRID_CONSTANT TensorMap q_map, GRID_CONSTANT TensorMap k_map, 
       feed(smem, bars, maps, page_table, query_start, query_len, context_len, counter, rows, kv_heads, table_stride);
     } else {
       clear_idle(y, query_start, query_len, rows, tokens, y_stride, kv_heads * GROUP * D, blockIdx.x * 3 + warp - 1,
-                 gridDim.x * 3);
+                 gridDim.x * 3, [](int) {});
       if (CACHE8) widen(smem, bars, warp - 1);
     }
     return;

@@ -1,6 +1,6 @@
 // Sizes of prefill.cu, its places in shared memory, and what its warps tell each other.
 #pragma once
-#include "hopper.h"
+#include "places.h"
 
 // HEAD: head size. GROUP: query heads a KV head. PAGE: slots of a page. WINDOW: tokens that a token sees, 0: all.
 // CACHE8: the cache holds e4m3; products then take float16 (FP16). BF16_IO: queries and results are bfloat16
@@ -25,13 +25,8 @@ static_assert(D == 64 || D == 128 || D == 256, "head size");
 static_assert(GROUP >= 1 && GROUP <= 16 && PAGE % RUN == 0 && WINDOW >= 0, "a run of keys lies in one page");
 static_assert(SHARED <= 232448, "shared memory");
 
-struct Yes { static constexpr bool value = true; };
-struct No { static constexpr bool value = false; };
-// count: tokens of the tile; position, length: of its first token, of its row. Its keys are steps `end - steps` to
-// `end - 1`. No steps: no items are left.
-struct Item { int token, count, position, length, head, row, end, steps; };
-// What says that places are full, and that they are free again.
-template <int N> struct Places { uint64_t full[N], free[N]; };
+#include "prefill_items.h"
+
 struct Bars {
   Places<Q_STAGES> q;
   Places<K_STAGES> k;
@@ -39,22 +34,4 @@ struct Bars {
   Places<RAW_STAGES> raw;
   Item item[Q_STAGES];
 };
-// The place whose turn it is, and the parity of the wait until it is full; until it is free: the other one.
-template <int N> struct Ring {
-  int state = 0;  // in one register: the place, and the parity times 8
-  __device__ __forceinline__ int place() const { return state & 7; }
-  __device__ __forceinline__ int parity() const { return state >> 3; }
-  __device__ __forceinline__ void next() { state = place() == N - 1 ? ~state & 8 : state + 1; }
-};
-template <int N> __device__ __forceinline__ void wait_full(Places<N>& at, const Ring<N>& ring, const char* where) {
-  mbar_wait(&at.full[ring.place()], ring.parity(), where);
-}
-template <int N> __device__ __forceinline__ void wait_free(Places<N>& at, const Ring<N>& ring, const char* where) {
-  mbar_wait(&at.free[ring.place()], ring.parity() ^ 1, where);
-}
-template <int N> __device__ __forceinline__ void init(Places<N>& at, int full, int free) {
-  for (int i = 0; i < N; ++i) { mbar_init(&at.full[i], full); mbar_init(&at.free[i], free); }
-}
 static_assert(sizeof(Bars) <= 256, "shared memory");
-
-__device__ __forceinline__ int first_seen(int position) { return WINDOW > 0 ? max(position - WINDOW + 1, 0) : 0; }

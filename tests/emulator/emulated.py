@@ -55,6 +55,10 @@ class Emulator:
         self._folder, self._sources = folder, sources
         self._made: dict[object, ctypes.CDLL] = {}
 
+    def take(self, other: Emulator, *, but: str) -> None:
+        """Kernels that ``other`` has compiled of files other than ``but``."""
+        self._made |= {key: made for key, made in other._made.items() if f"/{but}:" not in str(key)}
+
     def run(
         self,
         candidate: Candidate,
@@ -109,6 +113,7 @@ class Emulator:
                     f"-I{self._sources}",
                     f"-I{HERE}",
                     HERE / "library.cpp",
+                    _runtime(fp16=bool(launch.constants.get("FP16"))),
                     "-o",
                     out,
                 ],
@@ -132,6 +137,17 @@ def _standard_headers() -> Path:
     header.write_text("\n".join(line for line in lines if line.startswith("#include <")) + "\n")
     subprocess.run([*_COMPILER, "-x", "c++-header", header, "-o", f"{header}.gch"], check=True)
     return header
+
+
+@cache
+def _runtime(*, fp16: bool) -> Path:
+    """What all kernels share, compiled: half of each one's time."""
+    header = _standard_headers()
+    out = header.parent / f"runtime{int(fp16)}.o"
+    options = ["-DEMULATED", "-DRUNTIME", f"-DFP16={int(fp16)}", "-x", "c++", "-c"]
+    source = [HERE / "emulator.h", "-include", header, "-o", out]
+    subprocess.run([*_COMPILER, *options, *source], check=True)
+    return out
 
 
 def _check(said: bytes | None) -> None:

@@ -2,8 +2,8 @@
 //
 // Every thread is a fiber and blocks run interleaved. Copies land late and in any order, matrix products read shared
 // memory and registers as late as a wait allows (with odd seeds as early as they may), warps fall behind at random,
-// shared memory starts as NaN. What the hardware refuses (sizes, alignment, swizzles) fails, and so does a deadlock,
-// with the place of every warp.
+// copies and warps far behind with seeds from 1,000 on, shared memory starts as NaN. What the hardware refuses (sizes,
+// alignment, swizzles) fails, and so does a deadlock, with the place of every warp.
 //
 // It cannot see: missing proxy fences and memory-model races (plain stores and loads of a warpgroup run in order),
 // registers, speed, and whether it reads the PTX manual rightly. The GPU tests and compute-sanitizer are for those.
@@ -86,19 +86,20 @@ struct Copy {
 struct Small { const void* from; uint32_t to; int thread, rounds; long number; };  // a copy of 16 bytes that a thread asked for
 struct Arrival { uint32_t bar; int thread; long number; };  // waits for the thread's copies with lower numbers
 // d[64 x n] of a[64 x k] and b[n x k] of 16-bit elements, or of e4m3 where `small`.
-struct Product {  // rows: of b contiguous
-  float* d[128]; const uint32_t* a_registers[128]; int n, k; bool registers, rows, small; uint64_t a, b; int accumulate, arrived;
+struct Product {  // rows: of b contiguous; turned: those of a
+  float* d[128]; const uint32_t* a_registers[128]; int n, k; bool registers, rows, small, turned; uint64_t a, b; int accumulate, arrived;
 };
 struct Warpgroup { std::deque<Product> products; long first = 0; long issued[128] = {}; std::vector<long> ends[128]; };
-struct Warp { uint64_t slot[32]; int arrived = 0; long generation = 0; };
+struct Warp { uint64_t slot[32]; int arrived = 0; long generation = 0; int asleep = 0; };
 struct Block {
   int index, registers = 0; std::vector<uint8_t> store; uint8_t* shared; std::map<uint32_t, Bar> bars; Named named[16];
   std::vector<Copy> copies; std::vector<Small> smalls; std::vector<Arrival> arrivals; long number = 0; std::vector<Warpgroup> warpgroups; std::vector<Warp> warps;
 };
-struct Fiber { ucontext_t context; std::vector<uint8_t> stack; Block* block; int thread; bool done = false, waited = false; const char* where = ""; };
+constexpr size_t STACK = 64 << 10;
+struct Fiber { ucontext_t context; std::unique_ptr<uint8_t[]> stack; Block* block; int thread; bool done = false, waited = false; const char* where = ""; };
 struct Dim { int x; };
 struct State {
-  ucontext_t main; Fiber* now = nullptr; bool progress = false; std::mt19937 random; int threads = 0, grid = 0; bool eager = false;
+  ucontext_t main; Fiber* now = nullptr; bool progress = false; std::mt19937 random; int threads = 0, grid = 0; bool eager = false, drowsy = false;
   std::function<void()> body; std::string failure; std::vector<Map> maps;
 };
 inline State& state() { static State s; return s; }
@@ -124,15 +125,25 @@ template <class F> __attribute__((noinline)) inline void wait_until(F ready, con
   state().progress = true;
 }
 
+// -- mbarriers, copies and matrix products: compiled once for all kernels, where RUNTIME
+
+void complete(Bar& b);
+Bar& bar_at(Block& c, uint32_t at);
+void issue(float* d, int n, const uint32_t* registers, uint64_t a, uint64_t b, bool rows, int accumulate, bool small = false, bool turned = false);
+void wait_groups(int n);
+void launch(int grid, int threads, size_t shared, unsigned seed, std::function<void()> body);
+TensorMap encode(const void* base, int size, int rank, const uint64_t* dims, const uint64_t* strides, const uint32_t* box, bool swizzled);
+
+#ifdef RUNTIME
 // -- mbarriers and copies
 
-inline void complete(Bar& b) { if (b.pending == 0 && b.bytes == 0) { b.phase++; b.pending = b.count; } }
-inline Bar& bar_at(Block& c, uint32_t at) {
+void complete(Bar& b) { if (b.pending == 0 && b.bytes == 0) { b.phase++; b.pending = b.count; } }
+Bar& bar_at(Block& c, uint32_t at) {
   auto found = c.bars.find(at);
   check(found != c.bars.end(), "there is no such mbarrier");
   return found->second;
 }
-inline void run_bulk(Block& c, const Copy& copy) {
+void run_bulk(Block& c, const Copy& copy) {
   check(copy.to % 16 == 0 && (uintptr_t)copy.from % 16 == 0 && copy.bytes % 16 == 0 && copy.bytes, "bulk copy: places and bytes are multiples of 16");
   check(copy.to + copy.bytes <= c.store.size(), "copy: beyond shared memory");
   memcpy(c.shared + copy.to, copy.from, copy.bytes);
@@ -140,7 +151,7 @@ inline void run_bulk(Block& c, const Copy& copy) {
   bar.bytes -= copy.bytes;
   complete(bar);
 }
-inline void run_copy(Block& c, const Copy& copy) {
+void run_copy(Block& c, const Copy& copy) {
   if (copy.from) return run_bulk(c, copy);
   const Map& m = state().maps.at(copy.map.id);
   uint32_t total = m.size;
@@ -168,7 +179,7 @@ inline void run_copy(Block& c, const Copy& copy) {
 }
 
 // Copies of 16 bytes whose time has come, then the arrivals that wait for no other; whether there were any.
-inline bool run_smalls(Block& c) {
+bool run_smalls(Block& c) {
   if (c.smalls.empty() && c.arrivals.empty()) return false;
   std::vector<Small> copies;
   std::vector<Arrival> arrivals;
@@ -193,7 +204,7 @@ inline bool run_smalls(Block& c) {
 
 // -- matrix products
 
-inline float operand(Block& c, uint64_t descriptor, bool rows_contiguous, bool small, int r, int k) {
+float operand(Block& c, uint64_t descriptor, bool rows_contiguous, bool small, int r, int k) {
   uint32_t start = (descriptor & 0x3fff) << 4, leading = (descriptor >> 16 & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
   check(descriptor >> 62 == 1, "descriptor: 128-byte swizzle only");
   uint32_t at = rows_contiguous ? start + (r / 64) * leading + (r % 64) * 2 + (k / 8) * stride + (k % 8) * 128
@@ -204,8 +215,8 @@ inline float operand(Block& c, uint64_t descriptor, bool rows_contiguous, bool s
   memcpy(&h, c.shared + at, 2);
   return widen(h);
 }
-inline int row_of(int thread, int high) { return (thread / 32) * 16 + (thread % 32) / 4 + high * 8; }
-inline void execute(Block& c, Product& p) {
+int row_of(int thread, int high) { return (thread / 32) * 16 + (thread % 32) / 4 + high * 8; }
+void execute(Block& c, Product& p) {
   std::vector<float> a(64 * p.k), b(p.n * p.k);
   for (int n = 0; n < p.n; ++n) for (int k = 0; k < p.k; ++k) b[n * p.k + k] = operand(c, p.b, p.rows, p.small, n, k);
   if (p.registers) {
@@ -215,7 +226,7 @@ inline void execute(Block& c, Product& p) {
       to[1] = widen(p.a_registers[t][j] >> 16);
     }
   } else {
-    for (int m = 0; m < 64; ++m) for (int k = 0; k < p.k; ++k) a[m * p.k + k] = operand(c, p.a, false, p.small, m, k);
+    for (int m = 0; m < 64; ++m) for (int k = 0; k < p.k; ++k) a[m * p.k + k] = operand(c, p.a, p.turned, p.small, m, k);
   }
   for (int t = 0; t < 128; ++t) for (int i = 0; i < p.n / 2; ++i) {
     int row = row_of(t, i >> 1 & 1), column = (i / 4) * 8 + 2 * (t % 4) + (i & 1);
@@ -224,26 +235,26 @@ inline void execute(Block& c, Product& p) {
     p.d[t][i] = s;
   }
 }
-inline void run_first(Block& c, Warpgroup& w) {
+void run_first(Block& c, Warpgroup& w) {
   execute(c, w.products.front());
   w.products.pop_front();
   w.first++;
 }
-__attribute__((noinline)) inline void issue(float* d, int n, const uint32_t* registers, uint64_t a, uint64_t b, bool rows, int accumulate, bool small = false) {
+void issue(float* d, int n, const uint32_t* registers, uint64_t a, uint64_t b, bool rows, int accumulate, bool small, bool turned) {
   Warpgroup& w = block().warpgroups[thread() / 128];
   int t = thread() % 128;
   long number = w.issued[t]++;
   while ((long)w.products.size() + w.first <= number) {
     Product p{};
-    p.n = n; p.k = small ? 32 : 16; p.registers = registers; p.rows = rows; p.small = small; p.a = a; p.b = b; p.accumulate = accumulate;
+    p.n = n; p.k = small ? 32 : 16; p.registers = registers; p.rows = rows; p.small = small; p.turned = turned; p.a = a; p.b = b; p.accumulate = accumulate;
     w.products.push_back(p);
   }
   Product& p = w.products[number - w.first];
-  check(p.n == n && p.a == a && p.b == b && p.accumulate == accumulate && p.registers == (registers != nullptr) && p.rows == rows && p.small == small, "threads of a warpgroup disagree about a product");
+  check(p.n == n && p.a == a && p.b == b && p.accumulate == accumulate && p.registers == (registers != nullptr) && p.rows == rows && p.small == small && p.turned == turned, "threads of a warpgroup disagree about a product");
   p.d[t] = d; p.a_registers[t] = registers; p.arrived++;
   while (state().eager && !w.products.empty() && w.products.front().arrived == 128) run_first(block(), w);
 }
-inline void wait_groups(int n) {
+void wait_groups(int n) {
   Block& c = block();
   Warpgroup& w = c.warpgroups[thread() / 128];
   auto& ends = w.ends[thread() % 128];
@@ -255,6 +266,7 @@ inline void wait_groups(int n) {
     run_first(c, w);
   }
 }
+#endif  // RUNTIME
 
 // -- barriers and exchange within a block
 
@@ -291,12 +303,13 @@ inline uint32_t ballot(bool mine) {
   return all;
 }
 
+#ifdef RUNTIME
 // -- launching
 
-inline void entry() { state().body(); state().now->done = true; state().progress = true; swapcontext(&state().now->context, &state().main); }
-inline void launch(int grid, int threads, size_t shared, unsigned seed, std::function<void()> body) {
+void entry() { state().body(); state().now->done = true; state().progress = true; swapcontext(&state().now->context, &state().main); }
+void launch(int grid, int threads, size_t shared, unsigned seed, std::function<void()> body) {
   State& s = state();
-  s.random.seed(seed); s.eager = seed & 1; s.threads = threads; s.grid = grid; s.body = body; s.now = nullptr; s.failure.clear();
+  s.random.seed(seed); s.eager = seed & 1; s.drowsy = seed >= 1000; s.threads = threads; s.grid = grid; s.body = body; s.now = nullptr; s.failure.clear();
   std::vector<std::unique_ptr<Block>> blocks;
   std::vector<std::unique_ptr<Fiber>> fibers;
   for (int b = 0; b < grid; ++b) {
@@ -305,9 +318,9 @@ inline void launch(int grid, int threads, size_t shared, unsigned seed, std::fun
     c->warpgroups.resize(threads / 128); c->warps.resize(threads / 32);
     for (int t = 0; t < threads; ++t) {
       auto f = std::make_unique<Fiber>();
-      f->block = c.get(); f->thread = t; f->stack.resize(64 << 10);
+      f->block = c.get(); f->thread = t; f->stack.reset(new uint8_t[STACK]);  // not cleared: most of it is never touched
       getcontext(&f->context);
-      f->context.uc_stack.ss_sp = f->stack.data(); f->context.uc_stack.ss_size = f->stack.size(); f->context.uc_link = &s.main;
+      f->context.uc_stack.ss_sp = f->stack.get(); f->context.uc_stack.ss_size = STACK; f->context.uc_link = &s.main;
       makecontext(&f->context, entry, 0);
       fibers.push_back(std::move(f));
     }
@@ -328,7 +341,12 @@ inline void launch(int grid, int threads, size_t shared, unsigned seed, std::fun
     }
     uint32_t luck = 0;
     for (auto& f : fibers) {
-      if (f->thread % 32 == 0) luck = s.random() & 3;
+      if (f->thread % 32 == 0) {
+        luck = s.random() & 3;
+        int& asleep = f->block->warps[f->thread / 32].asleep;
+        if (s.drowsy && s.random() % 200 == 0) asleep = 200;
+        if (asleep > 0) { luck = 0; asleep--; }
+      }
       if (f->done || luck == 0) continue;  // now and then a warp falls behind
       s.now = f.get();
       swapcontext(&s.main, &f->context);
@@ -336,7 +354,7 @@ inline void launch(int grid, int threads, size_t shared, unsigned seed, std::fun
       if (!s.failure.empty()) throw std::runtime_error(s.failure);
       if (f->done) left--;
     }
-    if (s.progress) idle = 0; else if (++idle > 50) {
+    if (s.progress) idle = 0; else if (++idle > (s.drowsy ? 2000 : 50)) {
       std::string text = "deadlock:";
       for (auto& f : fibers) if (!f->done && f->thread % 32 == 0) {
         text += " block " + std::to_string(f->block->index) + " warp " + std::to_string(f->thread / 32) + " at " + f->where + ";";
@@ -347,7 +365,7 @@ inline void launch(int grid, int threads, size_t shared, unsigned seed, std::fun
   for (auto& c : blocks) check(c->copies.empty() && c->smalls.empty() && c->arrivals.empty(), "a copy is under way at the end");
 }
 // Innermost axis first and strides in bytes of all axes but that, as the driver has them.
-inline TensorMap encode(const void* base, int size, int rank, const uint64_t* dims, const uint64_t* strides, const uint32_t* box, bool swizzled) {
+TensorMap encode(const void* base, int size, int rank, const uint64_t* dims, const uint64_t* strides, const uint32_t* box, bool swizzled) {
   Map m{};
   m.base = (const uint8_t*)base; m.rank = rank; m.size = size; m.swizzled = swizzled; m.strides[0] = size;
   check((uintptr_t)base % 16 == 0, "tensor map: its base is no multiple of 16");
@@ -362,6 +380,7 @@ inline TensorMap encode(const void* base, int size, int rank, const uint64_t* di
   t.id = (int)state().maps.size() - 1;
   return t;
 }
+#endif  // RUNTIME
 }  // namespace emulator
 
 #define threadIdx (emulator::Dim{emulator::thread()})
@@ -384,7 +403,7 @@ inline void mbar_wait(uint64_t* b, uint32_t parity, const char* where) {
 }
 inline void fence_async_proxy() {}
 inline void tma_prefetch_map(const TensorMap*) {}
-inline int emulated_delay() { uint32_t r = emulator::state().random(); return r & 3 ? r >> 8 & 3 : 40; }  // now and then a long one
+inline int emulated_delay() { uint32_t r = emulator::state().random(); return r & 3 ? r >> 8 & 3 : emulator::state().drowsy ? 400 : 40; }  // now and then a long one
 inline void tma_2d(void* d, const TensorMap* m, uint64_t* b, int c0, int c1) {
   emulator::block().copies.push_back({*m, smem_u32(d), smem_u32(b), {c0, c1, 0, 0, 0}, emulated_delay()});
 }
@@ -463,6 +482,17 @@ template <int N> inline void wgmma_wait() { emulator::wait_groups(N); }
 template <int N> inline void keep(float (&)[N]) {}
 template <int R> inline void wgmma_ss_16bit(float (&d)[R], uint64_t a, uint64_t b, int accumulate) { emulator::issue(d, 2 * R, nullptr, a, b, false, accumulate); }
 template <int R> inline void wgmma_ss_e4m3(float (&d)[R], uint64_t a, uint64_t b, int accumulate) { emulator::issue(d, 2 * R, nullptr, a, b, false, accumulate, true); }
+template <int R> inline void wgmma_turned(float (&d)[R], uint64_t a, uint64_t b, int accumulate) { emulator::issue(d, 2 * R, nullptr, a, b, false, accumulate, false, true); }
+inline void store_turned(void* to, uint32_t first, uint32_t second) {
+  int lane = emulator::thread() % 32;
+  emulator::check(smem_u32(to) % 16 == 0, "stored blocks: a row's address is no multiple of 16");
+  for (int block = 0; block < 2; ++block) {
+    uint32_t two = block ? second : first;
+    uint16_t* rows[8];  // a lane has row lane / 4 and two columns, which become rows
+    for (int r = 0; r < 8; ++r) rows[r] = emulator::exchange((uint16_t*)to, block * 8 + r);
+    for (int j = 0; j < 2; ++j) rows[lane % 4 * 2 + j][lane / 4] = (uint16_t)(two >> 16 * j);
+  }
+}
 inline void unpack2(uint32_t two, float (&x)[2]) { x[0] = emulator::widen(two & 0xffff); x[1] = emulator::widen(two >> 16); }
 inline uint32_t emulated_to_fp8(float x) {  // to nearest, ties to even; beyond 448 saturated
   uint32_t sign = std::signbit(x) ? 128 : 0;

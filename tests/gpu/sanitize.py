@@ -5,7 +5,8 @@ python tests/gpu/sanitize.py [TOOL ...]      memcheck and synccheck; racecheck a
 Compiles plans of two layers for the GPU at hand, then runs their buckets in a process without torch, once bare
 and once under each tool. initcheck reports reads of padding that nobody writes, which poisoned memory shows
 to be harmless (test_gpu_executable.py). Prefill attention in CUDA C++, which a small plan leaves to Triton, runs by
-itself: each head size and cache, a few rows, held to the reference; so do products of experts, in all their tiles.
+itself: each head size and cache, a few rows, held to the reference; so do products of experts, in all their tiles,
+and latent attention.
 """
 
 from __future__ import annotations
@@ -86,6 +87,16 @@ def attend() -> int:
     return ways
 
 
+def attend_latents() -> int:
+    """Latent attention in CUDA C++, a few rows for each number of columns, against the references; how many ran."""
+    sys.path += [str(Path(__file__).parents[2] / "scripts"), str(Path(__file__).parents[1] / "emulator")]
+    from test_gpu_mla_cuda import SMALL, check
+
+    for make in SMALL:
+        check(make)
+    return len(SMALL)
+
+
 def multiply() -> int:
     """Products of experts in CUDA C++, every tile, rows gathered or not, against float64; how many ways ran."""
     sys.path += [str(Path(__file__).parents[2] / "scripts"), str(Path(__file__).parents[1] / "kernels")]
@@ -138,7 +149,7 @@ def main(tools: list[str]) -> int:
         print("compute-sanitizer is not on PATH; name it in COMPUTE_SANITIZER")
         return 2
     with tempfile.TemporaryDirectory() as temporary:
-        runs = [("--attend",), ("--multiply",)]
+        runs = [("--attend",), ("--latents",), ("--multiply",)]
         for model in MODELS:
             folder = Path(temporary) / model
             prepare(folder, model)
@@ -176,6 +187,8 @@ if __name__ == "__main__":
         print(RESULT + json.dumps(run(*sys.argv[2:])))
     elif sys.argv[1:] == ["--attend"]:
         print(RESULT + json.dumps(attend()))
+    elif sys.argv[1:] == ["--latents"]:
+        print(RESULT + json.dumps(attend_latents()))
     elif sys.argv[1:] == ["--multiply"]:
         print(RESULT + json.dumps(multiply()))
     else:

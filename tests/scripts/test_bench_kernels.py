@@ -16,6 +16,7 @@ pytest.importorskip("cuda.bindings")
 from benchmarks.gpu import (
     attention,
     attention_batches,
+    attention_mla,
     gemm,
     gemm_fp8,
     launcher,
@@ -205,6 +206,10 @@ def rehearsal(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             "DECODES": ([(1, 40)] * 3, [(1, 9), (1, 70)]), "DECODES_F8": ([(1, 30)] * 2,),
             "EXTENDS": ([(20, 20)] * 2, [(3, 9), (0, 0)]), "EXTENDS_F8": ([(5, 7)],),
             "EXTENDS_OTHER": ([(4, 6)],), "CHECKED": [(2, 7), (1, 30)],
+        },
+        attention_mla: {
+            "ROTATED": 1.0, "DECODES": ((2, 2, 1, 70),), "PROMPTS": ((2, 2, 5, 0),), "PREFIXES": ((2, 1, 3, 9),),
+            "CHECKED": ((2, 1, 1, 5),),
         },
         small_ops: {"TOKENS": (3,), "VOCABULARY": 50},
         quantize_fp8: {"TOKENS": (3,), "CHECKED": 4, "MATRICES": ((256, 128),)},

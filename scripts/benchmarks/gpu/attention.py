@@ -2,7 +2,8 @@
 
 ``attention`` times what plans carry, and PyTorch's attention; ``attention_sweep`` more ways to cut the work, for
 the cost model. All ways are held to the references first. Caches rotate, so that a small one is not left in L2
-when its turn comes again; pages lie in random order. Heads are those of Qwen3-8B unless a line says otherwise.
+when its turn comes again; pages lie in random order. Heads are those of Qwen3-8B unless a line says otherwise. Latent
+attention is in :mod:`benchmarks.gpu.attention_mla`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.gpu import launcher, rates
+from benchmarks.gpu import attention_mla, launcher, rates
 from benchmarks.gpu.attention_batches import B16, F8, PAGE, Batch, Tensors, batches, checked, kv_bytes
 from benchmarks.gpu.shapes import HEAD_DIM, HEADS, KV_HEADS, copies
 from makeready.kernels import registry
@@ -58,6 +59,8 @@ def calls(*, sweep: bool) -> Iterator[tuple[OpCall, Sequence[Candidate]]]:
     for kind, tokens in [] if sweep else itertools.product((B16, F8), TOKENS):
         call = launcher.op_call(paged.norm_rope_kv_write, _qkv_operands(tokens, kind, "meta"), QKV_ATTRS)
         yield call, norm_rope_kv_write_cuda(call)
+    if not sweep:
+        yield from attention_mla.calls()
 
 
 def measure(note: Callable[[str], None], *, sweep: bool) -> list[dict[str, Any]]:
@@ -78,6 +81,10 @@ def measure(note: Callable[[str], None], *, sweep: bool) -> list[dict[str, Any]]
         found.append(_time_batch(batch, sweep=sweep))
     if not sweep:
         found += [_time_qkv(tokens, kind) for kind, tokens in itertools.product((B16, F8), TOKENS)]
+        attention_mla.check()
+        for latents in attention_mla.batches():
+            note(latents.label)
+            found.append(attention_mla.measure(latents))
     return found
 
 
@@ -94,7 +101,8 @@ def table(found: Sequence[Mapping[str, Any]]) -> list[str]:
         chosen = next(iter(times))
         best, *others = sorted(times, key=times.__getitem__)
         took, other = times[chosen], row["sdpa"]
-        triton = min((n for name, n in times.items() if not name.startswith("wgmma")), default=float("inf"))
+        in_triton = (n for name, n in times.items() if not name.startswith(("wgmma", "keys")))
+        triton = min(in_triton, default=float("inf"))
         lines.append(
             f"{row['rows']:36s} {chosen:26s} {took * 1e6:8.1f} {row['floor'] / took:6.2f} "
             f"{row['nbytes'] / took / 1e12:5.2f} {row['operations'] / took / 1e12:7.0f} "
