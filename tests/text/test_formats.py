@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from makeready.engine.message import Event, Gathered, Message
 from makeready.engine.text.formats.base import Format, format_of
-from makeready.engine.text.formats.message import Event, Gathered, Message
 from makeready.engine.text.formats.scan import Reading, Scanner
 from makeready.engine.text.formats.source import Token
 

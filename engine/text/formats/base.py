@@ -13,17 +13,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from makeready.engine.text.formats.source import BLANK, Step
 from makeready.engine.text.parts import TextError
 
-if TYPE_CHECKING:
-    from makeready.engine.text.formats.scan import Scan
-
 AUTO, NONE = "auto", "none"
 # Texts that all stand in a chat template of the family; behind "!" those that stand in none.
 Marks = tuple[str, ...]
+Read = Callable[[Any, str], Step[None]]  # of a Scan, which knows this file
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class Calls:
     """
 
     name: str
-    read: Callable[[Scan, str], Step[None]]
+    read: Read
     openings: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
     unmarked: str = ""
@@ -110,14 +108,14 @@ def call_format(
     told_by: tuple[Marks, ...] = (),
     short_ids: bool = False,
     whole: bool = False,
-) -> Callable[[Callable[[Scan, str], Step[None]]], Callable[[Scan, str], Step[None]]]:
+) -> Callable[[Read], Read]:
     """Register a function as what reads a family's calls; see :class:`Calls`.
 
     Raises:
         ValueError: the name is taken.
     """
 
-    def register(read: Callable[[Scan, str], Step[None]]) -> Callable[[Scan, str], Step[None]]:
+    def register(read: Read) -> Read:
         if name in (*_CALLS, AUTO, NONE):
             raise ValueError(f"there is a call format {name} already; take another name")
         _CALLS[name] = Calls(name, read, openings, others, unmarked, told_by, short_ids, whole)

@@ -56,9 +56,12 @@ def _types(schema: Any, root: Mapping[str, Any], found: set[str], deepest: int) 
     stated = schema.get("type")
     named = stated if isinstance(stated, list) else [stated]
     found.update(name for name in named if isinstance(name, str))
-    values = schema.get("enum") if isinstance(schema.get("enum"), list) else []
-    values = [*values, *([schema["const"]] if "const" in schema else [])]
     if stated is None:
+        listed = schema.get("enum")
+        values = [
+            *(listed if isinstance(listed, list) else ()),
+            *(schema[k] for k in ("const",) if k in schema),
+        ]
         found.update(_OF_VALUE.get(type(value), NULL) for value in values)
     for key in _NESTED:
         for inner in schema[key] if isinstance(schema.get(key), list) else ():

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from makeready.engine.message import ARGUMENTS, CONTENT, DONE, NAME, REASONING, Event, joined
 from makeready.engine.text.formats.base import Format
 from makeready.engine.text.formats.cast import Tools
-from makeready.engine.text.formats.message import ARGUMENTS, CONTENT, DONE, NAME, REASONING, Event, joined
 from makeready.engine.text.formats.source import BLANK, Source, Step, Token
 
 _FENCE = re.compile(r" {0,3}(`{3,})([^`]*)$")

@@ -93,6 +93,39 @@ def joined(events: Sequence[Event]) -> list[Event]:
     return made
 
 
+def text_of(events: Sequence[Event], kind: str) -> str:
+    """What events say of content, or of reasoning."""
+    return "".join(event.text for event in events if event.kind == kind)
+
+
+@dataclass(frozen=True)
+class CallDelta:
+    """How a call begins or goes on, in OpenAI's way: id and name once, then arguments.
+
+    Attributes:
+        index: which call of the message.
+    """
+
+    index: int
+    id: str | None = None
+    name: str | None = None
+    arguments: str = ""
+
+
+def call_deltas(events: Sequence[Event]) -> tuple[CallDelta, ...]:
+    """What events say of calls; neighbours of one call are one."""
+    made: list[CallDelta] = []
+    for event in events:
+        if event.kind == NAME:
+            made.append(CallDelta(event.call, event.id, event.text))
+        elif event.kind == ARGUMENTS:
+            if made and made[-1].index == event.call:
+                made[-1] = replace(made[-1], arguments=made[-1].arguments + event.text)
+            else:
+                made.append(CallDelta(event.call, arguments=event.text))
+    return tuple(made)
+
+
 class Gathered:
     """A message while its events come."""
 
