@@ -56,6 +56,9 @@ IDLE: Mapping[str, Sequence[Any]] = {
     "stream": (False,),
     "best_of": (1,),
     "suffix": ("",),
+    "tools": ([],),  # of a completion; chats have them
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
 }
