@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +15,7 @@ from makeready.engine.errors import RequestError
 from makeready.engine.feed import Entry, Feed, Handed, Refused
 from makeready.engine.given import Sampling
 from makeready.engine.llm import LLM
+from makeready.engine.message import CONTENT, REASONING, CallDelta, Event, call_deltas, text_of
 from makeready.engine.output import Output
 from makeready.engine.reply import Reply
 
@@ -28,12 +29,17 @@ class Piece:
         text: that became final; empty while a stop string may be about to end it.
         token_ids: new ones.
         output: the whole, with the sample's last piece.
+        content, reasoning_content: what the text says; of a plain prompt all of it is content.
+        tool_calls: calls that begin, and arguments that go on.
     """
 
     index: int
     text: str
     token_ids: tuple[int, ...]
     output: Output | None = None
+    content: str = ""
+    reasoning_content: str = ""
+    tool_calls: tuple[CallDelta, ...] = ()
 
 
 @dataclass(eq=False)
@@ -47,23 +53,33 @@ class _Call:
 
     def __post_init__(self) -> None:
         self._texts: list[list[str]] = [[] for _ in self.replies]
+        self._events: list[list[Event]] = [[] for _ in self.replies]
         self._sent = [0] * len(self.replies)
         self.left = set(range(len(self.replies)))  # samples whose last piece was not made
-        for reply, texts in zip(self.replies, self._texts, strict=True):
-            reply.on_text = texts.append
+        for reply, texts, events in zip(self.replies, self._texts, self._events, strict=True):
+            reply.on_text, reply.on_event = texts.append, events.append
 
     def pieces(self) -> Iterator[Piece]:
         """What is new of each sample."""
         for index in sorted(self.left):
-            reply, texts = self.replies[index], self._texts[index]
+            reply, texts, told = self.replies[index], self._texts[index], self._events[index]
             output = reply.sequence.output
             if not (reply.done or texts or len(output) > self._sent[index]):
                 continue
             text, texts[:] = "".join(texts), ()
+            events, told[:] = tuple(told), ()
             tokens, self._sent[index] = tuple(output[self._sent[index] :]), len(output)
             if reply.done:
                 self.left.remove(index)
-            yield Piece(index, text, tokens, reply.result() if reply.done else None)
+            yield Piece(
+                index,
+                text,
+                tokens,
+                reply.result() if reply.done else None,
+                text if reply.reading is None else text_of(events, CONTENT),
+                text_of(events, REASONING),
+                call_deltas(events),
+            )
 
 
 class AsyncLLM:
@@ -132,6 +148,31 @@ class AsyncLLM:
             priority=priority,
             add_special_tokens=add_special_tokens,
         )
+        async for piece in self._served(make):
+            yield piece
+
+    async def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        sampling: Sampling = None,
+        *,
+        extra_key: str = "",
+        priority: int = 0,
+        **template: Any,
+    ) -> AsyncIterator[Piece]:
+        """The same for a conversation, whose pieces tell content, reasoning and tool calls apart.
+
+        Args:
+            messages, template: as for :meth:`makeready.engine.llm.LLM.chat`, ``tools`` among them.
+        """
+        make = partial(
+            self.llm.chat_replies, messages, sampling, extra_key=extra_key, priority=priority, **template
+        )
+        async for piece in self._served(make):
+            yield piece
+
+    async def _served(self, make: Callable[[], list[Reply]]) -> AsyncIterator[Piece]:
+        """Run replies, and drop them when nobody reads on."""
         replies = await asyncio.to_thread(make)  # a long text takes a while to tokenize
         call, left = _Call(replies, asyncio.get_running_loop()), len(replies)
         self._ask(partial(self._put, call))

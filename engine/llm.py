@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from makeready.engine.conversation import Parsers
 from makeready.engine.errors import RequestError
 from makeready.engine.feed import Feed, Refused, outputs_of
 from makeready.engine.fields import boolean, whole
@@ -32,7 +33,9 @@ from makeready.engine.planned import Report, plan_of, shareable
 from makeready.engine.reply import Reply
 from makeready.engine.sampling import SamplingParams
 from makeready.engine.sequence import TokenSequence
-from makeready.engine.text.chat import read_template, render_chat
+from makeready.engine.text.chat import read_template
+from makeready.engine.text.formats.base import AUTO
+from makeready.engine.text.formats.scan import Reading
 from makeready.engine.text.grammar import Grammars
 from makeready.engine.text.tokenizer import Tokenizer, load_tokenizer
 from makeready.graphs.checkpoint.base import Checkpoint, open_checkpoint
@@ -61,6 +64,8 @@ class LLM:
         scheduler: how requests share the device.
         chat_template: jinja template to use in place of the model's: its text, the path of a file, or the name of
             one of several that the model has.
+        tool_call_parser, reasoning_parser: how the model writes tool calls and reasoning; auto for what its chat
+            template tells, none to leave them in the text.
         generation_config: take the model's own sampling values from its generation_config.json for requests
             without sampling parameters; see ``default_sampling``.
         report: told in a sentence what is going on while the model loads, and of what may be not as expected;
@@ -81,12 +86,15 @@ class LLM:
         kv_memory_gib: float | None = None,
         scheduler: SchedulerOptions | None = None,
         chat_template: str | Path | None = None,
+        tool_call_parser: str = AUTO,
+        reasoning_parser: str = AUTO,
         generation_config: bool = True,
         report: Report | None = None,
         progress: Callable[[int, int], None] = lambda done, total: None,
         **options: Any,
     ) -> None:
         self.checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+        self._parsers = Parsers(tool_call_parser, reasoning_parser)
         scheduler = scheduler or SchedulerOptions()
         self.warn: Report = report or _LOG.warning
         report = report or (lambda sentence: None)
@@ -193,19 +201,12 @@ class LLM:
                     on_finish(place, output)
         return [outputs[place] for place in range(len(outputs))]
 
-    def _made(
-        self, prompt: Any, sampling: Any, extra_key: Any, priority: Any, add_special_tokens: Any
-    ) -> list[Reply]:
+    def _made(self, prompt: Any, sampling: Any, extra_key: Any, priority: Any, special: Any) -> list[Reply]:
         """The replies to a prompt."""
+        routing = {"extra_key": extra_key, "priority": priority}
         if isinstance(prompt, Conversation):
-            prompt = self.render(prompt.messages, **prompt.template)
-        return self.replies(
-            prompt,
-            sampling,
-            extra_key=extra_key,
-            priority=priority,
-            add_special_tokens=add_special_tokens,
-        )
+            return self.chat_replies(prompt.messages, sampling, **routing, **prompt.template)
+        return self.replies(prompt, sampling, **routing, add_special_tokens=special)
 
     def chat(
         self,
@@ -223,11 +224,12 @@ class LLM:
             sampling: for all of them, or one for each; as for :meth:`generate`.
             chat_template: as for the class, for these alone.
             add_special_tokens: put bos around what the template makes, which most templates write themselves.
-            template: further variables of the chat template, such as ``tools`` or ``enable_thinking``.
+            template: ``tools``, ``tool_choice`` and ``parallel_tool_calls`` (:func:`.tools.check_tools`), and further
+                variables of the chat template, such as ``enable_thinking``.
 
         Returns:
-            As :meth:`generate` does: a conversation that cannot be rendered comes back with the reason in
-            ``error``, and the others run.
+            As :meth:`generate` does, with ``content``, ``reasoning_content`` and ``tool_calls``. A conversation that
+            cannot be rendered comes back with the reason in ``error``, and the others run.
         """
         more = {"chat_template": chat_template, "add_special_tokens": add_special_tokens, **template}
         return self.generate([Conversation(each, more) for each in conversations_of(messages)], sampling)
@@ -283,12 +285,28 @@ class LLM:
         **template: Any,
     ) -> list[int]:
         """Token ids of a conversation under the model's chat template, or another; see :meth:`chat`."""
-        tokenizer = self._tokenizer("chat")
-        source = tokenizer.chat_template
-        if chat_template is not None:
-            source = read_template(chat_template, source)
-        text = render_chat(source, messages, **{**tokenizer.special_tokens, **template})
-        return self._encode(text, boolean("add_special_tokens", add_special_tokens))
+        return self._rendered(messages, add_special_tokens, chat_template=chat_template, **template)[0]
+
+    def chat_replies(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        sampling: Sampling,
+        *,
+        extra_key: str = "",
+        priority: int = 0,
+        fit: bool = False,
+        **template: Any,
+    ) -> list[Reply]:
+        """:meth:`replies` to a conversation, whose reasoning and tool calls are told apart; see :meth:`chat`."""
+        ids, reading = self._rendered(messages, **template)
+        return self.replies(ids, sampling, extra_key=extra_key, priority=priority, fit=fit, reading=reading)
+
+    def _rendered(
+        self, messages: Any, add_special_tokens: Any = False, **template: Any
+    ) -> tuple[list[int], Reading | None]:
+        special = boolean("add_special_tokens", add_special_tokens)
+        text, reading = self._parsers.prompt(self._tokenizer("chat"), messages, **template)
+        return self._encode(text, special), reading
 
     def replies(
         self,
@@ -299,11 +317,13 @@ class LLM:
         priority: int = 0,
         add_special_tokens: bool = True,
         fit: bool = False,
+        reading: Reading | None = None,
     ) -> list[Reply]:
         """The ``n`` replies to one prompt, checked but not queued; see :meth:`generate` for the rest.
 
         Args:
             fit: lower ``max_new_tokens`` to what the context has room for; as without ``sampling``.
+            reading: how the message of an answer is written, where it is to be read.
 
         Raises:
             RequestError, TextError: the prompt or the parameters are beyond what the plan allows.
@@ -352,6 +372,7 @@ class LLM:
                     None if grammar is None else grammar.copy(),
                 ),
                 self.tokenizer,
+                reading,
             )
             for seed in map(sampling.seed, range(sampling.n))
         ]

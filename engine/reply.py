@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 import uuid
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from makeready.engine.errors import reason_of
-from makeready.engine.output import Output, TokenLogprob
+from makeready.engine.message import Event
+from makeready.engine.output import TOOL_CALLS, Output, TokenLogprob
 from makeready.engine.sequence import ABORT, ERROR, LENGTH, STOP, TokenSequence
 from makeready.engine.text.answer import AnswerText, has_stops, stops_of, whole_text
+from makeready.engine.text.formats.scan import Reading
 from makeready.engine.text.tokenizer import Tokenizer
 
 TEXT_FAILED = "the request's text cannot be made"
@@ -24,7 +28,9 @@ class Reply:
     Attributes:
         sequence: what it is the answer of.
         tokenizer: None where there is none; the answer then has no text.
+        reading: how its message is written, where reasoning and calls are to be told apart.
         on_text: told every piece of text that became final, as it does.
+        on_event: told every piece of the message, as it becomes final.
         on_finish: told of this reply when it is final.
         id: a name that no other has.
         logprobs: one entry an output token, where asked for.
@@ -35,7 +41,9 @@ class Reply:
 
     sequence: TokenSequence
     tokenizer: Tokenizer | None = None
+    reading: Reading | None = None
     on_text: Callable[[str], None] | None = None
+    on_event: Callable[[Event], None] | None = None
     on_finish: Callable[[Reply], None] | None = None
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     logprobs: list[TokenLogprob] = field(default_factory=list, init=False)
@@ -56,9 +64,14 @@ class Reply:
     @property
     def follows(self) -> bool:
         """Whether it has to know tokens as they come, and not only in the end."""
-        sampling = self.sequence.sampling
-        reads = self.tokenizer is not None and (self.on_text is not None or has_stops(sampling))
-        return reads or sampling.return_logprob
+        return (self.tokenizer is not None and self._reads) or self.sequence.sampling.return_logprob
+
+    @property
+    def _reads(self) -> bool:
+        """Whether its text has to be made as it comes: somebody reads along, or the text may end it."""
+        one_call = self.reading is not None and not self.reading.parallel
+        told = self.on_text is not None or self.on_event is not None
+        return told or one_call or has_stops(self.sequence.sampling)
 
     @property
     def finish_reason(self) -> str | None:
@@ -103,10 +116,9 @@ class Reply:
         try:
             text = self._text
             if text is None:  # made here: patterns take memory, and thousands may wait
-                if self.on_text is None and not has_stops(sequence.sampling):
+                if not self._reads:
                     return 0
-                text = AnswerText(self.tokenizer, sequence.prompt, sequence.sampling, self.on_text)
-                self._text = text
+                self._text = text = self._made(self.tokenizer)
             while self._read < count and text.matched is None:
                 token = output[self._read]
                 self._read += 1
@@ -152,6 +164,7 @@ class Reply:
             text = ""
             self.fail(reason_of(error, TEXT_FAILED))
         output, sampling = sequence.output, sequence.sampling
+        message = None if self._text is None else self._text.message
         reason: dict[str, Any] = {"type": sequence.finish_reason}
         if sequence.finish_reason == STOP:
             reason["matched"] = self.matched
@@ -174,20 +187,51 @@ class Reply:
         return Output(
             text=text,
             token_ids=tuple(output),
-            finish_reason=sequence.finish_reason or ABORT,
+            finish_reason=self._reason(message is not None and message.calls),
             prompt_tokens=len(sequence.prompt),
             logprobs=tuple(self.logprobs) if sampling.return_logprob else None,
             input_logprobs=tuple(self.input_logprobs) if sampling.logprob_start_len >= 0 else None,
             error=self.error,
             meta_info=meta,
+            message=message,
         )
+
+    def _reason(self, calls: bool) -> str:
+        reason = self.sequence.finish_reason or ABORT
+        return TOOL_CALLS if calls and reason == STOP else reason
 
     def _whole(self) -> str:
         """All text; what nobody followed is made here, in one go."""
         sequence = self.sequence
+        ended = sequence.ends_with_token
+        if self._text is None and self.reading is not None and self.tokenizer is not None:
+            self._text = self._made(self.tokenizer)
+            for place, token in enumerate(sequence.output, start=1):
+                self._text.take(token, ends=ended and place == len(sequence.output))
+            self._text.end()
         if self._text is not None:
             return "".join(self._text.pieces)
         if self.tokenizer is None:
             return ""
-        ended = sequence.ends_with_token
         return whole_text(self.tokenizer, sequence.prompt, sequence.output, sequence.sampling, ended=ended)
+
+    def _made(self, tokenizer: Tokenizer) -> AnswerText:
+        """Its text, of which nothing has come yet."""
+        sequence = self.sequence
+        return AnswerText(
+            tokenizer,
+            sequence.prompt,
+            sequence.sampling,
+            self.on_text,
+            reading=self.reading,
+            told_event=self.on_event,
+            call_id=self._call_id,
+        )
+
+    def _call_id(self, number: int, name: str) -> str:
+        """The id of a call: the same when the request runs again with its seed, and no other's of a conversation."""
+        sequence, calls = self.sequence, None if self.reading is None else self.reading.format.calls
+        drawn = sequence.seed if sequence.sampling.temperature else None
+        said = repr((drawn, number, name)).encode() + array("q", sequence.prompt).tobytes()
+        digest = hashlib.sha256(said).hexdigest()
+        return digest[:9] if calls is not None and calls.short_ids else f"call_{digest[:24]}"

@@ -18,6 +18,8 @@ from makeready.engine.errors import RequestError
 from makeready.engine.generation_config import FIELDS as STATED
 from makeready.engine.options import SchedulerOptions
 from makeready.engine.sampling import CHECKS, SamplingParams
+from makeready.engine.text.formats.base import AUTO, check_parsers
+from makeready.engine.text.parts import TextError
 
 FORMATS = ("auto", "rows", "openai")  # of batch rows
 
@@ -114,6 +116,11 @@ class GenerateJob(Job):
         carry: hand columns of rows that are no fields through to their answers; false refuses them.
         chat_template: jinja template to use in place of the model's: a file, the text itself, or the name of one of
             several that the model has.
+        tool_call_parser: how the model writes tool calls, in answers to rows of prompts= that bring tools:
+            deepseekv3, deepseekv31, gpt-oss, llama3, mistral, pythonic, qwen or qwen3_coder. auto: as its chat
+            template tells; none: calls stay in the text.
+        reasoning_parser: how it writes reasoning, in answers to rows of messages: think (<think> ... </think>),
+            gpt-oss or mistral. auto: as its chat template tells; none: reasoning stays in the content.
         add_special_tokens: put bos (and eos) around prompts that are texts where the tokenizer does; false for
             texts that have them. Rows may say otherwise.
         generation_config: sampling values that are null are those of the model's generation_config.json, where it
@@ -139,6 +146,8 @@ class GenerateJob(Job):
     format: str = "auto"
     carry: bool = True
     chat_template: str | None = literal()
+    tool_call_parser: str = AUTO
+    reasoning_parser: str = AUTO
     add_special_tokens: bool = True
     generation_config: bool = True
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -180,6 +189,10 @@ class GenerateJob(Job):
                 "golden=true checks one engine against the tokens beside its plan; give plan=FOLDER, and no scale=ray"
             )
         try:
+            check_parsers(self.tool_call_parser, self.reasoning_parser)
+        except TextError as error:
+            raise UsageError(str(error)) from None
+        try:
             self.params()
         except RequestError as error:
             raise UsageError(f"sampling.{error}") from None
@@ -196,6 +209,11 @@ class GenerateJob(Job):
             raise UsageError("chat_template_kwargs is for chat= and prompts=; a plain prompt has no template")
         if self.chat_template is not None and self.chat is None:
             raise UsageError("chat_template= is for chat= and prompts=; a plain prompt has no template")
+        for name in ("tool_call_parser", "reasoning_parser"):
+            if getattr(self, name) != AUTO:
+                raise UsageError(
+                    f"{name}= is for the answers to prompts=; a printed text is all that was written"
+                )
         for name, wanted in (("n", 1), ("return_logprob", False)):
             if getattr(self.sampling, name) != wanted:
                 raise UsageError(

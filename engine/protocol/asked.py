@@ -11,10 +11,23 @@ from makeready.engine.errors import RequestError
 from makeready.engine.fields import Checker, whole
 from makeready.engine.fields import text as checked_text
 from makeready.engine.text.chat import is_template
+from makeready.engine.tools import FIELDS as TOOLS
+from makeready.engine.tools import check_tools
 
 ROUTING = ("priority", "extra_key")  # what the scheduler is told
 TEXT = ("chat_template", "add_special_tokens")  # how text becomes tokens
-RESERVED = {"self", "template", "messages", "bos_token", "eos_token", *TEXT}
+RESERVED = {
+    "self",
+    "template",
+    "messages",
+    "bos_token",
+    "eos_token",
+    *TEXT,
+    *TOOLS[1:],
+    *ROUTING,
+    "sampling",
+    "fit",
+}
 
 
 class AskError(ValueError):
@@ -40,6 +53,7 @@ class Ask:
         template: variables of the chat template that it sets.
         routing: what it tells the scheduler: ``priority`` and ``extra_key``.
         text: how its text becomes tokens: ``chat_template`` and ``add_special_tokens``.
+        tools: what it says of tools: ``tools``, ``tool_choice`` and ``parallel_tool_calls``.
         max_new_tokens: most tokens where neither it nor the job says how many; None for as many as fit.
     """
 
@@ -49,6 +63,7 @@ class Ask:
     template: Mapping[str, Any] = field(default_factory=dict)
     routing: Mapping[str, Any] = field(default_factory=dict)
     text: Mapping[str, Any] = field(default_factory=dict)
+    tools: Mapping[str, Any] = field(default_factory=dict)
     max_new_tokens: int | None = None
 
 
@@ -98,6 +113,32 @@ def text_of(fields: Mapping[str, Any], kind: str) -> dict[str, Any]:
         raise AskError(
             "add_special_tokens is for texts; token_ids are taken as they are", "add_special_tokens"
         )
+    return made
+
+
+def tools_of(fields: Mapping[str, Any], kind: str, template: Mapping[str, Any]) -> dict[str, Any]:
+    """Those fields that speak of tools.
+
+    Args:
+        kind: what its prompts are.
+        template: variables of the chat template that it sets, of which ``tools`` may be one.
+
+    Raises:
+        AskError: one is of the wrong type, of no use for that kind of prompt, or given twice.
+    """
+    made = {name: fields[name] for name in TOOLS if fields.get(name) is not None}
+    if made and kind != "messages":
+        name = next(iter(made))
+        raise AskError(f"{name} is for messages; {kind} are continued as they are", name)
+    if "tools" in made and "tools" in template:
+        raise AskError(
+            "tools are given both by themselves and in chat_template_kwargs; give them once", "tools"
+        )
+    try:
+        check_tools(*(made.get(name) for name in TOOLS))
+    except RequestError as error:
+        named = next((name for name in TOOLS if re.search(rf"\b{name}\b", str(error))), None)
+        raise AskError(str(error), named) from None
     return made
 
 

@@ -53,7 +53,7 @@ def render_chat(
     Raises:
         TextError: no template, malformed messages, a broken template, or one that refuses the messages.
     """
-    source = _choose(template, tools)
+    source = choose_template(template, tools)
     check_messages(messages)
     variables = {
         "tools": None if tools is None else list(tools),
@@ -174,7 +174,14 @@ def _without_none(text: str) -> str:
     return "".join(text.replace("None", "").split())
 
 
-def _choose(template: str | Mapping[str, str] | None, tools: Sequence[Mapping[str, Any]] | None) -> str:
+def choose_template(
+    template: str | Mapping[str, str] | None, tools: Sequence[Mapping[str, Any]] | None
+) -> str:
+    """The text of the template that messages are rendered by; arguments as for :func:`render_chat`.
+
+    Raises:
+        TextError: there is none.
+    """
     if isinstance(template, Mapping):
         name = "tool_use" if tools is not None and "tool_use" in template else "default"
         if name not in template:

@@ -1,11 +1,14 @@
 """Messages in the forms that chat templates take them in.
 
-Three fields come in more than one form, and templates differ in which they take:
+Some fields come in more than one form, and templates differ in which they take:
 
 - content as a list of text parts, or as one text;
 - arguments of a tool call as an object (what transformers documents), or as JSON text (what OpenAI's API
   writes, and what DeepSeek's template joins to its text);
-- content null beside tool calls (what OpenAI's API writes, and what some templates ask for), or an empty text.
+- content null beside tool calls (what OpenAI's API writes, and what some templates ask for), or an empty text;
+- reasoning beside content and calls, which gpt-oss's template refuses.
+
+Reasoning comes as ``reasoning_content`` or ``reasoning``; templates get it under all names that they have for it.
 
 A template says which it takes by what it does: one that takes the other form raises, or writes the object as
 Python prints it, or never reads the text. So messages are offered in one form after the other until one is
@@ -24,6 +27,8 @@ from makeready.engine.text.parts import TextError
 
 # Between the parts of a content that a template takes as one text; as vLLM and llama.cpp join them.
 PART_SEPARATOR = "\n"
+# What clients call reasoning, and what else templates do.
+REASONING, THINKING = ("reasoning_content", "reasoning"), "thinking"
 
 
 @dataclass
@@ -56,12 +61,18 @@ def forms(messages: Sequence[Mapping[str, Any]]) -> Iterator[Form]:
         any(isinstance(message.get("content"), list) for message in read),
         any("arguments" in call for message in read for call in _functions(message)),
         any(message.get("content") is None for message in read),
+        any(message.get("content") and message.get("tool_calls") and THINKING in message for message in read),
     ]
     choices = itertools.product(*((False, True) if present else (False,) for present in aspects))
     # Few changes first; a null goes last, since some templates look for calls only beside one.
-    for as_text, as_json, as_empty in sorted(choices, key=lambda c: (sum(c), c[2], c[0])):
+    for as_text, as_json, as_empty, without in sorted(choices, key=lambda c: (c[3], sum(c), c[2], c[0])):
         form = Form([], nulls=aspects[2] and not as_empty)
         form.messages = [_formed(message, form._seen, as_text, as_json, as_empty) for message in read]
+        if without:
+            form.messages = [
+                {name: value for name, value in message.items() if name != THINKING}
+                for message in form.messages
+            ]
         yield form
 
 
@@ -160,7 +171,8 @@ def _checked(messages: Any) -> Sequence[Mapping[str, Any]]:
             raise TextError(f"message {place} must be an object with role and content, not {message!r}")
         if not isinstance(message.get("role"), str) or not message["role"]:
             raise TextError(f"message {place} needs a role: one of system, user, assistant or tool")
-        if message.get("content") is None and not message.get("tool_calls"):
+        thought = any(message.get(name) is not None for name in REASONING)
+        if message.get("content") is None and not message.get("tool_calls") and not thought:
             raise TextError(f"message {place} needs content: a text or a list of parts")
     return messages
 
@@ -175,6 +187,11 @@ def _read(place: int, message: Mapping[str, Any]) -> dict[str, Any]:
         raise TextError(f"content of message {place} must be a text or a list of parts, not {content!r}")
     elif content is None:
         made["content"] = None  # left out means the same
+    thought = next((made[name] for name in REASONING if made.get(name) is not None), None)
+    if thought is not None:
+        if not isinstance(thought, str):
+            raise TextError(f"reasoning of message {place} must be a text, not {thought!r}")
+        made = {**dict.fromkeys((*REASONING, THINKING), thought), **made, REASONING[0]: thought}
     calls = made.get("tool_calls")
     if isinstance(calls, (list, tuple)):
         made["tool_calls"] = [

@@ -14,6 +14,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from makeready.engine.entrypoints.batch.base import RowError
 from makeready.engine.entrypoints.batch.openai import OpenAIFormat
+from makeready.engine.message import Message, ToolCall
 from makeready.engine.output import Output, TokenLogprob
 from makeready.engine.protocol.asked import AskError
 from makeready.engine.protocol.openai.body import CHAT, COMPLETIONS
@@ -23,6 +24,7 @@ from makeready.engine.text.parts import TokenizerParts
 from makeready.engine.text.tokenizer import Tokenizer
 
 MESSAGES = [{"role": "user", "content": "hi"}]
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 
 
 def row(url: str, **body: Any) -> dict[str, Any]:
@@ -82,6 +84,9 @@ def test_every_field_reaches_the_sampling_parameter_of_its_meaning():
     assert ask.sampling == {"max_new_tokens": 4, "return_logprob": True, "top_logprobs_num": 2}
     ask = OpenAIFormat().read(row(COMPLETIONS, logprobs=3))
     assert ask.sampling == {"return_logprob": True, "top_logprobs_num": 3}
+    said = {"tools": [TOOL], "tool_choice": "auto", "parallel_tool_calls": False}
+    ask = OpenAIFormat().read(row(CHAT, **said))
+    assert (ask.tools, ask.sampling) == (said, {})
     ask = OpenAIFormat().read(row(CHAT, chat_template_kwargs={"enable_thinking": False}))
     assert (ask.kind, ask.prompts, ask.template) == ("messages", (MESSAGES,), {"enable_thinking": False})
 
@@ -157,6 +162,13 @@ REFUSED = [
     (CHAT, {"structured_outputs": {"xml": "a"}}, "structured_outputs"),
     (CHAT, {"structured_outputs": "json"}, "structured_outputs"),
     (CHAT, {"response_format": {"type": "json_object"}, "regex": "a"}, "regex"),
+    (CHAT, {"tools": [TOOL | {"type": "custom"}]}, "tools"),
+    (CHAT, {"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, "tools"),
+    (CHAT, {"tools": [TOOL], "tool_choice": "required"}, "tool_choice"),
+    (CHAT, {"tools": [TOOL], "tool_choice": TOOL}, "tool_choice"),
+    (CHAT, {"tools": [TOOL], "chat_template_kwargs": {"tools": []}}, "tools"),
+    (CHAT, {"chat_template_kwargs": {"tool_choice": "auto"}}, "chat_template_kwargs"),
+    (COMPLETIONS, {"tools": [TOOL]}, "tools"),
     (CHAT, {"stream": True}, "stream"),
     (CHAT, {"user": 3}, "user"),
     (CHAT, {"metadata": "x"}, "metadata"),
@@ -226,6 +238,23 @@ def test_a_chat_comes_to_a_completion_object():
     again = OpenAIFormat().answer(row(CHAT), outputs, SamplingParams(n=2), tokens(), 3)
     other = OpenAIFormat().answer(row(CHAT), outputs, SamplingParams(n=2), tokens(), 4)
     assert made["id"] == again["id"] != other["id"]
+
+
+def test_a_message_has_its_reasoning_and_its_calls():
+    message = Message(None, "Hm.", (ToolCall("call_1", "f", "{}", True),))
+    said = dataclasses.replace(output((1, 2), "stop", matched=2), finish_reason="tool_calls", message=message)
+    made = OpenAIFormat().answer(row(CHAT), [said], SamplingParams(return_logprob=True), tokens(), 3)
+    (choice,) = made["response"]["body"]["choices"]
+    assert choice["message"] == {
+        "role": "assistant",
+        "content": None,
+        "refusal": None,
+        "reasoning_content": "Hm.",
+        "reasoning": "Hm.",
+        "tool_calls": [{"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+    }
+    assert choice["finish_reason"] == "tool_calls"
+    assert len(choice["logprobs"]["content"]) == 1  # the end token is none of the message
 
 
 def test_several_prompts_count_each_once_in_the_usage():

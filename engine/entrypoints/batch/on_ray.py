@@ -23,6 +23,7 @@ from makeready.engine.entrypoints.batch.worker import Worker
 from makeready.engine.llm import LLM
 from makeready.engine.options import SchedulerOptions
 from makeready.engine.sampling import SamplingParams
+from makeready.engine.text.formats.base import AUTO
 from makeready.graphs.checkpoint.base import open_checkpoint
 from makeready.graphs.children import Leader, follow, this_process
 from makeready.graphs.plan.plan import Plan
@@ -43,6 +44,7 @@ class EngineSpec:
         format, sampling, template, carry: as for :class:`Worker`.
         scheduler: how requests share each engine.
         chat_template: text of the chat template, or name of one of the model's; None for the model's own.
+        tool_call_parser, reasoning_parser: as for :class:`LLM`.
         add_special_tokens, fit: as for :class:`Worker`.
         leader: the process that leads the job, which makes this; an engine on the same machine ends with it, also by
             kill -9. Ray ends those on others.
@@ -57,6 +59,8 @@ class EngineSpec:
     template: Mapping[str, Any]
     scheduler: SchedulerOptions
     chat_template: str | None = None
+    tool_call_parser: str = AUTO
+    reasoning_parser: str = AUTO
     add_special_tokens: bool = True
     fit: bool = False
     leader: Leader = field(default_factory=this_process)
@@ -84,6 +88,8 @@ class RayEngine:
             kv_memory_gib=spec.kv_memory_gib,
             scheduler=spec.scheduler,
             chat_template=spec.chat_template,
+            tool_call_parser=spec.tool_call_parser,
+            reasoning_parser=spec.reasoning_parser,
             generation_config=False,  # its values are in spec.sampling
         )
         self._worker = Worker(

@@ -7,6 +7,8 @@ text. Beside them the output has the same columns for every job:
 
     text                 string; null where there is no tokenizer, or several samples
     token_ids            list<int32>; where there is no tokenizer
+    content, reasoning_content                string; where reasoning and tool calls are told apart
+    tool_calls           list<struct<id, type, function: struct<name, arguments>>>; where tools were called
     finish_reason        string
     prompt_tokens, completion_tokens, seed    int64
     input_logprobs, logprobs                  list<struct<token_id, logprob, top: list<struct<token_id,
@@ -191,9 +193,14 @@ def write_table(
 def _schema(arrow: Any, names: Mapping[str, Any]) -> Any:
     pair = arrow.struct([("token_id", arrow.int32()), ("logprob", arrow.float64())])
     token = arrow.struct([*pair, arrow.field("top", arrow.list_(pair))])
+    function = arrow.struct([("name", arrow.string()), ("arguments", arrow.string())])
+    call = arrow.struct([("id", arrow.string()), ("type", arrow.string()), ("function", function)])
     sample = [
         ("text", arrow.string()),
         ("token_ids", arrow.list_(arrow.int32())),
+        ("content", arrow.string()),
+        ("reasoning_content", arrow.string()),
+        ("tool_calls", arrow.list_(call)),
         ("finish_reason", arrow.string()),
         ("completion_tokens", arrow.int64()),
         ("seed", arrow.int64()),

@@ -11,7 +11,17 @@ from typing import Any
 from makeready.engine.entrypoints.batch.base import RowError
 from makeready.engine.fields import MEANT, meant, shown
 from makeready.engine.output import Output
-from makeready.engine.protocol.asked import ROUTING, TEXT, Ask, check_template, kind_of, routing_of, text_of
+from makeready.engine.protocol.asked import (
+    ROUTING,
+    TEXT,
+    TOOLS,
+    Ask,
+    check_template,
+    kind_of,
+    routing_of,
+    text_of,
+    tools_of,
+)
 from makeready.engine.sampling import SamplingParams
 from makeready.engine.sequence import ERROR
 from makeready.engine.text.tokenizer import Tokenizer
@@ -21,7 +31,8 @@ PASSED_THROUGH: tuple[str, ...] = ("id", "custom_id")
 OTHERS = ("chat_template_kwargs", "sampling")
 DEEPEST = 100  # levels of a row: it must be read again from deeper ones, where Python's limit is closer
 SAMPLING = tuple(f.name for f in dataclasses.fields(SamplingParams))
-FIELDS = (*PROMPTS, *PASSED_THROUGH, *ROUTING, *TEXT, *OTHERS, *SAMPLING)
+FIELDS = (*PROMPTS, *PASSED_THROUGH, *ROUTING, *TEXT, *TOOLS, *OTHERS, *SAMPLING)
+MESSAGE = ("content", "reasoning_content", "tool_calls")  # of an answer whose message was read
 CONSUMED = frozenset(FIELDS) - frozenset(PASSED_THROUGH)
 # Fields of an answer, which no column that is handed through may have.
 ANSWER = frozenset(
@@ -35,7 +46,7 @@ ANSWER = frozenset(
         "logprobs",
         "samples",
     }
-    | {"prompt_tokens", "error"}
+    | {"prompt_tokens", "error", *MESSAGE}
 )
 
 
@@ -81,7 +92,13 @@ class RowFormat:
         if twice:
             raise RowError(f"{twice[0]} is given both in the row and under sampling; give it once")
         return Ask(
-            kinds[0], (prompt,), bare | nested, template, routing_of(fields), text_of(fields, kinds[0])
+            kinds[0],
+            (prompt,),
+            bare | nested,
+            template,
+            routing_of(fields),
+            text_of(fields, kinds[0]),
+            tools_of(fields, kinds[0], template),
         )
 
     def answer(
@@ -188,6 +205,13 @@ def _own_names(fields: Mapping[str, Any]) -> dict[str, Any]:
 def _sample(output: Output, params: SamplingParams, with_text: bool) -> dict[str, Any]:
     assert output.finish_reason != ERROR, "a refused request has no samples"
     made: dict[str, Any] = {"text": output.text} if with_text else {"token_ids": list(output.token_ids)}
+    if output.message is not None:
+        calls = [call.as_dict() for call in output.tool_calls]
+        made |= {
+            "content": output.content,
+            "reasoning_content": output.reasoning_content,
+            "tool_calls": calls or None,
+        }
     made |= {"finish_reason": output.finish_reason, "completion_tokens": output.completion_tokens}
     if params.temperature > 0:  # without its seed a sampled text cannot be had again
         made["seed"] = output.meta_info["seed"]

@@ -144,11 +144,13 @@ class Worker:
             context = self._llm.plan.limits.context_len
             asked["max_new_tokens"] = min((most for most in own if most is not None), default=context)
         row.params = params = SamplingParams.from_mapping(asked)
-        special = ask.text.get("add_special_tokens", self._add_special_tokens)
         replies: list[Reply] = []
         for prompt in ask.prompts:
             if ask.kind == "messages":
-                prompt = self._llm.render(prompt, **{**self._template, **ask.template, **ask.text})
+                chat = {**self._template, **ask.template, **ask.text, **ask.tools}
+                replies += self._llm.chat_replies(prompt, params, **ask.routing, fit=not chosen, **chat)
+                continue
+            special = ask.text.get("add_special_tokens", self._add_special_tokens)
             replies += self._llm.replies(
                 prompt, params, **ask.routing, add_special_tokens=special, fit=not chosen
             )

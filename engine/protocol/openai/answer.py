@@ -81,9 +81,14 @@ def refusal(body: Mapping[str, Any], message: str, field: str | None) -> dict[st
 
 
 def _chat_choice(index: int, output: Output, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": output.content, "refusal": None}
+    if output.reasoning_content is not None:  # clients look under one name or the other
+        message |= dict.fromkeys(("reasoning_content", "reasoning"), output.reasoning_content)
+    if output.tool_calls:
+        message["tool_calls"] = [call.as_dict() for call in output.tool_calls]
     return {
         "index": index,
-        "message": {"role": "assistant", "content": output.text, "refusal": None},
+        "message": message,
         "logprobs": chat_logprobs(output, tokenizer),
         "finish_reason": output.finish_reason,
     }

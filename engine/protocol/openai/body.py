@@ -18,6 +18,7 @@ from makeready.engine.protocol.asked import (
     kind_of,
     routing_of,
     text_of,
+    tools_of,
 )
 from makeready.engine.protocol.openai import structured
 
@@ -45,7 +46,10 @@ SAMPLING = {
     "skip_special_tokens": "skip_special_tokens",
 }
 CHAT_SAMPLING = SAMPLING | {"max_completion_tokens": "max_new_tokens", "top_logprobs": "top_logprobs_num"}
-CHAT_FIELDS = ("model", "messages", "logprobs", "chat_template_kwargs", "chat_template", "add_special_tokens")
+CHAT_FIELDS = (
+    *("model", "messages", "logprobs", "chat_template_kwargs", "chat_template", "add_special_tokens"),
+    *("tools", "tool_choice", "parallel_tool_calls"),
+)
 COMPLETION_FIELDS = ("model", "prompt", "logprobs", "echo", "add_special_tokens")
 
 # Fields that ask for nothing by these values; by any other they are refused. null always asks for nothing.
@@ -53,12 +57,13 @@ IDLE: Mapping[str, Sequence[Any]] = {
     "stream": (False,),
     "best_of": (1,),
     "suffix": ("",),
-    "tools": ([],),
+    "tools": ([],),  # of a completion; chats have them
     "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
     "modalities": (["text"],),
 }
 # Fields that change nothing in an answer, whatever they say: what the request is for, where it is to be kept, how
-# it is to be billed, and how tools would be called, which are refused themselves.
+# it is to be billed.
 WITHOUT_EFFECT: Mapping[str, type] = {
     "user": str,
     "safety_identifier": str,
@@ -67,7 +72,6 @@ WITHOUT_EFFECT: Mapping[str, type] = {
     "service_tier": str,
     "metadata": dict,
     "store": bool,
-    "parallel_tool_calls": bool,
 }
 # OpenAI's own limit of a completion; a chat's is the context.
 COMPLETION_TOKENS = 16
@@ -106,8 +110,8 @@ def read(url: str, body: Mapping[str, Any]) -> Ask:
     if not isinstance(template, dict):
         raise AskError("chat_template_kwargs must be an object", "chat_template_kwargs")
     check_template(template)
-    text = text_of(body, "messages")
-    return Ask("messages", (body["messages"],), sampling, template, routing_of(body), text)
+    text, tools = text_of(body, "messages"), tools_of(body, "messages", template)
+    return Ask("messages", (body["messages"],), sampling, template, routing_of(body), text, tools)
 
 
 def prompts_of(prompt: Any) -> tuple[str, tuple[Any, ...]]:

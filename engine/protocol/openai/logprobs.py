@@ -125,8 +125,8 @@ def _entry(token: int, logprob: float | None, tokenizer: Tokenizer | None) -> di
 def _of_text(output: Output) -> Sequence[TokenLogprob]:
     """All but the token that ended the text, which is no part of it."""
     tokens = output.logprobs or ()
-    ended = output.finish_reason == STOP and isinstance(output.meta_info["finish_reason"].get("matched"), int)
-    return tokens[:-1] if ended else tokens
+    reason = output.meta_info["finish_reason"]
+    return tokens[:-1] if reason["type"] == STOP and isinstance(reason.get("matched"), int) else tokens
 
 
 def _finite(value: float | None) -> float | None:

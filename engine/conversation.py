@@ -1,0 +1,71 @@
+"""From a conversation to a prompt, and to how its answers are to be read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from makeready.engine.errors import RequestError
+from makeready.engine.text.chat import choose_template, read_template, render_chat
+from makeready.engine.text.formats.base import AUTO, NONE, check_parsers, format_of
+from makeready.engine.text.formats.scan import Reading
+from makeready.engine.text.tokenizer import Tokenizer
+from makeready.engine.tools import check_tools
+
+
+@dataclass(frozen=True)
+class Parsers:
+    """How a model writes reasoning and tool calls: what the options say.
+
+    Attributes:
+        tool_call_parser, reasoning_parser: a name of :mod:`makeready.engine.text.formats`; ``auto`` for what the chat
+            template tells, ``none`` to leave them in the text.
+
+    Raises:
+        TextError: there is no such format.
+    """
+
+    tool_call_parser: str = AUTO
+    reasoning_parser: str = AUTO
+
+    def __post_init__(self) -> None:
+        check_parsers(self.tool_call_parser, self.reasoning_parser)
+
+    def prompt(
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        chat_template: str | Path | None = None,
+        tools: Any = None,
+        tool_choice: Any = None,
+        parallel_tool_calls: Any = None,
+        **template: Any,
+    ) -> tuple[str, Reading | None]:
+        """The text of a conversation, and how an answer is to be read; None where there is nothing but text.
+
+        Args:
+            chat_template, template: as for :meth:`makeready.engine.llm.LLM.chat`.
+            tools, tool_choice, parallel_tool_calls: see :func:`check_tools`.
+
+        Raises:
+            RequestError, TextError: it cannot be rendered, or nobody knows how the model would call tools.
+        """
+        calls = check_tools(tools, tool_choice, parallel_tool_calls)
+        source = tokenizer.chat_template
+        if chat_template is not None:
+            source = read_template(chat_template, source)
+        seen = None if tool_choice == "none" else tools
+        text = render_chat(source, messages, tools=seen, **{**tokenizer.special_tokens, **template})
+        form = format_of(choose_template(source, seen), self.tool_call_parser, self.reasoning_parser)
+        if calls and form.calls is None and self.tool_call_parser != NONE:
+            raise RequestError(
+                "tools: the chat template is of no known family, so calls could not be told from text; name one with "
+                "tool_call_parser, or none to leave calls in the text"
+            )
+        form = form if calls else form.without_calls()
+        if not (form.reasoning or form.calls or form.whole):
+            return text, None
+        return text, Reading(form, tuple(tools or ()), form.opened(text), parallel_tool_calls is not False)

@@ -1,0 +1,103 @@
+"""Calls as Python writes them: Llama 4 and 3.2, LFM2, OLMo 3.
+
+[add(a=1, b=2), name()]
+"""
+
+from __future__ import annotations
+
+import json
+import re
+
+from makeready.engine.text.formats.base import call_format
+from makeready.engine.text.formats.cast import STRING, fit
+from makeready.engine.text.formats.scan import Call, Scan
+from makeready.engine.text.formats.source import Step
+from makeready.engine.text.formats.values import QUOTES, read_value
+
+MARKERS = {
+    "<|python_start|>": "<|python_end|>",
+    "<|tool_call_start|>": "<|tool_call_end|>",
+    "<function_calls>": "</function_calls>",
+}
+_NAME = re.compile(r"[\w.]+")
+
+
+@call_format(
+    "pythonic",
+    openings=tuple(MARKERS),
+    others=tuple(MARKERS.values()),
+    unmarked="[",
+    told_by=(("[func_name1(params_name1=",), ("<|tool_list_start|>",), ("<function_calls>",)),
+)
+def read_pythonic(scan: Scan, opening: str) -> Step[None]:
+    """A list of calls; between markers the brackets may be left out, and newlines stand for commas."""
+    source = scan.source
+    listed = yield from scan.next_is("[")
+    if listed:
+        source.take()
+    found = False
+    while name := (yield from _next_name(scan)):
+        call = Call(scan, name)
+        if not (yield from scan.next_is("(")) or not (yield from _read_call(scan, call)):
+            return
+        found = True
+        if (yield from scan.next_is(",")):
+            source.take()
+        elif listed:
+            break
+    if found:
+        yield from scan.close(*("]",) if listed else (), *((MARKERS[opening],) if opening else ()))
+
+
+def _next_name(scan: Scan) -> Step[str]:
+    yield from scan.source.blanks()
+    return (yield from scan.source.word(_NAME))
+
+
+def _read_call(scan: Scan, call: Call) -> Step[bool]:
+    """From the opening bracket to the closing one."""
+    source, name = scan.source, call.name or ""
+    source.take()
+    while not (yield from scan.next_is(")")):
+        if call.begun:
+            if (yield from source.peek()) != ",":
+                return False
+            source.take()
+            if (yield from scan.next_is(")")):
+                break
+        key = yield from _next_name(scan)
+        if not key or not (yield from scan.next_is("=")):
+            return False
+        source.take()
+        yield from source.blanks()
+        if not (yield from _read_value(scan, call, key, scan.tools.types(name, key))):
+            return False
+    source.take()
+    if call.begun:
+        call.write("}")
+    call.finish()
+    scan.accept()
+    return True
+
+
+def _read_value(scan: Scan, call: Call, key: str, types: frozenset[str]) -> Step[bool]:
+    """A string is written as it comes where it may be one; what has to fit a type waits for its end."""
+    source = scan.source
+    before = f"{', ' if call.begun else '{'}{json.dumps(key, ensure_ascii=False)}: "
+    head = yield from source.peek()
+    parts: list[str] = []
+    streams = not types or (STRING in types and head in QUOTES)
+
+    def write(text: str) -> None:
+        nonlocal before
+        if text:
+            call.write(before + text)
+            before = ""
+
+    whole = yield from read_value(source, write if streams else parts.append)
+    made = "".join(parts)
+    if whole and made:
+        write(fit(made, types))
+    elif call.begun and not (yield from source.peek()):
+        write(made if made else "".join(source.taken))
+    return whole

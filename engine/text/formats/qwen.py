@@ -1,0 +1,32 @@
+"""Calls of Qwen2.5, Qwen3 and Hermes: JSON between tags.
+
+<tool_call>
+{"name": "add", "arguments": {"a": 1}}
+</tool_call>
+"""
+
+from __future__ import annotations
+
+from makeready.engine.text.formats.base import call_format
+from makeready.engine.text.formats.json_calls import read_call
+from makeready.engine.text.formats.scan import Scan
+from makeready.engine.text.formats.source import Step
+
+OPENING, CLOSING = "<tool_call>", "</tool_call>"
+
+
+@call_format(
+    "qwen",
+    openings=(OPENING,),
+    others=(CLOSING,),
+    told_by=((OPENING, "arguments", "!<arg_key>", "!<function="),),
+)
+def read_qwen(scan: Scan, opening: str) -> Step[None]:
+    """Calls up to the closing tag."""
+    found = False
+    while (yield from scan.next_is("{")):
+        if not (yield from read_call(scan)):
+            return
+        found = True
+    if found:
+        yield from scan.close(CLOSING)
