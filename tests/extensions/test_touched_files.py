@@ -14,7 +14,7 @@ ROW = re.compile(
 )
 WANTED = (  # what the table has to speak of
     *("dense variant", "new block", "op with kernels", "quantization", "sampling parameter", "plan option"),
-    *("kind of step", "cache group", "policy", "target"),
+    *("kind of step", "cache group", "policy", "target", "text format"),
 )
 
 
