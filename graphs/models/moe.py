@@ -9,9 +9,8 @@ from makeready.graphs.checkpoint.base import CheckpointError
 from makeready.graphs.models.family import Model
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from makeready.graphs.checkpoint.gguf_names import Fields
+    from makeready.graphs.layers.latent_attention import LatentAttention
     from makeready.graphs.layers.moe import ExpertsConfig
     from makeready.graphs.models.decoder import DecoderConfig
 
@@ -103,7 +102,7 @@ def sparse_decoder(
     *,
     context_len: int,
     activation: str,
-    attention: Callable[[int], nn.Module] | None = None,
+    attention: Callable[[int], LatentAttention] | None = None,
 ) -> Model:
     """A decoder whose layers are mixtures where ``sparse`` says so of their index, and dense elsewhere.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 from latent_gguf import latent_gguf
-from moe_models import quantize_mixture
+from moe_models import quantize_mixture, stack
 from quantized_models import Format, save_quantized
 from reference import Recorder, compare, expected, make_model, prompt_of
+from safetensors.torch import load_file, save_file
 
 from makeready.engine.llm import LLM
+from makeready.graphs.checkpoint.base import CheckpointWarning
 from makeready.graphs.passes import REWRITES
 
 PAGE = 7
@@ -129,6 +132,21 @@ def test_every_pass_on_or_off_gives_the_same_tokens(disabled: tuple[str, ...], t
     made = Recorder(LLM(tmp_path, disabled_passes=disabled, **PLAN)).generate(prompts, 4)
     for prompt, ours in zip(prompts, made, strict=True):
         compare(ours, expected(model, prompt, 4))
+
+
+@pytest.mark.parametrize("name", ["v2", "v3"])
+def test_stacked_experts_and_layers_that_predict_further(name: str, tmp_path: Path) -> None:
+    model = make(tmp_path, name)
+    stack(tmp_path)
+    file = tmp_path / "model.safetensors"
+    further = {"model.layers.2.eh_proj.weight": torch.ones(64, 128)} if name == "v3" else {}
+    save_file(load_file(file) | further, file)
+    prompt = prompt_of(30, 131)
+    told = pytest.warns(CheckpointWarning, match="they predict further tokens") if further else nullcontext()
+    with told:
+        llm = LLM(tmp_path, **PLAN)
+    (ours,) = Recorder(llm).generate([prompt], 5)
+    compare(ours, expected(model, prompt, 5))
 
 
 QUANTIZED = {

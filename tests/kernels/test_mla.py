@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from case import Case, int32
+from case import Case, Random, int32
 from inputs import cases
 from mla_inputs import GEOMETRIES, filled_latents
 from torch.nn import functional
@@ -108,8 +108,6 @@ def invariant(op: str) -> Kernel:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn"])
 def test_attention_of_a_token_is_the_same_in_every_step(dtype: str) -> None:
     """In chunks beside another row as at once, to the last bit."""
-    from case import Random
-
     form, length = GEOMETRIES[0], 61
     random, kernel = Random(1), invariant("mla_extend_attention")
     cache, table, _ = filled_latents(random, form, [length, length], dtype)
