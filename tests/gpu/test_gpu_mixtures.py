@@ -54,6 +54,16 @@ DEEPSEEK = SMALL | {
     "num_experts_per_tok": 6,
     "first_k_dense_replace": 1,
 }
+LATENT = DEEPSEEK | {
+    "model_type": "deepseek_v2",
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "num_key_value_heads": 4,
+    "q_lora_rank": None,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "qwen3": (QWEN3, {}),
     "qwen3-fp16": (QWEN3, {"weight_dtype": "float16"}),
@@ -64,6 +74,9 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "qwen2-fp8-block": (QWEN2, {"quant": "fp8_block"}),
     "mixtral": (MIXTRAL, {}),
     "deepseek": (DEEPSEEK, {}),
+    "deepseek_v2": (LATENT, {}),
+    "deepseek_v2-fp8-cache": (LATENT, {"kv_dtype": "float8_e4m3fn"}),
+    "deepseek_v2-deterministic": (LATENT, {"deterministic": True}),
 }
 # Of a row's logits, ‖a - b‖ / ‖b‖. A rounding may put another expert into a token's choice, which moves that
 # token and those that see it: a few rows may be off by more, as long as most are not.
