@@ -203,16 +203,7 @@ SOURCES = (
 
 def copy_sources(folder: Path, before: str, after: str) -> Path:
     """Into ``folder``, with one change; the file that has it."""
-    names = (
-        "hopper.h",
-        "places.h",
-        "wgmma.h",
-        "mla_shapes.h",
-        "mla_wgmma.h",
-        "mla_decode.cu",
-        "mla_combine.cu",
-    )
-    texts = {name: (nvrtc.FOLDER / name).read_text() for name in names}
+    texts = {name: (nvrtc.FOLDER / name).read_text() for name in SOURCES}
     (changed,) = (name for name, text in texts.items() if before in text)
     for name, text in texts.items():
         (folder / name).write_text(text.replace(before, after))
