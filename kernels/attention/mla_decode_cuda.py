@@ -131,7 +131,7 @@ def candidate(call: OpCall, *, give_up: int = 0) -> Candidate:
     # Units reach beyond the last token; where the memory there is the plan's, copying is faster than zeros.
     q_tokens = tokens + made.tokens if q.spare else tokens
     q_shape, q_box = (q_tokens, call.attrs["heads"], _WIDTH), (made.tokens, made.group, 64)
-    early = tuple(n for n in lengths if n != "query_start")
+    early = tuple(n for n in lengths if n != "query_start") if dependent else ()
     attention = DeviceLaunch(
         function=f"csrc/mla_decode.cu:{name}",
         constants=constants | ({"GIVE_UP": give_up} if give_up else {}),

@@ -263,7 +263,8 @@ FAULTS: dict[str, tuple[Case, str, str]] = {
 
 def copy_sources(folder: Path, before: str, after: str) -> None:
     """Into ``folder``, with one change to the kernel."""
-    texts = {path: path.read_text() for path in (*nvrtc.FOLDER.glob("*.h"), nvrtc.FOLDER / "prefill.cu")}
+    found = (*nvrtc.FOLDER.glob("[hp]*.h"), nvrtc.FOLDER / "prefill.cu")  # hopper.h, places.h, prefill_*.h
+    texts = {path: path.read_text() for path in found}
     assert sum(before in text for text in texts.values()) == 1
     for path, text in texts.items():
         (folder / path.name).write_text(text.replace(before, after))

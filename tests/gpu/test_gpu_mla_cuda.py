@@ -67,7 +67,7 @@ _PLAIN: dict[str, Make] = {
         (128, 64, B16),
     )
     for lengths in _LENGTHS
-    if heads <= 32 or sum(lengths) < 50_000
+    if heads * max(lengths) < 1_300_000  # the reference holds 512 float64 for each
 }
 _PLAIN |= {
     f"extend {heads} {dtype} {rows}": partial(latents.extend, rows, heads, 64, dtype)
