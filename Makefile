@@ -1,5 +1,6 @@
 # make run    set everything up and answer a prompt
 # make test   set everything up, check style and types, run the tests
+# make test-slow   the tests that make test leaves out: long sweeps, faults planted in kernels
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +9,7 @@ MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 PROMPT ?= What is a compiler? Answer in two sentences.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: run test lint types clean
+.PHONY: run test test-slow lint types clean
 
 run: $(VENV)/.run $(MODEL)
 	$(BIN)/python scripts/generate.py checkpoint=$(MODEL) chat="$(PROMPT)" \
@@ -16,6 +17,9 @@ run: $(VENV)/.run $(MODEL)
 
 test: $(VENV)/.dev $(MODEL) lint types
 	$(BIN)/python -m pytest -n 2
+
+test-slow: $(VENV)/.dev $(MODEL)
+	$(BIN)/python -m pytest -n 2 -m slow
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

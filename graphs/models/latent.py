@@ -143,7 +143,12 @@ def _routing(config: Mapping[str, Any]) -> Routing:
     experts, top_k = config["n_routed_experts"], config["num_experts_per_tok"]
     members = METHODS[method]
     groups, best = (config["n_group"] or 1, config["topk_group"] or 1) if members else (1, 1)
-    if type(groups) is not int or groups < 1 or experts % groups or (groups > 1 and experts // groups < members):
+    if (
+        type(groups) is not int
+        or groups < 1
+        or experts % groups
+        or (groups > 1 and experts // groups < members)
+    ):
         raise CheckpointError(
             f"config.json: n_group {groups!r} does not cut {experts} experts into groups of at least {members}; "
             "correct the config"

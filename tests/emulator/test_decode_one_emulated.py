@@ -117,14 +117,14 @@ def test_lengths(emulator: Emulator, length: int) -> None:
         {"D": 64, "group": 1},
         {"D": 64, "group": 2, "kv_heads": 1},
         {"page": 16},
-        {"page": 256},
-        {"window": 1},
-        {"window": 50},
-        {"window": 130, "page": 32},
-        {"norm": False},
-        {"offset": 1.0},
-        {"dtype": F16},
-        {"dtype": F16, "D": 64, "window": 40},
+        pytest.param({"page": 256}, marks=pytest.mark.slow),
+        pytest.param({"window": 1}, marks=pytest.mark.slow),
+        pytest.param({"window": 50}, marks=pytest.mark.slow),
+        pytest.param({"window": 130, "page": 32}, marks=pytest.mark.slow),
+        pytest.param({"norm": False}, marks=pytest.mark.slow),
+        pytest.param({"offset": 1.0}, marks=pytest.mark.slow),
+        pytest.param({"dtype": F16}, marks=pytest.mark.slow),
+        pytest.param({"dtype": F16, "D": 64, "window": 40}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -166,6 +166,7 @@ FAULTS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_caught(fault: str, tmp_path: Path) -> None:
     """A wrong line makes a wrong number, a NaN, a counter that is not zero, or a report."""

@@ -94,7 +94,7 @@ SMALL = (9, 5, 2, 128, 128)  # tokens, experts, k, outputs, inputs
 
 
 @pytest.mark.parametrize("tile", FEW, ids=lambda tile: tile.name)
-@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize("gathered", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_few(emulator: Emulator, tile: Tile, gathered: bool) -> None:
     for seed, kind in enumerate(KINDS if tile == FEW[0] else KINDS[:2]):
         check(emulator, "grouped_linear", kind, SMALL, tile, gathered=gathered, seed=seed)
@@ -102,7 +102,7 @@ def test_few(emulator: Emulator, tile: Tile, gathered: bool) -> None:
 
 
 @pytest.mark.parametrize("scales", ["channel", "block"])
-@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize("gathered", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_few_of_eight_bits(emulator: Emulator, scales: str, gathered: bool) -> None:
     for seed, op in enumerate(("grouped_linear", "grouped_silu_mul")):
         check(
@@ -112,7 +112,7 @@ def test_few_of_eight_bits(emulator: Emulator, scales: str, gathered: bool) -> N
 
 
 @pytest.mark.parametrize("tile", MANY, ids=lambda tile: tile.name)
-@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize("gathered", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_many(emulator: Emulator, tile: Tile, gathered: bool) -> None:
     for seed, kind in enumerate(KINDS if tile == MANY[1] else KINDS[:2]):
         check(emulator, "grouped_linear", kind, (70, 3, 2, 320, 64), tile, gathered=gathered, seed=seed)
@@ -120,7 +120,7 @@ def test_many(emulator: Emulator, tile: Tile, gathered: bool) -> None:
 
 
 @pytest.mark.parametrize("scales", ["channel", "block"])
-@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize("gathered", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("tile", MANY, ids=lambda tile: tile.name)
 def test_many_of_eight_bits(emulator: Emulator, tile: Tile, scales: str, gathered: bool) -> None:
     if scales and tile.outputs == 256 and tile.ways == 2:
@@ -181,6 +181,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "fault"), [(file, fault) for file, faults in FAULTS.items() for fault in faults]
 )

@@ -270,6 +270,7 @@ def copy_sources(folder: Path, before: str, after: str) -> None:
         (folder / path.name).write_text(text.replace(before, after))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_caught(fault: str, tmp_path: Path) -> None:
     """A wrong line makes a wrong number, a NaN, a counter that is not zero, or a report of a deadlock."""

@@ -278,6 +278,7 @@ FP8_FAULTS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FP8_FAULTS)
 def test_faults_planted_in_chains_of_8_bits_are_caught(fault: str, tmp_path: Path) -> None:
     op, tensors = "silu_mul_quantize_fp8_linear_fp8", make(82, 2064, norm="silu_mul", fp8=True)
@@ -290,11 +291,13 @@ def test_faults_planted_in_chains_of_8_bits_are_caught(fault: str, tmp_path: Pat
     assert not fp8_error(op, tensors, attrs, got) < 8e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_caught(fault: str, tmp_path: Path) -> None:
     assert caught(planted(tmp_path, FAULTS[fault]), "linear", make(83, 2056), {}, 4e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", CHAIN_FAULTS)
 def test_faults_planted_in_chains_are_caught(fault: str, tmp_path: Path) -> None:
     op, tensors = "add_rms_norm_linear_silu_mul", make(82, 2056, norm="add_rms_norm")

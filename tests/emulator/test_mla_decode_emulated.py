@@ -177,6 +177,7 @@ FAULTS: dict[str, tuple[tuple[Case, int], str, str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_caught(emulator: Emulator, fault: str, tmp_path: Path) -> None:
     """A wrong line makes a wrong number, a NaN, or a report of a deadlock."""

@@ -121,6 +121,7 @@ FAULTS: dict[str, tuple[str, str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_caught(fault: str, tmp_path: Path) -> None:
     """A wrong line makes a wrong number, a NaN, a counter that is not zero, or a report of a deadlock."""

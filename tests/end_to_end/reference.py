@@ -106,8 +106,8 @@ class Recorder:
             self.made[id(sequence)].tokens = list(sequence.output)
         return [self.made[id(sequence)] for sequence in sequences]
 
-    def _record(self, bucket: Bucket, step: Mapping[str, np.ndarray]) -> Any:
-        done = self._launch(bucket, step)
+    def _record(self, bucket: Bucket, step: Mapping[str, np.ndarray], **cut: Any) -> Any:
+        done = self._launch(bucket, step, **cut)
         logits = self._executable.operand(bucket, "sample", "logits")
         by_slot: dict[int, TokenSequence] = {s.slot: s for s in self.llm.engine.scheduler.running}
         for row, count in enumerate(step["query_len"].tolist()):

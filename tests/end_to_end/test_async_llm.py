@@ -139,7 +139,7 @@ def test_closing_ends_what_runs(llm: LLM) -> None:
 
 
 def test_a_failure_of_the_device_reaches_every_reader(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **cut: object) -> None:
         raise RuntimeError("the device is gone")
 
     async def main() -> list[Any]:

@@ -123,9 +123,9 @@ def test_padding_never_leaks(tmp_path: Path) -> None:
     recorder = Recorder(llm)
     launch = llm.engine.executable.launch
 
-    def poisoned(bucket: Any, step: Any) -> Any:
+    def poisoned(bucket: Any, step: Any, **cut: Any) -> Any:
         llm.engine.executable.poison()  # type: ignore[attr-defined]
-        return launch(bucket, step)
+        return launch(bucket, step, **cut)
 
     llm.engine.executable.launch = poisoned  # type: ignore[method-assign]
     prompts = [prompt_of(length, 131) for length in (1, 7, 30)]

@@ -105,9 +105,9 @@ def test_padding_never_leaks(tmp_path: Path) -> None:
         recorder = Recorder(llm)
         launch = llm.engine.executable.launch
 
-        def poisoned(bucket: Any, step: Any) -> Any:
+        def poisoned(bucket: Any, step: Any, **cut: Any) -> Any:
             llm.engine.executable.poison()  # type: ignore[attr-defined]
-            return launch(bucket, step)
+            return launch(bucket, step, **cut)
 
         if poison:
             llm.engine.executable.launch = poisoned  # type: ignore[method-assign]

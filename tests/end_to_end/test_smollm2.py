@@ -64,7 +64,9 @@ def assert_greedy(prompt: list[int], tokens: tuple[int, ...]) -> None:
     assert tokens == tuple(logits.argmax(-1).tolist())
 
 
-def test_64_greedy_tokens_on_20_prompts(llm: LLM) -> None:
+@pytest.mark.parametrize(("every", "count"), [(3, 32), pytest.param(1, 64, marks=pytest.mark.slow)])
+def test_greedy_tokens(llm: LLM, every: int, count: int) -> None:
+    """On some prompts, or 64 tokens on all 20."""
     _, tokenizer = oracle()
     prompts = [tokenizer(text).input_ids for text in PROMPTS]
     assert llm.tokenizer is not None
@@ -74,7 +76,8 @@ def test_64_greedy_tokens_on_20_prompts(llm: LLM) -> None:
         rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         assert llm.render(messages) == rendered
         prompts.append(rendered)
-    params = SamplingParams(temperature=0, max_new_tokens=64, ignore_eos=True, skip_special_tokens=False)
+    prompts = prompts[::every]
+    params = SamplingParams(temperature=0, max_new_tokens=count, ignore_eos=True, skip_special_tokens=False)
     outputs = llm.generate(token_ids=prompts, sampling=params)
     for prompt, output in zip(prompts, outputs, strict=True):
         assert_greedy(prompt, output.token_ids)

@@ -128,9 +128,9 @@ def test_padding_rows_and_tokens_hold_their_defaults() -> None:
     seen: list[dict[str, np.ndarray]] = []
     launch = engine.executable.launch
 
-    def record(bucket: Bucket, step):
+    def record(bucket: Bucket, step, **cut):
         seen.append(dict(step))
-        return launch(bucket, step)
+        return launch(bucket, step, **cut)
 
     engine.executable.launch = record  # type: ignore[method-assign]
     engine.submit(make_sequence([5, 6, 7], 2, 0))

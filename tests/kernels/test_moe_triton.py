@@ -123,7 +123,7 @@ def test_equal_and_broken_scores_come_in_order(score, groups):
 def test_sort_by_expert(entries, monkeypatch):
     monkeypatch.setattr(route_triton, "_CHUNK", 64)  # more entries than a block holds at once
     for experts, k in ((8, 2), (60, 4), (3, 1), (128, 8)):
-        expert = routing(13 if entries != "many" else 70, experts, k, entries)
+        expert = routing(13 if entries != "many" else 24, experts, k, entries)
         check("sort_by_expert", {"expert": expert}, experts=experts)
 
 
