@@ -137,7 +137,7 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Choice:
+class PlanCandidate:
     """One way to run a call: nodes in order."""
 
     name: str
@@ -153,7 +153,7 @@ class OpClass:
     """
 
     op: str
-    candidates: Mapping[str, tuple[Choice, ...]]
+    candidates: Mapping[str, tuple[PlanCandidate, ...]]
 
 
 APART = "apart"  # the choice to run the launches of a chain one by one
@@ -178,7 +178,7 @@ class LoweredProgram:
     chains: tuple[Chain, ...] = ()
     joins: tuple[int, ...] = ()
 
-    def choice(self, op_class: int, bucket: Bucket, tuned: Mapping[str, str]) -> Choice | None:
+    def candidate(self, op_class: int, bucket: Bucket, tuned: Mapping[str, str]) -> PlanCandidate | None:
         """How calls of a class run in ``bucket``: as ``tuned`` names it, else the planner's first candidate."""
         if not 0 <= op_class < len(self.classes):
             return None
@@ -201,7 +201,7 @@ class LoweredProgram:
         while at < stop:
             call = Chain(self.launches[at], at, at + 1)
             for chain in starts.get(at, ()):
-                chosen = self.choice(chain.launch.op_class, bucket, tuned)
+                chosen = self.candidate(chain.launch.op_class, bucket, tuned)
                 if chain.stop <= stop and chosen is not None and chosen.name != APART:
                     call = chain
                     break

@@ -72,7 +72,7 @@ def _applies(call: OpCall) -> bool:
 
 
 @dataclass(frozen=True)
-class Way:
+class Schedule:
     """What the kernel can do in two ways, with the same result but for rounding.
 
     Attributes:
@@ -94,11 +94,11 @@ class Way:
         return "".join(name for name, on in chosen.items() if on)
 
 
-def ways(call: OpCall) -> list[Way]:
+def schedules(call: OpCall) -> list[Schedule]:
     """All that have the registers for ``call``: what suite=[attention] times, of which plans carry one."""
     either = (False, True)
     roomy = either if call.attrs["head_dim"] == 128 and not _narrow(call) else (False,)
-    return [Way(lazy, queries, early) for queries in roomy for early in either for lazy in either]
+    return [Schedule(lazy, queries, early) for queries in roomy for early in either for lazy in either]
 
 
 def _narrow(call: OpCall) -> bool:
@@ -111,10 +111,10 @@ def extend_attention_prefill(call: OpCall) -> Sequence[Candidate]:
     return [candidate(call)]
 
 
-_CHOSEN = Way()
+_CHOSEN = Schedule()
 
 
-def candidate(call: OpCall, way: Way = _CHOSEN, *, give_up: int = 0) -> Candidate:
+def candidate(call: OpCall, schedule: Schedule = _CHOSEN, *, give_up: int = 0) -> Candidate:
     """The launch for ``call``.
 
     Args:
@@ -134,9 +134,9 @@ def candidate(call: OpCall, way: Way = _CHOSEN, *, give_up: int = 0) -> Candidat
         "GROUP": group,
         "PAGE": page,
         "WINDOW": call.attrs["window"],
-        "LAZY": 8 if way.lazy else 0,
-        "Q_REGISTERS": way.queries,
-        "EARLY": way.early,
+        "LAZY": 8 if schedule.lazy else 0,
+        "Q_REGISTERS": schedule.queries,
+        "EARLY": schedule.early,
         "PDL": dependent,
     }
     # Tiles reach beyond the last token; where the memory there is the plan's, copying is faster than zeros.
@@ -183,7 +183,7 @@ def candidate(call: OpCall, way: Way = _CHOSEN, *, give_up: int = 0) -> Candidat
         local_bytes=16 if head_dim == 64 else 0,  # 160 registers a thread; none of it in a loop over keys
     )
     return Candidate(
-        f"wgmma_{tile.vectors}x{tile.keys}{way.suffix}",
+        f"wgmma_{tile.vectors}x{tile.keys}{schedule.suffix}",
         (launch,),
         scratch=256,
         zeroed=256,

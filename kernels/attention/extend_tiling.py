@@ -35,7 +35,7 @@ _SLOWEST = (1.5e12, 3.0e12)
 
 
 @dataclass(frozen=True)
-class Way:
+class Tiling:
     """Sides of a tile, compile options and the grid.
 
     Attributes:
@@ -123,7 +123,7 @@ class Way:
         return max(ends) + _SPLIT_US * (len(items) > len(keys))
 
 
-def ways(call: OpCall) -> list[Way]:
+def tilings(call: OpCall) -> list[Tiling]:
     """All that fit the call and the target, best first.
 
     With two blocks of 4 warps on a multiprocessor one computes maxima and exponentials while the other
@@ -138,25 +138,25 @@ def ways(call: OpCall) -> list[Way]:
     m = max(128 if D <= 128 else 64, power_of_two(group))
     element = DTYPE_BYTES[call.tensors["k_cache"].dtype]
     made = [
-        Way(m, keys, False, tma, 4, 2, 2, False),
-        Way(m, 32, False, tma, 4, 3, 2, False),
-        Way(m, keys, tma, tma, 8, 2, 1),
-        Way(m, keys, False, tma, 8, 3, 1),
-        Way(64, keys, False, tma, 4, 2, 2),
+        Tiling(m, keys, False, tma, 4, 2, 2, False),
+        Tiling(m, 32, False, tma, 4, 3, 2, False),
+        Tiling(m, keys, tma, tma, 8, 2, 1),
+        Tiling(m, keys, False, tma, 8, 3, 1),
+        Tiling(64, keys, False, tma, 4, 2, 2),
     ]
     if call.invariant:
         tma = False
         sides = ((m, keys, 8, 1), (m, 32, 8, 1), (64, keys, 4, 2), (64, 32, 4, 2))
-        made = [Way(t, n, False, tma, warps, 3, resident, masked=True) for t, n, warps, resident in sides]
+        made = [Tiling(t, n, False, tma, warps, 3, resident, masked=True) for t, n, warps, resident in sides]
     plain = tma and call.attrs["window"] == 0  # leaves registers for 192 sums and scores, else 144
     fitting = [
-        way
-        for way in dict.fromkeys(made)
-        if way.m >= max(16 * way.warps, group)
-        and way.m * (D + way.keys) <= (192 if plain else 144) * 32 * way.warps
-        and _shared(way, D, element) <= call.shared_bytes
+        tiling
+        for tiling in dict.fromkeys(made)
+        if tiling.m >= max(16 * tiling.warps, group)
+        and tiling.m * (D + tiling.keys) <= (192 if plain else 144) * 32 * tiling.warps
+        and _shared(tiling, D, element) <= call.shared_bytes
     ]
-    return sorted(fitting, key=lambda way: way.microseconds(call))
+    return sorted(fitting, key=lambda tiling: tiling.microseconds(call))
 
 
 def _group(call: OpCall) -> int:
@@ -174,6 +174,6 @@ def _addressable(call: OpCall, D: int) -> bool:
     )
 
 
-def _shared(way: Way, D: int, element: int) -> int:
+def _shared(tiling: Tiling, D: int, element: int) -> int:
     """Bytes of shared memory: queries, and the keys and values that are on their way."""
-    return way.m * D * 2 + 2 * way.stages * (1 + way.pair) * way.keys * D * element + 1024
+    return tiling.m * D * 2 + 2 * tiling.stages * (1 + tiling.pair) * tiling.keys * D * element + 1024

@@ -32,7 +32,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from makeready.kernels.attention.extend_steps_triton import attend_all, attend_some
-from makeready.kernels.attention.extend_tiling import Way, ways
+from makeready.kernels.attention.extend_tiling import Tiling, tilings
 from makeready.kernels.attention.paged import extend_attention
 from makeready.kernels.attention.pages_triton import as_queries
 from makeready.kernels.attention.parts_triton import add_parts, is_last, leave_part
@@ -332,23 +332,25 @@ def _sixteen_bits(call: OpCall) -> bool:
 @cuda_kernel(extend_attention, "tiles", applies=_sixteen_bits, invariant=True)
 def extend_attention_cuda(call: OpCall) -> Sequence[Candidate]:
     """Tiles of different sides, best first by the model of extend_tiling.py."""
-    return [candidate(call, way) for way in ways(call)]
+    return [candidate(call, tiling) for tiling in tilings(call)]
 
 
-def candidate(call: OpCall, way: Way) -> Candidate:
-    """The launch of ``way``, its parts in scratch behind one counter a slot."""
+def candidate(call: OpCall, tiling: Tiling) -> Candidate:
+    """The launch of ``tiling``, its parts in scratch behind one counter a slot."""
     heads, kv_heads, head_dim = (call.attrs[name] for name in ("heads", "kv_heads", "head_dim"))
     page = int(call.tensors["k_cache"].shape[1])
     rows, tokens = int(call.tensors["page_table"].shape[0]), int(call.tensors["q"].shape[0])
-    slots = way.slots(call)
+    slots = tiling.slots(call)
     counters = triton.cdiv(4 * slots, 256) * 256
-    stats = triton.cdiv(slots * 2 * way.m * 4, 256) * 256
+    stats = triton.cdiv(slots * 2 * tiling.m * 4, 256) * 256
     dependent = "pdl" in call.features
 
     def cache(name: str) -> Argument:
         strides = (page * kv_heads * head_dim, kv_heads * head_dim, head_dim, 1)
         shape = ("P", page, kv_heads, head_dim)
-        return Descriptor(name, shape, strides, (1, way.keys, 1, head_dim)) if way.tma else Pointer(name)
+        return (
+            Descriptor(name, shape, strides, (1, tiling.keys, 1, head_dim)) if tiling.tma else Pointer(name)
+        )
 
     launch = DeviceLaunch(
         function=f"{__name__}:extend_attention_tiles",
@@ -359,16 +361,16 @@ def candidate(call: OpCall, way: Way) -> Candidate:
             "PAGE": page,
             "WINDOW": call.attrs["window"],
             "R": max(64, triton.next_power_of_2(call.most_rows if call.invariant else rows)),
-            "M": way.m,
+            "M": tiling.m,
             "D": triton.next_power_of_2(max(head_dim, 16)),
-            "L": way.keys,
-            "EDGE": way.keys if way.masked else min(way.keys, 32),
-            "PAIR": way.pair,
-            "TMA": way.tma,
-            "SHARES": way.shares(call),
-            "LEAST": way.least,
-            "ROUNDS": way.rounds,
-            "MASKED": way.masked,
+            "L": tiling.keys,
+            "EDGE": tiling.keys if tiling.masked else min(tiling.keys, 32),
+            "PAIR": tiling.pair,
+            "TMA": tiling.tma,
+            "SHARES": tiling.shares(call),
+            "LEAST": tiling.least,
+            "ROUNDS": tiling.rounds,
+            "MASKED": tiling.masked,
             "PDL": dependent,
         },
         arguments={
@@ -386,11 +388,11 @@ def candidate(call: OpCall, way: Way) -> Candidate:
             "y_stride": Scalar(call.tensors["y"].row_stride, "int32"),
             "scale": Scalar(call.attrs["scale"] * math.log2(math.e), "float32"),
         },
-        grid=(way.blocks(call), 1, 1),
-        num_warps=way.warps,
-        num_stages=way.stages,
+        grid=(tiling.blocks(call), 1, 1),
+        num_warps=tiling.warps,
+        num_stages=tiling.stages,
         dependent=dependent,
         local_bytes=96,  # 72 are used at 4 warps of 128 x 64, none of them inside a loop
     )
-    scratch = counters + stats + slots * way.m * head_dim * 4
-    return Candidate(way.name, (launch,), scratch, counters, 1e-6 * way.microseconds(call))
+    scratch = counters + stats + slots * tiling.m * head_dim * 4
+    return Candidate(tiling.name, (launch,), scratch, counters, 1e-6 * tiling.microseconds(call))

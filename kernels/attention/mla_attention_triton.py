@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from makeready.kernels.attention.mla import mla_decode_attention, mla_extend_attention
-from makeready.kernels.attention.mla_latents_tiling import LEAST, Way, padded, ways
+from makeready.kernels.attention.mla_latents_tiling import LEAST, Tiling, padded, tilings
 from makeready.kernels.device import Argument, Candidate, DeviceLaunch, OpCall, Pointer, Scalar, Scratch
 from makeready.kernels.registry import cuda_kernel
 from makeready.kernels.row_tiles import power_of_two
@@ -23,24 +23,24 @@ def _sixteen_bits(call: OpCall) -> bool:
 @cuda_kernel(mla_decode_attention, "latents", applies=_sixteen_bits)
 def mla_decode_attention_cuda(call: OpCall) -> Sequence[Candidate]:
     """Whole items and items that are cut, best first by the model of mla_latents_tiling.py."""
-    return [candidate(call, way) for way in ways(call)]
+    return [candidate(call, tiling) for tiling in tilings(call)]
 
 
 @cuda_kernel(mla_extend_attention, "latents", applies=_sixteen_bits, invariant=True)
 def mla_extend_attention_cuda(call: OpCall) -> Sequence[Candidate]:
     """As :func:`mla_decode_attention_cuda`; where rows must not depend on each other, nothing is cut."""
-    return [candidate(call, way) for way in ways(call)]
+    return [candidate(call, tiling) for tiling in tilings(call)]
 
 
-def candidate(call: OpCall, way: Way) -> Candidate:
-    """The launches of ``way``: attention, and where items are cut what adds their parts."""
+def candidate(call: OpCall, tiling: Tiling) -> Candidate:
+    """The launches of ``tiling``: attention, and where items are cut what adds their parts."""
     heads, rank, rope = (call.attrs[name] for name in ("heads", "rank", "rope"))
     rows, tokens = int(call.tensors["page_table"].shape[0]), int(call.tensors["q"].shape[0])
     extend = "query_len" in call.tensors
     D, Q = padded(call)
-    blocks, dependent = way.blocks(call), "pdl" in call.features
+    blocks, dependent = tiling.blocks(call), "pdl" in call.features
     element = DTYPE_BYTES[call.tensors["cache"].dtype]
-    stats = -(-2 * blocks * 2 * way.n * 4 // 256) * 256
+    stats = -(-2 * blocks * 2 * tiling.n * 4 // 256) * 256
     fields = ("query_start", "query_len", "context_len") if extend else ("context_len",)
     constants = {
         "HEADS": heads,
@@ -48,9 +48,9 @@ def candidate(call: OpCall, way: Way) -> Candidate:
         "OWN": call.attrs.get("own", True),
         # Sums over rows wait for all warps of a block, which one row alone is spared.
         "R": max(64, power_of_two(call.most_rows if call.invariant else rows)) if extend or rows > 1 else 1,
-        "N": way.n,
+        "N": tiling.n,
         "D": D,
-        "K": way.keys,
+        "K": tiling.keys,
         "PDL": dependent,
         **({} if extend else {"query_start": None, "query_len": None, "log_sum": None}),
     }
@@ -68,38 +68,38 @@ def candidate(call: OpCall, way: Way) -> Candidate:
             "ROPE": rope,
             "PAGE": int(call.tensors["cache"].shape[1]),
             "Q": Q,
-            "SPLIT": way.split,
+            "SPLIT": tiling.split,
             "LEAST": LEAST,
             # Bulk prefetch takes multiples of 16 bytes.
             "AHEAD": (rank + rope) * element % 16 == 0 and "tma" in call.features,
-            **({} if way.split else {"sums": None, "stats": None}),
+            **({} if tiling.split else {"sums": None, "stats": None}),
         },
         arguments={
             **arguments,
             **{name: Pointer(name) for name in ("q", "cache", "page_table")},
-            **(parts if way.split else {}),
+            **(parts if tiling.split else {}),
             "tokens": Scalar(tokens, "int32", specialize=False),
             "table_stride": Scalar(call.tensors["page_table"].row_stride, "int32", specialize=False),
             "q_stride": Scalar(call.tensors["q"].row_stride, "int32"),
             "scale": Scalar(call.attrs["scale"] * math.log2(math.e), "float32"),
         },
         grid=(blocks, 1, 1),
-        num_warps=way.warps,
-        num_stages=way.stages,
+        num_warps=tiling.warps,
+        num_stages=tiling.stages,
         dependent=dependent,
         early=(*fields, "page_table"),
-        local_bytes=way.local_bytes,
+        local_bytes=tiling.local_bytes,
     )
-    if not way.split:
-        return Candidate(way.name, (attend,), seconds=way.seconds(call))
-    V = max(1, way.n // 32)
+    if not tiling.split:
+        return Candidate(tiling.name, (attend,), seconds=tiling.seconds(call))
+    V = max(1, tiling.n // 32)
     add = DeviceLaunch(
         function=f"{_MODULE}:add_latent_parts",
         constants={**constants, "LEAST": LEAST, "V": V, "AT_ONCE": max(1, min(16, _AT_ONCE // (V * D)))},
         arguments={**arguments, **parts, "blocks": Scalar(blocks, "int32", specialize=False)},
-        grid=(blocks * (way.n // V), 1, 1),
+        grid=(blocks * (tiling.n // V), 1, 1),
         dependent=dependent,
         early=fields,
     )
-    scratch = stats + 2 * blocks * way.n * rank * 4
-    return Candidate(way.name, (attend, add), scratch, seconds=way.seconds(call))
+    scratch = stats + 2 * blocks * tiling.n * rank * 4
+    return Candidate(tiling.name, (attend, add), scratch, seconds=tiling.seconds(call))

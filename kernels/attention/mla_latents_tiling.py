@@ -20,7 +20,7 @@ _FEW = 512  # keys that a row is taken to have where the plan expects no context
 
 
 @dataclass(frozen=True)
-class Way:
+class Tiling:
     """Sides of a tile, compile options, and whether items are cut along the context."""
 
     n: int
@@ -99,7 +99,7 @@ def padded(call: OpCall) -> tuple[int, int]:
     return power_of_two(max(16, call.attrs["rank"])), power_of_two(max(16, call.attrs["rope"]))
 
 
-def ways(call: OpCall) -> list[Way]:
+def tilings(call: OpCall) -> list[Tiling]:
     """All that fit the call and the target, best first.
 
     64 keys are the least that a Hopper matrix instruction takes on its long side.
@@ -110,15 +110,15 @@ def ways(call: OpCall) -> list[Way]:
     if "wgmma" in call.features and page % 64 == 0 and element == 2:
         sides = [(16, 64, 4, 2), (32, 64, 4, 2), *sides]
     cut = (False,) if call.invariant else (True, False)
-    made = [Way(*side, split) for side in sides for split in cut]
+    made = [Tiling(*side, split) for side in sides for split in cut]
     heads, tokens = call.attrs["heads"], int(call.tensors["q"].shape[0])
     many = "query_len" in call.tensors and (
         call.invariant or tokens > int(call.tensors["page_table"].shape[0])
     )
     vectors = heads * 4 if many else heads
     fitting = [
-        way
-        for way in made
-        if way.n <= max(16, power_of_two(vectors)) and way.shared(call) <= call.shared_bytes - 1024
+        tiling
+        for tiling in made
+        if tiling.n <= max(16, power_of_two(vectors)) and tiling.shared(call) <= call.shared_bytes - 1024
     ]
-    return sorted(fitting, key=lambda way: way.seconds(call))
+    return sorted(fitting, key=lambda tiling: tiling.seconds(call))

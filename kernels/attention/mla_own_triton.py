@@ -181,7 +181,7 @@ def _clear_idle(
 
 
 @dataclass(frozen=True)
-class Way:
+class Tiling:
     """Sides of a tile and compile options."""
 
     m: int
@@ -222,19 +222,19 @@ def mla_own_attention_cuda(call: OpCall) -> Sequence[Candidate]:
     width = nope + rope + value
     sides = ((128, 64, 8, 3), (128, 64, 8, 2), (128, 128, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2))
     made = [
-        way
-        for way in (Way(*side) for side in sides)
-        if 2 * (way.m * (nope + rope) + way.stages * way.keys * width) <= call.shared_bytes - 1024
+        tiling
+        for tiling in (Tiling(*side) for side in sides)
+        if 2 * (tiling.m * (nope + rope) + tiling.stages * tiling.keys * width) <= call.shared_bytes - 1024
         # Sums and scores of a thread; where they are in the way of each other the kernel spills.
-        and way.m * (value + way.keys) <= 144 * 32 * way.warps
+        and tiling.m * (value + tiling.keys) <= 144 * 32 * tiling.warps
     ]
     return [
-        _candidate(call, way, (nope, rope, value))
-        for way in sorted(made, key=lambda w: w.seconds(call, width))
+        _candidate(call, tiling, (nope, rope, value))
+        for tiling in sorted(made, key=lambda w: w.seconds(call, width))
     ]
 
 
-def _candidate(call: OpCall, way: Way, padded: tuple[int, int, int]) -> Candidate:
+def _candidate(call: OpCall, tiling: Tiling, padded: tuple[int, int, int]) -> Candidate:
     dependent = "pdl" in call.features
     names = ("q", "kv", "latent", "query_start", "query_len", "y", "log_sum")
     strides = {f"{n}_stride": call.tensors[n].row_stride for n in ("q", "kv", "latent", "y")}
@@ -244,8 +244,8 @@ def _candidate(call: OpCall, way: Way, padded: tuple[int, int, int]) -> Candidat
             **{name.upper(): call.attrs[name] for name in ("heads", "nope", "rope", "value", "rank")},
             **dict(zip("NQV", padded, strict=True)),
             "R": max(64, power_of_two(call.dims["R"])),
-            "M": way.m,
-            "K": way.keys,
+            "M": tiling.m,
+            "K": tiling.keys,
             "PDL": dependent,
         },
         arguments={
@@ -256,10 +256,10 @@ def _candidate(call: OpCall, way: Way, padded: tuple[int, int, int]) -> Candidat
             "tokens": Scalar(call.dims["T"], "int32", specialize=False),
             "scale": Scalar(call.attrs["scale"] * math.log2(math.e), "float32"),
         },
-        grid=(call.attrs["heads"] * way.tiles(call), 1, 1),
-        num_warps=way.warps,
-        num_stages=way.stages,
+        grid=(call.attrs["heads"] * tiling.tiles(call), 1, 1),
+        num_warps=tiling.warps,
+        num_stages=tiling.stages,
         dependent=dependent,
         early=("query_len",),
     )
-    return Candidate(way.name, (launch,), seconds=way.seconds(call, sum(padded)))
+    return Candidate(tiling.name, (launch,), seconds=tiling.seconds(call, sum(padded)))

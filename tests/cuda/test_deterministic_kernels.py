@@ -16,7 +16,7 @@ from makeready.graphs.checkpoint.dummy import DummyCheckpoint
 from makeready.graphs.plan.buckets import Traffic
 from makeready.graphs.plan.plan import PlanError
 from makeready.graphs.planner.compile import compile_plan
-from makeready.graphs.planner.cuda import emit, ways
+from makeready.graphs.planner.cuda import emit, offers
 from makeready.graphs.planner.cuda.aot import Compiled, Kernel, MapLayout
 from makeready.kernels import registry
 from makeready.kernels.device import Scalar
@@ -52,12 +52,12 @@ LIMITS: dict[str, Any] = {
 SIZES = {"rows", "tokens", "count", "T", "splits"}
 
 
-def compiled_with(monkeypatch: Any, **options: Any) -> tuple[Any, dict[Any, list[ways.Way]]]:
+def compiled_with(monkeypatch: Any, **options: Any) -> tuple[Any, dict[Any, list[offers.Offer]]]:
     """A plan, and what was chosen for every class and bucket."""
-    chosen: dict[Any, list[ways.Way]] = {}
+    chosen: dict[Any, list[offers.Offer]] = {}
 
     def select(*args: Any, **kwargs: Any) -> Any:
-        found = ways.select(*args, **kwargs)
+        found = offers.select(*args, **kwargs)
         chosen.update(found[0])
         return found
 
@@ -71,7 +71,7 @@ def without_compiler(monkeypatch: Any) -> None:
     def compile_each(kernels: list[Kernel], cache: Path, progress: Any) -> dict[Kernel, Compiled]:
         return {k: _compiled(k) for k in kernels}
 
-    monkeypatch.setattr(ways, "compile_each", compile_each)
+    monkeypatch.setattr(offers, "compile_each", compile_each)
 
 
 def _compiled(kernel: Kernel) -> Compiled:
@@ -82,7 +82,7 @@ def _compiled(kernel: Kernel) -> Compiled:
     )
 
 
-def check(plan: Any, chosen: Mapping[Any, list[ways.Way]]) -> None:
+def check(plan: Any, chosen: Mapping[Any, list[offers.Offer]]) -> None:
     """The launches of all phases, one by one, run the same binaries with the same numbers but for sizes."""
     of_input = {"target_logprob", "target_top_ids", "target_top_values"}
     lists = {
@@ -102,19 +102,19 @@ def check(plan: Any, chosen: Mapping[Any, list[ways.Way]]) -> None:
             for bucket in (b for b in plan.buckets if b.phase == phase):
                 (choice,) = plan.programs[phase].classes[launch.op_class].candidates[str(bucket)]
                 binaries.add(tuple(node.binary for node in choice.nodes))
-                (way,) = chosen[phase, launch.op_class, bucket]
-                assert way.call.invariant
-                arguments.append(numbers(way))
+                (offer,) = chosen[phase, launch.op_class, bucket]
+                assert offer.call.invariant
+                arguments.append(numbers(offer))
                 names.add(choice.name)
         assert len(binaries) == 1, f"{step[0].op} runs {names}"
         for key in arguments[0].keys() - {(at, n) for at, n in arguments[0] if n in SIZES or n == "share"}:
             assert len({a[key] for a in arguments}) == 1, f"{key[1]} of {step[0].op} differs"
 
 
-def numbers(way: ways.Way) -> dict[tuple[int, str], int | float]:
-    """Scalars that a way's launches are given, by place and name; no block's share of a product cuts a sum."""
+def numbers(offer: offers.Offer) -> dict[tuple[int, str], int | float]:
+    """Scalars that an offer's launches are given, by place and name; no block's share of a product cuts a sum."""
     found = {}
-    for at, launch in enumerate(way.candidate.launches):
+    for at, launch in enumerate(offer.candidate.launches):
         found |= {(at, n): a.value for n, a in launch.arguments.items() if isinstance(a, Scalar)}
         if (at, "share") in found:
             assert found[at, "share"] % math.ceil(found[at, "K"] / int(launch.constants["BK"] or 0)) == 0

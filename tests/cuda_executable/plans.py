@@ -21,13 +21,13 @@ from makeready.graphs.plan.plan import Plan
 from makeready.graphs.plan.program import (
     APART,
     Binary,
-    Choice,
     Launch,
     LoadProgram,
     LoweredProgram,
     Node,
     NodeArgument,
     OpClass,
+    PlanCandidate,
 )
 from makeready.graphs.plan.spec import Bucket
 from makeready.graphs.planner import compile as compiler
@@ -112,7 +112,9 @@ def chained() -> Plan:
         arguments = tuple(NodeArgument("pointer", operand=name, dtype="bfloat16") for name in names)
         node = _node(arguments, f"chain_{len(classes)}", bucket, True, binaries, cubins)
         chains.append(replace(chain, launch=replace(chain.launch, op_class=len(classes))))
-        classes.append(OpClass(chain.launch.op, {str(bucket): (Choice("one", (node,)), Choice(APART, ()))}))
+        classes.append(
+            OpClass(chain.launch.op, {str(bucket): (PlanCandidate("one", (node,)), PlanCandidate(APART, ()))})
+        )
     decode = replace(plan.programs["decode"], classes=tuple(classes), chains=tuple(chains), joins=(2,))
     programs = {**plan.programs, "decode": decode}
     return replace(plan, programs=programs, binaries=binaries, cubins=cubins)
@@ -127,7 +129,7 @@ def _loading(load: LoadProgram, binaries: dict[str, Binary], cubins: dict[str, b
         node = _node(
             arguments, f"{load.bucket.phase}-{launch.op}-{index}", load.bucket, False, binaries, cubins
         )
-        classes.append(OpClass(launch.op, {str(load.bucket): (Choice("only", (node,)),)}))
+        classes.append(OpClass(launch.op, {str(load.bucket): (PlanCandidate("only", (node,)),)}))
         launches.append(replace(launch, op_class=index))
     return replace(load, program=replace(load.program, launches=tuple(launches), classes=tuple(classes)))
 
@@ -196,7 +198,7 @@ def _choices(
     index: int,
     binaries: dict[str, Binary],
     cubins: dict[str, bytes],
-) -> tuple[Choice, ...]:
+) -> tuple[PlanCandidate, ...]:
     names = [*launch.operands, *launch.results]
     pointers = tuple(NodeArgument("pointer", operand=name, dtype="bfloat16") for name in names)
     rows = NodeArgument("scalar", value=bucket.tokens, dtype="int32")
@@ -213,7 +215,7 @@ def _choices(
         name = f"{launch.op}_{index}_{kind}"
         nodes.append(_node(arguments, name, bucket, True, binaries, cubins, null_pointers))
     other = _node((*pointers, scratch), f"{launch.op}_{index}_other", bucket, True, binaries, cubins)
-    return Choice("first", tuple(nodes)), Choice("second", (other,))
+    return PlanCandidate("first", tuple(nodes)), PlanCandidate("second", (other,))
 
 
 def _maps(plan: Plan, bucket: Bucket, launch: Launch) -> tuple[NodeArgument, ...]:

@@ -18,7 +18,7 @@ from makeready.graphs.executable.cuda import driver as cuda_driver
 from makeready.graphs.executable.cuda.driver import Driver
 from makeready.graphs.executable.cuda.executable import CudaExecutable
 from makeready.graphs.plan import artifact
-from makeready.graphs.plan.program import Choice
+from makeready.graphs.plan.program import PlanCandidate
 from makeready.graphs.plan.spec import DECODE
 from makeready.graphs.plan.targets import find_target
 
@@ -83,7 +83,7 @@ def test_parts_of_a_step_end_where_the_next_begin():
     assert len(recorded) == len(plan.buckets)
     for step, bucket in zip(found, plan.buckets, strict=True):
         program = plan.programs[bucket.phase]
-        firsts: list[Choice] = [one.candidates[str(bucket)][0] for one in program.classes]
+        firsts: list[PlanCandidate] = [one.candidates[str(bucket)][0] for one in program.classes]
         nodes = sum(len(firsts[launch.op_class].nodes) for launch in program.launches)
         assert step["seconds"] == pytest.approx(nodes / 1e3)
         assert sum(part["seconds"] for part in step["parts"]) == pytest.approx(nodes / 1e3)

@@ -16,7 +16,7 @@ from emulated import Emulator, needs_compiler, op_call
 from makeready.graphs.planner.cuda import nvrtc
 from makeready.kernels.attention import paged
 from makeready.kernels.attention.extend_cuda import (
-    Way,
+    Schedule,
     candidate,
     most_tiles,
 )
@@ -28,7 +28,7 @@ pytestmark = needs_compiler
 NAN = float("nan")
 Rows = Sequence[tuple[int, int]]  # queries, context with them
 Case = tuple[dict[str, torch.Tensor], dict[str, float]]
-PLAIN = Way()
+PLAIN = Schedule()
 B16, F16, F8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
 assert isinstance(paged.extend_attention, Contract)
 
@@ -107,11 +107,11 @@ def error(tensors: dict[str, torch.Tensor], attrs: dict[str, float], y: torch.Te
 
 
 def emulate(
-    emulator: Emulator, case: Case, way: Way = PLAIN, *, seed: int = 0, grid: int = 2
+    emulator: Emulator, case: Case, schedule: Schedule = PLAIN, *, seed: int = 0, grid: int = 2
 ) -> torch.Tensor:
     tensors, attrs = case
     call = op_call("extend_attention", tensors, attrs, multiprocessors=grid)
-    return emulator.run(candidate(call, way), call, tensors, seed=seed)["y"]
+    return emulator.run(candidate(call, schedule), call, tensors, seed=seed)["y"]
 
 
 MIXED: Rows = [(1, 300), (40, 40), (0, 0), (3, 130), (64, 200), (1, 1)]
@@ -154,20 +154,20 @@ def test_against_the_reference(emulator: Emulator, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("way", "size"),
+    ("schedule", "size"),
     [
-        (Way(lazy=True, queries=True), 128),
-        (Way(queries=True, early=True), 128),
-        (Way(lazy=True), 64),
-        (Way(lazy=True, early=True), 256),
+        (Schedule(lazy=True, queries=True), 128),
+        (Schedule(queries=True, early=True), 128),
+        (Schedule(lazy=True), 64),
+        (Schedule(lazy=True, early=True), 256),
     ],
-    ids=lambda x: x.suffix if isinstance(x, Way) else str(x),
+    ids=lambda x: x.suffix if isinstance(x, Schedule) else str(x),
 )
-def test_ways_against_the_reference(emulator: Emulator, way: Way, size: int) -> None:
+def test_schedules_against_the_reference(emulator: Emulator, schedule: Schedule, size: int) -> None:
     """Scores of a hundred, so that maxima rise by more than is let pass, and by less."""
     case = make(MIXED, 4, 64, 0, B16, size)
     case[0]["k_cache"].mul_(16)
-    assert error(*case, emulate(emulator, case, way, seed=size)) < 5e-3
+    assert error(*case, emulate(emulator, case, schedule, seed=size)) < 5e-3
 
 
 def test_order_and_number_of_blocks_do_not_matter(emulator: Emulator) -> None:
@@ -276,11 +276,11 @@ def test_planted_faults_are_caught(fault: str, tmp_path: Path) -> None:
     """A wrong line makes a wrong number, a NaN, a counter that is not zero, or a report of a deadlock."""
     case, before, after = FAULTS[fault]
     copy_sources(tmp_path, before, after)
-    emulator, way = Emulator(tmp_path, tmp_path), Way(lazy=fault.startswith("lazy"))
+    emulator, schedule = Emulator(tmp_path, tmp_path), Schedule(lazy=fault.startswith("lazy"))
 
     def right(seed: int) -> bool:
         try:
-            return error(*case, emulate(emulator, case, way, seed=seed)) < 5e-3
+            return error(*case, emulate(emulator, case, schedule, seed=seed)) < 5e-3
         except (AssertionError, RuntimeError):
             return False
 

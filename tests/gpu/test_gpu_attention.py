@@ -21,7 +21,7 @@ from prepared import prepare
 from makeready.kernels.attention import paged
 from makeready.kernels.attention.decode_triton import decode_attention_cuda
 from makeready.kernels.attention.extend_cuda import candidate as prefill
-from makeready.kernels.attention.extend_cuda import ways
+from makeready.kernels.attention.extend_cuda import schedules
 from makeready.kernels.attention.extend_triton import extend_attention_cuda
 from makeready.kernels.attention.qkv_triton import kv_write_cuda, norm_rope_kv_write_cuda
 from makeready.kernels.contract import Contract
@@ -130,12 +130,12 @@ def _extend_case(
 
 def _guarded(call: OpCall) -> list[Candidate]:
     """Prefill attention in CUDA C++ whose waits give up: a fault gives wrong numbers instead of a hang."""
-    return [prefill(call, way, give_up=200_000) for way in ways(call)]
+    return [prefill(call, schedule, give_up=200_000) for schedule in schedules(call)]
 
 
 def planned(call: OpCall) -> list[Candidate]:
     """Every way of prefill attention in CUDA C++."""
-    return [prefill(call, way) for way in ways(call)]
+    return [prefill(call, schedule) for schedule in schedules(call)]
 
 
 def prefill_case(

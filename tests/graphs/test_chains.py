@@ -19,11 +19,11 @@ from makeready.graphs.plan.plan import Plan
 from makeready.graphs.plan.program import (
     APART,
     Chain,
-    Choice,
     Launch,
     LoweredProgram,
     Node,
     OpClass,
+    PlanCandidate,
     tuned_key,
 )
 from makeready.graphs.plan.rules import ContradictionError
@@ -96,7 +96,7 @@ def test_a_chain_gives_what_its_launches_do(monkeypatch: pytest.MonkeyPatch) -> 
         chains = find_chains(program.launches, {}, ())
         classes = tuple(OpClass(c.launch.op, {}) for c in chains)
         found = tuple(replace(c, launch=replace(c.launch, op_class=i)) for i, c in enumerate(chains))
-        runs = {str(b): (Choice("one", ()),) for b in plan.buckets if b.phase == phase}
+        runs = {str(b): (PlanCandidate("one", ()),) for b in plan.buckets if b.phase == phase}
         classes = tuple(replace(one, candidates=runs) for one in classes)
         calls = replace(program, chains=found, classes=classes).calls(plan.buckets[0], {})
         programs[phase] = replace(program, launches=tuple(call.launch for call in calls))
@@ -172,10 +172,13 @@ def _program() -> LoweredProgram:
     """Norm, projection and gate; the chain of all in the bucket of one row, that of two in both."""
     launches = _launches(NORM, LINEAR, SILU)
     chains = find_chains(launches, {}, ())
-    node = Choice("one", (Node("binary", (1, 1, 1), ()),))
+    node = PlanCandidate("one", (Node("binary", (1, 1, 1), ()),))
     both = {str(ONE): (node,), str(MANY): (node,)}
     classes = tuple(OpClass(launch.op, both) for launch in launches)
-    classes += (OpClass(GATED, {str(ONE): (node, Choice(APART, ())), str(MANY): ()}), OpClass(NORMED, both))
+    classes += (
+        OpClass(GATED, {str(ONE): (node, PlanCandidate(APART, ())), str(MANY): ()}),
+        OpClass(NORMED, both),
+    )
     launches = [replace(launch, op_class=i) for i, launch in enumerate(launches)]
     chains = tuple(replace(c, launch=replace(c.launch, op_class=3 + i)) for i, c in enumerate(chains))
     return LoweredProgram(DECODE, tuple(launches), {}, classes, chains=chains)

@@ -22,7 +22,7 @@ from makeready.graphs.inspect.html import plan_html
 from makeready.graphs.inspect.segments import groups, segments
 from makeready.graphs.passes import REWRITES
 from makeready.graphs.plan import artifact
-from makeready.graphs.plan.program import Choice, OpClass
+from makeready.graphs.plan.program import OpClass, PlanCandidate
 from makeready.graphs.plan.spec import DECODE, EXTEND, Bucket
 
 
@@ -124,7 +124,10 @@ def test_a_gpus_kernel_is_the_buckets_first_candidate():
     plan, bucket, other = tiny(), tiny().buckets[0], tiny().buckets[1]
     assert bucket.phase == other.phase == DECODE
     program = plan.programs[DECODE]
-    candidates = {str(bucket): (Choice("tiles", ()), Choice("rows", ())), str(other): (Choice("rows", ()),)}
+    candidates = {
+        str(bucket): (PlanCandidate("tiles", ()), PlanCandidate("rows", ())),
+        str(other): (PlanCandidate("rows", ()),),
+    }
     launches = (replace(program.launches[0], op_class=0), *program.launches[1:])
     program = replace(program, launches=launches, classes=(OpClass(launches[0].op, candidates),))
     plan = replace(plan, programs={**plan.programs, DECODE: program})

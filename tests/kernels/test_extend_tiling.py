@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from makeready.kernels.attention.extend_tiling import Way, ways
+from makeready.kernels.attention.extend_tiling import Tiling, tilings
 from makeready.kernels.device import OpCall, Tensor
 
 FEATURES = frozenset({"tma", "wgmma", "pdl", "fp8"})
@@ -31,15 +31,15 @@ def call(
     )  # fmt: skip
 
 
-def items_and_slots(way: Way, of: OpCall, rows: list[tuple[int, int]]) -> tuple[int, int]:
+def items_and_slots(tiling: Tiling, of: OpCall, rows: list[tuple[int, int]]) -> tuple[int, int]:
     """Items that rows of (queries, context) make and slots that they take up, counted as the device does."""
-    a_tile = way.m // (of.attrs["heads"] // of.attrs["kv_heads"])
+    a_tile = tiling.m // (of.attrs["heads"] // of.attrs["kv_heads"])
     window = of.attrs["window"]
-    reach = window + a_tile + way.keys if window else 1 << 30
+    reach = window + a_tile + tiling.keys if window else 1 << 30
     tiles = [-(-queries // a_tile) for queries, _ in rows]
     average = [min(context - queries // 2, reach) for queries, context in rows]
-    steps = sum(t * -(-n // way.keys) for t, n in zip(tiles, average, strict=True)) * of.attrs["kv_heads"]
-    share = max(-(-steps // way.shares(of)) * way.keys, way.least)
+    steps = sum(t * -(-n // tiling.keys) for t, n in zip(tiles, average, strict=True)) * of.attrs["kv_heads"]
+    share = max(-(-steps // tiling.shares(of)) * tiling.keys, tiling.least)
     parts = [-(-min(context, reach) // share) for _, context in rows]
     items = [t * n * of.attrs["kv_heads"] for t, n in zip(tiles, parts, strict=True)]
     return sum(items), sum(made for made, n in zip(items, parts, strict=True) if n > 1)
@@ -65,10 +65,10 @@ def batches(draw: st.DrawFn) -> tuple[OpCall, list[tuple[int, int]]]:
 @given(batches())
 def test_parts_fit_their_slots(batch: tuple[OpCall, list[tuple[int, int]]]) -> None:
     of, rows = batch
-    for way in ways(of):
-        items, slots = items_and_slots(way, of, rows)
-        assert slots <= way.slots(of)
-        assert way.rounds or items <= way.blocks(of)
+    for tiling in tilings(of):
+        items, slots = items_and_slots(tiling, of, rows)
+        assert slots <= tiling.slots(of)
+        assert tiling.rounds or items <= tiling.blocks(of)
 
 
 @pytest.mark.parametrize(
@@ -80,16 +80,16 @@ def test_parts_fit_their_slots(batch: tuple[OpCall, list[tuple[int, int]]]) -> N
     ],
 )
 def test_the_model_chooses_what_was_fastest_on_an_h100(tokens: int, context: int, best: str) -> None:
-    assert ways(call(tokens, 256, context=context))[0].name == best
+    assert tilings(call(tokens, 256, context=context))[0].name == best
 
 
 def test_keys_come_through_tensor_maps_where_pages_allow_it() -> None:
-    assert all(way.tma for way in ways(call(256, 4)))
-    assert all(way.tma for way in ways(call(256, 4, cache="float8_e4m3fn")))
-    assert not any(way.tma for way in ways(call(256, 4, page=16)))
-    assert not any(way.tma for way in ways(call(256, 4, cache="float16")))
-    assert all(way.keys == 32 for way in ways(call(256, 4, page=32)))
+    assert all(tiling.tma for tiling in tilings(call(256, 4)))
+    assert all(tiling.tma for tiling in tilings(call(256, 4, cache="float8_e4m3fn")))
+    assert not any(tiling.tma for tiling in tilings(call(256, 4, page=16)))
+    assert not any(tiling.tma for tiling in tilings(call(256, 4, cache="float16")))
+    assert all(tiling.keys == 32 for tiling in tilings(call(256, 4, page=32)))
 
 
 def test_short_contexts_leave_nothing() -> None:
-    assert all(way.slots(call(256, 4, longest=256)) == 1 for way in ways(call(256, 4, longest=256)))
+    assert all(tiling.slots(call(256, 4, longest=256)) == 1 for tiling in tilings(call(256, 4, longest=256)))

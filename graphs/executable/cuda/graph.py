@@ -17,7 +17,7 @@ import numpy as np
 
 from makeready.graphs.executable.cuda.driver import Driver, Function
 from makeready.graphs.plan.plan import Plan, PlanError
-from makeready.graphs.plan.program import Chain, Choice, Launch, Node, NodeArgument
+from makeready.graphs.plan.program import Chain, Launch, Node, NodeArgument, PlanCandidate
 from makeready.graphs.plan.spec import Bucket
 from makeready.kernels.size import parse, value
 from makeready.kernels.spec import DTYPE_BYTES, PAGES
@@ -104,9 +104,9 @@ class GraphBuilder:
         """What the graph of ``bucket`` runs, in order."""
         return self._plan.programs[bucket.phase].calls(bucket, self._tuned)
 
-    def _choose(self, bucket: Bucket, launch: Launch, best: Mapping[str, str]) -> Choice:
+    def _choose(self, bucket: Bucket, launch: Launch, best: Mapping[str, str]) -> PlanCandidate:
         """The candidate that ``best`` names, else the planner's first."""
-        found = self._plan.programs[bucket.phase].choice(launch.op_class, bucket, best)
+        found = self._plan.programs[bucket.phase].candidate(launch.op_class, bucket, best)
         if found is None:
             raise PlanError(f"the plan has no kernel for {launch.op} in bucket {bucket}; compile it again")
         return found

@@ -15,12 +15,12 @@ from makeready.graphs.plan.program import LoweredProgram
 from makeready.kernels.contract import CONTRACTS
 
 if TYPE_CHECKING:
-    from makeready.graphs.planner.cuda.ways import Way
+    from makeready.graphs.planner.cuda.offers import Offer
 
 
-def early_operands(ways: Iterable[Way]) -> set[str]:
-    """Operands that a kernel of one of ``ways`` reads before it waits."""
-    return {name for way in ways for launch in way.candidate.launches for name in launch.early}
+def early_operands(offers: Iterable[Offer]) -> set[str]:
+    """Operands that a kernel of one of ``offers`` reads before it waits."""
+    return {name for offer in offers for launch in offer.candidate.launches for name in launch.early}
 
 
 def joins(program: LoweredProgram, early: Mapping[int, Collection[str]]) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """From launches to kernel nodes: what every call of a program runs on the GPU, in every bucket.
 
 Calls that are alike but for the names of their operands form an op class. For each class and bucket the
-registered implementations are asked for candidates, the best of which are compiled (ways.py); nodes refer to
+registered implementations are asked for candidates, the best of which are compiled (offers.py); nodes refer to
 their kernels by key.
 
 Scratch is one region for all calls: first the counters, which stay zero between kernels, then the rest,
@@ -28,8 +28,8 @@ from makeready.graphs.plan.targets import Target
 from makeready.graphs.planner.chains import without_idle
 from makeready.graphs.planner.cuda.classes import CallClass, classify, signature
 from makeready.graphs.planner.cuda.edges import early_operands, joins
-from makeready.graphs.planner.cuda.nodes import binary_key, binary_of, choices_of, rest_start
-from makeready.graphs.planner.cuda.ways import select
+from makeready.graphs.planner.cuda.nodes import binary_key, binary_of, candidates_of, rest_start
+from makeready.graphs.planner.cuda.offers import select
 from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.device import (
     OpCall,
@@ -102,7 +102,7 @@ def emit(
     chained = {
         (phase, chain.launch.op_class) for phase, program in classified.items() for chain in program.chains
     }
-    ways, compiled, dropped = select(
+    offers, compiled, dropped = select(
         calls,
         target,
         keep=keep,
@@ -112,7 +112,7 @@ def emit(
         optional={key for key in calls if key[:2] in chained},
     )
     lacking = {
-        calls[key].op: key for key, found in reversed(ways.items()) if not found and key[:2] not in chained
+        calls[key].op: key for key, found in reversed(offers.items()) if not found and key[:2] not in chained
     }
     if lacking:
         phase, index, bucket = lacking[min(lacking)]
@@ -121,17 +121,17 @@ def emit(
             f"{', '.join(sorted(lacking))}; for instance {min(lacking)} in "
             f"{bucket}: {signature(classes[phase][index])}"
         )
-    everything = list(itertools.chain(*ways.values()))
+    everything = list(itertools.chain(*offers.values()))
     names = {kernel: binary_key(kernel, made) for kernel, made in compiled.items()}
-    counters = align(max((way.candidate.zeroed for way in everything), default=0))
-    rest = max((way.candidate.scratch - rest_start(way.candidate) for way in everything), default=0)
+    counters = align(max((offer.candidate.zeroed for offer in everything), default=0))
+    rest = max((offer.candidate.scratch - rest_start(offer.candidate) for offer in everything), default=0)
     for phase, program in classified.items():
         made_classes = tuple(
             OpClass(
                 one.op,
                 {
-                    str(bucket): choices_of(
-                        ways[phase, i, bucket],
+                    str(bucket): candidates_of(
+                        offers[phase, i, bucket],
                         compiled,
                         names,
                         counters,
@@ -144,7 +144,9 @@ def emit(
             for i, one in enumerate(classes[phase])
         )
         early = {
-            i: early_operands(way for key, found in ways.items() if key[:2] == (phase, i) for way in found)
+            i: early_operands(
+                offer for key, found in offers.items() if key[:2] == (phase, i) for offer in found
+            )
             for i in range(len(made_classes))
         }
         made = replace(program, classes=made_classes, joins=joins(program, early))

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 
 from makeready.graphs.plan.memory import ALIGNMENT
 from makeready.graphs.plan.plan import PlanError
-from makeready.graphs.plan.program import APART, Binary, Choice, Node, NodeArgument
+from makeready.graphs.plan.program import APART, Binary, Node, NodeArgument, PlanCandidate
 from makeready.graphs.planner.cuda.aot import Compiled, Kernel, MapLayout
-from makeready.graphs.planner.cuda.ways import Way
+from makeready.graphs.planner.cuda.offers import Offer
 from makeready.kernels.device import Argument, Candidate, Descriptor, Pointer, Scalar, Scratch
 from makeready.kernels.spec import DTYPE_BYTES
 
@@ -42,42 +42,42 @@ def binary_of(made: Compiled) -> Binary:
     )
 
 
-def choices_of(
-    ways: Sequence[Way],
+def candidates_of(
+    offers: Sequence[Offer],
     compiled: Mapping[Kernel, Compiled],
     keys: Mapping[Kernel, str],
     counters: int,
     *,
     apart: bool,
-) -> tuple[Choice, ...]:
-    """The choices that a plan has of ``ways``; of a chain, if there are any, its launches ``apart`` come behind those
-    that were timed.
+) -> tuple[PlanCandidate, ...]:
+    """The candidates that a plan has of ``offers``; of a chain, if there are any, its launches ``apart`` come behind
+    those that were timed.
     """
-    made = [_choice(way, compiled, keys, counters) for way in ways]
+    made = [_planned(offer, compiled, keys, counters) for offer in offers]
     if made and apart:
-        made.insert(sum(not way.untimed for way in ways), Choice(APART, ()))
+        made.insert(sum(not offer.untimed for offer in offers), PlanCandidate(APART, ()))
     return tuple(made)
 
 
-def _choice(
-    way: Way, compiled: Mapping[Kernel, Compiled], keys: Mapping[Kernel, str], counters: int
-) -> Choice:
+def _planned(
+    offer: Offer, compiled: Mapping[Kernel, Compiled], keys: Mapping[Kernel, str], counters: int
+) -> PlanCandidate:
     nodes = []
-    for launch, kernel in zip(way.candidate.launches, way.kernels, strict=True):
+    for launch, kernel in zip(offer.candidate.launches, offer.kernels, strict=True):
         made = compiled[kernel]
         arguments = tuple(
-            _argument(name, launch.arguments[name], way, made, counters) for name in made.arguments
+            _argument(name, launch.arguments[name], offer, made, counters) for name in made.arguments
         )
         nodes.append(Node(keys[kernel], launch.grid, arguments, launch.dependent))
-    return Choice(way.name, tuple(nodes))
+    return PlanCandidate(offer.name, tuple(nodes))
 
 
-def _argument(name: str, argument: Argument, way: Way, made: Compiled, counters: int) -> NodeArgument:
+def _argument(name: str, argument: Argument, offer: Offer, made: Compiled, counters: int) -> NodeArgument:
     if isinstance(argument, Scalar):
         return NodeArgument("scalar", value=argument.value, dtype=argument.dtype)
     if isinstance(argument, Scratch):
-        return NodeArgument("scratch", offset=_moved(argument.offset, way, counters), dtype=argument.dtype)
-    dtype = way.call.tensors[argument.operand].dtype
+        return NodeArgument("scratch", offset=_moved(argument.offset, offer, counters), dtype=argument.dtype)
+    dtype = offer.call.tensors[argument.operand].dtype
     if isinstance(argument, Pointer):
         return NodeArgument("pointer", operand=argument.operand, dtype=dtype)
     kind, layout = "descriptor", made.maps.get(name)
@@ -120,18 +120,18 @@ def stated_layout(argument: Descriptor, dtype: str) -> MapLayout:
     return MapLayout(argument.block, _SWIZZLES[argument.swizzle], _ELEMENTS[dtype], promotion)
 
 
-def _moved(offset: int, way: Way, counters: int) -> int:
+def _moved(offset: int, offer: Offer, counters: int) -> int:
     """Where the region has what a candidate calls ``offset``: its counters first, the rest behind everybody's.
 
     The rest moves by a multiple of :data:`ALIGNMENT`, so that alignment is what the candidate thinks it is.
     """
-    if offset >= max(way.candidate.scratch, way.candidate.zeroed):
+    if offset >= max(offer.candidate.scratch, offer.candidate.zeroed):
         raise PlanError(
-            f"{way.call.op}/{way.name} uses scratch at {offset} beyond its {way.candidate.scratch} bytes"
+            f"{offer.call.op}/{offer.name} uses scratch at {offset} beyond its {offer.candidate.scratch} bytes"
         )
-    if offset < way.candidate.zeroed:
+    if offset < offer.candidate.zeroed:
         return offset
-    return counters + offset - rest_start(way.candidate)
+    return counters + offset - rest_start(offer.candidate)
 
 
 def rest_start(candidate: Candidate) -> int:

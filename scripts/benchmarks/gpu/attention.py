@@ -43,7 +43,7 @@ def ways_of(call: OpCall, *, sweep: bool) -> Sequence[Candidate]:
     """The ways to run an attention that plans carry, or more."""
     if call.op == "decode_attention":
         return _decode_ways(call) if sweep else decode_triton.decode_attention_cuda(call)
-    prefill = [extend_cuda.candidate(call, way) for way in extend_cuda.ways(call)]
+    prefill = [extend_cuda.candidate(call, schedule) for schedule in extend_cuda.schedules(call)]
     if sweep:
         return [*_extend_ways(call), *prefill]
     ways = [way for kernel in registry.cuda_kernels(call.op) for way in kernel.candidates(call)]
@@ -141,8 +141,8 @@ def _decode_ways(call: OpCall) -> list[Candidate]:
 
 def _extend_ways(call: OpCall) -> list[Candidate]:
     """More ways than plans carry; registers do not suffice for rounds with tiles of 128 and 4 warps."""
-    ways: list[extend_tiling.Way] = []
-    for way in extend_tiling.ways(call):
+    ways: list[extend_tiling.Tiling] = []
+    for way in extend_tiling.tilings(call):
         ways += [way, replace(way, rounds=False), replace(way, rounds=False, stages=way.stages + 1)]
         if way.warps == 8 or way.m == 64:
             ways.append(replace(way, stages=way.stages + 1))

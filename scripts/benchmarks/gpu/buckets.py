@@ -81,7 +81,7 @@ def _classes_of_nodes(plan: Plan, bucket: Bucket, device: str) -> list[int]:
     program, tuned = plan.programs[bucket.phase], plan.tuned.get(device, {})
     found = []
     for launch in _launches(plan, bucket, device):
-        choice = program.choice(launch.op_class, bucket, tuned)
+        choice = program.candidate(launch.op_class, bucket, tuned)
         assert choice is not None
         found += [launch.op_class] * len(choice.nodes)
     return found

@@ -18,7 +18,7 @@ from makeready.graphs.executable.cuda.driver import Driver
 from makeready.graphs.executable.cuda.graph import GraphBuilder
 from makeready.graphs.executable.cuda.memory import random_numbers
 from makeready.graphs.plan.memory import align
-from makeready.graphs.plan.program import Binary, Buffer, Choice, Launch, LoweredProgram
+from makeready.graphs.plan.program import Binary, Buffer, Launch, LoweredProgram, PlanCandidate
 from makeready.graphs.plan.spec import EXTEND, Bucket
 from makeready.graphs.plan.targets import Target
 from makeready.kernels.spec import TensorSpec
@@ -66,7 +66,7 @@ class Built:
         arena: bytes of activations and result; ``offsets`` says where each begins.
     """
 
-    choices: tuple[Choice, ...]
+    choices: tuple[PlanCandidate, ...]
     binaries: Mapping[str, Binary]
     cubins: Mapping[str, bytes]
     scratch: int
