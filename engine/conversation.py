@@ -11,8 +11,10 @@ from makeready.engine.errors import RequestError
 from makeready.engine.text.chat import choose_template, read_template, render_chat
 from makeready.engine.text.formats.base import AUTO, NONE, check_parsers, format_of
 from makeready.engine.text.formats.scan import Reading
+from makeready.engine.text.formats.turn import tool_of
 from makeready.engine.text.tokenizer import Tokenizer
-from makeready.engine.tools import check_tools
+from makeready.engine.text.turns import spelling, turn_grammar
+from makeready.engine.tools import check_tools, forced_tools
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,18 @@ class Parsers:
                 "tools: the chat template is of no known family, so calls could not be told from text; name one with "
                 "tool_call_parser, or none to leave calls in the text"
             )
+        must = forced_tools(tools, tool_choice)
+        if must and (form.calls is None or form.calls.grammar is None):
+            name = "none" if form.calls is None else form.calls.name
+            raise RequestError(
+                f'tool_choice: calls of the format {name} cannot be forced; use "auto", or another tool_call_parser'
+            )
         form = form if calls else form.without_calls()
         if not (form.reasoning or form.calls or form.whole):
             return text, None
-        return text, Reading(form, tuple(tools or ()), form.opened(text), parallel_tool_calls is not False)
+        opened, parallel = form.opened(text), parallel_tool_calls is not False
+        grammar = ""
+        if must:
+            several = parallel and tool_choice == "required"
+            grammar = turn_grammar(form, opened, [*map(tool_of, must)], several, spelling(tokenizer))
+        return text, Reading(form, tuple(tools or ()), opened, parallel, grammar)

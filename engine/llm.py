@@ -36,7 +36,7 @@ from makeready.engine.sequence import TokenSequence
 from makeready.engine.text.chat import read_template
 from makeready.engine.text.formats.base import AUTO
 from makeready.engine.text.formats.scan import Reading
-from makeready.engine.text.grammar import Grammars
+from makeready.engine.text.grammar import Grammar, Grammars
 from makeready.engine.text.tokenizer import Tokenizer, load_tokenizer
 from makeready.graphs.checkpoint.base import Checkpoint, open_checkpoint
 from makeready.graphs.executable.load import load_executable
@@ -359,7 +359,7 @@ class LLM:
                 f"min_new_tokens holds back {len(ends)} end tokens, the plan allows "
                 f"{self.plan.limits.max_stop_ids}; give fewer stop_token_ids"
             )
-        grammar = self._grammars.start(sampling) if sampling.grammar else None
+        grammar = self._grammar(sampling, reading)
         return [
             Reply(
                 TokenSequence(
@@ -376,6 +376,14 @@ class LLM:
             )
             for seed in map(sampling.seed, range(sampling.n))
         ]
+
+    def _grammar(self, sampling: SamplingParams, reading: Reading | None) -> Grammar | None:
+        """What an output has to follow: a field of ``sampling``, or a call that was asked for."""
+        if reading is None or not reading.grammar:
+            return self._grammars.start(sampling) if sampling.grammar else None
+        if sampling.grammar:
+            raise RequestError(f"{sampling.grammar[0]} and tool_choice cannot both hold; give one of them")
+        return self._grammars.begin("lark", reading.grammar)
 
     @cached_property
     def _grammars(self) -> Grammars:

@@ -17,29 +17,42 @@ def check_tools(tools: Any, tool_choice: Any = None, parallel_tool_calls: Any = 
 
     Args:
         tools: a list of functions as OpenAI's API has them, or of what is under ``function`` alone.
-        tool_choice: ``auto`` or ``none``, which also keeps the tools out of the prompt.
+        tool_choice: ``auto``; ``none``, which also keeps the tools out of the prompt; ``required`` for a call of any,
+            or ``{"type": "function", "function": {"name": ...}}`` for one call of this.
         parallel_tool_calls: whether there may be several calls; else the answer ends behind the first.
 
     Raises:
-        RequestError: one is of the wrong type, or asks for what only constrained decoding can promise.
+        RequestError: one is of the wrong type, or names no tool.
     """
     if tools is not None and not isinstance(tools, list | tuple):
         raise RequestError(f"tools={shown(tools)} must be a list of functions; write [{_REMEDY}]")
+    forced = tool_choice == "required" or isinstance(tool_choice, Mapping)
     for place, tool in enumerate(tools or ()):
-        _check_tool(f"tools[{place}]", tool)
+        _check_tool(f"tools[{place}]", tool, forced)
     if parallel_tool_calls is not None:
         boolean("parallel_tool_calls", parallel_tool_calls)
-    if tool_choice == "required" or isinstance(tool_choice, Mapping):
+    if not forced and tool_choice not in (None, "auto", "none"):
         raise RequestError(
-            f"tool_choice={shown(tool_choice)} promises a call, which needs constrained decoding, and that is not "
-            'served; use "auto" or "none"'
+            f'tool_choice={shown(tool_choice)} must be "auto", "none", "required" or '
+            '{"type": "function", "function": {"name": ...}}'
         )
-    if tool_choice not in (None, "auto", "none"):
-        raise RequestError(f'tool_choice={shown(tool_choice)} must be "auto" or "none"')
+    if forced and not forced_tools(tools, tool_choice):
+        raise RequestError(
+            f"tool_choice={shown(tool_choice)} asks for a call, and tools has no such function"
+        )
     return bool(tools) and tool_choice != "none"
 
 
-def _check_tool(name: str, tool: Any) -> None:
+def forced_tools(tools: Any, tool_choice: Any) -> tuple[Any, ...]:
+    """The tools of which one has to be called; none where none has."""
+    if isinstance(tool_choice, Mapping):
+        function = tool_choice.get("function", tool_choice)
+        wanted = function.get("name") if isinstance(function, Mapping) else None
+        return tuple(tool for tool in tools or () if tool.get("function", tool).get("name") == wanted)[:1]
+    return tuple(tools or ()) if tool_choice == "required" else ()
+
+
+def _check_tool(name: str, tool: Any, forced: bool) -> None:
     if not isinstance(tool, Mapping) or tool.get("type", "function") != "function":
         raise RequestError(f"{name}={shown(tool)} must be a function; write {_REMEDY}")
     function = tool.get("function", tool)
@@ -47,8 +60,8 @@ def _check_tool(name: str, tool: Any) -> None:
         raise RequestError(f"{name} needs a function with a name; write {_REMEDY}")
     if not isinstance(function.get("parameters") or {}, Mapping):
         raise RequestError(f"parameters of {name} must be a JSON schema, not {shown(function['parameters'])}")
-    if function.get("strict"):
+    if function.get("strict") and not forced:
         raise RequestError(
-            f"strict of {name} promises arguments of its schema, which needs constrained decoding, and that is not "
-            "served; leave it out"
+            f'strict of {name} promises arguments of its schema, which is kept where tool_choice is "required" or a '
+            "function; leave it out"
         )

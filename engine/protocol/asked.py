@@ -135,10 +135,10 @@ def tools_of(fields: Mapping[str, Any], kind: str, template: Mapping[str, Any]) 
             "tools are given both by themselves and in chat_template_kwargs; give them once", "tools"
         )
     try:
-        check_tools(*(made.get(name) for name in TOOLS))
+        check_tools(*({"tools": template.get("tools"), **made}.get(name) for name in TOOLS))
     except RequestError as error:
-        named = next((name for name in TOOLS if re.search(rf"\b{name}\b", str(error))), None)
-        raise AskError(str(error), named) from None
+        named = re.search("|".join(rf"\b{name}\b" for name in TOOLS), str(error))
+        raise AskError(str(error), named[0] if named else None) from None
     return made
 
 

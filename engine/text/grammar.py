@@ -16,15 +16,13 @@ import numpy as np
 
 from makeready.engine.errors import RequestError
 from makeready.engine.sampling import SamplingParams
+from makeready.engine.text.formats.turn import BLANKS
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
     from makeready.engine.text.tokenizer import Tokenizer
 
-# Between two tokens of JSON: a space, or a line break and an indentation. Without a bound, models that may write
-# nothing else write blanks until their limit.
-_BLANKS = r" |\n {0,40}"
 LONGEST = 2**20  # characters of a grammar
 _KEPT = 64  # grammars that were compiled last
 
@@ -79,9 +77,10 @@ class Grammars:
             RequestError: it is broken, too large, or has what cannot be enforced.
         """
         asked = sampling.grammar
-        if asked is None:
-            return None
-        kind, value = asked
+        return None if asked is None else self.begin(*asked)
+
+    def begin(self, kind: str, value: Any) -> Grammar:
+        """The same of a field of ``sampling.GRAMMARS`` and its value."""
         key = (kind, json.dumps(value))
         with self._lock:
             found = self._made.get(key)
@@ -124,7 +123,7 @@ class Grammars:
 def _json(schema: Any) -> str:
     from llguidance import LLMatcher
 
-    return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": _BLANKS})
+    return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": BLANKS})
 
 
 def _lark(grammar: str) -> str:

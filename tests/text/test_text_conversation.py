@@ -126,13 +126,13 @@ def test_tools_are_read_where_they_may_be_called():
         ({"tools": [{"type": "custom", "name": "x"}]}, "must be a function"),
         ({"tools": [{"type": "function", "function": {}}]}, "needs a function with a name"),
         ({"tools": [{"name": "f", "parameters": 5}]}, "parameters of tools"),
-        ({"tools": [{"name": "f", "strict": True}]}, "strict of tools.*constrained decoding"),
+        ({"tools": [{"name": "f", "strict": True}]}, "strict of tools.*is kept where tool_choice"),
+        ({"tool_choice": "required"}, "asks for a call, and tools has no such function"),
         (
-            {"tools": TOOLS, "tool_choice": "required"},
-            "tool_choice='required' promises.*constrained decoding",
+            {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "later"}}},
+            "no such function",
         ),
-        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "add"}}}, "constrained"),
-        ({"tool_choice": "always"}, 'tool_choice=\'always\' must be "auto" or "none"'),
+        ({"tool_choice": "always"}, 'tool_choice=\'always\' must be "auto", "none", "required" or'),
         ({"parallel_tool_calls": 1}, "parallel_tool_calls=1 must be true or false"),
     ],
 )

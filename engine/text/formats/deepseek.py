@@ -9,12 +9,16 @@ V3.1    <｜tool▁calls▁begin｜><｜tool▁call▁begin｜>add<｜tool▁sep
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Sequence
+from functools import partial
 
 from makeready.engine.text.formats.base import call_format
 from makeready.engine.text.formats.json_calls import read_arguments
 from makeready.engine.text.formats.scan import Call, Scan
 from makeready.engine.text.formats.source import Step
+from makeready.engine.text.formats.turn import Spell, Tool, json_rule
 
 CALLS, END_CALLS = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 CALL, END_CALL = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"
@@ -22,11 +26,28 @@ SEPARATOR, FENCE = "<｜tool▁sep｜>", "```"
 _NAME = re.compile(r"[^<\n]+")
 
 
+def _calls(tools: Sequence[Tool], parallel: bool, spell: Spell, *, fenced: bool) -> list[str]:
+    before, after = ("function", f"\n{FENCE}json\n") if fenced else ("", "")
+    each = [f"call{i}" for i in range(len(tools))]
+    glue = f"{json.dumps(chr(10))} " if fenced else ""
+    rules = [
+        f"calls: {spell(CALLS)} call{f' ({glue}call)*' if parallel else ''} {spell(END_CALLS)}",
+        f"call: {spell(CALL)} ({' | '.join(each)}) {spell(END_CALL)}",
+    ]
+    for one, tool in zip(each, tools, strict=True):
+        name = json.dumps(tool.name + after)
+        head = f"{json.dumps(before)} {spell(SEPARATOR)} {name}" if fenced else f"{name} {spell(SEPARATOR)}"
+        end = f" {json.dumps(chr(10) + FENCE)}" if fenced else ""
+        rules += [f"{one}: {head} {one}_arguments{end}", json_rule(f"{one}_arguments", tool.arguments)]
+    return rules
+
+
 @call_format(
     "deepseekv3",
     openings=(CALLS, CALL),
     others=(END_CALLS, END_CALL, SEPARATOR),
     told_by=((CALLS, SEPARATOR, "```json"),),
+    grammar=partial(_calls, fenced=True),
 )
 def read_deepseek_v3(scan: Scan, opening: str) -> Step[None]:
     """Calls whose arguments stand in a block of code."""
@@ -38,6 +59,7 @@ def read_deepseek_v3(scan: Scan, opening: str) -> Step[None]:
     openings=(CALLS, CALL),
     others=(END_CALLS, END_CALL, SEPARATOR),
     told_by=((CALLS, SEPARATOR),),
+    grammar=partial(_calls, fenced=False),
 )
 def read_deepseek_v31(scan: Scan, opening: str) -> Step[None]:
     """Calls whose arguments follow their name."""

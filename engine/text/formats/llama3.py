@@ -5,12 +5,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from makeready.engine.text.formats.base import call_format
 from makeready.engine.text.formats.json_calls import read_call
 from makeready.engine.text.formats.scan import Scan
 from makeready.engine.text.formats.source import Step
+from makeready.engine.text.formats.turn import Spell, Tool, call_object, json_rule
 
 TAG = "<|python_tag|>"
+
+
+def _grammar(tools: Sequence[Tool], parallel: bool, spell: Spell) -> list[str]:
+    return [
+        f"calls: object{' (SEMICOLON object)*' if parallel else ''}",
+        'SEMICOLON: "; "',
+        json_rule("object", call_object(tools, "parameters")),
+    ]
 
 
 @call_format(
@@ -18,6 +29,7 @@ TAG = "<|python_tag|>"
     openings=(TAG,),
     unmarked="{",
     told_by=(('{"name": function name, "parameters":',),),
+    grammar=_grammar,
 )
 def read_llama3(scan: Scan, opening: str) -> Step[None]:
     """Objects with semicolons or blanks between them; one that is no call is the model's answer."""

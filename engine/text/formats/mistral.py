@@ -7,17 +7,34 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from makeready.engine.text.formats.base import call_format
 from makeready.engine.text.formats.json_calls import read_arguments, read_call
 from makeready.engine.text.formats.scan import Call, Scan
 from makeready.engine.text.formats.source import Step
+from makeready.engine.text.formats.turn import Spell, Tool, call_object, json_rule
 
 CALLS, ARGUMENTS, ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
 _NAME = re.compile(r"[^\[\]{}\s]+")
 
 
-@call_format("mistral", openings=(CALLS,), others=(ARGUMENTS, ID), told_by=((CALLS,),), short_ids=True)
+def _grammar(tools: Sequence[Tool], parallel: bool, spell: Spell) -> list[str]:
+    listed = {"type": "array", "items": call_object(tools), "minItems": 1}
+    return [
+        f'calls: {spell(CALLS)} " "? list',
+        json_rule("list", listed if parallel else {**listed, "maxItems": 1}),
+    ]
+
+
+@call_format(
+    "mistral",
+    openings=(CALLS,),
+    others=(ARGUMENTS, ID),
+    told_by=((CALLS,),),
+    short_ids=True,
+    grammar=_grammar,
+)
 def read_mistral(scan: Scan, opening: str) -> Step[None]:
     """One call or a list of them."""
     source = scan.source

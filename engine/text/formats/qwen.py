@@ -7,12 +7,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from makeready.engine.text.formats.base import call_format
 from makeready.engine.text.formats.json_calls import read_call
 from makeready.engine.text.formats.scan import Scan
 from makeready.engine.text.formats.source import Step
+from makeready.engine.text.formats.turn import Spell, Tool, call_object, json_rule
 
 OPENING, CLOSING = "<tool_call>", "</tool_call>"
+
+
+def _grammar(tools: Sequence[Tool], parallel: bool, spell: Spell) -> list[str]:
+    return [
+        f"calls: call{' (BREAK call)*' if parallel else ''}",
+        'BREAK: "\\n"',
+        f"call: {spell(OPENING)} BREAK object BREAK {spell(CLOSING)}",
+        json_rule("object", call_object(tools)),
+    ]
 
 
 @call_format(
@@ -20,6 +32,7 @@ OPENING, CLOSING = "<tool_call>", "</tool_call>"
     openings=(OPENING,),
     others=(CLOSING,),
     told_by=((OPENING, "arguments", "!<arg_key>", "!<function="),),
+    grammar=_grammar,
 )
 def read_qwen(scan: Scan, opening: str) -> Step[None]:
     """Calls up to the closing tag."""

@@ -29,12 +29,14 @@ class Reading:
         tools: of the request, for the types of arguments.
         opened: what of the message the prompt has already opened.
         parallel: whether there may be several calls; else the first one ends the answer.
+        grammar: that the whole message follows, in Lark; "" for none.
     """
 
     format: Format
     tools: Sequence[Any] = ()
     opened: str = ""
     parallel: bool = True
+    grammar: str = ""
 
 
 class EnoughError(Exception):
