@@ -59,7 +59,7 @@ def _draw(z_V: torch.Tensor, row: _Knobs) -> int:
     "masked[S]:int32 allowed[S,W]:int32 -> tokens[R]:int32",
     tolerance=Tolerance(exact=True),
     flops="8*R*V",
-    traffic={"history": "R*context", "allowed": "0"},
+    traffic={"history": "R*context", "allowed": "R"},
 )
 def sample(
     logits: torch.Tensor,

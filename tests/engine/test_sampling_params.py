@@ -57,7 +57,7 @@ LIMITS = Limits(max_rows=2, max_tokens=8, context_len=32, page_size=4)
         ({"temprature": 1}, "no sampling field 'temprature'; did you mean temperature"),
         ({"max_tokens": 1}, "no sampling field 'max_tokens'; did you mean max_new_tokens"),
         ({"seed": 1}, "did you mean sampling_seed"),
-        ({"zzz": 1}, "fields are frequency_penalty, ignore_eos"),
+        ({"zzz": 1}, "fields are choice, ebnf, frequency_penalty, ignore_eos"),
         ({"sampling_seed": True}, "sampling_seed=True must be a number"),
         ({"sampling_seed": 10**5000}, "sampling_seed=<int> is out of range; it must be at least 0"),
         ({"stop_token_ids": [True]}, "True, which is no token id"),

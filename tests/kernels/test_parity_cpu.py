@@ -98,7 +98,8 @@ def run(request, monkeypatch):
     if request.param == "bound" and not native.available():
         pytest.skip("the library was not compiled")
     if request.param == "bound-without-library":
-        if request.node.callspec.params["kernel"].name in (registry.REFERENCE, registry.BY_ROWS):
+        kernel = request.node.callspec.params.get("kernel")
+        if kernel is not None and kernel.name in (registry.REFERENCE, registry.BY_ROWS):
             pytest.skip("references do not use the library")
         monkeypatch.setattr(native, "_library", lambda: None)
     return WAYS[request.param]

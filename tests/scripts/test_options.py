@@ -292,7 +292,7 @@ REFUSED = [
         "compile",
         ["checkpoint=dummy", "model=gpt5"],
         2,
-        "choose one of deepseek_moe_16b, gemma3_270m, llama3_1_8b",
+        "choose one of deepseek_moe_16b, deepseek_v2, deepseek_v2_lite, deepseek_v3, gemma3_270m",
     ),
     ("compile", [*TINY, "plan=plans/x"], 2, "plan=plans/x is no choice"),
     ("compile", [*TINY, "plan.path=x"], 2, "there is no option plan.path"),
