@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
 from typing import Any
@@ -117,7 +116,7 @@ def test_what_is_drawn_is_read_as_calls(tokenizer: Tokenizer, family: str, opene
     head = form.reasoning.opening if opened and form.reasoning else ""
     grammars = Grammars(tokenizer, tokenizer.vocab_size, tokenizer.eos_ids)
     counts = set()
-    for parallel, seed in itertools.product((False, True), range(7)):
+    for parallel, seed in [(False, 0), (False, 1), *((True, seed) for seed in range(40))]:
         lark = turn_grammar(form, head, [*map(tool_of, TOOLS)], parallel, spelling(tokenizer))
         ids = drawn(grammars, tokenizer, lark, seed)
         message = message_of(tokenizer, Reading(form, TOOLS, head, parallel), ids)
@@ -127,6 +126,8 @@ def test_what_is_drawn_is_read_as_calls(tokenizer: Tokenizer, family: str, opene
             jsonschema.validate(json.loads(call.arguments), SCHEMAS[call.name])
         counts.add(len(message.tool_calls))
         assert parallel or len(message.tool_calls) == 1
+        if seed > 2 and len(counts) > 1:
+            break
     assert len(counts) > 1
 
 
