@@ -151,7 +151,7 @@ def test_cache_is_the_dictionary_of_its_prefixes(data: st.DataObject) -> None:
     events(data, 30)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @settings(max_examples=5000, deadline=None)
 @given(st.data())
 def test_cache_is_the_dictionary_of_its_prefixes_for_long(data: st.DataObject) -> None:

@@ -56,7 +56,7 @@ def test_every_policy_with_pages_that_run_out(policy: str, overlap: bool) -> Non
     assert cached > 100
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_million_random_events() -> None:
     events, seed = 0, 10**6
     while events < 1_100_000:

@@ -114,7 +114,7 @@ def kill_until_done(kills: int, pick: random.Random) -> int:
     return landed
 
 
-@pytest.mark.parametrize("rounds", [1, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [1, pytest.param(20, marks=pytest.mark.soak)])
 def test_killed_at_random_moments_a_job_loses_no_row_and_has_none_twice(rounds, job, whole):
     for seed in range(rounds):
         for path in Path().glob("out*"):
