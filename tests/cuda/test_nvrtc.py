@@ -22,7 +22,7 @@ from makeready.graphs.planner import plan_cache
 from makeready.graphs.planner.cuda import aot, nvrtc
 from makeready.graphs.planner.cuda.table import resource_table
 from makeready.kernels import registry
-from makeready.kernels.attention.extend_cuda import candidate, extend_attention_prefill, ways
+from makeready.kernels.attention.extend_cuda import candidate, extend_attention_prefill, schedules
 from makeready.kernels.device import (
     Candidate,
     Descriptor,
@@ -277,7 +277,7 @@ def test_prefill_attention(group: int, page: int, window: int, dtype: str, size:
     """A few bytes are spilled at 64, else none; warps have the registers that they need, plans the wait."""
     call = _attention(group, page, window, dtype, size, cached)
     (planned,) = extend_attention_prefill(call)
-    found = [candidate(call, way) for way in ways(call)]
+    found = [candidate(call, way) for way in schedules(call)]
     assert planned in found
     assert len({way.name for way in found}) == len(found)
     for way in found if group == 4 else [planned]:
