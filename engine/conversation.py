@@ -10,10 +10,10 @@ from typing import Any
 from makeready.engine.errors import RequestError
 from makeready.engine.text.chat import choose_template, read_template, render_chat
 from makeready.engine.text.formats.base import AUTO, NONE, check_parsers, format_of
+from makeready.engine.text.formats.rules import tool_of
 from makeready.engine.text.formats.scan import Reading
-from makeready.engine.text.formats.turn import tool_of
+from makeready.engine.text.message_grammar import message_grammar, spelling
 from makeready.engine.text.tokenizer import Tokenizer
-from makeready.engine.text.turns import spelling, turn_grammar
 from makeready.engine.tools import check_tools, forced_tools
 
 
@@ -68,7 +68,7 @@ class Parsers:
                 "tool_call_parser, or none to leave calls in the text"
             )
         must = forced_tools(tools, tool_choice)
-        if must and (form.calls is None or form.calls.grammar is None):
+        if must and (form.calls is None or form.calls.rules is None):
             name = "none" if form.calls is None else form.calls.name
             raise RequestError(
                 f'tool_choice: calls of the format {name} cannot be forced; use "auto", or another tool_call_parser'
@@ -80,5 +80,5 @@ class Parsers:
         grammar = ""
         if must:
             several = parallel and tool_choice == "required"
-            grammar = turn_grammar(form, opened, [*map(tool_of, must)], several, spelling(tokenizer))
+            grammar = message_grammar(form, opened, [*map(tool_of, must)], several, spelling(tokenizer))
         return text, Reading(form, tuple(tools or ()), opened, parallel, grammar)

@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from makeready.engine.errors import reason_of
-from makeready.engine.given import has_grammar, is_long, samples_of
+from makeready.engine.given import Conversation, has_grammar, is_long, samples_of
 from makeready.engine.loop import Engine
 from makeready.engine.output import Output
 from makeready.engine.reply import Reply
@@ -212,13 +212,16 @@ def outputs_of(
         while more or feed.busy:
             room = feed.room
             while room > 0 and (given := next(prompts, None)) is not None:
-                places = range(end, end + samples_of(given[1]))
+                prompt, sampling = given[:2]
+                places = range(end, end + samples_of(sampling))
                 feed.put(
                     places,
                     partial(make, *given),
                     samples=len(places),
-                    long=is_long(given[0]),
-                    grammar=has_grammar(given[1]),
+                    long=is_long(prompt),
+                    grammar=has_grammar(
+                        sampling, prompt.template if isinstance(prompt, Conversation) else None
+                    ),
                 )
                 end, room = places.stop, room - len(places)
             more = room <= 0  # else there was no further prompt

@@ -153,7 +153,10 @@ def schema(name: str, value: Any) -> Mapping[str, Any]:
         return {}
     if not isinstance(value, Mapping):
         raise RequestError(f"{name}={shown(value)} must be a JSON schema: an object, or its text")
-    return value
+    try:
+        return json.loads(json.dumps(dict(value), allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"{name}={shown(value)} is no JSON: {error}; correct it") from None
 
 
 def texts(most: int, longest: int) -> Checker:

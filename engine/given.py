@@ -52,8 +52,14 @@ def is_long(prompt: Any) -> bool:
     return _characters(prompt) > LONG
 
 
-def has_grammar(sampling: Any) -> bool:
-    """Whether an output is asked for that follows a grammar, which takes a while to compile."""
+def has_grammar(sampling: Any, template: Mapping[str, Any] | None = None) -> bool:
+    """Whether an output is asked for that follows a grammar, which takes a while to compile.
+
+    Args:
+        template: of a conversation, what else its prompt and its answer are made with; a call may be forced there.
+    """
+    if (template or {}).get("tool_choice") not in (None, "auto", "none"):
+        return True
     if isinstance(sampling, SamplingParams):
         return sampling.grammar is not None
     return isinstance(sampling, Mapping) and any(

@@ -6,7 +6,6 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ from makeready.engine.text.chat import read_template
 from makeready.engine.text.formats.base import AUTO
 from makeready.engine.text.formats.scan import Reading
 from makeready.engine.text.grammar import Grammar, Grammars
+from makeready.engine.text.prompt import PromptTokenizer
 from makeready.engine.text.tokenizer import Tokenizer, load_tokenizer
 from makeready.graphs.checkpoint.base import Checkpoint, open_checkpoint
 from makeready.graphs.executable.load import load_executable
@@ -103,12 +103,15 @@ class LLM:
         self.plan = plan_of(self.checkpoint, plan, options, report)
         scheduler.check(self.plan)  # before anything large is loaded
         self.tokenizer: Tokenizer | None = load_tokenizer(self.checkpoint)
+        context = self.plan.limits.context_len
+        self._prompts = PromptTokenizer(self.tokenizer, self.checkpoint.path, context, self.warn)
+        vocabulary = self.plan.config["vocab_size"]
+        self._grammars = Grammars(self.tokenizer, vocabulary, self.end_ids) if self.tokenizer else None
         if chat_template is not None:
-            tokenizer = self._tokenizer("chat_template")
+            tokenizer = self._prompts.tokenizer_for("chat_template")
             tokenizer.chat_template = read_template(chat_template, tokenizer.chat_template)
         stated = sampling_defaults(self.checkpoint.generation_config) if generation_config else {}
         self.generation_defaults: Mapping[str, Any] = stated
-        self._bos_told = False
         for sentence in self.tokenizer.warnings if self.tokenizer else ():
             self.warn(sentence)
         if stated:
@@ -305,8 +308,8 @@ class LLM:
         self, messages: Any, add_special_tokens: Any = False, **template: Any
     ) -> tuple[list[int], Reading | None]:
         special = boolean("add_special_tokens", add_special_tokens)
-        text, reading = self._parsers.prompt(self._tokenizer("chat"), messages, **template)
-        return self._encode(text, special), reading
+        text, reading = self._parsers.prompt(self._prompts.tokenizer_for("chat"), messages, **template)
+        return self._prompts.encode(text, special), reading
 
     def replies(
         self,
@@ -332,7 +335,7 @@ class LLM:
         extra_key, priority = field_text("extra_key", extra_key), PRIORITY("priority", priority)
         special = boolean("add_special_tokens", add_special_tokens)
         if isinstance(prompt, str):
-            ids = self._encode(prompt, special)
+            ids = self._prompts.encode(prompt, special)
             if not ids:
                 raise RequestError("the prompt is empty; give at least one token")
         else:
@@ -379,36 +382,16 @@ class LLM:
 
     def _grammar(self, sampling: SamplingParams, reading: Reading | None) -> Grammar | None:
         """What an output has to follow: a field of ``sampling``, or a call that was asked for."""
-        if reading is None or not reading.grammar:
-            return self._grammars.start(sampling) if sampling.grammar else None
-        if sampling.grammar:
-            raise RequestError(f"{sampling.grammar[0]} and tool_choice cannot both hold; give one of them")
-        return self._grammars.begin("lark", reading.grammar)
-
-    @cached_property
-    def _grammars(self) -> Grammars:
-        tokenizer = self._tokenizer("an output that follows a grammar")
-        return Grammars(tokenizer, self.plan.config["vocab_size"], self.end_ids)
-
-    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Token ids of a text, which is refused by its length alone where that is enough."""
-        tokenizer, most = self._tokenizer("text"), self.plan.limits.context_len
-        if len(text) > most:
-            fewest = tokenizer.length_bound.fewest(text)
-            if fewest > most:
-                raise RequestError(
-                    f"a prompt of {len(text):,} characters has at least {fewest:,} tokens, which exceed the context "
-                    f"of {most} tokens; shorten it, or recompile with a larger plan.context_len"
-                )
-        ids = tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        bos = tokenizer.bos_id
-        if bos is not None and ids[:2] == [bos, bos] and not self._bos_told:
-            self._bos_told = True
-            self.warn(
-                f"a prompt begins with {tokenizer.bos_token} and the tokenizer adds another; "
-                "add_special_tokens=false leaves that out"
-            )
-        return ids
+        asked = sampling.grammar
+        if reading is not None and reading.grammar:
+            if asked is not None:
+                raise RequestError(f"{asked[0]} and tool_choice cannot both hold; give one of them")
+            asked = "lark", reading.grammar
+        if asked is None:
+            return None
+        self._prompts.tokenizer_for("an output that follows a grammar")
+        assert self._grammars is not None
+        return self._grammars.start(*asked)
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -420,10 +403,3 @@ class LLM:
         if named is None:
             return ()
         return tuple(named) if isinstance(named, list) else (named,)
-
-    def _tokenizer(self, purpose: str) -> Tokenizer:
-        if self.tokenizer is None:
-            raise RequestError(
-                f"{purpose} needs a tokenizer, and {self.checkpoint.path} has none; give prompts as token_ids"
-            )
-        return self.tokenizer

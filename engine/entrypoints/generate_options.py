@@ -19,6 +19,7 @@ from makeready.engine.generation_config import FIELDS as STATED
 from makeready.engine.options import SchedulerOptions
 from makeready.engine.sampling import CHECKS, SamplingParams
 from makeready.engine.text.formats.base import AUTO, check_parsers
+from makeready.engine.text.grammar import check_grammar
 from makeready.engine.text.parts import TextError
 
 FORMATS = ("auto", "rows", "openai")  # of batch rows
@@ -193,7 +194,9 @@ class GenerateJob(Job):
         except TextError as error:
             raise UsageError(str(error)) from None
         try:
-            self.params()
+            asked = self.params().grammar
+            if asked is not None:
+                check_grammar(*asked)
         except RequestError as error:
             raise UsageError(f"sampling.{error}") from None
 

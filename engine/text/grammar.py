@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from makeready.engine.errors import RequestError
-from makeready.engine.sampling import SamplingParams
-from makeready.engine.text.formats.turn import BLANKS
+from makeready.engine.text.formats.rules import BLANKS
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -68,45 +67,36 @@ class Grammars:
         self._read: LLTokenizer | None = None
         self._made: OrderedDict[tuple[str, str], Grammar] = OrderedDict()
 
-    def start(self, sampling: SamplingParams) -> Grammar | None:
-        """The grammar that is asked for, at its beginning; None where none is.
+    def start(self, kind: str, value: Any) -> Grammar:
+        """A grammar at its beginning.
 
-        Takes 1 to 10 ms, for large grammars up to 3 s; the first takes a second more.
+        Takes 1 to 10 ms, for large grammars up to some seconds; the first takes a second more.
+
+        Args:
+            kind: a field of :data:`~makeready.engine.sampling.GRAMMARS`.
+            value: what it holds.
 
         Raises:
             RequestError: it is broken, too large, or has what cannot be enforced.
         """
-        asked = sampling.grammar
-        return None if asked is None else self.begin(*asked)
-
-    def begin(self, kind: str, value: Any) -> Grammar:
-        """The same of a field of ``sampling.GRAMMARS`` and its value."""
         key = (kind, json.dumps(value))
         with self._lock:
             found = self._made.get(key)
             if found is not None:
                 self._made.move_to_end(key)
                 return found.copy()
-        made = self._compile(kind, value, len(key[1]))
+        made = self._compile(kind, value)
         with self._lock:
             self._made[key] = made
             while len(self._made) > _KEPT:
                 self._made.popitem(last=False)
         return made.copy()
 
-    def _compile(self, kind: str, value: Any, size: int) -> Grammar:
+    def _compile(self, kind: str, value: Any) -> Grammar:
         from llguidance import LLMatcher
 
-        if size > LONGEST:
-            raise RequestError(f"{kind} has {size:,} characters, at most {LONGEST:,} are read; shorten it")
-        try:
-            text = _SPELLED[kind](value)
-        except (ValueError, RecursionError) as error:
-            raise RequestError(f"{kind} cannot be read: {_reason(str(error))}; correct it") from None
-        matcher = LLMatcher(self._vocabulary_of(), text, log_level=0)
-        if matcher.is_error():
-            reason = _reason(matcher.get_error())
-            raise RequestError(f"{kind} cannot be enforced: {reason}; correct or simplify it")
+        matcher = LLMatcher(self._vocabulary_of(), _spelled(kind, value), log_level=0)
+        _raise(kind, matcher.get_error())
         return Grammar(matcher)
 
     def _vocabulary_of(self) -> LLTokenizer:
@@ -118,6 +108,30 @@ class Grammars:
                     self._tokenizer.backend.to_str(), n_vocab=self._vocabulary, eos_token=self._end_ids
                 )
             return self._read
+
+
+def check_grammar(kind: str, value: Any) -> None:
+    """Raise what :meth:`Grammars.start` would, without a tokenizer."""
+    from llguidance import LLMatcher
+
+    wrong, said = LLMatcher.validate_grammar_with_warnings(_spelled(kind, value))
+    _raise(kind, said[0] if wrong else "")
+
+
+def _spelled(kind: str, value: Any) -> str:
+    """A grammar as llguidance takes it."""
+    size = len(json.dumps(value))
+    if size > LONGEST:
+        raise RequestError(f"{kind} has {size:,} characters, at most {LONGEST:,} are read; shorten it")
+    try:
+        return _SPELLED[kind](value)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{kind} cannot be read: {_reason(str(error))}; correct it") from None
+
+
+def _raise(kind: str, error: str) -> None:
+    if error:
+        raise RequestError(f"{kind} cannot be enforced: {_reason(error)}; correct or simplify it")
 
 
 def _json(schema: Any) -> str:

@@ -34,7 +34,7 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
 
 
 def make(rows: Sequence[int], heads: int = 2, dtype: torch.dtype = B16, *, steep: float = 1.0) -> Case:
-    """Rows of so many tokens; two padding tokens before them, one between, three behind."""
+    """A batch of rows with these numbers of tokens; padding is 2 tokens before, 1 between and 3 behind them."""
     random = torch.Generator().manual_seed(len(rows))
     starts, tokens = [], 2
     for r, count in enumerate(rows):

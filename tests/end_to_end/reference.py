@@ -129,3 +129,15 @@ def compare(ours: Generation, theirs: Generation, tolerance: float = 2e-4) -> No
 def prompt_of(length: int, vocabulary: int, seed: int = 0) -> list[int]:
     """Random token ids."""
     return np.random.default_rng([seed, length]).integers(0, vocabulary, length).tolist()
+
+
+def poison_every_step(llm: LLM) -> None:
+    """Before each step, NaN in every byte that the step has not written itself."""
+    executable: Any = llm.engine.executable
+    launch = executable.launch
+
+    def poisoned(bucket: Bucket, step: Mapping[str, np.ndarray], **cut: Any) -> Any:
+        executable.poison()
+        return launch(bucket, step, **cut)
+
+    executable.launch = poisoned

@@ -17,13 +17,13 @@ from makeready.engine.llm import LLM, SamplingParams
 from makeready.engine.message import Gathered, Message
 from makeready.engine.text.detokenize import StreamDetokenizer
 from makeready.engine.text.formats.base import Format, format_of
+from makeready.engine.text.formats.rules import tool_of
 from makeready.engine.text.formats.scan import Reading, Scanner
 from makeready.engine.text.formats.source import Token
-from makeready.engine.text.formats.turn import tool_of
 from makeready.engine.text.grammar import Grammars
+from makeready.engine.text.message_grammar import message_grammar, spelling
 from makeready.engine.text.parts import TokenizerParts
 from makeready.engine.text.tokenizer import Tokenizer, load_tokenizer
-from makeready.engine.text.turns import spelling, turn_grammar
 from makeready.graphs.checkpoint.base import open_checkpoint
 
 CITY = {
@@ -68,7 +68,7 @@ def tokenizer(request) -> Tokenizer:
 
 def drawn(grammars: Grammars, tokenizer: Tokenizer, lark: str, seed: int) -> list[int]:
     """Tokens at random under a grammar's masks up to its end; free text is a few letters, and ends some day."""
-    rng, grammar = random.Random(seed), grammars.begin("lark", lark)
+    rng, grammar = random.Random(seed), grammars.start("lark", lark)
     letters, ends = tokenizer.encode("a few words\n", add_special_tokens=False), list(tokenizer.eos_ids)
     closings = [tokenizer.encode(text, add_special_tokens=False) for text in ("</think>", "[/THINK]")]
     ids: list[int] = []
@@ -117,7 +117,7 @@ def test_what_is_drawn_is_read_as_calls(tokenizer: Tokenizer, family: str, opene
     grammars = Grammars(tokenizer, tokenizer.vocab_size, tokenizer.eos_ids)
     counts = set()
     for parallel, seed in [(False, 0), (False, 1), *((True, seed) for seed in range(40))]:
-        lark = turn_grammar(form, head, [*map(tool_of, TOOLS)], parallel, spelling(tokenizer))
+        lark = message_grammar(form, head, [*map(tool_of, TOOLS)], parallel, spelling(tokenizer))
         ids = drawn(grammars, tokenizer, lark, seed)
         message = message_of(tokenizer, Reading(form, TOOLS, head, parallel), ids)
         assert message.calls, tokenizer.decode(ids, skip_special_tokens=False)

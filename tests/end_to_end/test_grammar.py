@@ -16,7 +16,7 @@ from smollm2 import smollm2
 
 from makeready.engine.errors import RequestError
 from makeready.engine.sampling import SamplingParams
-from makeready.engine.text.grammar import Grammar, Grammars
+from makeready.engine.text.grammar import Grammar, Grammars, check_grammar
 from makeready.engine.text.tokenizer import Tokenizer, load_tokenizer
 from makeready.graphs.checkpoint.base import open_checkpoint
 
@@ -35,6 +35,12 @@ def grammars(tokenizer: Tokenizer) -> Grammars:
     return Grammars(tokenizer, VOCABULARY, tokenizer.eos_ids)
 
 
+def begun(grammars: Grammars, **asked: Any) -> Grammar:
+    grammar = SamplingParams(**asked).grammar
+    assert grammar is not None
+    return grammars.start(*grammar)
+
+
 def mask_of(grammar: Grammar) -> np.ndarray:
     words = np.zeros(-(-VOCABULARY // 32), np.int32)
     grammar.allow(words)
@@ -44,8 +50,7 @@ def mask_of(grammar: Grammar) -> np.ndarray:
 
 def accepts(grammars: Grammars, tokenizer: Tokenizer, text: str, **asked: Any) -> bool:
     """Whether a text passes the masks and may end."""
-    grammar = grammars.start(SamplingParams(**asked))
-    assert grammar is not None
+    grammar = begun(grammars, **asked)
     complete = False
     for token in tokenizer.encode(text, add_special_tokens=False):
         if complete or not mask_of(grammar)[token]:
@@ -113,7 +118,7 @@ def test_what_is_drawn_at_random_under_the_masks_is_valid(grammars, tokenizer, n
     schema = SCHEMAS[number]
     finished = 0
     for seed in range(6):
-        rng, grammar, drawn = random.Random(seed), grammars.start(SamplingParams(json_schema=schema)), []
+        rng, grammar, drawn = random.Random(seed), begun(grammars, json_schema=schema), []
         for _ in range(60):
             allowed = np.flatnonzero(mask_of(grammar))
             ends = [int(t) for t in allowed if t in tokenizer.eos_ids]
@@ -181,7 +186,10 @@ def test_blanks_between_tokens_of_json_are_bounded(grammars, tokenizer) -> None:
 )
 def test_what_cannot_be_enforced_is_refused_by_its_name(grammars, asked, reason) -> None:
     with pytest.raises(RequestError, match=reason):
-        grammars.start(SamplingParams(**asked))
+        begun(grammars, **asked)
+    ((kind, value),) = asked.items()
+    with pytest.raises(RequestError, match=reason):  # before there is a tokenizer
+        check_grammar(kind, value)
 
 
 HOSTILE: dict[str, dict[str, Any]] = {
@@ -214,10 +222,9 @@ def test_hostile_grammars_end_in_their_own_error_or_work_soon(grammars, tokenize
 def _error_of(grammars: Grammars, asked: dict[str, Any]) -> str | None:
     """Why a grammar cannot be followed for five tokens; None if it can."""
     try:
-        grammar = grammars.start(SamplingParams(**asked))
+        grammar = begun(grammars, **asked)
     except RequestError as error:
         return str(error)
-    assert grammar is not None
     words = np.zeros(-(-VOCABULARY // 32), np.int32)
     for _ in range(5):
         grammar.allow(words)
@@ -228,9 +235,10 @@ def _error_of(grammars: Grammars, asked: dict[str, Any]) -> str | None:
 
 
 def test_threads_share_grammars_whose_states_are_apart(grammars, tokenizer) -> None:
-    asked = SamplingParams(regex="ab*c")
+    asked = SamplingParams(regex="ab*c").grammar
+    assert asked is not None
     with ThreadPoolExecutor(4) as pool:
-        made = list(pool.map(lambda _: grammars.start(asked), range(8)))
+        made = list(pool.map(lambda _: grammars.start(*asked), range(8)))
     a = tokenizer.encode("a", add_special_tokens=False)[0]
     made[0].take(a)
     assert not mask_of(made[0])[a]
@@ -246,3 +254,6 @@ def test_only_one_grammar_is_taken() -> None:
         SamplingParams(json_schema="{")
     with pytest.raises(RequestError, match="must be a JSON schema: an object"):
         SamplingParams(json_schema=[1])  # type: ignore[arg-type]
+    for schema in ({"const": float("nan")}, {"const": {1}}):
+        with pytest.raises(RequestError, match="is no JSON"):
+            SamplingParams(json_schema=schema)

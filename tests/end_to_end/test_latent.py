@@ -13,7 +13,7 @@ import torch
 from latent_gguf import latent_gguf
 from moe_models import quantize_mixture, stack
 from quantized_models import Format, save_quantized
-from reference import Recorder, compare, expected, make_model, prompt_of
+from reference import Recorder, compare, expected, make_model, poison_every_step, prompt_of
 from safetensors.torch import load_file, save_file
 
 from makeready.engine.llm import LLM
@@ -111,13 +111,7 @@ def test_padding_never_leaks(tmp_path: Path) -> None:
     model = make(tmp_path, "v2")
     llm = LLM(tmp_path, **PLAN, max_decode_buckets=1, max_extend_buckets=1)
     recorder = Recorder(llm)
-    launch = llm.engine.executable.launch
-
-    def poisoned(bucket: Any, step: Any, **cut: Any) -> Any:
-        llm.engine.executable.poison()  # type: ignore[attr-defined]
-        return launch(bucket, step, **cut)
-
-    llm.engine.executable.launch = poisoned  # type: ignore[method-assign]
+    poison_every_step(llm)
     prompts = [prompt_of(length, 131) for length in (1, 7, 30)]
     for prompt, ours in zip(prompts, recorder.generate(prompts, 6), strict=True):
         compare(ours, expected(model, prompt, 6))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from reference import Recorder, compare, expected, make_model, prompt_of
+from reference import Recorder, compare, expected, make_model, poison_every_step, prompt_of
 
 from makeready.engine.llm import LLM
 from makeready.graphs.passes import REWRITES
@@ -120,13 +120,7 @@ def test_padding_never_leaks(tmp_path: Path) -> None:
     model = make_model(tmp_path, "qwen3", seed=7)
     llm = LLM(tmp_path, **PLAN, max_decode_buckets=1, max_extend_buckets=1)
     recorder = Recorder(llm)
-    launch = llm.engine.executable.launch
-
-    def poisoned(bucket: Any, step: Any, **cut: Any) -> Any:
-        llm.engine.executable.poison()  # type: ignore[attr-defined]
-        return launch(bucket, step, **cut)
-
-    llm.engine.executable.launch = poisoned  # type: ignore[method-assign]
+    poison_every_step(llm)
     prompts = [prompt_of(length, 131) for length in (1, 7, 30)]
     for prompt, ours in zip(prompts, recorder.generate(prompts, 6), strict=True):
         compare(ours, expected(model, prompt, 6))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from quantized_models import Format, quantize_model, save_quantized
-from reference import Generation, Recorder, expected, make_model, prompt_of
+from reference import Generation, Recorder, expected, make_model, poison_every_step, prompt_of
 
 from makeready.engine.llm import LLM
 from makeready.graphs.passes import REWRITES
@@ -103,14 +103,8 @@ def test_padding_never_leaks(tmp_path: Path) -> None:
     def generations(poison: bool) -> list[Generation]:
         llm = LLM(tmp_path, **PLAN, max_decode_buckets=1, max_extend_buckets=1)
         recorder = Recorder(llm)
-        launch = llm.engine.executable.launch
-
-        def poisoned(bucket: Any, step: Any, **cut: Any) -> Any:
-            llm.engine.executable.poison()  # type: ignore[attr-defined]
-            return launch(bucket, step, **cut)
-
         if poison:
-            llm.engine.executable.launch = poisoned  # type: ignore[method-assign]
+            poison_every_step(llm)
         return recorder.generate(prompts, 4)
 
     for ours, theirs in zip(generations(True), generations(False), strict=True):

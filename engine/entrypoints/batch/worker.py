@@ -115,7 +115,7 @@ class Worker:
                     row,
                     partial(self._make, row, ask),
                     long=any(map(is_long, ask.prompts)),
-                    grammar=has_grammar(sampling_of(self._sampling, ask.sampling)),
+                    grammar=has_grammar(sampling_of(self._sampling, ask.sampling), ask.tools),
                 )
 
     def step(self) -> list[Done]:

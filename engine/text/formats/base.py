@@ -15,8 +15,8 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
+from makeready.engine.text.formats.rules import Rules
 from makeready.engine.text.formats.source import BLANK, Step
-from makeready.engine.text.formats.turn import Grammar
 from makeready.engine.text.parts import TextError
 
 AUTO, NONE = "auto", "none"
@@ -55,7 +55,7 @@ class Calls:
         told_by: sets of texts of which a chat template has one, see :data:`Marks`.
         short_ids: a call's id has nine characters, as Mistral's templates want it.
         whole: reads the message as a whole, reasoning included, in place of the usual order.
-        grammar: of calls, so that a call can be forced; None where nobody wrote one.
+        rules: of a grammar of calls, so that one can be forced; None where nobody wrote them.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Calls:
     told_by: tuple[Marks, ...] = ()
     short_ids: bool = False
     whole: bool = False
-    grammar: Grammar | None = None
+    rules: Rules | None = None
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def call_format(
     told_by: tuple[Marks, ...] = (),
     short_ids: bool = False,
     whole: bool = False,
-    grammar: Grammar | None = None,
+    rules: Rules | None = None,
 ) -> Callable[[Read], Read]:
     """Register a function as what reads a family's calls; see :class:`Calls`.
 
@@ -122,7 +122,7 @@ def call_format(
     def register(read: Read) -> Read:
         if name in (*_CALLS, AUTO, NONE):
             raise ValueError(f"there is a call format {name} already; take another name")
-        _CALLS[name] = Calls(name, read, openings, others, unmarked, told_by, short_ids, whole, grammar)
+        _CALLS[name] = Calls(name, read, openings, others, unmarked, told_by, short_ids, whole, rules)
         _told.cache_clear()
         return read
 

@@ -16,9 +16,9 @@ from functools import partial
 
 from makeready.engine.text.formats.base import call_format
 from makeready.engine.text.formats.json_calls import read_arguments
+from makeready.engine.text.formats.rules import Spell, Tool, json_rule
 from makeready.engine.text.formats.scan import Call, Scan
 from makeready.engine.text.formats.source import Step
-from makeready.engine.text.formats.turn import Spell, Tool, json_rule
 
 CALLS, END_CALLS = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 CALL, END_CALL = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"
@@ -26,7 +26,7 @@ SEPARATOR, FENCE = "<｜tool▁sep｜>", "```"
 _NAME = re.compile(r"[^<\n]+")
 
 
-def _calls(tools: Sequence[Tool], parallel: bool, spell: Spell, *, fenced: bool) -> list[str]:
+def _rules(tools: Sequence[Tool], parallel: bool, spell: Spell, *, fenced: bool) -> list[str]:
     before, after = ("function", f"\n{FENCE}json\n") if fenced else ("", "")
     each = [f"call{i}" for i in range(len(tools))]
     glue = f"{json.dumps(chr(10))} " if fenced else ""
@@ -47,7 +47,7 @@ def _calls(tools: Sequence[Tool], parallel: bool, spell: Spell, *, fenced: bool)
     openings=(CALLS, CALL),
     others=(END_CALLS, END_CALL, SEPARATOR),
     told_by=((CALLS, SEPARATOR, "```json"),),
-    grammar=partial(_calls, fenced=True),
+    rules=partial(_rules, fenced=True),
 )
 def read_deepseek_v3(scan: Scan, opening: str) -> Step[None]:
     """Calls whose arguments stand in a block of code."""
@@ -59,7 +59,7 @@ def read_deepseek_v3(scan: Scan, opening: str) -> Step[None]:
     openings=(CALLS, CALL),
     others=(END_CALLS, END_CALL, SEPARATOR),
     told_by=((CALLS, SEPARATOR),),
-    grammar=partial(_calls, fenced=False),
+    rules=partial(_rules, fenced=False),
 )
 def read_deepseek_v31(scan: Scan, opening: str) -> Step[None]:
     """Calls whose arguments follow their name."""

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 
 from makeready.engine.text.formats.base import call_format
 from makeready.engine.text.formats.json_calls import read_call
+from makeready.engine.text.formats.rules import Spell, Tool, call_object, json_rule
 from makeready.engine.text.formats.scan import Scan
 from makeready.engine.text.formats.source import Step
-from makeready.engine.text.formats.turn import Spell, Tool, call_object, json_rule
 
 TAG = "<|python_tag|>"
 
 
-def _grammar(tools: Sequence[Tool], parallel: bool, spell: Spell) -> list[str]:
+def _rules(tools: Sequence[Tool], parallel: bool, spell: Spell) -> list[str]:
     return [
         f"calls: object{' (SEMICOLON object)*' if parallel else ''}",
         'SEMICOLON: "; "',
@@ -29,7 +29,7 @@ def _grammar(tools: Sequence[Tool], parallel: bool, spell: Spell) -> list[str]:
     openings=(TAG,),
     unmarked="{",
     told_by=(('{"name": function name, "parameters":',),),
-    grammar=_grammar,
+    rules=_rules,
 )
 def read_llama3(scan: Scan, opening: str) -> Step[None]:
     """Objects with semicolons or blanks between them; one that is no call is the model's answer."""

@@ -11,15 +11,15 @@ from collections.abc import Sequence
 
 from makeready.engine.text.formats.base import call_format
 from makeready.engine.text.formats.json_calls import read_arguments, read_call
+from makeready.engine.text.formats.rules import Spell, Tool, call_object, json_rule
 from makeready.engine.text.formats.scan import Call, Scan
 from makeready.engine.text.formats.source import Step
-from makeready.engine.text.formats.turn import Spell, Tool, call_object, json_rule
 
 CALLS, ARGUMENTS, ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
 _NAME = re.compile(r"[^\[\]{}\s]+")
 
 
-def _grammar(tools: Sequence[Tool], parallel: bool, spell: Spell) -> list[str]:
+def _rules(tools: Sequence[Tool], parallel: bool, spell: Spell) -> list[str]:
     listed = {"type": "array", "items": call_object(tools), "minItems": 1}
     return [
         f'calls: {spell(CALLS)} " "? list',
@@ -33,7 +33,7 @@ def _grammar(tools: Sequence[Tool], parallel: bool, spell: Spell) -> list[str]:
     others=(ARGUMENTS, ID),
     told_by=((CALLS,),),
     short_ids=True,
-    grammar=_grammar,
+    rules=_rules,
 )
 def read_mistral(scan: Scan, opening: str) -> Step[None]:
     """One call or a list of them."""

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 
 from makeready.engine.text.formats.base import call_format
 from makeready.engine.text.formats.json_calls import read_call
+from makeready.engine.text.formats.rules import Spell, Tool, call_object, json_rule
 from makeready.engine.text.formats.scan import Scan
 from makeready.engine.text.formats.source import Step
-from makeready.engine.text.formats.turn import Spell, Tool, call_object, json_rule
 
 OPENING, CLOSING = "<tool_call>", "</tool_call>"
 
 
-def _grammar(tools: Sequence[Tool], parallel: bool, spell: Spell) -> list[str]:
+def _rules(tools: Sequence[Tool], parallel: bool, spell: Spell) -> list[str]:
     return [
         f"calls: call{' (BREAK call)*' if parallel else ''}",
         'BREAK: "\\n"',
@@ -32,7 +32,7 @@ def _grammar(tools: Sequence[Tool], parallel: bool, spell: Spell) -> list[str]:
     openings=(OPENING,),
     others=(CLOSING,),
     told_by=((OPENING, "arguments", "!<arg_key>", "!<function="),),
-    grammar=_grammar,
+    rules=_rules,
 )
 def read_qwen(scan: Scan, opening: str) -> Step[None]:
     """Calls up to the closing tag."""

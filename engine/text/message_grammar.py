@@ -10,20 +10,20 @@ import json
 from collections.abc import Sequence
 
 from makeready.engine.text.formats.base import Format
-from makeready.engine.text.formats.turn import Spell, Tool
+from makeready.engine.text.formats.rules import Spell, Tool
 from makeready.engine.text.tokenizer import Tokenizer
 
 
-def turn_grammar(form: Format, opened: str, tools: Sequence[Tool], parallel: bool, spell: Spell) -> str:
+def message_grammar(form: Format, opened: str, tools: Sequence[Tool], parallel: bool, spell: Spell) -> str:
     """The grammar of a message that calls one of ``tools``, or several where calls may be ``parallel``.
 
     Args:
-        form: with calls that have a grammar.
+        form: with calls that have rules.
         opened: what of the message the prompt has already opened.
     """
     assert form.calls is not None
-    assert form.calls.grammar is not None
-    rules = form.calls.grammar(tools, parallel, spell)
+    assert form.calls.rules is not None
+    rules = form.calls.rules(tools, parallel, spell)
     if form.reasoning is None:
         return "\n".join(["start: calls", *rules])
     closing = spell(form.reasoning.closing)

@@ -1,4 +1,4 @@
-"""What families' files say their grammars of calls with, in llguidance's Lark; see engine/text/turns.py."""
+"""What a family's file says its rules of calls with, in llguidance's Lark; see engine/text/message_grammar.py."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Tool:
 
 
 # Of the tools, whether there may be several calls, and how markers are spelled: rules, of which one is ``calls``.
-Grammar = Callable[[Sequence[Tool], bool, Spell], list[str]]
+Rules = Callable[[Sequence[Tool], bool, Spell], list[str]]
 
 
 def tool_of(said: Mapping[str, Any]) -> Tool:
