@@ -1,7 +1,8 @@
-"""What all tests share: one thread for torch, and hypothesis without clocks."""
+"""What all tests share: one thread for torch, hypothesis without clocks, and interrupts that arrive."""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import hypothesis
@@ -11,6 +12,13 @@ import torch
 # Machines under load miss per-example deadlines; a fixed seed makes a failure repeat itself.
 hypothesis.settings.register_profile("makeready", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("makeready")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interrupts() -> None:
+    """A shell has what it runs in the background ignore SIGINT, and so would processes that tests start."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")
