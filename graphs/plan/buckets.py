@@ -56,6 +56,9 @@ def choose_buckets(
 ) -> tuple[Bucket, ...]:
     """Buckets of a kind of step that minimise the expected step time; its largest batch is always one.
 
+    Where every row has the same number of tokens and one row alone is expected, it has a bucket of its own: kernels
+    for a single row are others, and faster than ``seconds``, which counts bytes and operations, knows.
+
     Args:
         step: the kind's declaration. Where rows differ in length, buckets are a grid of rows × tokens.
         shapes: what to expect.
@@ -64,10 +67,11 @@ def choose_buckets(
     rows, tokens = step.rows, step.tokens
     if step.each is not None:
         each = step.each
-        sizes = _cut(
-            _filled(shapes.rows, rows), rows, shapes.count, lambda r: seconds(Bucket(kind, r, r * each))
-        )
-        return tuple(Bucket(kind, r, r * each) for r in sizes)
+        expected, count, alone = _filled(shapes.rows, rows), shapes.count, []
+        if rows > 1 and count > 1 and expected.get(1):
+            alone, expected, count = [1], {size: w for size, w in expected.items() if size > 1}, count - 1
+        sizes = _cut(expected, rows, count, lambda r: seconds(Bucket(kind, r, r * each)))
+        return tuple(Bucket(kind, r, r * each) for r in sorted({*alone, *sizes}))
     row_counts = 1 if rows == 1 else min(shapes.row_counts or shapes.count, shapes.count)
     by_rows = [rows]
     if row_counts > 1:

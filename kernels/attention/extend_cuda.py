@@ -105,7 +105,7 @@ def _narrow(call: OpCall) -> bool:
     return call.tensors["k_cache"].dtype == "float8_e4m3fn"
 
 
-@cuda_kernel(extend_attention, "prefill", features=("tma", "wgmma"), applies=_applies, untimed=True)
+@cuda_kernel(extend_attention, "prefill", features=("tma", "wgmma"), applies=_applies)
 def extend_attention_prefill(call: OpCall) -> Sequence[Candidate]:
     """One cut, one way."""
     return [candidate(call)]
@@ -180,7 +180,7 @@ def candidate(call: OpCall, schedule: Schedule = _CHOSEN, *, give_up: int = 0) -
         },
         grid=(min(call.multiprocessors, kv_heads * most_tiles(rows, tokens, a_tile)), 1, 1),
         dependent=dependent,
-        local_bytes=16 if head_dim == 64 else 0,  # 160 registers a thread; none of it in a loop over keys
+        local_bytes=16,  # at 64, and with some versions of NVRTC; none of it in a loop over keys
     )
     return Candidate(
         f"wgmma_{tile.vectors}x{tile.keys}{schedule.suffix}",

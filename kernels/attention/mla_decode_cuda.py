@@ -78,8 +78,8 @@ def _applies(call: OpCall) -> bool:
     )
 
 
-@cuda_kernel(mla_decode_attention, "wgmma", features=("tma", "wgmma"), applies=_applies, untimed=True)
-@cuda_kernel(mla_extend_attention, "wgmma", features=("tma", "wgmma"), applies=_applies, untimed=True)
+@cuda_kernel(mla_decode_attention, "wgmma", features=("tma", "wgmma"), applies=_applies)
+@cuda_kernel(mla_extend_attention, "wgmma", features=("tma", "wgmma"), applies=_applies)
 def mla_attention_wgmma(call: OpCall) -> Sequence[Candidate]:
     """One cut."""
     return [candidate(call)]

@@ -38,7 +38,7 @@ def _applies(call: OpCall) -> bool:
     )
 
 
-@cuda_kernel(mla_own_attention, "wgmma", features=("tma", "wgmma"), applies=_applies, untimed=True)
+@cuda_kernel(mla_own_attention, "wgmma", features=("tma", "wgmma"), applies=_applies)
 def mla_own_attention_wgmma(call: OpCall) -> Sequence[Candidate]:
     """One cut."""
     return [candidate(call)]

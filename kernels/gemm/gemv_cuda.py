@@ -137,4 +137,4 @@ for _op in (
     silu_mul_quantize_fp8_linear_fp8,
 ):
     assert isinstance(_op, Contract)
-    cuda_kernel(_op, "gemv", features=("tma", "pdl"), applies=applies, untimed=True)(_gemv)
+    cuda_kernel(_op, "gemv", features=("tma", "pdl"), applies=applies)(_gemv)

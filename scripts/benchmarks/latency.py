@@ -67,7 +67,7 @@ def latency(
     first = []
     for length in prompts:
         seconds = [generate(llm, ids(1, length), 1) for _ in range(repeats)]
-        bound = floor(llm, EXTEND, 1, length, length // 2, target)
+        bound = prompt_floor(llm, length, target)
         first.append(
             {
                 "prompt_tokens": length,
@@ -101,6 +101,13 @@ def floor(llm: LLM, phase: str, rows: int, tokens: int, context: int, target: Ta
     target = target or target_of(llm.plan)
     costs = launch_costs(llm.plan, exact, context, target)
     return sum(cost.seconds - target.launch_seconds for cost in costs)
+
+
+def prompt_floor(llm: LLM, length: int, target: Target | None = None) -> float:
+    """Roofline seconds of the steps that a prompt of ``length`` tokens is cut into."""
+    most = llm.plan.limits.max_tokens
+    chunks = [(done, min(most, length - done)) for done in range(0, length, most)]
+    return sum(floor(llm, EXTEND, 1, tokens, done + tokens // 2, target) for done, tokens in chunks)
 
 
 def table(result: dict[str, Any]) -> list[str]:

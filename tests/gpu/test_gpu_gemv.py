@@ -79,7 +79,8 @@ def _hold(op: str, tensors: Tensors, attrs: Mapping[str, Any], *, give_up: int =
     for name, w in wants.items():
         assert torch.equal(first[name], second[name]), f"{name} differs between two runs"
         error = ((first[name].double() - w).norm() / w.norm()).item()
-        assert error <= 5e-3, f"{op}: {name} at {dict(call.dims)} is off by {error:.1e}"
+        # Two factors, each off by what the norm's rounding to 16 bits makes of it, and the result's own rounding.
+        assert error <= (8e-3 if op.endswith("silu_mul") else 5e-3), f"{op}: {name} at {dict(call.dims)} is off by {error:.1e}"
 
 
 @pytest.mark.parametrize("op", NORMS)
@@ -143,7 +144,8 @@ def test_chains_of_8_bits(op: str) -> None:
                 contract.outputs, want if isinstance(want, tuple) else (want,), strict=True
             ):
                 error = ((got[operand.name].cpu().double() - w.double()).norm() / w.double().norm()).item()
-                assert error <= 8e-3, f"{op}: {operand.name} at {N} x {K} is off by {error:.1e}"
+                allowed = contract.tolerance.bfloat16
+                assert error <= allowed, f"{op}: {operand.name} at {N} x {K} is off by {error:.1e}"
 
 
 def _layers(count: int) -> list[tuple[Candidate, OpCall, Tensors]]:
