@@ -6,7 +6,8 @@
 // room and start to copy while this kernel's last ones multiply. Rings of 48, 64 and 192 KiB, a trigger at the last
 // copy and a warp a row were slower (docs/NOTES.md).
 //
-//   FP8   1: weights are e4m3 with a scale each; x becomes e4m3 with one scale, as its largest is 448 (entry gemv_fp8)
+//   FP8   1: weights are e4m3 with a scale each; x becomes e4m3 with one scale, as its largest is 448 (entry gemv_fp8);
+//         2: x is e4m3 with a scale for every 128 inputs, weights with one for every square of 128 (gemv_fp8_block)
 //   NORM  0: x as it is; 1: its RMS norm; 2: the norm of x + residual, which block 0 writes to residual_out;
 //         3: silu(g) * u, where x has K values g, then K values u
 //   GATE  1: y[i] = silu(g[i]) * u[i], where the product has n values g, then n values u
@@ -31,7 +32,7 @@ constexpr int STAGES = RING / STAGE < 32 ? RING / STAGE : 32, FLUSH = 8;  // sta
 constexpr int PART = FLUSH * ROWS * WARPS;
 constexpr int OFF_PART = STAGES * STAGE, OFF_WARPS = OFF_PART + 2 * PART * 4, OFF_BARS = OFF_WARPS + 2 * WARPS * 4;
 constexpr int SHARED = OFF_BARS + STAGES * 16 + 1024;  // 1024: the base is aligned by hand
-static_assert(!(FP8 && GATE) && K % PIECE == 0 && STAGES >= 2 && FLUSH * OUTS <= THREADS && OFF_BARS % 8 == 0, "shape");
+static_assert(!(FP8 && GATE) && !(FP8 == 2 && (NORM || K % 128)) && K % PIECE == 0 && STAGES >= 2 && FLUSH * OUTS <= THREADS && OFF_BARS % 8 == 0, "shape");
 LAUNCH_FACTS(THREADS + 32, SHARED, 1);
 
 // Whether thread t has inputs in a chunk, and its first eighth input there.
@@ -143,6 +144,28 @@ __device__ __forceinline__ float prepare(float (&xs)[PER], const Int4* gains, fl
   return scale;
 }
 
+// The same of a row that is e4m3 already, times the scales of its groups.
+__device__ __forceinline__ void take(float (&xs)[PER], const uint8_t* x, const float* x_scale) {
+  UNROLL for (int c = 0; c < CHUNKS; ++c) {
+    int piece = c * THREADS + threadIdx.x;
+    float mine[PIECE], scale = 0;
+    Int4 raw{0, 0, 0, 0};
+    if (holds(c, threadIdx.x)) {
+      raw = load_written((const uint16_t*)x + piece * 8);
+      scale = load_written_one(x_scale + piece / 8);
+    }
+    widen_weights(mine, raw);
+    UNROLL for (int j = 0; j < PIECE; ++j) xs[PIECE * c + j] = mine[j] * scale;
+  }
+}
+
+// A thread's scales of the weights of a row of squares.
+__device__ __forceinline__ void scales_of(float (&scales)[CHUNKS], const float* weight_scale, int square) {
+  UNROLL for (int c = 0; c < CHUNKS; ++c) {
+    scales[c] = holds(c, threadIdx.x) ? weight_scale[square * (K / 128) + (c * THREADS + threadIdx.x) / 8] : 0.f;
+  }
+}
+
 // Sums over the lanes of ROWS values at once: lane l ends with value l / (32 / ROWS).
 __device__ __forceinline__ float add_lanes(float (&sum)[ROWS]) {
   int lane = threadIdx.x % 32;
@@ -172,7 +195,7 @@ __device__ __forceinline__ void store(uint16_t* y, float v) { *y = (uint16_t)pac
 
 template <class Y>
 __device__ __forceinline__ void gemv_body(const void* weight, const float* weight_scale, const uint16_t* x,
-                                          const uint16_t* residual, const uint16_t* gain, const uint16_t* bias, Y* y,
+                                          const float* x_scale, const uint16_t* residual, const uint16_t* gain, const uint16_t* bias, Y* y,
                                           uint16_t* residual_out, int n, float eps, float offset) {
   uint8_t* ring = smem_base();
   float* part = (float*)(ring + OFF_PART);
@@ -201,7 +224,13 @@ __device__ __forceinline__ void gemv_body(const void* weight, const float* weigh
   }
   dependence_wait();
   float xs[PER];
-  float scale = prepare(xs, gains, of_warps, x, residual, residual_out, eps, offset);
+  float scale = 1.f, squares[CHUNKS];
+  if (FP8 == 2) {
+    take(xs, (const uint8_t*)x, x_scale);
+    scales_of(squares, weight_scale, from / 128);
+  } else {
+    scale = prepare(xs, gains, of_warps, x, residual, residual_out, eps, offset);
+  }
 
   int stages = ceil_div(count, OUTS);
   for (int i = 0; i < stages; ++i) {
@@ -211,10 +240,13 @@ __device__ __forceinline__ void gemv_body(const void* weight, const float* weigh
     mbar_wait(&full[s], (i / STAGES) & 1, "multiply: full");
     UNROLL for (int row = 0; row < ROWS; ++row) {
       sum[row] = 0;
+      int out = from + i * OUTS + row;
+      if (FP8 == 2 && out % 128 == 0 && out < n) scales_of(squares, weight_scale, out / 128);
       UNROLL for (int c = 0; c < CHUNKS; ++c) if (holds(c, t)) {
-        float w[PIECE];
+        float w[PIECE], dot = 0;
         widen_weights(w, *(const Int4*)(ring + s * STAGE + row * ROW + (c * THREADS + t) * 16));
-        UNROLL for (int j = 0; j < PIECE; ++j) sum[row] += w[j] * xs[PIECE * c + j];
+        UNROLL for (int j = 0; j < PIECE; ++j) (FP8 == 2 ? dot : sum[row]) += w[j] * xs[PIECE * c + j];
+        if (FP8 == 2) sum[row] += dot * squares[c];
       }
     }
     __syncwarp();
@@ -227,7 +259,7 @@ __device__ __forceinline__ void gemv_body(const void* weight, const float* weigh
     if (t >= FLUSH * OUTS || first + t >= count) continue;
     int out = from + first + t;
     float v = add_warps(mine + (stage * ROWS + place) * WARPS);
-    if (FP8) v *= scale * weight_scale[out];
+    if (FP8 == 1) v *= scale * weight_scale[out];
     if (BIAS) v += low2(bias[out]);
     if (GATE) {
       float up = add_warps(mine + (stage * ROWS + OUTS + place) * WARPS);
@@ -238,23 +270,29 @@ __device__ __forceinline__ void gemv_body(const void* weight, const float* weigh
   }
 }
 
-#if FP8
+#if FP8 == 2
+extern "C" __global__ void __launch_bounds__(THREADS + 32, 2)
+gemv_fp8_block(const uint8_t* weight, const float* weight_scale, const uint8_t* x, const float* x_scale,
+               const uint16_t* bias, uint16_t* y, int n) {
+  gemv_body(weight, weight_scale, (const uint16_t*)x, x_scale, nullptr, nullptr, bias, y, nullptr, n, 0.f, 0.f);
+}
+#elif FP8
 extern "C" __global__ void __launch_bounds__(THREADS + 32, 2)
 gemv_fp8(const uint8_t* weight, const float* weight_scale, const uint16_t* x, const uint16_t* residual,
          const uint16_t* gain, const uint16_t* bias, uint16_t* y, uint16_t* residual_out, int n, float eps,
          float offset) {
-  gemv_body(weight, weight_scale, x, residual, gain, bias, y, residual_out, n, eps, offset);
+  gemv_body(weight, weight_scale, x, nullptr, residual, gain, bias, y, residual_out, n, eps, offset);
 }
 #elif WIDE
 extern "C" __global__ void __launch_bounds__(THREADS + 32, 2)
 gemv_wide(const uint16_t* weight, const uint16_t* x, const uint16_t* residual, const uint16_t* gain,
           const uint16_t* bias, float* y, uint16_t* residual_out, int n, float eps, float offset) {
-  gemv_body(weight, nullptr, x, residual, gain, bias, y, residual_out, n, eps, offset);
+  gemv_body(weight, nullptr, x, nullptr, residual, gain, bias, y, residual_out, n, eps, offset);
 }
 #else
 extern "C" __global__ void __launch_bounds__(THREADS + 32, 2)
 gemv(const uint16_t* weight, const uint16_t* x, const uint16_t* residual, const uint16_t* gain, const uint16_t* bias,
      uint16_t* y, uint16_t* residual_out, int n, float eps, float offset) {
-  gemv_body(weight, nullptr, x, residual, gain, bias, y, residual_out, n, eps, offset);
+  gemv_body(weight, nullptr, x, nullptr, residual, gain, bias, y, residual_out, n, eps, offset);
 }
 #endif

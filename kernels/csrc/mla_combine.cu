@@ -2,10 +2,10 @@
 //
 // Where a share ends within a unit, EACH thread blocks (and as many for each group of heads) take an equal part of that
 // unit's results: those of one that lies in all shares are made everywhere. Results are cut into runs of 128 numbers,
-// which a warp adds up, or, of many parts, all warps.
+// which a warp adds up, or several, each some of the parts, where there are more warps than runs.
 #include "mla_shapes.h"
 
-constexpr int WARPS = 16, EACH = N > 16 ? N / 16 : 1, RUNS = RANK * N / 128, AHEAD = 4, FEW = 4;
+constexpr int WARPS = 16, EACH = N > 16 ? N / 16 : 1, RUNS = RANK * N / 128, AHEAD = 4;
 struct alignas(16) Four { float x[4]; };
 // Of four vectors, one each of a lane's numbers.
 struct Sums {
@@ -54,15 +54,18 @@ __device__ __forceinline__ void run(const Call& call) {
   int first = begin / line.share, last = (begin + row.blocks - 1) / line.share, parts = last - first + 1;
   int mine = number - first * EACH, all = (last - first) * EACH;
   int token = (EXTEND ? call.batch.query_start[at.row] : at.row) + unit * TOKENS;
-  int vectors = min(row.tokens - unit * TOKENS, TOKENS) * GROUP, step = parts > FEW ? WARPS : 1;
-  for (int r = step > 1 ? mine : mine * WARPS + warp; r < RUNS; r += step > 1 ? all : all * WARPS) {
+  int vectors = min(row.tokens - unit * TOKENS, TOKENS) * GROUP;
+  int together = 1;  // warps of a run
+  while (together < WARPS && together < parts && 2 * together * RUNS <= all * WARPS) together *= 2;
+  int runs = WARPS / together, of_run = warp % together;  // runs at once
+  for (int r = mine * runs + warp / together; r < RUNS; r += all * runs) {
     int number_of = r % PER, vector = 8 * (number_of / 4) + (number_of & 1);  // and every second one of 4
     Sums sums;
-    for (int part = step > 1 ? warp : 0; part < parts; part += step * AHEAD) {
+    for (int part = of_run; part < parts; part += together * AHEAD) {
       Four x[AHEAD];
       float logs[AHEAD][4];
       UNROLL for (int a = 0; a < AHEAD; ++a) {
-        int p = part + a * step;
+        int p = part + a * together;
         int64_t from = part_at(first + p, p == 0, group);
         if (p < parts) {
           Int4 raw = load_written(call.parts + from * (RANK * N) + r * 128 + lane * 4);
@@ -73,20 +76,17 @@ __device__ __forceinline__ void run(const Call& call) {
         }
       }
       UNROLL for (int a = 0; a < AHEAD; ++a) {
-        if (part + a * step < parts) UNROLL for (int i = 0; i < 4; ++i) sums.add(i, logs[a][i], 1.f, x[a].x[i]);
+        if (part + a * together < parts) UNROLL for (int i = 0; i < 4; ++i) sums.add(i, logs[a][i], 1.f, x[a].x[i]);
       }
     }
-    if (step > 1) {
+    if (together > 1) {  // then a warp has one run at most, and a run's warps go on or leave together
       held[threadIdx.x] = sums;
-      __syncthreads();
-      if (warp == 0) {
-        for (int w = 1; w < WARPS; ++w) {
-          Sums& other = held[w * 32 + lane];
-          UNROLL for (int i = 0; i < 4; ++i) sums.add(i, other.top[i], other.sum[i], other.value[i]);
-        }
+      named_sync(1 + warp / together, 32 * together);
+      if (of_run > 0) return;
+      for (int w = 1; w < together; ++w) {
+        Sums& other = held[(warp + w) * 32 + lane];
+        UNROLL for (int i = 0; i < 4; ++i) sums.add(i, other.top[i], other.sum[i], other.value[i]);
       }
-      __syncthreads();
-      if (warp > 0) continue;
     }
     // A lane's numbers are those of threads 4 * lane to 4 * lane + 3 of a warpgroup.
     int tile = r / PER, column = tile * 64 + lane / 8 * 16 + lane % 8 + (number_of & 2) * 4;

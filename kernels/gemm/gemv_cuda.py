@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from makeready.kernels.contract import Contract
 from makeready.kernels.device import Candidate, DeviceLaunch, OpCall, Pointer, Scalar, Tensor
 from makeready.kernels.gemm.linear import linear
+from makeready.kernels.gemm.linear_fp8 import linear_fp8_block
 from makeready.kernels.gemm.linear_fp8_chains import (
     add_rms_norm_quantize_fp8_linear_fp8,
     quantize_fp8_linear_fp8,
@@ -32,15 +33,22 @@ _MOST_INPUTS = 16384  # beyond, two blocks have no room in the registers of a mu
 # Share of the bandwidth at which one product of 15.1 GB streamed on one H200. As in linear_cost.py, what any launch
 # takes to start is not counted.
 _STREAMED = 1.01
+_BLOCKS = 2
+_WIDE = ("bfloat16", "float16")
 
 
 @dataclass(frozen=True)
 class _Form:
-    """How an op's row comes to be, and whether what it gives is a gate; see csrc/gemv.cu."""
+    """How an op's row comes to be, whether what it gives is a gate, and its 8-bit floats; see csrc/gemv.cu."""
 
     norm: int = 0
     gate: bool = False
-    fp8: bool = False
+    fp8: int = 0
+
+    @property
+    def blocks(self) -> bool:
+        """Whether the row has 8 bits already, and scales are of groups and squares of 128."""
+        return self.fp8 == _BLOCKS
 
 
 _FORMS: Mapping[str, _Form] = {
@@ -48,10 +56,11 @@ _FORMS: Mapping[str, _Form] = {
     "rms_norm_linear": _Form(norm=1),
     "add_rms_norm_linear": _Form(norm=2),
     "add_rms_norm_linear_silu_mul": _Form(norm=2, gate=True),
-    "quantize_fp8_linear_fp8": _Form(fp8=True),
-    "rms_norm_quantize_fp8_linear_fp8": _Form(norm=1, fp8=True),
-    "add_rms_norm_quantize_fp8_linear_fp8": _Form(norm=2, fp8=True),
-    "silu_mul_quantize_fp8_linear_fp8": _Form(norm=3, fp8=True),
+    "quantize_fp8_linear_fp8": _Form(fp8=1),
+    "rms_norm_quantize_fp8_linear_fp8": _Form(norm=1, fp8=1),
+    "add_rms_norm_quantize_fp8_linear_fp8": _Form(norm=2, fp8=1),
+    "silu_mul_quantize_fp8_linear_fp8": _Form(norm=3, fp8=1),
+    "linear_fp8_block": _Form(fp8=_BLOCKS),
 }
 
 
@@ -62,19 +71,21 @@ def _row(call: OpCall) -> Tensor:
 def applies(call: OpCall) -> bool:
     """Whether it is one row of 16 bits, and weights are of as many or of 8, in rows of whole 16-byte pieces."""
     x, weight, y = _row(call), call.tensors["weight"], call.tensors["y"]
-    inputs, fp8 = int(weight.shape[1]), _FORMS[call.op].fp8
+    inputs, form = int(weight.shape[1]), _FORMS[call.op]
+    narrow = "float8_e4m3fn"
     alike = [call.tensors[n] for n in ("gain", "bias", "residual", "residual_out") if n in call.tensors]
     addressed = [call.tensors[n] for n in ("weight", "gain", *_MOVING) if n in call.tensors]
     return (
         x.shape[0] == 1
-        and x.dtype in ("bfloat16", "float16")
-        and weight.dtype == ("float8_e4m3fn" if fp8 else x.dtype)
-        and all(t.dtype == x.dtype for t in alike)
-        and y.dtype in ((x.dtype,) if fp8 else (x.dtype, "float32"))
+        and (x.dtype == narrow if form.blocks else x.dtype in _WIDE)
+        and weight.dtype == (narrow if form.fp8 else x.dtype)
+        and all(t.dtype == (y if form.blocks else x).dtype for t in alike)
+        and y.dtype in (_WIDE if form.blocks else (x.dtype,) if form.fp8 else (x.dtype, "float32"))
         and all(t.alignment % 16 == 0 for t in addressed)
         and inputs * DTYPE_BYTES[weight.dtype] % 16 == 0
         and inputs <= _MOST_INPUTS
         and call.attrs.get("group", inputs) == inputs
+        and call.attrs.get("block", 128) == 128
     )
 
 
@@ -94,16 +105,16 @@ def candidate(call: OpCall, *, give_up: int = 0) -> Candidate:
         "FP8": form.fp8,
         "BIAS": "bias" in call.tensors,
         "WIDE": wide,
-        "FP16": _row(call).dtype == "float16",
+        "FP16": (call.tensors["y"] if form.blocks else _row(call)).dtype == "float16",
     }
+    entry = ("gemv_wide" if wide else "gemv", "gemv_fp8", "gemv_fp8_block")[form.fp8]
     launch = DeviceLaunch(
-        function=f"csrc/gemv.cu:{'gemv_fp8' if form.fp8 else 'gemv_wide' if wide else 'gemv'}",
+        function=f"csrc/gemv.cu:{entry}",
         constants=constants | ({"GIVE_UP": give_up} if give_up else {}),
         arguments={
             **_pointers(call, form),
             "n": Scalar(rows, "int32"),
-            "eps": Scalar(call.attrs.get("eps", 0.0), "float32"),
-            "offset": Scalar(call.attrs.get("offset", 0.0), "float32"),
+            **({} if form.blocks else {k: Scalar(call.attrs.get(k, 0.0), "float32") for k in ("eps", "offset")}),
         },
         grid=(min(call.multiprocessors, rows), 1, 1),
         dependent=True,
@@ -116,9 +127,10 @@ def candidate(call: OpCall, *, give_up: int = 0) -> Candidate:
 def _pointers(call: OpCall, form: _Form) -> dict[str, Pointer]:
     """Operands and results by parameter; what the call lacks, and the kernel does not touch, is the row."""
     row = "x" if "x" in call.tensors else "gate_up"
-    names = ("weight", "residual", "gain", "bias", "y", "residual_out")
+    names = ("weight", "bias", "y", *(() if form.blocks else ("residual", "gain", "residual_out")))
     found = {name: Pointer(name if name in call.tensors else row) for name in names} | {"x": Pointer(row)}
-    return found | ({"weight_scale": Pointer("weight_scale")} if form.fp8 else {})
+    scales = ("weight_scale", "x_scale") if form.blocks else ("weight_scale",) if form.fp8 else ()
+    return found | {name: Pointer(name) for name in scales}
 
 
 def _gemv(call: OpCall) -> Sequence[Candidate]:
@@ -135,6 +147,7 @@ for _op in (
     rms_norm_quantize_fp8_linear_fp8,
     add_rms_norm_quantize_fp8_linear_fp8,
     silu_mul_quantize_fp8_linear_fp8,
+    linear_fp8_block,
 ):
     assert isinstance(_op, Contract)
     cuda_kernel(_op, "gemv", features=("tma", "pdl"), applies=applies)(_gemv)

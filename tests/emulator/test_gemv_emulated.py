@@ -190,6 +190,29 @@ def test_chains_of_8_bits(emulator: Emulator, op: str, N: int, K: int) -> None:
         assert fp8_error(op, tensors, fp8_attrs(op, K), got) < 8e-3
 
 
+def block_operands(N: int, K: int, *, bias: bool) -> Tensors:
+    """Of a product whose scales are of groups and squares of 128."""
+    random = torch.Generator().manual_seed(N + K)
+    tensors = make(N, K, fp8=True, bias=bias)
+    room = torch.full((K + 2 * _GUARD,), 127, dtype=torch.uint8)  # NaN
+    x = (100 * torch.randn(1, K, generator=random)).clamp(-448, 448).to(torch.float8_e4m3fn)
+    tensors["x"] = room.view(torch.float8_e4m3fn)[_GUARD:-_GUARD].view(1, K)
+    tensors["x"].view(torch.uint8).copy_(x.view(torch.uint8))
+    tensors["x_scale"] = guarded(0.01 + torch.rand(1, K // 128, generator=random))
+    tensors["weight_scale"] = guarded(0.01 + torch.rand(-(-N // 128), K // 128, generator=random))
+    return tensors
+
+
+@pytest.mark.parametrize(("N", "K"), [(1, 128), (130, 640), (300, 2048), (61, 4096), (257, 4224), (9, 12288)])
+def test_squares_of_scales(emulator: Emulator, N: int, K: int) -> None:
+    """Blocks of the launch begin, and squares end, anywhere."""
+    tensors = block_operands(N, K, bias=N == 130)
+    for grid in (1, 3):
+        attrs = {"block": 128, "out_dtype": "bfloat16"}
+        got = emulate(emulator, "linear_fp8_block", tensors, attrs, grid=grid, seed=K + grid)
+        assert error("linear_fp8_block", tensors, attrs, got) < 4e-3
+
+
 def test_a_row_of_zeros_in_8_bits(emulator: Emulator) -> None:
     op, tensors = "quantize_fp8_linear_fp8", make(40, 512, fp8=True)
     tensors["x"].zero_()
@@ -262,6 +285,24 @@ def caught(emulator: Emulator, op: str, tensors: Tensors, attrs: Mapping[str, An
             return False
 
     return not all(right(seed) for seed in (4, 5, 6))
+
+
+BLOCK_FAULTS = {
+    "the squares of the first outputs": ("out % 128 == 0 && out < n", "false"),
+    "scales of other squares": ("square * (K / 128)", "square"),
+    "scales of other inputs": ("x_scale + piece / 8", "x_scale + piece / 16"),
+    "the row is read before it is there": (
+        "  dependence_wait();\n  float xs[PER];\n",
+        "  float xs[PER];\n",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", BLOCK_FAULTS)
+def test_faults_planted_in_squares_are_caught(fault: str, tmp_path: Path) -> None:
+    tensors, attrs = block_operands(300, 2048, bias=False), {"block": 128, "out_dtype": "bfloat16"}
+    assert caught(planted(tmp_path, BLOCK_FAULTS[fault]), "linear_fp8_block", tensors, attrs, 4e-3)
 
 
 FP8_FAULTS = {

@@ -237,7 +237,6 @@ def test_what_it_does_not_do_is_others() -> None:
     contract, tensors, attrs = decode((5,), 16)
     (kernel,) = (k for k in cuda_kernels("mla_decode_attention") if k.name == "wgmma")
     call = op_call(contract.name, tensors, attrs)
-    assert kernel.untimed
     assert kernel.candidates(call)
     assert not kernel.candidates(replace(call, invariant=True))
     assert not kernel.candidates(replace(call, features=frozenset({"tma", "pdl"})))

@@ -165,7 +165,6 @@ def test_the_model_is_near_what_a_prototype_took(tokens: int, measured: float) -
 def test_what_it_does_not_do_is_others() -> None:
     (kernel,) = (k for k in cuda_kernels("mla_own_attention") if k.name == "wgmma")
     call = _call(300)
-    assert kernel.untimed
     assert kernel.candidates(call)
     assert not kernel.candidates(replace(call, invariant=True))
     assert not kernel.candidates(replace(call, features=frozenset({"tma", "pdl"})))
