@@ -125,10 +125,11 @@ def candidate(call: OpCall, *, give_up: int = 0) -> Candidate:
 
 
 def _pointers(call: OpCall, form: _Form) -> dict[str, Pointer]:
-    """Operands and results by parameter; what the call lacks, and the kernel does not touch, is the row."""
+    """Operands and results by parameter; what the call lacks, and the kernel does not touch, is another of 16 bits."""
     row = "x" if "x" in call.tensors else "gate_up"
+    other = "y" if form.blocks else row
     names = ("weight", "bias", "y", *(() if form.blocks else ("residual", "gain", "residual_out")))
-    found = {name: Pointer(name if name in call.tensors else row) for name in names} | {"x": Pointer(row)}
+    found = {name: Pointer(name if name in call.tensors else other) for name in names} | {"x": Pointer(row)}
     scales = ("weight_scale", "x_scale") if form.blocks else ("weight_scale",) if form.fp8 else ()
     return found | {name: Pointer(name) for name in scales}
 

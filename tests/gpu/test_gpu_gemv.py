@@ -148,6 +148,23 @@ def test_chains_of_8_bits(op: str) -> None:
                 assert error <= allowed, f"{op}: {operand.name} at {N} x {K} is off by {error:.1e}"
 
 
+def test_squares_of_scales() -> None:
+    op, random = "linear_fp8_block", torch.Generator("cuda").manual_seed(2)
+    for N, K in ((5120, 2048), (2048, 4096), (1536, 7168), (300, 640), (24576, 1536), (7168, 16384)):
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, device="cuda", generator=random)
+
+        tensors = {
+            "x": (100 * normal(1, K)).clamp(-448, 448).to(torch.float8_e4m3fn),
+            "x_scale": normal(1, K // 128).abs(),
+            "weight": (60 * normal(N, K)).clamp(-448, 448).to(torch.float8_e4m3fn),
+            "weight_scale": normal(-(-N // 128), K // 128).abs(),
+        }
+        for give_up in (GIVE_UP, 0):
+            _hold(op, tensors, {"block": 128, "out_dtype": "bfloat16"}, give_up=give_up)
+
+
 def _layers(count: int) -> list[tuple[Candidate, OpCall, Tensors]]:
     """o, gate_up, down and the next qkv, again and again, each over what the one before gave."""
     sizes = {
