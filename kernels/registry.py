@@ -88,8 +88,8 @@ class CudaKernel:
         invariant: whether ``emit`` honours :attr:`~.device.OpCall.invariant`.
         features: what the target must have, of ``OpCall.features``.
         applies: whether it handles a call.
-        untimed: whether it was not timed on hardware as it is now. A plan runs such kernels only where it carries
-            several candidates (``plan.candidates``), behind the others, and where they were measured to be faster.
+        tuned_only: whether it was not timed on hardware as it is now, or was slower. A plan runs it only where it
+            carries several candidates (``plan.candidates``), behind the others, and it was measured to be faster.
     """
 
     op: str
@@ -98,7 +98,7 @@ class CudaKernel:
     features: frozenset[str]
     applies: Callable[[OpCall], bool] = field(repr=False)
     invariant: bool = False
-    untimed: bool = False
+    tuned_only: bool = False
 
     def candidates(self, call: OpCall) -> Sequence[Candidate]:
         """Ways to run ``call``, best first; none where the target or the call is not for it."""
@@ -140,12 +140,12 @@ def cuda_kernel(
     features: Sequence[str] = (),
     applies: Callable[[OpCall], bool] | None = None,
     invariant: bool = False,
-    untimed: bool = False,
+    tuned_only: bool = False,
 ) -> Callable[[Emit], Emit]:
     """Register the decorated function as an implementation of ``contract`` for CUDA targets.
 
     Among implementations that apply the one registered first is preferred; ``applies`` keeps them apart. For
-    ``untimed`` see :class:`CudaKernel`.
+    ``tuned_only`` see :class:`CudaKernel`.
     """
 
     def register(emit: Emit) -> Emit:
@@ -153,7 +153,9 @@ def cuda_kernel(
         if any(k.name == name for k in known):
             raise TypeError(f"CUDA kernel {contract.name}/{name} is registered twice")
         always = applies or (lambda call: True)
-        known.append(CudaKernel(contract.name, name, emit, frozenset(features), always, invariant, untimed))
+        known.append(
+            CudaKernel(contract.name, name, emit, frozenset(features), always, invariant, tuned_only)
+        )
         return emit
 
     return register

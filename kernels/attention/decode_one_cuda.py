@@ -34,9 +34,7 @@ def _applies(call: OpCall) -> bool:
     )
 
 
-@cuda_kernel(
-    norm_rope_kv_write_decode_attention, "one", features=("tma", "pdl"), applies=_applies
-)
+@cuda_kernel(norm_rope_kv_write_decode_attention, "one", features=("tma", "pdl"), applies=_applies)
 def decode_one(call: OpCall) -> Sequence[Candidate]:
     """The one way there is."""
     return [candidate(call)]

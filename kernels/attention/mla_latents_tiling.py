@@ -12,9 +12,10 @@ from makeready.kernels.row_tiles import power_of_two
 from makeready.kernels.spec import DTYPE_BYTES
 
 LEAST = 4  # key tiles of a share, at least: leaving and adding a part costs what some tiles do
-# Estimates, timed nowhere: seconds of a launch, of an item around its tiles and of a tile at least, what products
+# Estimates: seconds of a launch, of an item around its tiles and of a tile at least, what products
 # reach of the matrix rate, and how much faster L2 is than memory.
 _LAUNCH, _ITEM, _TILE, _REACHED, _L2 = 3e-6, 2e-6, 7e-7, 0.4, 2.5
+_LONGER = 1.6  # times that: 16 rows of 1,024 keys, 16 heads, took 21 us on one H200
 _SLOW = 0.12  # of the matrix rate, tiles of 32 keys: warps repeat each other's scores
 _FEW = 512  # keys that a row is taken to have where the plan expects no context before a chunk
 
@@ -91,7 +92,7 @@ class Tiling:
             took = share * a_tile + -(-share // tiles) * _ITEM + _LAUNCH + parts
         else:
             took = -(-items // blocks) * (tiles * a_tile + _ITEM)
-        return _LAUNCH + max(took, distinct * tiles * read / call.bandwidth)
+        return _LONGER * (_LAUNCH + max(took, distinct * tiles * read / call.bandwidth))
 
 
 def padded(call: OpCall) -> tuple[int, int]:

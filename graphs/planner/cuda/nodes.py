@@ -55,7 +55,7 @@ def candidates_of(
     """
     made = [_planned(offer, compiled, keys, counters) for offer in offers]
     if made and apart:
-        made.insert(sum(not offer.untimed for offer in offers), PlanCandidate(APART, ()))
+        made.insert(sum(not offer.tuned_only for offer in offers), PlanCandidate(APART, ()))
     return tuple(made)
 
 

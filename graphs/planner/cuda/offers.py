@@ -26,13 +26,13 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True)
 class Offer:
-    """A candidate for a call, the kernels of its launches in order; ``untimed`` as its implementation is."""
+    """A candidate for a call, the kernels of its launches in order; ``tuned_only`` as its implementation is."""
 
     name: str
     call: OpCall
     candidate: Candidate
     kernels: tuple[Kernel, ...]
-    untimed: bool = False
+    tuned_only: bool = False
 
 
 @dataclass
@@ -98,20 +98,20 @@ def _offered(call: OpCall, target: Target, keep: int, optional: bool) -> Iterato
     """All candidates: each implementation's best first, then each one's second.
 
     The implementation whose best offer should take the least time comes first; where one does not know its own, they
-    come in the order of their registration. Untimed ones come last, and where a plan keeps one offer not at all,
-    unless the call must have one.
+    come in the order of their registration. Those for tuning alone come last, and where a plan keeps one offer not at
+    all, unless the call must have one.
     """
     offered = [(kernel, kernel.candidates(call)) for kernel in registry.cuda_kernels(call.op)]
     offered = [(kernel, found) for kernel, found in offered if found]
     if all(found[0].seconds > 0 for _, found in offered):
         offered.sort(key=lambda one: one[1][0].seconds)
-    timed = [one for one in offered if not one[0].untimed]
+    timed = [one for one in offered if not one[0].tuned_only]
     if keep > 1 or not (timed or optional):
-        timed += [one for one in offered if one[0].untimed]
+        timed += [one for one in offered if one[0].tuned_only]
     turns = itertools.zip_longest(*([(kernel, offer) for offer in found] for kernel, found in timed))
     for kernel, candidate in filter(None, itertools.chain.from_iterable(turns)):
         kernels = tuple(_kernel(launch, call, target) for launch in candidate.launches)
-        yield Offer(f"{kernel.name}/{candidate.name}", call, candidate, kernels, kernel.untimed)
+        yield Offer(f"{kernel.name}/{candidate.name}", call, candidate, kernels, kernel.tuned_only)
 
 
 def _joined(offered: Mapping[Key, list[Offer]], alike: Mapping[Key, Hashable]) -> dict[Key, Iterator[Offer]]:
