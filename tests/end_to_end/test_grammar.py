@@ -38,7 +38,7 @@ def grammars(tokenizer: Tokenizer) -> Grammars:
 def begun(grammars: Grammars, **asked: Any) -> Grammar:
     grammar = SamplingParams(**asked).grammar
     assert grammar is not None
-    return grammars.start(*grammar)
+    return grammars.start(grammar)
 
 
 def mask_of(grammar: Grammar) -> np.ndarray:
@@ -238,7 +238,7 @@ def test_threads_share_grammars_whose_states_are_apart(grammars, tokenizer) -> N
     asked = SamplingParams(regex="ab*c").grammar
     assert asked is not None
     with ThreadPoolExecutor(4) as pool:
-        made = list(pool.map(lambda _: grammars.start(*asked), range(8)))
+        made = list(pool.map(lambda _: grammars.start(asked), range(8)))
     a = tokenizer.encode("a", add_special_tokens=False)[0]
     made[0].take(a)
     assert not mask_of(made[0])[a]

@@ -10,8 +10,18 @@ from makeready.engine.sampling import GRAMMARS
 
 _OBJECT = {"type": "object"}
 # Of vLLM's `structured_outputs`, and of its older fields, which begin with `guided_`.
-_VLLM = {"json": "json_schema", "regex": "regex", "choice": "choice", "grammar": "grammar"}
-_GUIDED = {f"guided_{name}": ours for name, ours in _VLLM.items()}
+_GUIDED = {
+    f"guided_{name}": ours
+    for name, ours in (
+        ("json", "json_schema"),
+        ("regex", "regex"),
+        ("choice", "choice"),
+        ("grammar", "grammar"),
+    )
+}
+_VLLM = {name.removeprefix("guided_"): ours for name, ours in _GUIDED.items()} | {
+    "structural_tag": "structural_tag"
+}
 
 FIELDS = ("response_format", "structured_outputs", *_GUIDED, *GRAMMARS)
 
@@ -51,8 +61,11 @@ def _response_format(value: Any) -> dict[str, Any]:
         if isinstance(named, Mapping) and isinstance(named.get("schema"), Mapping | bool):
             return {"json_schema": named["schema"]}
         raise AskError("response_format.json_schema must have a schema, an object", "response_format")
+    if kind == "structural_tag":
+        return {"structural_tag": value}
     raise AskError(
-        "response_format must be an object whose type is text, json_object or json_schema", "response_format"
+        "response_format must be an object whose type is text, json_object, json_schema or structural_tag",
+        "response_format",
     )
 
 
