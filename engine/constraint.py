@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +18,13 @@ class Constraint(Protocol):
 
     def take(self, token: int) -> bool:
         """Take in a token that was sampled; whether none may follow."""
+        ...
+
+    def forced(self) -> Sequence[int]:
+        """The tokens that are sure to come next, which depend on those taken in alone; none where there is a choice.
+
+        From then on each of them is all that :meth:`allow` allows until it was taken in.
+        """
         ...
 
     def allow(self, words: np.ndarray) -> None:

@@ -102,6 +102,8 @@ class Engine:
             self._replies[sequence] = reply
         if sequence.constraint is not None:
             self._constrained.add(sequence)
+            if self.scheduler.forces:
+                sequence.force(begins=True)
 
     def close(self) -> None:
         """End all sequences and give back what the executable holds; does nothing the second time."""
@@ -174,7 +176,7 @@ class Engine:
         try:
             finished = self._read(1)
             for sequence, slot in masked:
-                if sequence.done:
+                if sequence.done or sequence in self._flights[-1].void:
                     continue
                 assert sequence.constraint is not None
                 sequence.constraint.allow(self._mask)
@@ -248,7 +250,21 @@ class Engine:
             if sequence.append(token):
                 ended.append(sequence)
                 kept -= not sequence.output  # of a prompt alone, log-probabilities were asked for
+            elif sequence.constraint is not None and self.scheduler.forces:
+                kept += self._force(sequence, ended)
         return kept
+
+    def _force(self, sequence: TokenSequence, ended: list[TokenSequence]) -> int:
+        """Let a sequence go on with the tokens that are sure to come, in its next step; returns how many."""
+        # A step that is under way samples the first of them.
+        count = sequence.force(least=2 if self._flights else 1)
+        if sequence.done:
+            ended.append(sequence)
+        elif count:
+            self.scheduler.forced(sequence)
+            for later in self._flights:  # samples a token that is known now
+                later.void.add(sequence)
+        return count
 
     def _note_first(self, batch: Batch) -> None:
         """First tokens come with the last chunk of a prompt."""

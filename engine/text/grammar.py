@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,18 +33,35 @@ class Grammar:
 
     def __init__(self, matcher: LLMatcher) -> None:
         self._matcher = matcher
+        self._forced: deque[int] = deque()
         self.error: str | None = None
 
     def copy(self) -> Grammar:
         """The same state, which goes its own way from here."""
-        return Grammar(self._matcher.deep_copy())
+        made = Grammar(self._matcher.deep_copy())
+        made._forced.extend(self._forced)
+        return made
 
     def take(self, token: int) -> bool:
+        if self._forced:
+            expected = self._forced.popleft()
+            assert token == expected, "another token came than the one that was sure to"
         self._matcher.consume_token(token)
         self._check()
         return self._matcher.is_stopped()
 
+    def forced(self) -> Sequence[int]:
+        """The text that is sure to come, as the tokenizer cuts it whatever follows; see :class:`.Constraint`."""
+        if not self._forced and self.error is None:
+            self._forced.extend(self._matcher.compute_ff_tokens())
+            self._check()
+        return self._forced
+
     def allow(self, words: np.ndarray) -> None:
+        if self._forced:
+            words[:] = 0
+            words.view(np.uint32)[self._forced[0] // 32] = 1 << self._forced[0] % 32
+            return
         self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
         self._check()
 
