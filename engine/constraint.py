@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -34,3 +34,20 @@ class Constraint(Protocol):
             words: int32 ``[cdiv(vocabulary, 32)]``; bit i % 32 of word i // 32 is token i's.
         """
         ...
+
+    @classmethod
+    def allow_all(cls, constraints: Sequence[Any], words: np.ndarray, rows: Sequence[int]) -> None:
+        """:meth:`allow` for several of this class, at once where that is faster.
+
+        Args:
+            words: int32 ``[R, cdiv(vocabulary, 32)]``.
+            rows: of ``words``, where the mask of each goes.
+        """
+        ...
+
+
+def allow_all(constraints: Sequence[Constraint], words: np.ndarray) -> None:
+    """Write the mask of each constraint to the row of ``words`` in its place; see :meth:`Constraint.allow_all`."""
+    for kind in dict.fromkeys(map(type, constraints)):
+        rows = [row for row, each in enumerate(constraints) if type(each) is kind]
+        kind.allow_all([constraints[row] for row in rows], words, rows)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from makeready.engine.batch import Batch
+from makeready.engine.constraint import allow_all
 from makeready.engine.errors import RequestError
 from makeready.engine.kv.pools import Pools
 from makeready.engine.options import SchedulerOptions
@@ -77,8 +78,8 @@ class Engine:
         self._replies: dict[TokenSequence, Reply] = {}
         self._following: dict[TokenSequence, Reply] = {}  # of those that ran, what follows the tokens
         self._constrained: set[TokenSequence] = set()  # in the queue or running
-        self._mask = np.zeros(plan.limits.mask_words, np.int32)
-        self._allowed = np.zeros((plan.limits.slots, plan.limits.mask_words), np.int32)  # as slots have it
+        # Masks of a step's rows, and those that slots have.
+        self._masks, self._allowed = np.zeros((2, plan.limits.slots, plan.limits.mask_words), np.int32)
         self.closed = False
         self._ahead = 1 if self.options.overlap and executable.asynchronous else 0
 
@@ -175,17 +176,19 @@ class Engine:
         late: dict[int, Mapping[str, Any]] = {}
         try:
             finished = self._read(1)
-            for sequence, slot in masked:
-                if sequence.done or sequence in self._flights[-1].void:
-                    continue
-                assert sequence.constraint is not None
-                sequence.constraint.allow(self._mask)
-                if sequence.constraint.error is not None:
+            void = self._flights[-1].void
+            rows = [
+                (s, slot, s.constraint) for s, slot in masked if not (s.done or s in void) and s.constraint
+            ]
+            masks = self._masks[: len(rows)]
+            allow_all([constraint for _, _, constraint in rows], masks)
+            for (sequence, slot, constraint), mask in zip(rows, masks, strict=True):
+                if constraint.error is not None:
                     sequence.finish(ERROR)
                     finished.append(sequence)
                     self._ended(sequence)
-                elif not np.array_equal(self._allowed[slot], self._mask):
-                    self._allowed[slot] = self._mask
+                elif not np.array_equal(self._allowed[slot], mask):
+                    self._allowed[slot] = mask
                     late[slot] = {"allowed": self._allowed[slot]}
         finally:
             self.executable.resume(late)

@@ -15,7 +15,7 @@ from makeready.engine.options import SchedulerOptions
 from makeready.engine.reply import Reply
 from makeready.engine.sampling import SamplingParams
 from makeready.engine.sequence import ERROR, LENGTH, STOP, TokenSequence
-from makeready.graphs.plan.spec import Limits
+from makeready.graphs.plan.spec import CacheGroup, CacheSpec, Limits
 
 LIMITS = Limits(max_rows=4, max_tokens=16, context_len=64, page_size=4, vocabulary=VOCABULARY)
 
@@ -49,6 +49,11 @@ class Rule:
             if ones[0] % 11 == 3:
                 break
         return ahead
+
+    @classmethod
+    def allow_all(cls, constraints: Sequence[Rule], words: np.ndarray, rows: Sequence[int]) -> None:
+        for rule, row in zip(constraints, rows, strict=True):
+            rule.allow(words[row])
 
     def allow(self, words: np.ndarray) -> None:
         bits = np.zeros(32 * len(words), np.uint8)
@@ -255,3 +260,33 @@ def test_limits_and_end_tokens_count_among_them(most: int, overlap: bool) -> Non
         stopped = count == len(SPELLED) or (places and count == places[0])
         assert sequence.finish_reason == (STOP if stopped else LENGTH)
         assert other.output == alone([4], 1, 9, ruled=False)
+
+
+GROUPS = {
+    "window": ((CacheGroup("kv", (), 4), CacheGroup("near", (), 4, window=6)), {"kv": 40, "near": 24}),
+    "state": ((CacheGroup("kv", (), 4), CacheGroup("state", (), None)), {"kv": 40, "state": 12}),
+}
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("groups", GROUPS)
+def test_tokens_that_are_sure_to_come_with_windows_and_states(groups: str, overlap: bool) -> None:
+    own, blocks = GROUPS[groups]
+    executable = FakeExecutable(
+        LIMITS, buckets_of(LIMITS), 40, asynchronous=overlap, cache=CacheSpec(4, own), blocks=blocks
+    )
+    engine, sequences = Engine(executable), []
+    for number in range(8):
+        prompt = [*range(9), *([number] * (number % 3))]
+        made = TokenSequence(
+            prompt, SamplingParams(max_new_tokens=30), number, frozenset(), constraint=Spelled(SPELLED)
+        )
+        sequences.append(made)
+        engine.submit(made)
+    while engine.busy:
+        engine.step()
+    for one in sequences:
+        expected: list[int] = []
+        for token in SPELLED:
+            expected.append(sample(fold([*one.prompt, *expected]), one.seed) if token is None else token)
+        assert one.output == expected
