@@ -17,8 +17,6 @@ from makeready.engine.text.tokenizer import Tokenizer
 # nothing else write blanks until their limit.
 BLANKS = r" |\n {0,40}"
 ANY = "/(?s:.)*/"
-
-
 Behind = Mapping["str | int", str]  # of a marker, or the id of a token, the expression of what follows it
 
 
@@ -109,10 +107,6 @@ class Lark:
         """This text, with tokens where the tokenizer has them; or the token of this id."""
         return " ".join(map(_spelled, self._parts(text))) or '""'
 
-    def any(self, texts: Iterable[str]) -> str:
-        """One of these texts."""
-        return f"({' | '.join(map(self.text, texts))})"
-
     def free(
         self, behind: Behind | None = None, barred: Sequence[str] = (), first: Sequence[str] = ()
     ) -> str:
@@ -163,7 +157,7 @@ class Lark:
         """Text of a pattern, without any token."""
         return self.terminal(_without(body, barred))
 
-    def up_to(self, end: str, body: str = ANY, barred: Sequence[str] = ()) -> str:
+    def up_to(self, end: str | int, body: str = ANY, barred: Sequence[str] = ()) -> str:
         """Text of a pattern without any token, and what ends it the first time that it stands there."""
         return f"({' | '.join(self._cases({end: ''}, barred, body))})"
 

@@ -297,7 +297,7 @@ class _Tags:
 
 
 def _type_of(form: Any) -> str:
-    name = form.get("type") if isinstance(form, Mapping) else None
+    name = str(form.get("type")) if isinstance(form, Mapping) else ""
     if name not in _OPEN and name not in _CLOSED and name not in ("or", "optional", "sequence"):
         known = sorted({*_OPEN, *_CLOSED})
         raise RequestError(

@@ -23,7 +23,7 @@ __all__ = ["checkpoint"]  # a fixture
 PLAIN, SHOTS = (
     "".join(
         f"<|im_start|>user\nDescribe {name}.<|im_end|>\n<|im_start|>assistant\n"
-        f"{thought.format(name)}{{\"name\": \"{name}\"}}<|im_end|>\n"
+        f'{thought.format(name)}{{"name": "{name}"}}<|im_end|>\n'
         for name in ("Rome", "Oslo", "Lima")
     )
     for thought in ("", "<think>\n{} is a city.\n</think>\n\n")
@@ -125,7 +125,13 @@ def test_batches_of_openai_bodies(checkpoint, capfd) -> None:
     for number, schema in enumerate(SCHEMAS[1:2]):
         for mode in MODES:
             form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
-            body = {"model": "m", "messages": ASKED, "response_format": form, "temperature": 0, "max_tokens": 70}
+            body = {
+                "model": "m",
+                "messages": ASKED,
+                "response_format": form,
+                "temperature": 0,
+                "max_tokens": 70,
+            }
             body["chat_template_kwargs"] = {"mode": mode}
             ask = {"custom_id": f"{number} {mode}", "method": "POST", "url": "/v1/chat/completions"}
             rows.append(ask | {"body": body})

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from makeready.engine.text.lark import Lark
+from makeready.engine.text.lark import Behind, Lark
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Written:
     """
 
     calls: str
-    behind: Mapping[str, str] = field(default_factory=dict)
+    behind: Behind = field(default_factory=dict)
     unmarked: str = ""
     others: Sequence[str] = ()
 
