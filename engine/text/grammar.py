@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from makeready.engine.errors import RequestError
-from makeready.engine.text.lark import BLANKS, Markers
+from makeready.engine.text.lark import BLANKS, Markers, check_optional
 from makeready.engine.text.message_grammar import MessageGrammar
 from makeready.engine.text.structural_tag import structural_tag
 
@@ -197,6 +197,7 @@ def _raise(kind: str, error: str) -> None:
 def _json(schema: Any) -> str:
     from llguidance import LLMatcher
 
+    check_optional(schema)
     return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": BLANKS})
 
 

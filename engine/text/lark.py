@@ -11,12 +11,14 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from makeready.engine.errors import RequestError
 from makeready.engine.text.tokenizer import Tokenizer
 
 # Between two tokens of JSON: a space, or a line break and an indentation. Without a bound, models that may write
 # nothing else write blanks until their limit.
 BLANKS = r" |\n {0,40}"
 ANY = "/(?s:.)*/"
+MOST_OPTIONAL = 2_000  # properties of an object that may be missing: time grows with their square, 5 s for 5,000
 Behind = Mapping["str | int", str]  # of a marker, or the id of a token, the expression of what follows it
 
 
@@ -95,6 +97,7 @@ class Lark:
     def json(self, schema: Any) -> str:
         """JSON of a schema."""
         schema = schema if isinstance(schema, Mapping) else {} if schema else {"enum": []}
+        check_optional(schema)
         return self.rule(f"%json {json.dumps({**schema, 'x-guidance': {'whitespace_pattern': BLANKS}})}")
 
     def side(self, lark: str) -> str:
@@ -182,6 +185,29 @@ class Lark:
 
     def _parts(self, marker: str | int) -> list[str | int]:
         return [marker] if isinstance(marker, int) else self.markers.parts(marker)
+
+
+def check_optional(schema: Any) -> None:
+    """Refuse schemas that take too long to compile.
+
+    Raises:
+        RequestError: an object has too many properties that may be missing.
+    """
+    if isinstance(schema, list):
+        for each in schema:
+            check_optional(each)
+    if not isinstance(schema, Mapping):
+        return
+    properties, required = schema.get("properties"), schema.get("required")
+    if isinstance(properties, Mapping):
+        optional = len(properties) - (len(required) if isinstance(required, list) else 0)
+        if optional > MOST_OPTIONAL:
+            raise RequestError(
+                f"an object of the schema has {optional:,} properties that may be missing, at most {MOST_OPTIONAL:,} "
+                "are read; require some or split it"
+            )
+    for each in schema.values():
+        check_optional(each)
 
 
 def _without(body: str, barred: Sequence[str]) -> str:

@@ -180,6 +180,10 @@ def test_blanks_between_tokens_of_json_are_bounded(grammars, tokenizer) -> None:
         ({"ebnf": "root ::= missing"}, "ebnf cannot be (enforced|read)"),
         ({"ebnf": "no rules"}, "ebnf cannot be read"),
         ({"lark": "start: missing"}, "lark cannot be enforced: .*missing"),
+        (
+            {"json_schema": {"items": {"type": "object", "properties": {f"p{i}": {} for i in range(5000)}}}},
+            "has 5,000 properties that may be missing, at most 2,000",
+        ),
         ({"regex": "a" * 2**21}, "regex has 2,097,15. characters, at most 1,048,576"),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
