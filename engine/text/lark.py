@@ -18,7 +18,9 @@ from makeready.engine.text.tokenizer import Tokenizer
 # nothing else write blanks until their limit.
 BLANKS = r" |\n {0,40}"
 ANY = "/(?s:.)*/"
-MOST_OPTIONAL = 2_000  # properties of an object that may be missing: time grows with their square, 5 s for 5,000
+MOST_OPTIONAL = (
+    2_000  # properties of an object that may be missing: time grows with their square, 5 s for 5,000
+)
 Behind = Mapping["str | int", str]  # of a marker, or the id of a token, the expression of what follows it
 
 

@@ -40,7 +40,7 @@ def _rules(tools: Sequence[Tool], parallel: bool, lark: Lark) -> Written:
     more = f'(", " {call})* "]"' if parallel else '"]"'
     listed = lark.rule(f'"[" {call} {more}')
     lines = f'{call} ("\\n" {call})*' if parallel else call
-    behind = {
+    behind: dict[str | int, str] = {
         opening: lark.rule(f"{lines if opening == LINES else listed} {lark.text(closing)}")
         for opening, closing in MARKERS.items()
     }
