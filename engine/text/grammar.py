@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from makeready.engine.errors import RequestError
-from makeready.engine.text.lark import BLANKS, Markers, check_optional
+from makeready.engine.text.lark import Markers, check_optional, with_blanks
 from makeready.engine.text.message_grammar import MessageGrammar
 from makeready.engine.text.structural_tag import structural_tag
 
@@ -198,7 +198,7 @@ def _json(schema: Any) -> str:
     from llguidance import LLMatcher
 
     check_optional(schema)
-    return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": BLANKS})
+    return LLMatcher.grammar_from_json_schema(with_blanks(schema))
 
 
 def _lark(grammar: str) -> str:

@@ -100,7 +100,7 @@ class Lark:
         """JSON of a schema."""
         schema = schema if isinstance(schema, Mapping) else {} if schema else {"enum": []}
         check_optional(schema)
-        return self.rule(f"%json {json.dumps({**schema, 'x-guidance': {'whitespace_pattern': BLANKS}})}")
+        return self.rule(f"%json {json.dumps(with_blanks(schema))}")
 
     def side(self, lark: str) -> str:
         """A grammar with names of its own."""
@@ -187,6 +187,14 @@ class Lark:
 
     def _parts(self, marker: str | int) -> list[str | int]:
         return [marker] if isinstance(marker, int) else self.markers.parts(marker)
+
+
+def with_blanks(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """A schema with :data:`BLANKS`, unless its own ``x-guidance`` says how its JSON is written."""
+    own = schema.get("x-guidance")
+    own = dict(own) if isinstance(own, Mapping) else {}
+    flexible = own.get("whitespace_flexible") is not False
+    return {**schema, "x-guidance": ({"whitespace_pattern": BLANKS} if flexible else {}) | own}
 
 
 def check_optional(schema: Any) -> None:

@@ -15,6 +15,7 @@ import pytest
 from smollm2 import smollm2
 
 from makeready.engine.errors import RequestError
+from makeready.engine.protocol.openai.structured import grammar_of
 from makeready.engine.sampling import SamplingParams
 from makeready.engine.text.grammar import Grammar, Grammars, check_grammar
 from makeready.engine.text.tokenizer import Tokenizer, load_tokenizer
@@ -101,6 +102,20 @@ def test_json_of_a_schema_passes_in_every_layout_and_no_other(grammars, tokenize
             jsonschema.validate(instance, PERSON)
         text = json.dumps(instance, ensure_ascii=False, **layout)
         assert not accepts(grammars, tokenizer, text, json_schema=PERSON), text
+
+
+def test_a_schema_may_ask_for_one_line(grammars, tokenizer) -> None:
+    body = {"structured_outputs": {"json": PERSON, "disable_any_whitespace": True}}
+    asked = grammar_of(body)
+    for instance in VALID:
+        assert accepts(grammars, tokenizer, json.dumps(instance, ensure_ascii=False), **asked)
+        assert not accepts(grammars, tokenizer, json.dumps(instance, indent=1), **asked)
+    grammar = begun(grammars, **asked)
+    assert (
+        tokenizer.decode(list(grammar.forced()))
+        == '{"name": "'[: len(tokenizer.decode(list(grammar.forced())))]
+    )
+    assert len(grammar.forced()) > 2
 
 
 SCHEMAS = [
