@@ -204,7 +204,9 @@ class Engine:
 
     def _tell(self, sequence: TokenSequence, computed: int) -> None:
         """Write a sequence's slot on the device."""
-        pages = self.scheduler.seats.page_lists(sequence.slot)
+        seats = self.scheduler.seats
+        pages = seats.page_lists(sequence.slot)
+        seats.told_S[sequence.slot] = seats.held_S[sequence.slot]  # those that it grew by are among them
         self.executable.write_slot(
             sequence.slot, slot_values(sequence, computed, pages, self.executable.plan)
         )

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from makeready.engine.text.tokenizer import Tokenizer
 
-MANY = 32  # rows whose masks threads compute
+MANY = 128  # rows from which on threads compute masks
 LONGEST = 2**20  # characters of a grammar
 _KEPT = 64  # grammars that were compiled last
 
