@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -19,6 +20,13 @@ class Constraint(Protocol):
         """Take in a token that was sampled; whether none may follow."""
         ...
 
+    def forced(self) -> Sequence[int]:
+        """The tokens that are sure to come next, which depend on those taken in alone; none where there is a choice.
+
+        From then on each of them is all that :meth:`allow` allows until it was taken in.
+        """
+        ...
+
     def allow(self, words: np.ndarray) -> None:
         """Write the mask of tokens that may follow.
 
@@ -26,3 +34,20 @@ class Constraint(Protocol):
             words: int32 ``[cdiv(vocabulary, 32)]``; bit i % 32 of word i // 32 is token i's.
         """
         ...
+
+    @classmethod
+    def allow_all(cls, constraints: Sequence[Any], words: np.ndarray, rows: Sequence[int]) -> None:
+        """:meth:`allow` for several of this class, at once where that is faster.
+
+        Args:
+            words: int32 ``[R, cdiv(vocabulary, 32)]``.
+            rows: of ``words``, where the mask of each goes.
+        """
+        ...
+
+
+def allow_all(constraints: Sequence[Constraint], words: np.ndarray) -> None:
+    """Write the mask of each constraint to the row of ``words`` in its place; see :meth:`Constraint.allow_all`."""
+    for kind in dict.fromkeys(map(type, constraints)):
+        rows = [row for row, each in enumerate(constraints) if type(each) is kind]
+        kind.allow_all([constraints[row] for row in rows], words, rows)

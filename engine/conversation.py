@@ -12,7 +12,7 @@ from makeready.engine.text.chat import choose_template, read_template, render_ch
 from makeready.engine.text.formats.base import AUTO, NONE, check_parsers, format_of
 from makeready.engine.text.formats.rules import tool_of
 from makeready.engine.text.formats.scan import Reading
-from makeready.engine.text.message_grammar import message_grammar, spelling
+from makeready.engine.text.message_grammar import MessageGrammar
 from makeready.engine.text.tokenizer import Tokenizer
 from makeready.engine.tools import check_tools, forced_tools
 
@@ -68,17 +68,20 @@ class Parsers:
                 "tool_call_parser, or none to leave calls in the text"
             )
         must = forced_tools(tools, tool_choice)
-        if must and (form.calls is None or form.calls.rules is None):
-            name = "none" if form.calls is None else form.calls.name
-            raise RequestError(
-                f'tool_choice: calls of the format {name} cannot be forced; use "auto", or another tool_call_parser'
-            )
         form = form if calls else form.without_calls()
+        opened, parallel = form.opened(text), parallel_tool_calls is not False
+        usable = tuple(map(tool_of, must or (tools if calls else None) or ()))
+        several = parallel and (tool_choice == "required" or not must)
+        grammar = MessageGrammar(form, opened, usable, bool(must), several)
+        if grammar.binds and (form.calls is None or not form.has_rules):
+            name, asked = (
+                "none" if form.calls is None else form.calls.name,
+                "tool_choice" if must else "strict",
+            )
+            raise RequestError(
+                f"{asked}: calls of the format {name} follow no grammar; leave it out, or name another "
+                "tool_call_parser"
+            )
         if not (form.reasoning or form.calls or form.whole):
             return text, None
-        opened, parallel = form.opened(text), parallel_tool_calls is not False
-        grammar = ""
-        if must:
-            several = parallel and tool_choice == "required"
-            grammar = message_grammar(form, opened, [*map(tool_of, must)], several, spelling(tokenizer))
         return text, Reading(form, tuple(tools or ()), opened, parallel, grammar)

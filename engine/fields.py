@@ -144,15 +144,27 @@ def filled(name: str, value: Any) -> str:
 
 def schema(name: str, value: Any) -> Mapping[str, Any]:
     """A JSON schema: an object, or its text; true is the schema of all values, ``{}``."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise RequestError(f"{name}={shown(value)} is no JSON: {error}; correct it") from None
-    if value is True:
-        return {}
+    value = _read(name, value)
+    return _object(name, {} if value is True else value, "a JSON schema: an object, or its text")
+
+
+def json_object(name: str, value: Any) -> Mapping[str, Any]:
+    """An object of JSON, or its text."""
+    return _object(name, _read(name, value), "an object, or its text")
+
+
+def _read(name: str, value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{name}={shown(value)} is no JSON: {error}; correct it") from None
+
+
+def _object(name: str, value: Any, kind: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise RequestError(f"{name}={shown(value)} must be a JSON schema: an object, or its text")
+        raise RequestError(f"{name}={shown(value)} must be {kind}")
     try:
         return json.loads(json.dumps(dict(value), allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:

@@ -13,6 +13,7 @@ from makeready.engine.errors import RequestError
 from makeready.engine.fields import plain, shown, whole
 from makeready.engine.sampling import GRAMMARS, SamplingParams
 from makeready.engine.text.tokenizer import LONG
+from makeready.engine.tools import has_strict
 
 Sampling = SamplingParams | Mapping[str, Any] | None
 
@@ -58,7 +59,8 @@ def has_grammar(sampling: Any, template: Mapping[str, Any] | None = None) -> boo
     Args:
         template: of a conversation, what else its prompt and its answer are made with; a call may be forced there.
     """
-    if (template or {}).get("tool_choice") not in (None, "auto", "none"):
+    said = template or {}
+    if said.get("tool_choice") not in (None, "auto", "none") or has_strict(said.get("tools")):
         return True
     if isinstance(sampling, SamplingParams):
         return sampling.grammar is not None

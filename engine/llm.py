@@ -381,17 +381,15 @@ class LLM:
         ]
 
     def _grammar(self, sampling: SamplingParams, reading: Reading | None) -> Grammar | None:
-        """What an output has to follow: a field of ``sampling``, or a call that was asked for."""
-        asked = sampling.grammar
-        if reading is not None and reading.grammar:
-            if asked is not None:
-                raise RequestError(f"{asked[0]} and tool_choice cannot both hold; give one of them")
-            asked = "lark", reading.grammar
-        if asked is None:
+        """What an output has to follow: a field of ``sampling``, behind reasoning; calls, forced or strict."""
+        asked, message = sampling.grammar, None if reading is None else reading.grammar
+        if asked is None and (message is None or not message.binds):
             return None
+        if asked is not None and message is not None and message.forced:
+            raise RequestError(f"{asked[0]} and tool_choice cannot both hold; give one of them")
         self._prompts.tokenizer_for("an output that follows a grammar")
         assert self._grammars is not None
-        return self._grammars.start(*asked)
+        return self._grammars.start(asked, message)
 
     @property
     def end_ids(self) -> tuple[int, ...]:

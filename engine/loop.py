@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from makeready.engine.batch import Batch
+from makeready.engine.constraint import allow_all
 from makeready.engine.errors import RequestError
 from makeready.engine.kv.pools import Pools
 from makeready.engine.options import SchedulerOptions
@@ -77,8 +78,8 @@ class Engine:
         self._replies: dict[TokenSequence, Reply] = {}
         self._following: dict[TokenSequence, Reply] = {}  # of those that ran, what follows the tokens
         self._constrained: set[TokenSequence] = set()  # in the queue or running
-        self._mask = np.zeros(plan.limits.mask_words, np.int32)
-        self._allowed = np.zeros((plan.limits.slots, plan.limits.mask_words), np.int32)  # as slots have it
+        # Masks of a step's rows, and those that slots have.
+        self._masks, self._allowed = np.zeros((2, plan.limits.slots, plan.limits.mask_words), np.int32)
         self.closed = False
         self._ahead = 1 if self.options.overlap and executable.asynchronous else 0
 
@@ -102,6 +103,8 @@ class Engine:
             self._replies[sequence] = reply
         if sequence.constraint is not None:
             self._constrained.add(sequence)
+            if self.scheduler.forces:
+                sequence.force(begins=True)
 
     def close(self) -> None:
         """End all sequences and give back what the executable holds; does nothing the second time."""
@@ -173,17 +176,19 @@ class Engine:
         late: dict[int, Mapping[str, Any]] = {}
         try:
             finished = self._read(1)
-            for sequence, slot in masked:
-                if sequence.done:
-                    continue
-                assert sequence.constraint is not None
-                sequence.constraint.allow(self._mask)
-                if sequence.constraint.error is not None:
+            void = self._flights[-1].void
+            rows = [
+                (s, slot, s.constraint) for s, slot in masked if not (s.done or s in void) and s.constraint
+            ]
+            masks = self._masks[: len(rows)]
+            allow_all([constraint for _, _, constraint in rows], masks)
+            for (sequence, slot, constraint), mask in zip(rows, masks, strict=True):
+                if constraint.error is not None:
                     sequence.finish(ERROR)
                     finished.append(sequence)
                     self._ended(sequence)
-                elif not np.array_equal(self._allowed[slot], self._mask):
-                    self._allowed[slot] = self._mask
+                elif not np.array_equal(self._allowed[slot], mask):
+                    self._allowed[slot] = mask
                     late[slot] = {"allowed": self._allowed[slot]}
         finally:
             self.executable.resume(late)
@@ -199,7 +204,9 @@ class Engine:
 
     def _tell(self, sequence: TokenSequence, computed: int) -> None:
         """Write a sequence's slot on the device."""
-        pages = self.scheduler.seats.page_lists(sequence.slot)
+        seats = self.scheduler.seats
+        pages = seats.page_lists(sequence.slot)
+        seats.told_S[sequence.slot] = seats.held_S[sequence.slot]  # those that it grew by are among them
         self.executable.write_slot(
             sequence.slot, slot_values(sequence, computed, pages, self.executable.plan)
         )
@@ -248,7 +255,21 @@ class Engine:
             if sequence.append(token):
                 ended.append(sequence)
                 kept -= not sequence.output  # of a prompt alone, log-probabilities were asked for
+            elif sequence.constraint is not None and self.scheduler.forces:
+                kept += self._force(sequence, ended)
         return kept
+
+    def _force(self, sequence: TokenSequence, ended: list[TokenSequence]) -> int:
+        """Let a sequence go on with the tokens that are sure to come, in its next step; returns how many."""
+        # A step that is under way samples the first of them.
+        count = sequence.force(least=2 if self._flights else 1)
+        if sequence.done:
+            ended.append(sequence)
+        elif count:
+            self.scheduler.forced(sequence)
+            for later in self._flights:  # samples a token that is known now
+                later.void.add(sequence)
+        return count
 
     def _note_first(self, batch: Batch) -> None:
         """First tokens come with the last chunk of a prompt."""

@@ -39,6 +39,9 @@ class SchedulerOptions:
         deterministic: what a request gets depends on itself alone, to the last bit: tokens and log-probabilities
             are the same in every batch, however its prompt is cut, from the cache or computed again. Needs a
             plan that was compiled so.
+        forced_tokens: where a grammar leaves one way to go on, its tokens are taken without a choice, as the
+            tokenizer cuts their text, and run in one step; they have no log-probabilities, so that requests for
+            these run them one by one. Else the model chooses among all tokens that spell that text.
         new_token_ratio: the share of what running requests may still generate for which pages are kept free
             when one is admitted; 1 never takes pages from a running request again. The share falls by and
             by to ``min_new_token_ratio`` as long as pages suffice, and rises when they did not.
@@ -60,6 +63,7 @@ class SchedulerOptions:
     prefix_cache: bool = True
     eviction: str = "lru"
     deterministic: bool = False
+    forced_tokens: bool = True
     new_token_ratio: float = 0.7
     min_new_token_ratio: float = 0.1
 
@@ -75,7 +79,7 @@ class SchedulerOptions:
                     f"scheduler.{name}={value!r} is out of range; give a whole number of at least {least}"
                     + (", or null" if name in _OPTIONAL else "")
                 )
-        for name in ("overlap", "prefix_cache", "deterministic"):
+        for name in ("overlap", "prefix_cache", "deterministic", "forced_tokens"):
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(
                     f"scheduler.{name}={getattr(self, name)!r} is no switch; give true or false"

@@ -9,7 +9,18 @@ from typing import Any
 
 from makeready.engine import fields as fields_module
 from makeready.engine.errors import RequestError
-from makeready.engine.fields import biases, boolean, filled, number, optional, schema, texts, token_ids, whole
+from makeready.engine.fields import (
+    biases,
+    boolean,
+    filled,
+    json_object,
+    number,
+    optional,
+    schema,
+    texts,
+    token_ids,
+    whole,
+)
 from makeready.graphs.plan.spec import INPUT_LOGPROBS, Limits
 
 
@@ -47,6 +58,7 @@ class SamplingParams:
         ebnf: the output follows this grammar in llama.cpp's GBNF.
         lark: the output follows this grammar in llguidance's dialect of Lark.
         choice: the output is one of these texts.
+        structural_tag: the output is text with parts of a form, as xgrammar describes them: an object, or its text.
     """
 
     max_new_tokens: int = 128
@@ -75,6 +87,7 @@ class SamplingParams:
     ebnf: str | None = None
     lark: str | None = None
     choice: Sequence[str] = ()
+    structural_tag: Mapping[str, Any] | str | None = None
 
     def __post_init__(self) -> None:
         for name, check in CHECKS.items():
@@ -160,7 +173,7 @@ class SamplingParams:
         return (first + sample * 0x9E3779B97F4A7C15) % 2**63  # odd constant: no two samples below 2**63 alike
 
 
-GRAMMARS = ("json_schema", "regex", "ebnf", "lark", "choice")
+GRAMMARS = ("json_schema", "regex", "ebnf", "lark", "choice", "structural_tag")
 
 _MOST_BIAS = 1e6  # decides any choice, and is far from the end of float32
 MOST_STOPS, LONGEST_STOP = 128, 1024  # every token's text is held against all of them
@@ -195,4 +208,5 @@ CHECKS: Mapping[str, fields_module.Checker] = {
     "ebnf": optional(filled),
     "lark": optional(filled),
     "choice": texts(MOST_CHOICES, LONGEST_CHOICE),
+    "structural_tag": optional(json_object),
 }

@@ -12,6 +12,7 @@ get at most is known. Only whether it ends before that is learned later, when re
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -83,6 +84,7 @@ class Scheduler:
         self._decoding: list[TokenSequence] = []
         self._slots = np.zeros(0, np.int64)  # of _decoding
         self._prefilling: list[TokenSequence] = []
+        self._forced: list[TokenSequence] = []  # generating, with tokens that are known and not run
         self._ratio = options.new_token_ratio
         self._retractions = 0  # for the step that is being chosen
         self._steps_without_prompts = options.decode_interval
@@ -121,14 +123,15 @@ class Scheduler:
             self._slots = _STALE  # which rows may have come to their end changes with every result
         self._relax()
         self._grow()
-        chunks: list[Chunk] = []
+        chunks = self._force()
         admitted: list[TokenSequence] = []
         # Tokens per second of a step with few prompt tokens and of one with many differ little, the time until
         # it ends does: decode_interval says how often those who generate wait for the longer one.
+        forced = len(chunks)
         if not self._decoding or self._steps_without_prompts >= self.options.decode_interval:
-            chunks = self._continue()
+            self._continue(chunks)
             admitted = self._admit(chunks)
-        self._steps_without_prompts = 0 if chunks else self._steps_without_prompts + 1
+        self._steps_without_prompts = 0 if len(chunks) > forced else self._steps_without_prompts + 1
         self._collect()
         if not self._decoding and not chunks:
             return None
@@ -149,7 +152,7 @@ class Scheduler:
                 chunk.kind.launched(chunk)
             if chunk.last:
                 seats.left_S[sequence.slot] -= 1
-                self._prefilling.remove(sequence)
+                (self._prefilling if sequence in self._prefilling else self._forced).remove(sequence)
                 self.running[sequence] = True
                 self._slots = _STALE
                 if not seats.left_S[sequence.slot]:
@@ -168,6 +171,20 @@ class Scheduler:
         seats.ran(slots)
         for chunk in chunks if seats.states else ():
             seats.share(chunk.sequence, chunk.start + chunk.count)
+
+    @property
+    def forces(self) -> bool:
+        """Whether generating rows may go on with tokens that nobody sampled for them."""
+        return self.options.forced_tokens and self._gain == 1
+
+    def forced(self, sequence: TokenSequence) -> None:
+        """A sequence has tokens that nobody sampled; what is being sampled for it counts for nothing."""
+        if sequence.slot < 0 or not self.running.get(sequence):
+            return  # waits, or has only known tokens to run as it is
+        self.running[sequence] = False
+        self._forced.append(sequence)
+        self.seats.left_S[sequence.slot] = sequence.left
+        self._slots = _STALE
 
     def learned(self, batch: Batch, counts: np.ndarray) -> None:
         """By how much a step lengthened the generating rows, where only the device knew.
@@ -238,7 +255,10 @@ class Scheduler:
     def _grow(self) -> None:
         while True:
             self._collect()
-            short = self.seats.short(self._slots)
+            slots = self._slots
+            if self._forced:
+                slots = np.append(slots, [sequence.slot for sequence in self._forced])
+            short = self.seats.short(slots)
             if not len(short):
                 return
             if len(short) <= self.seats.available:
@@ -246,15 +266,24 @@ class Scheduler:
             self._retract(min(self._seated(), key=self._worth))
         self.seats.grow(short)
 
-    def _continue(self) -> list[Chunk]:
-        """Chunks of prompts that are partly computed: all of them, or as much as a step holds."""
+    def _force(self) -> list[Chunk]:
+        """Chunks of tokens that nobody sampled, as far as a page more holds them: a step tells of one."""
         chunks: list[Chunk] = []
+        for sequence in self._forced:
+            chunk = self._chunk(sequence, chunks)
+            count = min(chunk.count, self.seats.room_for(sequence.slot, chunk.count))
+            if count:
+                chunks.append(replace(chunk, count=count, last=chunk.last and count == chunk.count))
+                self._share(chunks)
+        return chunks
+
+    def _continue(self, chunks: list[Chunk]) -> None:
+        """Add chunks of prompts that are partly computed: all of them, or as much as a step holds."""
         for sequence in self._prefilling:
             chunk = self._chunk(sequence, chunks)
             if chunk.count:
                 self._share(chunks)
                 chunks.append(chunk)
-        return chunks
 
     def _admit(self, chunks: list[Chunk]) -> list[TokenSequence]:
         """Admit sequences and add their first chunks; one that does not fit keeps all behind it waiting."""
@@ -286,7 +315,7 @@ class Scheduler:
                 return False
         self.waiting.admitted(sequence)
         if not sequence.retractions:
-            sequence.cached_tokens = int(seats.least_S[sequence.slot])
+            sequence.cached_tokens = min(int(seats.least_S[sequence.slot]), len(sequence.prompt))
         self.running[sequence] = False
         self._prefilling.append(sequence)
         return True
@@ -321,8 +350,9 @@ class Scheduler:
     def _unseat(self, sequence: TokenSequence) -> None:
         if sequence.slot >= 0:
             self.seats.leave(sequence)
-        if sequence in self._prefilling:
-            self._prefilling.remove(sequence)
+        for listed in (self._prefilling, self._forced):
+            if sequence in listed:
+                listed.remove(sequence)
         del self.running[sequence]
         self._slots = _STALE
 
@@ -373,7 +403,7 @@ class Scheduler:
         A step costs about as much as its bucket has tokens, and at least as much as ``max_rows`` of them.
         The generating rows run in the next step anyway.
         """
-        if not chunks or asked_kind(chunks):
+        if not chunks or asked_kind(chunks) or chunks[-1].sequence in self._forced:
             return
         self._collect()
         last, decoding = chunks[-1], len(self._decoding)

@@ -199,6 +199,13 @@ class Seats:
         for pool, own in zip(self.pools.full, self.pages_SP, strict=False):
             own[slots, at] = self._take(pool, len(at))
 
+    def room_for(self, slot: int, count: int) -> int:
+        """Of ``count`` tokens behind a row's, how many have pages; one is taken for them if it can be had."""
+        tokens, held = int(self.least_S[slot]) + count, int(self.held_S[slot])
+        if self.pools.full and tokens > held * self._size and held == self.told_S[slot] and self.available:
+            self.grow(np.array([slot]))
+        return count - max(0, tokens - int(self.held_S[slot]) * self._size) if self.pools.full else count
+
     def news(self, slots: np.ndarray, width: int) -> tuple[np.ndarray, list[np.ndarray]] | None:
         """Pages of these rows that the device is to be told of in the step being staged, ``width`` at most.
 

@@ -154,6 +154,22 @@ class TokenSequence:
             return False
         return self._ends(token)
 
+    def force(self, least: int = 1, *, begins: bool = False) -> int:
+        """Take in the tokens that are sure to come, which may end it; returns how many.
+
+        Args:
+            least: fewer are left to be sampled.
+            begins: it has not run yet, and shall: one that may end it is left to be sampled.
+        """
+        assert self.constraint is not None
+        tokens, before = tuple(self.constraint.forced()), len(self.output)
+        if self.sampling.return_logprob or len(tokens) < least:
+            return 0
+        for token in tokens[: min(len(tokens), self.left) - 1 if begins else None]:
+            if (begins and token in self.end_ids) or self.append(token):
+                break
+        return len(self.output) - before
+
     def _ends(self, token: int) -> bool:
         """Whether the last token that was taken in does end it; it may be held back, or not wanted at all."""
         sampling, output = self.sampling, self.output

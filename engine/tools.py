@@ -28,7 +28,7 @@ def check_tools(tools: Any, tool_choice: Any = None, parallel_tool_calls: Any = 
         raise RequestError(f"tools={shown(tools)} must be a list of functions; write [{_REMEDY}]")
     forced = tool_choice == "required" or isinstance(tool_choice, Mapping)
     for place, tool in enumerate(tools or ()):
-        _check_tool(f"tools[{place}]", tool, forced)
+        _check_tool(f"tools[{place}]", tool)
     if parallel_tool_calls is not None:
         boolean("parallel_tool_calls", parallel_tool_calls)
     if not forced and tool_choice not in (None, "auto", "none"):
@@ -43,6 +43,16 @@ def check_tools(tools: Any, tool_choice: Any = None, parallel_tool_calls: Any = 
     return bool(tools) and tool_choice != "none"
 
 
+def has_strict(tools: Any) -> bool:
+    """Whether any tool has to be called with arguments of its schema; what is wrong with tools is said elsewhere."""
+    said = [tool.get("function", tool) for tool in _listed(tools) if isinstance(tool, Mapping)]
+    return any(isinstance(function, Mapping) and function.get("strict") is True for function in said)
+
+
+def _listed(tools: Any) -> Any:
+    return tools if isinstance(tools, list | tuple) else ()
+
+
 def forced_tools(tools: Any, tool_choice: Any) -> tuple[Any, ...]:
     """The tools of which one has to be called; none where none has."""
     if isinstance(tool_choice, Mapping):
@@ -52,7 +62,7 @@ def forced_tools(tools: Any, tool_choice: Any) -> tuple[Any, ...]:
     return tuple(tools or ()) if tool_choice == "required" else ()
 
 
-def _check_tool(name: str, tool: Any, forced: bool) -> None:
+def _check_tool(name: str, tool: Any) -> None:
     if not isinstance(tool, Mapping) or tool.get("type", "function") != "function":
         raise RequestError(f"{name}={shown(tool)} must be a function; write {_REMEDY}")
     function = tool.get("function", tool)
@@ -60,8 +70,5 @@ def _check_tool(name: str, tool: Any, forced: bool) -> None:
         raise RequestError(f"{name} needs a function with a name; write {_REMEDY}")
     if not isinstance(function.get("parameters") or {}, Mapping):
         raise RequestError(f"parameters of {name} must be a JSON schema, not {shown(function['parameters'])}")
-    if function.get("strict") and not forced:
-        raise RequestError(
-            f'strict of {name} promises arguments of its schema, which is kept where tool_choice is "required" or a '
-            "function; leave it out"
-        )
+    if function.get("strict") is not None:
+        boolean(f"strict of {name}", function["strict"])

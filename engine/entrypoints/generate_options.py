@@ -27,7 +27,7 @@ FORMATS = ("auto", "rows", "openai")  # of batch rows
 
 # Lists of texts, and whether backslashes in them are escapes; and texts that stand as they are typed.
 _TEXTS = {"stop": {"texts": True}, "stop_regex": {"texts": False}, "choice": {"texts": True}}
-_TEXTS |= {name: {"literal": True} for name in ("json_schema", "regex", "ebnf", "lark")}
+_TEXTS |= {name: {"literal": True} for name in ("json_schema", "regex", "ebnf", "lark", "structural_tag")}
 
 
 def _sampling_options() -> type:

@@ -141,3 +141,23 @@ def test_without_a_tokenizer_a_grammar_is_refused(tmp_path: Path) -> None:
     with LLM(tmp_path, max_rows=2, context_len=32) as tiny:
         (output,) = tiny.generate(token_ids=[[1, 2]], sampling=SamplingParams(regex="a"))
         assert "needs a tokenizer" in (output.error or "")
+
+
+def test_text_stops_within_tokens_that_are_sure_to_come(llm: LLM) -> None:
+    """Those behind the stop were taken with it, and are lost again."""
+    asked = {"json_schema": SCHEMA, "temperature": 0, "max_new_tokens": 60}
+    (whole,) = llm.generate([PROMPTS[0]], SamplingParams(**asked))
+    for stop in ('"age', 'ge"', '"kind":'):
+        for more in ({}, {"return_logprob": True}):
+            (output,) = llm.generate([PROMPTS[0]], SamplingParams(stop=[stop], **asked, **more))
+            assert output.text == whole.text.partition(stop)[0]
+            assert output.meta_info["finish_reason"] == {"type": "stop", "matched": stop}
+            assert whole.token_ids[: output.completion_tokens] == output.token_ids
+
+
+def test_limits_cut_tokens_that_are_sure_to_come(llm: LLM) -> None:
+    asked = {"json_schema": SCHEMA, "temperature": 0}
+    (whole,) = llm.generate([PROMPTS[0]], SamplingParams(max_new_tokens=60, **asked))
+    for most in (1, 2, 3, 7, 12):
+        (output,) = llm.generate([PROMPTS[0]], SamplingParams(max_new_tokens=most, **asked))
+        assert (output.token_ids, output.finish_reason) == (whole.token_ids[:most], "length")

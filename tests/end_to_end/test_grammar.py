@@ -15,6 +15,7 @@ import pytest
 from smollm2 import smollm2
 
 from makeready.engine.errors import RequestError
+from makeready.engine.protocol.openai.structured import grammar_of
 from makeready.engine.sampling import SamplingParams
 from makeready.engine.text.grammar import Grammar, Grammars, check_grammar
 from makeready.engine.text.tokenizer import Tokenizer, load_tokenizer
@@ -38,7 +39,7 @@ def grammars(tokenizer: Tokenizer) -> Grammars:
 def begun(grammars: Grammars, **asked: Any) -> Grammar:
     grammar = SamplingParams(**asked).grammar
     assert grammar is not None
-    return grammars.start(*grammar)
+    return grammars.start(grammar)
 
 
 def mask_of(grammar: Grammar) -> np.ndarray:
@@ -101,6 +102,20 @@ def test_json_of_a_schema_passes_in_every_layout_and_no_other(grammars, tokenize
             jsonschema.validate(instance, PERSON)
         text = json.dumps(instance, ensure_ascii=False, **layout)
         assert not accepts(grammars, tokenizer, text, json_schema=PERSON), text
+
+
+def test_a_schema_may_ask_for_one_line(grammars, tokenizer) -> None:
+    body = {"structured_outputs": {"json": PERSON, "disable_any_whitespace": True}}
+    asked = grammar_of(body)
+    for instance in VALID:
+        assert accepts(grammars, tokenizer, json.dumps(instance, ensure_ascii=False), **asked)
+        assert not accepts(grammars, tokenizer, json.dumps(instance, indent=1), **asked)
+    grammar = begun(grammars, **asked)
+    assert (
+        tokenizer.decode(list(grammar.forced()))
+        == '{"name": "'[: len(tokenizer.decode(list(grammar.forced())))]
+    )
+    assert len(grammar.forced()) > 2
 
 
 SCHEMAS = [
@@ -180,6 +195,10 @@ def test_blanks_between_tokens_of_json_are_bounded(grammars, tokenizer) -> None:
         ({"ebnf": "root ::= missing"}, "ebnf cannot be (enforced|read)"),
         ({"ebnf": "no rules"}, "ebnf cannot be read"),
         ({"lark": "start: missing"}, "lark cannot be enforced: .*missing"),
+        (
+            {"json_schema": {"items": {"type": "object", "properties": {f"p{i}": {} for i in range(5000)}}}},
+            "has 5,000 properties that may be missing, at most 2,000",
+        ),
         ({"regex": "a" * 2**21}, "regex has 2,097,15. characters, at most 1,048,576"),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
@@ -238,7 +257,7 @@ def test_threads_share_grammars_whose_states_are_apart(grammars, tokenizer) -> N
     asked = SamplingParams(regex="ab*c").grammar
     assert asked is not None
     with ThreadPoolExecutor(4) as pool:
-        made = list(pool.map(lambda _: grammars.start(*asked), range(8)))
+        made = list(pool.map(lambda _: grammars.start(asked), range(8)))
     a = tokenizer.encode("a", add_special_tokens=False)[0]
     made[0].take(a)
     assert not mask_of(made[0])[a]

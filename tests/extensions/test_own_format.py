@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
+from llguidance import LLMatcher
 
 from makeready.engine.message import Event, Gathered
 from makeready.engine.text.formats import base
 from makeready.engine.text.formats.base import call_format, format_of, reasoning_format
+from makeready.engine.text.formats.rules import Tool, Written
 from makeready.engine.text.formats.scan import Call, Reading, Scan, Scanner
 from makeready.engine.text.formats.source import Step
 from makeready.engine.text.formats.values import read_value
+from makeready.engine.text.lark import Lark, Markers
+from makeready.engine.text.message_grammar import MessageGrammar
 
 
 def test_calls_behind_an_arrow(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -17,7 +23,11 @@ def test_calls_behind_an_arrow(monkeypatch: pytest.MonkeyPatch) -> None:
         base.call_formats()
         monkeypatch.setattr(base, registry, dict(getattr(base, registry)))
 
-    @call_format("toy", openings=("=>",), told_by=(("toy =>",),))
+    def rules(tools: Sequence[Tool], parallel: bool, lark: Lark) -> Written:
+        body = lark.json(tools[0].arguments)
+        return Written(f"{lark.text('=>')} {body}", {"=>": body})
+
+    @call_format("toy", openings=("=>",), told_by=(("toy =>",),), rules=rules)
     def read_toy(scan: Scan, opening: str) -> Step[None]:
         call = Call(scan, "toy")
         if (yield from scan.next_is("{")) and (yield from read_value(scan.source, call.write)):
@@ -41,4 +51,6 @@ def test_calls_behind_an_arrow(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(call.name, call.arguments, call.complete) for call in message.tool_calls] == [
         ("toy", '{"a": [1]}', True)
     ]
+    grammar = MessageGrammar(form, "", [Tool("toy", {"const": {"a": 1}})], forced=True)
+    assert not LLMatcher.validate_grammar(LLMatcher.grammar_from_lark(grammar.lark(Markers())))
     base._told.cache_clear()

@@ -163,7 +163,7 @@ REFUSED = [
     (CHAT, {"structured_outputs": "json"}, "structured_outputs"),
     (CHAT, {"response_format": {"type": "json_object"}, "regex": "a"}, "regex"),
     (CHAT, {"tools": [TOOL | {"type": "custom"}]}, "tools"),
-    (CHAT, {"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, "tools"),
+    (CHAT, {"tools": [{"type": "function", "function": {"name": "f", "strict": "yes"}}]}, "tools"),
     (CHAT, {"tools": [], "tool_choice": "required"}, "tool_choice"),
     (CHAT, {"tools": [TOOL], "tool_choice": {"function": {"name": "g"}}}, "tool_choice"),
     (CHAT, {"tools": [TOOL], "chat_template_kwargs": {"tools": []}}, "tools"),

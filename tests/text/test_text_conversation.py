@@ -126,7 +126,7 @@ def test_tools_are_read_where_they_may_be_called():
         ({"tools": [{"type": "custom", "name": "x"}]}, "must be a function"),
         ({"tools": [{"type": "function", "function": {}}]}, "needs a function with a name"),
         ({"tools": [{"name": "f", "parameters": 5}]}, "parameters of tools"),
-        ({"tools": [{"name": "f", "strict": True}]}, "strict of tools.*is kept where tool_choice"),
+        ({"tools": [{"name": "f", "strict": "yes"}]}, "strict of tools.*must be true or false"),
         ({"tool_choice": "required"}, "asks for a call, and tools has no such function"),
         (
             {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "later"}}},

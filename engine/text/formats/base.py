@@ -15,7 +15,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
-from makeready.engine.text.formats.rules import Rules
+from makeready.engine.text.formats.rules import MessageRules, Rules
 from makeready.engine.text.formats.source import BLANK, Step
 from makeready.engine.text.parts import TextError
 
@@ -55,7 +55,8 @@ class Calls:
         told_by: sets of texts of which a chat template has one, see :data:`Marks`.
         short_ids: a call's id has nine characters, as Mistral's templates want it.
         whole: reads the message as a whole, reasoning included, in place of the usual order.
-        rules: of a grammar of calls, so that one can be forced; None where nobody wrote them.
+        rules: of a grammar of calls, so that they can be forced; None where nobody wrote them.
+        message_rules: the same of a message as a whole, for a family that reads it so.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Calls:
     short_ids: bool = False
     whole: bool = False
     rules: Rules | None = None
+    message_rules: MessageRules | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,13 @@ class Format:
         calls = self.calls or self.whole
         reasoning = (self.reasoning.opening, self.reasoning.closing) if self.reasoning else ()
         return frozenset((*reasoning, *(calls.openings + calls.others if calls else ())))
+
+    @property
+    def has_rules(self) -> bool:
+        """Whether there are rules of its messages."""
+        if self.whole is not None:
+            return self.whole.message_rules is not None
+        return self.calls is None or self.calls.rules is not None
 
     def without_calls(self) -> Format:
         """The same for a request without tools."""
@@ -112,6 +121,7 @@ def call_format(
     short_ids: bool = False,
     whole: bool = False,
     rules: Rules | None = None,
+    message_rules: MessageRules | None = None,
 ) -> Callable[[Read], Read]:
     """Register a function as what reads a family's calls; see :class:`Calls`.
 
@@ -122,7 +132,9 @@ def call_format(
     def register(read: Read) -> Read:
         if name in (*_CALLS, AUTO, NONE):
             raise ValueError(f"there is a call format {name} already; take another name")
-        _CALLS[name] = Calls(name, read, openings, others, unmarked, told_by, short_ids, whole, rules)
+        _CALLS[name] = Calls(
+            name, read, openings, others, unmarked, told_by, short_ids, whole, rules, message_rules
+        )
         _told.cache_clear()
         return read
 

@@ -9,16 +9,16 @@ V3.1    <｜tool▁calls▁begin｜><｜tool▁call▁begin｜>add<｜tool▁sep
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from functools import partial
 
 from makeready.engine.text.formats.base import call_format
 from makeready.engine.text.formats.json_calls import read_arguments
-from makeready.engine.text.formats.rules import Spell, Tool, json_rule
+from makeready.engine.text.formats.rules import Tool, Written
 from makeready.engine.text.formats.scan import Call, Scan
 from makeready.engine.text.formats.source import Step
+from makeready.engine.text.lark import Lark
 
 CALLS, END_CALLS = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 CALL, END_CALL = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"
@@ -26,20 +26,19 @@ SEPARATOR, FENCE = "<｜tool▁sep｜>", "```"
 _NAME = re.compile(r"[^<\n]+")
 
 
-def _rules(tools: Sequence[Tool], parallel: bool, spell: Spell, *, fenced: bool) -> list[str]:
-    before, after = ("function", f"\n{FENCE}json\n") if fenced else ("", "")
-    each = [f"call{i}" for i in range(len(tools))]
-    glue = f"{json.dumps(chr(10))} " if fenced else ""
-    rules = [
-        f"calls: {spell(CALLS)} call{f' ({glue}call)*' if parallel else ''} {spell(END_CALLS)}",
-        f"call: {spell(CALL)} ({' | '.join(each)}) {spell(END_CALL)}",
+def _rules(tools: Sequence[Tool], parallel: bool, lark: Lark, *, fenced: bool) -> Written:
+    heads = [
+        f"function{SEPARATOR}{tool.name}\n{FENCE}json\n" if fenced else f"{tool.name}{SEPARATOR}"
+        for tool in tools
     ]
-    for one, tool in zip(each, tools, strict=True):
-        name = json.dumps(tool.name + after)
-        head = f"{json.dumps(before)} {spell(SEPARATOR)} {name}" if fenced else f"{name} {spell(SEPARATOR)}"
-        end = f" {json.dumps(chr(10) + FENCE)}" if fenced else ""
-        rules += [f"{one}: {head} {one}_arguments{end}", json_rule(f"{one}_arguments", tool.arguments)]
-    return rules
+    end = lark.text(f"\n{FENCE}{END_CALL}" if fenced else END_CALL)
+    each = [f"{lark.text(head)} {lark.json(tool.arguments)}" for head, tool in zip(heads, tools, strict=True)]
+    call = lark.rule(f"({' | '.join(each)}) {end}")
+    glue = lark.text(f"\n{CALL}" if fenced else CALL)
+    body = lark.rule(
+        f"{lark.text(CALL)} {call} {f'({glue} {call})*' if parallel else ''} {lark.text(END_CALLS)}"
+    )
+    return Written(f"{lark.text(CALLS)} {body}", {CALLS: body, CALL: call})
 
 
 @call_format(

@@ -10,11 +10,15 @@ Source: https://github.com/openai/harmony, docs/format.md. What is thought is in
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
+from makeready.engine.errors import RequestError
 from makeready.engine.text.formats.base import call_format, reasoning_format
 from makeready.engine.text.formats.json_calls import read_arguments
+from makeready.engine.text.formats.rules import Tool
 from makeready.engine.text.formats.scan import Call, Scan
 from makeready.engine.text.formats.source import Step
+from makeready.engine.text.lark import Lark
 
 START, CHANNEL, CONSTRAIN, MESSAGE = "<|start|>", "<|channel|>", "<|constrain|>", "<|message|>"
 END, CALL, RETURN = "<|end|>", "<|call|>", "<|return|>"
@@ -27,12 +31,44 @@ LONGEST_HEADER = 300  # characters; what is longer is none
 reasoning_format("gpt-oss", CHANNEL, END, ((CHANNEL, MESSAGE, "analysis"),))
 
 
+def _message_rules(tools: Sequence[Tool], forced: bool, content: bool, opened: str, lark: Lark) -> str:
+    def head(channel: str) -> str:
+        return lark.text(f"{CHANNEL}{channel}{MESSAGE}")
+
+    if MESSAGE not in lark.markers.ids:
+        raise RequestError(
+            "the tokenizer lacks the tokens of the format gpt-oss; name another tool_call_parser"
+        )
+    before, within, _ = opened.partition(MESSAGE)
+    if before and (not within or _RECIPIENT.search(before)):
+        raise RequestError(
+            "the chat template has begun a message of gpt-oss in a way that no grammar goes on from"
+        )
+    ends = lark.rule(f"{lark.until({END: ''})} {lark.text(f'{START}assistant')}")
+    heads = [f"{CHANNEL}commentary to=functions.{tool.name} {CONSTRAIN}json{MESSAGE}" for tool in tools]
+    calls = [
+        f"{lark.text(head)} {lark.json(tool.arguments)}" for head, tool in zip(heads, tools, strict=True)
+    ]
+    answers = [f"{head('final')} @content"] if content else []
+    thinks = head("analysis")
+    if not (forced or content):
+        thinks = lark.rule(f"({' | '.join(map(head, ('analysis', 'commentary')))})")
+        answers = [f"({thinks} | {head('final')}) {lark.free()}"]
+    last = f"({thinks} {ends})* ({' | '.join((*answers, *calls))})"
+    if not within:
+        return last
+    if "analysis" in before:
+        return f"{ends} {last}" if forced or content else f"({ends} {last} | {lark.free()})"
+    return "@content" if content else lark.free()
+
+
 @call_format(
     "gpt-oss",
     openings=(START, CHANNEL),
     others=(CONSTRAIN, MESSAGE, END, CALL, RETURN),
     told_by=((CHANNEL, MESSAGE, "analysis"),),
     whole=True,
+    message_rules=_message_rules,
 )
 def read_harmony(scan: Scan, opened: str) -> Step[None]:
     """All messages; ``opened`` is what the prompt has of the first one."""

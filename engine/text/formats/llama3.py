@@ -9,19 +9,18 @@ from collections.abc import Sequence
 
 from makeready.engine.text.formats.base import call_format
 from makeready.engine.text.formats.json_calls import read_call
-from makeready.engine.text.formats.rules import Spell, Tool, call_object, json_rule
+from makeready.engine.text.formats.rules import Tool, Written, call_object
 from makeready.engine.text.formats.scan import Scan
 from makeready.engine.text.formats.source import Step
+from makeready.engine.text.lark import Lark
 
 TAG = "<|python_tag|>"
 
 
-def _rules(tools: Sequence[Tool], parallel: bool, spell: Spell) -> list[str]:
-    return [
-        f"calls: object{' (SEMICOLON object)*' if parallel else ''}",
-        'SEMICOLON: "; "',
-        json_rule("object", call_object(tools, "parameters")),
-    ]
+def _rules(tools: Sequence[Tool], parallel: bool, lark: Lark) -> Written:
+    call = lark.json(call_object(tools, "parameters"))
+    calls = lark.rule(f'{call} ("; " {call})*' if parallel else call)
+    return Written(calls, {TAG: calls}, calls, (r"[ \t\r\n]*\{(?s:.)*",))
 
 
 @call_format(

@@ -11,20 +11,24 @@ from collections.abc import Sequence
 
 from makeready.engine.text.formats.base import call_format
 from makeready.engine.text.formats.json_calls import read_arguments, read_call
-from makeready.engine.text.formats.rules import Spell, Tool, call_object, json_rule
+from makeready.engine.text.formats.rules import Tool, Written, call_object
 from makeready.engine.text.formats.scan import Call, Scan
 from makeready.engine.text.formats.source import Step
+from makeready.engine.text.lark import Lark
 
 CALLS, ARGUMENTS, ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
 _NAME = re.compile(r"[^\[\]{}\s]+")
 
 
-def _rules(tools: Sequence[Tool], parallel: bool, spell: Spell) -> list[str]:
+def _rules(tools: Sequence[Tool], parallel: bool, lark: Lark) -> Written:
+    if ARGUMENTS in lark.markers.ids:
+        each = (f"{lark.text(tool.name + ARGUMENTS)} {lark.json(tool.arguments)}" for tool in tools)
+        body = lark.rule(" | ".join(each))
+        call = f"{lark.text(CALLS)} {body}"
+        return Written(f"({call})+" if parallel else call, {CALLS: body})
     listed = {"type": "array", "items": call_object(tools), "minItems": 1}
-    return [
-        f'calls: {spell(CALLS)} " "? list',
-        json_rule("list", listed if parallel else {**listed, "maxItems": 1}),
-    ]
+    body = lark.rule(f'" "? {lark.json(listed if parallel else {**listed, "maxItems": 1})}')
+    return Written(f"{lark.text(CALLS)} {body}", {CALLS: body})
 
 
 @call_format(

@@ -7,19 +7,50 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 
+from makeready.engine.text.formats.bare import Arguments, in_order
 from makeready.engine.text.formats.base import call_format
 from makeready.engine.text.formats.cast import STRING, fit
+from makeready.engine.text.formats.rules import Tool, Written
 from makeready.engine.text.formats.scan import Call, Scan
 from makeready.engine.text.formats.source import Step
 from makeready.engine.text.formats.values import QUOTES, read_value
+from makeready.engine.text.lark import Lark, escaped
 
 MARKERS = {
     "<|python_start|>": "<|python_end|>",
     "<|tool_call_start|>": "<|tool_call_end|>",
     "<function_calls>": "</function_calls>",
 }
+LINES = "<function_calls>"  # calls between these are lines, and no list
 _NAME = re.compile(r"[\w.]+")
+
+
+def _rules(tools: Sequence[Tool], parallel: bool, lark: Lark) -> Written:
+    calls: list[str] = []
+    for tool in tools:
+        said = Arguments(tool, lark)
+        written = [f"{lark.text(f'{name}=')} {said.python(name)}" for name in said.names]
+        arguments = in_order(said.names, written, lark, '", "')
+        calls.append(lark.rule(f'{arguments} ")"'))
+    names = [escaped(tool.name) for tool in tools]
+    heads = [lark.text(f"{tool.name}(") for tool in tools]
+    call = lark.rule(" | ".join(f"{head} {rest}" for head, rest in zip(heads, calls, strict=True)))
+    more = f'(", " {call})* "]"' if parallel else '"]"'
+    listed = lark.rule(f'"[" {call} {more}')
+    lines = f'{call} ("\\n" {call})*' if parallel else call
+    behind: dict[str | int, str] = {
+        opening: lark.rule(f"{lines if opening == LINES else listed} {lark.text(closing)}")
+        for opening, closing in MARKERS.items()
+    }
+    marked = [
+        f"{lark.text(opening)} {rest}" for opening, rest in behind.items() if opening in lark.markers.ids
+    ]
+    heads = [lark.lazy(rf"[ \t\r\n]*\[[ \t\r\n]*{name}[ \t\r\n]*\(") for name in names]
+    begun = " | ".join(f"{head} {rest}" for head, rest in zip(heads, calls, strict=True))
+    others = (r"[ \t\r\n]*\[[ \t\r\n]*[\w.]+[ \t\r\n]*\((?s:.)*",)
+    return Written(f"({' | '.join((listed, *marked))})", behind, f"({begun}) {more}", others)
 
 
 @call_format(
@@ -28,6 +59,7 @@ _NAME = re.compile(r"[\w.]+")
     others=tuple(MARKERS.values()),
     unmarked="[",
     told_by=(("[func_name1(params_name1=",), ("<|tool_list_start|>",), ("<function_calls>",)),
+    rules=_rules,
 )
 def read_pythonic(scan: Scan, opening: str) -> Step[None]:
     """A list of calls; between markers the brackets may be left out, and newlines stand for commas."""

@@ -11,20 +11,18 @@ from collections.abc import Sequence
 
 from makeready.engine.text.formats.base import call_format
 from makeready.engine.text.formats.json_calls import read_call
-from makeready.engine.text.formats.rules import Spell, Tool, call_object, json_rule
+from makeready.engine.text.formats.rules import Tool, Written, call_object
 from makeready.engine.text.formats.scan import Scan
 from makeready.engine.text.formats.source import Step
+from makeready.engine.text.lark import Lark
 
 OPENING, CLOSING = "<tool_call>", "</tool_call>"
 
 
-def _rules(tools: Sequence[Tool], parallel: bool, spell: Spell) -> list[str]:
-    return [
-        f"calls: call{' (BREAK call)*' if parallel else ''}",
-        'BREAK: "\\n"',
-        f"call: {spell(OPENING)} BREAK object BREAK {spell(CLOSING)}",
-        json_rule("object", call_object(tools)),
-    ]
+def _rules(tools: Sequence[Tool], parallel: bool, lark: Lark) -> Written:
+    body = lark.rule(f'"\\n" {lark.json(call_object(tools))} {lark.text(chr(10) + CLOSING)}')
+    call = lark.rule(f"{lark.text(OPENING)} {body}")
+    return Written(f'{call} ("\\n" {call})*' if parallel else call, {OPENING: body})
 
 
 @call_format(

@@ -13,11 +13,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 
+from makeready.engine.text.formats.bare import Arguments, in_order
 from makeready.engine.text.formats.base import call_format
 from makeready.engine.text.formats.cast import TextArgument
+from makeready.engine.text.formats.rules import Tool, Written
 from makeready.engine.text.formats.scan import Call, Scan
 from makeready.engine.text.formats.source import Step, Token
+from makeready.engine.text.lark import Lark
 
 OPENING, CLOSING = "<tool_call>", "</tool_call>"
 FUNCTION, END_FUNCTION = "<function=", "</function>"
@@ -25,11 +29,26 @@ PARAMETER, END_PARAMETER = "<parameter=", "</parameter>"
 _NAME, _PLAIN = re.compile(r"[^<>\n]+"), re.compile(r"[^<]+")
 
 
+def _rules(tools: Sequence[Tool], parallel: bool, lark: Lark) -> Written:
+    each: list[str] = []
+    for tool in tools:
+        said, end = Arguments(tool, lark), f"\n{END_PARAMETER}\n"
+        written = [
+            f"{lark.text(f'{PARAMETER}{name}>{chr(10)}')} {said.text(name, end)}" for name in said.names
+        ]
+        each.append(f"{lark.text(f'{tool.name}>{chr(10)}')} {in_order(said.names, written, lark)}")
+    inner = lark.rule(f"({' | '.join(each)}) {lark.text(END_FUNCTION)}")
+    body = lark.rule(f"{lark.text(f'{chr(10)}{FUNCTION}')} {inner} {lark.text(f'{chr(10)}{CLOSING}')}")
+    call = lark.rule(f"{lark.text(OPENING)} {body}")
+    return Written(f'{call} ("\\n" {call})*' if parallel else call, {OPENING: body, FUNCTION: inner})
+
+
 @call_format(
     "qwen3_coder",
     openings=(OPENING, FUNCTION),
     others=(CLOSING, END_FUNCTION, PARAMETER, END_PARAMETER),
     told_by=((OPENING, FUNCTION, PARAMETER),),
+    rules=_rules,
 )
 def read_qwen3_coder(scan: Scan, opening: str) -> Step[None]:
     """Calls up to the closing tag; a model may leave the outer tags out."""

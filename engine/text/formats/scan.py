@@ -9,12 +9,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from makeready.engine.message import ARGUMENTS, CONTENT, DONE, NAME, REASONING, Event, joined
 from makeready.engine.text.formats.base import Format
 from makeready.engine.text.formats.cast import Tools
 from makeready.engine.text.formats.source import BLANK, Source, Step, Token
+
+if TYPE_CHECKING:
+    from makeready.engine.text.message_grammar import MessageGrammar
 
 _FENCE = re.compile(r" {0,3}(`{3,})([^`]*)$")
 LONGEST_LINE = 200  # characters of a line that is looked at for a code fence
@@ -29,14 +32,14 @@ class Reading:
         tools: of the request, for the types of arguments.
         opened: what of the message the prompt has already opened.
         parallel: whether there may be several calls; else the first one ends the answer.
-        grammar: that the whole message follows, in Lark; "" for none.
+        grammar: what the whole message has to be; None where nobody knows.
     """
 
     format: Format
     tools: Sequence[Any] = ()
     opened: str = ""
     parallel: bool = True
-    grammar: str = ""
+    grammar: MessageGrammar | None = None
 
 
 class EnoughError(Exception):
