@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-LAYOUT = 4  # of the argument structs; the same number in cpu_ops.c
+LAYOUT = 5  # of the argument structs; the same number in cpu_ops.c
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MAX_HEAD, MAX_GROUP = 1024, 64
 # One thread runs an op. Per thread PyTorch takes 2-5 times as long (64 tokens of 576 features: add_rms_norm
@@ -23,14 +23,18 @@ MAX_HEAD, MAX_GROUP = 1024, 64
 MOST_TOKENS = 64
 
 
+# Multiplications of a call that other threads of the interpreter may run beside: some 100 µs.
+LONG = 2**24
+
+
 @functools.cache
-def _library() -> ctypes.PyDLL | None:
+def _library(long: bool = False) -> ctypes.CDLL | None:
     # PyDLL: calls last microseconds, less than what releasing the interpreter can cost.
     for suffix in EXTENSION_SUFFIXES:
         path = Path(__file__).with_name(f"_cpu_ops{suffix}")
         if path.exists():
             try:
-                library = ctypes.PyDLL(str(path))
+                library = (ctypes.CDLL if long else ctypes.PyDLL)(str(path))
             except OSError:  # of another machine
                 return None
             library.layout.restype = ctypes.c_int64
@@ -43,14 +47,17 @@ def available() -> bool:
     return _library() is not None
 
 
-def prepare(op: str, *fields: torch.Tensor | int | float | None) -> Callable[[], None] | None:
+def prepare(
+    op: str, *fields: torch.Tensor | int | float | None, long: bool = False
+) -> Callable[[], None] | None:
     """A call of ``op`` with these fields, in the order of its struct; None without the library.
 
     Args:
         op: function of cpu_ops.c.
         fields: tensors pass their address; the caller keeps them while the call is in use.
+        long: whether it lets go of the interpreter.
     """
-    library = _library()
+    library = _library(long)
     if library is None:
         return None
     layout, values = "", []
@@ -65,3 +72,9 @@ def prepare(op: str, *fields: torch.Tensor | int | float | None) -> Callable[[],
     function = library[op]  # an instance of its own, unlike the attribute
     function.argtypes, function.restype = (ctypes.c_void_p,), None
     return functools.partial(function, ctypes.create_string_buffer(struct.pack(f"@{layout}", *values)))
+
+
+def keeping(call: Callable[[], None], *kept: torch.Tensor) -> Callable[[], None]:
+    """``call``, with tensors of its own that live as long as it does."""
+    call.kept = kept  # type: ignore[attr-defined]
+    return call

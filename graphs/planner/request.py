@@ -33,8 +33,9 @@ class Request:
         page_size: tokens of a KV page. null: the target's.
         max_logprob_tokens: tokens of one step that reports log-probabilities of its input, for requests with
             logprob_start_len; 0: no such steps. All their logits exist at once, 4 bytes a vocabulary entry.
-        weight_dtype: float32, bfloat16 or float16. null: the checkpoint's, float16 for GGUF blocks; the
-            activations' on a GPU.
+        weight_dtype: float32, bfloat16 or float16. null: the checkpoint's; the activations' on a GPU. GGUF's blocks
+            stay as they are on the CPU where this is null, and activations are rounded to 8 bits for them; what
+            there is no such product for becomes float16.
         activation_dtype: what flows between kernels: bfloat16 or float16 on a GPU, float32 on the CPU. null: the
             target's. float16 is eight times as fine as bfloat16 and overflows at 65,504.
         quant: ``fp8`` (a scale for each output and each token) or ``fp8_block`` (for each 128 by 128 weights
@@ -159,13 +160,15 @@ def quantization(request: Request, target: Target, checkpoint: Checkpoint) -> Qu
         PlanError: an unknown scheme, a target without 8-bit floats, or both a stored one and one asked for.
         UnsupportedModelError: the checkpoint stores something else.
     """
+    from makeready.graphs.quant.gguf import stored_blocks
     from makeready.graphs.quant.stored import stored_scheme  # imports torch, which command lines do without
 
     stored = stored_scheme(checkpoint.config)
     if request.quant is None:
         if stored is not None and "fp8" in stored.features:
             _needs_fp8(target, "this quantized checkpoint")
-        return stored
+        as_they_are = stored is None and request.weight_dtype is None and not target.is_cuda
+        return stored_blocks(checkpoint) if as_they_are else stored
     _known("quant", request.quant, ON_LOAD)
     if stored is not None:
         raise PlanError(

@@ -13,34 +13,17 @@
 #include <stdint.h>
 #include <string.h>
 
-#define LAYOUT 4
+#include "dispatch.h"
+#include "numbers.h"
+
+#define LAYOUT 5
 #define MAX_HEAD 1024 /* features of a head: rows of that length live on the stack */
 #define MAX_GROUP 64  /* query heads of a KV head */
 #define BLOCK 64      /* keys whose scores are held at once */
 
-/* Compiled for AVX-512, AVX2 and the baseline; the loader picks at start. Levels need gcc 12. */
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && defined(__linux__)
-#define DISPATCHED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define DISPATCHED
-#endif
-#define INLINE static inline __attribute__((always_inline))
-
 enum { FLOAT32, BFLOAT16, FLOAT16 }; /* numbers of native.DTYPES */
 
 int64_t layout(void) { return LAYOUT; }
-
-INLINE float as_float(uint32_t bits) {
-    float x;
-    memcpy(&x, &bits, 4);
-    return x;
-}
-
-INLINE uint32_t as_bits(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    return bits;
-}
 
 /* e^x to 2 ulp: x = n ln 2 + r with |r| < 0.35, the Taylor series of e^r to r^7 (5e-9), times 2^n in two
  * factors, since n spans -150..128. NaN fails both comparisons and goes through the series. */
@@ -66,14 +49,6 @@ INLINE float exponential(float x) {
 }
 
 INLINE float from_bfloat16(uint16_t x) { return as_float((uint32_t)x << 16); }
-
-/* The exponent is corrected by a product, which also makes subnormals normal. */
-INLINE float from_float16(uint16_t x) {
-    const uint32_t magnitude = (uint32_t)(x & 0x7fff) << 13, sign = (uint32_t)(x & 0x8000) << 16;
-    const uint32_t finite = as_bits(as_float(magnitude) * 0x1p112f);
-    const uint32_t special = magnitude | 0x7f800000u;
-    return as_float((magnitude >= 0x0f800000u ? special : finite) | sign);
-}
 
 /* Both round to nearest, ties to even. */
 INLINE uint16_t to_bfloat16(float x) {

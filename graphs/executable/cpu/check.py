@@ -17,6 +17,7 @@ from makeready.graphs.plan.recipe import Derived, Param
 from makeready.graphs.planner.derivation import infer
 from makeready.kernels import registry
 from makeready.kernels.contract import CONTRACTS, Contract
+from makeready.kernels.gguf import rows_of
 from makeready.kernels.spec import TensorSpec
 
 MOST = 2**31 - 1
@@ -93,6 +94,12 @@ def _check_reach(plan: Plan, phase: str, launch: Launch, specs: Mapping[str, Ten
         rows = named[operand].shape[0]
         if not isinstance(rows, int) or rows < least:
             raise _contradiction(phase, launch, f"{operand} has {rows} rows, {least} may be asked for")
+    if launch.op == "embedding_gguf":
+        rows = sum(count for _, count in rows_of(launch.attrs["rows"]))
+        if rows < int(plan.config["vocab_size"]):
+            raise _contradiction(
+                phase, launch, f"blocks have {rows} rows, {plan.config['vocab_size']} may be asked for"
+            )
     if launch.op == "sample" and named["logits"].shape[1] != plan.config["vocab_size"]:
         raise _contradiction(
             phase,
