@@ -7,15 +7,16 @@
 #include "gguf.h"
 #include "threads.h"
 
-enum { BEST, SCALAR, AVX2, AVX512 }; /* numbers of gguf_cpu.VARIANTS */
+enum { BEST, SCALAR, AVX2, AVX512, PANEL }; /* numbers of gguf_cpu.VARIANTS */
 
+#define MANY_TOKENS 8     /* for which unpacking weights into a panel pays */
 #define FEW_NUMBERS 65536 /* activations that one thread quantizes */
 
 /* Widest first. */
 static int has(int64_t variant) {
 #ifdef HAS_X86
     __builtin_cpu_init();
-    if (variant == AVX512)
+    if (variant == AVX512 || variant == PANEL)
         return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (variant == AVX2)
@@ -46,7 +47,7 @@ typedef struct {
     int64_t count;
     const float *bias; /* or NULL */
     float *y;
-    int64_t y_stride, tokens, inputs, threads, variant;
+    int64_t y_stride, tokens, inputs, threads, variant, by_rows; /* by_rows: alike for any number of tokens */
 } LinearGguf;
 
 /* One call. */
@@ -55,6 +56,7 @@ typedef struct {
     Multiply multiply;
     Tokens made;
     char *memory;
+    int64_t space; /* bytes of a panel, or 0 */
 } Product;
 
 INLINE void quantize(const float *x, int64_t inputs, int64_t width, int8_t *q, float *scales, float *sums) {
@@ -101,6 +103,9 @@ DISPATCHED static void quantize_tokens(const void *job, int64_t first, int64_t s
 static void multiply_units(const void *job, int64_t first, int64_t stop) {
     const Product *p = job;
     const LinearGguf *a = p->a;
+    void *space = p->space ? aligned_alloc(64, (size_t)p->space) : 0;
+    if (p->space && !space)
+        abort();
     int64_t before = 0;
     for (const int64_t *piece = a->pieces; piece < a->pieces + 4 * a->count; piece += 4) {
         const int64_t outputs = piece[2], units = (outputs + UNIT - 1) / UNIT;
@@ -111,21 +116,28 @@ static void multiply_units(const void *job, int64_t first, int64_t stop) {
             const Outputs o = {(const uint8_t *)(intptr_t)piece[0] + n * row, piece[1],
                                outputs - n < UNIT ? outputs - n : UNIT, a->inputs, row,
                                a->bias ? a->bias + at : 0, a->y + at, a->y_stride};
-            p->multiply(&o, &p->made);
+            p->multiply(&o, &p->made, space);
         }
         before += units;
     }
+    free(space);
 }
 
 void linear_gguf(const LinearGguf *a) {
     const int64_t width = (a->inputs + 63) / 64 * 64, stride = width + width / 8 * (int64_t)sizeof(float);
     char *memory = malloc((size_t)(a->tokens * stride));
-    Product p = {a, multiply_scalar, {(const int8_t *)memory, stride, width, a->tokens}, memory};
+    Product p = {a, multiply_scalar, {(const int8_t *)memory, stride, width, a->tokens}, memory, 0};
     if (!memory)
         abort();
 #ifdef HAS_X86
-    const int64_t variant = a->variant == BEST ? best() : a->variant;
-    p.multiply = variant == AVX512 ? multiply_avx512 : variant == AVX2 ? multiply_avx2 : multiply_scalar;
+    int64_t variant = a->variant == BEST ? best() : a->variant;
+    if (a->variant == BEST && variant == AVX512 && a->tokens >= MANY_TOKENS && !a->by_rows)
+        variant = PANEL;
+    if (variant == PANEL) {
+        p.multiply = multiply_panel_avx512;
+        p.space = panel_bytes(width);
+    } else
+        p.multiply = variant == AVX512 ? multiply_avx512 : variant == AVX2 ? multiply_avx2 : multiply_scalar;
 #endif
     share_out(quantize_tokens, &p, a->tokens, a->tokens * a->inputs > FEW_NUMBERS ? a->threads : 1);
     int64_t units = 0;

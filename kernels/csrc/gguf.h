@@ -12,7 +12,7 @@
 
 enum { Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K }; /* numbers of gguf.KINDS */
 
-#define UNIT 16     /* outputs that are computed at a time */
+#define UNIT 32     /* outputs that are computed at a time */
 #define MOST 256    /* elements of the longest block */
 #define GROUP 16    /* elements of the shortest part of a block with a scale of its own */
 
@@ -47,7 +47,8 @@ typedef struct {
     int64_t y_stride;
 } Outputs;
 
-typedef void (*Multiply)(const Outputs *o, const Tokens *a);
+/* `space`: a panel's memory, where the function makes one. */
+typedef void (*Multiply)(const Outputs *o, const Tokens *a, void *space);
 
 INLINE uint16_t half_at(const uint8_t *at) {
     uint16_t bits;
@@ -72,12 +73,14 @@ INLINE void k_scales(const uint8_t *packed, uint32_t scales[2], uint32_t minima[
     minima[1] = (third >> 4 & 0x0f0f0f0f) | ((second >> 6 & 0x03030303) << 4);
 }
 
-void multiply_scalar(const Outputs *o, const Tokens *a);
+void multiply_scalar(const Outputs *o, const Tokens *a, void *space);
 void dequantize_row(const uint8_t *blocks, int64_t kind, int64_t width, float *y);
 #if defined(__x86_64__) && defined(__GNUC__)
 #define HAS_X86
-void multiply_avx2(const Outputs *o, const Tokens *a);
-void multiply_avx512(const Outputs *o, const Tokens *a);
+void multiply_avx2(const Outputs *o, const Tokens *a, void *space);
+void multiply_avx512(const Outputs *o, const Tokens *a, void *space);
+void multiply_panel_avx512(const Outputs *o, const Tokens *a, void *space);
+int64_t panel_bytes(int64_t width);
 
 #endif
 

@@ -173,7 +173,8 @@ INNER void all(const Outputs *o, const Tokens *a, int64_t kind) {
     }
 }
 
-ENTRY void multiply_avx2(const Outputs *o, const Tokens *a) {
+ENTRY void multiply_avx2(const Outputs *o, const Tokens *a, void *space) {
+    (void)space;
     switch (o->kind) {
     case Q4_0: all(o, a, Q4_0); break;
     case Q4_1: all(o, a, Q4_1); break;

@@ -87,7 +87,8 @@ void dequantize_row(const uint8_t *blocks, int64_t kind, int64_t width, float *y
 }
 
 /* A token's sum of one output is made alike whatever the other tokens are, here and in the other files. */
-void multiply_scalar(const Outputs *o, const Tokens *a) {
+void multiply_scalar(const Outputs *o, const Tokens *a, void *space) {
+    (void)space;
     const Format format = FORMATS[o->kind];
     Unpacked u;
     for (int64_t n = 0; n < o->outputs; n++) {

@@ -15,14 +15,14 @@ from makeready.kernels import native
 from makeready.kernels.contract import Contract
 from makeready.kernels.gemm.linear_gguf import embedding_gguf, linear_gguf
 from makeready.kernels.gguf import KINDS, nbytes_of, row_bytes, rows_of, to_8_bits, widened
-from makeready.kernels.registry import Operands, kernel
+from makeready.kernels.registry import Bind, Operands, kernel
 from makeready.kernels.spec import TensorSpec
 
 assert isinstance(linear_gguf, Contract)
 assert isinstance(embedding_gguf, Contract)
 
 MAPPED = "mapped"
-VARIANTS = ("", "scalar", "avx2", "avx512")  # instructions; the first is the best that the processor has
+VARIANTS = ("", "scalar", "avx2", "avx512", "panel")  # instructions; the first is the best that the processor has
 
 
 class Mapped:
@@ -106,6 +106,7 @@ def product(
     rows: str,
     *,
     variant: str = "",
+    by_rows: bool = False,
     threads: int | None = None,
 ) -> Callable[[], None] | None:
     """A call that writes ``x @ weight.T + bias`` into y; None without the compiled library.
@@ -115,27 +116,35 @@ def product(
     table = blocks.table(rows, x.shape[1])
     call = native.prepare(
         "linear_gguf", x, x.stride(0), table, len(table), bias, y, y.stride(0), *x.shape,
-        threads or torch.get_num_threads(), VARIANTS.index(variant),
+        threads or torch.get_num_threads(), VARIANTS.index(variant), by_rows,
         long=x.numel() * y.shape[1] > native.LONG,
     )  # fmt: skip
     return call and native.keeping(call, table)
 
 
-def _bind(
-    operands: Operands, results: Sequence[torch.Tensor], attrs: Mapping[str, Any]
-) -> Callable[[], None] | None:
-    (x, blocks, bias), (y,) = operands, results
-    return product(x, blocks, bias, y, attrs["rows"])
+def _binding(by_rows: bool) -> Bind:
+    def bind(
+        operands: Operands, results: Sequence[torch.Tensor], attrs: Mapping[str, Any]
+    ) -> Callable[[], None] | None:
+        (x, blocks, bias), (y,) = operands, results
+        return product(x, blocks, bias, y, attrs["rows"], by_rows=by_rows)
+
+    return bind
 
 
+_STORED = {"blocks": MAPPED}
+
+
+@kernel(linear_gguf, "blocks", target="cpu", layouts=_STORED, applies=_applies, bind=_binding(by_rows=False))
 @kernel(
     linear_gguf,
-    "blocks",
+    "blocks_by_rows",
     target="cpu",
-    layouts={"blocks": MAPPED},
+    layouts=_STORED,
     invariant=True,
+    ordinary=False,
     applies=_applies,
-    bind=_bind,
+    bind=_binding(by_rows=True),
 )
 def linear_gguf_cpu(
     x: torch.Tensor,
@@ -177,7 +186,7 @@ def _bind_embedding(
     embedding_gguf,
     "blocks",
     target="cpu",
-    layouts={"blocks": MAPPED},
+    layouts=_STORED,
     invariant=True,
     applies=_embedding_applies,
     bind=_bind_embedding,
