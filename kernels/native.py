@@ -18,28 +18,30 @@ import torch
 LAYOUT = 5  # of the argument structs; the same number in cpu_ops.c
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MAX_HEAD, MAX_GROUP = 1024, 64
-# One thread runs an op. Per thread PyTorch takes 2-5 times as long (64 tokens of 576 features: add_rms_norm
-# 63 µs for 14, silu_mul 132 for 73), so with more tokens than this its threads catch up.
-MOST_TOKENS = 64
-
-
+MANY_TOKENS = 64  # of which ops last long enough to let other threads of the interpreter run
 # Multiplications of a call that other threads of the interpreter may run beside: some 100 µs.
 LONG = 2**24
 
 
 @functools.cache
-def _library(long: bool = False) -> ctypes.CDLL | None:
+def _library() -> ctypes.PyDLL | None:
     # PyDLL: calls last microseconds, less than what releasing the interpreter can cost.
     for suffix in EXTENSION_SUFFIXES:
         path = Path(__file__).with_name(f"_cpu_ops{suffix}")
         if path.exists():
             try:
-                library = (ctypes.CDLL if long else ctypes.PyDLL)(str(path))
+                library = ctypes.PyDLL(str(path))
             except OSError:  # of another machine
                 return None
             library.layout.restype = ctypes.c_int64
             return library if library.layout() == LAYOUT else None
     return None
+
+
+@functools.cache
+def _releasing(library: ctypes.PyDLL) -> ctypes.CDLL:
+    """The same library, whose calls let other threads of the interpreter run."""
+    return ctypes.CDLL(library._name)
 
 
 def available() -> bool:
@@ -48,18 +50,20 @@ def available() -> bool:
 
 
 def prepare(
-    op: str, *fields: torch.Tensor | int | float | None, long: bool = False
+    op: str, *fields: torch.Tensor | int | float | None, long: bool = False, threads: int | None = None
 ) -> Callable[[], None] | None:
-    """A call of ``op`` with these fields, in the order of its struct; None without the library.
+    """A call of ``op`` with these fields and ``threads``, in the order of its struct; None without the library.
 
     Args:
         op: function of cpu_ops.c.
         fields: tensors pass their address; the caller keeps them while the call is in use.
         long: whether it lets go of the interpreter.
+        threads: that share the work; None is as many as PyTorch may use.
     """
-    library = _library(long)
+    library = _library()
     if library is None:
         return None
+    fields = (*fields, threads or torch.get_num_threads())
     layout, values = "", []
     for field in fields:
         if isinstance(field, float):
@@ -69,7 +73,7 @@ def prepare(
         else:
             layout, value = layout + "P", 0 if field is None else field.data_ptr()
         values.append(value)
-    function = library[op]  # an instance of its own, unlike the attribute
+    function = (_releasing(library) if long else library)[op]  # an instance of its own, unlike the attribute
     function.argtypes, function.restype = (ctypes.c_void_p,), None
     return functools.partial(function, ctypes.create_string_buffer(struct.pack(f"@{layout}", *values)))
 

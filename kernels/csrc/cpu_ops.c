@@ -1,8 +1,9 @@
-/* Small ops of a decode step on the CPU: fp32 activations, one thread, results written in place.
+/* Small ops of a step on the CPU: fp32 activations, results written in place, tokens shared among threads where there
+ * are many.
  *
  * PyTorch spends 50-300 us on each of these at a few rows, nearly all of it per-op overhead. Every function
  * takes one pointer to a struct whose fields are 8 bytes each (pointer, int64_t or double), in the order in
- * which kernels/native.py packs them. Strides count elements. The contracts in kernels/ say what is computed;
+ * which kernels/native.py packs them, the last one the number of threads; ops that use one leave it out. Strides count elements. The contracts in kernels/ say what is computed;
  * LAYOUT changes whenever a struct does.
  *
  * Only the loops marked "omp simd reduction" may be reassociated; everything else is strict IEEE, so that
@@ -15,11 +16,13 @@
 
 #include "dispatch.h"
 #include "numbers.h"
+#include "threads.h"
 
 #define LAYOUT 5
 #define MAX_HEAD 1024 /* features of a head: rows of that length live on the stack */
 #define MAX_GROUP 64  /* query heads of a KV head */
 #define BLOCK 64      /* keys whose scores are held at once */
+#define FEW 16384     /* numbers that one thread is done with before another has begun */
 
 enum { FLOAT32, BFLOAT16, FLOAT16 }; /* numbers of native.DTYPES */
 
@@ -108,6 +111,11 @@ INLINE void normalise(const float *x, const float *weight, double eps, double of
         y[i] = x[i] * scale * (weight[i] + more);
 }
 
+/* A loop over tokens of so many numbers, in several threads where it is worth waking them. */
+INLINE void share(Part part, const void *job, int64_t tokens, int64_t width, int64_t threads) {
+    share_out(part, job, tokens, tokens * width > FEW ? threads : 1);
+}
+
 typedef struct {
     const float *x;
     int64_t x_stride;
@@ -115,12 +123,16 @@ typedef struct {
     float *y;
     int64_t y_stride, tokens, width;
     double eps, offset; /* offset is added to the weights */
+    int64_t threads;
 } RmsNorm;
 
-DISPATCHED void rms_norm(const RmsNorm *a) {
-    for (int64_t t = 0; t < a->tokens; t++)
+DISPATCHED static void rms_norm_tokens(const void *job, int64_t first, int64_t stop) {
+    const RmsNorm *a = job;
+    for (int64_t t = first; t < stop; t++)
         normalise(a->x + t * a->x_stride, a->weight, a->eps, a->offset, a->width, a->y + t * a->y_stride);
 }
+
+void rms_norm(const RmsNorm *a) { share(rms_norm_tokens, a, a->tokens, a->width, a->threads); }
 
 typedef struct {
     const float *x;
@@ -133,10 +145,12 @@ typedef struct {
     float *total;
     int64_t total_stride, tokens, width;
     double eps, offset; /* offset is added to the weights */
+    int64_t threads;
 } AddRmsNorm;
 
-DISPATCHED void add_rms_norm(const AddRmsNorm *a) {
-    for (int64_t t = 0; t < a->tokens; t++) {
+DISPATCHED static void add_rms_norm_tokens(const void *job, int64_t first, int64_t stop) {
+    const AddRmsNorm *a = job;
+    for (int64_t t = first; t < stop; t++) {
         const float *x = a->x + t * a->x_stride, *residual = a->residual + t * a->residual_stride;
         float *total = a->total + t * a->total_stride;
         for (int64_t i = 0; i < a->width; i++)
@@ -144,6 +158,8 @@ DISPATCHED void add_rms_norm(const AddRmsNorm *a) {
         normalise(total, a->weight, a->eps, a->offset, a->width, a->y + t * a->y_stride);
     }
 }
+
+void add_rms_norm(const AddRmsNorm *a) { share(add_rms_norm_tokens, a, a->tokens, a->width, a->threads); }
 
 typedef struct {
     const int32_t *token_ids, *row_slot, *row_start, *query_start, *query_len;
@@ -210,10 +226,12 @@ typedef struct {
     int64_t gate_up_stride;
     float *y;
     int64_t y_stride, tokens, width; /* width of y */
+    int64_t threads;
 } GatedMul;
 
-DISPATCHED void silu_mul(const GatedMul *a) {
-    for (int64_t t = 0; t < a->tokens; t++) {
+DISPATCHED static void silu_mul_tokens(const void *job, int64_t first, int64_t stop) {
+    const GatedMul *a = job;
+    for (int64_t t = first; t < stop; t++) {
         const float *gate = a->gate_up + t * a->gate_up_stride, *up = gate + a->width;
         float *restrict y = a->y + t * a->y_stride;
         for (int64_t i = 0; i < a->width; i++)
@@ -221,9 +239,12 @@ DISPATCHED void silu_mul(const GatedMul *a) {
     }
 }
 
+void silu_mul(const GatedMul *a) { share(silu_mul_tokens, a, a->tokens, a->width, a->threads); }
+
 /* gate / 2 * (1 + tanh(u)) is gate / (1 + exp(-2 u)), u = sqrt(2 / pi) (gate + 0.044715 gate^3) */
-DISPATCHED void gelu_tanh_mul(const GatedMul *a) {
-    for (int64_t t = 0; t < a->tokens; t++) {
+DISPATCHED static void gelu_tanh_mul_tokens(const void *job, int64_t first, int64_t stop) {
+    const GatedMul *a = job;
+    for (int64_t t = first; t < stop; t++) {
         const float *gate = a->gate_up + t * a->gate_up_stride, *up = gate + a->width;
         float *restrict y = a->y + t * a->y_stride;
         for (int64_t i = 0; i < a->width; i++) {
@@ -232,6 +253,8 @@ DISPATCHED void gelu_tanh_mul(const GatedMul *a) {
         }
     }
 }
+
+void gelu_tanh_mul(const GatedMul *a) { share(gelu_tanh_mul_tokens, a, a->tokens, a->width, a->threads); }
 
 typedef struct {
     const float *qkv;
@@ -244,6 +267,7 @@ typedef struct {
     float *q;
     int64_t q_stride, tokens, heads, kv_heads, head_dim, rotary, dtype;
     double eps, offset; /* offset is added to the weights */
+    int64_t threads;
 } NormRopeKvWrite;
 
 INLINE void rotate(const float *x, const float *row, int64_t rotary, int64_t count, float *restrict y) {
@@ -257,10 +281,11 @@ INLINE void rotate(const float *x, const float *row, int64_t rotary, int64_t cou
         y[i] = x[i];
 }
 
-DISPATCHED void norm_rope_kv_write(const NormRopeKvWrite *a) {
+DISPATCHED static void norm_rope_kv_write_tokens(const void *job, int64_t first, int64_t stop) {
+    const NormRopeKvWrite *a = job;
     const int64_t size = a->head_dim, turned = a->heads + a->kv_heads;
     float normed[MAX_HEAD], key[MAX_HEAD];
-    for (int64_t t = 0; t < a->tokens; t++) {
+    for (int64_t t = first; t < stop; t++) {
         const float *qkv = a->qkv + t * a->qkv_stride, *row = a->rows + t * a->rows_stride;
         const int64_t place = a->kv_slot[t] * a->kv_heads * size;
         for (int64_t h = 0; h < turned; h++) {
@@ -281,6 +306,10 @@ DISPATCHED void norm_rope_kv_write(const NormRopeKvWrite *a) {
     }
 }
 
+void norm_rope_kv_write(const NormRopeKvWrite *a) {
+    share(norm_rope_kv_write_tokens, a, a->tokens, (a->heads + 2 * a->kv_heads) * a->head_dim, a->threads);
+}
+
 typedef struct {
     const float *q;
     int64_t q_stride;
@@ -292,6 +321,7 @@ typedef struct {
     float *y;
     int64_t y_stride, rows, tokens, heads, kv_heads, head_dim, page, window, dtype;
     double scale;
+    int64_t threads;
 } Attention;
 
 /* y += weight[0] x[0] + .. + weight[3] x[3], one load and store of y for four products */
@@ -369,23 +399,37 @@ INLINE void attend(const Attention *a, int64_t r, int64_t t, int64_t length, int
             y[n * size + d] /= sum[n];
 }
 
-/* Every query by itself: what a token gets does not depend on the step that it is computed in. */
-DISPATCHED void attention(const Attention *a) {
+/* Every query by itself: what a token gets does not depend on the step that it is computed in. Items are the KV heads
+ * of the rows' queries, the last query first: it has most to do. */
+DISPATCHED static void attend_items(const void *job, int64_t first, int64_t stop) {
+    const Attention *a = job;
+    int64_t before = 0;
+    for (int64_t r = a->rows - 1; r >= 0 && before < stop; r--) {
+        const int64_t count = a->query_len ? a->query_len[r] : a->context_len[r] > 0;
+        const int64_t start = a->query_start ? a->query_start[r] : r;
+        const int64_t from = first > before ? first - before : 0, items = count * a->kv_heads;
+        for (int64_t item = from; item < items && before + item < stop; item++) {
+            const int64_t i = count - 1 - item / a->kv_heads, g = item % a->kv_heads;
+            const int64_t length = a->context_len[r] - count + i + 1;
+            if (a->dtype == FLOAT32)
+                attend(a, r, start + i, length, g, FLOAT32);
+            else if (a->dtype == BFLOAT16)
+                attend(a, r, start + i, length, g, BFLOAT16);
+            else
+                attend(a, r, start + i, length, g, FLOAT16);
+        }
+        before += items;
+    }
+}
+
+void attention(const Attention *a) {
+    int64_t items = 0, keys = 0;
     for (int64_t t = 0; t < a->tokens; t++)
         memset(a->y + t * a->y_stride, 0, (size_t)(a->heads * a->head_dim) * sizeof(float));
     for (int64_t r = 0; r < a->rows; r++) {
         const int64_t count = a->query_len ? a->query_len[r] : a->context_len[r] > 0;
-        const int64_t start = a->query_start ? a->query_start[r] : r;
-        for (int64_t i = 0; i < count; i++) {
-            const int64_t length = a->context_len[r] - count + i + 1;
-            for (int64_t g = 0; g < a->kv_heads; g++) {
-                if (a->dtype == FLOAT32)
-                    attend(a, r, start + i, length, g, FLOAT32);
-                else if (a->dtype == BFLOAT16)
-                    attend(a, r, start + i, length, g, BFLOAT16);
-                else
-                    attend(a, r, start + i, length, g, FLOAT16);
-            }
-        }
+        items += count * a->kv_heads;
+        keys += count * a->context_len[r];
     }
+    share_out(attend_items, a, items, keys * a->heads * a->head_dim > FEW ? a->threads : 1);
 }

@@ -47,7 +47,9 @@ typedef struct {
     int64_t count;
     const float *bias; /* or NULL */
     float *y;
-    int64_t y_stride, tokens, inputs, threads, variant, by_rows; /* by_rows: alike for any number of tokens */
+    int64_t y_stride, tokens, inputs, variant;
+    int64_t by_rows; /* whether a token's bits are to be alike for any number of them */
+    int64_t threads;
 } LinearGguf;
 
 /* One call. */

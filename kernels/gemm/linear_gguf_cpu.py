@@ -22,7 +22,13 @@ assert isinstance(linear_gguf, Contract)
 assert isinstance(embedding_gguf, Contract)
 
 MAPPED = "mapped"
-VARIANTS = ("", "scalar", "avx2", "avx512", "panel")  # instructions; the first is the best that the processor has
+VARIANTS = (
+    "",
+    "scalar",
+    "avx2",
+    "avx512",
+    "panel",
+)  # instructions; the first is the best that the processor has
 
 
 class Mapped:
@@ -116,8 +122,7 @@ def product(
     table = blocks.table(rows, x.shape[1])
     call = native.prepare(
         "linear_gguf", x, x.stride(0), table, len(table), bias, y, y.stride(0), *x.shape,
-        threads or torch.get_num_threads(), VARIANTS.index(variant), by_rows,
-        long=x.numel() * y.shape[1] > native.LONG,
+        VARIANTS.index(variant), by_rows, long=x.numel() * y.shape[1] > native.LONG, threads=threads,
     )  # fmt: skip
     return call and native.keeping(call, table)
 
