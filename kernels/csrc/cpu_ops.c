@@ -21,6 +21,8 @@
 #define LAYOUT 5
 #define MAX_HEAD 1024 /* features of a head: rows of that length live on the stack */
 #define MAX_GROUP 64  /* query heads of a KV head */
+#define QUERIES 16    /* of a row, that share keys */
+#define MAX_TILED 256 /* features of a head */
 #define BLOCK 64      /* keys whose scores are held at once */
 #define FEW 16384     /* numbers that one thread is done with before another has begun */
 
@@ -321,6 +323,7 @@ typedef struct {
     float *y;
     int64_t y_stride, rows, tokens, heads, kv_heads, head_dim, page, window, dtype;
     double scale;
+    int64_t tiled; /* whether queries of a row may share their keys' way through the cache */
     int64_t threads;
 } Attention;
 
@@ -399,19 +402,136 @@ INLINE void attend(const Attention *a, int64_t r, int64_t t, int64_t length, int
             y[n * size + d] /= sum[n];
 }
 
-/* Every query by itself: what a token gets does not depend on the step that it is computed in. Items are the KV heads
- * of the rows' queries, the last query first: it has most to do. */
+typedef float Wide __attribute__((vector_size(64), aligned(4), may_alias));
+
+/* Scores of two queries with a block of keys, which lie feature by feature. */
+INLINE void two_scores(const float *q, const float *r, const float *keys, int64_t size, float scale, float *x, float *y) {
+    Wide a[BLOCK / 16] = {0}, b[BLOCK / 16] = {0};
+    for (int64_t d = 0; d < size; d++) {
+        const Wide *key = (const Wide *)(keys + d * BLOCK);
+#pragma GCC unroll 4
+        for (int i = 0; i < BLOCK / 16; i++) {
+            a[i] += q[d] * key[i];
+            b[i] += r[d] * key[i];
+        }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < BLOCK / 16; i++) {
+        ((Wide *)x)[i] = a[i] * scale;
+        ((Wide *)y)[i] = b[i] * scale;
+    }
+}
+
+/* y += the sum of weight[j] * values[j], over `count` rows of `size` numbers */
+INLINE void add_values(const float *weight, const float *values, int64_t count, int64_t size, float *y) {
+    int64_t d = 0;
+    for (; d + 64 <= size; d += 64) {
+        Wide *out = (Wide *)(y + d), sum[4] = {out[0], out[1], out[2], out[3]};
+        for (int64_t j = 0; j < count; j++) {
+            const Wide *value = (const Wide *)(values + j * size + d);
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++)
+                sum[i] += weight[j] * value[i];
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++)
+            out[i] = sum[i];
+    }
+    for (; d + 16 <= size; d += 16) {
+        Wide *out = (Wide *)(y + d), sum = *out;
+        for (int64_t j = 0; j < count; j++)
+            sum += weight[j] * *(const Wide *)(values + j * size + d);
+        *out = sum;
+    }
+    for (int64_t j = 0; j < count && d < size; j++)
+        for (int64_t e = d; e < size; e++)
+            y[e] += weight[j] * values[j * size + e];
+}
+
+/* As attend, for `queries` tokens from t on: keys of a block are turned and values widened once for all of them.
+ * `length`: keys of the first. */
+INLINE void attend_tile(const Attention *a, int64_t r, int64_t t, int64_t queries, int64_t length, int64_t g, int64_t dtype) {
+    const int64_t size = a->head_dim, group = a->heads / a->kv_heads, all = queries * group;
+    const int32_t *table = a->page_table + r * a->table_stride;
+    float keys[MAX_TILED * BLOCK], values[BLOCK * MAX_TILED], score[2][BLOCK], space[MAX_TILED];
+    float largest[QUERIES * MAX_GROUP], sum[QUERIES * MAX_GROUP];
+    for (int64_t m = 0; m < all; m++) {
+        largest[m] = -INFINITY;
+        sum[m] = 0;
+    }
+    const int64_t oldest = a->window && length > a->window ? length - a->window : 0, last = length + queries - 1;
+    for (int64_t start = oldest; start < last; start += BLOCK) {
+        const int64_t count = last - start < BLOCK ? last - start : BLOCK;
+        for (int64_t i = 0; i < count; i++) {
+            const int64_t at = start + i, slot = table[at / a->page] * a->page + at % a->page;
+            const int64_t place = (slot * a->kv_heads + g) * size;
+            const float *key = load(a->k_cache, place, size, dtype, space);
+            for (int64_t d = 0; d < size; d++)
+                keys[d * BLOCK + i] = key[d];
+            const float *value = load(a->v_cache, place, size, dtype, space);
+            memcpy(values + i * size, value, (size_t)size * sizeof(float));
+        }
+        for (int64_t d = 0; d < size && count < BLOCK; d++)
+            memset(keys + d * BLOCK + count, 0, (size_t)(BLOCK - count) * sizeof(float));
+        for (int64_t m = 0; m < all; m += 2) {
+            const int64_t both = m + 1 < all ? m + 1 : m;
+            const float *q = a->q + g * group * size;
+            two_scores(q + (t + m / group) * a->q_stride + m % group * size,
+                       q + (t + both / group) * a->q_stride + both % group * size, keys, size, (float)a->scale, score[0],
+                       score[1]);
+            for (int64_t n = m; n <= both; n++) {
+                const int64_t own = length + n / group; /* keys of this query */
+                const int64_t stop = own - start < count ? own - start : count;
+                const int64_t first = a->window && own - a->window > start ? own - a->window - start : 0;
+                if (first >= stop)
+                    continue;
+                float *x = score[n - m], *y = a->y + (t + n / group) * a->y_stride + (g * group + n % group) * size;
+                float top = largest[n], total = 0;
+#pragma omp simd reduction(max : top)
+                for (int64_t i = first; i < stop; i++)
+                    top = x[i] > top ? x[i] : top;
+                const float base = top == -INFINITY ? 0 : top;
+#pragma omp simd reduction(+ : total)
+                for (int64_t i = first; i < stop; i++) {
+                    x[i] = exponential(x[i] - base);
+                    total += x[i];
+                }
+                const float shrink = exponential(largest[n] - base);
+                sum[n] = sum[n] * shrink + total;
+                largest[n] = top;
+                if (shrink != 1)
+                    for (int64_t d = 0; d < size; d++)
+                        y[d] *= shrink;
+                add_values(x + first, values + first * size, stop - first, size, y);
+            }
+        }
+    }
+    for (int64_t m = 0; m < all; m++) {
+        float *y = a->y + (t + m / group) * a->y_stride + (g * group + m % group) * size;
+        for (int64_t d = 0; d < size; d++)
+            y[d] /= sum[m];
+    }
+}
+
+/* Items are the KV heads of a row's queries, or of QUERIES of them; the last ones first, which have most to do. A query
+ * that is not tiled is computed by itself: what it gets does not depend on the step that it is computed in. */
 DISPATCHED static void attend_items(const void *job, int64_t first, int64_t stop) {
     const Attention *a = job;
     int64_t before = 0;
     for (int64_t r = a->rows - 1; r >= 0 && before < stop; r--) {
         const int64_t count = a->query_len ? a->query_len[r] : a->context_len[r] > 0;
-        const int64_t start = a->query_start ? a->query_start[r] : r;
-        const int64_t from = first > before ? first - before : 0, items = count * a->kv_heads;
+        const int64_t start = a->query_start ? a->query_start[r] : r, tile = a->tiled ? QUERIES : 1;
+        const int64_t from = first > before ? first - before : 0, items = (count + tile - 1) / tile * a->kv_heads;
         for (int64_t item = from; item < items && before + item < stop; item++) {
-            const int64_t i = count - 1 - item / a->kv_heads, g = item % a->kv_heads;
-            const int64_t length = a->context_len[r] - count + i + 1;
-            if (a->dtype == FLOAT32)
+            const int64_t i = (items - 1 - item) / a->kv_heads * tile, g = item % a->kv_heads;
+            const int64_t some = count - i < tile ? count - i : tile, length = a->context_len[r] - count + i + 1;
+            if (some > 1 && a->dtype == FLOAT32)
+                attend_tile(a, r, start + i, some, length, g, FLOAT32);
+            else if (some > 1 && a->dtype == BFLOAT16)
+                attend_tile(a, r, start + i, some, length, g, BFLOAT16);
+            else if (some > 1)
+                attend_tile(a, r, start + i, some, length, g, FLOAT16);
+            else if (a->dtype == FLOAT32)
                 attend(a, r, start + i, length, g, FLOAT32);
             else if (a->dtype == BFLOAT16)
                 attend(a, r, start + i, length, g, BFLOAT16);
@@ -423,12 +543,13 @@ DISPATCHED static void attend_items(const void *job, int64_t first, int64_t stop
 }
 
 void attention(const Attention *a) {
+    const int64_t tile = a->tiled ? QUERIES : 1;
     int64_t items = 0, keys = 0;
     for (int64_t t = 0; t < a->tokens; t++)
         memset(a->y + t * a->y_stride, 0, (size_t)(a->heads * a->head_dim) * sizeof(float));
     for (int64_t r = 0; r < a->rows; r++) {
         const int64_t count = a->query_len ? a->query_len[r] : a->context_len[r] > 0;
-        items += count * a->kv_heads;
+        items += (count + tile - 1) / tile * a->kv_heads;
         keys += count * a->context_len[r];
     }
     share_out(attend_items, a, items, keys * a->heads * a->head_dim > FEW ? a->threads : 1);
