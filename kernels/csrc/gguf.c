@@ -22,7 +22,7 @@ static int has(int64_t variant) {
     if (variant == AVX2)
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 #endif
-    return variant == SCALAR;
+    return variant == SCALAR || variant == BEST;
 }
 
 /* Whether this processor runs a variant. */

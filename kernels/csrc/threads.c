@@ -2,7 +2,8 @@
  *
  * A step is some hundred loops of 5 to 200 us with little between them: a thread that slept after each would be woken
  * (30 us) for nothing. One that never sleeps takes a core from others. Items are handed out, not divided: where another
- * process holds a thread's core, the caller does that thread's share itself. */
+ * process holds a thread's core, the caller does that thread's share itself. Only a part that was begun is waited for:
+ * where that took as long as the whole loop, cores are too few, and for a while loops run in the calling thread. */
 
 #define _GNU_SOURCE
 #include "threads.h"
@@ -10,11 +11,14 @@
 #if defined(__unix__) || defined(__APPLE__)
 
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <time.h>
 
 #define MOST_THREADS 256
 #define SPIN_NANOSECONDS 60000 /* longer than what lies between two loops of a step */
+#define LONG_WAIT 200000       /* nanoseconds */
+#define ALONE 20               /* times as long as was waited */
 #define TURNS 32               /* between two looks at the clock */
 
 #if defined(__x86_64__)
@@ -30,6 +34,7 @@ static pthread_mutex_t sleep_lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t called = PTHREAD_COND_INITIALIZER;
 static int64_t members; /* threads that were made, besides those that call */
 static atomic_llong loops, sleepers;
+static int64_t alone_until; /* of the thread whose loop it is */
 
 static struct {
     Part part;
@@ -114,6 +119,12 @@ void share_out(Part part, const void *job, int64_t count, int64_t threads) {
             part(job, 0, count);
         return;
     }
+    const int64_t began = now();
+    if (began < alone_until) {
+        pthread_mutex_unlock(&one_loop);
+        part(job, 0, count);
+        return;
+    }
     hire(threads - 1);
     loop.part = part;
     loop.job = job;
@@ -129,8 +140,17 @@ void share_out(Part part, const void *job, int64_t count, int64_t threads) {
     }
     work();
     atomic_store(&loop.open, 0);
-    while (atomic_load(&loop.inside))
-        PAUSE();
+    if (atomic_load(&loop.inside)) {
+        const int64_t done = now();
+        for (int turn = 0; atomic_load(&loop.inside); turn++) {
+            PAUSE();
+            if (turn > TURNS * TURNS)
+                sched_yield();
+        }
+        const int64_t waited = now() - done;
+        if (waited > LONG_WAIT && waited > done - began)
+            alone_until = done + waited + ALONE * waited;
+    }
     pthread_mutex_unlock(&one_loop);
 }
 

@@ -162,7 +162,7 @@ def linear_gguf_cpu(
 ) -> torch.Tensor:
     """The reference over widened rows, each token by itself."""
     wide = blocks.wide(rows, x.shape[1])
-    y = torch.cat([one @ wide.T for one in to_8_bits(x, torch.float32).split(1)])
+    y = torch.cat([one.clone() @ wide.T for one in to_8_bits(x, torch.float32).split(1)])
     return y if bias is None else y + bias
 
 
