@@ -1,8 +1,8 @@
 """Weights in GGUF's blocks, multiplied as the file stores them.
 
-A projection becomes an op over the bytes of its blocks, which the CPU maps and does not convert. Its activations are
-rounded to 8 bits in groups of 32, as llama.cpp does. Types without products, and weights that are used in another form
-than they are stored in, are widened when they are loaded.
+A projection becomes an op over the bytes of its blocks, which the CPU maps and does not convert. Its activations
+are rounded to 8 bits in groups of 32, as llama.cpp does. Types without products, and weights that are used in another
+form than they are stored in, are widened when they are loaded.
 """
 
 from __future__ import annotations

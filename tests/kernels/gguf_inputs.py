@@ -42,7 +42,9 @@ def linear_gguf(op: str) -> Iterator[Case]:
             yield Case(op, label, operands, attrs)
             more = {"x": in_columns(operands["x"]), "bias": random.normal(outputs)}
             yield Case(op, f"{label}-bias", operands | more, attrs | {"out_dtype": "float32"})
-    blocks = _tensor(random_blocks("q4_k", 40, 512), random_blocks("q8_0", 7, 512), random_blocks("q5_0", 33, 512))
+    blocks = _tensor(
+        random_blocks("q4_k", 40, 512), random_blocks("q8_0", 7, 512), random_blocks("q5_0", 33, 512)
+    )
     attrs = {"rows": "q4_k*40+q8_0*7+q5_0*33", "outputs": 80, "out_dtype": ""}
     x = Random(1).normal(4, 512)
     x[1] = 0
