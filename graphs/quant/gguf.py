@@ -7,10 +7,11 @@ form than they are stored in, are widened when they are loaded.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from makeready.graphs.checkpoint.base import AS_STORED, BLOCKS, Checkpoint
+from makeready.graphs.checkpoint.base import AS_STORED, BLOCKS, Checkpoint, CheckpointWarning
 from makeready.graphs.plan.recipe import Param, Piece
 from makeready.graphs.planner.ir import Call, Program
 from makeready.kernels.gguf import KINDS, row_bytes, rows_text
@@ -18,8 +19,16 @@ from makeready.kernels.spec import TensorSpec
 
 
 def stored_blocks(checkpoint: Checkpoint) -> StoredBlocks | None:
-    """The blocks of a checkpoint that there are products for; None where it has none."""
+    """The blocks of a checkpoint that there are products for; None where it has none. Warns of others."""
     kinds = {name: info.dtype for name, info in checkpoint.tensors.items() if info.kind == BLOCKS}
+    others = sorted(set(kinds.values()) - set(KINDS))
+    if others:
+        warnings.warn(
+            f"{checkpoint.path}: blocks of {', '.join(others)} are widened when they are loaded; only "
+            f"{', '.join(KINDS)} are multiplied as they are stored",
+            CheckpointWarning,
+            stacklevel=1,
+        )
     found = {name: kind for name, kind in kinds.items() if kind in KINDS}
     return StoredBlocks(found) if found else None
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from checkpoint_files import LLAMA, state_dict, write_quantized
 
-from makeready.graphs.checkpoint.base import CheckpointError, open_checkpoint
+from makeready.graphs.checkpoint.base import CheckpointError, CheckpointWarning, open_checkpoint
 from makeready.graphs.executable.load import load_executable
 from makeready.graphs.plan.plan import Plan, PlanError
 from makeready.graphs.planner.compile import compile_plan
@@ -76,7 +76,9 @@ def test_who_asks_for_something_else_gets_it(asked, mixed):
 
 def test_types_without_products_are_widened(tmp_path):
     kind = TYPES.MXFP4
-    plan = compile_plan(quantized(tmp_path / "m.gguf", {"ffn_gate": kind, "attn_q": TYPES.Q4_0}), **SMALL)
+    path = quantized(tmp_path / "m.gguf", {"ffn_gate": kind, "attn_q": TYPES.Q4_0})
+    with pytest.warns(CheckpointWarning, match="blocks of mxfp4 are widened"):
+        plan = compile_plan(path, **SMALL)
     assert {attrs["rows"] for attrs in launches(plan, "linear_gguf")} == {"q4_0*192"}
     widened = [w.param.spec.dtype for w in plan.weights if "gate" in w.param.name]
     assert set(widened) == {"float16"}
