@@ -20,7 +20,7 @@ PROMPTS = [f"Here is a list of {n} animals:" for n in ("two", "three", "four", "
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
-    made = LLM(smollm2(), max_rows=4, max_tokens=64, context_len=256)
+    made = LLM(smollm2(), max_rows=4, max_tokens=64, context_len=256, weight_dtype="float16")
     made.engine._ahead = 1  # as if steps were under way after their launch
     return made
 

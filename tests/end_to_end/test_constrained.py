@@ -39,7 +39,7 @@ ASKED: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
-    return LLM(smollm2(), max_rows=4, max_tokens=24, context_len=128, page_size=4)
+    return LLM(smollm2(), max_rows=4, max_tokens=24, context_len=128, page_size=4, weight_dtype="float16")
 
 
 def sampling(temperature: float) -> list[SamplingParams]:
@@ -84,7 +84,7 @@ def test_where_pages_run_out_rows_are_computed_again_and_end_the_same(llm: LLM) 
     options = SchedulerOptions(new_token_ratio=0.1, min_new_token_ratio=0.05)
     page = 30 * 2 * 3 * 64 * 4 * 4  # bytes: layers, k and v, heads, features, fp32, tokens
     with LLM(
-        smollm2(), max_rows=4, max_tokens=24, context_len=128, page_size=4, scheduler=options,
+        smollm2(), max_rows=4, max_tokens=24, context_len=128, page_size=4, weight_dtype="float16", scheduler=options,
         kv_memory_gib=34 * page / 2**30,
     ) as tight:  # fmt: skip
         outputs = tight.generate(PROMPTS, asked)

@@ -140,7 +140,7 @@ ASKED = [{"role": "user", "content": "Weather in Rome?"}]
 
 def test_a_model_that_knows_no_tools_calls_them_all_the_same() -> None:
     params = SamplingParams(temperature=0, max_new_tokens=80)
-    with LLM(smollm2(), max_rows=2, context_len=256, chat_template=TEMPLATE) as llm:
+    with LLM(smollm2(), max_rows=2, context_len=256, weight_dtype="float16", chat_template=TEMPLATE) as llm:
         (any_,) = llm.chat(ASKED, params, tools=TOOLS, tool_choice="required", parallel_tool_calls=False)
         (named,) = llm.chat(
             ASKED, params, tools=TOOLS, tool_choice={"type": "function", "function": {"name": "now"}}
@@ -161,7 +161,12 @@ def test_a_model_that_knows_no_tools_calls_them_all_the_same() -> None:
         assert "regex and tool_choice cannot both hold" in (both.error or "")
     with (
         LLM(
-            smollm2(), max_rows=2, context_len=256, chat_template=TEMPLATE, tool_call_parser="pythonic"
+            smollm2(),
+            max_rows=2,
+            context_len=256,
+            weight_dtype="float16",
+            chat_template=TEMPLATE,
+            tool_call_parser="pythonic",
         ) as llm,
         pytest.raises(RequestError, match="calls of the format pythonic cannot be forced"),
     ):

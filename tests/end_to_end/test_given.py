@@ -21,7 +21,7 @@ USER = [{"role": "user", "content": "hi"}]
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
-    return LLM(smollm2(), max_rows=4, max_tokens=64, context_len=256)
+    return LLM(smollm2(), max_rows=4, max_tokens=64, context_len=256, weight_dtype="float16")
 
 
 def outcomes(outputs: Any) -> list[str]:

@@ -24,7 +24,7 @@ GREEDY = SamplingParams(temperature=0, max_new_tokens=12)
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
-    return LLM(smollm2(), max_rows=4, max_tokens=64, context_len=256)
+    return LLM(smollm2(), max_rows=4, max_tokens=64, context_len=256, weight_dtype="float16")
 
 
 @pytest.fixture(scope="module")
