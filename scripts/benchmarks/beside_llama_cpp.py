@@ -24,8 +24,7 @@ PROMPT_TOKENS, LONG_PROMPT, CONTEXT = 16, 512, 2048
 Generate = Callable[[list[int], int], None]
 
 # argv: file, threads, whether llama.cpp may repack weights
-_OURS = (
-    """
+_OURS = """
 import json, sys, time
 import torch
 from benchmarks.beside_llama_cpp import CONTEXT
@@ -36,8 +35,6 @@ began = time.perf_counter()
 LLM(sys.argv[1], max_rows=8, context_len=CONTEXT)
 print(json.dumps(time.perf_counter() - began))
 """
-    % CONTEXT
-)
 _THEIRS = """
 import json, sys, time
 from benchmarks.beside_llama_cpp import opened
