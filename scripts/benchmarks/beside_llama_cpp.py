@@ -50,8 +50,8 @@ print(json.dumps(seconds))
 
 def opened(path: str, threads: int, repacks: bool) -> Any:
     """llama.cpp's model."""
-    import llama_cpp
-    from llama_cpp import llama_cpp as low
+    import llama_cpp  # pyright: ignore[reportMissingImports]
+    from llama_cpp import llama_cpp as low  # pyright: ignore[reportMissingImports]
 
     if not repacks:
         default = low.llama_model_default_params
