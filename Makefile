@@ -34,7 +34,7 @@ $(VENV)/.venv:
 	touch $@
 
 # setuptools is installed first so that the editable install needs no build environment of its own.
-$(VENV)/.run: $(VENV)/.venv pyproject.toml setup.py kernels/csrc/cpu_ops.c
+$(VENV)/.run: $(VENV)/.venv pyproject.toml setup.py $(wildcard kernels/csrc/*.c kernels/csrc/*.h)
 	@echo "installing makeready into $(VENV) (PyTorch is 200 MB; a minute or two)"
 	$(PIP) "setuptools>=77" wheel
 	$(PIP) --no-build-isolation -e .

@@ -29,8 +29,10 @@ def packages() -> dict[str, str]:
 # and kernels/native.py leaves the work to PyTorch. No -ffast-math: NaN and infinity must stay what they are.
 CPU_OPS = Extension(
     "makeready.kernels._cpu_ops",
-    ["kernels/csrc/cpu_ops.c"],
-    extra_compile_args=["-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"],
+    sorted(str(path.relative_to(ROOT)) for path in (ROOT / "kernels" / "csrc").glob("*.c")),
+    depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "kernels" / "csrc").glob("*.h")),
+    extra_compile_args=["-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-pthread"],
+    extra_link_args=["-pthread"],
     optional=True,
 )
 

@@ -87,6 +87,7 @@ class Contract:
     selects_rows: str | None = None
     merges: str | None = None
     shares: tuple[str, ...] = ()
+    adds: tuple[str, ...] = ()
     quantizes: Quantizes | None = None
     fuses: tuple[str, str] | None = None
     chains: tuple[str, ...] = ()
@@ -207,6 +208,7 @@ def contract(
     selects_rows: str | None = None,
     merges: str | None = None,
     shares: Sequence[str] = (),
+    adds: Sequence[str] = (),
     quantizes: Quantizes | None = None,
     fuses: tuple[str, str] | None = None,
     chains: Sequence[str] = (),
@@ -233,6 +235,8 @@ def contract(
         merges: last axis of the result, along which calls on the same input merge into one: what is not shared is
             put together along its first axis, and what each call gave is columns of the result.
         shares: operands that merged calls have in common.
+        adds: attributes that merged calls need not have in common: numbers are added, texts joined by ``+``. They say
+            how operands are to be read whose first axis is not the merged one.
         quantizes: the op that this one takes the place of under a quantization.
         fuses: names of two ops; this one is the second over one result of the first, with the operands and
             attributes of both and the other results of the first.
@@ -276,6 +280,7 @@ def contract(
             selects_rows=selects_rows,
             merges=merges,
             shares=tuple(shares),
+            adds=tuple(adds),
             quantizes=quantizes,
             fuses=fuses,
             chains=tuple(chains),
@@ -316,6 +321,9 @@ def _contradictions(op: Contract) -> Iterator[str]:
         yield "a view has one operand, one result and an attribute that says where the result begins"
     if op.selects_rows is not None and len(op.outputs) != 1:
         yield "selects_rows is for ops with one result"
+    for name in op.adds:
+        if op.merges is None or name not in op.attrs:
+            yield f"adds names {name}, which is no attribute of calls that merge"
     if op.chains:
         yield from _chain_contradictions(op)
     if op.merges is not None:
@@ -323,7 +331,8 @@ def _contradictions(op: Contract) -> Iterator[str]:
             yield f"merges names {op.merges}, which is not the last axis of its only result"
         for o in op.inputs:
             along = [op.merges in names_in(axis) for axis in o.axes]
-            if any(along[1:]) or any(along) == (o.name in op.shares):
+            beside = bool(op.adds) and o.name not in op.shares and not any(along)
+            if any(along[1:]) or (any(along) == (o.name in op.shares) and not beside):
                 yield f"calls cannot be merged along {op.merges} with {o.name}[{', '.join(o.axes)}]"
 
 

@@ -29,27 +29,24 @@ def _float32(specs: Mapping[str, TensorSpec], attrs: Mapping[str, Any]) -> bool:
     return specs["gate_up"].dtype == "float32"
 
 
-def _native(op: str, *, most: int | None = None) -> Bind:
-    """Binds the compiled op of this name, for at most ``most`` tokens."""
+def _native(op: str) -> Bind:
+    """Binds the compiled op of this name."""
 
     def bind(
         operands: Operands, results: Sequence[torch.Tensor], attrs: Mapping[str, Any]
     ) -> Callable[[], None] | None:
         (x,), (y,) = operands, results
-        if most is not None and len(x) > most:
-            return None
-        return native.prepare(op, x, x.stride(0), y, y.stride(0), *y.shape)
+        long = len(x) > native.MANY_TOKENS
+        return native.prepare(op, x, x.stride(0), y, y.stride(0), *y.shape, long=long)
 
     return bind
 
 
 def _gated(op: Contract, run: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """The implementations of a gate: ``run`` and the compiled op, and these for every row by itself."""
-    few = _native(op.name, most=native.MOST_TOKENS)
-    kernel(op, "fused", target="cpu", applies=_float32, bind=few)(run)
-    rows = kernel(
-        op, "rows", target="cpu", invariant=True, ordinary=False, applies=_float32, bind=_native(op.name)
-    )
+    bind = _native(op.name)
+    kernel(op, "fused", target="cpu", applies=_float32, bind=bind)(run)
+    rows = kernel(op, "rows", target="cpu", invariant=True, ordinary=False, applies=_float32, bind=bind)
     rows(by_rows(op, run))
 
 

@@ -27,28 +27,14 @@ def normalise(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float =
     return (x * power.add_(eps).rsqrt_()).mul_(weight + offset if offset else weight)
 
 
-def _bind_rms_norm(
-    operands: Operands, results: Sequence[torch.Tensor], attrs: Mapping[str, Any]
-) -> Callable[[], None] | None:
-    few = len(operands[0]) <= native.MOST_TOKENS
-    return _native_rms_norm(operands, results, attrs) if few else None
-
-
 def _native_rms_norm(
     operands: Operands, results: Sequence[torch.Tensor], attrs: Mapping[str, Any]
 ) -> Callable[[], None] | None:
     (x, weight), (y,) = operands, results
     return native.prepare(
         "rms_norm", x, x.stride(0), weight, y, y.stride(0), *x.shape,
-        float(attrs["eps"]), float(attrs.get("offset", 0)),
+        float(attrs["eps"]), float(attrs.get("offset", 0)), long=len(x) > native.MANY_TOKENS,
     )  # fmt: skip
-
-
-def _bind_add_rms_norm(
-    operands: Operands, results: Sequence[torch.Tensor], attrs: Mapping[str, Any]
-) -> Callable[[], None] | None:
-    few = len(operands[0]) <= native.MOST_TOKENS
-    return _native_add_rms_norm(operands, results, attrs) if few else None
 
 
 def _native_add_rms_norm(
@@ -58,16 +44,17 @@ def _native_add_rms_norm(
     return native.prepare(
         "add_rms_norm", x, x.stride(0), residual, residual.stride(0), weight, y, y.stride(0),
         total, total.stride(0), *x.shape, float(attrs["eps"]), float(attrs.get("offset", 0)),
+        long=len(x) > native.MANY_TOKENS,
     )  # fmt: skip
 
 
-@kernel(rms_norm, "fused", target="cpu", applies=_all_float32, bind=_bind_rms_norm)
+@kernel(rms_norm, "fused", target="cpu", applies=_all_float32, bind=_native_rms_norm)
 def rms_norm_cpu(x: torch.Tensor, weight: torch.Tensor, *, eps: float, offset: float = 0.0) -> torch.Tensor:
     """See :func:`normalise`."""
     return normalise(x, weight, eps, offset)
 
 
-@kernel(add_rms_norm, "fused", target="cpu", applies=_all_float32, bind=_bind_add_rms_norm)
+@kernel(add_rms_norm, "fused", target="cpu", applies=_all_float32, bind=_native_add_rms_norm)
 def add_rms_norm_cpu(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, *, eps: float, offset: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:

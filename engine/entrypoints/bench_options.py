@@ -17,6 +17,7 @@ _LLM = ("model.", "target", "device", "quant", "plan.", "kv.", "scheduler.", "th
 SUITES: dict[str, tuple[str, ...]] = {
     "decode": ("rows", "tokens", "repeats", "weight_dtype", "threads"),
     "startup": ("repeats", "weight_dtype", "threads"),
+    "llama_cpp": ("tokens", "repeats", "threads"),
     "latency": (*_LLM, "rows", "tokens", "repeats", "latency."),
     "throughput": (*_LLM, "throughput.", "trace"),
     "replay": (*_LLM, "replay.", "trace"),
@@ -37,7 +38,7 @@ SUITES: dict[str, tuple[str, ...]] = {
     "moe": (),
 }
 _SHARING = {name for name, options in SUITES.items() if set(_LLM) <= set(options)}
-_MODEL = {"decode", "startup", "latency", "throughput", "replay", "prefix", "buckets", "load"}
+_MODEL = {"decode", "startup", "llama_cpp", "latency", "throughput", "replay", "prefix", "buckets", "load"}
 FP8_SCALES = ("rows", "groups")
 FP8_MATRICES = ("qkv", "o", "gate_up", "down")
 
@@ -240,7 +241,7 @@ class BenchJob(Job):
     def _check_checkpoint(self, given: Collection[str]) -> None:
         if self.checkpoint is None:
             raise UsageError("checkpoint= is missing: a Hugging Face folder, a .gguf file, or dummy")
-        beside = sorted({"decode", "startup"}.intersection(self.suite))
+        beside = sorted({"decode", "startup", "llama_cpp"}.intersection(self.suite))
         if beside and self.checkpoint == "dummy":
             raise UsageError(f"suite {beside[0]} reads real weights; give a checkpoint, or leave it out")
         super().check(given)

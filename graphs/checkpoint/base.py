@@ -65,6 +65,7 @@ NUMPY_DTYPES: dict[str, np.dtype] = {
 
 PLAIN_DTYPES = ("float32", "float16", "bfloat16", "float64")  # numbers that stand for themselves
 PLAIN, BLOCKS = "plain", "blocks"
+AS_STORED = "#"  # between the name of a tensor and the block type whose bytes are meant
 
 # What of a tensor is read: ranges of its first axes; a bare slice is one of axis 0.
 Ranges: TypeAlias = slice | Sequence[slice]
@@ -120,12 +121,19 @@ class Checkpoint(ABC):
     def tensors(self) -> Mapping[str, TensorInfo]:
         """The tensor table, by Hugging Face name."""
 
+    def find(self, name: str) -> TensorInfo | None:
+        """The tensor called ``name``; None where there is none.
+
+        ``NAME#KIND`` is what the file holds of a tensor of blocks of that type: uint8, its rows one after the other.
+        """
+        return self.tensors.get(name)
+
     @abstractmethod
     def read(self, name: str, box: Ranges | None = None) -> np.ndarray:
         """Read one tensor, or a box of it without touching the rest.
 
         Args:
-            name: a key of `tensors`.
+            name: what `find` finds.
             box: `slice(start, stop)` of axis 0, or one for each of the first axes; the others are read whole.
                 None reads everything.
 
@@ -159,19 +167,23 @@ class Checkpoint(ABC):
         """
         table = sorted(
             (info.name, info.kind, tuple(size for size in info.shape if size != 1))
-            for info in self.tensors.values()
-            if read is None or info.name in read
+            for info in (self.tensors.values() if read is None else filter(None, map(self.find, read)))
         )
         text = json.dumps([counted(self.config), table], sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _find(self, name: str) -> TensorInfo:
-        info = self.tensors.get(name)
+        info = self.find(name)
         if info is None:
             raise CheckpointError(
                 f"{self.path} has no tensor {name!r}; check that the model definition fits the checkpoint"
             )
         return info
+
+
+def tensor_of(name: str) -> str:
+    """The tensor that a name of :meth:`Checkpoint.find` is about."""
+    return name.partition(AS_STORED)[0]
 
 
 def counted(config: Mapping[str, Any]) -> dict[str, Any]:

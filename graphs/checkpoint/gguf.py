@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from makeready.graphs.checkpoint.base import CheckpointError, map_file
-from makeready.graphs.checkpoint.gguf_dequantize import BLOCK_TYPES, PLAIN_TYPES
+from makeready.kernels.gguf_dequantize import BLOCK_TYPES, PLAIN_TYPES
 
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -12,17 +13,18 @@ from typing import Any
 import numpy as np
 
 from makeready.graphs.checkpoint.base import (
+    AS_STORED,
     NUMPY_DTYPES,
     Checkpoint,
     CheckpointError,
     Ranges,
     TensorInfo,
     ranges,
+    tensor_of,
 )
 from makeready.graphs.checkpoint.config import normalise_config
 from makeready.graphs.checkpoint.gguf import GGUFFile
 from makeready.graphs.checkpoint.gguf_config import hugging_face_config, llama3_rope
-from makeready.graphs.checkpoint.gguf_dequantize import BLOCK_TYPES, PLAIN_TYPES, dequantize
 from makeready.graphs.checkpoint.gguf_names import (
     EXPERT,
     ROPE_FACTORS,
@@ -33,6 +35,7 @@ from makeready.graphs.checkpoint.gguf_names import (
     interleaved_rows,
     special_tokens,
 )
+from makeready.kernels.gguf_dequantize import BLOCK_TYPES, PLAIN_TYPES, dequantize
 
 _PLAIN_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 
@@ -71,9 +74,27 @@ class GGUFCheckpoint(Checkpoint):
         """The tensor table, by Hugging Face name."""
         return self._tensors
 
+    def find(self, name: str) -> TensorInfo | None:
+        """The tensor called ``name``, or the bytes of its blocks; see `Checkpoint.find`."""
+        tensor, _, kind = name.partition(AS_STORED)
+        info = self._tensors.get(tensor)
+        if not kind or info is None:
+            return info
+        if info.dtype != kind or kind not in BLOCK_TYPES:
+            return None
+        elements, nbytes = BLOCK_TYPES[kind].sizes
+        return TensorInfo(name, "uint8", (math.prod(info.shape) // elements * nbytes,))
+
     def read(self, name: str, box: Ranges | None = None) -> np.ndarray:
         """Read one tensor or a box of it; see `Checkpoint.read`."""
         info = self._find(name)
+        if AS_STORED in name:
+            ((start, stop),) = ranges(info, box)
+            whole = self._tensors[tensor_of(name)]
+            row = info.shape[0] // whole.shape[0]
+            first = start // row
+            rows = self._stored(whole, first, -(-stop // row)).reshape(-1)
+            return rows[start - first * row : stop - first * row]
         (start, stop), *others = ranges(info, box)
         cut = [slice(*part) for part in others]
         if info.dtype in NUMPY_DTYPES:

@@ -8,7 +8,7 @@ from collections.abc import Collection
 
 import numpy as np
 
-from makeready.graphs.checkpoint.base import Checkpoint, CheckpointError, CheckpointWarning
+from makeready.graphs.checkpoint.base import Checkpoint, CheckpointError, CheckpointWarning, tensor_of
 
 NAMED = 5  # tensors that a warning names
 
@@ -31,6 +31,7 @@ def check_unread(checkpoint: Checkpoint, read: Collection[str]) -> None:
         CheckpointError: one of them is sure to change the result: a layer beyond the config's, a layer's
             weight of which the model knows nothing, or a bias or scale of a weight that is read.
     """
+    read = {tensor_of(name) for name in read}
     tied = bool(checkpoint.config.get("tie_word_embeddings"))  # an equal copy, or it would not be tied
     unread = [
         name

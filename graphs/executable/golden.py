@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from makeready.graphs.checkpoint.base import Checkpoint
+from makeready.graphs.checkpoint.base import Checkpoint, tensor_of
 from makeready.graphs.executable.base import Executable
 from makeready.graphs.executable.example import Row, example_step
 from makeready.graphs.plan import artifact
@@ -197,7 +197,7 @@ def model_key(plan: Plan) -> str:
 def weights_checksum(plan: Plan, checkpoint: Checkpoint) -> str:
     """SHA-256 over rows of every tensor that the plan reads: tells weights apart without reading all."""
     total = hashlib.sha256()
-    for name in sorted(needs(weight.param for weight in plan.weights)):
+    for name in sorted({tensor_of(name) for name in needs(weight.param for weight in plan.weights)}):
         shape = checkpoint.tensors[name].shape
         total.update(f"{name} {checkpoint.tensors[name].dtype} {shape}".encode())
         if math.prod(shape) <= _SMALL:

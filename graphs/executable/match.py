@@ -8,6 +8,7 @@ from makeready.graphs.plan.plan import Plan, PlanError
 from makeready.graphs.plan.reads import needs
 
 FP8 = "float8_e4m3fn"
+STORED = "uint8"  # GGUF's blocks as they are
 
 
 def check_checkpoint(plan: Plan, checkpoint: Checkpoint) -> None:
@@ -32,8 +33,8 @@ def check_checkpoint(plan: Plan, checkpoint: Checkpoint) -> None:
             )
     wanted = needs(params)
     for source, need in wanted.items():
-        info = checkpoint.tensors.get(source)
-        kinds = (PLAIN, BLOCKS) if FP8 not in need.dtypes else (FP8,)
+        info = checkpoint.find(source)
+        kinds = (FP8,) if FP8 in need.dtypes else (STORED,) if STORED in need.dtypes else (PLAIN, BLOCKS)
         if info is None or not need.fits(info.shape, exactly=True) or info.kind not in kinds:
             found = "lacks it" if info is None else f"has it as {info.dtype}{list(info.shape)}"
             raise PlanError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from makeready.graphs.plan.recipe import Param, can_concatenate, concatenate, kind
 from makeready.graphs.planner.ir import Call, Program
 from makeready.kernels.elementwise import columns
@@ -27,7 +29,8 @@ def merge_linears(program: Program) -> Program:
         if all(p is not None and not p.generated and len(uses[p.name]) == 1 for p in operands.values()):
             stored = tuple((k, kind(p)) for k, p in operands.items() if p)
             inputs = tuple(call.operands.get(k) for k in op.shares)
-            groups.setdefault((call.op, inputs, tuple(call.attrs.items()), stored), []).append(call)
+            attrs = tuple((k, v) for k, v in call.attrs.items() if k not in op.adds)
+            groups.setdefault((call.op, inputs, attrs, stored), []).append(call)
     params: dict[str, Param] = {}
     replaced: dict[str, list[Call]] = {}
     for group in groups.values():
@@ -45,6 +48,8 @@ def merge_linears(program: Program) -> Program:
 def _others_may_follow(program: Program, call: Call) -> bool:
     """Whether each operand ends where that of another call may begin: with a whole block of outputs."""
     op, merged = call.contract, call.contract.merges or ""
+    if op.adds:  # the attributes tell the parts of an operand apart
+        return True
     dims = op.dims(program.operand_specs(call), call.attrs)
     rows = {o.axes[0] for o in op.inputs if o.name in call.operands and o.name not in op.shares}
     for axis in rows:
@@ -71,9 +76,17 @@ def _merge(program: Program, group: list[Call], params: dict[str, Param]) -> lis
         operands[operand] = merged.name
     operands = {o.name: operands[o.name] for o in first.contract.inputs if o.name in operands}
     wide = "+".join(call.result for call in group)
-    calls, start = [Call(first.op, operands, dict.fromkeys(first.results, wide), first.attrs)], 0
+    attrs = {
+        **first.attrs,
+        **{name: _added([call.attrs[name] for call in group]) for name in first.contract.adds},
+    }
+    calls, start = [Call(first.op, operands, dict.fromkeys(first.results, wide), attrs)], 0
     for call in group:
         stop = start + int(program.spec(call.result).shape[-1])
         calls.append(Call(columns.__name__, {"x": wide}, {"y": call.result}, {"start": start, "stop": stop}))
         start = stop
     return calls
+
+
+def _added(values: list[Any]) -> Any:
+    return "+".join(values) if isinstance(values[0], str) else sum(values)

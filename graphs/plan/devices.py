@@ -71,7 +71,7 @@ DEVICES: Mapping[str, Device] = {
             "cpu",
             20e9,
             # 8-bit floats are widened to fp32 and multiplied as that.
-            {"float32": 100e9, "bfloat16": 150e9, "float16": 150e9, "float8_e4m3fn": 100e9},
+            {"float32": 100e9, "bfloat16": 150e9, "float16": 150e9, "float8_e4m3fn": 100e9, "uint8": 300e9},
         ),
         # 2.04 TB/s, 312 TFLOP/s; 8-bit weights would be widened to bf16.
         _gpu("a100", "sm_80", r"NVIDIA A100.*80GB.*", (1.75, 265, 265, 108, 80)),

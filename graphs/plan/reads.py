@@ -125,7 +125,8 @@ def fetch(checkpoint: Checkpoint, read: Read) -> np.ndarray:
     """
     if read.number:
         return checkpoint.read(read.source).reshape(())
-    box = tuple(slice(*r) for r in aligned(read.box, checkpoint.tensors[read.source].shape))
+    info = checkpoint.find(read.source)
+    box = tuple(slice(*r) for r in aligned(read.box, info.shape if info is not None else ()))
     lengths = [stop - start for start, stop in read.box]
     kept = sorted(read.axes)  # those left out have length 1
     array = checkpoint.read(read.source, box).reshape([lengths[a] for a in kept])

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from makeready.graphs.checkpoint.base import BLOCKS, PLAIN, Checkpoint, counted, open_checkpoint
+from makeready.graphs.checkpoint.base import AS_STORED, BLOCKS, PLAIN, Checkpoint, counted, open_checkpoint
 from makeready.graphs.checkpoint.config import DTYPES
 from makeready.graphs.checkpoint.unread import check_unread
 from makeready.graphs.layers.parameter import sources
@@ -318,7 +318,7 @@ def _check_sources(params: Collection[Param], checkpoint: Checkpoint) -> None:
     if checkpoint.format == "dummy":
         checkpoint.declare({source: need.shape for source, need in wanted.items()})  # type: ignore[attr-defined]
     for source, need in wanted.items():
-        info = checkpoint.tensors.get(source)
+        info = checkpoint.find(source)
         if info is None:
             raise PlanError(f"the checkpoint {checkpoint.path} lacks the tensor {source}; is it complete?")
         if not need.fits(info.shape, exactly=True):
@@ -326,7 +326,7 @@ def _check_sources(params: Collection[Param], checkpoint: Checkpoint) -> None:
                 f"tensor {source} of {checkpoint.path} is {list(info.shape)}, the config implies "
                 f"{list(need.shape)}; config.json belongs to another checkpoint"
             )
-        if info.kind not in (PLAIN, BLOCKS, FP8):
+        if info.kind not in (PLAIN, BLOCKS, FP8) and AS_STORED not in source:
             raise PlanError(
                 f"tensor {source} of {checkpoint.path} is {info.dtype}, which is no quantization of weights that is "
                 f"known here; use a checkpoint in {', '.join(DTYPES)}, {FP8} with scales, or GGUF"

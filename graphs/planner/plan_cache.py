@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from makeready.graphs.checkpoint.base import Checkpoint
+from makeready.graphs.checkpoint.base import BLOCKS, Checkpoint
 from makeready.graphs.plan import artifact
 from makeready.graphs.plan.codec import canonical, to_json
 from makeready.graphs.plan.plan import Plan, PlanError
@@ -77,6 +77,9 @@ def plan_key(checkpoint: Checkpoint, request: Request) -> str:
     """SHA-256 over everything a plan depends on: the checkpoint, the request, the planner's code and compiler."""
     parts = {
         "checkpoint": checkpoint.fingerprint(),
+        "blocks": {
+            n: info.dtype for n, info in checkpoint.tensors.items() if info.kind == BLOCKS
+        },  # kept as they are
         "dtype": checkpoint.config.get("dtype"),  # weights are kept in it where nothing else is asked for
         "tokenizer": tokenizer_reference(checkpoint),
         "request": to_json(request),

@@ -13,6 +13,7 @@ from makeready.graphs.plan.targets import Target
 from makeready.graphs.quant.scheme import ON_LOAD, Quantization
 
 WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
+AS_BLOCKS = "stored"  # what quant= calls GGUF's blocks as the file has them
 CUDA_ACTIVATION_DTYPES = ("bfloat16", "float16")  # what attention kernels multiply
 FP8_CACHE = {"float8_e4m3fn": "float8_e4m3fn", "float8_e4m3": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn"}
 
@@ -33,13 +34,15 @@ class Request:
         page_size: tokens of a KV page. null: the target's.
         max_logprob_tokens: tokens of one step that reports log-probabilities of its input, for requests with
             logprob_start_len; 0: no such steps. All their logits exist at once, 4 bytes a vocabulary entry.
-        weight_dtype: float32, bfloat16 or float16. null: the checkpoint's, float16 for GGUF blocks; the
-            activations' on a GPU.
+        weight_dtype: float32, bfloat16 or float16. null: the checkpoint's; the activations' on a GPU. GGUF's blocks
+            stay as they are on the CPU where this is null, and activations are rounded to 8 bits for them; what
+            there is no such product for becomes float16.
         activation_dtype: what flows between kernels: bfloat16 or float16 on a GPU, float32 on the CPU. null: the
             target's. float16 is eight times as fine as bfloat16 and overflows at 65,504.
         quant: ``fp8`` (a scale for each output and each token) or ``fp8_block`` (for each 128 by 128 weights
-            and each token's 128 inputs) quantizes the linears of a wide checkpoint when it is loaded; None
-            computes as the checkpoint stores them.
+            and each token's 128 inputs) quantizes the linears of a wide checkpoint when it is loaded; ``stored``
+            multiplies GGUF's blocks as the file has them, on the CPU; None computes as the checkpoint stores
+            them, and widens GGUF's.
         kv_dtype: dtype of the cache, ``float8_e4m3fn`` (or ``fp8_e4m3``) among them; None takes the
             activations'.
         deterministic: a token's numbers depend on its request alone, to the last bit: not on the batch, on
@@ -159,6 +162,7 @@ def quantization(request: Request, target: Target, checkpoint: Checkpoint) -> Qu
         PlanError: an unknown scheme, a target without 8-bit floats, or both a stored one and one asked for.
         UnsupportedModelError: the checkpoint stores something else.
     """
+    from makeready.graphs.quant.gguf import stored_blocks
     from makeready.graphs.quant.stored import stored_scheme  # imports torch, which command lines do without
 
     stored = stored_scheme(checkpoint.config)
@@ -166,7 +170,15 @@ def quantization(request: Request, target: Target, checkpoint: Checkpoint) -> Qu
         if stored is not None and "fp8" in stored.features:
             _needs_fp8(target, "this quantized checkpoint")
         return stored
-    _known("quant", request.quant, ON_LOAD)
+    _known("quant", request.quant, (*ON_LOAD, AS_BLOCKS))
+    if request.quant == AS_BLOCKS:
+        blocks = None if target.is_cuda else stored_blocks(checkpoint)
+        if blocks is None:
+            raise PlanError(
+                f"quant={AS_BLOCKS} multiplies GGUF's blocks as they are, on the CPU, and "
+                f"{f'the target is {target.name}' if target.is_cuda else f'{checkpoint.path} has none'}; leave it out"
+            )
+        return blocks
     if stored is not None:
         raise PlanError(
             f"quant={request.quant} was asked for, but {checkpoint.path} is quantized already; "

@@ -32,13 +32,6 @@ def _activations_float32(specs: Mapping[str, TensorSpec], attrs: Mapping[str, An
     return all(specs[name].dtype == "float32" for name in ("qkv", "q_norm", "k_norm", "q") if name in specs)
 
 
-def _bind_norm_rope_kv_write(
-    operands: Operands, results: Sequence[torch.Tensor], attrs: Mapping[str, Any]
-) -> Callable[[], None] | None:
-    few = len(operands[0]) <= native.MOST_TOKENS
-    return _native_norm_rope_kv_write(operands, results, attrs) if few else None
-
-
 def _native_norm_rope_kv_write(
     operands: Operands, results: Sequence[torch.Tensor], attrs: Mapping[str, Any]
 ) -> Callable[[], None] | None:
@@ -51,6 +44,7 @@ def _native_norm_rope_kv_write(
         "norm_rope_kv_write", qkv, qkv.stride(0), rows, rows.stride(0), q_norm, k_norm, kv_slot, k_cache, v_cache,
         q, q.stride(0), len(qkv), attrs["heads"], attrs["kv_heads"], attrs["head_dim"], rows.shape[-1],
         native.DTYPES[k_cache.dtype], float(attrs["eps"]), float(attrs.get("offset", 0)),
+        long=len(qkv) > native.MANY_TOKENS,
     )  # fmt: skip
 
 
@@ -58,11 +52,23 @@ def _bind_decode_attention(
     operands: Operands, results: Sequence[torch.Tensor], attrs: Mapping[str, Any]
 ) -> Callable[[], None] | None:
     *before, context_len = operands
-    return _bind_extend_attention((*before, None, None, context_len), results, attrs)
+    return _native_attention((*before, None, None, context_len), results, attrs, tiled=False)
 
 
 def _bind_extend_attention(
     operands: Operands, results: Sequence[torch.Tensor], attrs: Mapping[str, Any]
+) -> Callable[[], None] | None:
+    return _native_attention(operands, results, attrs, tiled=attrs["head_dim"] <= native.MAX_TILED)
+
+
+def _bind_queries(
+    operands: Operands, results: Sequence[torch.Tensor], attrs: Mapping[str, Any]
+) -> Callable[[], None] | None:
+    return _native_attention(operands, results, attrs, tiled=False)
+
+
+def _native_attention(
+    operands: Operands, results: Sequence[torch.Tensor], attrs: Mapping[str, Any], *, tiled: bool
 ) -> Callable[[], None] | None:
     (q, k_cache, v_cache, page_table, query_start, query_len, context_len), (y,) = operands, results
     if not _fits(k_cache, attrs):
@@ -71,6 +77,7 @@ def _bind_extend_attention(
         "attention", q, q.stride(0), k_cache, v_cache, page_table, page_table.stride(0), query_start, query_len,
         context_len, y, y.stride(0), len(page_table), len(q), attrs["heads"], attrs["kv_heads"],
         attrs["head_dim"], k_cache.shape[1], attrs["window"], native.DTYPES[k_cache.dtype], float(attrs["scale"]),
+        tiled, long=len(q) > native.MANY_TOKENS,
     )  # fmt: skip
 
 
@@ -80,7 +87,7 @@ def _fits(cache: torch.Tensor, attrs: Mapping[str, Any]) -> bool:
 
 
 @kernel(
-    norm_rope_kv_write, "fused", target="cpu", applies=_activations_float32, bind=_bind_norm_rope_kv_write
+    norm_rope_kv_write, "fused", target="cpu", applies=_activations_float32, bind=_native_norm_rope_kv_write
 )
 def norm_rope_kv_write_cpu(
     qkv: torch.Tensor,
@@ -198,7 +205,7 @@ def decode_attention_cpu(
     return y.flatten(1).masked_fill_((context_len == 0).unsqueeze(-1), 0.0)
 
 
-@kernel(extend_attention, "rowwise", target="cpu", applies=_activations_float32)
+@kernel(extend_attention, "rowwise", target="cpu", applies=_activations_float32, bind=_bind_extend_attention)
 def extend_attention_cpu(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -253,7 +260,7 @@ def _visible(count: int, length: int, window: int) -> torch.Tensor:
     invariant=True,
     ordinary=False,
     applies=_activations_float32,
-    bind=_bind_extend_attention,
+    bind=_bind_queries,
 )
 def extend_attention_queries(
     q: torch.Tensor,

@@ -1,8 +1,9 @@
-/* Small ops of a decode step on the CPU: fp32 activations, one thread, results written in place.
+/* Small ops of a step on the CPU: fp32 activations, results written in place, tokens shared among threads where there
+ * are many.
  *
  * PyTorch spends 50-300 us on each of these at a few rows, nearly all of it per-op overhead. Every function
  * takes one pointer to a struct whose fields are 8 bytes each (pointer, int64_t or double), in the order in
- * which kernels/native.py packs them. Strides count elements. The contracts in kernels/ say what is computed;
+ * which kernels/native.py packs them, the last one the number of threads; ops that use one leave it out. Strides count elements. The contracts in kernels/ say what is computed;
  * LAYOUT changes whenever a struct does.
  *
  * Only the loops marked "omp simd reduction" may be reassociated; everything else is strict IEEE, so that
@@ -13,34 +14,21 @@
 #include <stdint.h>
 #include <string.h>
 
-#define LAYOUT 4
+#include "dispatch.h"
+#include "numbers.h"
+#include "threads.h"
+
+#define LAYOUT 5
 #define MAX_HEAD 1024 /* features of a head: rows of that length live on the stack */
 #define MAX_GROUP 64  /* query heads of a KV head */
+#define QUERIES 16    /* of a row, that share keys */
+#define MAX_TILED 256 /* features of a head */
 #define BLOCK 64      /* keys whose scores are held at once */
-
-/* Compiled for AVX-512, AVX2 and the baseline; the loader picks at start. Levels need gcc 12. */
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && defined(__linux__)
-#define DISPATCHED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define DISPATCHED
-#endif
-#define INLINE static inline __attribute__((always_inline))
+#define FEW 16384     /* numbers that one thread is done with before another has begun */
 
 enum { FLOAT32, BFLOAT16, FLOAT16 }; /* numbers of native.DTYPES */
 
 int64_t layout(void) { return LAYOUT; }
-
-INLINE float as_float(uint32_t bits) {
-    float x;
-    memcpy(&x, &bits, 4);
-    return x;
-}
-
-INLINE uint32_t as_bits(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    return bits;
-}
 
 /* e^x to 2 ulp: x = n ln 2 + r with |r| < 0.35, the Taylor series of e^r to r^7 (5e-9), times 2^n in two
  * factors, since n spans -150..128. NaN fails both comparisons and goes through the series. */
@@ -66,14 +54,6 @@ INLINE float exponential(float x) {
 }
 
 INLINE float from_bfloat16(uint16_t x) { return as_float((uint32_t)x << 16); }
-
-/* The exponent is corrected by a product, which also makes subnormals normal. */
-INLINE float from_float16(uint16_t x) {
-    const uint32_t magnitude = (uint32_t)(x & 0x7fff) << 13, sign = (uint32_t)(x & 0x8000) << 16;
-    const uint32_t finite = as_bits(as_float(magnitude) * 0x1p112f);
-    const uint32_t special = magnitude | 0x7f800000u;
-    return as_float((magnitude >= 0x0f800000u ? special : finite) | sign);
-}
 
 /* Both round to nearest, ties to even. */
 INLINE uint16_t to_bfloat16(float x) {
@@ -133,6 +113,11 @@ INLINE void normalise(const float *x, const float *weight, double eps, double of
         y[i] = x[i] * scale * (weight[i] + more);
 }
 
+/* A loop over tokens of so many numbers, in several threads where it is worth waking them. */
+INLINE void share(Part part, const void *job, int64_t tokens, int64_t width, int64_t threads) {
+    share_out(part, job, tokens, tokens * width > FEW ? threads : 1);
+}
+
 typedef struct {
     const float *x;
     int64_t x_stride;
@@ -140,12 +125,16 @@ typedef struct {
     float *y;
     int64_t y_stride, tokens, width;
     double eps, offset; /* offset is added to the weights */
+    int64_t threads;
 } RmsNorm;
 
-DISPATCHED void rms_norm(const RmsNorm *a) {
-    for (int64_t t = 0; t < a->tokens; t++)
+DISPATCHED static void rms_norm_tokens(const void *job, int64_t first, int64_t stop) {
+    const RmsNorm *a = job;
+    for (int64_t t = first; t < stop; t++)
         normalise(a->x + t * a->x_stride, a->weight, a->eps, a->offset, a->width, a->y + t * a->y_stride);
 }
+
+void rms_norm(const RmsNorm *a) { share(rms_norm_tokens, a, a->tokens, a->width, a->threads); }
 
 typedef struct {
     const float *x;
@@ -158,10 +147,12 @@ typedef struct {
     float *total;
     int64_t total_stride, tokens, width;
     double eps, offset; /* offset is added to the weights */
+    int64_t threads;
 } AddRmsNorm;
 
-DISPATCHED void add_rms_norm(const AddRmsNorm *a) {
-    for (int64_t t = 0; t < a->tokens; t++) {
+DISPATCHED static void add_rms_norm_tokens(const void *job, int64_t first, int64_t stop) {
+    const AddRmsNorm *a = job;
+    for (int64_t t = first; t < stop; t++) {
         const float *x = a->x + t * a->x_stride, *residual = a->residual + t * a->residual_stride;
         float *total = a->total + t * a->total_stride;
         for (int64_t i = 0; i < a->width; i++)
@@ -169,6 +160,8 @@ DISPATCHED void add_rms_norm(const AddRmsNorm *a) {
         normalise(total, a->weight, a->eps, a->offset, a->width, a->y + t * a->y_stride);
     }
 }
+
+void add_rms_norm(const AddRmsNorm *a) { share(add_rms_norm_tokens, a, a->tokens, a->width, a->threads); }
 
 typedef struct {
     const int32_t *token_ids, *row_slot, *row_start, *query_start, *query_len;
@@ -235,10 +228,12 @@ typedef struct {
     int64_t gate_up_stride;
     float *y;
     int64_t y_stride, tokens, width; /* width of y */
+    int64_t threads;
 } GatedMul;
 
-DISPATCHED void silu_mul(const GatedMul *a) {
-    for (int64_t t = 0; t < a->tokens; t++) {
+DISPATCHED static void silu_mul_tokens(const void *job, int64_t first, int64_t stop) {
+    const GatedMul *a = job;
+    for (int64_t t = first; t < stop; t++) {
         const float *gate = a->gate_up + t * a->gate_up_stride, *up = gate + a->width;
         float *restrict y = a->y + t * a->y_stride;
         for (int64_t i = 0; i < a->width; i++)
@@ -246,9 +241,12 @@ DISPATCHED void silu_mul(const GatedMul *a) {
     }
 }
 
+void silu_mul(const GatedMul *a) { share(silu_mul_tokens, a, a->tokens, a->width, a->threads); }
+
 /* gate / 2 * (1 + tanh(u)) is gate / (1 + exp(-2 u)), u = sqrt(2 / pi) (gate + 0.044715 gate^3) */
-DISPATCHED void gelu_tanh_mul(const GatedMul *a) {
-    for (int64_t t = 0; t < a->tokens; t++) {
+DISPATCHED static void gelu_tanh_mul_tokens(const void *job, int64_t first, int64_t stop) {
+    const GatedMul *a = job;
+    for (int64_t t = first; t < stop; t++) {
         const float *gate = a->gate_up + t * a->gate_up_stride, *up = gate + a->width;
         float *restrict y = a->y + t * a->y_stride;
         for (int64_t i = 0; i < a->width; i++) {
@@ -257,6 +255,8 @@ DISPATCHED void gelu_tanh_mul(const GatedMul *a) {
         }
     }
 }
+
+void gelu_tanh_mul(const GatedMul *a) { share(gelu_tanh_mul_tokens, a, a->tokens, a->width, a->threads); }
 
 typedef struct {
     const float *qkv;
@@ -269,6 +269,7 @@ typedef struct {
     float *q;
     int64_t q_stride, tokens, heads, kv_heads, head_dim, rotary, dtype;
     double eps, offset; /* offset is added to the weights */
+    int64_t threads;
 } NormRopeKvWrite;
 
 INLINE void rotate(const float *x, const float *row, int64_t rotary, int64_t count, float *restrict y) {
@@ -282,10 +283,11 @@ INLINE void rotate(const float *x, const float *row, int64_t rotary, int64_t cou
         y[i] = x[i];
 }
 
-DISPATCHED void norm_rope_kv_write(const NormRopeKvWrite *a) {
+DISPATCHED static void norm_rope_kv_write_tokens(const void *job, int64_t first, int64_t stop) {
+    const NormRopeKvWrite *a = job;
     const int64_t size = a->head_dim, turned = a->heads + a->kv_heads;
     float normed[MAX_HEAD], key[MAX_HEAD];
-    for (int64_t t = 0; t < a->tokens; t++) {
+    for (int64_t t = first; t < stop; t++) {
         const float *qkv = a->qkv + t * a->qkv_stride, *row = a->rows + t * a->rows_stride;
         const int64_t place = a->kv_slot[t] * a->kv_heads * size;
         for (int64_t h = 0; h < turned; h++) {
@@ -306,6 +308,10 @@ DISPATCHED void norm_rope_kv_write(const NormRopeKvWrite *a) {
     }
 }
 
+void norm_rope_kv_write(const NormRopeKvWrite *a) {
+    share(norm_rope_kv_write_tokens, a, a->tokens, (a->heads + 2 * a->kv_heads) * a->head_dim, a->threads);
+}
+
 typedef struct {
     const float *q;
     int64_t q_stride;
@@ -317,6 +323,8 @@ typedef struct {
     float *y;
     int64_t y_stride, rows, tokens, heads, kv_heads, head_dim, page, window, dtype;
     double scale;
+    int64_t tiled; /* whether queries of a row may share their keys' way through the cache */
+    int64_t threads;
 } Attention;
 
 /* y += weight[0] x[0] + .. + weight[3] x[3], one load and store of y for four products */
@@ -394,23 +402,155 @@ INLINE void attend(const Attention *a, int64_t r, int64_t t, int64_t length, int
             y[n * size + d] /= sum[n];
 }
 
-/* Every query by itself: what a token gets does not depend on the step that it is computed in. */
-DISPATCHED void attention(const Attention *a) {
+typedef float Wide __attribute__((vector_size(64), aligned(4), may_alias));
+
+/* Scores of two queries with a block of keys, which lie feature by feature. */
+INLINE void two_scores(const float *q, const float *r, const float *keys, int64_t size, float scale, float *x, float *y) {
+    Wide a[BLOCK / 16] = {0}, b[BLOCK / 16] = {0};
+    for (int64_t d = 0; d < size; d++) {
+        const Wide *key = (const Wide *)(keys + d * BLOCK);
+#pragma GCC unroll 4
+        for (int i = 0; i < BLOCK / 16; i++) {
+            a[i] += q[d] * key[i];
+            b[i] += r[d] * key[i];
+        }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < BLOCK / 16; i++) {
+        ((Wide *)x)[i] = a[i] * scale;
+        ((Wide *)y)[i] = b[i] * scale;
+    }
+}
+
+/* y += the sum of weight[j] * values[j], over `count` rows of `size` numbers */
+INLINE void add_values(const float *weight, const float *values, int64_t count, int64_t size, float *y) {
+    int64_t d = 0;
+    for (; d + 64 <= size; d += 64) {
+        Wide *out = (Wide *)(y + d), sum[4] = {out[0], out[1], out[2], out[3]};
+        for (int64_t j = 0; j < count; j++) {
+            const Wide *value = (const Wide *)(values + j * size + d);
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++)
+                sum[i] += weight[j] * value[i];
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++)
+            out[i] = sum[i];
+    }
+    for (; d + 16 <= size; d += 16) {
+        Wide *out = (Wide *)(y + d), sum = *out;
+        for (int64_t j = 0; j < count; j++)
+            sum += weight[j] * *(const Wide *)(values + j * size + d);
+        *out = sum;
+    }
+    for (int64_t j = 0; j < count && d < size; j++)
+        for (int64_t e = d; e < size; e++)
+            y[e] += weight[j] * values[j * size + e];
+}
+
+/* As attend, for `queries` tokens from t on: keys of a block are turned and values widened once for all of them.
+ * `length`: keys of the first. */
+INLINE void attend_tile(const Attention *a, int64_t r, int64_t t, int64_t queries, int64_t length, int64_t g, int64_t dtype) {
+    const int64_t size = a->head_dim, group = a->heads / a->kv_heads, all = queries * group;
+    const int32_t *table = a->page_table + r * a->table_stride;
+    float keys[MAX_TILED * BLOCK], values[BLOCK * MAX_TILED], score[2][BLOCK], space[MAX_TILED];
+    float largest[QUERIES * MAX_GROUP], sum[QUERIES * MAX_GROUP];
+    for (int64_t m = 0; m < all; m++) {
+        largest[m] = -INFINITY;
+        sum[m] = 0;
+    }
+    const int64_t oldest = a->window && length > a->window ? length - a->window : 0, last = length + queries - 1;
+    for (int64_t start = oldest; start < last; start += BLOCK) {
+        const int64_t count = last - start < BLOCK ? last - start : BLOCK;
+        for (int64_t i = 0; i < count; i++) {
+            const int64_t at = start + i, slot = table[at / a->page] * a->page + at % a->page;
+            const int64_t place = (slot * a->kv_heads + g) * size;
+            const float *key = load(a->k_cache, place, size, dtype, space);
+            for (int64_t d = 0; d < size; d++)
+                keys[d * BLOCK + i] = key[d];
+            const float *value = load(a->v_cache, place, size, dtype, space);
+            memcpy(values + i * size, value, (size_t)size * sizeof(float));
+        }
+        for (int64_t d = 0; d < size && count < BLOCK; d++)
+            memset(keys + d * BLOCK + count, 0, (size_t)(BLOCK - count) * sizeof(float));
+        for (int64_t m = 0; m < all; m += 2) {
+            const int64_t both = m + 1 < all ? m + 1 : m;
+            const float *q = a->q + g * group * size;
+            two_scores(q + (t + m / group) * a->q_stride + m % group * size,
+                       q + (t + both / group) * a->q_stride + both % group * size, keys, size, (float)a->scale, score[0],
+                       score[1]);
+            for (int64_t n = m; n <= both; n++) {
+                const int64_t own = length + n / group; /* keys of this query */
+                const int64_t stop = own - start < count ? own - start : count;
+                const int64_t first = a->window && own - a->window > start ? own - a->window - start : 0;
+                if (first >= stop)
+                    continue;
+                float *x = score[n - m], *y = a->y + (t + n / group) * a->y_stride + (g * group + n % group) * size;
+                float top = largest[n], total = 0;
+#pragma omp simd reduction(max : top)
+                for (int64_t i = first; i < stop; i++)
+                    top = x[i] > top ? x[i] : top;
+                const float base = top == -INFINITY ? 0 : top;
+#pragma omp simd reduction(+ : total)
+                for (int64_t i = first; i < stop; i++) {
+                    x[i] = exponential(x[i] - base);
+                    total += x[i];
+                }
+                const float shrink = exponential(largest[n] - base);
+                sum[n] = sum[n] * shrink + total;
+                largest[n] = top;
+                if (shrink != 1)
+                    for (int64_t d = 0; d < size; d++)
+                        y[d] *= shrink;
+                add_values(x + first, values + first * size, stop - first, size, y);
+            }
+        }
+    }
+    for (int64_t m = 0; m < all; m++) {
+        float *y = a->y + (t + m / group) * a->y_stride + (g * group + m % group) * size;
+        for (int64_t d = 0; d < size; d++)
+            y[d] /= sum[m];
+    }
+}
+
+/* Items are the KV heads of a row's queries, or of QUERIES of them; the last ones first, which have most to do. A query
+ * that is not tiled is computed by itself: what it gets does not depend on the step that it is computed in. */
+DISPATCHED static void attend_items(const void *job, int64_t first, int64_t stop) {
+    const Attention *a = job;
+    int64_t before = 0;
+    for (int64_t r = a->rows - 1; r >= 0 && before < stop; r--) {
+        const int64_t count = a->query_len ? a->query_len[r] : a->context_len[r] > 0;
+        const int64_t start = a->query_start ? a->query_start[r] : r, tile = a->tiled ? QUERIES : 1;
+        const int64_t from = first > before ? first - before : 0, items = (count + tile - 1) / tile * a->kv_heads;
+        for (int64_t item = from; item < items && before + item < stop; item++) {
+            const int64_t i = (items - 1 - item) / a->kv_heads * tile, g = item % a->kv_heads;
+            const int64_t some = count - i < tile ? count - i : tile, length = a->context_len[r] - count + i + 1;
+            if (some > 1 && a->dtype == FLOAT32)
+                attend_tile(a, r, start + i, some, length, g, FLOAT32);
+            else if (some > 1 && a->dtype == BFLOAT16)
+                attend_tile(a, r, start + i, some, length, g, BFLOAT16);
+            else if (some > 1)
+                attend_tile(a, r, start + i, some, length, g, FLOAT16);
+            else if (a->dtype == FLOAT32)
+                attend(a, r, start + i, length, g, FLOAT32);
+            else if (a->dtype == BFLOAT16)
+                attend(a, r, start + i, length, g, BFLOAT16);
+            else
+                attend(a, r, start + i, length, g, FLOAT16);
+        }
+        before += items;
+    }
+}
+
+void attention(const Attention *a) {
+    const int64_t tile = a->tiled ? QUERIES : 1;
+    int64_t items = 0, keys = 0;
     for (int64_t t = 0; t < a->tokens; t++)
         memset(a->y + t * a->y_stride, 0, (size_t)(a->heads * a->head_dim) * sizeof(float));
     for (int64_t r = 0; r < a->rows; r++) {
         const int64_t count = a->query_len ? a->query_len[r] : a->context_len[r] > 0;
-        const int64_t start = a->query_start ? a->query_start[r] : r;
-        for (int64_t i = 0; i < count; i++) {
-            const int64_t length = a->context_len[r] - count + i + 1;
-            for (int64_t g = 0; g < a->kv_heads; g++) {
-                if (a->dtype == FLOAT32)
-                    attend(a, r, start + i, length, g, FLOAT32);
-                else if (a->dtype == BFLOAT16)
-                    attend(a, r, start + i, length, g, BFLOAT16);
-                else
-                    attend(a, r, start + i, length, g, FLOAT16);
-            }
-        }
+        items += (count + tile - 1) / tile * a->kv_heads;
+        keys += count * a->context_len[r];
     }
+    share_out(attend_items, a, items, keys * a->heads * a->head_dim > FEW ? a->threads : 1);
 }

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-LIBRARIES = ("torch", "transformers", "triton", "cuda-bindings", "tokenizers", "numpy")
+LIBRARIES = ("torch", "transformers", "triton", "cuda-bindings", "tokenizers", "numpy", "llama-cpp-python")
 
 
 def describe(command: Sequence[str]) -> dict[str, Any]:

@@ -39,6 +39,17 @@ def startup(bench: Bench) -> Measured:
     return {"threads": threads, **found}, startup.table(found)
 
 
+def llama_cpp(bench: Bench) -> Measured:
+    """See :mod:`benchmarks.beside_llama_cpp`."""
+    from benchmarks import beside_llama_cpp
+
+    job, threads = bench.job, bench.use_threads()
+    found = beside_llama_cpp.beside_llama_cpp(
+        bench.checkpoint, tokens=job.tokens, repeats=job.repeats, threads=threads
+    )
+    return {"threads": threads, **found}, beside_llama_cpp.table(found)
+
+
 def latency(bench: Bench) -> Measured:
     """See :mod:`benchmarks.latency`."""
     from benchmarks import latency
@@ -110,6 +121,7 @@ def host(bench: Bench) -> Measured:
 SUITES: dict[str, Callable[[Bench], Measured]] = {
     "decode": decode,
     "startup": startup,
+    "llama_cpp": llama_cpp,
     "latency": latency,
     "throughput": throughput,
     "replay": replay,

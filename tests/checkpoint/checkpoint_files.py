@@ -87,7 +87,7 @@ def start_gguf(path: Path, arch: str, config: dict[str, Any]) -> GGUFWriter:
 
 
 def add_tensors(
-    writer: GGUFWriter, arch: str, config: dict[str, Any], tensors: dict[str, torch.Tensor]
+    writer: GGUFWriter | Quantizing, arch: str, config: dict[str, Any], tensors: dict[str, torch.Tensor]
 ) -> None:
     """Add Hugging Face tensors as float32 under the names that the gguf package gives them."""
     model_arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == arch)
@@ -101,6 +101,39 @@ def add_tensors(
         if arch == "gemma3" and name.endswith("norm.weight"):
             values = values + 1
         writer.add_tensor(names.get_name(name, (".weight", ".bias")), np.ascontiguousarray(values))
+
+
+class Quantizing:
+    """A writer that stores tensors in block types, by the end of their modules' names; others as they come.
+
+    Attributes:
+        read: by name the numbers that the blocks stand for.
+    """
+
+    def __init__(self, writer: GGUFWriter, kinds: dict[str, gguf.GGMLQuantizationType]) -> None:
+        self.writer, self.kinds = writer, kinds
+        self.read: dict[str, np.ndarray] = {}
+
+    def add_tensor(self, name: str, values: np.ndarray) -> None:
+        kind = next((k for end, k in self.kinds.items() if name.endswith(f"{end}.weight")), None)
+        if kind is None:
+            self.writer.add_tensor(name, values)
+            return
+        blocks = gguf.quants.quantize(values, kind)
+        self.read[name] = gguf.quants.dequantize(blocks, kind)
+        self.writer.add_tensor(name, blocks, raw_dtype=kind)
+
+
+def write_quantized(
+    path: Path,
+    config: dict[str, Any],
+    tensors: dict[str, torch.Tensor],
+    kinds: dict[str, gguf.GGMLQuantizationType],
+) -> Path:
+    """Write a Llama whose modules' weights are stored in blocks of ``kinds``."""
+    writer = start_gguf(path, "llama", config)
+    add_tensors(Quantizing(writer, kinds), "llama", config, tensors)
+    return finish_gguf(writer)
 
 
 def finish_gguf(writer: GGUFWriter) -> Path:

@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType as Kind
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from makeready.graphs.checkpoint import open_checkpoint
-from makeready.graphs.checkpoint.gguf_dequantize import BLOCK_TYPES, PIECE, dequantize
+from makeready.kernels.gguf_dequantize import BLOCK_TYPES, PIECE, dequantize
 
 
 def ours(kind: str, raw: np.ndarray, columns: int) -> np.ndarray:

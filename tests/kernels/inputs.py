@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 
+import gguf_inputs
 import mla_inputs
 import moe_inputs
 import torch
@@ -297,6 +298,8 @@ BUILDERS: Mapping[str, Callable[[str], Iterator[Case]]] = {
     "find_pages": find_pages,
     "embedding": embedding,
     "linear": linear,
+    "linear_gguf": gguf_inputs.linear_gguf,
+    "embedding_gguf": gguf_inputs.embedding_gguf,
     "rms_norm": lambda op: _norm(op, "x"),
     "add_rms_norm": lambda op: _norm(op, "x", "residual"),
     "rms_norm_linear": lambda op: _norm_linear(op, "x"),

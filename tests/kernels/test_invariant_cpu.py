@@ -87,8 +87,8 @@ def applicable(kernel: Kernel) -> Iterator[tuple[Case, dict[str, Any]]]:
         seen.add(shapes)
         large = many_rows(case)
         stored = {k: LAYOUTS[kernel.layouts.get(k, "rows")](x) for k, x in large.operands.items()}
-        if "weight" in kernel.layouts:
-            stored["packed"] = spec_of(case.operands["weight"])
+        for operand in kernel.layouts:
+            stored["packed"] = spec_of(case.operands[operand])
         yield large, stored
 
 

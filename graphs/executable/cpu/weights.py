@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from makeready.graphs.checkpoint.base import Checkpoint, CheckpointError
-from makeready.graphs.checkpoint.gguf_dequantize import PIECE
 from makeready.graphs.plan.constants import GENERATORS
 from makeready.graphs.plan.plan import Plan, Weight
 from makeready.graphs.plan.reads import Read, fetch, reads
@@ -22,6 +21,8 @@ from makeready.graphs.plan.recipe import Derivation, Operand, Param
 from makeready.graphs.planner.derivation import derived_groups
 from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.gemm.linear_cpu import PACKED, ProductError, join, pack, pack_rows, packs, part_rows
+from makeready.kernels.gemm.linear_gguf_cpu import MAPPED, Mapped, mapped
+from makeready.kernels.gguf_dequantize import PIECE
 from makeready.kernels.moe.experts_cpu import PACKED_EXPERTS, pack_experts
 
 # Arrays of a mapped file are read-only; they are only copied from.
@@ -34,6 +35,7 @@ LAYOUTS: Mapping[str, Callable[[torch.Tensor], Any]] = {
     "rows": lambda x: x,
     PACKED: pack,
     PACKED_EXPERTS: pack_experts,
+    MAPPED: mapped,
 }
 
 
@@ -110,6 +112,8 @@ def _numbers(param: Param, start: int, stop: int) -> int:
 
 def _load(weight: Weight, checkpoint: Checkpoint, region: torch.Tensor, start: int, stop: int) -> Any:
     param = weight.param
+    if param.layout == MAPPED and param.operands:
+        return _mapped(param, checkpoint)
     if not _packed_by_range(param):
         return _stored(weight, _plain(param, checkpoint), region)
     shape, dtype = param.spec.at({}), getattr(torch, param.spec.dtype)
@@ -125,6 +129,18 @@ def _load(weight: Weight, checkpoint: Checkpoint, region: torch.Tensor, start: i
         raise CheckpointError(
             f"{checkpoint.path}: {sources} cannot be multiplied with: {error}; download or convert it again"
         ) from None
+
+
+PAGE = 4096  # bytes; the system maps several at once
+
+
+def _mapped(param: Param, checkpoint: Checkpoint) -> Mapped:
+    """A parameter where the checkpoint has it, as far as it lies there in this order."""
+    (operand,) = param.operands
+    places = [np.ascontiguousarray(fetch(checkpoint, read)) for read in reads(operand)]
+    for place in places:
+        place[::PAGE].max()  # so that no step waits for pages of the file
+    return Mapped(places)
 
 
 def _stored(weight: Weight, fill: Fill, region: torch.Tensor) -> Any:
