@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-LAYOUT = 4  # of the argument structs; the same number in cpu_ops.c
+LAYOUT = 5  # of the argument structs; the same number in cpu_ops.c
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MAX_HEAD, MAX_GROUP = 1024, 64
 # One thread runs an op. Per thread PyTorch takes 2-5 times as long (64 tokens of 576 features: add_rms_norm

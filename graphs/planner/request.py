@@ -38,8 +38,8 @@ class Request:
         activation_dtype: what flows between kernels: bfloat16 or float16 on a GPU, float32 on the CPU. null: the
             target's. float16 is eight times as fine as bfloat16 and overflows at 65,504.
         quant: ``fp8`` (a scale for each output and each token) or ``fp8_block`` (for each 128 by 128 weights
-            and each token's 128 inputs) quantizes the linears of a wide checkpoint when it is loaded; None
-            computes as the checkpoint stores them.
+            and each token's 128 inputs) quantizes the linears of a wide checkpoint when it is loaded; ``int4`` their
+            weights alone (symmetric, for each output and 128 inputs); None computes as the checkpoint stores them.
         kv_dtype: dtype of the cache, ``float8_e4m3fn`` (or ``fp8_e4m3``) among them; None takes the
             activations'.
         deterministic: a token's numbers depend on its request alone, to the last bit: not on the batch, on
@@ -159,8 +159,12 @@ def quantization(request: Request, target: Target, checkpoint: Checkpoint) -> Qu
         PlanError: an unknown scheme, a target without 8-bit floats, or both a stored one and one asked for.
         UnsupportedModelError: the checkpoint stores something else.
     """
-    from makeready.graphs.quant.stored import stored_scheme  # imports torch, which command lines do without
+    from makeready.graphs.quant.stored import (
+        discover,
+        stored_scheme,
+    )  # import torch: command lines do without
 
+    discover()
     stored = stored_scheme(checkpoint.config)
     if request.quant is None:
         if stored is not None and "fp8" in stored.features:
