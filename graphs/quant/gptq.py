@@ -1,9 +1,9 @@
 """GPTQ checkpoints (Frantar et al. 2022, arXiv:2210.17323) as AutoGPTQ and GPTQModel store them.
 
 Of a linear ``qweight[K * bits / 32, N]`` is int32 with neighbouring inputs of an output, the first in the lowest
-bits; ``scales[G, N]``; ``qzeros[G, N * bits / 32]`` has neighbouring outputs, in the first format (``gptq``) less one,
-modulo ``2 ** bits``, in the second (``gptq_v2``) as they are; ``g_idx[K]`` is the group of each input. A weight is
-``(q - zero) * scale``. Symmetric files hold the middle in all zeros, which are not read.
+bits; ``scales[G, N]``; ``qzeros[G, N * bits / 32]`` has neighbouring outputs, in the first format (``gptq``) less
+one, modulo ``2 ** bits``, in the second (``gptq_v2``) as they are; ``g_idx[K]`` is the group of each input. A weight
+is ``(q - zero) * scale``. Symmetric files hold the middle in all zeros, which are not read.
 
 With ``desc_act`` inputs were quantized in the order of their activations' sizes, and a group's lie anywhere. Then
 inputs are put in the order of groups: weights while they are loaded, activations before each projection. Every
@@ -106,7 +106,7 @@ def _form(said: Mapping[str, Any], usual: Form) -> Form:
 
 
 def _rules(dynamic: Any, usual: Form) -> list[tuple[str, Form | None]]:
-    """GPTQModel's ``dynamic``: patterns of modules, with ``-:`` those that stay wide, and what they have of their own."""
+    """GPTQModel's ``dynamic``: patterns of modules, with ``-:`` those that stay wide, and what differs in them."""
     refused_unless(isinstance(dynamic, Mapping), "dynamic must be an object; correct config.json")
     rules: list[tuple[str, Form | None]] = []
     for pattern, own in dynamic.items():

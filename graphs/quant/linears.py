@@ -25,7 +25,7 @@ def wide_sources(program: Program, ops: Mapping[str, Contract]) -> set[str]:
 
 
 def quantized_operands(call: Call, op: Contract, program: Program) -> tuple[str, str]:
-    """The activation and the weight among the operands of ``call`` which come with scales in ``op``, or empty for none."""
+    """The activation and the weight among the operands of ``call`` that have scales in ``op``, or empty for none."""
     names = {o.name for o in op.inputs}
     scaled = [name for name in call.operands if scale_of(name) in names]
     weights = [name for name in scaled if program.values[call.operands[name]].kind == PARAM]

@@ -2,8 +2,8 @@
 
 Of a linear ``weight_packed[N, ceil(K * bits / 32)]`` is int32 with neighbouring inputs, the first in the lowest bits;
 ``weight_scale[N, G]``; ``weight_zero_point[ceil(N * bits / 32), G]``, where weights are not symmetric, has
-neighbouring outputs. Signed numbers are stored plus ``2 ** (bits - 1)``. ``weight_g_idx[K]`` is the group of each input where
-``actorder`` is ``group``; ``weight_shape`` is not read.
+neighbouring outputs. Signed numbers are stored plus ``2 ** (bits - 1)``. ``weight_g_idx[K]`` is the group of each
+input where ``actorder`` is ``group``; ``weight_shape`` is not read.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Products of tokens with experts' weights of 4 or 8 bits (see kernels/integers.py), and the gate behind the first.
 
-X rows of tokens, M entries (kernels/moe/route.py), E experts, N outputs, of which J are gates and what they multiply, K
-inputs
+X rows of tokens, M entries (kernels/moe/route.py), E experts, N outputs (J where half of them are gates), K inputs
 """
 
 from __future__ import annotations
