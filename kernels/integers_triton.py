@@ -83,7 +83,7 @@ def repack_words_awq(q, weight, J, K: tl.constexpr, ROWS: tl.constexpr, PDL: tl.
             k = span * _SPAN + field * 32 + i
             found = tl.load(q + j * K + k, mask=(j < J) & (k < K), other=0)
             made |= ((found >> (4 * part)) & 15) << (4 * field)
-        output: tl.constexpr = 2 * part if part < 4 else 2 * part - 7
+        output = part % 4 * 2 + part // 4  # 0 2 4 6 1 3 5 7
         tl.store(weight + (8 * j + output) * words + span * 32 + i, made.to(tl.int16), mask=j < J)
 
 
