@@ -6,15 +6,25 @@ own, which ``test_interpreted`` starts.
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import subprocess
 import sys
 
 import pytest
+from case import Random
 from inputs import cases
+from int_inputs import int_weights
+from test_fp8_triton import launch
 from test_small_triton import INTERPRETED, aot, check_interpreted, op_call
 
 from makeready.kernels import integers_triton, registry
+from makeready.kernels.contract import CONTRACTS
+from makeready.kernels.device import Descriptor, OpCall, Tensor
+from makeready.kernels.gemm import linear_cost, linear_int_triton, linear_tiling
+from makeready.kernels.gemm.linear_int_tiling import seconds, tilings
+from makeready.kernels.spec import TensorSpec
 
 assert integers_triton
 
@@ -63,3 +73,151 @@ def test_what_makes_weights_cross_compiles(op):
             assert made.spill_bytes == 0
             assert made.waits
             assert not candidate.scratch
+
+
+MATRICES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (24576, 4096), "down": (4096, 12288)}
+
+
+def products(T, N, K, bits, group, zeros, bias, dtype="float16"):
+    random = Random(T * N)
+    made = {"x": random.normal(T, K, dtype=dtype)} | int_weights(random, N, K, bits, group, zeros)
+    return made | ({"bias": random.normal(N, dtype=dtype)} if bias else {})
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("T", "N", "K", "bits", "group", "zeros", "bias"),
+    [
+        (1, 131, 96, 4, 32, False, False),
+        (3, 64, 100, 4, 100, True, True),
+        (17, 70, 1152, 4, 128, False, True),
+        (34, 65, 320, 4, 64, True, False),
+        (1, 200, 256, 8, 128, True, True),
+        (5, 66, 200, 8, 32, False, False),
+        (2, 64, 2100, 4, 256, True, False),
+    ],
+)
+def test_products(T, N, K, bits, group, zeros, bias):
+    """Every kernel that pointers can feed, blocks so many that tiles are shared by two and more."""
+    operands = products(T, N, K, bits, group, zeros, bias)
+    attrs = {"bits": bits, "group": group, "out_dtype": "float32"}
+    wide = {k: v.double() if v.is_floating_point() else v for k, v in operands.items()}
+    want = CONTRACTS["linear_int"].reference(**wide, **attrs | {"out_dtype": "float64"})
+    sharers, tried = set(), set()
+    for multiprocessors in (2, 40):
+        call = op_call(
+            "linear_int", operands, attrs, features=frozenset({"wgmma"}), multiprocessors=multiprocessors
+        )
+        product = linear_int_triton.describe(call)
+        for way in tilings(product):
+            key = (way.t, way.n, min(way.sharers(product), 3))
+            if key in tried:
+                continue
+            tried.add(key)
+            sharers.add(way.sharers(product))
+            got = launch(linear_int_triton.emit(call, way, product), call, operands)["y"]
+            error = (got.double() - want).norm() / want.norm()
+            assert error <= 5e-4, (way.name, error)
+    assert 1 in sharers
+    assert K < 1152 or max(sharers) > 1
+
+
+def product_call(
+    T, N, K, bits=4, group=128, zeros=False, bias=False, features=HOPPER, dtype="bfloat16", **options
+):
+    """A call as the planner makes it, without operands."""
+    groups, dtypes = -(-K // group), {"weight": "int16", "weight_scale": "float16", "weight_zero": "uint8"}
+    shapes = {"x": (T, K), "weight": (N, -(-K // 128) * 8 * bits), "weight_scale": (-(-N // 64), groups, 64)}
+    shapes |= {"weight_zero": shapes["weight_scale"]} if zeros else {}
+    shapes |= {"bias": (N,)} if bias else {}
+    specs = {name: TensorSpec(shape, dtypes.get(name, dtype)) for name, shape in shapes.items()}
+    attrs = {"bits": bits, "group": group, "out_dtype": ""}
+    contract = CONTRACTS["linear_int"]
+    specs |= contract.infer(specs, attrs)
+    tensors = {
+        name: Tensor(s.shape, s.dtype, math.prod(map(int, s.shape[1:])), 256, spare=name in ("x", "weight"))
+        for name, s in specs.items()
+    }
+    dims = contract.dims({k: v for k, v in specs.items() if k != "y"}, attrs)
+    return OpCall("linear_int", tensors, attrs, dims, T, T, features=features, **options)
+
+
+def verify(call, way):
+    product = linear_int_triton.describe(call)
+    (node,) = linear_int_triton.emit(call, way, product).launches
+    made = aot.compile_launch(node, call)
+    assert made.spill_bytes <= node.local_bytes, way.name
+    assert made.shared <= way.shared(product), (way.name, made.shared)
+    assert made.waits
+    # A operand from registers: widened weights never go back to shared memory.
+    assert re.search(r"wgmma\.mma_async\S* \{[^}]*\}, *\{", made.ptx), way.name
+    assert "cp.async.bulk.tensor" in made.ptx
+    assert way.a_sm * (made.shared + 1024) <= 233472, way.name
+    assert way.a_sm * 32 * made.warps * -(-made.registers // 8) * 8 <= 65536, (way.name, made.registers)
+
+
+FORMS = ((4, 128, False), (4, 128, True), (4, 32, True), (4, 64, False), (8, 128, False), (8, 32, True))
+
+
+def distinct(bits, group, zeros):
+    """One call of every kernel that real shapes ask for."""
+    found = {}
+    for T in (1, 16, 24, 33, 64, 96, 200, 256, 1000, 8192):
+        for N, K in MATRICES.values():
+            call = product_call(T, N, K, bits, group, zeros)
+            product = linear_int_triton.describe(call)
+            for way in tilings(product):
+                key = (way.kind, way.t, way.n, way.warps, way.stages, way.sharers(product) > 1)
+                found.setdefault(key, (call, way))
+    return list(found.values())
+
+
+@compiled
+def test_first_choices_cross_compile_without_spilling():
+    """The planner's first choice of a few calls; all ways of all forms where INT_COMPILE_ALL is set."""
+    if os.environ.get("INT_COMPILE_ALL"):
+        for form in FORMS:
+            for call, way in distinct(*form):
+                verify(call, way)
+        return
+    for T, form, bias in ((16, FORMS[1], True), (8192, FORMS[0], False)):
+        call = product_call(T, *MATRICES["qkv"], *form, bias=bias)
+        verify(call, tilings(linear_int_triton.describe(call))[0])
+
+
+@compiled
+def test_ampere_goes_through_pointers():
+    call = product_call(
+        16, 4096, 4096, zeros=True, features=frozenset(), shared_bytes=166912, multiprocessors=108
+    )
+    candidate = linear_int_triton.candidates(call)[0]
+    (node,) = candidate.launches
+    assert not any(isinstance(a, Descriptor) for a in node.arguments.values())
+    made = aot.compile_launch(node, call, 80)
+    assert made.spill_bytes == 0
+    assert "mma.sync" in made.ptx
+    assert made.shared <= 166912
+
+
+@compiled
+def test_few_rows_cost_what_streaming_the_weights_costs():
+    for N, K in MATRICES.values():
+        product = linear_int_triton.describe(product_call(16, N, K))
+        floor = product.weight_bytes / 3.0e12
+        assert floor < seconds(product, tilings(product)[0]) < floor + 10e-6
+
+
+@compiled
+def test_no_prediction_is_behind_16_bit_weights():
+    for T in (1, 16, 64, 256, 1024, 8192):
+        for N, K in MATRICES.values():
+            product = linear_int_triton.describe(product_call(T, N, K))
+            wide = linear_tiling.Product(
+                T, N, K, 2, tma=True, tma_out=True, tensor_cores=True, wgmma=True, multiprocessors=132,
+                shared_bytes=232448,
+            )  # fmt: skip
+            ours, theirs = (
+                seconds(product, tilings(product)[0]),
+                linear_cost.seconds(wide, linear_cost.tilings(wide)[0]),
+            )
+            assert ours <= 1.1 * theirs, (T, N, K, ours, theirs)
