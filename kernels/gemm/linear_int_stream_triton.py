@@ -2,8 +2,8 @@
 
 As linear_fp8_stream_triton.py: units of one span of inputs for one output tile, runs of them that may end inside a
 tile, and parts that the last block of a tile adds up. Words are copied by TMA, widened in registers, and are the left
-side of the product, which Hopper's matrix instructions take from registers. Where a span lies in one group, its sums
-are scaled, in fp32; else the weights are.
+side of the product, which Hopper's matrix instructions take from registers. Of few rows, where a span lies in one
+group, its sums are scaled, in fp32; else the weights are.
 
 # T tokens, N outputs, K inputs
 """
@@ -63,7 +63,7 @@ def linear_int_stream(
         PDL: this launch may start before the one ahead of it ends.
     """
     COUNT: tl.constexpr = 8 * BITS
-    WHOLE: tl.constexpr = GROUP % 128 == 0
+    SUMS: tl.constexpr = GROUP % 128 == 0 and BT <= 32  # what is scaled: sums, or the weights of a span
     KIND: tl.constexpr = x.dtype if TMA else x.dtype.element_ty
     tiles_t = tl.cdiv(T, BT)
     steps = tl.cdiv(K, 128)
@@ -103,7 +103,7 @@ def linear_int_stream(
             cells = x + t.to(tl.int64)[:, None] * x_stride + of_k[None, :]
             x_TK = tl.load(cells, mask=(t < T)[:, None] & (of_k < K)[None, :], other=0.0)
         w_NK = centred(w, weight_zero, n, k, groups, BITS, GROUP, KIND)
-        if WHOLE:
+        if SUMS:
             own = tl.load(of_group(weight_scale, n, k, groups, GROUP)).to(tl.float32)
             acc_NT += tl.dot(w_NK, x_TK.T) * own[:, None]
         else:

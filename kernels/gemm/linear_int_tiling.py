@@ -54,8 +54,8 @@ _LEAST = 8  # units that a block takes, where there are as many
 
 # Sides, warps, and the registers of a thread that cross-compiled kernels need at most.
 _STREAMS = {
-    (16, 64, 4): 128, (16, 128, 4): 168, (32, 64, 4): 128, (32, 128, 4): 200, (64, 64, 4): 168, (64, 128, 8): 168,
-    (128, 64, 4): 255, (128, 128, 8): 255,
+    (16, 64, 4): 128, (16, 128, 4): 168, (32, 64, 4): 128, (32, 128, 4): 255, (64, 64, 4): 128, (64, 128, 8): 128,
+    (128, 64, 4): 168, (128, 128, 8): 168,
 }  # fmt: skip
 _PERSISTENTS = {(256, 128, 8): 255, (128, 128, 8): 200, (128, 64, 4): 200}
 
@@ -232,7 +232,7 @@ def seconds(product: Product, way: Tiling) -> float:
         tiles * steps * stage / _L2,
         matrix,
         widening,
-        turns * share * (_UNIT + operations / (product.rate / product.multiprocessors)),
+        turns * share * _UNIT,
         # ``stages - 1`` copies are under way.
         turns * share * (_COPY + stage / _COPY_RATE) / max(1, way.stages - 1),
     )

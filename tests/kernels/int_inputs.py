@@ -61,7 +61,7 @@ def grouped_linear_int(op: str) -> Iterator[Case]:
     shapes = [
         (7, 8, 2, 128, 64, 4, 128),
         (1, 5, 1, 64, 128, 8, 32),
-        (65, 60, 4, 160, 64, 4, 32),
+        (21, 12, 3, 160, 64, 4, 32),
         (40, 6, 3, 64, 192, 4, 64),
     ]
     for seed, ((tokens, experts, k, inputs, outputs, bits, group), act) in enumerate(

@@ -6,6 +6,7 @@ own, which ``test_interpreted`` starts.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
@@ -22,8 +23,9 @@ from test_small_triton import INTERPRETED, aot, check_interpreted, op_call
 from makeready.kernels import integers_triton, registry
 from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.device import Descriptor, OpCall, Tensor
-from makeready.kernels.gemm import linear_cost, linear_int_triton, linear_tiling
+from makeready.kernels.gemm import linear_int_triton
 from makeready.kernels.gemm.linear_int_tiling import seconds, tilings
+from makeready.kernels.moe import experts_int_triton
 from makeready.kernels.spec import TensorSpec
 
 assert integers_triton
@@ -207,17 +209,57 @@ def test_few_rows_cost_what_streaming_the_weights_costs():
         assert floor < seconds(product, tilings(product)[0]) < floor + 10e-6
 
 
+@interpreted
+@pytest.mark.parametrize("op", ["grouped_linear_int", "grouped_silu_mul_int"])
+def test_experts(op):
+    """Every height of tiles, and experts of nobody, whose scales are NaN."""
+    for case in itertools.islice(cases(op), 0, None, 5):
+        operands = {k: v.half() if k == "x" else v for k, v in case.operands.items()}
+        attrs = case.attrs | {"out_dtype": "float32"}
+        wide = {k: v.double() if v.is_floating_point() else v for k, v in operands.items()}
+        arguments = [wide.get(o.name) for o in CONTRACTS[op].inputs]
+        want = CONTRACTS[op].reference(*arguments, **attrs | {"out_dtype": "float64"})
+        call = op_call(op, operands, attrs, features=frozenset({"wgmma"}), multiprocessors=3)
+        heights = {way.t: way for way in experts_int_triton.tilings(call)}
+        for way in heights.values():
+            got = launch(experts_int_triton.emit(call, way), call, operands)["y"]
+            error = (got.double() - want).norm() / want.norm().clamp_min(1e-30)
+            assert error <= 2e-3, (case.label, way.name, error)
+
+
+def experts_call(entries, bits, group, zeros, silu, E=128, N=768, K=2048):
+    """Qwen3-30B-A3B's first product, with or without the gate."""
+    rows, groups = (2 * N if silu else N), -(-K // group)
+    tiled = TensorSpec((E, rows // 64, groups, 64), "float16")
+    specs = {
+        "x": TensorSpec((entries, K), "bfloat16"),
+        "weight": TensorSpec((E, rows, K // 16 * bits), "int16"),
+    }
+    specs |= {"weight_scale": tiled} | ({"weight_zero": TensorSpec(tiled.shape, "uint8")} if zeros else {})
+    specs |= {"order": TensorSpec((entries,), "int32"), "start": TensorSpec((E + 1,), "int32")}
+    attrs = {"bits": bits, "group": group, "out_dtype": "", "top_k": 0}
+    op = "grouped_silu_mul_int" if silu else "grouped_linear_int"
+    dims = CONTRACTS[op].dims(specs, attrs)
+    specs |= CONTRACTS[op].infer(specs, attrs)
+    tensors = {
+        name: Tensor(s.shape, s.dtype, math.prod(map(int, s.shape[1:])), 256) for name, s in specs.items()
+    }
+    return OpCall(op, tensors, attrs, dims, entries // 8, entries // 8, features=HOPPER)
+
+
 @compiled
-def test_no_prediction_is_behind_16_bit_weights():
-    for T in (1, 16, 64, 256, 1024, 8192):
-        for N, K in MATRICES.values():
-            product = linear_int_triton.describe(product_call(T, N, K))
-            wide = linear_tiling.Product(
-                T, N, K, 2, tma=True, tma_out=True, tensor_cores=True, wgmma=True, multiprocessors=132,
-                shared_bytes=232448,
-            )  # fmt: skip
-            ours, theirs = (
-                seconds(product, tilings(product)[0]),
-                linear_cost.seconds(wide, linear_cost.tilings(wide)[0]),
-            )
-            assert ours <= 1.1 * theirs, (T, N, K, ours, theirs)
+def test_experts_cross_compile_without_spilling():
+    """One height of two forms; all of all forms where INT_COMPILE_ALL is set."""
+    every = os.environ.get("INT_COMPILE_ALL")
+    for form, silu in itertools.product(FORMS if every else FORMS[1:2], (True, False) if every else (True,)):
+        found = {}
+        for entries in (8, 128, 1024, 4096, 65536) if every else (128,):
+            call = experts_call(entries, *form, silu)
+            for way in experts_int_triton.tilings(call)[: None if every else 1]:
+                found.setdefault(way.name, (call, way))
+        for call, way in found.values():
+            made = aot.compile_launch(experts_int_triton.emit(call, way).launches[0], call)
+            assert made.spill_bytes == 0, (form, silu, way.name)
+            assert made.waits
+            assert re.search(r"wgmma\.mma_async\S* \{[^}]*\}, *\{", made.ptx), way.name
+            assert made.shared <= call.shared_bytes // 2, way.name
