@@ -35,7 +35,7 @@ _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of 8 outputs a field of AWQ's wor
 def fields(words: torch.Tensor, bits: int) -> torch.Tensor:
     """Unsigned fields of integers along a new last axis, the lowest first: int32 ``[..., n]``."""
     width = 8 * words.element_size()
-    shifts = torch.arange(0, width, bits, dtype=torch.int32)
+    shifts = torch.arange(0, width, bits, dtype=torch.int32, device=words.device)
     return (words.int().unsqueeze(-1) >> shifts) & (2**bits - 1)
 
 

@@ -5,7 +5,7 @@ A block of threads has the words of one span of some outputs, or what 64 outputs
 # N outputs, K inputs, J words along the outputs, G groups
 """
 # pyright: reportIndexIssue=false, reportArgumentType=false, reportOperatorIssue=false
-# pyright: reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ each field; see kernels/integers.py for which inputs those are. A span is 128 in
 # N outputs, K inputs
 """
 # pyright: reportIndexIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
-# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportAssignmentType=false
 
 from __future__ import annotations
 
