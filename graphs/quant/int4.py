@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from makeready.graphs.plan.recipe import Derivation, LoadCall, Operand
 from makeready.graphs.quant.scheme import ON_LOAD
@@ -10,6 +10,7 @@ from makeready.graphs.quant.weight_only import Form, WeightOnly
 from makeready.kernels.integers import TILE
 
 
+@dataclass(frozen=True)
 class Rounded:
     """No file has it: what a 16-bit or wider weight becomes."""
 

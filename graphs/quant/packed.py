@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from makeready.graphs.plan.recipe import Derivation, LoadCall, Operand, Piece
@@ -22,6 +23,7 @@ from makeready.kernels.spec import TensorSpec
 FORMAT = "pack-quantized"
 
 
+@dataclass(frozen=True)
 class Packed:
     """See the module's docstring."""
 
