@@ -1,7 +1,7 @@
 """Linears whose weights have 4 or 8 bits and whose activations stay as they are.
 
-One rewrite for all file formats. A format (awq.py, gptq.py, packed.py, int4.py) says with which load program its
-tensors become what kernels want (kernels/integers.py): the plan holds one layout, whatever the file's.
+One rewrite for all file formats. A format, in a module of its own, says with which load program its tensors become
+what kernels want (kernels/integers.py): the plan holds one layout, whatever the file's.
 """
 
 from __future__ import annotations
@@ -166,8 +166,9 @@ def _stored(piece: Piece, matrix: Operand, suffix: str, width: int, per: int, tr
         )
     (first, stop), row = piece.box[0], piece.at[0]
     starts = (first, row, *(each.place[0] for each in piece.each if each.place))
-    last = row + stop - first == matrix.spec.shape[0]  # its last element may be filled up
-    if any(start % per for start in starts) or (stop % per and not last):
+    # What lies below each other may end with an element that is filled up.
+    filled = not transposed and row + stop - first == matrix.spec.shape[0]
+    if any(start % per for start in starts) or (stop % per and not filled):
         raise PlanError(
             f"a part of {piece.source} begins or ends within {per} outputs that are stored together; "
             "use a checkpoint with 16-bit weights"
