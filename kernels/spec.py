@@ -30,6 +30,7 @@ DTYPE_BYTES: Mapping[str, int] = {
     "int64": 8,
     "int32": 4,
     "uint32": 4,
+    "int16": 2,
     "int8": 1,
     "uint8": 1,
 }

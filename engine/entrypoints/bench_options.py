@@ -30,6 +30,8 @@ SUITES: dict[str, tuple[str, ...]] = {
     "gemm_sweep": (),
     "gemm_fp8": ("gemm_fp8.",),
     "gemm_fp8_sweep": ("gemm_fp8.",),
+    "gemm_int4": (),
+    "gemm_int4_sweep": (),
     "attention": (),
     "attention_sweep": (),
     "small_ops": (),

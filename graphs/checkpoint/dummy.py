@@ -30,7 +30,9 @@ SCALES = {
     "weight_scale": SCALE / FLOAT8_SPREAD,
     "weight_scale_inv": SCALE / FLOAT8_SPREAD,
     "input_scale": 8 / 448,
+    "scales": SCALE / 6.5,  # of 4 bits less a zero of 4 bits
 }
+PACKED = ("qweight", "qzeros", "weight_packed", "weight_zero_point")  # random bits: weights of 4 or 8 bits
 
 # Big tensors repeat one random block, each from a place of its own: a million normals take 30 ms, and there may be
 # tens of thousands of such tensors. A prime length shares no factor with a row, so no two rows of a matrix with fewer
@@ -105,6 +107,8 @@ class DummyCheckpoint(Checkpoint):
         module, _, kind = name.rpartition(".")
         if kind in SCALES:
             return "float32"
+        if kind in PACKED:
+            return "int32"
         scaled = kind == "weight" and any(f"{module}.{scale}" in beside for scale in SCALES)
         return "float8_e4m3fn" if scaled else self.dtype
 
@@ -146,6 +150,8 @@ def _numbers(values: np.ndarray, info: TensorInfo) -> np.ndarray:
     kind = info.name.rpartition(".")[2]
     if kind in SCALES:  # between a half and one and a half of the usual
         return ((np.abs(np.tanh(values)) + np.float32(0.5)) * np.float32(SCALES[kind])).astype(np.float32)
+    if info.dtype == "int32":
+        return values.view(np.int32) * np.int32(0x9E3779B1 - 2**32)
     if info.dtype == "float8_e4m3fn":
         return to_float8(values * np.float32(FLOAT8_SPREAD))
     values *= np.float32(SCALE)

@@ -17,6 +17,15 @@ _HARMLESS = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|att
 _LAYER = re.compile(r"(?:model\.layers|transformer\.h)\.(\d+)\.")
 _SCALES = ("weight_scale", "weight_scale_inv", "weight_scale_2", "scale")
 _SHIFTS = ("bias", "weight_zero_point", "zero_point")
+# Beside weights of few bits: read only where their config says that they are anything but usual.
+_PACKED = ("qweight", "weight_packed")
+_ORDERS, _ZEROS, _SHAPES = ("g_idx", "weight_g_idx"), ("qzeros", "weight_zero_point"), ("weight_shape",)
+_MIDDLES = (
+    0x77777777,
+    0x88888888,
+    0x7F7F7F7F,
+    0x80808080,
+)  # zeros of symmetric weights: 4 and 8 bits, less one or not
 
 
 def check_unread(checkpoint: Checkpoint, read: Collection[str]) -> None:
@@ -46,7 +55,7 @@ def check_unread(checkpoint: Checkpoint, read: Collection[str]) -> None:
             raise CheckpointError(f"{checkpoint.path} has the tensor {name}, {reason}")
     ahead = [name for name in unread if _predicts_further(checkpoint, name)]
     _tell(checkpoint, ahead, "they predict further tokens, which is not done here")
-    others = [name for name in unread if name not in set(ahead)]
+    others = [name for name in unread if name not in set(ahead) and not _belongs(name, read)]
     _tell(checkpoint, others, "if they belong to it, config.json is another checkpoint's")
 
 
@@ -83,7 +92,13 @@ def _reason(checkpoint: Checkpoint, name: str, read: Collection[str]) -> str | N
             f"which {config['architectures'][0]} does not have; use a checkpoint of that architecture, or "
             "correct the config"
         )
-    if f"{module}.weight" not in read:
+    if _belongs(name, read):
+        if kind in _ORDERS and (np.diff(_values(checkpoint, name)) < 0).any():
+            return "but its config does not say that inputs are in another order; set desc_act (actorder)"
+        if kind in _ZEROS and not np.isin(_values(checkpoint, name).view(np.uint32), _MIDDLES).all():
+            return "but its config says that weights are symmetric; set sym (symmetric) to false"
+        return None
+    if not any(f"{module}.{weight}" in read for weight in ("weight", *_PACKED)):
         return None
     if kind in _SCALES and not (_values(checkpoint, name) == 1).all():
         return (
@@ -95,6 +110,12 @@ def _reason(checkpoint: Checkpoint, name: str, read: Collection[str]) -> str | N
             return "which its config leaves out; set attention_bias or mlp_bias as the model was trained"
         return "and asymmetric quantization is not supported; use a checkpoint with symmetric weights"
     return None
+
+
+def _belongs(name: str, read: Collection[str]) -> bool:
+    """Whether the tensor comes with weights of few bits that are read."""
+    module, _, kind = name.rpartition(".")
+    return kind in (*_ORDERS, *_ZEROS, *_SHAPES) and any(f"{module}.{packed}" in read for packed in _PACKED)
 
 
 def _values(checkpoint: Checkpoint, name: str) -> np.ndarray:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from makeready.graphs.checkpoint.base import BLOCKS, FINGERPRINT_EXEMPT, PLAIN, Checkpoint
+from makeready.graphs.checkpoint.base import FINGERPRINT_EXEMPT, Checkpoint
 from makeready.graphs.checkpoint.unread import check_unread
 from makeready.graphs.plan.plan import Plan, PlanError
 from makeready.graphs.plan.reads import needs
-
-FP8 = "float8_e4m3fn"
-STORED = "uint8"  # GGUF's blocks as they are
 
 
 def check_checkpoint(plan: Plan, checkpoint: Checkpoint) -> None:
@@ -34,8 +31,7 @@ def check_checkpoint(plan: Plan, checkpoint: Checkpoint) -> None:
     wanted = needs(params)
     for source, need in wanted.items():
         info = checkpoint.find(source)
-        kinds = (FP8,) if FP8 in need.dtypes else (STORED,) if STORED in need.dtypes else (PLAIN, BLOCKS)
-        if info is None or not need.fits(info.shape, exactly=True) or info.kind not in kinds:
+        if info is None or not need.fits(info.shape, exactly=True) or info.kind not in need.kinds:
             found = "lacks it" if info is None else f"has it as {info.dtype}{list(info.shape)}"
             raise PlanError(
                 f"the plan is for another checkpoint: it needs tensor {source}, "

@@ -16,8 +16,10 @@ from functools import lru_cache
 
 import numpy as np
 
-from makeready.graphs.checkpoint.base import Checkpoint
+from makeready.graphs.checkpoint.base import BLOCKS, PLAIN, Checkpoint
 from makeready.graphs.plan.recipe import Box, Each, Operand, Param, Piece
+
+STORED_AS_THEY_ARE = ("float8_e4m3fn", "int32", "uint8")
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,12 @@ class Need:
     shape: tuple[int, ...]
     dtypes: tuple[str, ...]
     number: bool = False
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What the tensor may be stored as (:attr:`TensorInfo.kind`): most numbers convert."""
+        exact = tuple(dtype for dtype in self.dtypes if dtype in STORED_AS_THEY_ARE)
+        return exact or (PLAIN, BLOCKS)
 
     def fits(self, shape: Sequence[int], *, exactly: bool = False) -> bool:
         """Whether a tensor of ``shape`` will do; ``exactly`` if nothing of it may be left over.

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from makeready.graphs.checkpoint.base import AS_STORED, BLOCKS, PLAIN, Checkpoint, counted, open_checkpoint
+from makeready.graphs.checkpoint.base import BLOCKS, PLAIN, Checkpoint, counted, open_checkpoint
 from makeready.graphs.checkpoint.config import DTYPES
 from makeready.graphs.checkpoint.unread import check_unread
 from makeready.graphs.layers.parameter import sources
@@ -24,7 +24,7 @@ from makeready.graphs.plan.buckets import Traffic, choose_buckets, prove_coverag
 from makeready.graphs.plan.codec import to_json
 from makeready.graphs.plan.plan import SCHEMA, Memory, Options, Plan, PlanError
 from makeready.graphs.plan.program import Loading, LoweredProgram
-from makeready.graphs.plan.reads import needs
+from makeready.graphs.plan.reads import STORED_AS_THEY_ARE, needs
 from makeready.graphs.plan.recipe import Param
 from makeready.graphs.plan.spec import Bucket, CacheSpec, Field, Limits, StepSpec
 from makeready.graphs.plan.targets import Target, find_target
@@ -326,16 +326,18 @@ def _check_sources(params: Collection[Param], checkpoint: Checkpoint) -> None:
                 f"tensor {source} of {checkpoint.path} is {list(info.shape)}, the config implies "
                 f"{list(need.shape)}; config.json belongs to another checkpoint"
             )
-        if info.kind not in (PLAIN, BLOCKS, FP8) and AS_STORED not in source:
+        if info.kind in need.kinds:
+            continue
+        if info.kind not in (PLAIN, BLOCKS, *STORED_AS_THEY_ARE):
             raise PlanError(
                 f"tensor {source} of {checkpoint.path} is {info.dtype}, which is no quantization of weights that is "
-                f"known here; use a checkpoint in {', '.join(DTYPES)}, {FP8} with scales, or GGUF"
+                f"known here; use a checkpoint in {', '.join(DTYPES)}, {FP8} with scales, AWQ, GPTQ or GGUF"
             )
-        if (info.dtype == FP8) != (FP8 in need.dtypes):
-            raise PlanError(
-                f"tensor {source} of {checkpoint.path} is {info.dtype}, its quantization_config implies "
-                f"{'' if FP8 in need.dtypes else 'no '}{FP8}; config.json belongs to another checkpoint"
-            )
+        exact = need.kinds[0] if need.kinds[0] in STORED_AS_THEY_ARE else f"no {info.dtype}"
+        raise PlanError(
+            f"tensor {source} of {checkpoint.path} is {info.dtype}, its quantization_config implies {exact}; "
+            "config.json belongs to another checkpoint"
+        )
     check_unread(checkpoint, wanted)
 
 

@@ -7,9 +7,17 @@ from dataclasses import dataclass, field, replace
 
 from makeready.graphs.plan.plan import PlanError
 from makeready.graphs.plan.recipe import Derivation, Derived, Each, LoadCall, Operand, Param, Piece, joined
-from makeready.graphs.planner.ir import PARAM, Call, Program
+from makeready.graphs.planner.ir import Call, Program
+from makeready.graphs.quant.linears import (
+    as_matrix,
+    module_of,
+    quantized_operands,
+    quantized_ops,
+    scale_of,
+    wide_sources,
+)
 from makeready.graphs.quant.scheme import BLOCK, CHANNEL, TENSOR, Scheme
-from makeready.kernels.contract import CONTRACTS, Contract
+from makeready.kernels.contract import Contract
 from makeready.kernels.spec import TensorSpec
 
 FP8 = "float8_e4m3fn"
@@ -54,29 +62,25 @@ class _Rewrite:
     wide: set[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        p, kind = self.program, self.scheme.kind
-        known = (op for op in CONTRACTS.values() if op.quantizes is not None and kind in op.quantizes.schemes)
-        self.ops = {op.quantizes.op: op for op in known if op.quantizes is not None}
-        params = (p.params.get(v) for c in p.calls if c.op not in self.ops for v in c.operands.values())
-        operands = (operand for param in params if param is not None for operand in param.operands)
-        self.wide = {piece.source for operand in operands for piece in operand.pieces}
+        self.ops = quantized_ops(self.scheme.kind)
+        self.wide = wide_sources(self.program, self.ops)
 
     def covers(self, call: Call) -> bool:
         """Whether the call becomes a quantized one. Tied embeddings are looked up, too: they stay wide."""
         op = self.ops.get(call.op)
         if op is None:
             return False
-        param = self.program.params.get(call.operands[_operands(call, op, self.program)[1]])
+        param = self.program.params.get(call.operands[quantized_operands(call, op, self.program)[1]])
         if param is None or not param.quantizable or not param.pieces:
             return False
         if any(piece.source in self.wide for piece in param.pieces):
             return False
-        return self.scheme.covers(_module(param))
+        return self.scheme.covers(module_of(param.pieces[0].source))
 
     def linear(self, call: Call) -> list[Call]:
         """The calls that take the place of ``call``."""
         op = self.ops[call.op]
-        activation, weighted = _operands(call, op, self.program)
+        activation, weighted = quantized_operands(call, op, self.program)
         param = self.program.params[call.operands[weighted]]
         self._check(param)
         weight, scale = self._weight(param), self._scale(param)
@@ -86,9 +90,9 @@ class _Rewrite:
         q, row_scale = self.quantized[x]
         made = {
             activation: q,
-            _scale(activation): row_scale,
+            scale_of(activation): row_scale,
             weighted: weight.name,
-            _scale(weighted): scale.name,
+            scale_of(weighted): scale.name,
         }
         given = {**call.operands, **made}
         operands = {o.name: given[o.name] for o in op.inputs if o.name in given}
@@ -101,7 +105,7 @@ class _Rewrite:
         if self.scheme.stored and call.op not in self.ops:
             read = (self.program.params.get(value) for value in call.operands.values())
             for param in (p for p in read if p is not None and p.quantizable and p.pieces):
-                if self.scheme.covers(_module(param)):
+                if self.scheme.covers(module_of(param.pieces[0].source)):
                     self.params[param.name] = self._wide(param)
         return call
 
@@ -122,8 +126,8 @@ class _Rewrite:
         block, (*stacked, rows, _) = self.scheme.block, (int(n) for n in param.spec.shape)
         if block and stacked and rows % block and not self.scheme.stored:
             raise PlanError(
-                f"{_module(param)} has {rows} outputs, which are no multiple of its blocks of {block}; "
-                "use scales by channel (quant=fp8)"
+                f"{module_of(param.pieces[0].source)} has {rows} outputs, which are no multiple of its blocks "
+                f"of {block}; use scales by channel (quant=fp8)"
             )
 
     def _weight(self, param: Param) -> Param:
@@ -158,7 +162,7 @@ class _Rewrite:
         Raises:
             PlanError: the box is no matrix of its own, or begins within a block.
         """
-        source = f"{piece.source.removesuffix('.weight')}.{self.scheme.scale}"
+        source = f"{module_of(piece.source)}.{self.scheme.scale}"
         within = any(any(each.source) or any(each.place[-2:]) for each in piece.each)
         if within or piece.axes or len(piece.box) != 2:
             raise PlanError(
@@ -189,7 +193,7 @@ class _Rewrite:
             attrs, op = {"group": int(wide.spec.shape[-1])}, "quantize_fp8"
         else:
             attrs, op = {"block": self.scheme.block}, "quantize_fp8_block"
-        matrix = _as_matrix(wide)
+        matrix = as_matrix(wide)
         rows, width = (int(n) for n in matrix.spec.shape)
         whole = self._whole(width)
         operand = replace(
@@ -215,7 +219,7 @@ class _Rewrite:
             return [*filled, Call("quantize_fp8", {"x": x}, {"q": q, "scale": scale}, attrs)]
         readers = []
         for call in filter(self.covers, self.program.calls):
-            activation, weighted = _operands(call, self.ops[call.op], self.program)
+            activation, weighted = quantized_operands(call, self.ops[call.op], self.program)
             if call.operands[activation] == x:
                 readers.append(self.program.params[call.operands[weighted]])
         param = _static_scale(readers)
@@ -223,25 +227,12 @@ class _Rewrite:
         return [Call("quantize_fp8_static", {"x": x, "scale": param.name}, {"q": q, "row_scale": scale})]
 
 
-def _operands(call: Call, op: Contract, program: Program) -> tuple[str, str]:
-    """The activation and the weight among the operands of ``call`` that come with scales in ``op``."""
-    names = {o.name for o in op.inputs}
-    scaled = [name for name in call.operands if _scale(name) in names]
-    weights = [name for name in scaled if program.values[call.operands[name]].kind == PARAM]
-    activations = [name for name in scaled if name not in weights]
-    return activations[0] if activations else "", weights[0] if weights else ""
-
-
-def _scale(operand: str) -> str:
-    return f"{operand}_scale"
-
-
 def _static_scale(weights: Sequence[Param]) -> Param:
     """The scale of what all of ``weights`` are multiplied with."""
     name = joined([w.name.removesuffix(".weight") + ".input_scale" for w in weights])
     pieces = (
         Piece(
-            f"{piece.source.removesuffix('.weight')}.input_scale",
+            f"{module_of(piece.source)}.input_scale",
             (),
             (0,),
             each=tuple(Each(each.name, each.count) for each in piece.each),
@@ -251,25 +242,3 @@ def _static_scale(weights: Sequence[Param]) -> Param:
         for piece in w.pieces
     )
     return Param(name, TensorSpec((1,), "float32"), pieces=tuple(dict.fromkeys(pieces)), largest=True)
-
-
-def _as_matrix(param: Param) -> Operand:
-    """What a parameter is put together of, as a matrix: those that are stacked lie one below the other."""
-    *stacked, rows, width = (int(n) for n in param.spec.shape)
-    if not stacked:
-        return Operand(param.spec, param.pieces)
-    (count,) = stacked
-
-    def flat(place: tuple[int, ...]) -> tuple[int, ...]:
-        return (place[0] * rows + place[1], place[2]) if place else ()
-
-    pieces = tuple(
-        replace(p, at=flat(p.at), each=tuple(replace(e, place=flat(e.place)) for e in p.each))
-        for p in param.pieces
-    )
-    return Operand(TensorSpec((count * rows, width), param.spec.dtype), pieces)
-
-
-def _module(param: Param) -> str:
-    """The module that a weight belongs to in the checkpoint."""
-    return param.pieces[0].source.removesuffix(".weight")

@@ -76,7 +76,7 @@ class Scheme:
 
     def covers(self, module: str) -> bool:
         """Whether the linear of the checkpoint called ``module`` is quantized."""
-        return not any(_matches(entry, module) for entry in self.ignored)
+        return not any(matches(entry, module) for entry in self.ignored)
 
     def group(self, width: int) -> int:
         """Columns of an activation of ``width`` that share a scale."""
@@ -87,13 +87,14 @@ ON_LOAD: dict[str, Quantization] = {
     "fp8": Scheme(CHANNEL),
     "fp8_block": Scheme(BLOCK, block=BLOCK_SIZE),
 }
-"""What ``quant=`` may ask for; others may be added.
+"""What ``quant=`` may ask for; modules of this package add theirs.
 
 The logits' projection keeps its dtype, as is the field's custom.
 """
 
 
-def _matches(entry: str, module: str) -> bool:
+def matches(entry: str, module: str) -> bool:
+    """Whether an entry of a list of modules means this one: a name, dotted parts of it, or ``re:`` and a pattern."""
     if entry.startswith("re:"):
         return re.match(entry[3:], module) is not None
     return f".{entry}." in f".{module}."

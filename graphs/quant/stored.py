@@ -1,15 +1,20 @@
 """Quantized checkpoints: what their ``quantization_config`` says, as a :class:`Scheme`.
 
 Known are ``fp8`` (as Qwen3 and DeepSeek store 128x128 blocks, and as AutoFP8 stores whole tensors) and
-``compressed-tensors`` with 8-bit floats.
+``compressed-tensors`` with 8-bit floats; other modules of this package add theirs to :data:`STORED` and, of
+``compressed-tensors``, to :data:`COMPRESSED`.
 """
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from makeready.graphs import quant
 from makeready.graphs.models.family import UnsupportedModelError
+from makeready.graphs.quant.reading import expect
 from makeready.graphs.quant.scheme import BLOCK, CHANNEL, TENSOR, Quantization, Scheme
 
 
@@ -28,18 +33,26 @@ def stored_scheme(config: Mapping[str, Any]) -> Quantization | None:
         )
     method = said.get("quant_method", "unnamed")
     _check_types(said, "quantization_config")
+    discover()
     if method in STORED:
         return STORED[method](said)
     raise UnsupportedModelError(
-        f"checkpoints quantized with {method} are not supported; use the model's bf16, fp16, GGUF or fp8 files"
+        f"checkpoints quantized with {method} are not supported; "
+        "use the model's bf16, fp16, GGUF, fp8, AWQ or GPTQ files"
     )
+
+
+def discover() -> None:
+    """Import every module of this package, so that all that it offers is registered."""
+    for module in pkgutil.iter_modules(quant.__path__, f"{quant.__name__}."):
+        importlib.import_module(module.name)
 
 
 def _fp8(said: Mapping[str, Any]) -> Scheme:
     """``weight_scale_inv`` is what blocks' scales are called, though weights are multiplied by them too."""
-    _expect(said, "fmt", ("e4m3",))
-    _expect(said, "activation_scheme", ("dynamic", "static"))
-    _expect(said, "scale_fmt", ("float",))
+    expect(said, "fmt", ("e4m3",))
+    expect(said, "activation_scheme", ("dynamic", "static"))
+    expect(said, "scale_fmt", ("float",))
     static = said.get("activation_scheme") == "static"
     # The vocabulary projection is left alone whether or not the list says so.
     ignored = ("lm_head", *(said.get("modules_to_not_convert") or ()), *(said.get("ignored_layers") or ()))
@@ -56,8 +69,11 @@ def _fp8(said: Mapping[str, Any]) -> Scheme:
     )
 
 
-def _compressed_tensors(said: Mapping[str, Any]) -> Scheme:
+def _compressed_tensors(said: Mapping[str, Any]) -> Quantization:
     groups = list((said.get("config_groups") or {}).values())
+    for form in (said.get("format"), *(group.get("format") for group in groups)):
+        if form in COMPRESSED:
+            return COMPRESSED[form](said)
     if len(groups) != 1 or groups[0].get("targets") != ["Linear"]:
         raise UnsupportedModelError(
             "quantization_config: compressed-tensors needs one of config_groups with targets ['Linear']; "
@@ -65,7 +81,7 @@ def _compressed_tensors(said: Mapping[str, Any]) -> Scheme:
         )
     group = groups[0]
     for holder in (said, group):
-        _expect(holder, "format", ("float-quantized", "naive-quantized"))
+        expect(holder, "format", ("float-quantized", "naive-quantized"))
     for field, found in (
         ("output_activations", group.get("output_activations")),
         ("transform_config", said.get("transform_config")),
@@ -87,7 +103,7 @@ def _compressed_tensors(said: Mapping[str, Any]) -> Scheme:
                 f"quantization_config: {name} must be symmetric 8-bit floats; use a W8A8 FP8 checkpoint"
             )
     ignored = tuple(said.get("ignore") or ())
-    _expect(weights, "strategy", (CHANNEL, TENSOR, BLOCK))
+    expect(weights, "strategy", (CHANNEL, TENSOR, BLOCK))
     if weights["strategy"] == BLOCK:
         block = _square(weights.get("block_structure"), "block_structure")
         if activations.get("strategy") != "group" or activations.get("group_size") != block:
@@ -131,15 +147,6 @@ def _check_types(said: Mapping[str, Any], place: str) -> None:
             _check_types(value, f"{place}.{name}")
 
 
-def _expect(said: Mapping[str, Any], field: str, known: tuple[str, ...]) -> None:
-    """Refuse a field that is there and holds something else than what is known."""
-    value = said.get(field)
-    if value is not None and (not isinstance(value, str) or value not in known):
-        raise UnsupportedModelError(
-            f"quantization_config: {field} {value!r} is not supported; use a checkpoint with {' or '.join(known)}"
-        )
-
-
 def _square(size: Any, field: str) -> int:
     if not isinstance(size, list | tuple) or len(size) != 2 or size[0] != size[1] or type(size[0]) is not int:
         raise UnsupportedModelError(
@@ -152,4 +159,7 @@ STORED: dict[str, Callable[[Mapping[str, Any]], Quantization]] = {
     "fp8": _fp8,
     "compressed-tensors": _compressed_tensors,
 }
-"""What reads a ``quantization_config``, by its ``quant_method``; others may be added."""
+"""What reads a ``quantization_config``, by its ``quant_method``."""
+
+COMPRESSED: dict[str, Callable[[Mapping[str, Any]], Quantization]] = {}
+"""What reads that of ``compressed-tensors``, by a format that it or one of its groups has."""

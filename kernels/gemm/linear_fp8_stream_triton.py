@@ -51,7 +51,7 @@ def _write(acc_TN, x_scale, weight_scale, bias, y, t, n, T, N, y_stride, GROUPED
 
 
 @triton.jit
-def _put(
+def put_tile(
     acc_NT, whole, slot, x_scale, weight_scale, bias, y, partial, t0, n0, T, N, y_stride,
     BT: tl.constexpr, BN: tl.constexpr, GROUPED: tl.constexpr,
 ):  # fmt: skip
@@ -65,7 +65,7 @@ def _put(
 
 
 @triton.jit
-def _finish(
+def finish_tiles(
     begin, end, share, steps, tiles_t, x_scale, weight_scale, bias, y, partial, arrived, T, N, y_stride,
     BT: tl.constexpr, BN: tl.constexpr, GROUPED: tl.constexpr,
 ):  # fmt: skip
@@ -182,13 +182,13 @@ def linear_fp8_stream(
             begun = unit - step >= begin
             whole = begun and step == steps - 1
             slot = 2 * pid + begun.to(tl.int32)
-            _put(
+            put_tile(
                 acc_NT, whole, slot, x_scale, weight_scale, bias, y, partial, t0, n0, T, N, y_stride,
                 BT, BN, GROUPED,
             )  # fmt: skip
             acc_NT = tl.zeros((BN, BT), tl.float32)
     if partial is not None:
-        _finish(
+        finish_tiles(
             begin, end, share, steps, tiles_t, x_scale, weight_scale, bias, y, partial, arrived, T, N, y_stride,
             BT, BN, GROUPED,
         )  # fmt: skip

@@ -74,13 +74,13 @@ def linear_persistent(
     if PDL:
         gdc_launch_dependents()
         if AHEAD > 0:
-            n = _outputs(tl.program_id(0), a_group, tiles_t, GROUP) * OUT + tl.arange(0, BN)
+            n = tile_of_outputs(tl.program_id(0), a_group, tiles_t, GROUP) * OUT + tl.arange(0, BN)
             prefetch_rows(weight_start, n, N, K, 0, tl.minimum(2 * K, AHEAD))
         gdc_wait()
     # In a flattened loop with two accumulators the assembler waits for each matrix instruction: 56 µs for 37.
     for tile in tl.range(tl.program_id(0), tiles_t * tiles_n, tl.num_programs(0), flatten=SECOND == 0):
-        t0 = _tokens(tile, a_group, tiles_t, GROUP) * BT
-        n0 = _outputs(tile, a_group, tiles_t, GROUP) * OUT
+        t0 = tile_of_tokens(tile, a_group, tiles_t, GROUP) * BT
+        n0 = tile_of_outputs(tile, a_group, tiles_t, GROUP) * OUT
         acc_TN = tl.zeros((BT, BN), tl.float32)
         if SECOND > 0:
             acc_TS = tl.zeros((BT, SECOND), tl.float32)
@@ -97,14 +97,14 @@ def linear_persistent(
 
 
 @triton.jit
-def _tokens(tile, a_group, tiles_t, GROUP: tl.constexpr):
+def tile_of_tokens(tile, a_group, tiles_t, GROUP: tl.constexpr):
     """Which tile along the tokens the ``tile``-th is."""
     first = tile // a_group * GROUP
     return first + tile % a_group % tl.minimum(tiles_t - first, GROUP)
 
 
 @triton.jit
-def _outputs(tile, a_group, tiles_t, GROUP: tl.constexpr):
+def tile_of_outputs(tile, a_group, tiles_t, GROUP: tl.constexpr):
     """Which tile along the outputs the ``tile``-th is."""
     first = tile // a_group * GROUP
     return tile % a_group // tl.minimum(tiles_t - first, GROUP)

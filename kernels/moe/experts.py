@@ -17,7 +17,9 @@ _TRAFFIC = {
 }  # of a router that gives each expert the same chance; others are not read
 
 
-def _grouped(x: torch.Tensor, weight: torch.Tensor, order: torch.Tensor, start: torch.Tensor, top_k: int):
+def of_experts(
+    x: torch.Tensor, weight: torch.Tensor, order: torch.Tensor, start: torch.Tensor, top_k: int
+) -> torch.Tensor:
     """float32 or wider ``[M, N]``: of each expert's entries with its weights; zeros from the last entry on."""
     bounds = start.tolist()
     live = order[: bounds[-1]].long()
@@ -49,7 +51,7 @@ def grouped_linear(
     With ``top_k`` 0 the rows of ``x`` are the entries: ``y[j] = x[j] @ weight[e].T``. Rows of ``y`` from
     ``start[E]`` on are zeros. Accumulated in fp32 or wider.
     """
-    return to_dtype(_grouped(widen(x), widen(weight), order, start, top_k), out_dtype, like=x)
+    return to_dtype(of_experts(widen(x), widen(weight), order, start, top_k), out_dtype, like=x)
 
 
 @contract(
@@ -73,7 +75,7 @@ def grouped_linear_fp8(
 ) -> torch.Tensor:
     """:func:`grouped_linear` of 8-bit floats with one scale a token and one an output of each expert."""
     wide = widen(weight) * widen(weight_scale).unsqueeze(-1)
-    y = _grouped(widen(x) * widen(x_scale), wide, order, start, top_k)
+    y = of_experts(widen(x) * widen(x_scale), wide, order, start, top_k)
     return to_dtype(y, out_dtype, like=y)
 
 
@@ -103,5 +105,5 @@ def grouped_linear_fp8_block(
     """
     scale = widen(weight_scale).repeat_interleave(block, 1)[:, : weight.shape[1]].repeat_interleave(block, 2)
     x = widen(x) * widen(x_scale).repeat_interleave(block, 1)
-    y = _grouped(x, widen(weight) * scale, order, start, top_k)
+    y = of_experts(x, widen(weight) * scale, order, start, top_k)
     return to_dtype(y, out_dtype, like=y)

@@ -42,7 +42,7 @@ def _runs(start: torch.Tensor) -> Iterator[tuple[int, int, int]]:
             yield expert, first, stop
 
 
-def _grouped(
+def by_expert(
     x: torch.Tensor,
     order: torch.Tensor,
     start: torch.Tensor,
@@ -110,7 +110,7 @@ def _linear(products: Products) -> Callable[..., torch.Tensor]:
         top_k: int,
         out_dtype: str = "",
     ) -> torch.Tensor:
-        return _grouped(x, order, start, top_k, _outputs(weight), products(weight))
+        return by_expert(x, order, start, top_k, _outputs(weight), products(weight))
 
     return run
 
@@ -129,7 +129,7 @@ def _by_channel(products: Products) -> Callable[..., torch.Tensor]:
         top_k: int,
         out_dtype: str,
     ) -> torch.Tensor:
-        y = _grouped(x.float(), order, start, top_k, _outputs(weight), products(weight))
+        y = by_expert(x.float(), order, start, top_k, _outputs(weight), products(weight))
         used = int(start[-1])
         y[:used] *= x_scale[order[:used].long() // top_k] if top_k else x_scale[:used]
         for expert, first, stop in _runs(start):
@@ -161,7 +161,7 @@ def _by_block(products: Products) -> Callable[..., torch.Tensor]:
             return products((weight[expert].float() * scale).unsqueeze(0))(0)
 
         wide = x.float() * x_scale.repeat_interleave(block, 1)
-        return _grouped(wide, order, start, top_k, outputs, product)
+        return by_expert(wide, order, start, top_k, outputs, product)
 
     return run
 

@@ -37,7 +37,7 @@ class Grouped:
     outputs: int
     columns: int
     inputs: int
-    weight_bytes: int
+    weight_bytes: float
     x_bytes: int
     out_bytes: int
     hit: float
@@ -134,7 +134,7 @@ def tilings(call: OpCall, *, narrow: bool, block: bool) -> list[Tiling]:
     ways = [
         w
         for w in _ways(grouped, _SUMS_SCALED if block else _SUMS)
-        if call.invariant or not _mismatched(w.t, grouped)
+        if call.invariant or not mismatched(w.t, grouped)
     ]
     fitting = (
         w for w in ways if w.stages * (w.t + w.n) * w.k * grouped.weight_bytes <= call.shared_bytes // 2
@@ -143,7 +143,7 @@ def tilings(call: OpCall, *, narrow: bool, block: bool) -> list[Tiling]:
 
 
 def _ways(grouped: Grouped, sums: int) -> Iterator[Tiling]:
-    step = 128 // grouped.weight_bytes
+    step = 128 // int(grouped.weight_bytes)
     for t, (n, warps), stages in product_of(
         (16, 32, 64, 128), ((64, 4), (64, 8), (128, 4), (128, 8)), (3, 4)
     ):
@@ -151,18 +151,25 @@ def _ways(grouped: Grouped, sums: int) -> Iterator[Tiling]:
             yield Tiling(t, n, step, warps, stages)
 
 
-def _mismatched(t: int, grouped: Grouped) -> bool:
+def mismatched(t: int, grouped: Grouped) -> bool:
     """Whether the tile is much higher than an expert's entries are, or much lower."""
     each = grouped.entries / max(grouped.hit, 1.0)
     return (t > 16 and t >= 4 * each) or (t < 64 and 2 * t < each)
 
 
 def seconds(call: OpCall, way: Tiling) -> float:
-    """What ``call`` should take in this way. A guess: see the figures above."""
-    grouped = describe(call)
+    """What ``call`` should take in this way."""
+    return predicted(call, describe(call), way, call.flops[call.tensors["weight"].dtype])
+
+
+def predicted(call: OpCall, grouped: Grouped, way: Tiling, rate: float = 0.0) -> float:
+    """The same of what a call is described as; ``rate`` of products is that of x by default. A guess: see the figures
+    above.
+    """
+    rate = rate or call.flops[call.tensors["x"].dtype]
     tiles = grouped.tiles(way.t) * -(-grouped.columns // way.n)
     worked = 2.0 * tiles * way.t * way.n * grouped.inputs * grouped.outputs / grouped.columns
-    matrix = worked / (_MATRIX * call.flops[call.tensors["weight"].dtype])
+    matrix = worked / (_MATRIX * rate)
     memory = grouped.moved / (_MEMORY * call.bandwidth)
     turns = -(-tiles // (2 * call.multiprocessors))
     return _LAUNCH + max(matrix, memory) + turns * _TILE

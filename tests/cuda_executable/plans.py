@@ -162,7 +162,10 @@ class Loader:
             self.launched[node.function.name] += 1
             self.operands |= {addresses[name] for name in launch.operands}
         op = CONTRACTS[launch.op]
-        given = [_tensor(addresses[o.name], specs[launch.operands[o.name]]) for o in op.inputs]
+        given = [
+            _tensor(addresses[o.name], specs[launch.operands[o.name]]) if o.name in launch.operands else None
+            for o in op.inputs
+        ]
         made = op.reference(*given, **launch.attrs)
         made = made if isinstance(made, tuple) else (made,)
         for output, value in zip(op.outputs, made, strict=True):

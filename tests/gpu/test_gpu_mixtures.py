@@ -68,6 +68,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "qwen3": (QWEN3, {}),
     "qwen3-fp16": (QWEN3, {"weight_dtype": "float16"}),
     "qwen3-fp8": (QWEN3, {"quant": "fp8"}),
+    "qwen3-int4": (QWEN3, {"quant": "int4"}),
     "qwen3-fp8-block": (QWEN3, {"quant": "fp8_block"}),
     "qwen3-deterministic": (QWEN3, {"deterministic": True}),
     "qwen2": (QWEN2, {}),

@@ -45,6 +45,19 @@ REQUEST = {
 TOLERANCE = {1: 0.06, 3: 0.12}
 
 BLOCKS = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+AWQ = {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": 128, "zero_point": True}
+GPTQ = {"quant_method": "gptq", "bits": 8, "group_size": 128, "sym": False, "desc_act": False}
+PACKED = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "ignore": ["lm_head"],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "channel"},
+        }
+    },
+}
 STATIC = {"quant_method": "fp8", "activation_scheme": "static"}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "fp8": ({}, {"quant": "fp8"}),
@@ -58,6 +71,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {},
     ),
     "stored-static": ({"quantization_config": STATIC}, {}),
+    "int4": ({}, {"quant": "int4"}),
+    "awq": ({"quantization_config": AWQ}, {}),
+    "awq-beyond": ({"quantization_config": {**AWQ, "group_size": 32}, "intermediate_size": 480}, {}),
+    "gptq-8": ({"quantization_config": GPTQ}, {}),
+    "packed": ({"quantization_config": PACKED}, {}),
 }
 
 

@@ -90,7 +90,7 @@ def test_configs_are_understood(said, scheme):
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ({"quant_method": "awq"}, "quantized with awq are not supported; use the model's bf16"),
+        ({"quant_method": "hqq"}, "quantized with hqq are not supported; use the model's bf16"),
         ({"bits": 4}, "quantized with unnamed are not supported"),
         ({**BLOCKS, "fmt": "e5m2"}, "fmt 'e5m2' is not supported; use a checkpoint with e4m3"),
         ({**BLOCKS, "scale_fmt": "ue8m0"}, "scale_fmt 'ue8m0' is not supported"),
@@ -116,8 +116,8 @@ def test_configs_are_understood(said, scheme):
             "must be dynamic with strategy 'tok",
         ),
         (
-            compressed({"strategy": "channel"}, TOKEN, format="pack-quantized"),
-            "format 'pack-quantized' is not",
+            compressed({"strategy": "channel"}, TOKEN, format="marlin-24"),
+            "format 'marlin-24' is not",
         ),
         (
             compressed({"strategy": "block", "block_structure": [64, 64]}, TOKEN),
@@ -156,7 +156,7 @@ def test_ignored_modules_are_names_parts_or_patterns():
 @pytest.mark.parametrize(
     ("config", "request_", "message"),
     [
-        (LLAMA, {"quant": "int4"}, "quant=int4 is not supported; choose one of fp8, fp8_block"),
+        (LLAMA, {"quant": "int3"}, "quant=int3 is not supported; choose one of fp8, fp8_block, int4"),
         (
             MIXTURE,
             {"quant": "fp8_block"},

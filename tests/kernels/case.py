@@ -92,6 +92,10 @@ class Random:
     def integers(self, below: int, *shape: int) -> torch.Tensor:
         return torch.randint(below, shape, generator=self.generator, dtype=torch.int32)
 
+    def words(self, *shape: int) -> torch.Tensor:
+        """All 32 bits of each at random."""
+        return torch.randint(-(2**31), 2**31, shape, generator=self.generator).int()
+
     def rotary(self, tokens: int, features: int) -> torch.Tensor:
         """Rotary rows of random angles."""
         angle = torch.rand(tokens, features // 2, generator=self.generator) * 100

@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 
 import gguf_inputs
+import int_inputs
 import mla_inputs
 import moe_inputs
 import torch
@@ -354,6 +355,17 @@ BUILDERS: Mapping[str, Callable[[str], Iterator[Case]]] = {
     "grouped_silu_mul": lambda op: moe_inputs.gated(moe_inputs.grouped_linear(op)),
     "grouped_silu_mul_fp8": lambda op: moe_inputs.gated(moe_inputs.grouped_linear_fp8(op)),
     "grouped_silu_mul_fp8_block": lambda op: moe_inputs.gated(moe_inputs.grouped_linear_fp8_block(op)),
+    "linear_int": int_inputs.linear_int,
+    "grouped_linear_int": int_inputs.grouped_linear_int,
+    "repack_rows": int_inputs.repack_rows,
+    "repack_awq": int_inputs.repack_awq,
+    "unpack_zeros": int_inputs.unpack_zeros,
+    "tile_scales": int_inputs.tile_scales,
+    "order_of_groups": int_inputs.order_of_groups,
+    "quantize_int": int_inputs.quantize_int,
+    "dequantize_int": int_inputs.dequantize_int,
+    "gather_columns": int_inputs.gather_columns,
+    "grouped_silu_mul_int": int_inputs.grouped_linear_int,
     "sample": sample,
     "token_logprobs": token_logprobs,
 }

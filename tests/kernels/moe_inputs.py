@@ -121,7 +121,7 @@ PRODUCTS = [
 ]
 
 
-def _entries(tokens: int, experts: int, k: int) -> Iterator[tuple[str, dict[str, torch.Tensor], int, int]]:
+def entries(tokens: int, experts: int, k: int) -> Iterator[tuple[str, dict[str, torch.Tensor], int, int]]:
     """Where entries lie, with rows of x: of tokens, then of entries (``top_k`` 0)."""
     for label, expert in routings(tokens, experts, k):
         order, _, start = sort_by_expert.reference(expert, experts=experts)
@@ -140,16 +140,16 @@ def grouped_linear(op: str) -> Iterator[Case]:
     for seed, ((tokens, experts, k, inputs, outputs), (act, stored)) in enumerate(
         itertools.product(PRODUCTS, dtypes)
     ):
-        for label, where, rows, top_k in _entries(tokens, experts, k):
+        for label, where, rows, top_k in entries(tokens, experts, k):
             random = Random(seed)
             x = random.normal(rows, inputs, dtype=act)
-            x[_used(where, rows, top_k) :] = NAN
+            x[used(where, rows, top_k) :] = NAN
             operands = {"x": x, "weight": random.normal(experts, outputs, inputs, dtype=stored), **where}
             attrs = {"top_k": top_k, "out_dtype": "" if seed % 2 else "float32"}
             yield Case(op, f"{tokens}x{experts}x{inputs}x{outputs}-{label}-{act}-{stored}", operands, attrs)
 
 
-def _used(where: dict[str, torch.Tensor], rows: int, top_k: int) -> int:
+def used(where: dict[str, torch.Tensor], rows: int, top_k: int) -> int:
     """Rows of x behind this one belong to nobody."""
     used = int(where["start"][-1])
     return -(-used // top_k) if top_k else used
@@ -163,10 +163,10 @@ def grouped_linear_fp8(op: str) -> Iterator[Case]:
     for seed, ((tokens, experts, k, inputs, outputs), out) in enumerate(
         itertools.product(PRODUCTS, ("bfloat16", "float32"))
     ):
-        for label, where, rows, top_k in _entries(tokens, experts, k):
+        for label, where, rows, top_k in entries(tokens, experts, k):
             random = Random(seed)
             scale = random.uniform(rows, 1) / 100
-            scale[_used(where, rows, top_k) :] = NAN
+            scale[used(where, rows, top_k) :] = NAN
             operands = {"x": _fp8(random, rows, inputs), "x_scale": scale}
             operands |= {"weight": _fp8(random, experts, outputs, inputs)}
             operands |= {"weight_scale": random.uniform(experts, outputs) / 500, **where}
@@ -180,10 +180,10 @@ def grouped_linear_fp8_block(op: str) -> Iterator[Case]:
         itertools.product(shapes, ("bfloat16", "float32"))
     ):
         groups, bands = inputs // block, -(-outputs // block)
-        for label, where, rows, top_k in _entries(tokens, experts, k):
+        for label, where, rows, top_k in entries(tokens, experts, k):
             random = Random(seed)
             scale = random.uniform(rows, groups) / 100
-            scale[_used(where, rows, top_k) :] = NAN
+            scale[used(where, rows, top_k) :] = NAN
             operands = {"x": _fp8(random, rows, inputs), "x_scale": scale}
             operands |= {"weight": _fp8(random, experts, outputs, inputs)}
             operands |= {"weight_scale": random.uniform(experts, bands, groups) / 500, **where}

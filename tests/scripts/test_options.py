@@ -300,7 +300,7 @@ REFUSED = [
     ("compile", [*TINY, "plan.max_rows=null"], 2, "plan.max_rows=null"),
     ("compile", [*TINY, "plan.context_len=65"], 1, "plan.context_len=65"),
     ("compile", [*TINY, "plan.weight_dtype=int3"], 1, "plan.weight_dtype=int3"),
-    ("compile", [*TINY, "quant=int4"], 1, "quant=int4 is not supported; choose one of fp8"),
+    ("compile", [*TINY, "quant=int3"], 1, "quant=int3 is not supported; choose one of fp8"),
     ("compile", [*TINY, "plan.disabled_passes=[fuse]"], 2, "there is no pass fuse"),
     ("compile", [*TINY, "model.num_key_value_heads=3"], 1, "num_key_value_heads"),
     ("inspect_plan", [], 2, "plan= is missing"),

@@ -34,6 +34,7 @@ TRITON_TYPES: Mapping[str, str] = {
     "int64": "i64",
     "int32": "i32",
     "uint32": "u32",
+    "int16": "i16",
     "int8": "i8",
     "uint8": "u8",
 }

@@ -90,6 +90,24 @@ def _gemm_fp8(bench: Bench, name: str, *, sweep: bool) -> Measured:
     return _with_rates({name: found}, gemm_fp8.table(found))
 
 
+def gemm_int4(bench: Bench) -> Measured:
+    """The planner's choices of projections with 4-bit weights; see :mod:`benchmarks.gpu.gemm_int4`."""
+    return _gemm_int4("gemm_int4", bench, sweep=False)
+
+
+def gemm_int4_sweep(bench: Bench) -> Measured:
+    """Every way to cut projections with 4-bit weights; see :mod:`benchmarks.gpu.gemm_int4`."""
+    return _gemm_int4("gemm_int4_sweep", bench, sweep=True)
+
+
+def _gemm_int4(name: str, bench: Bench, *, sweep: bool) -> Measured:
+    _need_gpu(name)
+    from benchmarks.gpu import gemm_int4
+
+    found = gemm_int4.measure(bench.stages.note, sweep=sweep)
+    return _with_rates({name: found}, gemm_int4.table(found))
+
+
 def attention(bench: Bench) -> Measured:
     """Attention as plans have it; see :mod:`benchmarks.gpu.attention`."""
     return _attention(bench, "attention", sweep=False)
@@ -187,6 +205,8 @@ GPU_SUITES = {
     "gemm_sweep": gemm_sweep,
     "gemm_fp8": gemm_fp8,
     "gemm_fp8_sweep": gemm_fp8_sweep,
+    "gemm_int4": gemm_int4,
+    "gemm_int4_sweep": gemm_int4_sweep,
     "attention": attention,
     "attention_sweep": attention_sweep,
     "small_ops": small_ops,

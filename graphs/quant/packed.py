@@ -1,0 +1,111 @@
+"""Weights of 4 or 8 bits as compressed-tensors stores them (``pack-quantized``).
+
+Of a linear ``weight_packed[N, ceil(K * bits / 32)]`` is int32 with neighbouring inputs, the first in the lowest bits;
+``weight_scale[N, G]``; ``weight_zero_point[ceil(N * bits / 32), G]``, where weights are not symmetric, has
+neighbouring outputs. Signed numbers are stored plus ``2 ** (bits - 1)``. ``weight_g_idx[K]`` is the group of each
+input where ``actorder`` is ``group``; ``weight_shape`` is not read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from makeready.graphs.plan.recipe import Derivation, LoadCall, Operand, Piece
+from makeready.graphs.quant.linears import module_of
+from makeready.graphs.quant.reading import expect, flag, integer, names_of, refused_unless
+from makeready.graphs.quant.stored import COMPRESSED
+from makeready.graphs.quant.weight_only import Form, WeightOnly, groups_of, ordered, stored_rows
+from makeready.kernels.spec import TensorSpec
+
+FORMAT = "pack-quantized"
+
+
+@dataclass(frozen=True)
+class Packed:
+    """See the module's docstring."""
+
+    stored = True
+
+    def derivation(self, matrix: Operand, form: Form) -> Derivation:
+        """See :class:`~makeready.graphs.quant.weight_only.Layout`."""
+        width = int(matrix.spec.shape[1])
+        groups, words = groups_of(width, form), -(-width * form.bits // 32)
+        operands = {
+            "q": stored_rows(matrix, "weight_packed", words, "int32"),
+            "s": stored_rows(matrix, "weight_scale", groups, "float16"),
+        }
+        read = {"q": "q"} | ({"order": "order"} if form.ordered else {})
+        calls = [
+            LoadCall("repack_rows", read, {"weight": "weight"}, {"bits": form.bits, "inputs": width}),
+            LoadCall("tile_scales", {"scale": "s"}, {"tiled": "scale"}),
+        ]
+        if form.zeros:
+            per = 32 // form.bits
+            operands["z"] = stored_rows(matrix, "weight_zero_point", groups, "int32", per=per)
+            calls.append(LoadCall("unpack_zeros", {"q": "z"}, {"zero": "zero"}, {"bits": form.bits}))
+        by = Derivation(operands, tuple(calls))
+        return ordered(by, self.order(matrix)) if form.ordered else by
+
+    def order(self, matrix: Operand) -> Operand:
+        """See :class:`~makeready.graphs.quant.weight_only.Layout`."""
+        width, (piece, *others) = int(matrix.spec.shape[1]), matrix.pieces
+        assert not others, "one tensor, so one table"
+        assert not piece.each
+        name = f"{module_of(piece.source)}.weight_g_idx"
+        return Operand(TensorSpec((width,), "int32"), (Piece(name, ((0, width),), (0,)),))
+
+
+def _packed(said: Mapping[str, Any]) -> WeightOnly:
+    rules: list[tuple[str, Form | None]] = []
+    usual: Form | None = None
+    for group in (said.get("config_groups") or {}).values():
+        expect(group, "format", (FORMAT,))
+        form = _form(group)
+        for target in names_of(group, "targets"):
+            if target == "Linear":
+                refused_unless(
+                    usual is None, "two of config_groups have the target Linear; correct config.json"
+                )
+                usual = form
+            else:
+                rules.append((target[3:] if target.startswith("re:") else f"{re.escape(target)}$", form))
+    for name in ("transform_config", "sparsity_config"):
+        found = said.get(name)
+        dense = name == "sparsity_config" and (not found or found.get("format", "dense") == "dense")
+        refused_unless(not found or dense, f"{name} is not supported; use a checkpoint without it")
+    refused_unless(usual is not None or bool(rules), "config_groups name no targets; correct config.json")
+    return WeightOnly(Packed(), usual, rules=tuple(rules), ignored=names_of(said, "ignore"))
+
+
+def _form(group: Mapping[str, Any]) -> Form:
+    for name in ("input_activations", "output_activations"):
+        refused_unless(
+            not group.get(name),
+            f"{name} beside {FORMAT} weights are not supported; use a checkpoint without them",
+        )
+    weights = group.get("weights")
+    refused_unless(isinstance(weights, Mapping), "weights must be an object; correct config.json")
+    assert isinstance(weights, Mapping)
+    expect(weights, "type", ("int",))
+    expect(weights, "strategy", ("group", "channel"))
+    order = weights.get("actorder")
+    order = "group" if order is True else order or "weight"
+    refused_unless(
+        order in ("group", "dynamic", "weight", "static"),
+        f"actorder {order!r} is not supported; use a checkpoint with 'group' or 'weight'",
+    )
+    by_group = weights.get("strategy", "channel") == "group"
+    form = Form(
+        bits=integer(weights, "num_bits"),
+        group=integer(weights, "group_size") if by_group else 0,
+        zeros=not flag(weights, "symmetric", True),
+        ordered=by_group and order in ("group", "dynamic"),
+    )
+    refused_unless(not form.refusal(), form.refusal())
+    return form
+
+
+COMPRESSED[FORMAT] = _packed

@@ -1,0 +1,322 @@
+"""Linears whose weights have 4 or 8 bits and whose activations stay as they are.
+
+One rewrite for all file formats. A format, in a module of its own, says with which load program its tensors become
+what kernels want (kernels/integers.py): the plan holds one layout, whatever the file's.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Protocol
+
+from makeready.graphs.plan.plan import PlanError
+from makeready.graphs.plan.reads import unrolled
+from makeready.graphs.plan.recipe import Box, Derivation, Derived, LoadCall, Operand, Param, Piece
+from makeready.graphs.planner.ir import Call, Program
+from makeready.graphs.quant.linears import (
+    as_matrix,
+    module_of,
+    quantized_operands,
+    quantized_ops,
+    scale_of,
+    wide_sources,
+)
+from makeready.graphs.quant.scheme import matches
+from makeready.kernels.contract import Contract
+from makeready.kernels.gemm.linear_int import linear_int
+from makeready.kernels.integers import BITS, SPAN, TILE
+from makeready.kernels.moe.experts_int import grouped_linear_int
+from makeready.kernels.spec import TensorSpec
+
+assert isinstance(linear_int, Contract)
+assert isinstance(grouped_linear_int, Contract)
+
+KIND = "int"  # of scheme, in contracts' traits
+GROUPS = (32, 64)  # sizes below a span that kernels take, beside its multiples and whole rows
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the weights of a linear are stored.
+
+    Attributes:
+        bits: of a weight.
+        group: inputs that share a scale; 0: all of them.
+        zeros: whether each scale has a zero point; else weights are symmetric.
+        ordered: whether inputs lie in groups by a table of the file (GPTQ's desc_act), not one after the other.
+    """
+
+    bits: int
+    group: int
+    zeros: bool = False
+    ordered: bool = False
+
+    def refusal(self) -> str:
+        """What of it is not computed here; empty where all is."""
+        if self.bits not in BITS:
+            return f"weights of {self.bits} bits are not supported; use a checkpoint with 4 or 8"
+        if self.group < 0 or (self.group not in GROUPS and self.group % SPAN):
+            return (
+                f"groups of {self.group} inputs are not supported; use a checkpoint with groups of "
+                f"{', '.join(map(str, GROUPS))}, a multiple of {SPAN}, or whole rows"
+            )
+        return ""
+
+    def inputs(self, width: int) -> int:
+        """Inputs that share a scale, of a linear with ``width``."""
+        return self.group or width
+
+
+class Layout(Protocol):
+    """A format of files."""
+
+    @property
+    def stored(self) -> bool:
+        """Whether the checkpoint holds it; else weights are quantized while they are loaded."""
+        ...
+
+    def derivation(self, matrix: Operand, form: Form) -> Derivation:
+        """What makes ``weight``, ``scale`` and, where the form has them, ``zero`` and ``order`` of a matrix."""
+        ...
+
+    def order(self, matrix: Operand) -> Operand:
+        """The group of every input of a matrix whose form is ordered: int32 ``[K]``."""
+        ...
+
+
+@dataclass(frozen=True)
+class WeightOnly:
+    """A scheme: a format, and which linears have which form.
+
+    Attributes:
+        form: of linears for which nothing else is said; None: they stay wide.
+        rules: patterns of modules (regular expressions that match from the beginning) and their form, None for
+            those that stay wide; the first that matches decides.
+        ignored: modules that stay wide; see :func:`makeready.graphs.quant.scheme.matches`.
+        only: if not empty, dotted ends of the names of all modules that have a form.
+    """
+
+    layout: Layout
+    form: Form | None
+    rules: tuple[tuple[str, Form | None], ...] = ()
+    ignored: tuple[str, ...] = ("lm_head",)
+    only: tuple[str, ...] = ()
+
+    @property
+    def features(self) -> frozenset[str]:
+        """See :class:`makeready.graphs.quant.scheme.Quantization`: any GPU will do."""
+        return frozenset()
+
+    def rewrite(self, program: Program) -> Program:
+        """``linear(x, w)`` → ``linear_int(x, words, scales, zeros)`` wherever a weight has a form.
+
+        What other ops read stays wide; where the checkpoint stores it in few bits, it is widened while it is loaded.
+        """
+        rewrite = _Rewrite(program, self)
+        calls: list[Call] = []
+        for call in program.calls:
+            form = rewrite.covers(call)
+            calls += rewrite.linear(call, form) if form is not None else [rewrite.kept(call)]
+        return program.with_calls(calls, rewrite.params)
+
+    def of(self, module: str) -> Form | None:
+        """The form of a module of the checkpoint; None where it stays wide."""
+        return _form(self, module)
+
+
+@lru_cache(maxsize=2**16)
+def _form(scheme: WeightOnly, module: str) -> Form | None:
+    if any(matches(entry, module) for entry in scheme.ignored):
+        return None
+    if scheme.only and not any(f".{module}".endswith(f".{name}") for name in scheme.only):
+        return None
+    return next((form for pattern, form in scheme.rules if re.match(pattern, module)), scheme.form)
+
+
+def stored_rows(
+    matrix: Operand, suffix: str, width: int, dtype: str, *, per: int = 1, transposed: bool = False
+) -> Operand:
+    """What the checkpoint has in the place of ``matrix[N, K]`` under another name: ``[ceil(N / per), width]``.
+
+    Args:
+        suffix: in the place of ``weight``.
+        per: outputs that one element holds.
+        transposed: whether the file has outputs last.
+
+    Raises:
+        PlanError: the matrix is used in another form than it is stored in.
+    """
+    return Operand(
+        TensorSpec((-(-int(matrix.spec.shape[0]) // per), width), dtype),
+        tuple(_stored(piece, matrix, suffix, width, per, transposed) for piece in matrix.pieces),
+        unit=TILE // per,
+    )
+
+
+def _stored(piece: Piece, matrix: Operand, suffix: str, width: int, per: int, transposed: bool) -> Piece:
+    inputs = int(matrix.spec.shape[1])
+    whole = len(piece.box) == 2 and not piece.axes and piece.box[-1] == (0, inputs) and piece.at[-1] == 0
+    if not whole or any(any(each.source) or any(each.place[1:]) for each in piece.each):
+        raise PlanError(
+            f"{piece.source} is stored in another form than it is used in, and its scales are not known then; "
+            "use a checkpoint with 16-bit weights"
+        )
+    (first, stop), row = piece.box[0], piece.at[0]
+    starts = (first, row, *(each.place[0] for each in piece.each if each.place))
+    # What lies below each other may end with an element that is filled up.
+    filled = not transposed and row + stop - first == matrix.spec.shape[0]
+    if any(start % per for start in starts) or (stop % per and not filled):
+        raise PlanError(
+            f"a part of {piece.source} begins or ends within {per} outputs that are stored together; "
+            "use a checkpoint with 16-bit weights"
+        )
+    rows, columns = (first // per, -(-stop // per)), (0, width)
+    box: Box = (columns, rows) if transposed else (rows, columns)
+    return Piece(
+        f"{module_of(piece.source)}.{suffix}",
+        box,
+        (row // per, 0),
+        axes=(1, 0) if transposed else (),
+        each=tuple(replace(e, source=(), place=tuple(n // per for n in e.place)) for e in piece.each),
+    )
+
+
+@dataclass
+class _Rewrite:
+    """One run over a program; ``params`` are those made so far, ``ordered`` inputs put in another order."""
+
+    program: Program
+    scheme: WeightOnly
+    params: dict[str, Param] = field(default_factory=dict)
+    ordered: dict[tuple[str, str], str] = field(default_factory=dict)
+    ops: dict[str, Contract] = field(init=False)
+    wide: set[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.ops = quantized_ops(KIND)
+        self.wide = wide_sources(self.program, self.ops)
+
+    def covers(self, call: Call) -> Form | None:
+        """The form of the call's weight. Tied embeddings are looked up, too: they stay wide."""
+        op = self.ops.get(call.op)
+        if op is None:
+            return None
+        param = self.program.params.get(call.operands[quantized_operands(call, op, self.program)[1]])
+        if param is None or any(piece.source in self.wide for piece in param.pieces):
+            return None
+        return self._form(param)
+
+    def _form(self, param: Param) -> Form | None:
+        """The form that all of a parameter is stored in.
+
+        Raises:
+            PlanError: its parts have several, or one that kernels do not take.
+        """
+        if not param.quantizable or not param.pieces:
+            return None
+        modules = {module_of(read.source) for piece in param.pieces for read in unrolled(piece)}
+        forms = {self.scheme.of(module) for module in modules}
+        if len(forms) > 1:
+            raise PlanError(
+                f"{module_of(param.pieces[0].source)} and what is used with it are quantized differently; "
+                "use a checkpoint whose experts are quantized alike"
+            )
+        (form,) = forms
+        if form is None:
+            return None
+        name, (*stacked, rows, width) = module_of(param.pieces[0].source), (int(n) for n in param.spec.shape)
+        refusal = form.refusal()
+        if stacked and rows % TILE:
+            refusal = (
+                f"{rows} outputs of an expert are no multiple of {TILE}; use a checkpoint with 16-bit weights"
+            )
+        if stacked and form.ordered and form.inputs(width) < width:
+            refusal = "desc_act of experts is not supported; use a checkpoint without it"
+        if refusal:
+            raise PlanError(f"{name}: {refusal}")
+        # One group holds all inputs: their order does not matter.
+        return replace(form, ordered=form.ordered and form.inputs(width) < width)
+
+    def linear(self, call: Call, form: Form) -> list[Call]:
+        """The calls that take the place of ``call``."""
+        op = self.ops[call.op]
+        weighted = quantized_operands(call, op, self.program)[1]
+        param = self.program.params[call.operands[weighted]]
+        before, x = [], op.inputs[0].name
+        given = {**call.operands, **self._made(weighted, param, form)}
+        if form.ordered:
+            order = self._order(param)
+            given[x] = f"{call.operands[x]}.of.{param.name}"
+            operands = {"x": call.operands[x], "order": order.name}
+            before = [Call("gather_columns", operands, {"y": given[x]})]
+        operands = {o.name: given[o.name] for o in op.inputs if o.name in given}
+        said = {"bits": form.bits, "group": form.inputs(int(param.spec.shape[-1]))}
+        attrs = {name: said.get(name, call.attrs.get(name, default)) for name, default in op.attrs.items()}
+        return [*before, Call(op.name, operands, call.results, attrs)]
+
+    def kept(self, call: Call) -> Call:
+        """``call`` as it is; its parameters that are stored in few bits are widened while they are loaded."""
+        if self.scheme.layout.stored and call.op not in self.ops:
+            read = (self.program.params.get(value) for value in call.operands.values())
+            for param in (p for p in read if p is not None):
+                form = self._form(param)
+                if form is not None:
+                    self.params[param.name] = self._wide(param, form)
+        return call
+
+    def _made(self, operand: str, param: Param, form: Form) -> dict[str, str]:
+        """Parameters of the quantized weight, by the operand that they are."""
+        *stacked, rows, width = (int(n) for n in param.spec.shape)
+        tiled = (*stacked, -(-rows // TILE), -(-width // form.inputs(width)), TILE)
+        words = (*stacked, rows, -(-width // SPAN) * form.bits * SPAN // 16)
+        by = self.scheme.layout.derivation(as_matrix(param), form)
+        made = {
+            "weight": (operand, param.name, TensorSpec(words, "int16")),
+            "scale": (scale_of(operand), f"{param.name}_scale", TensorSpec(tiled, "float16")),
+            "zero": (f"{operand}_zero", f"{param.name}_zero", TensorSpec(tiled, "uint8")),
+        }
+        found = {}
+        for result in [*made][: 3 if form.zeros else 2]:
+            name, called, spec = made[result]
+            shard = param.shard if result == "weight" or not param.shard else (*param.shard, None)
+            self.params[called] = replace(
+                param, name=called, spec=spec, pieces=(), shard=shard, derived=Derived(by, result)
+            )
+            found[name] = called
+        return found
+
+    def _order(self, param: Param) -> Param:
+        operand = self.scheme.layout.order(as_matrix(param))
+        by = Derivation(
+            {"group": operand}, (LoadCall("order_of_groups", {"group": "group"}, {"order": "order"}),)
+        )
+        made = Param(f"{param.name}_order", operand.spec, derived=Derived(by, "order"))
+        self.params[made.name] = made
+        return made
+
+    def _wide(self, param: Param, form: Form) -> Param:
+        """``param`` as what its words, scales and zeros stand for."""
+        by, width = self.scheme.layout.derivation(as_matrix(param), form), int(param.spec.shape[-1])
+        there = ["weight", "scale", *(["zero"] if form.zeros else []), *(["order"] if form.ordered else [])]
+        attrs = {
+            "bits": form.bits,
+            "group": form.inputs(width),
+            "inputs": width,
+            "out_dtype": param.spec.dtype,
+        }
+        call = LoadCall("dequantize_int", {name: name for name in there}, {"x": "x"}, attrs)
+        return replace(param, pieces=(), derived=Derived(replace(by, calls=(*by.calls, call)), "x"))
+
+
+def ordered(by: Derivation, group: Operand) -> Derivation:
+    """``by`` behind what makes ``order`` of the group of every input."""
+    call = LoadCall("order_of_groups", {"group": "group"}, {"order": "order"})
+    return Derivation({**by.operands, "group": group}, (call, *by.calls))
+
+
+def groups_of(width: int, form: Form) -> int:
+    """Scales of an output."""
+    return math.ceil(width / form.inputs(width))

@@ -1,0 +1,185 @@
+"""Projections with weights of 4 or 8 bits on the GPU: from a call to launches of the kernels beside this file.
+
+``linear_int_stream`` takes any call; the persistent one those whose operands TMA can address.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+from makeready.kernels.contract import Contract
+from makeready.kernels.device import (
+    Argument,
+    Candidate,
+    Descriptor,
+    DeviceLaunch,
+    OpCall,
+    Pointer,
+    Scalar,
+    Scratch,
+    Tensor,
+)
+from makeready.kernels.gemm.linear_int import linear_int
+from makeready.kernels.gemm.linear_int_tiling import PERSISTENT, SPAN, Product, Tiling, seconds, tilings
+from makeready.kernels.registry import cuda_kernel
+from makeready.kernels.spec import DTYPE_BYTES
+
+assert isinstance(linear_int, Contract)
+
+_BEST = 6
+_WAVE_ROWS = 4096  # of tokens whose tiles blocks go through before they move on, as in linear_triton.py
+
+
+def takes(call: OpCall) -> bool:
+    """Whether kernels take the call: 16-bit activations, whose weights' groups lie in spans or hold whole ones."""
+    group, inputs = call.attrs["group"], int(call.tensors["x"].shape[1])
+    return call.tensors["x"].dtype in ("bfloat16", "float16") and (
+        group >= inputs or group in (32, 64) or group % SPAN == 0
+    )
+
+
+def group_of(call: OpCall) -> int:
+    """Inputs of a group as kernels take it: whole rows are a multiple of a span."""
+    group, inputs = call.attrs["group"], int(call.tensors["x"].shape[1])
+    return -(-inputs // SPAN) * SPAN if group >= inputs else group
+
+
+@cuda_kernel(linear_int, "tiled", applies=takes, invariant=True)
+def linear_int_cuda(call: OpCall) -> Sequence[Candidate]:
+    """The best few ways by the cost model of ``linear_int_tiling``, the cheapest first.
+
+    All ways where one of them is to serve every batch shape.
+    """
+    if call.invariant:
+        return candidates(call)
+    product = describe(call)
+    distinct: dict[tuple[object, ...], Tiling] = {}
+    for way in tilings(product):
+        distinct.setdefault((way.kind, way.t, way.n, way.sharers(product) > 1), way)
+    return [emit(call, way, product) for way in islice(distinct.values(), _BEST)]
+
+
+def candidates(call: OpCall) -> list[Candidate]:
+    """Every way to run ``call``, the cheapest first."""
+    product = describe(call)
+    return [emit(call, way, product) for way in tilings(product)]
+
+
+def emit(call: OpCall, way: Tiling, product: Product) -> Candidate:
+    """The launch of ``call`` cut in this ``way``."""
+    made = _persistent(call, way, product) if way.kind == PERSISTENT else _stream(call, way, product)
+    return replace(made, seconds=seconds(product, way))
+
+
+def describe(call: OpCall) -> Product:
+    """What tiling needs to know of the call."""
+    x, weight, y = call.tensors["x"], call.tensors["weight"], call.tensors["y"]
+    tma = "tma" in call.features
+    return Product(
+        T=call.dims["T"],
+        N=call.dims["N"],
+        K=call.dims["K"],
+        bits=call.attrs["bits"],
+        group=group_of(call),
+        zeros="weight_zero" in call.tensors,
+        out_bytes=DTYPE_BYTES[y.dtype],
+        tma=tma and _addressable(x) and _addressable(weight),
+        tma_out=tma and _addressable(y),
+        wgmma="wgmma" in call.features,
+        invariant=call.invariant,
+        multiprocessors=call.multiprocessors,
+        bandwidth=call.bandwidth,
+        rate=call.flops[x.dtype],
+        shared_bytes=call.shared_bytes,
+    )
+
+
+def _addressable(tensor: Tensor) -> bool:
+    """Whether a tensor map can describe it: address and row stride are multiples of 16 bytes."""
+    return tensor.alignment % 16 == 0 and tensor.row_stride * DTYPE_BYTES[tensor.dtype] % 16 == 0
+
+
+def _stream(call: OpCall, way: Tiling, product: Product) -> Candidate:
+    dependent = "pdl" in call.features
+    constants = _constants(call, way) | {
+        # Bulk prefetch wants 16-byte aligned rows and lengths, as tensor maps do.
+        "AHEAD": way.stages * 8 * product.bits if dependent and product.tma else 0,
+        "TMA": product.tma,
+    }
+    arguments: dict[str, Argument] = {
+        "x": _tile(call, "x", way.t, SPAN) if product.tma else Pointer("x"),
+        "weight": _tile(call, "weight", way.n, 8 * product.bits) if product.tma else Pointer("weight"),
+        "weight_start": Pointer("weight"),
+        "share": Scalar(way.share, "int32", specialize=False),
+        "x_stride": Scalar(call.tensors["x"].row_stride, "int32"),
+        "y_stride": Scalar(call.tensors["y"].row_stride, "int32"),
+        **_common(call, "y"),
+    }
+    counters = sums = 0
+    if way.sharers(product) > 1:
+        counters = -(-4 * way.tiles(product) // 256) * 256
+        sums = 4 * way.blocks(product) * 2 * way.t * way.n
+        arguments |= {"partial": Scratch(counters, "float32"), "arrived": Scratch(0, "int32")}
+    else:
+        constants |= {"partial": None, "arrived": None}
+    launch = DeviceLaunch(
+        function="makeready.kernels.gemm.linear_int_stream_triton:linear_int_stream",
+        constants=constants,
+        arguments=arguments,
+        grid=(way.blocks(product), 1, 1),
+        num_warps=way.warps,
+        num_stages=way.stages,
+        dependent=dependent,
+    )
+    return Candidate(way.name, (launch,), scratch=counters + sums, zeroed=counters)
+
+
+def _persistent(call: OpCall, way: Tiling, product: Product) -> Candidate:
+    y = call.tensors["y"]
+    launch = DeviceLaunch(
+        function="makeready.kernels.gemm.linear_int_persistent_triton:linear_int_persistent",
+        constants=_constants(call, way) | {"TILES": _WAVE_ROWS // way.t},
+        arguments={
+            "x": _tile(call, "x", way.t, SPAN),
+            "weight": _tile(call, "weight", way.n, 8 * product.bits),
+            "y": Descriptor("y", y.shape, (y.row_stride, 1), (way.t, way.n)),
+            **_common(call),
+        },
+        grid=(way.blocks(product), 1, 1),
+        num_warps=way.warps,
+        num_stages=way.stages,
+        dependent="pdl" in call.features,
+    )
+    return Candidate(way.name, (launch,))
+
+
+def _constants(call: OpCall, way: Tiling) -> dict[str, Any]:
+    """Parameters that both kernels are compiled for."""
+    absent = {name: None for name in ("bias", "weight_zero") if name not in call.tensors}
+    sizes = {"BITS": call.attrs["bits"], "GROUP": group_of(call), "BT": way.t, "BN": way.n}
+    return {**sizes, "PDL": "pdl" in call.features, **absent}
+
+
+def _common(call: OpCall, *pointers: str) -> dict[str, Argument]:
+    """Scales, zeros, bias, sizes, and other operands as pointers."""
+    named = ("weight_scale", *pointers, *(n for n in ("weight_zero", "bias") if n in call.tensors))
+    return {
+        **{name: Pointer(name) for name in named},
+        "T": Scalar(call.dims["T"], "int32", specialize=False),
+        "N": Scalar(call.dims["N"], "int32"),
+        "K": Scalar(call.dims["K"], "int32"),
+    }
+
+
+def _tile(call: OpCall, operand: str, rows: int, columns: int) -> Argument:
+    """Blocks of a matrix; full ones where rows beyond the last may be read: the GPU is slow at making zeros
+    (see linear_triton.py).
+    """
+    tensor = call.tensors[operand]
+    height, width = tensor.shape
+    if tensor.spare:
+        height = -(-int(height) // rows) * rows
+    return Descriptor(operand, (height, width), (tensor.row_stride, 1), (rows, columns))

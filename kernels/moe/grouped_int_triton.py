@@ -1,0 +1,122 @@
+"""Products of tokens with experts' weights of 4 or 8 bits in Triton: tiles found on the device.
+
+As grouped_tiles_triton.py; words are widened in registers as in gemm/linear_int_stream_triton.py.
+
+# M entries, E experts, N outputs, K inputs
+"""
+# pyright: reportIndexIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportAssignmentType=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from makeready.kernels.gemm.int_values_triton import centred, of_group, scaled
+from makeready.kernels.moe.grouped_tiles_triton import find_tile
+
+
+@triton.jit
+def multiply_span(
+    acc_NT, w_rows, scale, zero, x_TK, n, k, groups,
+    BITS: tl.constexpr, GROUP: tl.constexpr, SUMS: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """``acc_NT`` and the products of one span of inputs; its sums are scaled where ``SUMS``, else its weights."""
+    w = tl.load(w_rows + k // 128 * (8 * BITS) + tl.arange(0, 8 * BITS)[None, :])
+    w_NK = centred(w, zero, n, k, groups, BITS, GROUP, KIND)
+    if SUMS:
+        own = tl.load(of_group(scale, n, k, groups, GROUP)).to(tl.float32)
+        acc_NT += tl.dot(w_NK, x_TK.T) * own[:, None]
+    else:
+        acc_NT = tl.dot(scaled(w_NK, scale, n, k, groups, GROUP, KIND), x_TK.T, acc_NT)
+    return acc_NT
+
+
+@triton.jit
+def grouped_int(
+    x,
+    weight,
+    weight_scale,
+    weight_zero,
+    order,
+    start,
+    y,
+    M,
+    N,
+    K,
+    x_stride,
+    y_stride,
+    E: tl.constexpr,
+    EP: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+    SILU: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """``y[j] = x[row of j] @ ((weight[expert of j] - zero) * scale).T``; zeros for entries behind the last expert's.
+
+    Args:
+        weight: int16 words of kernels/integers.py.
+        weight_scale, weight_zero: tiles of fp16 and uint8 of every expert; zeros None where weights are symmetric.
+        order: None where ``TOP_K`` is 0 and rows of x are the entries.
+        N: columns of y; experts have as many outputs, or twice as many where ``SILU``.
+        EP: E rounded up to a power of two.
+        GROUP: inputs that share a scale: 32, 64, a multiple of 128, or what is at least K.
+        SILU: y is silu of the first N outputs times the others, both rounded to its dtype before.
+        PDL: this launch may start before the one ahead of it ends.
+    """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    HALVES: tl.constexpr = 2 if SILU else 1
+    SUMS: tl.constexpr = GROUP % 128 == 0 and BT <= 32
+    KIND: tl.constexpr = x.dtype.element_ty
+    e = tl.arange(0, EP)
+    begin = tl.load(start + tl.minimum(e, E))
+    end = tl.load(start + tl.minimum(e + 1, E))
+    tiles_n = tl.cdiv(N, BN)
+    total = tl.sum(tl.cdiv(end - begin, BT), 0) * tiles_n
+    of_t, of_n, of_k = tl.arange(0, BT), tl.arange(0, BN), tl.arange(0, 128)
+    words = tl.cdiv(K, 128) * (8 * BITS)
+    groups = tl.cdiv(K, GROUP)
+    for tile in range(tl.program_id(0), total, tl.num_programs(0)):
+        expert, first, stop, column = find_tile(tile, begin, end, tiles_n, E, EP, BT)
+        j = first + of_t
+        n = tl.minimum(column * BN + of_n, N - 1)
+        inside = j < stop
+        row = tl.load(order + j, mask=inside, other=0) // TOP_K if TOP_K > 0 else j
+        x_rows = x + row.to(tl.int64)[:, None] * x_stride
+        w_rows = weight + (expert.to(tl.int64) * (HALVES * N) + n)[:, None] * words
+        tiled = expert.to(tl.int64) * (tl.cdiv(HALVES * N, 64) * groups * 64)
+        scale = weight_scale + tiled
+        zero = None
+        if weight_zero is not None:
+            zero = weight_zero + tiled
+        acc_NT = tl.zeros((BN, BT), tl.float32)
+        up_NT = tl.zeros((BN, BT), tl.float32)
+        for k in tl.range(0, K, 128):
+            of = (k + of_k)[None, :]
+            x_TK = tl.load(x_rows + of, mask=inside[:, None] & (of < K), other=0.0)
+            acc_NT = multiply_span(acc_NT, w_rows, scale, zero, x_TK, n, k, groups, BITS, GROUP, SUMS, KIND)
+            if SILU:
+                up_rows = w_rows + N.to(tl.int64) * words
+                up_NT = multiply_span(
+                    up_NT, up_rows, scale, zero, x_TK, N + n, k, groups, BITS, GROUP, SUMS, KIND
+                )
+        if SILU:
+            gate_NT = acc_NT.to(y.dtype.element_ty).to(tl.float32)
+            acc_NT = gate_NT * tl.sigmoid(gate_NT) * up_NT.to(y.dtype.element_ty).to(tl.float32)
+        at = column * BN + of_n
+        out = y + j.to(tl.int64)[:, None] * y_stride + at[None, :]
+        tl.store(out, acc_NT.T.to(y.dtype.element_ty), mask=inside[:, None] & (at < N)[None, :])
+
+    last = tl.load(start + E)
+    for tile in range(tl.program_id(0), tl.cdiv(M - last, BT) * tiles_n, tl.num_programs(0)):
+        j, at = last + tile // tiles_n * BT + of_t, tile % tiles_n * BN + of_n
+        out = y + j.to(tl.int64)[:, None] * y_stride + at[None, :]
+        tl.store(out, tl.zeros((BT, BN), y.dtype.element_ty), mask=(j < M)[:, None] & (at < N)[None, :])
