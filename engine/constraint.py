@@ -26,3 +26,7 @@ class Constraint(Protocol):
             words: int32 ``[cdiv(vocabulary, 32)]``; bit i % 32 of word i // 32 is token i's.
         """
         ...
+
+    def copy(self) -> Constraint:
+        """The same state, which goes its own way from here."""
+        ...

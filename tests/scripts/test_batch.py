@@ -108,12 +108,12 @@ def test_bad_rows_get_errors_and_the_others_their_tokens(llm):
 
 
 def test_what_nobody_foresaw_in_a_row_costs_that_row_alone(llm, monkeypatch):
-    replies = llm.replies
+    replies = llm.front.replies
 
     def broken(prompt: Any, sampling: SamplingParams, **more: Any) -> Any:
         return replies(prompt, sampling, **more) if prompt != [13] else 1 / 0
 
-    monkeypatch.setattr(llm, "replies", broken)
+    monkeypatch.setattr(llm.front, "replies", broken)
     made = answers(llm, encoded({"token_ids": [1]}, {"token_ids": [13]}, {"token_ids": [2]}))
     assert [("error" in answer) for answer in made] == [False, True, False]
     assert "ZeroDivisionError" in made[1]["error"]["message"]
