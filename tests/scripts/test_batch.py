@@ -171,14 +171,14 @@ def test_a_queue_that_is_full_costs_rows_and_leaves_nothing_behind(llm, monkeypa
 
 def test_no_row_waits_while_a_long_one_is_tokenized(llm, monkeypatch):
     """A text keeps its thread until another row is answered; in one thread that would be never."""
-    answered, replies = threading.Event(), llm.replies
+    answered, replies = threading.Event(), llm.front.replies
 
     def slow(prompt: Any, *arguments: Any, **named: Any) -> Any:
         if len(prompt) > LONG:
             assert answered.wait(60), "the other row was not answered meanwhile"
         return replies([5], *arguments, **named)
 
-    monkeypatch.setattr(llm, "replies", slow)
+    monkeypatch.setattr(llm.front, "replies", slow)
     worker = Worker(llm, "rows", GREEDY)
     texts = ["a" * (LONG + 1), "a", "b" * (LONG + 1)]
     worker.put([(i, line) for i, line in enumerate(encoded(*({"prompt": text} for text in texts)), 1)])
