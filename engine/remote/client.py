@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
+import math
 import socket
 import subprocess
 import sys
@@ -73,12 +74,14 @@ class Call:
 
     Attributes:
         replies: one a sample; their sequences follow what the engine tells.
+        faults: samples that failed, and not by a fault of their request.
         outcome: done once the engine has taken the request in, or an exception that says why not.
     """
 
     def __init__(self, replies: Sequence[Reply], loop: asyncio.AbstractEventLoop) -> None:
         self.replies = replies
         self.outcome: asyncio.Future[None] = loop.create_future()
+        self.faults: set[int] = set()
         self._samples = Samples(replies)
         self._news = asyncio.Event()
         self._failure: BaseException | None = None
@@ -98,19 +101,32 @@ class Call:
         """
         await asyncio.shield(self.outcome)
 
-    async def pieces(self) -> AsyncIterator[Piece]:
+    async def pieces(self, seconds: float = math.inf) -> AsyncIterator[list[Piece]]:
         """What becomes known of the samples, as it does; what came while nobody asked comes as one.
+
+        Args:
+            seconds: after so many without news an empty list comes.
 
         Raises:
             EngineGoneError: there is no engine any more.
         """
         while self._samples.left:
-            await self._news.wait()
+            if not self._news.is_set():
+                await self._wait(seconds)
             self._news.clear()
             if self._failure is not None:
                 raise self._failure
-            for piece in self._samples.pieces():
-                yield piece
+            yield list(self._samples.pieces())
+
+    async def _wait(self, seconds: float) -> None:
+        if seconds == math.inf:
+            await self._news.wait()
+            return
+        timer = asyncio.get_running_loop().call_later(seconds, self._news.set)
+        try:
+            await self._news.wait()
+        finally:
+            timer.cancel()
 
     def take(self, update: Update) -> bool:
         """Take in what is new of a sample; returns whether its text ended before the engine knew."""
@@ -128,6 +144,8 @@ class Call:
         if update.tokens:
             reply.first_token = reply.first_token or time.perf_counter()
         told = self._ended_by(reply, update.end)
+        if update.end is not None and update.end.error is not None and not update.end.own:
+            self.faults.add(update.sample)
         reply.read()  # which may end it earlier
         if sequence.done:
             reply.finish()
@@ -260,7 +278,7 @@ class EngineClient(asyncio.Protocol):
             return
         self._send(Abort(key))
         for index, reply in enumerate(call.replies):
-            end = End(ABORT, None, reply.sequence.cached_tokens, reply.sequence.retractions, 0.0)
+            end = End(ABORT, None, False, reply.sequence.cached_tokens, reply.sequence.retractions, 0.0)
             call.take(Update(key, index, [], [], [], end))
         if not call.outcome.done():
             call.outcome.set_result(None)

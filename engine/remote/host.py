@@ -95,9 +95,11 @@ class Relay(Reply):
 
     def _end(self) -> End:
         sequence = self.sequence
+        constraint = sequence.constraint
         return End(
             sequence.finish_reason or ABORT,
             self.error,
+            constraint is not None and constraint.error is not None,
             sequence.cached_tokens,
             sequence.retractions,
             (self.admitted or self.finished) - self.arrived,

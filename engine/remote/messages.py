@@ -112,12 +112,14 @@ class End(Message, frozen=True):
     Attributes:
         reason: a finish reason of :mod:`makeready.engine.sequence`.
         error: a sentence, where that is ``error``.
+        own: whether that is the request's own fault, and not the model's.
         cached_tokens, retractions: as for a sequence.
         queue_seconds: from arrival at the host until it ran.
     """
 
     reason: str
     error: str | None
+    own: bool
     cached_tokens: int
     retractions: int
     queue_seconds: float

@@ -89,7 +89,7 @@ def read(url: str, body: Mapping[str, Any]) -> Ask:
     """
     body, chat = {name: value for name, value in body.items() if value is not None}, url == CHAT
     table = CHAT_SAMPLING if chat else SAMPLING
-    known = (*(CHAT_FIELDS if chat else COMPLETION_FIELDS), *table, *structured.FIELDS, *ROUTING)
+    known = _known(url)
     for name in body:
         if name not in known:
             _check_idle(name, body[name], known)
@@ -112,6 +112,18 @@ def read(url: str, body: Mapping[str, Any]) -> Ask:
     check_template(template)
     text, tools = text_of(body, "messages"), tools_of(body, "messages", template)
     return Ask("messages", (body["messages"],), sampling, template, routing_of(body), text, tools)
+
+
+def unknown(url: str, body: Mapping[str, Any]) -> list[str]:
+    """Fields of a body that mean nothing here; those that mean what is not served are not among them."""
+    known = {*_known(url), *IDLE, *WITHOUT_EFFECT}
+    return [name for name, value in body.items() if name not in known and value is not None]
+
+
+def _known(url: str) -> tuple[str, ...]:
+    chat = url == CHAT
+    own, table = (CHAT_FIELDS, CHAT_SAMPLING) if chat else (COMPLETION_FIELDS, SAMPLING)
+    return (*own, *table, *structured.FIELDS, *ROUTING)
 
 
 def prompts_of(prompt: Any) -> tuple[str, tuple[Any, ...]]:
