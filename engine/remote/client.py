@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 from makeready.engine.errors import BusyError, RequestError
 from makeready.engine.front import grammar_of
@@ -304,8 +304,7 @@ class EngineClient(asyncio.Protocol):
             await asyncio.to_thread(process.wait)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.WriteTransport)
-        self._transport = transport
+        self._transport = cast(asyncio.WriteTransport, transport)
 
     def data_received(self, data: bytes) -> None:
         self.beat = time.monotonic()

@@ -66,6 +66,10 @@ def event(value: Any) -> bytes:
 DONE, ALIVE = b"data: [DONE]\n\n", b": alive\n\n"
 
 
+Shape = Callable[[ServeError], Any]
+"""A problem as a protocol's error object."""
+
+
 @dataclass
 class Exchange:
     """A request and its answer.
@@ -76,6 +80,7 @@ class Exchange:
         headers: of the request, then of the answer.
         body: of the request.
         running: what the engine does for it; ended when the exchange is.
+        words: how errors are written from now on, where the route can say it better.
     """
 
     service: Service
@@ -86,6 +91,7 @@ class Exchange:
     body: bytes = b""
     answer_headers: dict[str, str] = field(default_factory=dict)
     running: list[Running] = field(default_factory=list)
+    words: Shape | None = None
 
     def json(self) -> dict[str, Any]:
         """The body, which has to be a JSON object.
@@ -121,16 +127,14 @@ class Exchange:
         shown = [name for name in names if re.fullmatch(r"[\w.-]{1,64}", name, re.ASCII)]
         self.answer_headers[IGNORED] = ", ".join(shown[:32]) or "?"
 
-    async def start(self, ask: Ask) -> Running:
+    async def start(self, ask: Ask, identity: str | None = None) -> Running:
         """Have the engine run what is asked for, as long as the client stays."""
-        running = await self.service.start(ask, self.id)
+        running = await self.service.start(ask, identity or self.id)
         self.running.append(running)
         return running
 
 
-Endpoint = Callable[[Exchange], Awaitable[Answer | Stream]]
-Shape = Callable[[ServeError], Any]
-"""A problem as a protocol's error object."""
+Endpoint = Callable[[Exchange], Awaitable["Answer | Stream"]]
 
 
 @dataclass(frozen=True)
@@ -204,12 +208,15 @@ class Served:
                 await send({"type": "http.response.body", "body": item, "more_body": True})
         except Exception as error:
             problem = _told(error, exchange)
-            shape = self._route.broken or (lambda problem: event(self._route.shape(problem)) + DONE)
-            await send({"type": "http.response.body", "body": shape(problem), "more_body": True})
+            broken = self._route.broken or (lambda problem: event(self._shape(exchange)(problem)) + DONE)
+            await send({"type": "http.response.body", "body": broken(problem), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
+    def _shape(self, exchange: Exchange) -> Shape:
+        return exchange.words or self._route.shape
+
     async def _refuse(self, exchange: Exchange, problem: ServeError, send: Send) -> None:
-        body = msgspec.json.encode(self._route.shape(problem))
+        body = msgspec.json.encode(self._shape(exchange)(problem))
         headers = exchange.answer_headers | problem.headers
         await _whole(send, problem.status, JSON, body, headers)
 

@@ -77,7 +77,14 @@ def refusal(body: Mapping[str, Any], message: str, field: str | None) -> dict[st
     begins = re.match(r"\w+", message)
     if field is None and begins is not None and begins[0] in body:
         field = begins[0]
-    return {"error": {"message": message, "type": "invalid_request_error", "param": field, "code": None}}
+    return error_object(message, "invalid_request_error", field)
+
+
+def error_object(
+    message: str, kind: str, field: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    """An ``error`` object of a type, perhaps with a code for programs."""
+    return {"error": {"message": message, "type": kind, "param": field, "code": code}}
 
 
 def _chat_choice(index: int, output: Output, tokenizer: Tokenizer | None) -> dict[str, Any]:
