@@ -130,6 +130,7 @@ class Call:
 
     def take(self, update: Update) -> bool:
         """Take in what is new of a sample; returns whether its text ended before the engine knew."""
+        self.accept()  # one that ends in its first step is told of once
         reply = self.replies[update.sample]
         if reply.done:
             return False
@@ -161,6 +162,11 @@ class Call:
         sequence.finish(end.reason)
         reply.error = end.error
         return True
+
+    def accept(self) -> None:
+        """The engine has it."""
+        if not self.outcome.done():
+            self.outcome.set_result(None)
 
     def refuse(self, refusal: Refusal) -> None:
         """The engine does not run it."""
@@ -280,8 +286,6 @@ class EngineClient(asyncio.Protocol):
         for index, reply in enumerate(call.replies):
             end = End(ABORT, None, False, reply.sequence.cached_tokens, reply.sequence.retractions, 0.0)
             call.take(Update(key, index, [], [], [], end))
-        if not call.outcome.done():
-            call.outcome.set_result(None)
 
     async def flush(self) -> int:
         """Forget cached prefixes that nobody holds; returns how many pages that were."""
@@ -326,8 +330,8 @@ class EngineClient(asyncio.Protocol):
     def _take(self, step: Step) -> None:
         self.waiting, self.running = step.waiting, step.running
         for key in step.accepted:
-            if key in self._calls and not self._calls[key].outcome.done():
-                self._calls[key].outcome.set_result(None)
+            if key in self._calls:
+                self._calls[key].accept()
         for refusal in step.refused:
             call = self._calls.pop(refusal.key, None)
             if call is not None:

@@ -161,7 +161,7 @@ class Step(Message, frozen=True, tag="step"):
     """What steps came to since the last message; without any it says that the host is alive.
 
     Attributes:
-        accepted: keys of requests that wait or run from now on.
+        accepted: keys of requests that wait or run from now on; not of those that ended in their first step.
         records: of steps.
         waiting, running: sequences now.
     """

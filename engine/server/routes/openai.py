@@ -28,6 +28,7 @@ from makeready.engine.server.route import (
     event,
 )
 from makeready.engine.server.service import Running
+from makeready.engine.text.chat import is_template
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -53,6 +54,8 @@ async def _generate(url: str, exchange: Exchange) -> Answer | Stream:
         del asked[name]
     exchange.words = partial(shape, body=asked)
     ask = bodies.read(url, asked)
+    if not is_template(ask.text.get("chat_template", "{")):
+        raise ServeError(400, "chat_template must be a template's text; files are not read", "chat_template")
     exchange.service.check_model(asked["model"])
     running = await exchange.start(ask)
     if streaming.stream:
