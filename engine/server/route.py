@@ -133,6 +133,15 @@ class Exchange:
         self.running.append(running)
         return running
 
+    async def start_all(self, asks: Sequence[Ask], identities: Sequence[str]) -> list[Running]:
+        """The same for several at once; where one is refused none runs on."""
+        started = (self.start(ask, identity) for ask, identity in zip(asks, identities, strict=True))
+        made = await asyncio.gather(*started, return_exceptions=True)
+        for each in made:
+            if isinstance(each, BaseException):
+                raise each
+        return [each for each in made if isinstance(each, Running)]
+
 
 Endpoint = Callable[[Exchange], Awaitable["Answer | Stream"]]
 

@@ -23,7 +23,7 @@ async def _generate(exchange: Exchange) -> Answer | Stream:
     rids = asked.rids or [
         exchange.id if not asked.several else f"{exchange.id}-{i}" for i in range(len(asked.asks))
     ]
-    runs = [await exchange.start(ask, rid) for ask, rid in zip(asked.asks, rids, strict=True)]
+    runs = await exchange.start_all(asked.asks, rids)
     answers = Answers(rids, [run.replies for run in runs], asked.texts, exchange.service.front.tokenizer)
     several = asked.several or any(run.params.n > 1 for run in runs)
     if asked.stream:
