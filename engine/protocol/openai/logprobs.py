@@ -115,8 +115,8 @@ class CompletionLogprobs:
         self._window += [token.token_id for token in tokens]
         self._text += text
         self._shown += len(text)
-        if not self._shown and final is None:
-            return []  # whether the first space is dropped shows with the first text
+        if not self._base and final is None and not self._text.strip(" "):
+            return []  # whether the first space is dropped shows with the first word
         skipped = tokenizer.special_ids if self._skip else frozenset()
         data = b"".join(token_bytes(tokenizer, t) or b"" for t in self._window if t not in skipped)
         decoded = data.decode(errors="replace")
