@@ -68,7 +68,7 @@ class InProcess:
     """
 
     def __init__(self, settings: ServerSettings, **options: Any) -> None:
-        self.executable = SlowExecutable(LIMITS, buckets_of(LIMITS), pages=1200)
+        self.executable = SlowExecutable(LIMITS, buckets_of(LIMITS, logprob_tokens=16), pages=1200)
         self.engine = Engine(self.executable, SchedulerOptions(**options))
         self.failure: BaseException | None = None
         self._settings, self._ready = settings, threading.Event()

@@ -9,8 +9,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from fake_cache import fold
-from fake_executable import alone, score
+from fake_executable import alone, scores
 from in_process import InProcess, served
 
 from makeready.engine.errors import RequestError
@@ -81,12 +80,13 @@ def test_every_kind_of_request() -> None:
             seed = output.meta_info["seed"]
             assert tuple(mine) == output.token_ids == tuple(alone([3, 4], seed, 20, frozenset({7})))
         assert set(outputs) == {0, 1, 2}
-        asked = {"max_new_tokens": 4, "return_logprob": True, "ignore_eos": True, "sampling_seed": 1}
-        (*_, last) = collect(server, [5, 6], asked)
+        prompt = [5, 6, 7] * 12  # more than one step takes
+        asked = {"max_new_tokens": 0, "return_logprob": True, "logprob_start_len": 2}
+        (last,) = collect(server, prompt, asked)
         assert last.output is not None
-        made = alone([5, 6], 1, 4, frozenset())
-        expected = [score(fold([5, 6, *made[:place]]), token) for place, token in enumerate(made)]
-        assert [entry.logprob for entry in last.output.logprobs or ()] == expected
+        found = [(entry.token_id, entry.logprob) for entry in last.output.input_logprobs or ()]
+        assert found == scores(prompt, 2)
+        assert (last.output.token_ids, last.output.finish_reason) == ((), "length")
         with pytest.raises(RequestError, match="exceed the context of 256"):
             collect(server, [1] * 200, {"max_new_tokens": 100})
         # One that ends in its first step, and one that was cached.

@@ -126,10 +126,8 @@ class CompletionLogprobs:
             return [start + min(place, len(final)) for place in places]
         ready = [place for place in places if place < self._shown]
         self._told += len(ready)
-        if self._told == len(self._window) and len(self._text) in (
-            len(decoded),
-            len(decoded) - (not self._base),  # the first space may not be shown
-        ):
+        dropped = not self._base and decoded[:1] == " " and self._text == decoded[1:]
+        if self._told == len(self._window) and (dropped or self._text == decoded):
             self._base, self._window, self._text, self._told = self._shown, [], "", 0
         return [start + place for place in ready]
 
