@@ -18,7 +18,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from makeready.engine.protocol.asked import Ask
 from makeready.engine.server.problem import ServeError, problem_of
-from makeready.engine.server.service import Running, Service
+from makeready.engine.server.service import Running, Service, check_samples
 
 JSON = "application/json"
 IGNORED = "x-makeready-ignored-fields"
@@ -135,6 +135,7 @@ class Exchange:
 
     async def start_all(self, asks: Sequence[Ask], identities: Sequence[str]) -> list[Running]:
         """The same for several at once; where one is refused none runs on."""
+        check_samples(len(asks))
         started = (self.start(ask, identity) for ask, identity in zip(asks, identities, strict=True))
         made = await asyncio.gather(*started, return_exceptions=True)
         for each in made:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import resource
 import signal
 import socket
+import time
 from collections.abc import Callable, Coroutine
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -26,6 +29,8 @@ from makeready.graphs.checkpoint.base import open_checkpoint
 
 _LOG = logging.getLogger("makeready.server")
 LAST_SECONDS = 0.5  # for answers to be sent once nothing runs any more
+ONCE_SECONDS = 1.0
+FILES = 65536  # that may be open, where the system allows: a connection is one
 
 
 class ServeFailedError(ValueError):
@@ -61,12 +66,15 @@ class ModelOptions:
 class Signals:
     """The first signal ends a server when nothing runs any more, the second ends it now.
 
+    Launchers pass on what the terminal sent as well: signals within a second are one.
+
     Attributes:
         came: which signals did.
     """
 
     def __init__(self) -> None:
         self.came: list[int] = []
+        self._last = -math.inf
         self._told = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -79,8 +87,10 @@ class Signals:
         return self.came[-1]
 
     def _take(self, number: int) -> None:
-        self.came.append(number)
-        self._told.set()
+        before, self._last = self._last, time.monotonic()
+        if self._last - before > ONCE_SECONDS:
+            self.came.append(number)
+            self._told.set()
 
 
 class _Server(uvicorn.Server):
@@ -154,6 +164,7 @@ async def serve(
 ) -> int:
     """See :func:`run`."""
     signals = Signals()
+    _allow_files()
     with bind(at) as sock:
         loading = asyncio.ensure_future(EngineClient.start(load, note))
         stopped = asyncio.ensure_future(signals.next())
@@ -211,6 +222,13 @@ async def _until_end(
     await serving
     if lost:
         raise ServeFailedError(f"{gone.result()}; start the server again")
+
+
+def _allow_files() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = FILES if hard == resource.RLIM_INFINITY else min(hard, FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _config(service: Service, at: Listening) -> uvicorn.Config:

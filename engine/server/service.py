@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from makeready.engine.front import Defaults, Front
+from makeready.engine.given import samples_of
 from makeready.engine.metrics import Metrics
 from makeready.engine.output import Output
 from makeready.engine.pieces import Piece
@@ -24,7 +25,16 @@ from makeready.engine.server.settings import ServerSettings
 T = TypeVar("T")
 
 THREADS = 4  # that tokenize and render: long ones let the interpreter go on meanwhile
+MOST_SAMPLES = 4096  # of one request: each takes memory before it runs
 QUIET_SECONDS = 15.0  # without news, after which a stream says that it is alive
+
+
+def check_samples(count: int) -> None:
+    """Raise :class:`ServeError` where a request asks for too many answers at once."""
+    if count > MOST_SAMPLES:
+        raise ServeError(
+            400, f"{count:,} answers are asked for at once, at most {MOST_SAMPLES:,} are given; ask for fewer"
+        )
 
 
 class Running:
@@ -154,8 +164,13 @@ class Service:
         if self.draining:
             message = "the server ends, and takes no further requests; ask another one"
             raise ServeError(503, message, retry_seconds=STARTING_SECONDS)
-        params, replies = await self.apart(lambda: self.front.asked(ask, self._defaults))
-        running = Running(self, identity, params, replies)
+        check_samples(len(ask.prompts) * samples_of(ask.sampling))
+        try:
+            params, replies = await self.apart(lambda: self.front.asked(ask, self._defaults))
+            running = Running(self, identity, params, replies)
+        except ValueError as error:
+            self.metrics.finish(Output.refused(str(error)))
+            raise
         self.running.add(running)
         try:
             await running.accepted()

@@ -108,7 +108,12 @@ def test_requests_have_an_id(http: httpx.Client) -> None:
             b'{"text": "a", "sampling_params": 7}',
             b'{"text": "a", "rid": []}',
         ),
-        *(b'{"tokens": [-1]}', b'{"tokens": "a"}', b'{"model": [], "prompt": "a"}', b'{"text": ["a", 1]}'),
+        *(
+            b'{"tokens": [-1]}',
+            b'{"tokens": "a"}',
+            b'{"model": [], "prompt": "a"}',
+            b'{"text": ["a", 1]}',
+        ),
     ],
 )
 def test_malformed_bodies_are_the_clients_own_fault(http: httpx.Client, body: bytes) -> None:
