@@ -63,6 +63,11 @@ def event(value: Any) -> bytes:
     return b"data: " + msgspec.json.encode(value) + b"\n\n"
 
 
+def named_event(name: str, value: Any) -> bytes:
+    """The same with a name, as protocols have it whose events are of several kinds."""
+    return b"event: " + name.encode() + b"\n" + event(value)
+
+
 DONE, ALIVE = b"data: [DONE]\n\n", b": alive\n\n"
 
 

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
 
+from makeready.engine.protocol.asked import Ask
 from makeready.engine.protocol.openai import body as bodies
 from makeready.engine.protocol.openai.answer import answer as whole_answer
 from makeready.engine.protocol.openai.answer import error_object, refusal
@@ -43,6 +44,12 @@ def shape(problem: ServeError, body: dict[str, Any] | None = None) -> dict[str, 
     return error_object(problem.message, kind, problem.field, problem.code)
 
 
+def check_template_text(ask: Ask) -> None:
+    """Raise :class:`ServeError` for a template that is the name of a file: a body is data."""
+    if not is_template(ask.text.get("chat_template", "{")):
+        raise ServeError(400, "chat_template must be a template's text; files are not read", "chat_template")
+
+
 async def _generate(url: str, exchange: Exchange) -> Answer | Stream:
     body = exchange.json()
     streaming = streaming_of(body)
@@ -54,8 +61,7 @@ async def _generate(url: str, exchange: Exchange) -> Answer | Stream:
         del asked[name]
     exchange.words = partial(shape, body=asked)
     ask = bodies.read(url, asked)
-    if not is_template(ask.text.get("chat_template", "{")):
-        raise ServeError(400, "chat_template must be a template's text; files are not read", "chat_template")
+    check_template_text(ask)
     exchange.service.check_model(asked["model"])
     running = await exchange.start(ask)
     if streaming.stream:
