@@ -43,6 +43,8 @@ class ServeJob(Job):
         drain_seconds: after SIGTERM or Ctrl-C no request is taken, and those that run have so long to end; a second
             signal ends them.
         health_seconds: the engine counts as dead when it gave no sign of life for so long; more than any step takes.
+        files_dir: folder for files that clients send (/v1/files) and batches over them (/v1/batches), which go on
+            from there when the server is started again. null: neither is served.
         ssl_certfile: file of the certificate for https, with the chain.
         ssl_keyfile: file of its key.
         access_log: a line a request on stderr.
@@ -68,6 +70,7 @@ class ServeJob(Job):
     strict_fields: bool = MISSING
     drain_seconds: float = MISSING
     health_seconds: float = MISSING
+    files_dir: str | None = literal()
     ssl_certfile: str | None = literal()
     ssl_keyfile: str | None = literal()
     access_log: bool = MISSING

@@ -23,6 +23,8 @@ from makeready.engine.metrics import Metrics
 from makeready.engine.remote.client import EngineClient, EngineGoneError, LoadError
 from makeready.engine.remote.messages import Load
 from makeready.engine.server.app import make_app
+from makeready.engine.server.batches import Batches
+from makeready.engine.server.files import Store
 from makeready.engine.server.service import Service
 from makeready.engine.server.settings import ServerSettings
 from makeready.graphs.checkpoint.base import open_checkpoint
@@ -176,8 +178,12 @@ async def serve(
             client = loading.result()
         except EngineGoneError as error:
             raise LoadError(f"{error} while it loaded the model; see what it said above") from None
+        service: Service | None = None
         try:
             service = Service(client, _front(client, load, model, note), settings, Metrics(settings.names[0]))
+            if settings.files_dir is not None:
+                service.store = Store(settings.files_dir)
+                service.batches = Batches(service, service.store)
             server = _Server(_config(service, at))
             serving = asyncio.ensure_future(server.serve(sockets=[sock]))
             while not (server.started or serving.done()):
@@ -187,6 +193,8 @@ async def serve(
             await _until_end(service, server, serving, stopped, signals)
         finally:
             stopped.cancel()
+            if service is not None and service.batches is not None:
+                await service.batches.close()
             await client.close()
     return 0
 

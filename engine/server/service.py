@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from makeready.engine.front import Defaults, Front
 from makeready.engine.given import samples_of
@@ -21,6 +21,10 @@ from makeready.engine.sampling import SamplingParams
 from makeready.engine.sequence import ERROR
 from makeready.engine.server.problem import STARTING_SECONDS, ServeError
 from makeready.engine.server.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from makeready.engine.server.batches import Batches
+    from makeready.engine.server.files import Store
 
 T = TypeVar("T")
 
@@ -106,6 +110,7 @@ class Service:
         running: requests under way.
         draining: whether no further ones are taken.
         began: ``time.time`` of its start.
+        store, batches: files of clients and the batches over them; None where none are kept.
     """
 
     def __init__(
@@ -115,6 +120,8 @@ class Service:
         self.running: set[Running] = set()
         self.draining = False
         self.began = int(time.time())
+        self.store: Store | None = None
+        self.batches: Batches | None = None
         self._threads = ThreadPoolExecutor(THREADS, "makeready text")
         stated = front.generation_defaults
         self._defaults = Defaults(dict(stated), dict(settings.template), fit="max_new_tokens" in stated)

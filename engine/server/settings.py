@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 
@@ -20,6 +21,7 @@ class ServerSettings:
         strict_fields: refuse fields that are not known, instead of naming them in a header of the answer.
         drain_seconds: for what runs to end after SIGTERM.
         health_seconds: without a sign of life of the engine, after which it counts as dead.
+        files_dir: folder of files that clients send, and of batches over them; None for neither.
         template: variables of the chat template for requests that do not set them.
     """
 
@@ -31,4 +33,5 @@ class ServerSettings:
     strict_fields: bool = False
     drain_seconds: float = 60.0
     health_seconds: float = 60.0
+    files_dir: Path | None = None
     template: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,78 @@
+"""Files and batches by OpenAI's own client; a server that is killed goes on where it was."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from server_process import ServerProcess, until
+from test_ends import TINY
+
+ROWS = 40
+
+
+def rows(count: int = ROWS, tokens: int = 60) -> bytes:
+    body = {"model": "tiny", "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+    lines = [
+        {
+            "custom_id": f"row-{i}",
+            "method": "POST",
+            "url": "/v1/completions",
+            "body": {**body, "prompt": [i + 1, 2, 3]} if i else {**body, "prompt": []},
+        }
+        for i in range(count)
+    ]
+    return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+
+
+def client_of(server: ServerProcess) -> openai.OpenAI:
+    return openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=60)
+
+
+def test_a_batch_goes_on_after_its_server_was_killed(tmp_path: Path) -> None:
+    options = (*TINY, f"files_dir={tmp_path}", "served_model_name=tiny")
+    with ServerProcess(*options) as server:
+        client = client_of(server)
+        file = client.files.create(file=("in.jsonl", io.BytesIO(rows())), purpose="batch")
+        assert client.files.content(file.id).read() == rows()
+        assert [each.id for each in client.files.list()] == [file.id]
+        with pytest.raises(openai.BadRequestError, match="endpoint"):
+            client.batches.create(input_file_id=file.id, endpoint="/v1/embeddings", completion_window="24h")
+        batch = client.batches.create(
+            input_file_id=file.id, endpoint="/v1/completions", completion_window="24h", metadata={"a": "b"}
+        )
+        until(lambda: client.batches.retrieve(batch.id).request_counts.completed >= 4)
+        before = client.batches.retrieve(batch.id)
+        assert before.status == "in_progress"
+        server.process.kill()
+        server.process.wait(10)
+    with ServerProcess(*options) as server:
+        client = client_of(server)
+        until(lambda: client.batches.retrieve(batch.id).status == "completed", 120)
+        done = client.batches.retrieve(batch.id)
+        assert (done.request_counts.total, done.request_counts.completed) == (ROWS, ROWS - 1)
+        assert done.request_counts.failed == 1
+        assert done.metadata == {"a": "b"}
+        lines = [json.loads(line) for line in client.files.content(done.output_file_id).text.splitlines()]
+        assert [line["custom_id"] for line in lines] == [f"row-{i}" for i in range(1, ROWS)]
+        for line in lines[::13]:  # what a client gets that asks for the same
+            number = int(line["custom_id"].removeprefix("row-"))
+            asked: dict[str, Any] = {"prompt": [number + 1, 2, 3], "max_tokens": 60, "temperature": 0}
+            answer = httpx.post(server.url + "/v1/completions", json=asked | {"ignore_eos": True}).json()
+            assert line["response"]["body"]["choices"][0]["token_ids"] == answer["choices"][0]["token_ids"]
+        (error,) = client.files.content(done.error_file_id).text.splitlines()
+        assert json.loads(error)["custom_id"] == "row-0"
+        more = client.batches.create(
+            input_file_id=file.id, endpoint="/v1/completions", completion_window="24h"
+        )
+        client.batches.cancel(more.id)
+        until(lambda: client.batches.retrieve(more.id).status == "cancelled")
+        client.files.delete(file.id)
+        with pytest.raises(openai.NotFoundError):
+            client.files.retrieve(file.id)
+        assert {each.id for each in client.batches.list()} == {batch.id, more.id}
