@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Coroutine
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -182,8 +183,7 @@ async def serve(
         try:
             service = Service(client, _front(client, load, model, note), settings, Metrics(settings.names[0]))
             if settings.files_dir is not None:
-                service.store = Store(settings.files_dir)
-                service.batches = Batches(service, service.store)
+                keep_files(service, settings.files_dir)
             server = _Server(_config(service, at))
             serving = asyncio.ensure_future(server.serve(sockets=[sock]))
             while not (server.started or serving.done()):
@@ -197,6 +197,12 @@ async def serve(
                 await service.batches.close()
             await client.close()
     return 0
+
+
+def keep_files(service: Service, folder: Path) -> None:
+    """Have a server keep files in a folder, and go on with the batches that are there."""
+    service.store = Store(folder)
+    service.batches = Batches(service, service.store)
 
 
 async def _until_end(

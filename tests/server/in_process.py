@@ -26,7 +26,7 @@ from makeready.engine.remote.channel import Channel
 from makeready.engine.remote.client import EngineClient
 from makeready.engine.remote.host import Host
 from makeready.engine.remote.messages import Load, Loaded, ToHost
-from makeready.engine.server.run import Listening, _config, _Server, bind
+from makeready.engine.server.run import Listening, _config, _Server, bind, keep_files
 from makeready.engine.server.service import Service
 from makeready.engine.server.settings import ServerSettings
 from makeready.graphs.checkpoint.base import open_checkpoint
@@ -116,6 +116,8 @@ class InProcess:
         bounds = Bounds(LIMITS, VOCABULARY, client.loaded.steps)  # type: ignore[union-attr]
         front = Front(open_checkpoint("dummy", config=CONFIG), bounds, Parsers(), warn=print)
         self.service = Service(client, front, self._settings, Metrics("fake"))
+        if self._settings.files_dir is not None:
+            keep_files(self.service, self._settings.files_dir)
         at = Listening("127.0.0.1", 0)
         self.server = _Server(_config(self.service, at))
         with bind(at) as sock:
@@ -125,6 +127,8 @@ class InProcess:
                 await asyncio.sleep(0.001)
             self._ready.set()
             await serving
+        if self.service.batches is not None:
+            await self.service.batches.close()
         await client.close()
 
 

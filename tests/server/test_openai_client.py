@@ -34,7 +34,7 @@ def client(server: ServerProcess) -> openai.OpenAI:
 
 def test_a_streamed_chat_is_the_plain_one(client: openai.OpenAI) -> None:
     asked: dict[str, Any] = {"model": "smol", "messages": MESSAGES, "temperature": 0, "logprobs": True}
-    for most, top in ((1, 0), (24, 2)):
+    for most, top in ((1, 0), (10, 2)):
         asked |= {"max_tokens": most, "top_logprobs": top}
         plain = client.chat.completions.create(**asked)
         chunks = list(
@@ -71,7 +71,7 @@ def test_completions_with_everything(client: openai.OpenAI) -> None:
     asked: dict[str, Any] = {
         "model": "other",
         "prompt": ["The capital of France is", "One, two, three, f"],
-        "max_tokens": 12,
+        "max_tokens": 8,
         "n": 2,
         "seed": 3,
         "temperature": 0.7,
@@ -183,7 +183,7 @@ def test_models_and_tokens(client: openai.OpenAI, server: ServerProcess) -> None
 def test_characters_of_several_tokens_come_whole(client: openai.OpenAI) -> None:
     """A flag is two characters of four bytes, which this vocabulary writes in several tokens."""
     bias = {"198": -100.0}
-    asked: dict[str, Any] = {"model": "smol", "prompt": "🇩🇪🇫🇷🇩🇪🇫🇷🇩🇪🇫🇷🇩🇪", "max_tokens": 24, "temperature": 0}
+    asked: dict[str, Any] = {"model": "smol", "prompt": "🇩🇪🇫🇷🇩🇪🇫🇷🇩🇪🇫🇷🇩🇪", "max_tokens": 12, "temperature": 0}
     asked |= {"logprobs": 0, "logit_bias": bias}
     plain = client.completions.create(**asked).choices[0]
     assert any(token.startswith("bytes:") for token in plain.logprobs.tokens), plain.text

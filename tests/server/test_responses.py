@@ -81,9 +81,10 @@ def test_a_conversation_goes_on_from_its_items(client: openai.OpenAI) -> None:
 
 
 def test_a_schema_is_followed(client: openai.OpenAI) -> None:
-    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    digit = {"type": "integer", "minimum": 0, "maximum": 9}
+    schema = {"type": "object", "properties": {"n": digit}, "required": ["n"], "additionalProperties": False}
     form: Any = {"format": {"type": "json_schema", "name": "x", "schema": schema, "strict": True}}
-    made = client.responses.create(model="smol", input="A number.", text=form, max_output_tokens=40)
+    made = client.responses.create(**FIXED, input="A number.", text=form, max_output_tokens=40)
     assert made.status == "completed"
     jsonschema.validate(json.loads(made.output_text), schema)
 
