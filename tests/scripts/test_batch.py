@@ -197,7 +197,7 @@ def test_no_row_waits_while_a_long_one_is_tokenized(llm, monkeypatch):
 
 @pytest.mark.parametrize("length", [1, 10, 63])
 def test_a_chat_without_a_limit_goes_on_to_the_end_of_the_context(llm, monkeypatch, length):
-    monkeypatch.setattr(llm, "_rendered", lambda messages, **template: ([5] * length, None))
+    monkeypatch.setattr(llm.front, "rendered", lambda messages, **template: ([5] * length, None))
     chat = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions"}
     body = {
         "model": "m",
