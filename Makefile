@@ -1,4 +1,5 @@
 # make run    set everything up and answer a prompt
+# make serve  set everything up and answer over HTTP, on PORT (30000)
 # make test   set everything up, check style and types, run the tests
 # make test-slow   the tests that make test leaves out: long sweeps, faults planted in kernels
 
@@ -7,13 +8,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 PROMPT ?= What is a compiler? Answer in two sentences.
+PORT ?= 30000
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: run test test-slow lint types clean
+.PHONY: run serve test test-slow lint types clean
 
 run: $(VENV)/.run $(MODEL)
 	$(BIN)/python scripts/generate.py checkpoint=$(MODEL) chat="$(PROMPT)" \
 		sampling.temperature=0 sampling.max_new_tokens=64
+
+serve: $(VENV)/.serve $(MODEL)
+	$(BIN)/python scripts/serve.py checkpoint=$(MODEL) port=$(PORT) plan.max_rows=16 plan.context_len=4096
 
 test: $(VENV)/.dev $(MODEL) lint types
 	$(BIN)/python -m pytest -n 2
@@ -38,6 +43,11 @@ $(VENV)/.run: $(VENV)/.venv pyproject.toml setup.py $(wildcard kernels/csrc/*.c 
 	@echo "installing makeready into $(VENV) (PyTorch is 200 MB; a minute or two)"
 	$(PIP) "setuptools>=77" wheel
 	$(PIP) --no-build-isolation -e .
+	touch $@
+
+$(VENV)/.serve: $(VENV)/.run
+	@echo "installing what a server needs"
+	$(PIP) --no-build-isolation -e ".[serve]"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.run

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,31 +15,10 @@ from makeready.engine.errors import RequestError
 from makeready.engine.feed import Entry, Feed, Handed, Refused
 from makeready.engine.given import Sampling
 from makeready.engine.llm import LLM
-from makeready.engine.message import CONTENT, REASONING, CallDelta, Event, call_deltas, text_of
-from makeready.engine.output import Output
+from makeready.engine.pieces import Piece, Samples
 from makeready.engine.reply import Reply
 
-
-@dataclass(frozen=True)
-class Piece:
-    """What a step added to a sample.
-
-    Attributes:
-        index: which of the prompt's samples.
-        text: that became final; empty while a stop string may be about to end it.
-        token_ids: new ones.
-        output: the whole, with the sample's last piece.
-        content, reasoning_content: what the text says; of a plain prompt all of it is content.
-        tool_calls: calls that begin, and arguments that go on.
-    """
-
-    index: int
-    text: str
-    token_ids: tuple[int, ...]
-    output: Output | None = None
-    content: str = ""
-    reasoning_content: str = ""
-    tool_calls: tuple[CallDelta, ...] = ()
+__all__ = ["AsyncLLM", "Piece"]
 
 
 @dataclass(eq=False)
@@ -52,34 +31,7 @@ class _Call:
     entry: Entry[_Call] | None = None  # once the feed has it
 
     def __post_init__(self) -> None:
-        self._texts: list[list[str]] = [[] for _ in self.replies]
-        self._events: list[list[Event]] = [[] for _ in self.replies]
-        self._sent = [0] * len(self.replies)
-        self.left = set(range(len(self.replies)))  # samples whose last piece was not made
-        for reply, texts, events in zip(self.replies, self._texts, self._events, strict=True):
-            reply.on_text, reply.on_event = texts.append, events.append
-
-    def pieces(self) -> Iterator[Piece]:
-        """What is new of each sample."""
-        for index in sorted(self.left):
-            reply, texts, told = self.replies[index], self._texts[index], self._events[index]
-            output = reply.sequence.output
-            if not (reply.done or texts or len(output) > self._sent[index]):
-                continue
-            text, texts[:] = "".join(texts), ()
-            events, told[:] = tuple(told), ()
-            tokens, self._sent[index] = tuple(output[self._sent[index] :]), len(output)
-            if reply.done:
-                self.left.remove(index)
-            yield Piece(
-                index,
-                text,
-                tokens,
-                reply.result() if reply.done else None,
-                text if reply.reading is None else text_of(events, CONTENT),
-                text_of(events, REASONING),
-                call_deltas(events),
-            )
+        self.samples = Samples(self.replies)
 
 
 class AsyncLLM:
@@ -248,9 +200,9 @@ class AsyncLLM:
         refused = [(each.key, each.error) for each in handed if isinstance(each, Refused)]
         for call, _ in refused:
             self._calls.pop(call, None)
-        pieces = [(call, piece) for call in self._calls for piece in call.pieces()]
+        pieces = [(call, piece) for call in self._calls for piece in call.samples.pieces()]
         for call, piece in pieces:
-            if piece.output is not None and not call.left:
+            if piece.output is not None and not call.samples.left:
                 self._calls.pop(call, None)
         self._tell([*refused, *pieces])
 

@@ -35,6 +35,10 @@ class Constraint(Protocol):
         """
         ...
 
+    def copy(self) -> Constraint:
+        """The same state, which goes its own way from here."""
+        ...
+
     @classmethod
     def allow_all(cls, constraints: Sequence[Any], words: np.ndarray, rows: Sequence[int]) -> None:
         """:meth:`allow` for several of this class, at once where that is faster.

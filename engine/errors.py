@@ -7,6 +7,10 @@ class RequestError(ValueError):
     """One request cannot be served; the message names the limit or field and the remedy."""
 
 
+class BusyError(RequestError):
+    """It could be served, but not now: as many wait as may."""
+
+
 def reason_of(error: BaseException, work: str) -> str:
     """A sentence for what was raised by one request's own work; it ends that request and no other.
 

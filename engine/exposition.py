@@ -1,19 +1,18 @@
-"""Counters, gauges and histograms, and how Prometheus reads them.
+"""Counters, gauges and histograms of one thread, and how Prometheus reads them.
 
-The text is version 0.0.4 of the exposition format
-(https://prometheus.io/docs/instrumenting/exposition_formats). Written by hand, since it is a page of code,
-and a counter then costs a step a dictionary lookup and no lock: one thread, the engine's, writes; any
-thread may render.
+The text is written by prometheus_client. Counting is not: these cost a step a dictionary lookup and no lock, and take
+an observation that stands for many. One thread writes; any may render.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from typing import TypeAlias
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+if TYPE_CHECKING:
+    from prometheus_client.metrics_core import Metric
 
 Labels: TypeAlias = tuple[str, ...]
 """Values of a family's labels, in the order of their names."""
@@ -28,24 +27,12 @@ class Family:
         labels: names of labels.
     """
 
-    kind = ""
-
     def __init__(self, name: str, help: str, labels: Labels = ()) -> None:
         self.name, self.help, self.labels = name, help, labels
 
-    def lines(self) -> Iterator[str]:
-        """The family as lines of text, without samples if it has none yet."""
-        text = self.help.replace("\\", r"\\").replace("\n", r"\n")
-        yield f"# HELP {self.name} {text}"
-        yield f"# TYPE {self.name} {self.kind}"
-        yield from self._samples()
-
-    def _samples(self) -> Iterator[str]:
+    def metric(self, name: str | None = None, fixed: Sequence[tuple[str, str]] = ()) -> Metric:
+        """The family as prometheus_client has it, perhaps by another name and with further labels."""
         raise NotImplementedError
-
-    def _line(self, suffix: str, labels: Labels, value: float, *more: tuple[str, str]) -> str:
-        pairs = [f'{name}="{_escaped(one)}"' for name, one in [*zip(self.labels, labels, strict=True), *more]]
-        return f"{self.name}{suffix}{'{' + ','.join(pairs) + '}' if pairs else ''} {_number(value)}"
 
 
 class _Number(Family):
@@ -53,15 +40,26 @@ class _Number(Family):
         super().__init__(name, help, labels)
         self._values: dict[Labels, float] = {} if labels else {(): 0.0}
 
-    def _samples(self) -> Iterator[str]:
-        for labels, value in list(self._values.items()):
-            yield self._line("", labels, value)
+    def value(self, labels: Labels = ()) -> float:
+        """The number now."""
+        return self._values.get(labels, 0.0)
+
+    def items(self) -> list[tuple[Labels, float]]:
+        """All numbers now, by their labels."""
+        return list(self._values.items())
+
+    def metric(self, name: str | None = None, fixed: Sequence[tuple[str, str]] = ()) -> Metric:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        make = CounterMetricFamily if isinstance(self, Counter) else GaugeMetricFamily
+        made = make(name or self.name, self.help, labels=[*(key for key, _ in fixed), *self.labels])
+        for labels, value in self.items():
+            made.add_metric([*(text for _, text in fixed), *labels], value)
+        return made
 
 
 class Counter(_Number):
     """A number that only grows."""
-
-    kind = "counter"
 
     def add(self, amount: float, labels: Labels = ()) -> None:
         """Add ``amount``, at least 0."""
@@ -71,8 +69,6 @@ class Counter(_Number):
 class Gauge(_Number):
     """A number that goes up and down."""
 
-    kind = "gauge"
-
     def set(self, value: float, labels: Labels = ()) -> None:
         """Replace the value."""
         self._values[labels] = value
@@ -80,8 +76,6 @@ class Gauge(_Number):
 
 class Histogram(Family):
     """How many observations were at most as large as each of ``bounds``, which ascend."""
-
-    kind = "histogram"
 
     def __init__(self, name: str, help: str, bounds: Sequence[float], labels: Labels = ()) -> None:
         super().__init__(name, help, labels)
@@ -98,28 +92,36 @@ class Histogram(Family):
         self._sums[labels] += value * count
         self._counts[labels][bisect_left(self.bounds, value)] += count
 
-    def _samples(self) -> Iterator[str]:
+    def metric(self, name: str | None = None, fixed: Sequence[tuple[str, str]] = ()) -> Metric:
+        from prometheus_client.core import HistogramMetricFamily
+        from prometheus_client.utils import floatToGoString
+
+        made = HistogramMetricFamily(
+            name or self.name, self.help, labels=[*(key for key, _ in fixed), *self.labels]
+        )
         for labels, counts in list(self._counts.items()):
-            below = 0
+            below, buckets = 0, list[tuple[str, float]]()
             for bound, count in zip((*self.bounds, math.inf), list(counts), strict=True):
                 below += count
-                yield self._line("_bucket", labels, below, ("le", _number(bound)))
-            yield self._line("_sum", labels, self._sums[labels])
-            yield self._line("_count", labels, below)
+                buckets.append((floatToGoString(bound), below))
+            made.add_metric([*(text for _, text in fixed), *labels], buckets, self._sums[labels])
+        return made
 
 
-def render(families: Sequence[Family]) -> str:
-    """The text that a scrape gets."""
-    return "\n".join([line for family in families for line in family.lines()]) + "\n"
+def render(metrics: Iterable[Metric], accept: str = "") -> tuple[bytes, str]:
+    """What a scrape gets, and its type.
 
+    Args:
+        accept: what the scraper says that it reads; the classic text where it says nothing.
+    """
+    from prometheus_client import CollectorRegistry
+    from prometheus_client.exposition import choose_encoder
 
-def _escaped(value: str) -> str:
-    return value.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
+    class All:
+        def collect(self) -> Iterator[Metric]:
+            yield from metrics
 
-
-def _number(value: float) -> str:
-    if math.isnan(value):
-        return "NaN"
-    if math.isinf(value):
-        return "+Inf" if value > 0 else "-Inf"
-    return str(int(value)) if value == int(value) and abs(value) < 2**53 else repr(float(value))
+    registry = CollectorRegistry()
+    registry.register(All())  # type: ignore[arg-type]
+    encode, kind = choose_encoder(accept)
+    return encode(registry), kind

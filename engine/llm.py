@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -12,15 +11,12 @@ from typing import Any
 from makeready.engine.conversation import Parsers
 from makeready.engine.errors import RequestError
 from makeready.engine.feed import Feed, Refused, outputs_of
-from makeready.engine.fields import boolean, whole
-from makeready.engine.fields import text as field_text
-from makeready.engine.generation_config import sampling_defaults, told
+from makeready.engine.front import Bounds, Front
+from makeready.engine.generation_config import told
 from makeready.engine.given import (
     Conversation,
     Sampling,
     conversations_of,
-    ids_of,
-    limit_is_models,
     params_of,
     prompts_of,
     spread,
@@ -31,20 +27,15 @@ from makeready.engine.output import Output, TokenLogprob
 from makeready.engine.planned import Report, plan_of, shareable
 from makeready.engine.reply import Reply
 from makeready.engine.sampling import SamplingParams
-from makeready.engine.sequence import TokenSequence
-from makeready.engine.text.chat import read_template
 from makeready.engine.text.formats.base import AUTO
-from makeready.engine.text.formats.scan import Reading
-from makeready.engine.text.grammar import Grammar, Grammars
-from makeready.engine.text.prompt import PromptTokenizer
-from makeready.engine.text.tokenizer import Tokenizer, load_tokenizer
+from makeready.engine.text.grammar import Grammars
+from makeready.engine.text.tokenizer import Tokenizer
 from makeready.graphs.checkpoint.base import Checkpoint, open_checkpoint
 from makeready.graphs.executable.load import load_executable
 from makeready.graphs.plan.plan import Plan
 
 __all__ = ["LLM", "Output", "RequestError", "SamplingParams", "SchedulerOptions", "TokenLogprob"]
 
-PRIORITY = whole(-(2**63))
 _LOG = logging.getLogger("makeready")
 
 
@@ -94,7 +85,7 @@ class LLM:
         **options: Any,
     ) -> None:
         self.checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
-        self._parsers = Parsers(tool_call_parser, reasoning_parser)
+        parsers = Parsers(tool_call_parser, reasoning_parser)
         scheduler = scheduler or SchedulerOptions()
         self.warn: Report = report or _LOG.warning
         report = report or (lambda sentence: None)
@@ -102,20 +93,21 @@ class LLM:
             options = {**options, "deterministic": True}
         self.plan = plan_of(self.checkpoint, plan, options, report)
         scheduler.check(self.plan)  # before anything large is loaded
-        self.tokenizer: Tokenizer | None = load_tokenizer(self.checkpoint)
-        context = self.plan.limits.context_len
-        self._prompts = PromptTokenizer(self.tokenizer, self.checkpoint.path, context, self.warn)
         vocabulary = self.plan.config["vocab_size"]
-        self._grammars = Grammars(self.tokenizer, vocabulary, self.end_ids) if self.tokenizer else None
-        if chat_template is not None:
-            tokenizer = self._prompts.tokenizer_for("chat_template")
-            tokenizer.chat_template = read_template(chat_template, tokenizer.chat_template)
-        stated = sampling_defaults(self.checkpoint.generation_config) if generation_config else {}
-        self.generation_defaults: Mapping[str, Any] = stated
-        for sentence in self.tokenizer.warnings if self.tokenizer else ():
-            self.warn(sentence)
-        if stated:
-            self.warn(told(stated))
+        self.front = Front(
+            self.checkpoint,
+            Bounds(self.plan.limits, vocabulary, self.plan.steps),
+            parsers,
+            chat_template=chat_template,
+            generation_config=generation_config,
+            warn=self.warn,
+        )
+        if self.tokenizer is not None:
+            self.front.constrain = Grammars(self.tokenizer, vocabulary, self.end_ids).made
+            for sentence in self.tokenizer.warnings:
+                self.warn(sentence)
+        if self.generation_defaults:
+            self.warn(told(self.generation_defaults))
         shared = shareable(self.plan, scheduler, report)
         executable = load_executable(
             self.plan,
@@ -147,6 +139,21 @@ class LLM:
     def _check_open(self) -> None:
         if self.engine.closed:
             raise RequestError("the model is closed; load it again")
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The checkpoint's tokenizer; None where it has none."""
+        return self.front.tokenizer
+
+    @property
+    def generation_defaults(self) -> Mapping[str, Any]:
+        """Sampling fields that the model states."""
+        return self.front.generation_defaults
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The model's own end tokens."""
+        return self.front.end_ids
 
     @property
     def default_sampling(self) -> SamplingParams:
@@ -249,7 +256,7 @@ class LLM:
     ) -> Iterator[str]:
         """Yield the text of one sample as it becomes final; the generator's value is the output.
 
-        Arguments are those of :meth:`replies`.
+        Arguments are those of :meth:`Front.replies`.
 
         Raises:
             RequestError, TextError: it cannot be served, or could not go on.
@@ -288,116 +295,14 @@ class LLM:
         **template: Any,
     ) -> list[int]:
         """Token ids of a conversation under the model's chat template, or another; see :meth:`chat`."""
-        return self._rendered(messages, add_special_tokens, chat_template=chat_template, **template)[0]
+        return self.front.rendered(messages, add_special_tokens, chat_template=chat_template, **template)[0]
 
     def chat_replies(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        sampling: Sampling,
-        *,
-        extra_key: str = "",
-        priority: int = 0,
-        fit: bool = False,
-        **template: Any,
+        self, messages: Sequence[Mapping[str, Any]], sampling: Sampling, **more: Any
     ) -> list[Reply]:
         """:meth:`replies` to a conversation, whose reasoning and tool calls are told apart; see :meth:`chat`."""
-        ids, reading = self._rendered(messages, **template)
-        return self.replies(ids, sampling, extra_key=extra_key, priority=priority, fit=fit, reading=reading)
+        return self.front.chat_replies(messages, sampling, **more)
 
-    def _rendered(
-        self, messages: Any, add_special_tokens: Any = False, **template: Any
-    ) -> tuple[list[int], Reading | None]:
-        special = boolean("add_special_tokens", add_special_tokens)
-        text, reading = self._parsers.prompt(self._prompts.tokenizer_for("chat"), messages, **template)
-        return self._prompts.encode(text, special), reading
-
-    def replies(
-        self,
-        prompt: str | Sequence[int],
-        sampling: Sampling,
-        *,
-        extra_key: str = "",
-        priority: int = 0,
-        add_special_tokens: bool = True,
-        fit: bool = False,
-        reading: Reading | None = None,
-    ) -> list[Reply]:
-        """The ``n`` replies to one prompt, checked but not queued; see :meth:`generate` for the rest.
-
-        Args:
-            fit: lower ``max_new_tokens`` to what the context has room for; as without ``sampling``.
-            reading: how the message of an answer is written, where it is to be read.
-
-        Raises:
-            RequestError, TextError: the prompt or the parameters are beyond what the plan allows.
-        """
-        vocabulary = self.plan.config["vocab_size"]
-        extra_key, priority = field_text("extra_key", extra_key), PRIORITY("priority", priority)
-        special = boolean("add_special_tokens", add_special_tokens)
-        if isinstance(prompt, str):
-            ids = self._prompts.encode(prompt, special)
-            if not ids:
-                raise RequestError("the prompt is empty; give at least one token")
-        else:
-            ids = ids_of(prompt, vocabulary)
-        fit = fit or limit_is_models(sampling, self.generation_defaults)
-        sampling = params_of(sampling, self.generation_defaults)
-        if fit:
-            room = max(1, self.plan.limits.context_len - len(ids))
-            sampling = dataclasses.replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
-        sampling.check(self.plan.limits, vocabulary, self.plan.steps)
-        if sampling.logprob_start_len >= len(ids):
-            raise RequestError(
-                f"logprob_start_len={sampling.logprob_start_len} is beyond the prompt's {len(ids)} tokens; lower it"
-            )
-        if self.tokenizer is None and (sampling.stop or sampling.stop_regex):
-            raise RequestError(
-                "stop strings need a tokenizer, and the checkpoint has none; use stop_token_ids"
-            )
-        ends = frozenset(sampling.stop_token_ids)
-        if not sampling.ignore_eos:
-            ends |= frozenset(self.end_ids)
-        if sampling.min_new_tokens and len(ends) > self.plan.limits.max_stop_ids:
-            raise RequestError(
-                f"min_new_tokens holds back {len(ends)} end tokens, the plan allows "
-                f"{self.plan.limits.max_stop_ids}; give fewer stop_token_ids"
-            )
-        grammar = self._grammar(sampling, reading)
-        return [
-            Reply(
-                TokenSequence(
-                    ids,
-                    sampling,
-                    seed,
-                    ends,
-                    extra_key,
-                    priority,
-                    None if grammar is None else grammar.copy(),
-                ),
-                self.tokenizer,
-                reading,
-            )
-            for seed in map(sampling.seed, range(sampling.n))
-        ]
-
-    def _grammar(self, sampling: SamplingParams, reading: Reading | None) -> Grammar | None:
-        """What an output has to follow: a field of ``sampling``, behind reasoning; calls, forced or strict."""
-        asked, message = sampling.grammar, None if reading is None else reading.grammar
-        if asked is None and (message is None or not message.binds):
-            return None
-        if asked is not None and message is not None and message.forced:
-            raise RequestError(f"{asked[0]} and tool_choice cannot both hold; give one of them")
-        self._prompts.tokenizer_for("an output that follows a grammar")
-        assert self._grammars is not None
-        return self._grammars.start(asked, message)
-
-    @property
-    def end_ids(self) -> tuple[int, ...]:
-        """The model's own end tokens: the tokenizer's, or the config's where there is none."""
-        if self.tokenizer is not None:
-            return self.tokenizer.eos_ids
-        stated = self.checkpoint.config.get("eos_token_id")
-        named = self.checkpoint.generation_config.get("eos_token_id", stated)
-        if named is None:
-            return ()
-        return tuple(named) if isinstance(named, list) else (named,)
+    def replies(self, prompt: str | Sequence[int], sampling: Sampling, **more: Any) -> list[Reply]:
+        """The ``n`` replies to one prompt, checked but not queued; see :meth:`Front.replies`."""
+        return self.front.replies(prompt, sampling, **more)

@@ -124,6 +124,13 @@ class Engine:
             sequence.finish(ABORT)
             self._ended(sequence)
 
+    def forget(self) -> int:
+        """Drop cached prefixes that no sequence holds; returns how many pages that were."""
+        cache, before = self.scheduler.seats.cache, self.pool.cached
+        if cache is not None:
+            cache.reset()
+        return before - self.pool.cached
+
     def step(self) -> list[TokenSequence]:
         """Launch a step and read one: with overlap, the one that was launched by the call before.
 

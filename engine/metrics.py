@@ -3,7 +3,7 @@
 >>> metrics = Metrics()
 >>> engine.observer = metrics.step          # every step
 >>> metrics.finish(reply.result())          # every reply that is final
->>> metrics.render()                        # the text of a scrape, of exposition.CONTENT_TYPE
+>>> metrics.render()                        # the text of a scrape, and its type
 
 Rates and shares are left to queries, so that any window can be taken, such as
 
@@ -14,10 +14,16 @@ Rates and shares are left to queries, so that any window can be taken, such as
 
 from __future__ import annotations
 
-from makeready.engine.exposition import Counter, Gauge, Histogram, render
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from makeready.engine.exposition import Counter, Family, Gauge, Histogram, render
 from makeready.engine.output import Output
-from makeready.engine.sequence import ERROR
+from makeready.engine.sequence import ABORT, ERROR
 from makeready.engine.step_record import StepRecord
+
+if TYPE_CHECKING:
+    from prometheus_client.metrics_core import Metric
 
 # Seconds. A decode step of an 8B model takes 5 to 30 ms, a long prefill step 0.2 s, the host's part of
 # either 0.05 to 2 ms.
@@ -27,9 +33,13 @@ REQUEST_BOUNDS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1, 2, 4, 8, 15, 30
 
 
 class Metrics:
-    """Counts of one engine."""
+    """Counts of one engine.
 
-    def __init__(self) -> None:
+    Args:
+        model: what the model is called; then vLLM's names, by which dashboards look for these figures, are told too.
+    """
+
+    def __init__(self, model: str | None = None) -> None:
         bucket, phase = ("bucket",), ("phase",)
         self._waiting = Gauge("makeready_waiting_requests", "Requests that wait.")
         self._running = Gauge("makeready_running_requests", "Requests that run.")
@@ -67,7 +77,8 @@ class Metrics:
             STEP_BOUNDS,
         )
         self._whole = Histogram("makeready_e2e_seconds", "From arrival to the last token.", REQUEST_BOUNDS)
-        self._families = list(vars(self).values())
+        self._families: list[Family] = list(vars(self).values())
+        self._model = model
         self._read = 0.0
 
     def step(self, record: StepRecord) -> None:
@@ -103,6 +114,48 @@ class Metrics:
         if more:
             self._between.observe((whole - first) / more, more)
 
-    def render(self) -> str:
-        """The text of a scrape; from any thread."""
-        return render(self._families)
+    def aborted(self, samples: int) -> None:
+        """Count samples whose reader has gone."""
+        self._finished.add(samples, (ABORT,))
+
+    def render(self, accept: str = "") -> tuple[bytes, str]:
+        """What a scrape gets, and its type; from any thread.
+
+        Args:
+            accept: what the scraper says that it reads.
+        """
+        return render(self._metrics(), accept)
+
+    def _metrics(self) -> Iterator[Metric]:
+        for family in self._families:
+            yield family.metric()
+        if self._model is not None:
+            yield from self._aliases(self._model)
+
+    def _aliases(self, model: str) -> Iterator[Metric]:
+        """The same under vLLM's names (its documentation, "Production metrics"), with its labels."""
+        fixed = (("model_name", model), ("engine", "0"))
+        free, cached, held = (self._pages.value((state,)) for state in ("free", "cached", "held"))
+        usage = Gauge("", "Share of KV pages that requests hold.")
+        usage.set(held / max(free + cached + held, 1))
+        prompts = Counter("", "Tokens of prompts, cached or run.")
+        prompts.add(self._prompt.value() + self._cached.value())
+        for name, family in (
+            ("num_requests_running", self._running),
+            ("num_requests_waiting", self._waiting),
+            ("kv_cache_usage_perc", usage),
+            ("prompt_tokens_total", prompts),
+            ("generation_tokens_total", self._generated),
+            ("num_preemptions_total", self._retractions),
+            ("prefix_cache_queries_total", prompts),
+            ("prefix_cache_hits_total", self._cached),
+            ("time_to_first_token_seconds", self._first),
+            ("inter_token_latency_seconds", self._between),
+            ("e2e_request_latency_seconds", self._whole),
+            ("request_queue_time_seconds", self._queue),
+        ):
+            yield family.metric(f"vllm:{name}", fixed)
+        ended = Counter("", self._finished.help, ("finished_reason",))
+        for labels, value in self._finished.items():
+            ended.add(value, labels)
+        yield ended.metric("vllm:request_success_total", fixed)

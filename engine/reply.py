@@ -21,6 +21,10 @@ from makeready.engine.text.tokenizer import Tokenizer
 TEXT_FAILED = "the request's text cannot be made"
 
 
+AskedGrammar = tuple[str, Any, str]
+"""Name and value of a grammar of answers, and the grammar of the message that they are in ("": nothing but them)."""
+
+
 @dataclass(eq=False, slots=True)
 class Reply:
     """The answer of one sequence, while it is made and when it is final.
@@ -29,6 +33,7 @@ class Reply:
         sequence: what it is the answer of.
         tokenizer: None where there is none; the answer then has no text.
         reading: how its message is written, where reasoning and calls are to be told apart.
+        grammar: what its output has to follow; None for nothing.
         on_text: told every piece of text that became final, as it does.
         on_event: told every piece of the message, as it becomes final.
         on_finish: told of this reply when it is final.
@@ -42,6 +47,7 @@ class Reply:
     sequence: TokenSequence
     tokenizer: Tokenizer | None = None
     reading: Reading | None = None
+    grammar: AskedGrammar | None = None
     on_text: Callable[[str], None] | None = None
     on_event: Callable[[Event], None] | None = None
     on_finish: Callable[[Reply], None] | None = None

@@ -17,7 +17,7 @@ from dataclasses import replace
 import numpy as np
 
 from makeready.engine.batch import Batch, Chunk, asked_kind
-from makeready.engine.errors import RequestError
+from makeready.engine.errors import BusyError, RequestError
 from makeready.engine.kv.pools import Pools
 from makeready.engine.kv.radix import PrefixCache
 from makeready.engine.options import PRIORITY, SchedulerOptions
@@ -111,7 +111,7 @@ class Scheduler:
             )
         most = self.options.max_queued_requests
         if most is not None and len(self.waiting) >= most:
-            raise RequestError(
+            raise BusyError(
                 f"{most} requests wait already, as many as scheduler.max_queued_requests allows; try again later"
             )
         self.waiting.add(sequence)

@@ -12,6 +12,7 @@ COMMANDS = {
     "compile": "make a plan for a checkpoint; needs no GPU",
     "generate": "answer a prompt, or a file of prompts",
     "inspect": "explain a plan as text or as a page",
+    "serve": "answer requests over HTTP",
     "tune": "choose the fastest of the ways that a plan carries, on the GPU",
     "bisect": "find the launch that computes something else than the interpreter",
     "bench": "measure speed",

@@ -26,7 +26,7 @@ MODULES = {module_name(path): path for layer in LAYERS for path in sorted((ROOT 
 RUNTIME = sorted(
     name
     for name in MODULES
-    if name in {f"makeready.engine.{m}" for m in ("llm", "loop", "scheduler")}
+    if name in {f"makeready.engine.{m}" for m in ("llm", "loop", "scheduler", "remote.host")}
     or name.startswith(
         (
             "makeready.engine.text.",
@@ -180,10 +180,30 @@ def test_the_scheduler_knows_no_text_and_no_replies():
     )  # or nothing would be found
 
 
-def test_protocols_know_no_batch_files():
+def test_protocols_know_neither_batch_files_nor_servers():
     protocols = [name for name in MODULES if name.startswith("makeready.engine.protocol.")]
     assert len(protocols) >= 4
-    assert not {name for name in reachable(*protocols) if name.startswith("makeready.engine.entrypoints")}
+    others = tuple(f"makeready.engine.{other}" for other in ("entrypoints", "server", "remote"))
+    assert not {name for name in reachable(*protocols) if name.startswith(others)}
+
+
+def test_the_engines_process_knows_no_server_and_no_http():
+    found = reachable("makeready.engine.remote.host")
+    assert "makeready.engine.loop" in found
+    assert not {
+        name for name in found if name.startswith(("makeready.engine.server", "makeready.engine.entrypoints"))
+    }
+    web = {"starlette", "uvicorn", "httptools", "uvloop", "prometheus_client", "asyncio"}
+    assert not {name for name in found if web & {other.split(".")[0] for other in imports_of(name)}}
+
+
+def test_a_protocol_on_the_way_through_the_server_is_named_by_its_own_files():
+    """Adding one touches its folder of bodies and answers, and its file of routes."""
+    own = ("makeready.engine.protocol.sglang", "makeready.engine.server.routes.sglang")
+    engine = [name for name in MODULES if name.startswith("makeready.engine.")]
+    named = {name for name in engine if any(".sglang" in other for other in imports_of(name))}
+    assert named
+    assert all(name.startswith(own) for name in named)
 
 
 @pytest.mark.parametrize("layer", ["engine", "graphs", "kernels"])

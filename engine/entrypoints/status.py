@@ -45,6 +45,10 @@ class Stages:
             spinner.start()
             self._spinner = spinner
 
+    def end(self) -> None:
+        """End the running stage."""
+        self._stop(done=True)
+
     def note(self, detail: str) -> None:
         """Say how far the running stage is; a terminal only."""
         if self._spinner is not None:

@@ -49,7 +49,7 @@ class MetricsFile:
         """Write what is known now."""
         self._written = time.perf_counter()
         try:
-            self._staging.write_text(self.metrics.render())
+            self._staging.write_bytes(self.metrics.render()[0])
             os.replace(self._staging, self._path)
         except BaseException:
             self._staging.unlink(missing_ok=True)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from makeready.engine.text.tokenizer import Tokenizer
 
+ANY = ("tools", None)  # an answer that may be any text where no tool is called
 MANY = 128  # rows from which on threads compute masks
 LONGEST = 2**20  # characters of a grammar
 _KEPT = 64  # grammars that were compiled last
@@ -123,7 +124,10 @@ class Grammars:
             RequestError: it is broken, too large, or has what cannot be enforced.
         """
         frame = message.lark(self._markers, asked is not None) if message is not None else ""
-        kind, value = asked or ("tools", None)
+        return self.made(*(asked or ANY), frame)
+
+    def made(self, kind: str, value: Any, frame: str) -> Grammar:
+        """As :meth:`start`, of a message whose grammar, in which the answer is ``@content``, is known."""
         _check_size(kind, frame)
         key = (kind, json.dumps(value), frame)
         with self._lock:

@@ -20,6 +20,7 @@ from makeready.engine.entrypoints.cli import launch
 from makeready.engine.entrypoints.generate import generate_job
 from makeready.engine.entrypoints.generate_options import GenerateJob
 from makeready.engine.errors import RequestError
+from makeready.engine.front import Front
 from makeready.engine.llm import LLM, SamplingParams
 from makeready.engine.text.parts import TextError
 
@@ -234,14 +235,14 @@ def test_the_models_sampling_values_stand_in_for_what_is_not_asked(
     assert not caplog.records
 
     seen: list[SamplingParams] = []
-    replies = LLM.replies
+    replies = Front.replies
 
-    def watched(self: LLM, prompt: Any, sampling: Any, **more: Any) -> Any:
+    def watched(self: Front, prompt: Any, sampling: Any, **more: Any) -> Any:
         made = replies(self, prompt, sampling, **more)
         seen.extend(reply.sequence.sampling for reply in made)
         return made
 
-    monkeypatch.setattr(LLM, "replies", watched)
+    monkeypatch.setattr(Front, "replies", watched)
     stated.generate(["hello"])
     stated.chat(HELLO)
     list(stated.stream("hello"))

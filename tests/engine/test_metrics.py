@@ -3,51 +3,35 @@
 from __future__ import annotations
 
 import math
-import re
 
 import pytest
+from prometheus_client.openmetrics import parser as openmetrics
+from prometheus_client.parser import text_string_to_metric_families
 from step_records import make_record, overlapped
 
-from makeready.engine.exposition import Counter, Gauge, Histogram, render
+from makeready.engine.exposition import Counter, Family, Gauge, Histogram, render
 from makeready.engine.metrics import Metrics
 from makeready.engine.output import Output
 from makeready.graphs.plan.spec import EXTEND, Bucket
 
-NAME = r"[a-zA-Z_:][a-zA-Z0-9_:]*"
-SAMPLE = re.compile(rf"({NAME})(?:\{{(.*)\}})? (\S+)")
-LABEL = re.compile(r'([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\\n]|\\["\\n])*)"(?:,|$)')
 
-
-def parse(text: str) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
-    """A strict reader of the format: HELP and TYPE once before the samples of a family, none interleaved."""
+def parse(text: bytes) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    """Samples, by the parser of the format's own library."""
     samples: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
-    seen: list[str] = []
-    kind = ""
-    assert text.endswith("\n")
-    assert not text.endswith("\n\n")
-    lines = iter(text.splitlines())
-    for line in lines:
-        if line.startswith("# HELP "):
-            family = line.split(" ", 3)[2]
-            assert family not in seen
-            seen.append(family)
-            head, family_again, kind = next(lines).rsplit(" ", 2)
-            assert (head, family_again) == ("# TYPE", family)
-            assert kind in ("counter", "gauge", "histogram")
-            continue
-        found = SAMPLE.fullmatch(line)
-        assert found, line
-        suffixes = ("_bucket", "_sum", "_count") if kind == "histogram" else ("",)
-        assert found[1] in [seen[-1] + suffix for suffix in suffixes]
-        labels = LABEL.findall(found[2] or "")
-        assert ",".join(f'{name}="{value}"' for name, value in labels) == (found[2] or "")
-        key = (found[1], frozenset(labels))
-        assert key not in samples
-        samples[key] = float(found[3])
+    for family in text_string_to_metric_families(text.decode()):
+        assert family.documentation
+        for sample in family.samples:
+            key = (sample.name, frozenset(sample.labels.items()))
+            assert key not in samples
+            samples[key] = sample.value
     return samples
 
 
-def test_the_text_is_that_of_the_format() -> None:
+def scraped(*families: Family) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    return parse(render(family.metric() for family in families)[0])
+
+
+def test_the_text_says_what_was_counted() -> None:
     counter = Counter("http_requests_total", "The total number of\nHTTP requests.", ("method", "code"))
     counter.add(1026, ("post", "200"))
     counter.add(1, ("post", "200"))
@@ -57,38 +41,33 @@ def test_the_text_is_that_of_the_format() -> None:
     histogram = Histogram("request_seconds", "How long.", (0.05, 1))
     for value, count in ((0.05, 1), (0.2, 2), (3.0, 1)):
         histogram.observe(value, count)
-    assert render([counter, gauge, histogram]) == (
-        "# HELP http_requests_total The total number of\\nHTTP requests.\n"
-        "# TYPE http_requests_total counter\n"
-        'http_requests_total{method="post",code="200"} 1027\n'
-        'http_requests_total{method="a\\"b\\\\c\\n",code="400"} 3\n'
-        "# HELP load Now.\n"
-        "# TYPE load gauge\n"
-        "load 0.25\n"
-        "# HELP request_seconds How long.\n"
-        "# TYPE request_seconds histogram\n"
-        'request_seconds_bucket{le="0.05"} 1\n'
-        'request_seconds_bucket{le="1"} 3\n'
-        'request_seconds_bucket{le="+Inf"} 4\n'
-        "request_seconds_sum 3.45\n"
-        "request_seconds_count 4\n"
-    )
+    found = scraped(counter, gauge, histogram)
+    assert found["http_requests_total", frozenset({("method", "post"), ("code", "200")})] == 1027
+    assert found["http_requests_total", frozenset({("method", 'a"b\\c\n'), ("code", "400")})] == 3
+    plain = {name: value for (name, labels), value in found.items() if not labels}
+    assert (plain["load"], plain["request_seconds_sum"], plain["request_seconds_count"]) == (0.25, 3.45, 4)
+    below = {dict(labels)["le"]: value for (name, labels), value in found.items() if name.endswith("_bucket")}
+    assert below == {"0.05": 1, "1.0": 3, "+Inf": 4}
 
 
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(math.nan, "NaN"), (math.inf, "+Inf"), (-math.inf, "-Inf"), (2**53, "9007199254740992.0")],
-)
-def test_numbers_are_those_that_prometheus_reads(value: float, text: str) -> None:
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 2.0**53])
+def test_numbers_are_those_that_prometheus_reads(value: float) -> None:
     gauge = Gauge("load", "Now.")
     gauge.set(value)
-    assert render([gauge]).splitlines()[-1] == f"load {text}"
-    assert float(text) == value or math.isnan(value)
+    (read,) = scraped(gauge).values()
+    assert read == value or (math.isnan(value) and math.isnan(read))
+
+
+def test_who_reads_the_newer_format_gets_it() -> None:
+    body, kind = Metrics("smol").render("application/openmetrics-text; version=1.0.0")
+    assert kind.startswith("application/openmetrics-text")
+    names = {family.name for family in openmetrics.text_string_to_metric_families(body.decode())}
+    assert {"makeready_generated_tokens", "vllm:generation_tokens"} <= names
 
 
 def test_steps_are_counted() -> None:
     metrics = Metrics()
-    parse(metrics.render())  # before anything happened
+    parse(metrics.render()[0])  # before anything happened
     for record in overlapped(3):
         metrics.step(record)
     metrics.step(
@@ -105,7 +84,7 @@ def test_steps_are_counted() -> None:
     )
     found = {
         (name.removeprefix("makeready_"), *(value for _, value in sorted(labels))): value
-        for (name, labels), value in parse(metrics.render()).items()
+        for (name, labels), value in parse(metrics.render()[0]).items()
     }
     assert (found["generated_tokens_total",], found["prompt_tokens_total",]) == (3 * 6 + 5, 45)
     assert (found["cached_tokens_total",], found["retractions_total",]) == (16, 1)
@@ -129,12 +108,14 @@ def test_requests_are_counted() -> None:
     metrics.finish(Output("", (1,), "stop", 4, meta_info=meta))
     metrics.finish(Output("", (), "abort", 4, meta_info=meta))
     metrics.finish(Output.refused("too long"))
-    found = {name: value for (name, labels), value in parse(metrics.render()).items() if not labels}
+    found = {name: value for (name, labels), value in parse(metrics.render()[0]).items() if not labels}
     assert found["makeready_e2e_seconds_count"] == 2
     assert found["makeready_time_to_first_token_seconds_sum"] == pytest.approx(0.6)
     assert found["makeready_inter_token_seconds_count"] == 5
     assert found["makeready_inter_token_seconds_sum"] == pytest.approx(0.05)
     reasons = {
-        dict(labels)["reason"] for name, labels in parse(metrics.render()) if name.endswith("requests_total")
+        dict(labels)["reason"]
+        for name, labels in parse(metrics.render()[0])
+        if name.endswith("requests_total")
     }
     assert reasons == {"length", "stop", "abort", "error"}

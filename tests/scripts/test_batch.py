@@ -108,12 +108,12 @@ def test_bad_rows_get_errors_and_the_others_their_tokens(llm):
 
 
 def test_what_nobody_foresaw_in_a_row_costs_that_row_alone(llm, monkeypatch):
-    replies = llm.replies
+    replies = llm.front.replies
 
     def broken(prompt: Any, sampling: SamplingParams, **more: Any) -> Any:
         return replies(prompt, sampling, **more) if prompt != [13] else 1 / 0
 
-    monkeypatch.setattr(llm, "replies", broken)
+    monkeypatch.setattr(llm.front, "replies", broken)
     made = answers(llm, encoded({"token_ids": [1]}, {"token_ids": [13]}, {"token_ids": [2]}))
     assert [("error" in answer) for answer in made] == [False, True, False]
     assert "ZeroDivisionError" in made[1]["error"]["message"]
@@ -171,14 +171,14 @@ def test_a_queue_that_is_full_costs_rows_and_leaves_nothing_behind(llm, monkeypa
 
 def test_no_row_waits_while_a_long_one_is_tokenized(llm, monkeypatch):
     """A text keeps its thread until another row is answered; in one thread that would be never."""
-    answered, replies = threading.Event(), llm.replies
+    answered, replies = threading.Event(), llm.front.replies
 
     def slow(prompt: Any, *arguments: Any, **named: Any) -> Any:
         if len(prompt) > LONG:
             assert answered.wait(60), "the other row was not answered meanwhile"
         return replies([5], *arguments, **named)
 
-    monkeypatch.setattr(llm, "replies", slow)
+    monkeypatch.setattr(llm.front, "replies", slow)
     worker = Worker(llm, "rows", GREEDY)
     texts = ["a" * (LONG + 1), "a", "b" * (LONG + 1)]
     worker.put([(i, line) for i, line in enumerate(encoded(*({"prompt": text} for text in texts)), 1)])
@@ -197,7 +197,7 @@ def test_no_row_waits_while_a_long_one_is_tokenized(llm, monkeypatch):
 
 @pytest.mark.parametrize("length", [1, 10, 63])
 def test_a_chat_without_a_limit_goes_on_to_the_end_of_the_context(llm, monkeypatch, length):
-    monkeypatch.setattr(llm, "_rendered", lambda messages, **template: ([5] * length, None))
+    monkeypatch.setattr(llm.front, "rendered", lambda messages, **template: ([5] * length, None))
     chat = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions"}
     body = {
         "model": "m",

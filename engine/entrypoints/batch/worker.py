@@ -12,6 +12,7 @@ from makeready.engine.entrypoints.batch.openai import OpenAIFormat
 from makeready.engine.entrypoints.batch.rows import SAMPLING, RowFormat, encode, parse
 from makeready.engine.errors import reason_of
 from makeready.engine.feed import Feed, Refused
+from makeready.engine.front import Defaults
 from makeready.engine.given import has_grammar, is_long, sampling_of
 from makeready.engine.llm import LLM
 from makeready.engine.output import Output
@@ -68,11 +69,8 @@ class Worker:
         self._format = FORMATS[format] if carry or format != RowFormat.name else RowFormat(carry=False)
         if isinstance(sampling, SamplingParams):
             sampling = {name: getattr(sampling, name) for name in SAMPLING}
-        self._sampling = dict(sampling)
-        self._template = dict(template or {})
+        self._defaults = Defaults(dict(sampling), dict(template or {}), add_special_tokens, fit)
         self._told = told
-        self._add_special_tokens = add_special_tokens
-        self._fit = fit
         self._feed = Feed[_Row](llm.engine)
         self._refused: list[Done] = []
 
@@ -115,7 +113,7 @@ class Worker:
                     row,
                     partial(self._make, row, ask),
                     long=any(map(is_long, ask.prompts)),
-                    grammar=has_grammar(sampling_of(self._sampling, ask.sampling), ask.tools),
+                    grammar=has_grammar(sampling_of(self._defaults.sampling, ask.sampling), ask.tools),
                 )
 
     def step(self) -> list[Done]:
@@ -137,23 +135,7 @@ class Worker:
 
     def _make(self, row: _Row, ask: Ask) -> list[Reply]:
         """The replies to a row; may run in a thread."""
-        asked = sampling_of(self._sampling, ask.sampling)
-        chosen = "max_new_tokens" in (ask.sampling if self._fit else asked)
-        if not chosen:
-            own = (ask.max_new_tokens, self._sampling.get("max_new_tokens"))  # the format's and the model's
-            context = self._llm.plan.limits.context_len
-            asked["max_new_tokens"] = min((most for most in own if most is not None), default=context)
-        row.params = params = SamplingParams.from_mapping(asked)
-        replies: list[Reply] = []
-        for prompt in ask.prompts:
-            if ask.kind == "messages":
-                chat = {**self._template, **ask.template, **ask.text, **ask.tools}
-                replies += self._llm.chat_replies(prompt, params, **ask.routing, fit=not chosen, **chat)
-                continue
-            special = ask.text.get("add_special_tokens", self._add_special_tokens)
-            replies += self._llm.replies(
-                prompt, params, **ask.routing, add_special_tokens=special, fit=not chosen
-            )
+        row.params, replies = self._llm.front.asked(ask, self._defaults)
         row.left, row.outputs = len(replies), [None] * len(replies)
         return replies
 

@@ -56,10 +56,10 @@ def answer(
         "choices": [
             _chat_choice(i, output, tokenizer)
             if chat
-            else _completion_choice(i, output, tokenizer, _echo(body, i // params.n), params)
+            else _completion_choice(i, output, tokenizer, body, params)
             for i, output in enumerate(outputs)
         ],
-        "usage": _usage(outputs, params.n),
+        "usage": usage_of(outputs, params.n),
     }
 
 
@@ -77,7 +77,14 @@ def refusal(body: Mapping[str, Any], message: str, field: str | None) -> dict[st
     begins = re.match(r"\w+", message)
     if field is None and begins is not None and begins[0] in body:
         field = begins[0]
-    return {"error": {"message": message, "type": "invalid_request_error", "param": field, "code": None}}
+    return error_object(message, "invalid_request_error", field)
+
+
+def error_object(
+    message: str, kind: str, field: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    """An ``error`` object of a type, perhaps with a code for programs."""
+    return {"error": {"message": message, "type": kind, "param": field, "code": code}}
 
 
 def _chat_choice(index: int, output: Output, tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -94,20 +101,21 @@ def _chat_choice(index: int, output: Output, tokenizer: Tokenizer | None) -> dic
     }
 
 
-def _echo(body: Mapping[str, Any], index: int) -> str | Sequence[int]:
-    """The prompt that an answer begins with; nothing where that was not asked for."""
-    return prompts_of(body["prompt"])[1][index] if body.get("echo") else ""
+def echo_of(
+    body: Mapping[str, Any], index: int, tokenizer: Tokenizer | None
+) -> tuple[str | Sequence[int], str]:
+    """The prompt of this number that an answer begins with, and its text; nothing where that was not asked for."""
+    echo = prompts_of(body["prompt"])[1][index] if body.get("echo") else ""
+    if isinstance(echo, str):
+        return echo, echo
+    return echo, "" if tokenizer is None else prompt_text(tokenizer, echo)
 
 
 def _completion_choice(
-    index: int, output: Output, tokenizer: Tokenizer | None, echo: str | Sequence[int], params: SamplingParams
+    index: int, output: Output, tokenizer: Tokenizer | None, body: Mapping[str, Any], params: SamplingParams
 ) -> dict[str, Any]:
-    made: dict[str, Any] = {}
-    begins = echo if isinstance(echo, str) else ""
-    if tokenizer is None:
-        made = {"token_ids": [*echo, *output.token_ids]}
-    elif not isinstance(echo, str):
-        begins = prompt_text(tokenizer, echo)
+    echo, begins = echo_of(body, index // params.n, tokenizer)
+    made = {} if tokenizer is not None else {"token_ids": [*echo, *output.token_ids]}
     return made | {
         "index": index,
         "text": f"{begins}{output.text}",
@@ -118,7 +126,7 @@ def _completion_choice(
     }
 
 
-def _usage(outputs: Sequence[Output], samples: int) -> dict[str, Any]:
+def usage_of(outputs: Sequence[Output], samples: int) -> dict[str, Any]:
     """Tokens of a request: each prompt counts once, however many samples were drawn for it."""
     firsts = outputs[::samples]
     prompt = sum(output.prompt_tokens for output in firsts)

@@ -48,7 +48,7 @@ SAMPLING = {
 CHAT_SAMPLING = SAMPLING | {"max_completion_tokens": "max_new_tokens", "top_logprobs": "top_logprobs_num"}
 CHAT_FIELDS = (
     *("model", "messages", "logprobs", "chat_template_kwargs", "chat_template", "add_special_tokens"),
-    *("tools", "tool_choice", "parallel_tool_calls"),
+    *("tools", "tool_choice", "parallel_tool_calls", "reasoning_effort"),
 )
 COMPLETION_FIELDS = ("model", "prompt", "logprobs", "echo", "add_special_tokens")
 
@@ -89,7 +89,7 @@ def read(url: str, body: Mapping[str, Any]) -> Ask:
     """
     body, chat = {name: value for name, value in body.items() if value is not None}, url == CHAT
     table = CHAT_SAMPLING if chat else SAMPLING
-    known = (*(CHAT_FIELDS if chat else COMPLETION_FIELDS), *table, *structured.FIELDS, *ROUTING)
+    known = _known(url)
     for name in body:
         if name not in known:
             _check_idle(name, body[name], known)
@@ -110,8 +110,31 @@ def read(url: str, body: Mapping[str, Any]) -> Ask:
     if not isinstance(template, dict):
         raise AskError("chat_template_kwargs must be an object", "chat_template_kwargs")
     check_template(template)
+    if "reasoning_effort" in body:
+        if not isinstance(body["reasoning_effort"], str):
+            raise AskError("reasoning_effort must be a string", "reasoning_effort")
+        template = {"reasoning_effort": body["reasoning_effort"], **template}
     text, tools = text_of(body, "messages"), tools_of(body, "messages", template)
-    return Ask("messages", (body["messages"],), sampling, template, routing_of(body), text, tools)
+    messages = [*map(_message, body["messages"])]
+    return Ask("messages", (messages,), sampling, template, routing_of(body), text, tools)
+
+
+def _message(message: Any) -> Any:
+    """A message in which what newer models call ``developer`` is ``system``, as templates know it."""
+    developer = isinstance(message, Mapping) and message.get("role") == "developer"
+    return {**message, "role": "system"} if developer else message
+
+
+def unknown(url: str, body: Mapping[str, Any]) -> list[str]:
+    """Fields of a body that mean nothing here; those that mean what is not served are not among them."""
+    known = {*_known(url), *IDLE, *WITHOUT_EFFECT}
+    return [name for name, value in body.items() if name not in known and value is not None]
+
+
+def _known(url: str) -> tuple[str, ...]:
+    chat = url == CHAT
+    own, table = (CHAT_FIELDS, CHAT_SAMPLING) if chat else (COMPLETION_FIELDS, SAMPLING)
+    return (*own, *table, *structured.FIELDS, *ROUTING)
 
 
 def prompts_of(prompt: Any) -> tuple[str, tuple[Any, ...]]:

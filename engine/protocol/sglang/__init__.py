@@ -1,0 +1,1 @@
+"""SGLang's own ``/generate``, as its documentation has it (https://docs.sglang.ai, "Sampling Parameters")."""
