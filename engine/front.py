@@ -254,8 +254,9 @@ class Front:
         if asked is not None and message is not None and message.forced:
             raise RequestError(f"{asked[0]} and tool_choice cannot both hold; give one of them")
         tokenizer = self.tokenizer_for("an output that follows a grammar")
+        kind, value = asked or ANY
         if message is None:
-            return (*(asked or ANY), "")
+            return kind, value, ""
         if self._markers is None:
             self._markers = Markers(tokenizer, self.end_ids)
-        return (*(asked or ANY), message.lark(self._markers, asked is not None))
+        return kind, value, message.lark(self._markers, asked is not None)
