@@ -26,7 +26,7 @@ TOOL: Any = {
     "description": "Weather of a city.",
     "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
 }
-FIXED: dict[str, Any] = {"model": "smol", "temperature": 0, "max_tokens": 12}
+CUT = 22  # tokens of a call, within the value of its argument
 NAMED: Any = {"type": "tool", "name": "get_weather"}
 
 
@@ -40,33 +40,39 @@ def total(usage: Any) -> int:
     return usage.input_tokens + usage.cache_creation_input_tokens + usage.cache_read_input_tokens
 
 
-def asking(**more: Any) -> dict[str, Any]:
-    return FIXED | {"messages": USER, "extra_body": {"chat_template": THINKS}} | more
+def asking(beyond: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+    """Arguments of the client, and ``beyond`` them fields of the body, of which temperature is one of old."""
+    asked: dict[str, Any] = {"model": "smol", "max_tokens": 12, "messages": USER}
+    return asked | {"extra_body": {"temperature": 0, **(beyond or {})}} | more
+
+
+def calling(**more: Any) -> dict[str, Any]:
+    """The same with a template that the model calls tools and thinks with."""
+    return asking({"chat_template": THINKS}, **more)
 
 
 @pytest.mark.parametrize(
     ("asked", "kinds", "reason"),
     [
-        (FIXED | {"messages": [{"role": "user", "content": "Name a colour."}]}, ["text"], "max_tokens"),
-        (asking(tools=[TOOL], tool_choice={"type": "any"}, max_tokens=40), ["tool_use"], "tool_use"),
+        (asking(messages=[{"role": "user", "content": "Name a colour."}]), ["text"], "max_tokens"),
         (
-            asking(tools=[TOOL], tool_choice=NAMED | {"disable_parallel_tool_use": True}, max_tokens=40),
+            calling(tools=[TOOL], tool_choice=NAMED | {"disable_parallel_tool_use": True}, max_tokens=40),
             ["tool_use"],
             "tool_use",
         ),
-        (asking(tools=[TOOL], tool_choice=NAMED, max_tokens=17), ["tool_use"], "max_tokens"),
-        (asking(thinking={"type": "enabled", "budget_tokens": 1024}), ["thinking"], "max_tokens"),
-        (asking(thinking={"type": "disabled"}, stop_sequences=["name"]), ["text"], "stop_sequence"),
+        (calling(tools=[TOOL], tool_choice={"type": "any"}, max_tokens=CUT), ["tool_use"], "max_tokens"),
+        (calling(thinking={"type": "enabled", "budget_tokens": 1024}), ["thinking"], "max_tokens"),
+        (calling(thinking={"type": "disabled"}, stop_sequences=["name"]), ["text"], "stop_sequence"),
     ],
-    ids=["text", "any tool", "one tool", "a call that is cut", "thinking", "no thinking, and a stop"],
+    ids=["text", "one tool", "any tool, and the call is cut", "thinking", "no thinking, and a stop"],
 )
 def test_a_stream_is_the_plain_message(
     client: anthropic.Anthropic, asked: Any, kinds: Any, reason: str
 ) -> None:
     """The client puts the events together by itself; their order is the one that is published."""
     plain = client.messages.create(**asked)
-    events = list(client.messages.create(**asked, stream=True))
     with client.messages.stream(**asked) as stream:
+        events = [event for event in stream if event.type.startswith(("message_", "content_block_"))]
         streamed = stream.get_final_message()
     assert [block.type for block in plain.content] == kinds
     assert plain.stop_reason == reason
@@ -105,7 +111,7 @@ def test_a_stream_is_the_plain_message(
 
 def test_published_events_have_their_names(server: ServerProcess) -> None:
     """Beneath the client, which skips pings."""
-    body = FIXED | {"messages": USER, "stream": True, "max_tokens": 2}
+    body = {"model": "smol", "messages": USER, "stream": True, "max_tokens": 2}
     made = httpx.post(server.url + "/v1/messages", json=body, timeout=60)
     assert made.headers["content-type"].startswith("text/event-stream")
     assert made.headers["request-id"] == made.headers["x-request-id"]
@@ -120,12 +126,9 @@ def test_published_events_have_their_names(server: ServerProcess) -> None:
 def test_a_conversation_is_the_same_chat(client: anthropic.Anthropic, server: ServerProcess) -> None:
     """Blocks and messages of OpenAI's that say the same are one prompt, with one answer."""
     template = (
-        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
-        "{% if m.reasoning_content %}{{ '<think>' + m.reasoning_content + '</think>' }}{% endif %}"
-        "{{ m.content or '' }}"
-        "{% for c in m.tool_calls or [] %}{{ '<tool_call>' }}{{ c.function.name }} "
-        "{{ c.function.arguments | tojson }} {{ c.id }}{% endfor %}"
-        "{{ m.tool_call_id or '' }}{{ '<|im_end|>\n' }}{% endfor %}{{ '<|im_start|>assistant\n' }}"
+        "{% for m in messages %}{{ m.role }} {{ m.reasoning_content or '' }} {{ m.content or '' }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments | tojson }}{{ c.id }}"
+        "{% endfor %}{{ m.tool_call_id or '' }}\n{% endfor %}"
     )
     blocks: Any = [
         {"role": "user", "content": "Weather"},
@@ -155,8 +158,9 @@ def test_a_conversation_is_the_same_chat(client: anthropic.Anthropic, server: Se
             ],
         },
     ]
-    asked = FIXED | {"messages": blocks, "system": [{"type": "text", "text": "Be brief."}]}
-    asked |= {"extra_body": {"chat_template": template}}
+    asked = asking(
+        {"chat_template": template}, messages=blocks, system=[{"type": "text", "text": "Be brief."}]
+    )
     calls = [
         {
             "id": "toolu_1",
@@ -180,7 +184,7 @@ def test_a_conversation_is_the_same_chat(client: anthropic.Anthropic, server: Se
     made = client.messages.create(**asked)
     assert "".join(block.text for block in made.content) == chat.choices[0].message.content
     assert total(made.usage) == chat.usage.prompt_tokens
-    del asked["max_tokens"], asked["temperature"]
+    del asked["max_tokens"]
     assert client.messages.count_tokens(**asked).input_tokens == chat.usage.prompt_tokens
     tools = {"tools": [TOOL], "tool_choice": {"type": "none"}}
     assert client.messages.count_tokens(**asked, **tools).input_tokens == chat.usage.prompt_tokens
@@ -188,12 +192,12 @@ def test_a_conversation_is_the_same_chat(client: anthropic.Anthropic, server: Se
 
 def test_an_answer_ends_with_the_context(client: anthropic.Anthropic) -> None:
     """Clients ask for as many tokens as the largest models have."""
-    asked = FIXED | {"max_tokens": 32_000, "messages": [{"role": "user", "content": "colour " * 460}]}
+    asked = asking(max_tokens=32_000, messages=[{"role": "user", "content": "colour " * 460}])
     made = client.messages.create(**asked)
     assert made.stop_reason in ("model_context_window_exceeded", "end_turn")
     if made.stop_reason != "end_turn":
         assert total(made.usage) + made.usage.output_tokens == 512
-    with pytest.raises(anthropic.BadRequestError, match="512"):
+    with pytest.raises(anthropic.BadRequestError, match="context of 512"):
         client.messages.create(**asked | {"messages": [{"role": "user", "content": "colour " * 600}]})
 
 
@@ -201,18 +205,19 @@ def test_a_schema_is_followed(client: anthropic.Anthropic) -> None:
     schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
     schema["additionalProperties"] = False
     config: Any = {"format": {"type": "json_schema", "schema": schema}}
-    made = client.messages.create(**FIXED | {"messages": USER, "output_config": config, "max_tokens": 40})
+    made = client.messages.create(**asking(output_config=config, max_tokens=40))
     assert made.stop_reason == "end_turn"
     jsonschema.validate(json.loads(made.content[0].text), schema)
 
 
 def test_what_has_no_effect_is_said(client: anthropic.Anthropic) -> None:
-    more = {"thinking": {"type": "enabled", "budget_tokens": 1024}, "metadata": {"user_id": "x"}}
-    asked = FIXED | {"messages": USER, "max_tokens": 1, "extra_body": {"wish": 1}} | more
+    thinking = {"type": "enabled", "budget_tokens": 1024}
+    asked = asking({"wish": 1}, max_tokens=1, thinking=thinking, metadata={"user_id": "x"})
     made = client.messages.with_raw_response.create(**asked)
     assert made.headers["x-makeready-ignored-fields"] == "wish, thinking.budget_tokens, thinking"
 
 
+RESULT = {"type": "tool_result", "tool_use_id": "x"}
 IMAGE = {"type": "image", "source": {"type": "url", "url": "https://example.com/x.png"}}
 
 
@@ -221,14 +226,13 @@ IMAGE = {"type": "image", "source": {"type": "url", "url": "https://example.com/
     [
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": [IMAGE]}]}, "'image'"),
-        ({"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "x", "content": [IMAGE]}]}]},
-         "'image'"),
+        ({"messages": [{"role": "user", "content": [RESULT | {"content": [IMAGE]}]}]}, "'image'"),
         ({"messages": [*USER, {"role": "assistant", "content": "In"}]}, "begun"),
         ({"messages": [{"role": "assistant", "content": [{"type": "tool_use", "id": "x", "name": "y", "input": 1}]}]},
          "input must be an object"),
         ({"max_tokens": None}, "max_tokens"),
         ({"max_tokens": 0}, "max_tokens"),
-        ({"temperature": "hot"}, "temperature"),
+        ({"extra_body": {"temperature": "hot"}}, "temperature"),
         ({"stop_sequences": [1]}, "stop_sequences"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "web_search"),
         ({"tools": [TOOL], "tool_choice": NAMED | {"name": "other"}}, "no such function"),
@@ -241,7 +245,7 @@ IMAGE = {"type": "image", "source": {"type": "url", "url": "https://example.com/
 )  # fmt: skip
 def test_what_is_not_served_is_refused_by_name(client: anthropic.Anthropic, more: Any, said: str) -> None:
     with pytest.raises(anthropic.BadRequestError, match=said) as refused:
-        client.messages.create(**FIXED | {"messages": USER} | more)
+        client.messages.create(**asking() | more)
     body: Any = refused.value.body
     assert (body["type"], body["error"]["type"]) == ("error", "invalid_request_error")
     assert body["request_id"] == refused.value.request_id
@@ -249,7 +253,7 @@ def test_what_is_not_served_is_refused_by_name(client: anthropic.Anthropic, more
 
 def test_a_model_that_is_not_there(client: anthropic.Anthropic) -> None:
     with pytest.raises(anthropic.NotFoundError) as missing:
-        client.messages.create(**FIXED | {"messages": USER, "model": "claude"})
+        client.messages.create(**asking(model="claude"))
     body: Any = missing.value.body
     assert body["error"]["type"] == "not_found_error"
 
