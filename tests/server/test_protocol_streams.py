@@ -75,7 +75,10 @@ def anthropics(each: Sequence[Piece]) -> anthropic.types.Message:
     asked: Any = {"model": "m", "max_tokens": 100, "messages": [{"role": "user", "content": "x"}]}
     with client.messages.stream(**asked) as stream:
         made = stream.get_final_message()
-    assert made.to_dict(exclude_unset=True) | {"stop_details": None} == {**events.message, "stop_details": None}
+    assert made.to_dict(exclude_unset=True) | {"stop_details": None} == {
+        **events.message,
+        "stop_details": None,
+    }
     return made
 
 

@@ -155,7 +155,7 @@ def _choice(given: Any) -> dict[str, Any]:
     kind = given.get("type")
     if kind == "tool":
         choice: Any = {"type": "function", "function": {"name": given.get("name")}}
-    elif kind in _CHOICES:
+    elif isinstance(kind, str) and kind in _CHOICES:
         choice = _CHOICES[kind]
     else:
         raise AskError("tool_choice.type must be auto, any, tool or none", "tool_choice")

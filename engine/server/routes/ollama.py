@@ -140,6 +140,6 @@ ROUTES = [
     Route("/api/tags", _tags, shape, ("GET",)),
     Route("/api/ps", _ps, shape, ("GET",)),
     Route("/api/show", _show, shape),
-    Route("/api/version", _version, shape, ("GET",), Access.FREE),
+    Route("/api/version", _version, shape, ("GET",)),
     Route("/", _alive, shape, ("HEAD",), Access.FREE),
 ]
