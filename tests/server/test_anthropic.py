@@ -158,9 +158,9 @@ def test_a_conversation_is_the_same_chat(client: anthropic.Anthropic, server: Se
             ],
         },
     ]
-    asked = asking(
-        {"chat_template": template}, messages=blocks, system=[{"type": "text", "text": "Be brief."}]
-    )
+    note = "x-anthropic-billing-header: cc_version=2.1.37.0d9; cc_entrypoint=cli; cch=fa690;"  # Claude Code's
+    system = [{"type": "text", "text": text} for text in (note, "Be brief.")]
+    asked = asking({"chat_template": template}, messages=blocks, system=system)
     calls = [
         {
             "id": "toolu_1",

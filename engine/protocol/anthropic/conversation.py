@@ -5,12 +5,15 @@ Source: Anthropic's API reference, "Messages" and "Tool use" (https://docs.anthr
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from makeready.engine.protocol.asked import AskError, kind_of
 
 _ROLES = ("user", "assistant", "system")
+# What Claude Code writes for the bill, another one in each request, in front of all that could be cached.
+_NOTE = re.compile(r"\Ax-anthropic-billing-header:[^\n]*\n?")
 
 
 def messages_of(body: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -23,7 +26,9 @@ def messages_of(body: Mapping[str, Any]) -> list[dict[str, Any]]:
     """
     made: list[dict[str, Any]] = []
     if "system" in body:
-        made.append({"role": "system", "content": _texts("system", body["system"])})
+        texts = [_NOTE.sub("", text) for text in _texts("system", body["system"])]
+        if any(texts):
+            made.append({"role": "system", "content": [text for text in texts if text]})
     given = body.get("messages")
     if not isinstance(given, list) or not given:
         raise AskError("messages must be a list of at least one message", "messages")
