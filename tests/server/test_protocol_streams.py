@@ -102,6 +102,23 @@ def test_blocks_of_a_message() -> None:
     assert slow.content[0].signature == made.content[0].signature
 
 
+def test_an_answer_that_is_cut() -> None:
+    """At the client's limit, or at the context's: of a call there is what is whole, which Ollama has no place for."""
+    begun = '{"city": "Rome", "days": [1, 2], "note": "wi'
+    meta = META | {"e2e_latency": 2.0, "finish_reason": {"type": "length", "length": 100}}
+    message = Message(None, None, (ToolCall("call_1", "get_weather", begun),))
+    for tokens, reason in ((100, "max_tokens"), (99, "model_context_window_exceeded")):
+        output = Output("", tuple(range(tokens)), "length", 7, meta_info=meta, message=message)
+        each = [piece(tool_calls=(CallDelta(0, "call_1", "get_weather", begun),)), piece(output=output)]
+        made = anthropics(each)
+        assert made.stop_reason == reason
+        assert made.content[0].to_dict()["input"] == {"city": "Rome", "days": [1, 2]}
+        lines = Lines(True, "m", None)
+        (end,) = [line for one in each for line in lines.take(one)]
+        assert (end["done_reason"], end["message"]) == ("length", {"role": "assistant", "content": ""})
+        assert lines.whole(output)["message"] == end["message"]
+
+
 def test_lines_of_an_answer() -> None:
     for each in (pieces(1), pieces(1000), [together(pieces(3))]):
         lines = Lines(True, "m", None)
