@@ -10,12 +10,16 @@ import anthropic
 import httpx
 import httpx2
 import ollama
+import pytest
 
 from makeready.engine.message import CallDelta, Message, ToolCall
 from makeready.engine.output import Output
 from makeready.engine.pieces import Piece
 from makeready.engine.protocol.anthropic.answer import MessageEvents
 from makeready.engine.protocol.ollama.answer import Lines
+from makeready.engine.server.problem import ServeError
+from makeready.engine.server.routes import anthropic as anthropic_routes
+from makeready.engine.server.routes import ollama as ollama_routes
 
 THOUGHT, TEXT, LAST = "Hm. Rome, or Oslo?", "Let me see.", "Both."
 CALLS = (
@@ -31,6 +35,9 @@ OUTPUT = Output(
     meta_info={**META, "e2e_latency": 2.0},
     message=Message(f"{TEXT}\n{LAST}", THOUGHT, CALLS),
 )
+
+
+ASKED: Any = {"model": "m", "max_tokens": 100, "messages": [{"role": "user", "content": "x"}]}
 
 
 def piece(**more: Any) -> Piece:
@@ -64,16 +71,25 @@ def together(each: Sequence[Piece]) -> Piece:
     )
 
 
+def anthropic_client(text: str) -> anthropic.Anthropic:
+    """Which gets this as the events of every answer."""
+    answer = httpx2.Response(200, text=text, headers={"content-type": "text/event-stream"})
+    transport = httpx2.MockTransport(lambda request: answer)
+    http_client = anthropic.DefaultHttpxClient(transport=transport)
+    return anthropic.Anthropic(api_key="x", http_client=http_client, max_retries=0)
+
+
+def ollama_client(text: str) -> ollama.Client:
+    """Which gets this as every answer."""
+    return ollama.Client(transport=httpx.MockTransport(lambda request: httpx.Response(200, text=text)))
+
+
 def anthropics(each: Sequence[Piece]) -> anthropic.types.Message:
     """What Anthropic's client makes of the events."""
     events = MessageEvents("x", {"model": "m", "max_tokens": 100}, 7)
     sent = [*events.begin(), *(event for one in each for event in events.take(one))]
     text = "".join(f"event: {event['type']}\ndata: {json.dumps(event)}\n\n" for event in sent)
-    answer = httpx2.Response(200, text=text, headers={"content-type": "text/event-stream"})
-    transport = httpx2.MockTransport(lambda request: answer)
-    client = anthropic.Anthropic(api_key="x", http_client=anthropic.DefaultHttpxClient(transport=transport))
-    asked: Any = {"model": "m", "max_tokens": 100, "messages": [{"role": "user", "content": "x"}]}
-    with client.messages.stream(**asked) as stream:
+    with anthropic_client(text).messages.stream(**ASKED) as stream:
         made = stream.get_final_message()
     assert made.to_dict(exclude_unset=True) | {"stop_details": None} == {
         **events.message,
@@ -124,10 +140,7 @@ def test_lines_of_an_answer() -> None:
         lines = Lines(True, "m", None)
         sent = [line for one in each for line in lines.take(one)]
         text = "".join(json.dumps(line) + "\n" for line in sent)
-        client = ollama.Client(
-            transport=httpx.MockTransport(lambda request, text=text: httpx.Response(200, text=text))
-        )
-        *got, end = client.chat("m", stream=True)
+        *got, end = ollama_client(text).chat("m", stream=True)
         assert "".join(line.message.thinking or "" for line in got) == THOUGHT
         assert "".join(line.message.content for line in got) == f"{TEXT}\n{LAST}"
         calls = [call for line in got for call in line.message.tool_calls or ()]
@@ -135,16 +148,28 @@ def test_lines_of_an_answer() -> None:
             (call.name, json.loads(call.arguments)) for call in CALLS
         ]
         assert (end.done, end.done_reason) == (True, "stop")
-        assert (end.total_duration, end.prompt_eval_duration, end.eval_duration) == (
-            2 * 10**9,
-            10**9 // 4,
-            15 * 10**8,
-        )
+        times = (end.total_duration, end.prompt_eval_duration, end.eval_duration)
+        assert times == (2_000_000_000, 250_000_000, 1_500_000_000)
         assert (end.prompt_eval_count, end.eval_count) == (7, 40)
-        whole = json.dumps(lines.whole(OUTPUT))
-        client = ollama.Client(
-            transport=httpx.MockTransport(lambda request, text=whole: httpx.Response(200, text=text))
-        )
-        plain = client.chat("m")
+        plain = ollama_client(json.dumps(lines.whole(OUTPUT))).chat("m")
         assert (plain.message.thinking, plain.message.content) == (THOUGHT, f"{TEXT}\n{LAST}")
         assert plain.message.tool_calls == calls
+
+
+def test_a_stream_that_breaks_says_so() -> None:
+    """The status was 200 when it began."""
+    problem = ServeError(503, "the engine has gone")
+    (route,) = [route for route in anthropic_routes.ROUTES if route.path == "/v1/messages"]
+    assert route.broken is not None
+    begun = [*MessageEvents("x", ASKED, 7).begin()]
+    text = "".join(f"event: {event['type']}\ndata: {json.dumps(event)}\n\n" for event in begun)
+    with (
+        pytest.raises(anthropic.APIStatusError, match="the engine has gone"),
+        anthropic_client(text + route.broken(problem).decode()).messages.stream(**ASKED) as stream,
+    ):
+        stream.get_final_message()
+    for route in ollama_routes.ROUTES[:2]:
+        assert route.broken is not None
+        text = json.dumps(Lines(True, "m", None).line("x")) + "\n" + route.broken(problem).decode()
+        with pytest.raises(ollama.ResponseError, match="the engine has gone"):
+            list(ollama_client(text).chat("m", stream=True))
