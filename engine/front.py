@@ -143,14 +143,15 @@ class Front:
             most = min((most for most in own if most is not None), default=self.bounds.limits.context_len)
             asked["max_new_tokens"] = most
         params = SamplingParams.from_mapping(asked)
+        fit = ask.fit or not chosen
         replies: list[Reply] = []
         for prompt in ask.prompts:
             if ask.kind == "messages":
                 chat = {**defaults.template, **ask.template, **ask.text, **ask.tools}
-                replies += self.chat_replies(prompt, params, **ask.routing, fit=not chosen, **chat)
+                replies += self.chat_replies(prompt, params, **ask.routing, fit=fit, **chat)
                 continue
             special = ask.text.get("add_special_tokens", defaults.add_special_tokens)
-            replies += self.replies(prompt, params, **ask.routing, add_special_tokens=special, fit=not chosen)
+            replies += self.replies(prompt, params, **ask.routing, add_special_tokens=special, fit=fit)
         return params, replies
 
     def rendered(

@@ -55,6 +55,7 @@ class Ask:
         text: how its text becomes tokens: ``chat_template`` and ``add_special_tokens``.
         tools: what it says of tools: ``tools``, ``tool_choice`` and ``parallel_tool_calls``.
         max_new_tokens: most tokens where neither it nor the job says how many; None for as many as fit.
+        fit: the answer ends where the context does, however many tokens ``sampling`` asks for.
     """
 
     kind: str
@@ -65,6 +66,7 @@ class Ask:
     text: Mapping[str, Any] = field(default_factory=dict)
     tools: Mapping[str, Any] = field(default_factory=dict)
     max_new_tokens: int | None = None
+    fit: bool = False
 
 
 def check_template(variables: Mapping[str, Any]) -> None:
