@@ -241,6 +241,7 @@ def test_a_used_up_prefix_is_refused() -> None:
         cache.release(prefix)
 
 
+@pytest.mark.slow
 def test_long_prompts_and_many_nodes() -> None:
     """10^5 nodes and prompts of 10^5 tokens; quadratic work anywhere would take minutes."""
     cache = PrefixCache(PagePool(400_000), 1)

@@ -243,6 +243,7 @@ GROUPS = {
 
 @settings(max_examples=200, deadline=None)
 @given(st.data())
+@pytest.mark.slow
 def test_a_prefix_is_valid_where_every_group_can_go_on(data: st.DataObject) -> None:
     size = data.draw(st.sampled_from([1, 2, 3]))
     names = data.draw(st.lists(st.sampled_from(list(GROUPS)), min_size=1, max_size=4, unique=True))

@@ -75,8 +75,8 @@ def test_unknown_options_are_refused():
             r"architecture BertModel is not supported; supported are .*LlamaForCausalLM",
         ),
         (
-            LLAMA | {"quantization_config": {"quant_method": "gptq"}},
-            "quantized with gptq are not supported; use",
+            LLAMA | {"quantization_config": {"quant_method": "hqq"}},
+            "quantized with hqq are not supported; use",
         ),
         (LLAMA | {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
     ],

@@ -140,6 +140,7 @@ def _paged(
 
 
 @compiled
+@pytest.mark.slow
 def test_interpreted() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]

@@ -46,6 +46,7 @@ HOPPER = frozenset({"tma", "wgmma", "pdl"})
 
 
 @compiled
+@pytest.mark.slow
 def test_interpreted():
     command = [sys.executable, "-m", "pytest", "-x", "-n", "0", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(

@@ -119,7 +119,7 @@ def test_every_op_of_a_decoder_has_an_invariant_kernel():
     # Decode steps of a deterministic plan run extend attention, which has all keys of latents in the cache;
     # weights are quantized and made wide when they are loaded.
     latent = {"mla_decode_attention", "mla_own_attention"}
-    loading = {"quantize_fp8_block", "dequantize_fp8", "dequantize_fp8_block"}
+    loading = {"quantize_fp8_block", "dequantize_fp8", "dequantize_fp8_block", "dequantize_int"}
     assert without <= {"decode_attention", *loading, *latent}
 
 

@@ -29,6 +29,7 @@ assert _numpy_2_4  # a fixture for all tests here
 
 
 @compiled
+@pytest.mark.slow
 def test_interpreted() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-n", "0", __file__]

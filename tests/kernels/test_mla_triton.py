@@ -43,6 +43,7 @@ SMALL: Sequence[Sizes] = ((1, 16, 8, 16, 32), (3, 24, 16, 20, 48), (16, 16, 8, 3
 
 
 @compiled
+@pytest.mark.slow
 def test_interpreted() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-n", "0", __file__]

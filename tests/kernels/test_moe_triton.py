@@ -32,6 +32,7 @@ PLAIN = frozenset({"fp8"})
 
 
 @compiled
+@pytest.mark.slow
 def test_interpreted():
     command = [sys.executable, "-m", "pytest", "-x", "-n", "0", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(
@@ -252,6 +253,7 @@ def _products(tokens, experts, k, width, inner):
 
 
 @compiled
+@pytest.mark.slow
 def test_cross_compiles():
     """Of every call the first way that does not spill, as the planner takes it."""
     for op, operands, attrs in _calls():

@@ -123,6 +123,7 @@ def check_interpreted(name, operands, multiprocessors=132, **attrs):
 
 
 @compiled
+@pytest.mark.slow
 def test_interpreted():
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(

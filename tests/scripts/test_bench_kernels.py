@@ -54,6 +54,7 @@ SUITES: dict[str, Callable[[], Calls]] = {
 
 
 @pytest.mark.parametrize("name", SUITES)
+@pytest.mark.slow
 def test_what_a_suite_launches_can_be_built(name: str):
     """Every call has ways, whose names differ, and each way's kernels say all that a compiler needs."""
     built: dict[str, Kernel] = {}

@@ -27,8 +27,8 @@ def test_compile_generate_inspect(checkpoint, capfd):
     options = ("plan=plans/x", checkpoint, "sampling.temperature=0", "sampling.max_new_tokens=8")
     watch = ("metrics=m.prom", "trace=t.json")
     assert script("generate")(*options, "prompt=The capital of France is", *watch) == 0
-    assert "\nmakeready_generated_tokens_total 8\n" in Path("m.prom").read_text()
-    assert '\nmakeready_requests_total{reason="length"} 1\n' in Path("m.prom").read_text()
+    assert "\nmakeready_generated_tokens_total 8.0\n" in Path("m.prom").read_text()
+    assert '\nmakeready_requests_total{reason="length"} 1.0\n' in Path("m.prom").read_text()
     assert sum(event.get("args", {}).get("new", 0) for event in json.loads(Path("t.json").read_text())) == 8
     printed = capfd.readouterr()
     assert printed.out.startswith(" Paris.")

@@ -119,6 +119,7 @@ def _forced_tokens_change_nothing_else(llm: LLM, asked: list[Any], outputs: list
     assert fast < len(steps)
 
 
+@pytest.mark.slow
 def test_batches_of_openai_bodies(checkpoint, capfd) -> None:
     Path("chat.jinja").write_text(TEMPLATE)
     rows, expected = [], []

@@ -49,6 +49,7 @@ def answers(checkpoint, capfd):
     return run
 
 
+@pytest.mark.slow
 def test_files_of_rows(answers):
     asked: dict[str, Any] = {"messages": ASKED, "tools": TOOLS}
     rows = [

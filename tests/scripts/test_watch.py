@@ -195,7 +195,7 @@ def test_a_disk_that_is_full_to_begin_with_is_said_with_the_file(name, monkeypat
     def full(*_: Any) -> Any:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     monkeypatch.setattr(trace.os, "write", full)
     assert script("generate")(*OPTIONS, "prompt=a", f"{name}=f") == 1
     assert capsys.readouterr().err.endswith("error: f: No space left on device\n")

@@ -68,6 +68,7 @@ def gone(process: int) -> bool:
         return True
 
 
+@pytest.mark.slow
 def test_sigterm_under_load_breaks_no_stream(servers: list[ServerProcess]) -> None:
     server = servers[0]
     url, host = server.url, server.host

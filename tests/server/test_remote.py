@@ -22,7 +22,14 @@ from makeready.engine.remote.messages import Abort, FromHost, Load, Note, Step, 
 
 def test_messages_come_through_however_they_are_cut() -> None:
     submit = Submit(
-        3, [[1, 2], [3]], [2**62, 5], {"logit_bias": {7: -1.5}}, [0], "salt", -4, ("regex", "[a]")
+        3,
+        [[1, 2], [3]],
+        [2**62, 5],
+        {"logit_bias": {7: -1.5}},
+        [0],
+        "salt",
+        -4,
+        ("regex", "[a]", "start: @content"),
     )
     load = Load(
         "path", {"a": None}, None, {"traffic": {"decode_rows": {1: 0.5}}}, 1.5, SchedulerOptions(policy="lof")
