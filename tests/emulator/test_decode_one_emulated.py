@@ -17,7 +17,7 @@ from makeready.kernels.attention.decode_one_cuda import decode_one
 from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.registry import cuda_kernels
 
-pytestmark = needs_compiler
+pytestmark = [needs_compiler, pytest.mark.slow]
 OP = "norm_rope_kv_write_decode_attention"
 NAN, B16, F16 = float("nan"), torch.bfloat16, torch.float16
 Tensors = dict[str, torch.Tensor]

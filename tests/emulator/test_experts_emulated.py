@@ -18,7 +18,7 @@ from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.moe.grouped_cuda import FEW, MANY, Tile, candidate
 from makeready.kernels.registry import cuda_kernels
 
-pytestmark = needs_compiler
+pytestmark = [needs_compiler, pytest.mark.slow]
 FILES = ("hopper.h", "wgmma.h", "experts.h", "grouped_few.cu", "grouped.cu")
 
 

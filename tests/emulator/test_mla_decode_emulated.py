@@ -20,7 +20,7 @@ from makeready.kernels.attention.mla_decode_cuda import Cut, candidate, cut
 from makeready.kernels.contract import Contract
 from makeready.kernels.registry import cuda_kernels
 
-pytestmark = needs_compiler
+pytestmark = [needs_compiler, pytest.mark.slow]
 NAN = float("nan")
 WIDTH, RANK = 576, 512
 B16, F16 = torch.bfloat16, torch.float16

@@ -20,7 +20,7 @@ from makeready.kernels.contract import Contract
 from makeready.kernels.device import OpCall
 from makeready.kernels.registry import cuda_kernels
 
-pytestmark = needs_compiler
+pytestmark = [needs_compiler, pytest.mark.slow]
 NAN = float("nan")
 B16, F16 = torch.bfloat16, torch.float16
 Case = tuple[dict[str, torch.Tensor], dict[str, float]]
