@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import islice
 from typing import Any
 
 from makeready.kernels.contract import Contract
@@ -20,17 +19,16 @@ from makeready.kernels.device import (
     Pointer,
     Scalar,
     Scratch,
-    Tensor,
 )
 from makeready.kernels.gemm.linear_fp8 import linear_fp8, linear_fp8_block
 from makeready.kernels.gemm.linear_fp8_tiling import GROUP, PERSISTENT, Product, Tiling, seconds, tilings
+from makeready.kernels.gemm.ways import addressable, best_of_each
 from makeready.kernels.registry import cuda_kernel
 from makeready.kernels.spec import DTYPE_BYTES
 
 assert isinstance(linear_fp8, Contract)
 assert isinstance(linear_fp8_block, Contract)
 
-_BEST = 6
 _WAVE = 8  # tiles along the tokens that share a wave's weights; 8 x 128 rows of K = 4096 are 4 MB of L2
 
 
@@ -65,10 +63,11 @@ def _best(call: OpCall) -> list[Candidate]:
     if call.invariant:
         return candidates(call)
     product = describe(call)
-    distinct: dict[tuple[object, ...], Tiling] = {}
-    for way in tilings(product):
-        distinct.setdefault((way.kind, way.t, way.n, way.sharers(product) > 1), way)
-    return [emit(call, way, product) for way in islice(distinct.values(), _BEST)]
+
+    def kind(way: Tiling) -> tuple[str, int, int, bool]:
+        return way.kind, way.t, way.n, way.sharers(product) > 1
+
+    return [emit(call, way, product) for way in best_of_each(tilings(product), kind)]
 
 
 def candidates(call: OpCall) -> list[Candidate]:
@@ -93,19 +92,14 @@ def describe(call: OpCall) -> Product:
         K=call.dims["K"],
         out_bytes=DTYPE_BYTES[y.dtype],
         grouped=call.op == linear_fp8_block.name,
-        tma=tma and _addressable(x) and _addressable(weight),
-        tma_out=tma and _addressable(y),
+        tma=tma and addressable(x) and addressable(weight),
+        tma_out=tma and addressable(y),
         invariant=call.invariant,
         multiprocessors=call.multiprocessors,
         bandwidth=call.bandwidth,
         rate=call.flops[weight.dtype],
         shared_bytes=call.shared_bytes,
     )
-
-
-def _addressable(tensor: Tensor) -> bool:
-    """Whether a tensor map can describe it: address and row stride are multiples of 16 bytes."""
-    return tensor.alignment % 16 == 0 and tensor.row_stride * DTYPE_BYTES[tensor.dtype] % 16 == 0
 
 
 def _stream(call: OpCall, way: Tiling, product: Product) -> Candidate:

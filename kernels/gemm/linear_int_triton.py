@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import islice
 from typing import Any
 
 from makeready.kernels.contract import Contract
@@ -20,16 +19,15 @@ from makeready.kernels.device import (
     Pointer,
     Scalar,
     Scratch,
-    Tensor,
 )
 from makeready.kernels.gemm.linear_int import linear_int
 from makeready.kernels.gemm.linear_int_tiling import PERSISTENT, SPAN, Product, Tiling, seconds, tilings
+from makeready.kernels.gemm.ways import addressable, best_of_each
 from makeready.kernels.registry import cuda_kernel
 from makeready.kernels.spec import DTYPE_BYTES
 
 assert isinstance(linear_int, Contract)
 
-_BEST = 6
 _WAVE_ROWS = 4096  # of tokens whose tiles blocks go through before they move on, as in linear_triton.py
 
 
@@ -56,10 +54,11 @@ def linear_int_cuda(call: OpCall) -> Sequence[Candidate]:
     if call.invariant:
         return candidates(call)
     product = describe(call)
-    distinct: dict[tuple[object, ...], Tiling] = {}
-    for way in tilings(product):
-        distinct.setdefault((way.kind, way.t, way.n, way.sharers(product) > 1), way)
-    return [emit(call, way, product) for way in islice(distinct.values(), _BEST)]
+
+    def kind(way: Tiling) -> tuple[str, int, int, bool]:
+        return way.kind, way.t, way.n, way.sharers(product) > 1
+
+    return [emit(call, way, product) for way in best_of_each(tilings(product), kind)]
 
 
 def candidates(call: OpCall) -> list[Candidate]:
@@ -86,8 +85,8 @@ def describe(call: OpCall) -> Product:
         group=group_of(call),
         zeros="weight_zero" in call.tensors,
         out_bytes=DTYPE_BYTES[y.dtype],
-        tma=tma and _addressable(x) and _addressable(weight),
-        tma_out=tma and _addressable(y),
+        tma=tma and addressable(x) and addressable(weight),
+        tma_out=tma and addressable(y),
         wgmma="wgmma" in call.features,
         invariant=call.invariant,
         multiprocessors=call.multiprocessors,
@@ -95,11 +94,6 @@ def describe(call: OpCall) -> Product:
         rate=call.flops[x.dtype],
         shared_bytes=call.shared_bytes,
     )
-
-
-def _addressable(tensor: Tensor) -> bool:
-    """Whether a tensor map can describe it: address and row stride are multiples of 16 bytes."""
-    return tensor.alignment % 16 == 0 and tensor.row_stride * DTYPE_BYTES[tensor.dtype] % 16 == 0
 
 
 def _stream(call: OpCall, way: Tiling, product: Product) -> Candidate:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import islice
 from typing import Any
 
 from makeready.kernels.contract import Contract
@@ -22,17 +21,16 @@ from makeready.kernels.device import (
     Pointer,
     Scalar,
     Scratch,
-    Tensor,
 )
 from makeready.kernels.gemm.linear import linear
 from makeready.kernels.gemm.linear_cost import seconds, tilings
 from makeready.kernels.gemm.linear_tiling import PERSISTENT, Product, Tiling
+from makeready.kernels.gemm.ways import addressable, best_of_each
 from makeready.kernels.registry import cuda_kernel
 from makeready.kernels.spec import DTYPE_BYTES
 
 assert isinstance(linear, Contract)
 
-_BEST = 6
 _STACK = 16  # for sm_120a every tile has 8 or 16 bytes of local memory, the smallest as well as the largest
 
 # Rows of tokens whose tiles persistent blocks go through before they move on. In steps of 8,192 tokens of Qwen3-8B
@@ -50,11 +48,11 @@ def linear_cuda(call: OpCall) -> Sequence[Candidate]:
     if call.invariant:
         return candidates(call)
     product = describe(call)
-    distinct: dict[tuple[str, int, int, int, bool], Tiling] = {}
-    for way in tilings(product):
-        roomy = way.a_multiprocessor(product) > 1
-        distinct.setdefault((way.kind, way.t, way.n, way.split, roomy), way)
-    return [emit(call, way, product) for way in islice(distinct.values(), _BEST)]
+
+    def kind(way: Tiling) -> tuple[str, int, int, int, bool]:
+        return way.kind, way.t, way.n, way.split, way.a_multiprocessor(product) > 1
+
+    return [emit(call, way, product) for way in best_of_each(tilings(product), kind)]
 
 
 def candidates(call: OpCall) -> list[Candidate]:
@@ -79,8 +77,8 @@ def describe(call: OpCall) -> Product:
         N=int(weight.shape[0]),
         K=int(weight.shape[1]),
         out_bytes=DTYPE_BYTES[y.dtype],
-        tma=tma and tensor_cores and _addressable(x) and _addressable(weight),
-        tma_out=tma and _addressable(y),
+        tma=tma and tensor_cores and addressable(x) and addressable(weight),
+        tma_out=tma and addressable(y),
         tensor_cores=tensor_cores,
         wgmma="wgmma" in call.features,
         invariant=call.invariant,
@@ -89,11 +87,6 @@ def describe(call: OpCall) -> Product:
         rate=call.flops["bfloat16"],
         shared_bytes=call.shared_bytes,
     )
-
-
-def _addressable(tensor: Tensor) -> bool:
-    """Whether a tensor map can describe it: address and row stride are multiples of 16 bytes."""
-    return tensor.alignment % 16 == 0 and tensor.row_stride * DTYPE_BYTES[tensor.dtype] % 16 == 0
 
 
 def _stream(call: OpCall, way: Tiling, product: Product) -> Candidate:
