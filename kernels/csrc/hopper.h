@@ -16,6 +16,8 @@ typedef long long int64_t;
 struct alignas(64) TensorMap { unsigned long long opaque[16]; };  // what cuTensorMapEncodeTiled writes
 static_assert(sizeof(TensorMap) == 128, "CUtensorMap");
 struct alignas(16) Int4 { int x, y, z, w; };
+struct alignas(16) Float4 { float x, y, z, w; };
+struct alignas(8) Two { uint32_t x, y; };
 
 #define INFINITY __int_as_float(0x7f800000)
 #define GRID_CONSTANT const __grid_constant__
@@ -62,6 +64,47 @@ __device__ __forceinline__ void mbar_wait(uint64_t* bar, uint32_t parity, const 
   }
 #else
   while (!mbar_try(bar, parity)) {
+  }
+#endif
+}
+
+// -- clusters: blocks of one launch that see each other's shared memory
+
+__device__ __forceinline__ int cluster_rank() {  // of this block in its cluster
+  int r;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+  return r;
+}
+__device__ __forceinline__ void cluster_sync() {  // of all threads of all its blocks
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+__device__ __forceinline__ uint32_t of_rank(const void* p, int rank) {  // where the block of a rank has what this one has at p
+  uint32_t r;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(smem_u32(p)), "r"(rank));
+  return r;
+}
+__device__ __forceinline__ Float4 load_of_rank(const float* p, int rank) {
+  Float4 r;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(r.x), "=f"(r.y), "=f"(r.z), "=f"(r.w) : "r"(of_rank(p, rank)) : "memory");
+  return r;
+}
+__device__ __forceinline__ void mbar_arrive_at(uint64_t* bar, int rank) {  // what this block did is seen by who waits there
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(of_rank(bar, rank)) : "memory");
+}
+__device__ __forceinline__ bool mbar_try_cluster(uint64_t* bar, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n"
+      : "=r"(done) : "r"(smem_u32(bar)), "r"(parity) : "memory");
+  return done != 0;
+}
+__device__ __forceinline__ void mbar_wait_cluster(uint64_t* bar, uint32_t parity, const char* where) {
+#if GIVE_UP > 0
+  for (int i = 0; i < GIVE_UP && !mbar_try_cluster(bar, parity); ++i) {
+  }
+#else
+  while (!mbar_try_cluster(bar, parity)) {
   }
 #endif
 }

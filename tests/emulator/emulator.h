@@ -29,12 +29,13 @@
 #define __launch_bounds__(...)
 #define GRID_CONSTANT const
 #define UNROLL
-#define LAUNCH_FACTS(threads, shared, cluster)                         \
-  static const int launch_facts[3] = {threads, shared, cluster};       \
-  static_assert((cluster) == 1, "clusters are not emulated")
+#define __cluster_dims__(...)
+#define LAUNCH_FACTS(threads, shared, cluster) static const int launch_facts[3] = {threads, shared, cluster}
 
 struct alignas(64) TensorMap { int id; char pad[124]; };
 struct alignas(16) Int4 { int x, y, z, w; };
+struct alignas(16) Float4 { float x, y, z, w; };
+struct alignas(8) Two { uint32_t x, y; };
 
 namespace emulator {
 
@@ -93,7 +94,7 @@ struct Warpgroup { std::deque<Product> products; long first = 0; long issued[128
 struct Warp { uint64_t slot[32]; int arrived = 0; long generation = 0; int asleep = 0; };
 struct Block {
   int index, registers = 0; std::vector<uint8_t> store; uint8_t* shared; std::map<uint32_t, Bar> bars; Named named[16];
-  std::vector<Copy> copies; std::vector<Small> smalls; std::vector<Arrival> arrivals; long number = 0; std::vector<Warpgroup> warpgroups; std::vector<Warp> warps;
+  std::vector<Copy> copies; std::vector<Small> smalls; std::vector<Arrival> arrivals; long number = 0; int running = 0; bool gone = false; std::vector<Warpgroup> warpgroups; std::vector<Warp> warps;
 };
 constexpr size_t STACK = 64 << 10;
 struct Fiber { ucontext_t context; std::unique_ptr<uint8_t[]> stack; Block* block; int thread; bool done = false, waited = false; const char* where = ""; };
@@ -101,6 +102,7 @@ struct Dim { int x; };
 struct State {
   ucontext_t main; Fiber* now = nullptr; bool progress = false; std::mt19937 random; int threads = 0, grid = 0; bool eager = false, drowsy = false;
   std::function<void()> body; std::string failure; std::vector<Map> maps;
+  int cluster = 1; std::vector<Block*> blocks; std::vector<Named> clusters;  // blocks of a cluster; of all, their barriers
 };
 inline State& state() { static State s; return s; }
 inline Block& block() { return *state().now->block; }
@@ -131,7 +133,7 @@ void complete(Bar& b);
 Bar& bar_at(Block& c, uint32_t at);
 void issue(float* d, int n, const uint32_t* registers, uint64_t a, uint64_t b, bool rows, int accumulate, bool small = false, bool turned = false);
 void wait_groups(int n);
-void launch(int grid, int threads, size_t shared, unsigned seed, std::function<void()> body);
+void launch(int grid, int threads, size_t shared, int cluster, unsigned seed, std::function<void()> body);
 TensorMap encode(const void* base, int size, int rank, const uint64_t* dims, const uint64_t* strides, const uint32_t* box, bool swizzled);
 
 #ifdef RUNTIME
@@ -307,14 +309,16 @@ inline uint32_t ballot(bool mine) {
 // -- launching
 
 void entry() { state().body(); state().now->done = true; state().progress = true; swapcontext(&state().now->context, &state().main); }
-void launch(int grid, int threads, size_t shared, unsigned seed, std::function<void()> body) {
+void launch(int grid, int threads, size_t shared, int cluster, unsigned seed, std::function<void()> body) {
   State& s = state();
+  check(grid % cluster == 0, "a grid has whole clusters");
+  s.cluster = cluster; s.blocks.clear(); s.clusters.assign(grid / cluster, Named());
   s.random.seed(seed); s.eager = seed & 1; s.drowsy = seed >= 1000; s.threads = threads; s.grid = grid; s.body = body; s.now = nullptr; s.failure.clear();
   std::vector<std::unique_ptr<Block>> blocks;
   std::vector<std::unique_ptr<Fiber>> fibers;
   for (int b = 0; b < grid; ++b) {
     auto c = std::make_unique<Block>();
-    c->index = b; c->store.assign(shared + 2048, 0xff); c->shared = c->store.data();  // NaN
+    c->index = b; c->running = threads; c->store.assign(shared + 2048, 0xff); c->shared = c->store.data();  // NaN
     c->warpgroups.resize(threads / 128); c->warps.resize(threads / 32);
     for (int t = 0; t < threads; ++t) {
       auto f = std::make_unique<Fiber>();
@@ -324,6 +328,7 @@ void launch(int grid, int threads, size_t shared, unsigned seed, std::function<v
       makecontext(&f->context, entry, 0);
       fibers.push_back(std::move(f));
     }
+    s.blocks.push_back(c.get());
     blocks.push_back(std::move(c));
   }
   size_t left = fibers.size();
@@ -352,7 +357,7 @@ void launch(int grid, int threads, size_t shared, unsigned seed, std::function<v
       swapcontext(&s.main, &f->context);
       s.now = nullptr;
       if (!s.failure.empty()) throw std::runtime_error(s.failure);
-      if (f->done) left--;
+      if (f->done) { left--; f->block->gone = --f->block->running == 0; }
     }
     if (s.progress) idle = 0; else if (++idle > (s.drowsy ? 2000 : 50)) {
       std::string text = "deadlock:";
@@ -401,6 +406,36 @@ inline void mbar_wait(uint64_t* b, uint32_t parity, const char* where) {
   emulator::Bar& x = emulator::bar_at(emulator::block(), smem_u32(b));
   emulator::wait_until([&] { return (uint32_t)(x.phase & 1) != parity; }, where);
 }
+inline int cluster_rank() { return emulator::block().index % emulator::state().cluster; }
+inline emulator::Block& emulated_of_rank(int rank) {
+  emulator::State& s = emulator::state();
+  emulator::check(0 <= rank && rank < s.cluster, "a cluster has no block of that rank");
+  return *s.blocks[emulator::block().index / s.cluster * s.cluster + rank];
+}
+inline void cluster_sync() {
+  emulator::State& s = emulator::state();
+  emulator::Named& b = s.clusters[emulator::block().index / s.cluster];
+  long generation = b.generation;
+  if (++b.arrived == s.threads * s.cluster) { b.arrived = 0; b.generation++; }
+  emulator::wait_until([&] { return b.generation != generation; }, "cluster barrier");
+}
+inline Float4 load_of_rank(const float* p, int rank) {
+  emulator::Block& other = emulated_of_rank(rank);
+  emulator::check(smem_u32(p) % 16 == 0, "a load of 16 bytes of another block from an odd place");
+  emulator::check(!other.gone, "shared memory of a block that has ended");
+  Float4 r;
+  memcpy(&r, other.shared + smem_u32(p), 16);
+  return r;
+}
+inline void mbar_arrive_at(uint64_t* b, int rank) {
+  emulator::Block& other = emulated_of_rank(rank);
+  emulator::check(!other.gone, "an mbarrier of a block that has ended");
+  emulator::Bar& x = emulator::bar_at(other, smem_u32(b));
+  emulator::check(x.pending > 0, "too many arrivals at an mbarrier");
+  x.pending--;
+  emulator::complete(x);
+}
+inline void mbar_wait_cluster(uint64_t* b, uint32_t parity, const char* where) { mbar_wait(b, parity, where); }
 inline void fence_async_proxy() {}
 inline void tma_prefetch_map(const TensorMap*) {}
 inline int emulated_delay() { uint32_t r = emulator::state().random(); return r & 3 ? r >> 8 & 3 : emulator::state().drowsy ? 400 : 40; }  // now and then a long one

@@ -5,7 +5,7 @@
 template <class T> static T get(void** parameters, int i) { T x; memcpy(&x, parameters[i], sizeof(T)); return x; }
 template <class... A, size_t... I>
 static void call(void (*f)(A...), void** p, int grid, unsigned seed, std::index_sequence<I...>) {
-  emulator::launch(grid, launch_facts[0], launch_facts[1], seed, [=] { f(get<std::remove_cv_t<std::remove_reference_t<A>>>(p, I)...); });
+  emulator::launch(grid, launch_facts[0], launch_facts[1], launch_facts[2], seed, [=] { f(get<std::remove_cv_t<std::remove_reference_t<A>>>(p, I)...); });
 }
 template <class... A> static void call(void (*f)(A...), void** p, int grid, unsigned seed) {
   call(f, p, grid, seed, std::index_sequence_for<A...>{});

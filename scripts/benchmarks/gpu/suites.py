@@ -108,6 +108,15 @@ def _gemm_int4(name: str, bench: Bench, *, sweep: bool) -> Measured:
     return _with_rates({name: found}, gemm_int4.table(found))
 
 
+def gemm_few(bench: Bench) -> Measured:
+    """Projections of few tokens; see :mod:`benchmarks.gpu.gemm_few`."""
+    _need_gpu("gemm_few")
+    from benchmarks.gpu import gemm_few
+
+    found = gemm_few.measure(bench.stages.note)
+    return _with_rates({"gemm_few": found}, gemm_few.table(found))
+
+
 def attention(bench: Bench) -> Measured:
     """Attention as plans have it; see :mod:`benchmarks.gpu.attention`."""
     return _attention(bench, "attention", sweep=False)
@@ -207,6 +216,7 @@ GPU_SUITES = {
     "gemm_fp8_sweep": gemm_fp8_sweep,
     "gemm_int4": gemm_int4,
     "gemm_int4_sweep": gemm_int4_sweep,
+    "gemm_few": gemm_few,
     "attention": attention,
     "attention_sweep": attention_sweep,
     "small_ops": small_ops,

@@ -1,0 +1,148 @@
+"""Projections of few tokens on the present GPU: every way of csrc/linear_few.cu beside the floor and Triton's choice.
+
+Matrices of Qwen3-8B, Qwen3-30B-A3B and DeepSeek-V2-Lite, 16 bits and 8 with both kinds of scales. Weights rotate over
+enough copies that none is left in L2 when its turn comes again, and every launch may start before the one ahead ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.gpu import gemm_fp8, launcher, rates
+from benchmarks.gpu.shapes import SPARE, copies
+from makeready.kernels.contract import Contract
+from makeready.kernels.device import Candidate, OpCall
+from makeready.kernels.gemm import linear_few_cuda
+from makeready.kernels.gemm.linear import linear
+from makeready.kernels.gemm.linear_fp8_triton import linear_fp8_block_cuda, linear_fp8_cuda
+from makeready.kernels.gemm.linear_triton import linear_cuda
+
+assert isinstance(linear, Contract)
+
+ROTATED = 300e6  # bytes of weights that calls rotate over
+ROWS = (2, 8, 16, 32, 64)
+WRONG = 6e-3  # relative error from which a result is no rounding
+# Outputs and inputs.
+QWEN3_8B = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (24576, 4096), "down": (4096, 12288)}
+QWEN3_30B = {"qkv30": (5120, 2048), "o30": (2048, 4096)}
+V2_LITE = {"q_kv_a": (3648, 2048), "o_lite": (2048, 2048), "shared": (5632, 2048), "down_lite": (2048, 2816)}
+KINDS: Mapping[str, Mapping[str, tuple[int, int]]] = {
+    "bf16": QWEN3_8B | V2_LITE,
+    "rows": QWEN3_8B,
+    "groups": QWEN3_30B,
+}
+_TRITON = {"bf16": linear_cuda, "rows": linear_fp8_cuda, "groups": linear_fp8_block_cuda}
+
+Tensors = dict[str, torch.Tensor]
+
+
+def operands(kind: str, T: int, N: int, K: int, *, seed: int = 0, device: str = "cuda") -> Tensors:
+    """Random operands whose activations are followed by rows that maps may reach; without memory on device meta."""
+    if kind != "bf16":
+        if device == "meta":
+            return gemm_fp8.shapes(T, N, K, kind == "groups")
+        return gemm_fp8.operands(T, N, K, kind == "groups", spare=True, seed=seed)
+    x = torch.randn(T + SPARE, K, device=device, dtype=torch.bfloat16)[:T]
+    return {"x": x, "weight": torch.randn(N, K, device=device, dtype=torch.bfloat16) * 0.02}
+
+
+def call_of(kind: str, tensors: Tensors) -> OpCall:
+    """The call, as a plan has it."""
+    contract = linear if kind == "bf16" else gemm_fp8.contract_of(kind == "groups")
+    attrs = {"out_dtype": "bfloat16", **({"block": 128} if kind == "groups" else {})}
+    return launcher.op_call(contract, tensors, attrs, spare=True)
+
+
+def cases() -> Iterator[tuple[str, str, int, int, int]]:
+    """Kind, matrix, its outputs and inputs, tokens."""
+    for kind, matrices in KINDS.items():
+        for name, (N, K) in matrices.items():
+            for T in ROWS:
+                yield kind, name, N, K, T
+
+
+def ways_of(kind: str, call: OpCall) -> list[Candidate]:
+    """Triton's first, then all of the kernel's own, the cheapest first by its model."""
+    own = [linear_few_cuda.candidate(call, way) for way in linear_few_cuda.ways(call)]
+    return [_TRITON[kind](call)[0], *own]
+
+
+def measure(note: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Of each product: floor, and of the ways tried seconds, seconds predicted and relative error."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+    def work() -> Iterator[tuple[OpCall, Sequence[Candidate]]]:
+        for kind, _, N, K, T in cases():
+            call = call_of(kind, operands(kind, T, N, K, device="meta"))
+            yield call, ways_of(kind, call)
+
+    launcher.prepare(work())
+    found: list[dict[str, Any]] = []
+    held: list[Tensors] = []
+    last = ""
+    for kind, name, N, K, T in cases():
+        if last != kind + name:
+            note(f"{kind} {name}")
+            held.clear()
+            size = N * K * (2 if kind == "bf16" else 1)
+            held += [operands(kind, max(ROWS), N, K, seed=i) for i in range(copies(size, over=ROTATED))]
+            last = kind + name
+        own = operands(kind, T, N, K)
+        moving = {key: own[key] for key in ("x", "x_scale") if key in own}
+        sets = [{**one, **moving} for one in held]
+        call = call_of(kind, sets[0])
+        nbytes = (N + T) * K * (2 if kind == "bf16" else 1) + 2 * T * N
+        dtype = "bfloat16" if kind == "bf16" else "float8_e4m3fn"
+        found.append(
+            {
+                "kind": kind,
+                "matrix": name,
+                "tokens": T,
+                "floor": rates.present().floor(nbytes, 2 * T * N * K, dtype),
+                "ways": _time(kind, call, sets),
+            }
+        )
+    return found
+
+
+def _time(kind: str, call: OpCall, sets: Sequence[Tensors]) -> dict[str, dict[str, float]]:
+    wide = {k: v.float() for k, v in sets[0].items()}
+    contract = linear if kind == "bf16" else gemm_fp8.contract_of(kind == "groups")
+    want = contract.reference(**wide, **{**call.attrs, "out_dtype": "float32"})
+    made = {}
+    for way in ways_of(kind, call):
+        if launcher.fits(way, call):
+            y = launcher.run(way, call, sets[0])["y"].float()
+            made[way.name] = {
+                "seconds": launcher.time(way, call, sets),
+                "predicted": way.seconds,
+                "error": ((y - want).norm() / want.norm()).item(),
+            }
+    return made
+
+
+def table(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Every wrong result; a line a product: Triton's choice, the model's and the fastest ways, beside the floor."""
+    lines = [
+        f"WRONG {row['kind']} {row['matrix']} {row['tokens']} {name} is off by {way['error']:.1e}"
+        for row in found
+        for name, way in row["ways"].items()
+        if not way["error"] < WRONG
+    ]
+    lines.append(
+        "kind   matrix      T floor µs Triton µs  model's µs  floor/µs  predicted  fastest of its ways"
+    )
+    for row in found:
+        (triton, *own), ways = list(row["ways"]), row["ways"]
+        fastest = sorted(own, key=lambda name: ways[name]["seconds"])[:3]
+        chosen = ways[own[0]]
+        lines.append(
+            f"{row['kind']:6} {row['matrix']:9} {row['tokens']:3} {1e6 * row['floor']:8.1f} "
+            f"{1e6 * ways[triton]['seconds']:9.1f} {1e6 * chosen['seconds']:11.1f} "
+            f"{row['floor'] / chosen['seconds']:9.2f} {1e6 * chosen['predicted']:10.1f}  "
+            + "  ".join(f"{1e6 * ways[name]['seconds']:.1f} {name}" for name in fastest)
+        )
+    return lines

@@ -1,0 +1,198 @@
+"""Products of few tokens in CUDA C++, emulated on the CPU, against the contracts' references in float64.
+
+Rows beyond the last token, what lies around results, and scales of no token are NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from emulated import Emulator, needs_compiler, op_call
+
+from makeready.graphs.planner.cuda import nvrtc
+from makeready.kernels.contract import CONTRACTS
+from makeready.kernels.gemm import linear_few_cuda
+from makeready.kernels.gemm.linear_few_cuda import Way
+
+pytestmark = needs_compiler
+B16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+_GUARD = 16  # rows of NaN behind the last
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+    """What is compiled once serves all tests."""
+    return Emulator(tmp_path_factory.mktemp("emulated"))
+
+
+def guarded(x: torch.Tensor) -> torch.Tensor:
+    """A copy of ``x`` with rows of NaN behind it."""
+    if x.dtype == torch.float8_e4m3fn:
+        room = torch.full((len(x) + _GUARD, *x.shape[1:]), 127, dtype=torch.uint8)
+        room[: len(x)] = x.view(torch.uint8)
+        return room.view(x.dtype)[: len(x)]
+    room = torch.full((len(x) + _GUARD, *x.shape[1:]), math.nan, dtype=x.dtype)
+    room[: len(x)] = x
+    return room[: len(x)]
+
+
+def make(
+    op: str, T: int, N: int, K: int, dtype: torch.dtype = B16, *, bias: bool = False, seed: int = 0
+) -> Tensors:
+    """Operands of a product."""
+    random = torch.Generator().manual_seed(seed)
+    x, weight = (torch.randn(n, K, generator=random) for n in (T, N))
+    made = {"bias": torch.randn(N, generator=random).to(dtype)} if bias else {}
+    if op == "linear":
+        return {"x": guarded(x.to(dtype)), "weight": guarded((weight / math.sqrt(K)).to(dtype)), **made}
+    eight = {
+        "x": guarded((60 * x).clamp(-448, 448).to(torch.float8_e4m3fn)),
+        "weight": guarded((60 * weight).clamp(-448, 448).to(torch.float8_e4m3fn)),
+    }
+    shapes = ((T, 1), (N,)) if op == "linear_fp8" else ((T, K // 128), (-(-N // 128), K // 128))
+    scales = [guarded(1e-3 + 1e-2 * torch.rand(*shape, generator=random)) for shape in shapes]
+    return {**eight, "x_scale": scales[0], "weight_scale": scales[1], **made}
+
+
+def check(
+    emulator: Emulator,
+    op: str,
+    tensors: Tensors,
+    way: Way,
+    *,
+    out: torch.dtype = B16,
+    seed: int = 0,
+) -> float:
+    """The relative error by Frobenius norms; NaN where a result has one."""
+    attrs: dict[str, Any] = {"out_dtype": str(out).removeprefix("torch.")}
+    if op == "linear_fp8_block":
+        attrs["block"] = 128
+    call = op_call(op, tensors, attrs, multiprocessors=4)
+    assert linear_few_cuda.applies(call)
+    T, N = len(tensors["x"]), len(tensors["weight"])
+    y = guarded(torch.full((T, N), 7.0, dtype=out))
+    got = emulator.run(linear_few_cuda.candidate(call, way), call, {**tensors, "y": y}, seed=seed)["y"]
+    behind = torch.as_strided(got, (T + _GUARD, N), (N, 1))[T:]
+    assert bool(behind.isnan().all()), "rows of no token were written"
+    wide = [tensors[o.name].double() if o.name in tensors else None for o in CONTRACTS[op].inputs]
+    want = CONTRACTS[op].reference(*wide, **{**attrs, "out_dtype": "float64"})
+    return float((got.double() - want).norm() / want.norm())
+
+
+# Tokens, outputs, inputs, warpgroups, blocks of a cluster, blocks: rings filled once and often, tiles and rows that end
+# early, turns over several tiles, ranks with unequal shares.
+CASES = [
+    (1, 64, 128, 1, 1, 1),
+    (7, 200, 64, 1, 1, 2),
+    (8, 260, 1000, 1, 2, 4),
+    (16, 128, 2048, 2, 1, 1),
+    (13, 516, 640, 1, 4, 8),
+    (30, 192, 1160, 2, 2, 4),
+    (33, 132, 1024, 1, 8, 8),
+    (64, 328, 456, 2, 1, 3),
+]
+ERROR = {B16: 3e-3, F16: 4e-4, F32: 1e-5}
+
+
+@pytest.mark.parametrize(("T", "N", "K", "warpgroups", "split", "blocks"), CASES[::3])
+def test_linear(
+    emulator: Emulator, T: int, N: int, K: int, warpgroups: int, split: int, blocks: int
+) -> None:
+    way = _way(T, warpgroups, split, blocks)
+    assert check(emulator, "linear", make("linear", T, N, K), way) < ERROR[B16]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("T", "N", "K", "warpgroups", "split", "blocks"), CASES)
+def test_sixteen_bits(
+    emulator: Emulator, T: int, N: int, K: int, warpgroups: int, split: int, blocks: int
+) -> None:
+    way = _way(T, warpgroups, split, blocks)
+    for dtype, bias, out in ((B16, True, B16), (F16, True, F16), (F16, False, F32)):
+        tensors = make("linear", T, N, K, dtype, bias=bias)
+        for seed in (0, 1, 1000):
+            assert check(emulator, "linear", tensors, way, out=out, seed=seed) < ERROR[out]
+
+
+@pytest.mark.parametrize("op", ["linear_fp8", "linear_fp8_block"])
+@pytest.mark.parametrize(
+    ("T", "N", "K", "warpgroups", "split", "blocks"),
+    [
+        (5, 200, 384, 1, 1, 2),
+        pytest.param(16, 320, 1024, 1, 4, 8, marks=pytest.mark.slow),
+        pytest.param(64, 388, 1280, 2, 2, 4, marks=pytest.mark.slow),
+        pytest.param(29, 132, 2048, 1, 8, 8, marks=pytest.mark.slow),
+    ],
+)
+def test_eight_bits(
+    emulator: Emulator, op: str, T: int, N: int, K: int, warpgroups: int, split: int, blocks: int
+) -> None:
+    way = _way(T, warpgroups, split, blocks)
+    for bias, out in ((False, B16), (True, F16)):
+        tensors = make(op, T, N, K, out, bias=bias)
+        assert check(emulator, op, tensors, way, out=out) < ERROR[out]
+
+
+def test_a_way_for_every_call() -> None:
+    """At least one, each with whole clusters and a share of the inputs for every block."""
+    for T, N, K in ((1, 64, 64), (3, 24576, 4096), (64, 2048, 768), (64, 151936, 4096)):
+        tensors = {"x": torch.empty(T, K, dtype=B16), "weight": torch.empty(N, K, dtype=B16, device="meta")}
+        tensors["weight"] = torch.empty(1, dtype=B16).expand(N, K) if N > 100000 else torch.empty(N, K, dtype=B16)
+        call = op_call("linear", tensors, {"out_dtype": "bfloat16"}, multiprocessors=132)
+        found = linear_few_cuda.ways(call)
+        assert found
+        for way in found:
+            assert way.blocks % way.split == 0 and way.tokens >= T
+            assert way.split == 1 or K // 64 >= 2 * way.split
+
+
+# What is changed in the source, and the case that must then fail.
+FAULTS = {
+    "a share begins late": ("first = rank * steps / SPLIT;", "first = rank * steps / SPLIT + (rank > 0);"),
+    "no wait for sums": ('    mbar_wait_cluster(&bars.summed, turn & 1, "finish: summed");\n', ""),
+    "sums are overwritten": (
+        '  if (SPLIT > 1 && turn > 0) mbar_wait_cluster(&bars.taken, (turn - 1) & 1, "finish: taken");\n',
+        "",
+    ),
+    "barriers before they are made": (
+        "  if (SPLIT > 1) cluster_sync();  // arrivals from other blocks find barriers\n",
+        "",
+    ),
+    "a block ends while it is read": ("    cluster_sync();  // others may still read this block's sums\n", ""),
+    "a stage is freed early": (
+        "    if (i > 0 && lane == 0) mbar_arrive(&bars.free[(step - 1) % STAGES]);\n",
+        "    if (lane == 0) mbar_arrive(&bars.free[step % STAGES]);\n",
+    ),
+    "outputs of no row": ("    if (column + inside >= call.outputs) continue;\n", ""),
+    "tokens of the next tile": ("c < call.tokens * FOURS", "c < TOKENS * FOURS"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults(fault: str, tmp_path: Path) -> None:
+    before, after = FAULTS[fault]
+    sources = tmp_path / "csrc"
+    sources.mkdir()
+    for path in nvrtc.FOLDER.iterdir():
+        if path.suffix in (".cu", ".h"):
+            text = path.read_text()
+            if path.name == "linear_few.cu":
+                assert text.count(before) == 1
+                text = text.replace(before, after)
+            (sources / path.name).write_text(text)
+    made = Emulator(tmp_path, sources)
+    with pytest.raises((AssertionError, RuntimeError)):
+        for seed in (0, 1, 2, 3, 1000, 1001, 1002, 1003):
+            for T, N, K, split, blocks in ((13, 516, 2176, 4, 4), (5, 196, 64 * 18, 1, 2)):
+                way = _way(T, 1, split, blocks)
+                assert check(made, "linear", make("linear", T, N, K), way, seed=seed) < ERROR[B16]
+
+
+def _way(tokens: int, warpgroups: int, split: int, blocks: int) -> Way:
+    return Way(next(n for n in (8, 16, 32, 64) if n >= tokens), warpgroups, split, blocks)
