@@ -32,6 +32,7 @@ SUITES: dict[str, tuple[str, ...]] = {
     "gemm_fp8_sweep": ("gemm_fp8.",),
     "gemm_int4": (),
     "gemm_int4_sweep": (),
+    "gemm_few": (),
     "attention": (),
     "attention_sweep": (),
     "small_ops": (),

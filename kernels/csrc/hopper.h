@@ -272,6 +272,16 @@ __device__ __forceinline__ uint32_t half2_of_bf16(uint32_t x) {  // to nearest; 
       : "=r"(r) : "f"(__uint_as_float(x & 0xffff0000u)), "f"(__uint_as_float(x << 16)));
   return r;
 }
+__device__ __forceinline__ uint32_t minus2(uint32_t a, uint32_t b) {  // of two 16-bit elements each
+  uint32_t r;
+  asm("sub.rn." ELEMENT "x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+__device__ __forceinline__ float half_as_float(uint16_t x) {  // of a float16
+  float r;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(x));
+  return r;
+}
 __device__ __forceinline__ float exp2_fast(float x) {  // volatile: stays before the wait that follows
   float r;
   asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));

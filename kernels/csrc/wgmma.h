@@ -31,6 +31,17 @@
 #define PRODUCTS(N, REGISTERS, NAMES, A, B, P, ...)                                                          \
   PRODUCT(wgmma_ss_16bit, N, REGISTERS, 16, ELEMENT "." ELEMENT, ", 0, 0", NAMES, A, B, P, __VA_ARGS__)      \
   PRODUCT(wgmma_ss_e4m3, N, REGISTERS, 32, "e4m3.e4m3", "", NAMES, A, B, P, __VA_ARGS__)
+// The same with 16-bit elements and a in registers.
+#define PRODUCT_RS(N, REGISTERS, NAMES, A, B, P, ...)                                                        \
+  __device__ __forceinline__ void wgmma_rs_16bit(float (&d)[REGISTERS], const uint32_t (&a)[4], uint64_t b, int accumulate) { \
+    asm volatile(                                                                                            \
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %" #P ", 0;\n"                                                     \
+        "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." ELEMENT "." ELEMENT " " NAMES ", {" A "}, %" #B ", p, 1, 1, 0;\n}\n" \
+        : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                \
+  }
+PRODUCT_RS(8, 4, NAMES4, "%4, %5, %6, %7", 8, 9, OUT4(d, 0))
+PRODUCT_RS(16, 8, NAMES8, "%8, %9, %10, %11", 12, 13, OUT8(d, 0))
+PRODUCT_RS(32, 16, NAMES16, "%16, %17, %18, %19", 20, 21, OUT16(d, 0))
 PRODUCTS(8, 4, NAMES4, 4, 5, 6, OUT4(d, 0))
 PRODUCTS(16, 8, NAMES8, 8, 9, 10, OUT8(d, 0))
 PRODUCTS(32, 16, NAMES16, 16, 17, 18, OUT16(d, 0))

@@ -560,6 +560,14 @@ inline uint32_t half2_of_bf16(uint32_t x) {
   auto bound = [](float f) { return f > 65504.f ? 65504.f : f < -65504.f ? -65504.f : f; };
   return emulator::narrow<true>(bound(low)) | (uint32_t)emulator::narrow<true>(bound(high)) << 16;
 }
+inline uint32_t minus2(uint32_t a, uint32_t b) { return pack2(low2(a) - low2(b), high2(a) - high2(b)); }
+inline float half_as_float(uint16_t h) {
+  int exponent = h >> 10 & 31, mantissa = h & 1023;
+  float sign = h & 0x8000 ? -1.f : 1.f;
+  if (exponent == 31) return mantissa ? NAN : sign * INFINITY;
+  return sign * (exponent ? ldexpf(1024 + mantissa, exponent - 25) : ldexpf(mantissa, -24));
+}
+template <int R> inline void wgmma_rs_16bit(float (&d)[R], const uint32_t (&a)[4], uint64_t b, int accumulate) { emulator::issue(d, 2 * R, a, 0, b, false, accumulate); }
 inline float exp2_fast(float x) { return exp2f(x); }
 inline float rsqrtf(float x) { return 1.f / sqrtf(x); }
 inline void __syncthreads() { emulator::named(0, emulator::state().threads, true); }

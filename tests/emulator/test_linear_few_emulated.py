@@ -16,7 +16,7 @@ from emulated import Emulator, needs_compiler, op_call
 from makeready.graphs.planner.cuda import nvrtc
 from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.gemm import linear_few_cuda
-from makeready.kernels.gemm.linear_few_cuda import Way
+from makeready.kernels.gemm.few import Way, columns
 
 pytestmark = needs_compiler
 B16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -84,35 +84,31 @@ def check(
     return float((got.double() - want).norm() / want.norm())
 
 
-# Tokens, outputs, inputs, warpgroups, blocks of a cluster, blocks: rings filled once and often, tiles and rows that end
+# Tokens, outputs, inputs, blocks of a cluster, blocks: rings filled once and often, tiles and rows that end
 # early, turns over several tiles, ranks with unequal shares.
 CASES = [
-    (1, 64, 128, 1, 1, 1),
-    (7, 200, 64, 1, 1, 2),
-    (8, 260, 1000, 1, 2, 4),
-    (16, 128, 2048, 2, 1, 1),
-    (13, 516, 640, 1, 4, 8),
-    (30, 192, 1160, 2, 2, 4),
-    (33, 132, 1024, 1, 8, 8),
-    (64, 328, 456, 2, 1, 3),
+    (1, 64, 128, 1, 1),
+    (7, 200, 64, 1, 2),
+    (8, 260, 1000, 2, 4),
+    (16, 128, 2048, 1, 1),
+    (13, 516, 640, 4, 8),
+    (30, 192, 1160, 2, 4),
+    (33, 132, 1024, 8, 8),
+    (64, 328, 456, 1, 3),
 ]
 ERROR = {B16: 3e-3, F16: 4e-4, F32: 1e-5}
 
 
-@pytest.mark.parametrize(("T", "N", "K", "warpgroups", "split", "blocks"), CASES[::3])
-def test_linear(
-    emulator: Emulator, T: int, N: int, K: int, warpgroups: int, split: int, blocks: int
-) -> None:
-    way = _way(T, warpgroups, split, blocks)
+@pytest.mark.parametrize(("T", "N", "K", "split", "blocks"), CASES[::3])
+def test_linear(emulator: Emulator, T: int, N: int, K: int, split: int, blocks: int) -> None:
+    way = _way(T, split, blocks)
     assert check(emulator, "linear", make("linear", T, N, K), way) < ERROR[B16]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("T", "N", "K", "warpgroups", "split", "blocks"), CASES)
-def test_sixteen_bits(
-    emulator: Emulator, T: int, N: int, K: int, warpgroups: int, split: int, blocks: int
-) -> None:
-    way = _way(T, warpgroups, split, blocks)
+@pytest.mark.parametrize(("T", "N", "K", "split", "blocks"), CASES)
+def test_sixteen_bits(emulator: Emulator, T: int, N: int, K: int, split: int, blocks: int) -> None:
+    way = _way(T, split, blocks)
     for dtype, bias, out in ((B16, True, B16), (F16, True, F16), (F16, False, F32)):
         tensors = make("linear", T, N, K, dtype, bias=bias)
         for seed in (0, 1, 1000):
@@ -121,18 +117,16 @@ def test_sixteen_bits(
 
 @pytest.mark.parametrize("op", ["linear_fp8", "linear_fp8_block"])
 @pytest.mark.parametrize(
-    ("T", "N", "K", "warpgroups", "split", "blocks"),
+    ("T", "N", "K", "split", "blocks"),
     [
-        (5, 200, 384, 1, 1, 2),
-        pytest.param(16, 320, 1024, 1, 4, 8, marks=pytest.mark.slow),
-        pytest.param(64, 388, 1280, 2, 2, 4, marks=pytest.mark.slow),
-        pytest.param(29, 132, 2048, 1, 8, 8, marks=pytest.mark.slow),
+        (5, 200, 384, 1, 2),
+        pytest.param(16, 320, 1024, 4, 8, marks=pytest.mark.slow),
+        pytest.param(64, 388, 1280, 2, 4, marks=pytest.mark.slow),
+        pytest.param(29, 132, 2048, 8, 8, marks=pytest.mark.slow),
     ],
 )
-def test_eight_bits(
-    emulator: Emulator, op: str, T: int, N: int, K: int, warpgroups: int, split: int, blocks: int
-) -> None:
-    way = _way(T, warpgroups, split, blocks)
+def test_eight_bits(emulator: Emulator, op: str, T: int, N: int, K: int, split: int, blocks: int) -> None:
+    way = _way(T, split, blocks)
     for bias, out in ((False, B16), (True, F16)):
         tensors = make(op, T, N, K, out, bias=bias)
         assert check(emulator, op, tensors, way, out=out) < ERROR[out]
@@ -140,18 +134,19 @@ def test_eight_bits(
 
 def test_a_way_for_every_call() -> None:
     """At least one, each with whole clusters and a share of the inputs for every block."""
-    for T, N, K in ((1, 64, 64), (3, 24576, 4096), (64, 2048, 768), (64, 151936, 4096)):
-        tensors = {"x": torch.empty(T, K, dtype=B16), "weight": torch.empty(N, K, dtype=B16, device="meta")}
-        tensors["weight"] = torch.empty(1, dtype=B16).expand(N, K) if N > 100000 else torch.empty(N, K, dtype=B16)
+    for T, N, K in ((1, 64, 128), (3, 24576, 4096), (64, 2048, 768), (17, 60, 1024)):
+        tensors = {"x": torch.empty(T, K, dtype=B16), "weight": torch.empty(N, K, dtype=B16)}
         call = op_call("linear", tensors, {"out_dtype": "bfloat16"}, multiprocessors=132)
         found = linear_few_cuda.ways(call)
         assert found
         for way in found:
-            assert way.blocks % way.split == 0 and way.tokens >= T
-            assert way.split == 1 or K // 64 >= 2 * way.split
+            assert way.blocks % way.split == 0
+            assert way.tokens >= T
+            assert way.split == 1 or 2 * way.split <= K // 64
 
 
-# What is changed in the source, and the case that must then fail.
+# What is changed in the source, and must then fail. Not seen here: arrivals at another block's barriers before these
+# are made, since blocks begin together.
 FAULTS = {
     "a share begins late": ("first = rank * steps / SPLIT;", "first = rank * steps / SPLIT + (rank > 0);"),
     "no wait for sums": ('    mbar_wait_cluster(&bars.summed, turn & 1, "finish: summed");\n', ""),
@@ -159,11 +154,10 @@ FAULTS = {
         '  if (SPLIT > 1 && turn > 0) mbar_wait_cluster(&bars.taken, (turn - 1) & 1, "finish: taken");\n',
         "",
     ),
-    "barriers before they are made": (
-        "  if (SPLIT > 1) cluster_sync();  // arrivals from other blocks find barriers\n",
+    "a block ends while it is read": (
+        "    cluster_sync();  // others may still read this block's sums\n",
         "",
     ),
-    "a block ends while it is read": ("    cluster_sync();  // others may still read this block's sums\n", ""),
     "a stage is freed early": (
         "    if (i > 0 && lane == 0) mbar_arrive(&bars.free[(step - 1) % STAGES]);\n",
         "    if (lane == 0) mbar_arrive(&bars.free[step % STAGES]);\n",
@@ -188,11 +182,15 @@ def test_planted_faults(fault: str, tmp_path: Path) -> None:
             (sources / path.name).write_text(text)
     made = Emulator(tmp_path, sources)
     with pytest.raises((AssertionError, RuntimeError)):
-        for seed in (0, 1, 2, 3, 1000, 1001, 1002, 1003):
-            for T, N, K, split, blocks in ((13, 516, 2176, 4, 4), (5, 196, 64 * 18, 1, 2)):
-                way = _way(T, 1, split, blocks)
-                assert check(made, "linear", make("linear", T, N, K), way, seed=seed) < ERROR[B16]
+        _run_all(made)
 
 
-def _way(tokens: int, warpgroups: int, split: int, blocks: int) -> Way:
-    return Way(next(n for n in (8, 16, 32, 64) if n >= tokens), warpgroups, split, blocks)
+def _run_all(emulator: Emulator) -> None:
+    for seed in (0, 1, 2, 3, 1000, 1001, 1002, 1003):
+        for T, N, K, split, blocks in ((13, 516, 2176, 4, 4), (5, 196, 64 * 18, 1, 2)):
+            tensors = make("linear", T, N, K)
+            assert check(emulator, "linear", tensors, _way(T, split, blocks), seed=seed) < ERROR[B16]
+
+
+def _way(tokens: int, split: int, blocks: int) -> Way:
+    return Way(columns(tokens), split, blocks)

@@ -1,4 +1,4 @@
-"""Products of few tokens on the GPU (csrc/linear_few.cu) against float64, alone and launched early behind each other."""
+"""Products of few tokens on the GPU (csrc/few.h) against float64, alone and launched early behind each other."""
 
 from __future__ import annotations
 
@@ -14,16 +14,23 @@ if not torch.cuda.is_available():
 if torch.cuda.get_device_capability()[0] != 9:
     pytest.skip("the kernel is for Hopper", allow_module_level=True)
 
-from benchmarks.gpu import launcher
+from benchmarks.gpu import gemm_int4, launcher
 from benchmarks.gpu.shapes import SPARE
 
 from makeready.kernels.contract import CONTRACTS
-from makeready.kernels.gemm import linear_few_cuda
+from makeready.kernels.gemm import linear_few_cuda, linear_few_int_cuda
 
 GIVE_UP = 200_000  # polls: a fault in the ring gives wrong numbers instead of a hang
 OPS = ("linear", "linear_fp8", "linear_fp8_block")
 # Tokens, outputs, inputs.
-SHAPES = ((1, 64, 128), (7, 200, 1152), (16, 2048, 4096), (13, 5120, 2048), (33, 516, 12288), (64, 6144, 4096))
+SHAPES = (
+    (1, 64, 128),
+    (7, 200, 1152),
+    (16, 2048, 4096),
+    (13, 5120, 2048),
+    (33, 516, 12288),
+    (64, 6144, 4096),
+)
 ERROR = {torch.bfloat16: 4e-3, torch.float16: 8e-4, torch.float32: 1e-4}
 Tensors = dict[str, torch.Tensor]
 
@@ -71,7 +78,9 @@ def hold(op: str, tensors: Tensors, out: torch.dtype, *, give_up: int = 0) -> No
         if not launcher.fits(candidate, call):
             continue
         y, again = (launcher.run(candidate, call, tensors)["y"] for _ in range(2))
-        assert torch.equal(y.view(torch.uint8), again.view(torch.uint8)), f"{way.name} differs between two runs"
+        assert torch.equal(y.view(torch.uint8), again.view(torch.uint8)), (
+            f"{way.name} differs between two runs"
+        )
         error = float((y.double() - want).norm() / want.norm())
         assert error <= ERROR[out], f"{way.name} of {call.dims} is off by {error:.1e}"
 
@@ -114,3 +123,22 @@ def test_launched_behind_each_other(op: str) -> None:
             want = (want.double() @ one["weight"].double().T).bfloat16()
         error = float((room[-1][:tokens].double() - want.double()).norm() / want.double().norm())
         assert error <= 2e-2, f"{way.name} is off by {error:.1e}"
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize(("T", "N", "K"), [(1, 64, 512), (7, 200, 1152), (16, 4096, 4096), (31, 6148, 12288)])
+def test_four_bits(T: int, N: int, K: int, zeros: bool) -> None:
+    tensors = {"x": gemm_int4.activations(T, K), **gemm_int4.operands(N, K, zeros)}
+    call = gemm_int4.call_of(tensors)
+    assert linear_few_int_cuda.applies(call)
+    wide = {**tensors, "x": tensors["x"].double()}
+    want = CONTRACTS["linear_int"].reference(**wide, **gemm_int4.ATTRS, out_dtype="float64")
+    for way in linear_few_int_cuda.ways(call):
+        for give_up in (GIVE_UP, 0):
+            candidate = linear_few_int_cuda.candidate(call, way, give_up=give_up)
+            y, again = (launcher.run(candidate, call, tensors)["y"] for _ in range(2))
+            assert torch.equal(y.view(torch.uint8), again.view(torch.uint8)), (
+                f"{way.name} differs between two runs"
+            )
+            error = float((y.double() - want).norm() / want.norm())
+            assert error <= ERROR[torch.bfloat16], f"{way.name} of {call.dims} is off by {error:.1e}"

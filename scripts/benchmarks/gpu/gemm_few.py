@@ -1,7 +1,8 @@
-"""Projections of few tokens on the present GPU: every way of csrc/linear_few.cu beside the floor and Triton's choice.
+"""Projections of few tokens on the present GPU: every way of csrc/few.h beside the floor and Triton's choice.
 
-Matrices of Qwen3-8B, Qwen3-30B-A3B and DeepSeek-V2-Lite, 16 bits and 8 with both kinds of scales. Weights rotate over
-enough copies that none is left in L2 when its turn comes again, and every launch may start before the one ahead ended.
+Matrices of Qwen3-8B, Qwen3-30B-A3B and DeepSeek-V2-Lite, 16 bits, 8 with both kinds of scales, and 4. Weights rotate
+over enough copies that none is left in L2 when its turn comes again, and every launch may start before the one ahead
+has ended.
 """
 
 from __future__ import annotations
@@ -11,16 +12,19 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import gemm_fp8, launcher, rates
+from benchmarks.gpu import gemm_fp8, gemm_int4, launcher, rates
 from benchmarks.gpu.shapes import SPARE, copies
 from makeready.kernels.contract import Contract
 from makeready.kernels.device import Candidate, OpCall
-from makeready.kernels.gemm import linear_few_cuda
+from makeready.kernels.gemm import linear_few_cuda, linear_few_int_cuda
 from makeready.kernels.gemm.linear import linear
 from makeready.kernels.gemm.linear_fp8_triton import linear_fp8_block_cuda, linear_fp8_cuda
+from makeready.kernels.gemm.linear_int import linear_int
+from makeready.kernels.gemm.linear_int_triton import linear_int_cuda
 from makeready.kernels.gemm.linear_triton import linear_cuda
 
 assert isinstance(linear, Contract)
+assert isinstance(linear_int, Contract)
 
 ROTATED = 300e6  # bytes of weights that calls rotate over
 ROWS = (2, 8, 16, 32, 64)
@@ -33,14 +37,34 @@ KINDS: Mapping[str, Mapping[str, tuple[int, int]]] = {
     "bf16": QWEN3_8B | V2_LITE,
     "rows": QWEN3_8B,
     "groups": QWEN3_30B,
+    "int4": QWEN3_8B,
 }
-_TRITON = {"bf16": linear_cuda, "rows": linear_fp8_cuda, "groups": linear_fp8_block_cuda}
+_TRITON = {
+    "bf16": linear_cuda,
+    "rows": linear_fp8_cuda,
+    "groups": linear_fp8_block_cuda,
+    "int4": linear_int_cuda,
+}
+_CONTRACTS = {
+    "bf16": linear,
+    "rows": gemm_fp8.contract_of(False),
+    "groups": gemm_fp8.contract_of(True),
+    "int4": linear_int,
+}
+_BYTES = {
+    "bf16": (2.0, 2.0),
+    "rows": (1.0, 1.0),
+    "groups": (1.0, 1.0),
+    "int4": (0.5 + 2 / 128, 2.0),
+}  # weights, tokens
 
 Tensors = dict[str, torch.Tensor]
 
 
 def operands(kind: str, T: int, N: int, K: int, *, seed: int = 0, device: str = "cuda") -> Tensors:
     """Random operands whose activations are followed by rows that maps may reach; without memory on device meta."""
+    if kind == "int4":
+        return {"x": gemm_int4.activations(T, K, device), **gemm_int4.operands(N, K, False, device, seed)}
     if kind != "bf16":
         if device == "meta":
             return gemm_fp8.shapes(T, N, K, kind == "groups")
@@ -51,9 +75,10 @@ def operands(kind: str, T: int, N: int, K: int, *, seed: int = 0, device: str = 
 
 def call_of(kind: str, tensors: Tensors) -> OpCall:
     """The call, as a plan has it."""
-    contract = linear if kind == "bf16" else gemm_fp8.contract_of(kind == "groups")
-    attrs = {"out_dtype": "bfloat16", **({"block": 128} if kind == "groups" else {})}
-    return launcher.op_call(contract, tensors, attrs, spare=True)
+    attrs: dict[str, Any] = gemm_int4.ATTRS if kind == "int4" else {"out_dtype": "bfloat16"}
+    if kind == "groups":
+        attrs = {**attrs, "block": 128}
+    return launcher.op_call(_CONTRACTS[kind], tensors, attrs, spare=True)
 
 
 def cases() -> Iterator[tuple[str, str, int, int, int]]:
@@ -66,7 +91,8 @@ def cases() -> Iterator[tuple[str, str, int, int, int]]:
 
 def ways_of(kind: str, call: OpCall) -> list[Candidate]:
     """Triton's first, then all of the kernel's own, the cheapest first by its model."""
-    own = [linear_few_cuda.candidate(call, way) for way in linear_few_cuda.ways(call)]
+    kernel = linear_few_int_cuda if kind == "int4" else linear_few_cuda
+    own = [kernel.candidate(call, way) for way in kernel.ways(call)] if kernel.applies(call) else []
     return [_TRITON[kind](call)[0], *own]
 
 
@@ -87,15 +113,16 @@ def measure(note: Callable[[str], None]) -> list[dict[str, Any]]:
         if last != kind + name:
             note(f"{kind} {name}")
             held.clear()
-            size = N * K * (2 if kind == "bf16" else 1)
+            size = N * K * _BYTES[kind][0]
             held += [operands(kind, max(ROWS), N, K, seed=i) for i in range(copies(size, over=ROTATED))]
             last = kind + name
         own = operands(kind, T, N, K)
         moving = {key: own[key] for key in ("x", "x_scale") if key in own}
         sets = [{**one, **moving} for one in held]
         call = call_of(kind, sets[0])
-        nbytes = (N + T) * K * (2 if kind == "bf16" else 1) + 2 * T * N
-        dtype = "bfloat16" if kind == "bf16" else "float8_e4m3fn"
+        of_weights, of_tokens = _BYTES[kind]
+        nbytes = N * K * of_weights + T * K * of_tokens + 2 * T * N
+        dtype = "float8_e4m3fn" if of_tokens == 1 else "bfloat16"
         found.append(
             {
                 "kind": kind,
@@ -109,9 +136,8 @@ def measure(note: Callable[[str], None]) -> list[dict[str, Any]]:
 
 
 def _time(kind: str, call: OpCall, sets: Sequence[Tensors]) -> dict[str, dict[str, float]]:
-    wide = {k: v.float() for k, v in sets[0].items()}
-    contract = linear if kind == "bf16" else gemm_fp8.contract_of(kind == "groups")
-    want = contract.reference(**wide, **{**call.attrs, "out_dtype": "float32"})
+    wide = {k: v if kind == "int4" and k != "x" else v.float() for k, v in sets[0].items()}
+    want = _CONTRACTS[kind].reference(**wide, **{**call.attrs, "out_dtype": "float32"})
     made = {}
     for way in ways_of(kind, call):
         if launcher.fits(way, call):
@@ -137,6 +163,8 @@ def table(found: Sequence[Mapping[str, Any]]) -> list[str]:
     )
     for row in found:
         (triton, *own), ways = list(row["ways"]), row["ways"]
+        if not own:
+            continue
         fastest = sorted(own, key=lambda name: ways[name]["seconds"])[:3]
         chosen = ways[own[0]]
         lines.append(

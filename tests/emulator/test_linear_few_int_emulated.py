@@ -1,0 +1,82 @@
+"""Products of few tokens with 4-bit weights in CUDA C++, emulated on the CPU, against the contract in float64.
+
+Rows beyond the last token are NaN, what fills words up to whole spans is random.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from emulated import Emulator, needs_compiler, op_call
+
+from makeready.kernels.contract import CONTRACTS
+from makeready.kernels.gemm import linear_few_int_cuda
+from makeready.kernels.gemm.few import Way, columns
+from makeready.kernels.integers import pack_words, tiles
+
+pytestmark = needs_compiler
+B16, F16 = torch.bfloat16, torch.float16
+ERROR = {B16: 3e-3, F16: 4e-4}
+_GUARD = 16  # rows of NaN behind the last
+# Tokens, outputs, inputs, inputs of a group, blocks of a cluster, blocks: a ring that is filled often, an odd span,
+# tiles that end early, turns over several tiles, a group of several spans, one group, ranks with unequal shares.
+CASES = [
+    (1, 64, 512, 128, 1, 1),
+    (7, 200, 640, 128, 1, 2),
+    (16, 132, 4096, 128, 1, 1),
+    (8, 260, 1288, 256, 2, 4),
+    (30, 516, 2304, 2304, 4, 8),
+]
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+    """What is compiled once serves all tests."""
+    return Emulator(tmp_path_factory.mktemp("emulated"))
+
+
+def make(
+    T: int, N: int, K: int, group: int, dtype: torch.dtype, *, zeros: bool, bias: bool
+) -> dict[str, torch.Tensor]:
+    """Operands of a product."""
+    random = torch.Generator().manual_seed(T + N + K)
+    groups, whole = -(-K // group), -(-K // 128) * 128
+    scale = torch.randn(N, groups, generator=random).exp().div(64).half()
+    made = {
+        "x": torch.cat((torch.randn(T, K, generator=random), torch.full((_GUARD, K), math.nan))).to(dtype)[
+            :T
+        ],
+        "weight": pack_words(torch.randint(16, (N, whole), generator=random), 4),
+        "weight_scale": tiles(scale),
+    }
+    if zeros:
+        made["weight_zero"] = tiles(torch.randint(16, (N, groups), generator=random).to(torch.uint8))
+    if bias:
+        made["bias"] = torch.randn(N, generator=random).to(dtype)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("T", "N", "K", "group", "split", "blocks"),
+    [case if i < 2 else pytest.param(*case, marks=pytest.mark.slow) for i, case in enumerate(CASES)],
+)
+def test_against_float64(
+    emulator: Emulator, T: int, N: int, K: int, group: int, split: int, blocks: int
+) -> None:
+    for dtype, zeros, bias in ((B16, True, False), (F16, False, True)):
+        tensors = make(T, N, K, group, dtype, zeros=zeros, bias=bias)
+        attrs = {"bits": 4, "group": group}
+        call = op_call("linear_int", tensors, attrs, multiprocessors=4)
+        assert linear_few_int_cuda.applies(call)
+        way = Way(columns(T), split, blocks)
+        y = torch.full((T + _GUARD, N), math.nan, dtype=dtype)
+        full = {**tensors, "y": y[:T]}
+        for seed in (0, 1):
+            y.fill_(math.nan)
+            got = emulator.run(linear_few_int_cuda.candidate(call, way), call, full, seed=seed)["y"]
+            assert bool(y[T:].isnan().all()), "rows of no token were written"
+            wide = {k: v.double() if k in ("x", "bias") else v for k, v in tensors.items()}
+            want = CONTRACTS["linear_int"].reference(**wide, **attrs, out_dtype="float64")
+            assert float((got.double() - want).norm() / want.norm()) < ERROR[dtype]
