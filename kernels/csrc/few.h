@@ -23,6 +23,8 @@ static_assert(sizeof(Bars) <= BAR_BYTES && MINE % 4 == 0 && SPLIT <= 8, "macros"
 // A call's operands; scales and bias are null where there are none. Strides in elements.
 struct Call { const float* x_scale; const float* weight_scale; const uint16_t* bias; void* y; int tokens, outputs, inputs, y_stride; };
 
+struct Place { int step, column; };  // a step of a tile, and the tile's first output
+
 // A block's steps, over all tiles of its cluster one after the other.
 struct Work {
   int cluster, clusters, tiles, first, each;  // first: step of a tile that this block begins with, and how many it takes
@@ -34,9 +36,10 @@ struct Work {
     first = rank * steps / SPLIT;
     each = (rank + 1) * steps / SPLIT - first;
   }
-  // Of the n-th step of all: its place in the tile, and the tile's first output.
-  __device__ __forceinline__ int step(int n) const { return first + n % each; }
-  __device__ __forceinline__ int column(int n) const { return (cluster + n / each * clusters) * BN; }
+  __device__ __forceinline__ Place begin() const { return Place{first, cluster * BN}; }
+  __device__ __forceinline__ Place after(Place p) const {
+    return p.step + 1 < first + each ? Place{p.step + 1, p.column} : Place{first, p.column + clusters * BN};
+  }
   __device__ __forceinline__ int all() const { return cluster < tiles ? ceil_div(tiles - cluster, clusters) * each : 0; }
 };
 
@@ -101,23 +104,26 @@ template <class Form> __device__ __forceinline__ void run(const Form& form, cons
   Work work(call, Form::DEPTH);
   int early = min(work.all(), STAGES);
   bool feeds = threadIdx.x == WORKERS;
+  Place next = work.begin();
   dependents_go();
   if (feeds) {
     for (int i = 0; i < STAGES; ++i) { mbar_init(&bars.full[i], 1); mbar_init(&bars.free[i], 4 * Form::WAYS); }
     mbar_init(&bars.summed, SPLIT);
     mbar_init(&bars.taken, SPLIT);
     mbar_fence_init();
-    for (int n = 0; n < early; ++n) form.copy_weights(smem + n % STAGES * Form::STAGE, &bars.full[n % STAGES], work, n, call);
+    for (int n = 0; n < early; ++n, next = work.after(next)) form.copy_weights(smem + n * Form::STAGE, &bars.full[n], next, call);
   }
   __syncthreads();
   if (SPLIT > 1) cluster_sync();  // arrivals from other blocks find barriers
   dependence_wait();
   if (feeds) {
-    for (int n = 0; n < early; ++n) form.copy_tokens(smem + n % STAGES * Form::STAGE, &bars.full[n % STAGES], work, n);
-    for (int n = early; n < work.all(); ++n) {
-      mbar_wait(&bars.free[n % STAGES], (n / STAGES - 1) & 1, "feed: free");
-      form.copy_weights(smem + n % STAGES * Form::STAGE, &bars.full[n % STAGES], work, n, call);
-      form.copy_tokens(smem + n % STAGES * Form::STAGE, &bars.full[n % STAGES], work, n);
+    Place place = work.begin();
+    for (int n = 0; n < early; ++n, place = work.after(place)) form.copy_tokens(smem + n * Form::STAGE, &bars.full[n], place);
+    for (int n = early, s = 0, turn = 0; n < work.all(); ++n, next = work.after(next)) {
+      mbar_wait(&bars.free[s], turn & 1, "feed: free");
+      form.copy_weights(smem + s * Form::STAGE, &bars.full[s], next, call);
+      form.copy_tokens(smem + s * Form::STAGE, &bars.full[s], next);
+      if (++s == STAGES) s = 0, ++turn;
     }
   } else if (threadIdx.x < WORKERS) {
     int step = 0, turn = 0;

@@ -54,12 +54,12 @@ struct Form {
   static constexpr int SHARED = OFF_BARS + BAR_BYTES + 1024;
   const TensorMap* x_map; const TensorMap* w_map;
 
-  __device__ __forceinline__ void copy_weights(uint8_t* to, uint64_t* full, const Work& work, int n, const Call&) const {
+  __device__ __forceinline__ void copy_weights(uint8_t* to, uint64_t* full, Place place, const Call&) const {
     mbar_expect(full, STAGE);
-    tma_2d(to, w_map, full, work.step(n) * DEPTH, work.column(n));
+    tma_2d(to, w_map, full, place.step * DEPTH, place.column);
   }
-  __device__ __forceinline__ void copy_tokens(uint8_t* to, uint64_t* full, const Work& work, int n) const {
-    tma_2d(to + W_BYTES, x_map, full, work.step(n) * DEPTH, 0);
+  __device__ __forceinline__ void copy_tokens(uint8_t* to, uint64_t* full, Place place) const {
+    tma_2d(to + W_BYTES, x_map, full, place.step * DEPTH, 0);
   }
   __device__ __forceinline__ void ready(uint8_t* smem, const Call& call, const Work& work) const {
 #if SCALES == 2

@@ -2,15 +2,20 @@
 // kernels/integers.py for how words lie. Two neighbouring weights of a field become two floats by a shift and a mask in the
 // register that the matrix instruction reads: |1|q| is 128 + q as bfloat16, 1024 + q as float16, of which the zero is
 // subtracted. A step is two spans of 128 inputs, one for each of two warpgroups, whose sums are scaled in fp32.
+//
+// Instructions of a warp (mma), since wgmma with weights in registers takes some 58 cycles however few tokens there are:
+// 28 us for a product of 50 MB, whose reading takes 11 on one H200.
 #include "few.h"
 
 // ZEROS: weights have zeros of their own, else all have 8. GROUP: inputs that share a scale.
 static_assert(GROUP % 128 == 0 && SCALES == 0 && TOKENS <= 32, "macros");
 constexpr uint32_t LIFT = FP16 ? 0x64006400 : 0x43004300;  // what a field is put on top of
-constexpr uint32_t LIFTED = FP16 ? 1024 : 128;
+
+// d[16 x 8] += a[16 x 16] b[16 x 8] of a warp; d of floats as wgmma has them.
+__device__ __forceinline__ void multiply(float* d, const uint32_t (&a)[4], const uint32_t* b) { mma_16x8x16(d, a, b[0], b[1]); }
 
 struct Form {
-  static constexpr int WAYS = 2, DEPTH = 256;
+  static constexpr int WAYS = 2, DEPTH = 256, CHAINS = TOKENS > 16 ? 1 : 2;  // sums of a span that do not wait for each other
   static constexpr int W_BYTES = BN * 128, X_BOX = TOKENS * 128, SCALE_BYTES = 256, ZERO_BYTES = 128;
   static constexpr int OFF_X = W_BYTES, OFF_SCALES = OFF_X + 4 * X_BOX, OFF_ZEROS = OFF_SCALES + SCALE_BYTES;
   static constexpr int STAGE = OFF_SCALES + 1024, COPIED = OFF_SCALES + SCALE_BYTES + (ZEROS ? ZERO_BYTES : 0);
@@ -19,18 +24,18 @@ struct Form {
   static constexpr int OFF_SUMS = STAGES * STAGE, OFF_BARS = OFF_SUMS + WAYS * SUM_BYTES, SHARED = OFF_BARS + BAR_BYTES + 1024;
   const TensorMap* x_map; const TensorMap* w_map; const uint16_t* scale; const uint8_t* zero;
 
-  __device__ __forceinline__ void copy_weights(uint8_t* to, uint64_t* full, const Work& work, int n, const Call& call) const {
-    int step = work.step(n), groups = ceil_div(call.inputs, GROUP);
+  __device__ __forceinline__ void copy_weights(uint8_t* to, uint64_t* full, Place place, const Call& call) const {
+    int step = place.step, groups = ceil_div(call.inputs, GROUP);
     mbar_expect(full, COPIED);
-    tma_2d(to, w_map, full, step * 64, work.column(n));
+    tma_2d(to, w_map, full, step * 64, place.column);
     UNROLL for (int span = 0; span < 2; ++span) {
-      int64_t place = ((int64_t)(work.column(n) / 64) * groups + min((2 * step + span) * 128 / GROUP, groups - 1)) * 64;
-      bulk_load(to + OFF_SCALES + span * 128, scale + place, full, 128);
-      if (ZEROS) bulk_load(to + OFF_ZEROS + span * 64, zero + place, full, 64);
+      int64_t at = ((int64_t)(place.column / 64) * groups + min((2 * step + span) * 128 / GROUP, groups - 1)) * 64;
+      bulk_load(to + OFF_SCALES + span * 128, scale + at, full, 128);
+      if (ZEROS) bulk_load(to + OFF_ZEROS + span * 64, zero + at, full, 64);
     }
   }
-  __device__ __forceinline__ void copy_tokens(uint8_t* to, uint64_t* full, const Work& work, int n) const {
-    UNROLL for (int box = 0; box < 4; ++box) tma_2d(to + OFF_X + box * X_BOX, x_map, full, work.step(n) * DEPTH + box * 64, 0);
+  __device__ __forceinline__ void copy_tokens(uint8_t* to, uint64_t* full, Place place) const {
+    UNROLL for (int box = 0; box < 4; ++box) tma_2d(to + OFF_X + box * X_BOX, x_map, full, place.step * DEPTH + box * 64, 0);
   }
   __device__ __forceinline__ void ready(uint8_t*, const Call&, const Work&) const {}
 
@@ -38,7 +43,7 @@ struct Form {
   // tokens 8 * (j / 4) + 2 * (lane % 4) + (j & 1).
   __device__ __forceinline__ void sum_up(float (&acc)[PER], uint8_t* smem, Bars& bars, const Call& call, const Work& work, int column, int& step) const {
     int lane = threadIdx.x % 32, span = threadIdx.x / 128, row = threadIdx.x % 128 / 32 * 16 + lane / 4;
-    const uint64_t operand = operand_128b(16, 1024);
+    const uint32_t lift = from_here(LIFT);  // in a register, so that one instruction masks and lifts
     UNROLL for (int j = 0; j < PER; ++j) acc[j] = 0.f;
     for (int i = 0; i < work.each; ++i, ++step) {
       int s = step % STAGES;
@@ -53,23 +58,23 @@ struct Form {
         middle[high] = LIFT | zeros * 0x10001;
         UNROLL for (int m = 0; m < 4; ++m) words[high][m] = *(const uint32_t*)(here + r * 128 + ((4 * span + m ^ r & 7) * 16) + lane % 4 * 4);
       }
-      uint32_t b = smem_u32(here) + OFF_X + 2 * span * X_BOX, a[8][4];
-      UNROLL for (int chunk = 0; chunk < 8; ++chunk) {  // of 16 inputs: field chunk / 2 of half of the words
-        UNROLL for (int j = 0; j < 4; ++j) {
-          uint32_t two = words[j & 1][2 * (chunk & 1) + (j >> 1)] >> (4 * (chunk >> 1));
-          a[chunk][j] = minus2(two & 0x000f000f | LIFT, middle[j & 1]);
+      const uint8_t* x = here + OFF_X + 2 * span * X_BOX + lane % 8 * 128;
+      float part[CHAINS][PER] = {};
+      UNROLL for (int pair = 0; pair < 4; ++pair) {  // of chunks of 16 inputs: field `pair` of all words
+        uint32_t a[2][4], b[4];
+        UNROLL for (int j = 0; j < 8; ++j) {
+          uint32_t two = words[j & 1][j >> 1] >> (4 * pair);
+          a[j >> 2][j & 3] = minus2(keep_field(two, lift), middle[j & 1]);
+        }
+        UNROLL for (int token = 0; token < TOKENS; token += 8) {
+          load_blocks(b, x + pair / 2 * X_BOX + token * 128 + (pair % 2 * 4 + lane / 8 ^ lane & 7) * 16);
+          multiply(&part[0][token / 2], a[0], b);
+          multiply(&part[CHAINS - 1][token / 2], a[1], b + 2);
         }
       }
-      float part[PER];
-      wgmma_fence();
-      UNROLL for (int chunk = 0; chunk < 8; ++chunk) {
-        wgmma_rs_16bit(part, a[chunk], at(operand, b + chunk / 4 * X_BOX + chunk % 4 * 32), chunk != 0);
-      }
-      wgmma_commit();
-      wgmma_wait<0>();
-      keep(part);
+      __syncwarp();
       if (lane == 0) mbar_arrive(&bars.free[s]);
-      UNROLL for (int j = 0; j < PER; ++j) acc[j] += part[j] * scales[(j >> 1) & 1];
+      UNROLL for (int j = 0; j < PER; ++j) acc[j] += (CHAINS > 1 ? part[0][j] + part[CHAINS - 1][j] : part[0][j]) * scales[(j >> 1) & 1];
     }
   }
 };

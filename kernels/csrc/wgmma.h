@@ -31,21 +31,26 @@
 #define PRODUCTS(N, REGISTERS, NAMES, A, B, P, ...)                                                          \
   PRODUCT(wgmma_ss_16bit, N, REGISTERS, 16, ELEMENT "." ELEMENT, ", 0, 0", NAMES, A, B, P, __VA_ARGS__)      \
   PRODUCT(wgmma_ss_e4m3, N, REGISTERS, 32, "e4m3.e4m3", "", NAMES, A, B, P, __VA_ARGS__)
-// The same with 16-bit elements and a in registers.
-#define PRODUCT_RS(N, REGISTERS, NAMES, A, B, P, ...)                                                        \
-  __device__ __forceinline__ void wgmma_rs_16bit(float (&d)[REGISTERS], const uint32_t (&a)[4], uint64_t b, int accumulate) { \
-    asm volatile(                                                                                            \
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %" #P ", 0;\n"                                                     \
-        "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." ELEMENT "." ELEMENT " " NAMES ", {" A "}, %" #B ", p, 1, 1, 0;\n}\n" \
-        : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                \
-  }
-PRODUCT_RS(8, 4, NAMES4, "%4, %5, %6, %7", 8, 9, OUT4(d, 0))
-PRODUCT_RS(16, 8, NAMES8, "%8, %9, %10, %11", 12, 13, OUT8(d, 0))
-PRODUCT_RS(32, 16, NAMES16, "%16, %17, %18, %19", 20, 21, OUT16(d, 0))
 PRODUCTS(8, 4, NAMES4, 4, 5, 6, OUT4(d, 0))
 PRODUCTS(16, 8, NAMES8, 8, 9, 10, OUT8(d, 0))
 PRODUCTS(32, 16, NAMES16, 16, 17, 18, OUT16(d, 0))
 PRODUCTS(64, 32, NAMES32, 32, 33, 34, OUT32(d, 0))
 PRODUCTS(128, 64, NAMES64, 64, 65, 66, OUT32(d, 0), OUT32(d, 32))
 PRODUCTS(256, 128, NAMES128, 128, 129, 130, OUT32(d, 0), OUT32(d, 32), OUT32(d, 64), OUT32(d, 96))
+
+// Of a warp: d[16 x 8] += a[16 x 16] b[16 x 8] of 16-bit elements, the fragments as PTX has them for mma.m16n8k16.
+__device__ __forceinline__ void mma_16x8x16(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." ELEMENT "." ELEMENT ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// Four blocks of 8 rows of 16 bytes: lane l has where row l % 8 of block l / 8 is, and gets two elements of row l / 4 of each.
+__device__ __forceinline__ void load_blocks(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(smem_u32(row)) : "memory");
+}
+__device__ __forceinline__ uint32_t keep_field(uint32_t words, uint32_t lift) {  // the lowest 4 bits of each half, on top of lift
+  uint32_t r;
+  asm("lop3.b32 %0, %1, 0x000f000f, %2, 0xea;" : "=r"(r) : "r"(words), "r"(lift));
+  return r;
+}
 #endif  // EMULATED

@@ -91,7 +91,7 @@ struct Product {  // rows: of b contiguous; turned: those of a
   float* d[128]; const uint32_t* a_registers[128]; int n, k; bool registers, rows, small, turned; uint64_t a, b; int accumulate, arrived;
 };
 struct Warpgroup { std::deque<Product> products; long first = 0; long issued[128] = {}; std::vector<long> ends[128]; };
-struct Warp { uint64_t slot[32]; int arrived = 0; long generation = 0; int asleep = 0; };
+struct Warp { uint64_t slot[32]; uint32_t registers[32][6]; int arrived = 0; long generation = 0; int asleep = 0; };
 struct Block {
   int index, registers = 0; std::vector<uint8_t> store; uint8_t* shared; std::map<uint32_t, Bar> bars; Named named[16];
   std::vector<Copy> copies; std::vector<Small> smalls; std::vector<Arrival> arrivals; long number = 0; int running = 0; bool gone = false; std::vector<Warpgroup> warpgroups; std::vector<Warp> warps;
@@ -567,7 +567,33 @@ inline float half_as_float(uint16_t h) {
   if (exponent == 31) return mantissa ? NAN : sign * INFINITY;
   return sign * (exponent ? ldexpf(1024 + mantissa, exponent - 25) : ldexpf(mantissa, -24));
 }
-template <int R> inline void wgmma_rs_16bit(float (&d)[R], const uint32_t (&a)[4], uint64_t b, int accumulate) { emulator::issue(d, 2 * R, a, 0, b, false, accumulate); }
+inline void mma_16x8x16(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  emulator::Warp& w = emulator::block().warps[emulator::thread() / 32];
+  int lane = emulator::thread() % 32, row = lane / 4, column = 2 * (lane % 4);
+  uint32_t mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
+  memcpy(w.registers[lane], mine, sizeof mine);
+  emulator::warp_sync();
+  float sum[4] = {d[0], d[1], d[2], d[3]};
+  for (int k = 0; k < 16; ++k) {
+    int of = k % 8 / 2, shift = 16 * (k & 1), high = k / 8;  // lane of four, half of a register, which of two registers
+    for (int j = 0; j < 4; ++j) {
+      uint32_t left = w.registers[row * 4 + of][2 * high + (j >> 1)] >> shift;
+      uint32_t right = w.registers[(column + (j & 1)) * 4 + of][4 + high] >> shift;
+      sum[j] += emulator::widen(left & 0xffff) * emulator::widen(right & 0xffff);
+    }
+  }
+  emulator::warp_sync();
+  memcpy(d, sum, sizeof sum);
+}
+inline void load_blocks(uint32_t (&r)[4], const void* row) {
+  int lane = emulator::thread() % 32;
+  emulator::check(smem_u32(row) % 16 == 0, "loaded blocks: a row's address is no multiple of 16");
+  for (int block = 0; block < 4; ++block) {
+    const uint8_t* from = emulator::exchange((const uint8_t*)row, block * 8 + lane / 4);
+    memcpy(&r[block], from + lane % 4 * 4, 4);
+  }
+}
+inline uint32_t keep_field(uint32_t words, uint32_t lift) { return (words & 0x000f000f) | lift; }
 inline float exp2_fast(float x) { return exp2f(x); }
 inline float rsqrtf(float x) { return 1.f / sqrtf(x); }
 inline void __syncthreads() { emulator::named(0, emulator::state().threads, true); }
