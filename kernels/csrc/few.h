@@ -11,7 +11,7 @@
 
 // TOKENS: columns of a product. SPLIT: blocks of a cluster. SCALES: 1: sums are scaled by token and output at the end. WIDE:
 // y is float32.
-constexpr int BN = 64, PER = TOKENS / 2, FED = 111 * 1024;  // outputs of a tile; a thread's sums; bytes of shared memory
+constexpr int BN = 64, PER = TOKENS / 2, HALF = 111 * 1024;  // outputs of a tile; a thread's sums; half of the shared memory
 constexpr int PITCH = BN + 4, SUM_BYTES = TOKENS * PITCH * 4;  // numbers of a token's sums in shared memory; of all
 constexpr int MINE = BN / SPLIT, FOURS = MINE / 4;  // outputs that a block of a cluster finishes
 constexpr int MOST_STAGES = 16, BAR_BYTES = 320;
@@ -98,7 +98,7 @@ __device__ __forceinline__ void finish(const float (&acc)[PER], float* sums, Bar
 // memory, copies of a step's weights and tokens, and what workers do first (ready) and with a tile (sum_up).
 template <class Form> __device__ __forceinline__ void run(const Form& form, const Call& call) {
   constexpr int STAGES = Form::STAGES, WORKERS = 128 * Form::WAYS;
-  static_assert(STAGES >= 3 && STAGES <= MOST_STAGES && 2 * (Form::SHARED + 1024) <= 228 * 1024, "shared memory");
+  static_assert(STAGES >= 3 && STAGES <= MOST_STAGES && Form::SHARED <= 227 * 1024, "shared memory");
   uint8_t* smem = smem_base();
   Bars& bars = *(Bars*)(smem + Form::OFF_BARS);
   Work work(call, Form::DEPTH);

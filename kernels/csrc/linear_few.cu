@@ -48,7 +48,7 @@ struct GroupScales {
 struct Form {
   static constexpr int WAYS = 1, DEPTH = FP8 ? 128 : 64;  // 128 bytes of a row
   static constexpr int W_BYTES = BN * 128, STAGE = W_BYTES + TOKENS * 128, SCALE_BYTES = TOKENS * GROUPS * 4;
-  static constexpr int ROOM = (FED - SUM_BYTES - SCALE_BYTES - BAR_BYTES - 1024) / STAGE;
+  static constexpr int ROOM = (HALF - SUM_BYTES - SCALE_BYTES - BAR_BYTES - 1024) / STAGE;
   static constexpr int STAGES = ROOM < MOST_STAGES ? ROOM : MOST_STAGES;
   static constexpr int OFF_SUMS = STAGES * STAGE, OFF_SCALES = OFF_SUMS + SUM_BYTES, OFF_BARS = OFF_SCALES + SCALE_BYTES;
   static constexpr int SHARED = OFF_BARS + BAR_BYTES + 1024;

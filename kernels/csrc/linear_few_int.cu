@@ -8,7 +8,8 @@
 #include "few.h"
 
 // ZEROS: weights have zeros of their own, else all have 8. GROUP: inputs that share a scale.
-static_assert(GROUP % 128 == 0 && SCALES == 0 && TOKENS <= 32, "macros");
+static_assert(GROUP % 128 == 0 && SCALES == 0, "macros");
+constexpr int BLOCKS = TOKENS <= 32 ? 2 : 1;  // that a multiprocessor has room for
 constexpr uint32_t LIFT = FP16 ? 0x64006400 : 0x43004300;  // what a field is put on top of
 
 // d[16 x 8] += a[16 x 16] b[16 x 8] of a warp; d of floats as wgmma has them.
@@ -19,6 +20,7 @@ struct Form {
   static constexpr int W_BYTES = BN * 128, X_BOX = TOKENS * 128, SCALE_BYTES = 256, ZERO_BYTES = 128;
   static constexpr int OFF_X = W_BYTES, OFF_SCALES = OFF_X + 4 * X_BOX, OFF_ZEROS = OFF_SCALES + SCALE_BYTES;
   static constexpr int STAGE = OFF_SCALES + 1024, COPIED = OFF_SCALES + SCALE_BYTES + (ZEROS ? ZERO_BYTES : 0);
+  static constexpr int FED = BLOCKS == 2 ? HALF : 2 * HALF;
   static constexpr int ROOM = (FED - WAYS * SUM_BYTES - BAR_BYTES - 1024) / STAGE;
   static constexpr int STAGES = ROOM < MOST_STAGES ? ROOM : MOST_STAGES;
   static constexpr int OFF_SUMS = STAGES * STAGE, OFF_BARS = OFF_SUMS + WAYS * SUM_BYTES, SHARED = OFF_BARS + BAR_BYTES + 1024;
@@ -82,7 +84,7 @@ struct Form {
 LAUNCH_FACTS(128 * Form::WAYS + 32, Form::SHARED, SPLIT);
 
 #if ZEROS
-extern "C" __global__ void __launch_bounds__(288, 2) __cluster_dims__(SPLIT, 1, 1)
+extern "C" __global__ void __launch_bounds__(288, BLOCKS) __cluster_dims__(SPLIT, 1, 1)
 linear_few_int_zeros(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap w_map, const uint16_t* weight_scale,
                      const uint8_t* weight_zero, const uint16_t* bias, uint16_t* y, int tokens, int outputs, int inputs,
                      int y_stride) {
@@ -90,7 +92,7 @@ linear_few_int_zeros(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap w_ma
       Call{nullptr, nullptr, BIAS ? bias : nullptr, y, tokens, outputs, inputs, y_stride});
 }
 #else
-extern "C" __global__ void __launch_bounds__(288, 2) __cluster_dims__(SPLIT, 1, 1)
+extern "C" __global__ void __launch_bounds__(288, BLOCKS) __cluster_dims__(SPLIT, 1, 1)
 linear_few_int(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap w_map, const uint16_t* weight_scale,
                const uint16_t* bias, uint16_t* y, int tokens, int outputs, int inputs, int y_stride) {
   run(Form{&x_map, &w_map, weight_scale, nullptr},

@@ -25,7 +25,8 @@ from makeready.kernels.gemm.linear_int import linear_int
 from makeready.kernels.gemm.ways import addressable, best_of_each
 from makeready.kernels.registry import cuda_kernel
 
-_MOST = 32  # tokens
+_MOST = 64  # tokens
+_ALONE = 64  # columns of a product with which a block has a multiprocessor to itself
 _DEPTH = 256  # inputs of a step: two spans
 _WIDE = ("bfloat16", "float16")
 _COSTS = Costs(
@@ -70,7 +71,9 @@ def _steps(call: OpCall) -> int:
 
 def ways(call: OpCall) -> list[Way]:
     """Every way to run ``call``, the cheapest first."""
-    return sorted(few.ways(call, _steps(call)), key=lambda way: (_microseconds(call, way), way.name))
+    found = few.ways(call, _steps(call))
+    room = [way for way in found if way.tokens < _ALONE or way.blocks <= call.multiprocessors]
+    return sorted(room, key=lambda way: (_microseconds(call, way), way.name))
 
 
 def _microseconds(call: OpCall, way: Way) -> float:
