@@ -30,14 +30,20 @@ struct Form {
     int step = place.step, groups = ceil_div(call.inputs, GROUP);
     mbar_expect(full, COPIED);
     tma_2d(to, w_map, full, step * 64, place.column);
-    UNROLL for (int span = 0; span < 2; ++span) {
-      int64_t at = ((int64_t)(place.column / 64) * groups + min((2 * step + span) * 128 / GROUP, groups - 1)) * 64;
-      bulk_load(to + OFF_SCALES + span * 128, scale + at, full, 128);
-      if (ZEROS) bulk_load(to + OFF_ZEROS + span * 64, zero + at, full, 64);
+    int64_t tile = (int64_t)(place.column / 64) * groups;
+    if (GROUP == 128 && 2 * step + 1 < groups) {  // both spans' at once: what one thread can ask for sets the pace
+      bulk_load(to + OFF_SCALES, scale + (tile + 2 * step) * 64, full, 256);
+      if (ZEROS) bulk_load(to + OFF_ZEROS, zero + (tile + 2 * step) * 64, full, 128);
+    } else {
+      UNROLL for (int span = 0; span < 2; ++span) {
+        int64_t at = (tile + min((2 * step + span) * 128 / GROUP, groups - 1)) * 64;
+        bulk_load(to + OFF_SCALES + span * 128, scale + at, full, 128);
+        if (ZEROS) bulk_load(to + OFF_ZEROS + span * 64, zero + at, full, 64);
+      }
     }
   }
   __device__ __forceinline__ void copy_tokens(uint8_t* to, uint64_t* full, Place place) const {
-    UNROLL for (int box = 0; box < 4; ++box) tma_2d(to + OFF_X + box * X_BOX, x_map, full, place.step * DEPTH + box * 64, 0);
+    tma_3d(to + OFF_X, x_map, full, 0, 0, place.step * (DEPTH / 64));  // four boxes of 64 inputs
   }
   __device__ __forceinline__ void ready(uint8_t*, const Call&, const Work&) const {}
 

@@ -51,6 +51,7 @@ def applies(call: OpCall) -> bool:
         and call.attrs["bits"] == 4
         and (call.attrs["group"] % 128 == 0 or call.attrs["group"] >= inputs)
         and x.dtype in _WIDE
+        and inputs % 64 == 0
         and y.dtype == x.dtype
         and ("bias" not in call.tensors or call.tensors["bias"].dtype == x.dtype)
         and int(weight.shape[0]) % 4 == 0
@@ -105,7 +106,9 @@ def candidate(call: OpCall, way: Way, *, give_up: int = 0) -> Candidate:
     rows = way.tokens if x.spare else int(x.shape[0])
     fixed = ("weight_scale", *(("weight_zero",) if zeros else ()))
     arguments: dict[str, Argument] = {
-        "x_map": Descriptor("x", (rows, inputs), (x.row_stride, 1), (way.tokens, 64), swizzle=128),
+        "x_map": Descriptor(
+            "x", (inputs // 64, rows, 64), (64, x.row_stride, 1), (_DEPTH // 64, way.tokens, 64), swizzle=128
+        ),
         "w_map": Descriptor(
             "weight", (outputs, words), (weight.row_stride, 1), (few.OUTPUTS, 64), swizzle=128
         ),
