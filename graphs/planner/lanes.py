@@ -80,7 +80,7 @@ def _needs(launches: Sequence[Launch], bases: Mapping[str, str], lasting: Collec
 
 
 def _branch(end: int, join: int, needs: Sequence[set[int]], users: Sequence[list[int]]) -> _Branch | None:
-    """What works for the launch ``end`` alone, which nobody needs before ``join``."""
+    """What works for the launch ``end`` alone, which nobody needs before ``join``, where that needs others, too."""
     if users[end][0] < join:
         return None
     inside, fork, waiting = {end}, -1, [-other for other in needs[end]]
@@ -98,7 +98,9 @@ def _branch(end: int, join: int, needs: Sequence[set[int]], users: Sequence[list
         for needed in needs[other]:
             heappush(waiting, -needed)
     beside = tuple(at for at in range(fork + 1, join) if at not in inside)
-    return _Branch(fork, join, tuple(sorted(inside)), beside) if fork >= 0 else None
+    if fork < 0 or needs[join].isdisjoint(beside):
+        return None
+    return _Branch(fork, join, tuple(sorted(inside)), beside)
 
 
 def _worthwhile(branch: _Branch, launches: Sequence[Launch]) -> bool:
