@@ -35,15 +35,16 @@ class Turn:
     side: bool
 
 
-def turns(program: LoweredProgram, calls: Sequence[Chain]) -> list[Turn]:
+def turns(program: LoweredProgram, calls: Sequence[Chain], *, one_lane: bool = False) -> list[Turn]:
     """When each of ``calls`` starts, which are what some launches of ``program`` run as (``program.calls``).
 
     Where they are a part of a step, edges to the others are left out: those before them have ended, and those behind
-    them start when all have ended.
+    them start when all have ended. In ``one_lane`` they start one behind the other, which is always possible.
     """
-    lane_of = {at: lane for lane in program.lanes for at in range(lane.first, lane.stop)}
-    ends = {lane.stop for lane in program.lanes}
-    forks = {lane.fork: -1 for lane in program.lanes}  # and which call that launch is in
+    lanes = () if one_lane else program.lanes
+    lane_of = {at: lane for lane in lanes for at in range(lane.first, lane.stop)}
+    ends = {lane.stop for lane in lanes}
+    forks = {lane.fork: -1 for lane in lanes}  # and which call that launch is in
     made: list[Turn] = []
     main = side = -1  # the last call of each lane; that of the side lane until it has joined
     for number, call in enumerate(calls):

@@ -117,7 +117,8 @@ class Plan:
         cubins: their machine code by the same keys. Its bytes are files of their own, which
             :attr:`Binary.sha256` ties to the plan's digest; planning and the CPU work without them.
         dropped: a line for each way to run a call that the target's resources ruled out.
-        tuned: by device name and :func:`~.program.tuned_key`, the name of the choice that measured best there.
+        tuned: by device name and :func:`~.program.tuned_key` or :func:`~.program.lanes_key`, the name of the choice
+            that measured best there.
     """
 
     schema: int

@@ -174,6 +174,7 @@ class OpClass:
 
 
 APART = "apart"  # the choice to run the launches of a chain one by one
+ONE_LANE = "one lane"  # the choice to run all launches of a bucket one after the other
 
 
 @dataclass(frozen=True)
@@ -293,3 +294,8 @@ class Loading:
 def tuned_key(phase: str, op_class: int, bucket: Bucket) -> str:
     """Where :attr:`Plan.tuned` keeps the choice for calls of a class in a bucket."""
     return f"{phase}/{op_class}/{bucket}"
+
+
+def lanes_key(bucket: Bucket) -> str:
+    """Where :attr:`Plan.tuned` keeps whether a bucket has :data:`ONE_LANE` though its program has two."""
+    return f"{bucket.phase}/lanes/{bucket}"

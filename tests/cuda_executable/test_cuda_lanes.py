@@ -24,12 +24,13 @@ from makeready.graphs.executable.cpu.executable import CpuExecutable
 from makeready.graphs.executable.cuda.driver import Driver
 from makeready.graphs.executable.cuda.executable import CudaExecutable
 from makeready.graphs.executable.example import Row, example_step
+from makeready.graphs.executable.tune import tune
 from makeready.graphs.plan import artifact
 from makeready.graphs.plan.check import check_plan
 from makeready.graphs.plan.check_lanes import check_lanes
 from makeready.graphs.plan.lanes import turns
 from makeready.graphs.plan.plan import Plan, PlanError
-from makeready.graphs.plan.program import Chain, Lane
+from makeready.graphs.plan.program import ONE_LANE, Chain, Lane, lanes_key
 from makeready.graphs.plan.rules import ContradictionError
 from makeready.graphs.plan.spec import DECODE, EXTEND
 from makeready.graphs.planner.compile import compile_plan
@@ -333,3 +334,30 @@ def test_only_steps_of_a_gpu_have_two_lanes() -> None:
     first, *others = quantized.loading.programs
     loads = (replace(first, program=replace(first.program, lanes=(Lane(0, 2, 3),))), *others)
     refused(replace(quantized, loading=replace(quantized.loading, programs=loads)), "loading has one")
+
+
+def test_a_bucket_whose_step_is_faster_in_one_lane_has_one() -> None:
+    plan = plan_of("deepseek")
+
+    def milliseconds(nodes: list[FakeNode]) -> float:
+        """A join takes time; where steps have many rows, lanes save more than that."""
+        joins = sum(len(node.edges) > 1 for node in nodes)
+        return 10 + joins * (0.1 if nodes[0].grid[1] == 1 else -0.1)
+
+    bindings = FakeBindings(graph_ms=milliseconds)
+    executable = CudaExecutable(plan, weights("deepseek"), driver=Driver(bindings), kv_bytes=2**20)
+    tuned, gains = tune(executable)
+    executable.close()
+    small = [bucket for bucket in plan.buckets if bucket.tokens == 1]
+    assert 0 < len(small) < len(plan.buckets)
+    assert tuned.tuned == {bindings.name.decode(): {lanes_key(bucket): ONE_LANE for bucket in small}}
+    assert [gain.bucket for gain in gains if gain.choices] == small
+    executable, bindings = loaded(tuned, "deepseek")
+    for bucket, nodes in zip(plan.buckets, bindings.graphs, strict=True):
+        behind = [[other for other, _ in node.edges] for node in nodes]
+        chain = [[], *([at] for at in range(len(nodes) - 1))]
+        assert (behind == chain) == (bucket in small)
+    scratch = executable._regions.scratch, plan.memory.side_scratch
+    words = {w for node in bindings.graphs[plan.buckets.index(small[0])] for w in node.words()}
+    assert not any(sum(scratch) <= word < sum(scratch) + scratch[1] for word in words)
+    executable.close()

@@ -18,7 +18,15 @@ import numpy as np
 from makeready.graphs.executable.cuda.driver import Driver, Function
 from makeready.graphs.plan.lanes import turns
 from makeready.graphs.plan.plan import Plan, PlanError
-from makeready.graphs.plan.program import Chain, Launch, Node, NodeArgument, PlanCandidate
+from makeready.graphs.plan.program import (
+    ONE_LANE,
+    Chain,
+    Launch,
+    Node,
+    NodeArgument,
+    PlanCandidate,
+    lanes_key,
+)
 from makeready.graphs.plan.spec import Bucket
 from makeready.kernels.size import parse, value
 from makeready.kernels.spec import DTYPE_BYTES, PAGES
@@ -69,7 +77,7 @@ class GraphBuilder:
         Args:
             addresses: of every value that the launches name.
             stream: where the graph is sent to the device.
-            choices: by :func:`tuned_key`, in place of those that measured best on this device.
+            choices: by :func:`tuned_key` and :func:`lanes_key`, in place of those that measured best on this device.
             only: which of the launches.
 
         Raises:
@@ -79,11 +87,12 @@ class GraphBuilder:
         program = self._plan.programs[bucket.phase]
         best = self._tuned if choices is None else choices
         calls = program.calls(bucket, best, only)
+        order = turns(program, calls, one_lane=best.get(lanes_key(bucket)) == ONE_LANE)
         prepared: dict[tuple[int, bool], list[PreparedNode]] = {}
         ends: list[list[Any]] = []  # by call, the node that those behind it start behind
         graph = self._driver.graph()
         try:
-            for call, turn in zip(calls, turns(program, calls), strict=True):
+            for call, turn in zip(calls, order, strict=True):
                 launch = call.launch
                 nodes = prepared.get((launch.op_class, turn.side))
                 if nodes is None:
