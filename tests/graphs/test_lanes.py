@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from makeready.graphs.plan.check_lanes import check_lanes, unordered
-from makeready.graphs.plan.lanes import Turn, turns
+from makeready.graphs.plan.lanes import Turn, in_one_lane, turns
 from makeready.graphs.plan.program import Buffer, Chain, Lane, Launch, LoweredProgram
 from makeready.graphs.plan.spec import DECODE, Bucket
 from makeready.graphs.planner import lanes as finding
@@ -57,15 +57,28 @@ def programs(draw: st.DrawFn) -> tuple[list[Launch], dict[str, int]]:
     return launches, sizes
 
 
-def laid_out(launches: Sequence[Launch], sizes: Mapping[str, int]) -> LoweredProgram:
-    """The program in two lanes, with values at their places; branches of one launch are long enough here."""
+def laid_out(
+    launches: Sequence[Launch], sizes: Mapping[str, int], pick: random.Random | None = None
+) -> LoweredProgram:
+    """The program in two lanes, with values at their places; branches of one launch are long enough here.
+
+    With ``pick`` some neighbours may run as chains.
+    """
     values = {n: Value(n, TensorSpec((nbytes,), "uint8"), TEMP) for n, nbytes in sizes.items()}
     values[CACHE] = Value(CACHE, TensorSpec((8,), "uint8"), KV)
     with mock.patch.object(finding, "LEAST", 1):
         order, found = find_lanes(launches, {}, {CACHE})
-    program = Program(DECODE, values, {}, (), {})
-    buffers, _ = _place(program, order, (), found, {}, ONE)
-    return LoweredProgram(DECODE, tuple(order), buffers, lanes=found)
+    program, chains = Program(DECODE, values, {}, (), {}), []
+    at = 0
+    while pick is not None and at < len(order):
+        stop = at + pick.randint(1, 3)
+        if stop - at > 1 and stop <= len(order) and in_one_lane(at, stop, found):
+            chains.append(Chain(order[at], at, stop))
+            at = stop
+        else:
+            at += 1
+    buffers, _ = _place(program, order, chains, found, {}, ONE)
+    return LoweredProgram(DECODE, tuple(order), buffers, chains=tuple(chains), lanes=found)
 
 
 def one_by_one(program: LoweredProgram) -> list[Chain]:
@@ -94,36 +107,41 @@ class Private:
 
 
 class Arena:
-    """Values lie in one arena. A launch takes time: it leaves garbage in its results when it begins, and its operands
+    """Values lie in one arena. A call takes time: it leaves garbage in its results when it begins, and its operands
     have to be what they were until it ends.
     """
 
-    def __init__(self, program: LoweredProgram, sizes: Mapping[str, int], pick: random.Random) -> None:
+    def __init__(
+        self, program: LoweredProgram, sizes: Mapping[str, int], calls: Sequence[Chain], pick: random.Random
+    ) -> None:
         self._program, self._sizes = program, sizes
         ends = (b.offset + sizes[name] for name, b in program.buffers.items())
         self._bytes = bytearray(pick.randbytes(max(ends)))
         self.values: dict[str, bytes] = {CACHE: bytes(8)}
-        seen: dict[int, list[bytes]] = {}
+        seen: dict[int, dict[str, bytes]] = {}
         ended: set[int] = set()
-        order = turns(program, one_by_one(program))
+        order = turns(program, calls)
         while len(ended) < len(order):
             ready = [i for i, t in enumerate(order) if i not in seen and ended.issuperset(t.behind)]
             at = pick.choice([*ready, *(set(seen) - ended)])
-            each = program.launches[at]
-            (made,) = each.results.values()
+            members = program.launches[calls[at].first : calls[at].stop]
+            made = [v for each in members for v in each.results.values()]
+            named = {v for each in members for v in each.operands.values()} - set(made)
+            now = {v: self.values[CACHE] if v == CACHE else self._read(v) for v in named}
             if at not in seen:
-                seen[at] = self._operands(each)
-                self._write(made, pick.randbytes(sizes[made]))
+                seen[at] = now
+                for value in made:
+                    self._write(value, pick.randbytes(sizes[value]))
                 continue
-            assert self._operands(each) == seen[at], f"{made} lost an operand while it ran"
-            self.values[made] = mix(made, seen[at], sizes[made])
-            self._write(made, self.values[made])
-            if each.op == WRITER:
-                self.values[CACHE] = mix(f"{made} cache", seen[at], 8)
+            assert now == seen[at], f"what makes {made} lost an operand while it ran"
+            for each in members:
+                (value,) = each.results.values()
+                given = [now[v] for v in each.operands.values()]
+                self.values[value] = now[value] = mix(value, given, sizes[value])
+                self._write(value, now[value])
+                if each.op == WRITER:
+                    self.values[CACHE] = now[CACHE] = mix(f"{value} cache", given, 8)
             ended.add(at)
-
-    def _operands(self, each: Launch) -> list[bytes]:
-        return [self.values[CACHE] if v == CACHE else self._read(v) for v in each.operands.values()]
 
     def _read(self, name: str) -> bytes:
         start = self._program.buffers[name].offset
@@ -132,6 +150,16 @@ class Arena:
     def _write(self, name: str, content: bytes) -> None:
         start = self._program.buffers[name].offset
         self._bytes[start : start + len(content)] = content
+
+
+def as_calls(program: LoweredProgram) -> list[Chain]:
+    """All chains of the program, and every other launch."""
+    starts = {chain.first: chain for chain in program.chains}
+    made, at = [], 0
+    while at < len(program.launches):
+        made.append(starts.get(at, Chain(program.launches[at], at, at + 1)))
+        at = made[-1].stop
+    return made
 
 
 def as_plan(cache: str = CACHE) -> Any:
@@ -145,24 +173,26 @@ def as_plan(cache: str = CACHE) -> Any:
 
 
 def test_any_order_of_two_lanes_gives_what_private_memory_does() -> None:
-    found, concurrent = [], []
+    found, concurrent, chained = [], [], []
 
     @settings(max_examples=150)
     @given(programs(), st.integers(0, 2**32))
     def run(made: tuple[list[Launch], dict[str, int]], seed: int) -> None:
         launches, sizes = made
-        program = laid_out(launches, sizes)
+        program = laid_out(launches, sizes, random.Random(seed))
         assert sorted(program.launches, key=str) == sorted(launches, key=str)
         check_lanes(as_plan(), program)
         found.append(len(program.lanes))
         concurrent.append(len(list(unordered(turns(program, one_by_one(program))))))
         wanted = Private(launches, sizes).values
-        for shift in range(3):
-            assert Arena(program, sizes, random.Random(seed + shift)).values == wanted
+        for shift, calls in enumerate((one_by_one(program), as_calls(program), as_calls(program))):
+            assert Arena(program, sizes, calls, random.Random(seed + shift)).values == wanted
+        chained.append(sum(chain.stop > lane.fork for lane in program.lanes for chain in program.chains))
 
     run()
     assert sum(number > 0 for number in found) > 40, "many programs have a lane"
     assert sum(number > 1 for number in concurrent) > 40
+    assert sum(number > 0 for number in chained) > 40
 
 
 def test_what_is_read_early_has_ended_in_either_lane() -> None:
