@@ -10,12 +10,14 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
+from makeready.graphs.plan.memory import Interval, align
 from makeready.graphs.plan.program import Lane, Launch
 from makeready.kernels.contract import CONTRACTS
 
 # Launches of a branch. Forking and joining takes two edges over which no kernel starts early, about what two small
 # launches take; and a branch that goes beyond a layer is the residual stream.
 LEAST, MOST = 3, 24
+SHARE, ROOM = 1 / 16, 64 << 20  # what lanes may add to the arena: a part of it, or bytes if that is more
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,39 @@ def _ordered(
     place = {old: new for new, old in enumerate(order)}
     lanes = tuple(Lane(place[b.fork], place[b.launches[0]], place[b.launches[-1]] + 1) for b in branches)
     return [launches[at] for at in order], lanes
+
+
+def affordable(
+    lanes: Sequence[Lane],
+    launches: Sequence[Launch],
+    bases: Mapping[str, str],
+    held: Mapping[str, Interval],
+    nbytes: int,
+) -> tuple[Lane, ...]:
+    """Those of ``lanes`` that take little more of the arena than launches one after the other.
+
+    Args:
+        held: by value of the arena, when it is needed in one lane.
+        nbytes: of the arena in one lane.
+    """
+    live = [0] * len(launches)
+    for value in held.values():
+        for at in range(value.first, value.last + 1):
+            live[at] += align(value.nbytes)
+    kept = []
+    for lane in lanes:
+        meanwhile = range(lane.fork + 1, lane.stop)
+        most = {at: live[at] for at in meanwhile}
+        members = launches[lane.first : lane.stop]
+        names = {v for each in members for v in (*each.operands.values(), *each.results.values())}
+        for name in {bases.get(v, v) for v in names} & held.keys():
+            value = held[name]
+            for at in meanwhile:
+                if not value.first <= at <= value.last:
+                    most[at] += align(value.nbytes)
+        if max(most.values()) <= nbytes + max(SHARE * nbytes, ROOM):
+            kept.append(lane)
+    return tuple(kept)
 
 
 def meanwhile(lanes: Sequence[Lane], launches: Sequence[Launch]) -> Iterator[tuple[int, int, str]]:

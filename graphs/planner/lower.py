@@ -15,7 +15,7 @@ from makeready.graphs.plan.spec import Bucket
 from makeready.graphs.plan.targets import Target
 from makeready.graphs.planner.chains import find_chains, together
 from makeready.graphs.planner.ir import KV, LOADED, PARAM, SLOT, TEMP, Columns, Program
-from makeready.graphs.planner.lanes import find_lanes, meanwhile
+from makeready.graphs.planner.lanes import affordable, find_lanes, meanwhile
 from makeready.kernels import registry
 from makeready.kernels.spec import DTYPE_BYTES
 
@@ -34,7 +34,8 @@ def lower(
 
     Where it may be ``chained``, some buckets may run neighbouring launches as one call: what those name is in the
     arena from the first to the last. With ``lanes``, independent branches run beside each other: launches come in an
-    order in which each is neighbours, and what one of them names is in the arena while the other runs.
+    order in which each is neighbours, and what one of them names is in the arena while the other runs. Where that
+    takes much more of it, as of long prompts, they run one after the other.
 
     ``stored`` collects the parameters in the layouts that the chosen kernels want, by content: programs that
     share it share parameters, and so do an embedding and a head that are one tensor of the checkpoint.
@@ -74,6 +75,13 @@ def lower(
     if lanes:
         lasting = {name for name, value in program.values.items() if value.kind in (SLOT, KV)}
         launches, beside = find_lanes(launches, bases, lasting)
+        alone, most = _place(program, launches, (), (), views, largest)
+        held = {
+            n: Interval(n, b.spec.nbytes(largest.sizes), b.first, b.last)
+            for n, b in alone.items()
+            if n not in views
+        }
+        beside = affordable(beside, launches, bases, held, most)
     chains = find_chains(launches, bases, program.results) if chained else ()
     chains = tuple(c for c in chains if in_one_lane(c.first, c.stop, beside))
     buffers, nbytes = _place(program, launches, chains, beside, views, largest)

@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 
 from makeready.graphs.plan.check_lanes import check_lanes, unordered
 from makeready.graphs.plan.lanes import Turn, in_one_lane, turns
+from makeready.graphs.plan.memory import Interval
 from makeready.graphs.plan.program import Buffer, Chain, Lane, Launch, LoweredProgram
 from makeready.graphs.plan.spec import DECODE, Bucket
 from makeready.graphs.planner import lanes as finding
 from makeready.graphs.planner.cuda.edges import joins
 from makeready.graphs.planner.ir import KV, TEMP, Program, Value
-from makeready.graphs.planner.lanes import find_lanes
+from makeready.graphs.planner.lanes import ROOM, affordable, find_lanes
 from makeready.graphs.planner.lower import _place
 from makeready.kernels import registry
 from makeready.kernels.spec import TensorSpec
@@ -316,3 +317,26 @@ def test_places_are_kept_apart_only_where_lanes_are() -> None:
 
     assert [span(f"v{at}") for at in (5, 6, 7)] == [(1, 7), (1, 7), (1, 8)]
     assert [span(f"v{at}") for at in (0, 1, 2, 8)] == [(0, 7), (1, 2), (2, 3), (8, 9)]
+
+
+def test_lanes_that_take_much_of_the_arena_are_left_out() -> None:
+    """By launch, what is held in one lane, and what a lane's own values add meanwhile."""
+    launches, lane = layer(), Lane(0, 5, 8)
+    size = 16 * ROOM
+
+    def kept(side: int, elsewhere: int) -> bool:
+        """Where the side lane's values take ``side`` each, and something at the end of the step ``elsewhere``."""
+        spans = {f"v{at}": (size if at < 5 else side, at, at + 1) for at in range(10)}
+        spans |= {"v0": (size, 0, 5), "v9": (elsewhere, 9, 9)}
+        held = {n: Interval(n, nbytes, first, last) for n, (nbytes, first, last) in spans.items()}
+        alive = max(
+            sum(i.nbytes for i in held.values() if i.first <= at <= i.last) for at in range(len(launches))
+        )
+        return affordable((lane,), launches, {}, held, alive) == (lane,)
+
+    # Beside the routed branch, which holds three values of ``size``, the side lane adds three of its own.
+    assert kept(ROOM, 0)
+    assert kept(size // 16 - 256, 0)
+    assert not kept(size // 16 + 256, 0)
+    assert not kept(size, 4 * size)
+    assert kept(size, 5 * size), "launch 9 holds as much anyway"
