@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from emulated_driver import Emulator
 from fake_driver import FakeBindings
 from fake_objects import FakeNode
@@ -19,7 +20,7 @@ from test_cuda_walk import step_of
 
 from makeready.graphs.checkpoint.base import Checkpoint
 from makeready.graphs.checkpoint.dummy import DummyCheckpoint
-from makeready.graphs.executable.bisect import as_references
+from makeready.graphs.executable.bisect import as_references, bisect
 from makeready.graphs.executable.cpu.executable import CpuExecutable
 from makeready.graphs.executable.cuda.driver import Driver
 from makeready.graphs.executable.cuda.executable import CudaExecutable
@@ -361,3 +362,23 @@ def test_a_bucket_whose_step_is_faster_in_one_lane_has_one() -> None:
     words = {w for node in bindings.graphs[plan.buckets.index(small[0])] for w in node.words()}
     assert not any(sum(scratch) <= word < sum(scratch) + scratch[1] for word in words)
     executable.close()
+
+
+def test_bisection_walks_both_lanes() -> None:
+    """Launch by launch in the program's order; a fault of the side lane is named."""
+    plan = plan_of("deepseek")
+    first, last = (lane.first + 1 for lane in plan.programs[DECODE].lanes)
+    # The fake cannot tell launches of two layers that have the same places: it takes each for the last.
+    for fault, wanted in ((None, None), (last, (DECODE, first))):
+
+        def change(bucket: Any, at: int, named: dict[str, torch.Tensor], fault: int | None = fault) -> None:
+            if (bucket.phase, at) == (DECODE, fault):
+                named["y"][0] *= 1.05
+
+        executable, bindings = loaded(plan, "deepseek")
+        bindings.on_launch = Emulator(executable, change)
+        reference = CpuExecutable(as_references(plan), weights("deepseek"), pages=PAGES, interpret=True)
+        difference = bisect(executable, reference, [3, 1, 4, 1, 5], 3).difference
+        found = None if difference is None else (difference.bucket.phase, difference.at)
+        assert found == wanted
+        executable.close()
