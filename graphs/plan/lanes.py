@@ -14,15 +14,15 @@ ended when both have joined.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from makeready.graphs.plan.program import Chain, Lane, LoweredProgram
 
 
-@dataclass(frozen=True)
-class Turn:
-    """When a call starts.
+class Turn(NamedTuple):
+    """When a call starts; one is made for every call of every bucket, so it is cheap.
 
     Attributes:
         behind: numbers of the calls that it starts behind, that of its own lane first.
@@ -41,7 +41,7 @@ def turns(program: LoweredProgram, calls: Sequence[Chain], *, one_lane: bool = F
     Where they are a part of a step, edges to the others are left out: those before them have ended, and those behind
     them start when all have ended. In ``one_lane`` they start one behind the other, which is always possible.
     """
-    lanes = () if one_lane else program.lanes
+    lanes, joins = () if one_lane else program.lanes, sorted(program.joins)
     lane_of = {at: lane for lane in lanes for at in range(lane.first, lane.stop)}
     ends = {lane.stop for lane in lanes}
     forks = {lane.fork: -1 for lane in lanes}  # and which call that launch is in
@@ -49,28 +49,26 @@ def turns(program: LoweredProgram, calls: Sequence[Chain], *, one_lane: bool = F
     main = side = -1  # the last call of each lane; that of the side lane until it has joined
     for number, call in enumerate(calls):
         lane = lane_of.get(call.first)
-        if lane is None:
-            behind = [main, side if call.first in ends else -1]
-            early = behind[1] < 0 and not _joined(program, calls, main, call)
-        else:
-            behind = [side if side >= 0 else forks[lane.fork]]
-            early = side >= 0 and not _joined(program, calls, side, call)
-        made.append(Turn(tuple(other for other in behind if other >= 0), early, lane is not None))
+        before = main if lane is None else side
+        early = before >= 0 and not (joins and _between(joins, calls[before].first, call.first))
         if lane is not None:
+            behind = (side if side >= 0 else forks[lane.fork],)
             side = number
-            continue
-        main = number
-        if call.first in ends:
-            side = -1
-        for at in range(call.first, call.stop):
-            if at in forks:
-                forks[at] = number
+        else:
+            behind = (main,)
+            if side >= 0 and call.first in ends:
+                behind, early, side = (main, side), False, -1
+            main = number
+            if forks:
+                forks |= {at: number for at in range(call.first, call.stop) if at in forks}
+        made.append(Turn(behind if behind[0] >= 0 else behind[1:], early, lane is not None))
     return made
 
 
-def _joined(program: LoweredProgram, calls: Sequence[Chain], before: int, call: Chain) -> bool:
-    """Whether a join lies between a call and the one before it in its lane."""
-    return before >= 0 and any(calls[before].first < join <= call.first for join in program.joins)
+def _between(joins: Sequence[int], before: int, at: int) -> bool:
+    """Whether one of ``joins``, in order, lies behind launch ``before`` and not behind launch ``at``."""
+    place = bisect_right(joins, before)
+    return place < len(joins) and joins[place] <= at
 
 
 def in_one_lane(first: int, stop: int, lanes: Sequence[Lane]) -> bool:

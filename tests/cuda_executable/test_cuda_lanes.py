@@ -304,7 +304,7 @@ def test_a_missing_edge_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     for at in range(lane.fork + 1, lane.stop + 1):
         for other in whole[at].behind:
             left = [*whole]
-            left[at] = replace(left[at], behind=tuple(n for n in left[at].behind if n != other))
+            left[at] = left[at]._replace(behind=tuple(n for n in left[at].behind if n != other))
             monkeypatch.setattr("makeready.graphs.plan.check_lanes.turns", lambda *given, left=left: left)
             refused(plan, AT_ONCE)
             lost += 1

@@ -299,6 +299,16 @@ def test_parts_of_a_program_start_behind_what_they_hold() -> None:
     assert [turn.behind for turn in both] == [(), (), (1,), (2,), (0, 3), (4,)]
 
 
+def test_what_joins_may_fork_again() -> None:
+    launches = tuple(launch(at, []) for at in range(6))
+    program = LoweredProgram(DECODE, launches, {}, lanes=(Lane(0, 2, 3), Lane(3, 5, 6)))
+    whole = turns(program, one_by_one(program))
+    assert [turn.behind for turn in whole] == [(), (0,), (0,), (1, 2), (3,), (3,)]
+    assert [turn.behind for turn in turns(program, one_by_one(program), one_lane=True)] == [
+        (), (0,), (1,), (2,), (3,), (4,),
+    ]  # fmt: skip
+
+
 def test_a_chain_with_the_fork_is_what_the_side_lane_starts_behind() -> None:
     program = LoweredProgram(DECODE, tuple(layer()), {}, lanes=(Lane(0, 5, 8),))
     single = one_by_one(program)
