@@ -27,9 +27,9 @@ class Pointer:
 class Scratch:
     """Address of the call's scratch plus ``offset`` bytes.
 
-    Scratch is shared by all calls of a plan, so its content is undefined, except that its first
+    Scratch is shared by all calls of a plan's lane, so its content is undefined, except that its first
     ``Candidate.zeroed`` bytes are zero when the call starts and must be zero again when it ends (counters
-    of blocks that wait for each other).
+    of blocks, the last of which goes on).
     """
 
     offset: int

@@ -39,7 +39,7 @@ TIE = 0.1
 
 # Options that say how fast a plan is and not what it computes.
 _INDIFFERENT = frozenset(
-    {"max_decode_buckets", "max_extend_buckets", "candidates", "traffic", "disabled_passes"}
+    {"max_decode_buckets", "max_extend_buckets", "candidates", "lanes", "traffic", "disabled_passes"}
 )
 _SAMPLE_ROWS = 3  # of a large tensor: the first, the middle and the last go into the checksum
 _SMALL = 2**16  # elements of a tensor that goes in as a whole

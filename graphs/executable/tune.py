@@ -1,8 +1,8 @@
 """Which of the ways that a plan carries is fastest on this GPU, measured in their place.
 
-For every bucket there is a graph with the planner's first choices, and one for each other choice of each op
-class that differs in nothing else; they take turns. A choice that makes the whole step faster is taken, and
-all that were taken are tried together before they count.
+For every bucket there is a graph with the planner's first choices, one for each other choice of each op class that
+differs in nothing else, and one in a single lane where the plan has two; they take turns. A choice that makes the
+whole step faster is taken, and all that were taken are tried together before they count.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from makeready.graphs.executable.cuda.executable import CudaExecutable
 from makeready.graphs.executable.cuda.workbench import Workbench
 from makeready.graphs.executable.example import typical_step
 from makeready.graphs.plan.plan import Plan, PlanError
-from makeready.graphs.plan.program import tuned_key
+from makeready.graphs.plan.program import ONE_LANE, lanes_key, tuned_key
 from makeready.graphs.plan.spec import Bucket
 
 _ROUNDS = 5
@@ -76,13 +76,14 @@ def tune(
 
 
 def _alternatives(plan: Plan, bucket: Bucket) -> list[tuple[str, str]]:
-    """Key and name of every choice but the first of each op class."""
-    classes = plan.programs[bucket.phase].classes
-    return [
+    """Key and name of every choice but the first of each op class, and of one lane instead of two."""
+    program = plan.programs[bucket.phase]
+    choices = [
         (tuned_key(bucket.phase, index, bucket), choice.name)
-        for index, one in enumerate(classes)
+        for index, one in enumerate(program.classes)
         for choice in one.candidates[str(bucket)][1:]
     ]
+    return [*choices, (lanes_key(bucket), ONE_LANE)] if program.lanes else choices
 
 
 def _tune_bucket(bench: Workbench, bucket: Bucket, alternatives: list[tuple[str, str]]) -> Gain:

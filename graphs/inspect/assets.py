@@ -96,6 +96,7 @@ svg text.onfield { paint-order: stroke; stroke: var(--ground); stroke-width: 3px
 .part.compute { fill: var(--hot); }
 .part.launch { fill: var(--c9); opacity: 0.55; }
 .box { fill: var(--panel); stroke: var(--line); }
+.box.side { stroke-dasharray: 4 3; }
 .port { fill: none; stroke: var(--dim); stroke-dasharray: 2 3; }
 .edge { fill: none; stroke: var(--dim); stroke-width: 1.3; }
 .head { fill: var(--dim); }

@@ -8,6 +8,7 @@ from typing import Any
 from makeready.graphs.inspect import units
 from makeready.graphs.plan import artifact
 from makeready.graphs.plan.plan import Plan
+from makeready.graphs.plan.program import LoweredProgram
 from makeready.graphs.plan.targets import target_of
 
 FP8 = "float8_e4m3fn"
@@ -17,7 +18,7 @@ def facts(plan: Plan, memory: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Label and value of every fact; ``memory`` is the plan's memory analysis."""
     options, limits = plan.options, plan.limits
     target = target_of(plan)
-    launches = ", ".join(f"{phase} {len(program.launches)}" for phase, program in plan.programs.items())
+    launches = ", ".join(f"{phase} {count_text(program)}" for phase, program in plan.programs.items())
     peak = units.rate(target.rate(options.weight_dtype), "FLOP")
     return [
         ("architecture", plan.architecture),
@@ -34,6 +35,12 @@ def facts(plan: Plan, memory: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("plan", artifact.digest(plan)),
         ("checkpoint", plan.checkpoint),
     ]  # fmt: skip
+
+
+def count_text(program: LoweredProgram) -> str:
+    """Launches of a program, and how many of them are in the side lane."""
+    beside = sum(lane.stop - lane.first for lane in program.lanes)
+    return f"{len(program.launches)}" + (f" ({beside} beside others)" if beside else "")
 
 
 def tuning(plan: Plan) -> list[tuple[str, str]]:

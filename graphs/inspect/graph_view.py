@@ -44,7 +44,7 @@ class _Row:
 
 @dataclass
 class _Box:
-    """A launch, or a value that comes in or goes out."""
+    """A launch, or a value that comes in or goes out; ``side``: it runs in the side lane."""
 
     title: str
     badge: str = ""
@@ -52,6 +52,7 @@ class _Box:
     tip: str = ""
     op: str = ""
     launch: int = -1
+    side: bool = False
 
     @property
     def size(self) -> tuple[float, float]:
@@ -114,6 +115,7 @@ def _collect(
             tip=_launch_tip(plan, phase, at, launch, costs[at]),
             op=launch.op,
             launch=at,
+            side=any(lane.first <= at < lane.stop for lane in program.lanes),
         )
         for role, value in sorted(launch.operands.items()):
             if value in made:
@@ -181,6 +183,9 @@ def _launch_tip(plan: Plan, phase: str, at: int, launch: Launch, cost: LaunchCos
             (sign + r, f"{v}  {shape_text(value_spec(plan, phase, v))}") for r, v in sorted(named.items())
         ]
     rows += [(name, str(value)) for name, value in sorted(launch.attrs.items()) if value not in ("", None)]
+    for lane in plan.programs[phase].lanes:
+        if lane.first <= at < lane.stop:
+            rows.append(("lane", f"beside launches {lane.fork + 1} to {lane.first - 1}"))
     rows += [
         ("moved", units.nbytes(cost.nbytes)),
         ("computed", units.flops(cost.flops)),
@@ -197,7 +202,7 @@ def _box(box: _Box, x: float, y: float, colours: Colours) -> Markup:
         return tag("g", pill, name, data_tip=box.tip)
     colour = colours.of(box.op)
     parts = [
-        tag("rect", x=x, y=y, width=width, height=height, rx=5, class_="box"),
+        tag("rect", x=x, y=y, width=width, height=height, rx=5, class_="box side" if box.side else "box"),
         tag("rect", x=x, y=y + 3, width=4, height=height - 6, rx=2, fill=colour),
         text(x + _PAD + 2, y + 16, box.title, class_="op"),
         text(x + width - _PAD, y + 16, box.badge, class_="mono dim", text_anchor="end"),

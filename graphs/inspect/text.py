@@ -163,6 +163,9 @@ def _layer(plan: Plan, phase: str) -> Iterator[str]:
             found = program.classes[chain.launch.op_class].candidates
             where = ", ".join(bucket for bucket, choices in found.items() if choices)
             yield f"  {chain.first} to {chain.stop - 1} run as {chain.launch.op} in {where}"
+    for lane in program.lanes:
+        if segment.start <= lane.first and lane.stop <= segment.stop:
+            yield f"  {lane.first} to {lane.stop - 1} run beside {lane.fork + 1} to {lane.first - 1}"
 
 
 def _typical(found: Sequence[SegmentGroup]) -> SegmentGroup:

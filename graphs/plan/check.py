@@ -17,6 +17,7 @@ from makeready.graphs.checkpoint.config import normalise_config
 from makeready.graphs.plan import memory
 from makeready.graphs.plan.buckets import prove_coverage
 from makeready.graphs.plan.check_cuda import check_chains, check_kernels, check_nodes
+from makeready.graphs.plan.check_lanes import check_lanes
 from makeready.graphs.plan.constants import GENERATORS
 from makeready.graphs.plan.plan import Plan, PlanError, Weight
 from makeready.graphs.plan.program import Buffer, LoweredProgram
@@ -160,6 +161,11 @@ def _memory(plan: Plan) -> None:
     }
     for name, nbytes in said.items():
         need(0 <= nbytes < 2**62, f"memory.{name} is {nbytes}")
+    half = plan.memory.side_scratch
+    need(
+        half in (0, plan.memory.scratch / 2),
+        f"memory.side_scratch is {half}, memory.scratch {plan.memory.scratch}",
+    )
     needed = {
         name: max(
             memory.layout(fields, sizes[phase])[1]
@@ -276,6 +282,9 @@ def _programs(plan: Plan) -> None:
         if TARGETS[plan.target].is_cuda:
             check_chains(plan, program, phase)
             check_nodes(plan, program, [str(b) for b in plan.buckets if b.phase == phase], phase)
+            check_lanes(plan, program)
+        else:
+            need(not program.lanes, f"{phase}: there are two lanes, which the CPU does not have")
 
 
 def _values(plan: Plan, phase: str) -> set[str]:

@@ -63,7 +63,7 @@ def check_nodes(plan: Plan, program: LoweredProgram, buckets: Sequence[str], pha
                     )
                     need(all(1 <= n <= MOST for n in node.grid), f"{where} has the grid {list(node.grid)}")
                     for argument in node.arguments:
-                        _argument(where, argument, operands.get(index, set()), plan.memory.scratch)
+                        _argument(where, argument, operands.get(index, set()), plan.memory.lane_scratch)
                         if argument.kind in ("descriptor", "map"):
                             _map(where, argument, specs.get((index, argument.operand)))
 
@@ -144,6 +144,7 @@ def check_kernels(plan: Plan) -> None:
 def _load_program(plan: Plan, loading: Loading, load: LoadProgram) -> None:
     """Its buffers lie in a place, its launches name them or its results."""
     program = load.program
+    need(not program.lanes, f"{program.phase}: there are two lanes, and loading has one")
     results = {made.name for made in load.results.values()}
     for name, buffer in program.buffers.items():
         spec = buffer.spec

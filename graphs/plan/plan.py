@@ -27,7 +27,7 @@ from makeready.graphs.plan.recipe import Param
 from makeready.graphs.plan.spec import LATE, Bucket, CacheSpec, Field, Limits, StepSpec
 from makeready.kernels.spec import TensorSpec
 
-SCHEMA = 3
+SCHEMA = 4
 
 
 class PlanError(ValueError):
@@ -48,7 +48,8 @@ class Memory:
     """Bytes of every region; the cache takes what is left, see :meth:`Plan.pages_in`.
 
     ``scratch`` is shared by all kernels of a plan and must be zero when the plan is loaded; afterwards the
-    kernels leave their counters in it at zero.
+    kernels leave their counters in it at zero. Where programs have a side lane, its kernels have the half from
+    ``side_scratch`` on, and all others the half before it.
     """
 
     weights: int
@@ -57,6 +58,12 @@ class Memory:
     slot: int
     result: int
     scratch: int = 0
+    side_scratch: int = 0
+
+    @property
+    def lane_scratch(self) -> int:
+        """Scratch of a lane."""
+        return self.side_scratch or self.scratch
 
     @property
     def fixed(self) -> int:
@@ -77,6 +84,7 @@ class Options:
         disabled_passes: rewrites that were left out.
         max_decode_buckets, max_extend_buckets: bounds on how many programs a phase is cut into.
         candidates: at most so many ways to run a call are kept for tuning.
+        lanes: whether independent branches of a layer run beside each other on a GPU.
         traffic: expected batches; see graphs/plan/buckets.py.
     """
 
@@ -89,6 +97,7 @@ class Options:
     max_decode_buckets: int = 16
     max_extend_buckets: int = 24
     candidates: int = 1
+    lanes: bool = False
     traffic: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -108,7 +117,8 @@ class Plan:
         cubins: their machine code by the same keys. Its bytes are files of their own, which
             :attr:`Binary.sha256` ties to the plan's digest; planning and the CPU work without them.
         dropped: a line for each way to run a call that the target's resources ruled out.
-        tuned: by device name and :func:`~.program.tuned_key`, the name of the choice that measured best there.
+        tuned: by device name and :func:`~.program.tuned_key` or :func:`~.program.lanes_key`, the name of the choice
+            that measured best there.
     """
 
     schema: int

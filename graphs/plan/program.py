@@ -61,6 +61,23 @@ class Chain:
 
 
 @dataclass(frozen=True)
+class Lane:
+    """Neighbouring launches that run beside those ahead of them, on a GPU; see graphs/plan/lanes.py.
+
+    They are in order among themselves, start when launch ``fork`` has ended, and run beside the launches between it
+    and them. The launch behind them starts when both have ended.
+
+    Attributes:
+        fork: position of the launch that they start behind.
+        first, stop: position of the first launch, and behind the last.
+    """
+
+    fork: int
+    first: int
+    stop: int
+
+
+@dataclass(frozen=True)
 class Binary:
     """One compiled kernel, whose machine code is ``Plan.cubins`` under the same key.
 
@@ -157,6 +174,7 @@ class OpClass:
 
 
 APART = "apart"  # the choice to run the launches of a chain one by one
+ONE_LANE = "one lane"  # the choice to run all launches of a bucket one after the other
 
 
 @dataclass(frozen=True)
@@ -165,7 +183,8 @@ class LoweredProgram:
 
     Attributes:
         chains: by place, the longest first; they may overlap, and the first that has candidates is run.
-        joins: positions of launches that start only when all before them have ended, dependent or not.
+        joins: positions of launches that start only when all before them in their lane have ended, dependent or not.
+        lanes: by place, what runs in the side lane; one ends before the next one forks.
         alignments: bytes that addresses of values outside the arena are surely multiples of, where that is
             less than what regions and all in them are aligned to.
     """
@@ -177,6 +196,7 @@ class LoweredProgram:
     alignments: Mapping[str, int] = field(default_factory=dict)
     chains: tuple[Chain, ...] = ()
     joins: tuple[int, ...] = ()
+    lanes: tuple[Lane, ...] = ()
 
     def candidate(self, op_class: int, bucket: Bucket, tuned: Mapping[str, str]) -> PlanCandidate | None:
         """How calls of a class run in ``bucket``: as ``tuned`` names it, else the planner's first candidate."""
@@ -274,3 +294,8 @@ class Loading:
 def tuned_key(phase: str, op_class: int, bucket: Bucket) -> str:
     """Where :attr:`Plan.tuned` keeps the choice for calls of a class in a bucket."""
     return f"{phase}/{op_class}/{bucket}"
+
+
+def lanes_key(bucket: Bucket) -> str:
+    """Where :attr:`Plan.tuned` keeps whether a bucket has :data:`ONE_LANE` though its program has two."""
+    return f"{bucket.phase}/lanes/{bucket}"

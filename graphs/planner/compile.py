@@ -21,6 +21,7 @@ from makeready.graphs.passes import rewrite
 from makeready.graphs.passes.expand import expand
 from makeready.graphs.plan import memory
 from makeready.graphs.plan.buckets import Traffic, choose_buckets, prove_coverage
+from makeready.graphs.plan.check import check_plan
 from makeready.graphs.plan.codec import to_json
 from makeready.graphs.plan.plan import SCHEMA, Memory, Options, Plan, PlanError
 from makeready.graphs.plan.program import Loading, LoweredProgram
@@ -119,6 +120,7 @@ class Lowered:
                 deterministic=t.options.deterministic,
                 # Chains hold more of the arena at once, much more of long prompts, and their kernels take few rows.
                 chained=t.target.is_cuda and not t.options.deterministic and t.steps[phase].each == 1,
+                lanes=t.target.is_cuda and t.options.lanes,
             )
             memory.prove_places(programs[phase].buffers, (b for b in buckets if b.phase == phase), largest)
             arena = max(arena, nbytes)
@@ -185,15 +187,22 @@ def _with_kernels(plan: Plan, target: Target, context: int, progress: Progress) 
         loads={load.program.phase for load in loads},
         progress=lambda done, total: progress(f"compile kernels {done}/{total}"),
     )
-    return replace(
+    lanes = 2 if any(program.lanes for program in plan.programs.values()) else 1
+    made = replace(
         plan,
         programs={phase: emitted.programs[phase] for phase in plan.programs},
         loading=plan.loading and _emitted(plan.loading, emitted.programs),
         binaries=emitted.binaries,
         cubins=emitted.cubins,
         dropped=emitted.dropped,
-        memory=replace(plan.memory, scratch=emitted.scratch, arena=max(plan.memory.arena, emitted.arena)),
+        memory=replace(
+            plan.memory,
+            scratch=lanes * emitted.scratch,
+            side_scratch=(lanes - 1) * emitted.scratch,
+            arena=max(plan.memory.arena, emitted.arena),
+        ),
     )
+    return check_plan(made) if lanes > 1 else made
 
 
 def _special_results(steps: Mapping[str, StepSpec]) -> set[str]:

@@ -6,14 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from makeready.graphs.plan.codec import canonical, to_json
+from makeready.graphs.plan.lanes import in_one_lane
 from makeready.graphs.plan.memory import Interval, align, assign
 from makeready.graphs.plan.plan import PlanError, Weight
-from makeready.graphs.plan.program import Buffer, Chain, Launch, LoweredProgram
+from makeready.graphs.plan.program import Buffer, Chain, Lane, Launch, LoweredProgram
 from makeready.graphs.plan.recipe import Param
 from makeready.graphs.plan.spec import Bucket
 from makeready.graphs.plan.targets import Target
 from makeready.graphs.planner.chains import find_chains, together
-from makeready.graphs.planner.ir import LOADED, PARAM, TEMP, Columns, Program
+from makeready.graphs.planner.ir import KV, LOADED, PARAM, SLOT, TEMP, Columns, Program
+from makeready.graphs.planner.lanes import affordable, find_lanes, meanwhile
 from makeready.kernels import registry
 from makeready.kernels.spec import DTYPE_BYTES
 
@@ -26,11 +28,14 @@ def lower(
     *,
     deterministic: bool = False,
     chained: bool = False,
+    lanes: bool = False,
 ) -> tuple[LoweredProgram, int]:
     """Launches of ``program`` and the arena bytes they need at its ``largest`` bucket.
 
     Where it may be ``chained``, some buckets may run neighbouring launches as one call: what those name is in the
-    arena from the first to the last.
+    arena from the first to the last. With ``lanes``, independent branches run beside each other: launches come in an
+    order in which each is neighbours, and what one of them names is in the arena while the other runs. Where that
+    takes much more of it, as of long prompts, they run one after the other.
 
     ``stored`` collects the parameters in the layouts that the chosen kernels want, by content: programs that
     share it share parameters, and so do an embedding and a head that are one tensor of the checkpoint.
@@ -66,9 +71,21 @@ def lower(
         operands = {k: names.get(v, v) for k, v in operands.items()}
         launches.append(Launch(call.op, chosen.name, operands, results, dict(call.attrs)))
     bases = {name: view.base for name, view in views.items()}
+    beside: tuple[Lane, ...] = ()
+    if lanes:
+        lasting = {name for name, value in program.values.items() if value.kind in (SLOT, KV)}
+        launches, beside = find_lanes(launches, bases, lasting)
+        alone, most = _place(program, launches, (), (), views, largest)
+        held = {
+            n: Interval(n, b.spec.nbytes(largest.sizes), b.first, b.last)
+            for n, b in alone.items()
+            if n not in views
+        }
+        beside = affordable(beside, launches, bases, held, most)
     chains = find_chains(launches, bases, program.results) if chained else ()
-    buffers, nbytes = _place(program, launches, chains, views, largest)
-    return LoweredProgram(program.phase, tuple(launches), buffers, chains=chains), nbytes
+    chains = tuple(c for c in chains if in_one_lane(c.first, c.stop, beside))
+    buffers, nbytes = _place(program, launches, chains, beside, views, largest)
+    return LoweredProgram(program.phase, tuple(launches), buffers, chains=chains, lanes=beside), nbytes
 
 
 def place_weights(params: Sequence[Param]) -> tuple[tuple[Weight, ...], int]:
@@ -113,6 +130,7 @@ def _place(
     program: Program,
     launches: Sequence[Launch],
     chains: Sequence[Chain],
+    lanes: Sequence[Lane],
     views: Mapping[str, Columns],
     largest: Bucket,
 ) -> tuple[dict[str, Buffer], int]:
@@ -124,7 +142,7 @@ def _place(
             base = views[name].base if name in views else name
             first.setdefault(base, at)
             last[base] = at
-    for start, end, name in together(chains, launches):
+    for start, end, name in (*together(chains, launches), *meanwhile(lanes, launches)):
         base = views[name].base if name in views else name
         first[base], last[base] = min(first[base], start), max(last[base], end)
     temps = {n for n, v in program.values.items() if v.kind == TEMP} - set(program.results.values()) | loaded

@@ -319,7 +319,7 @@ class FakeBindings:
             return INVALID
         # The driver copies parameters before it returns.
         values = self._parameters(function, parameters)
-        node = FakeNode(function, (gx, gy, gz), (bx, by, bz), shared, values, None, None)
+        node = FakeNode(function, (gx, gy, gz), (bx, by, bz), shared, values)
         self._queue(stream).append(lambda: self.on_kernel(node))
         return OK
 
@@ -346,14 +346,12 @@ class FakeBindings:
         if kernel.sharedMemBytes > function.dynamic_shared:
             return (*INVALID, None)
         parameters = self._parameters(function, int(kernel.kernelParams))
-        edge, after = None, None
-        if count:
-            after = int(before[0]) - 1
-            programmatic = real.CUgraphDependencyType.CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC
-            edge = "plain"
-            if edges is not None and int(edges[0].type) == int(programmatic):
-                assert (edges[0].from_port, edges[0].to_port) == (1, 0)
-                edge = "programmatic"
+        behind = [
+            (int(node) - 1, self._kind(edge)) for node, edge in zip(before or (), edges or (), strict=True)
+        ]
+        assert len(behind) == count
+        if len({other for other, _ in behind}) < count:
+            return (*INVALID, None)
         nodes.append(
             FakeNode(
                 function,
@@ -361,11 +359,15 @@ class FakeBindings:
                 (kernel.blockDimX, kernel.blockDimY, kernel.blockDimZ),
                 kernel.sharedMemBytes,
                 parameters,
-                after,
-                edge,
+                tuple(behind),
             )
         )
         return (*OK, real.CUgraphNode(len(nodes)))
+
+    def _kind(self, edge):
+        programmatic = int(edge.type) == int(real.CUgraphDependencyType.CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC)
+        assert (edge.from_port, edge.to_port) == ((1, 0) if programmatic else (0, 0))
+        return "programmatic" if programmatic else "plain"
 
     def cuGraphInstantiate(self, graph, flags):
         self.graphs.append(list(self._objects[int(graph)]))

@@ -22,15 +22,24 @@ class FakeFunction:
 
 @dataclass
 class FakeNode:
-    """A kernel node as the driver got it: parameters as bytes, edge ``None``, "plain" or "programmatic"."""
+    """A kernel node as the driver got it: parameters as bytes, and which nodes it is behind, by which kind of edge:
+    "plain" or "programmatic". ``after`` and ``edge`` are the first of them, or None.
+    """
 
     function: FakeFunction
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
     shared: int
     parameters: list[bytes]
-    after: int | None
-    edge: str | None
+    edges: tuple[tuple[int, str], ...] = ()
+
+    @property
+    def after(self) -> int | None:
+        return self.edges[0][0] if self.edges else None
+
+    @property
+    def edge(self) -> str | None:
+        return self.edges[0][1] if self.edges else None
 
     def words(self) -> list[int]:
         """Parameters as unsigned numbers, maps left out."""

@@ -91,7 +91,9 @@ def with_kernels(plan: Plan) -> Plan:
     loading = plan.loading and replace(
         plan.loading, programs=tuple(_loading(load, binaries, cubins) for load in plan.loading.programs)
     )
-    memory = replace(plan.memory, scratch=align(SCRATCH))
+    lanes = 2 if any(program.lanes for program in plan.programs.values()) else 1
+    half = align(SCRATCH)
+    memory = replace(plan.memory, scratch=lanes * half, side_scratch=(lanes - 1) * half)
     return replace(plan, programs=programs, loading=loading, binaries=binaries, cubins=cubins, memory=memory)
 
 

@@ -20,6 +20,7 @@ from makeready.graphs.inspect.padding import padding
 from makeready.graphs.inspect.text import plan_text
 from makeready.graphs.passes import REWRITES
 from makeready.graphs.plan.plan import Plan
+from makeready.graphs.plan.program import Lane
 
 VOID = {"meta"}
 
@@ -102,6 +103,21 @@ def test_measured_choices_are_told():
     assert "tuned" not in {line.split(" ")[0] for line in plan_text(tiny(), context=40).splitlines()}
     tuned = replace(tiny(), tuned={"Some GPU": {"decode/0/decode-1": "other", "decode/1/decode-1": "other"}})
     assert "tuned        2 choices changed on Some GPU" in plan_text(tuned, context=40).splitlines()
+
+
+def test_launches_of_the_side_lane_are_told_and_dashed():
+    """As a plan for a GPU would say it of three launches of a layer in the middle."""
+    plan = tiny()
+    decode = plan.programs["decode"]
+    first = next(at for at, launch in enumerate(decode.launches) if "layers.1." in str(launch.operands)) + 3
+    lane = Lane(first - 3, first, first + 3)
+    plan = replace(plan, programs={**plan.programs, "decode": replace(decode, lanes=(lane,))})
+    said = plan_text(plan)
+    assert f"decode {len(decode.launches)} (3 beside others)" in said
+    assert f"  {first} to {first + 2} run beside {first - 2} to {first - 1}\n" in said
+    dashed = [a for _, a in Page(plan_html(plan)).elements if a.get("class") == "box side"]
+    assert len(dashed) == 3
+    assert not [a for _, a in page().elements if a.get("class") == "box side"]
 
 
 def test_the_page_names_every_launch_bucket_and_weight_shape():

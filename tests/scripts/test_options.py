@@ -50,6 +50,14 @@ def test_help_tells_every_option_and_config_prints_it(name, capsys):
     assert not list(Path().iterdir()), "reading options leaves files behind"
 
 
+@pytest.mark.parametrize("option", ["plan.candidates=4", "plan.lanes=true"])
+def test_what_only_gpus_have_is_refused_on_the_cpu(option, capsys):
+    assert script("compile")("checkpoint=dummy", "model=qwen3_0_6b", option, "output=x") == 2
+    said = capsys.readouterr().err
+    assert f"{option.partition('=')[0]}" in said
+    assert "is for GPU targets; target=cpu" in said
+
+
 @hypothesis.given(TEXT)
 @hypothesis.example("???")  # OmegaConf's word for a missing value, which nothing escapes
 @hypothesis.settings(max_examples=300)

@@ -322,14 +322,14 @@ class Driver:
         function: Function,
         grid: tuple[int, int, int],
         parameters: int,
-        after: Any,
+        after: Sequence[Any],
         programmatic: bool,
     ) -> Any:
-        """Add a kernel node behind the node ``after``, or as the first where that is None.
+        """Add a kernel node behind the nodes ``after``, or as a first one where there are none.
 
         Args:
             parameters: address of an array of addresses, one a parameter; the values are copied.
-            programmatic: the kernel waits in its own code for the one before it, and may start earlier.
+            programmatic: the kernel waits in its own code for those before it, and may start earlier.
         """
         kernel = self._node.kernel
         kernel.func = function.handle
@@ -337,11 +337,11 @@ class Driver:
         kernel.blockDimX, kernel.blockDimY, kernel.blockDimZ = function.threads, 1, 1
         kernel.sharedMemBytes = function.shared
         kernel.kernelParams = parameters
-        if after is None:
+        if not after:
             added = self.cu.cuGraphAddNode(graph, None, None, 0, self._node)
         else:
-            edge = self._programmatic if programmatic else self._plain
-            added = self.cu.cuGraphAddNode(graph, [after], [edge], 1, self._node)
+            edges = [self._programmatic if programmatic else self._plain] * len(after)
+            added = self.cu.cuGraphAddNode(graph, list(after), edges, len(after), self._node)
         return self._check("cuGraphAddNode", added)
 
     def instantiate(self, graph: Any, stream: Any) -> Any:

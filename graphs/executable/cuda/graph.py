@@ -16,8 +16,17 @@ from typing import Any
 import numpy as np
 
 from makeready.graphs.executable.cuda.driver import Driver, Function
+from makeready.graphs.plan.lanes import turns
 from makeready.graphs.plan.plan import Plan, PlanError
-from makeready.graphs.plan.program import Chain, Launch, Node, NodeArgument, PlanCandidate
+from makeready.graphs.plan.program import (
+    ONE_LANE,
+    Chain,
+    Launch,
+    Node,
+    NodeArgument,
+    PlanCandidate,
+    lanes_key,
+)
 from makeready.graphs.plan.spec import Bucket
 from makeready.kernels.size import parse, value
 from makeready.kernels.spec import DTYPE_BYTES, PAGES
@@ -63,12 +72,12 @@ class GraphBuilder:
         choices: Mapping[str, str] | None = None,
         only: slice = slice(None),
     ) -> Any:
-        """The executable graph of ``bucket``, a chain of nodes in the order of launches.
+        """The executable graph of ``bucket``: nodes in the order of launches, in one lane or two.
 
         Args:
             addresses: of every value that the launches name.
             stream: where the graph is sent to the device.
-            choices: by :func:`tuned_key`, in place of those that measured best on this device.
+            choices: by :func:`tuned_key` and :func:`lanes_key`, in place of those that measured best on this device.
             only: which of the launches.
 
         Raises:
@@ -77,25 +86,28 @@ class GraphBuilder:
         """
         program = self._plan.programs[bucket.phase]
         best = self._tuned if choices is None else choices
-        prepared: dict[int, list[PreparedNode]] = {}
-        graph, last, before = self._driver.graph(), None, only.indices(len(program.launches))[0]
+        calls = program.calls(bucket, best, only)
+        order = turns(program, calls, one_lane=best.get(lanes_key(bucket)) == ONE_LANE)
+        prepared: dict[tuple[int, bool], list[PreparedNode]] = {}
+        ends: list[list[Any]] = []  # by call, the node that those behind it start behind
+        graph = self._driver.graph()
         try:
-            for call in program.calls(bucket, best, only):
+            for call, turn in zip(calls, order, strict=True):
                 launch = call.launch
-                nodes = prepared.get(launch.op_class)
+                nodes = prepared.get((launch.op_class, turn.side))
                 if nodes is None:
                     chosen = self._choose(bucket, launch, best)
-                    nodes = [self.prepare(node) for node in chosen.nodes]
-                    prepared[launch.op_class] = nodes
+                    nodes = [self.prepare(node, side=turn.side) for node in chosen.nodes]
+                    prepared[launch.op_class, turn.side] = nodes
                 names = {**launch.operands, **launch.results}
-                joined = any(before < join <= call.first for join in program.joins)
-                before = call.first
+                after, early = [node for other in turn.behind for node in ends[other]], turn.early
                 for node in nodes:
                     parameters = node.bind(names, addresses)
-                    last = self._driver.add_kernel(
-                        graph, node.function, node.grid, parameters, last, node.dependent and not joined
+                    added = self._driver.add_kernel(
+                        graph, node.function, node.grid, parameters, after, node.dependent and early
                     )
-                    joined = False
+                    after, early = [added], True
+                ends.append(after)
             return self._driver.instantiate(graph, stream)
         finally:
             self._driver.destroy_graph(graph)
@@ -111,12 +123,14 @@ class GraphBuilder:
             raise PlanError(f"the plan has no kernel for {launch.op} in bucket {bucket}; compile it again")
         return found
 
-    def prepare(self, node: Node) -> PreparedNode:
-        """What it takes to launch ``node`` again and again; not for several threads at once."""
+    def prepare(self, node: Node, *, side: bool = False) -> PreparedNode:
+        """What it takes to launch ``node`` again and again, in the ``side`` lane or the main one; not for several
+        threads at once.
+        """
         return PreparedNode(
             node,
             self._functions[node.binary],
-            self._scratch,
+            self._scratch + (self._plan.memory.side_scratch if side else 0),
             self._pages,
             self._maps_of,
             null_pointers=self._plan.binaries[node.binary].null_pointers,

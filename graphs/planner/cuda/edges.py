@@ -3,7 +3,8 @@
 A dependent kernel waits, on the device, for the kernel ahead of it, which has waited for the one ahead of that, and
 so for all of them. A launch states which operands its kernel reads before this wait (``early``). Parameters are in
 memory from the start. For any other early operand the launch behind the one that makes it is a join: it starts when
-all kernels before it have ended, and so does every launch behind it, the reader included.
+all kernels before it have ended, and so does every launch behind it, the reader included. In two lanes that holds of
+each, and what one lane reads of the other is behind a fork or a join, over which nothing starts early.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Calls that are alike but for the names of their operands form an op class. For e
 registered implementations are asked for candidates, the best of which are compiled (offers.py); nodes refer to
 their kernels by key.
 
-Scratch is one region for all calls: first the counters, which stay zero between kernels, then the rest,
+Scratch is one region for all calls of a lane: first the counters, which stay zero between kernels, then the rest,
 which any call may leave in any state. Both are as large as the greediest candidate needs.
 """
 
