@@ -118,6 +118,11 @@ class Metrics:
         """Count samples whose reader has gone."""
         self._finished.add(samples, (ABORT,))
 
+    def latencies(self) -> dict[str, tuple[tuple[float, ...], list[int]]]:
+        """How long first tokens took, and later ones: bounds in seconds, and how many were within each."""
+        named = {"first_token": self._first, "between_tokens": self._between}
+        return {name: (family.bounds, family.counts()) for name, family in named.items()}
+
     def render(self, accept: str = "") -> tuple[bytes, str]:
         """What a scrape gets, and its type; from any thread.
 

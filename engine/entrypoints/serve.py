@@ -41,6 +41,7 @@ def serve_job(job: ServeJob) -> None:
         job.drain_seconds,
         job.health_seconds,
         None if job.files_dir is None else Path(job.files_dir).expanduser(),
+        job.page,
         job.chat_template_kwargs,
     )
     at = run.Listening(job.host, job.port, job.ssl_certfile, job.ssl_keyfile, job.access_log)

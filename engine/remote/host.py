@@ -34,11 +34,13 @@ from makeready.engine.remote.messages import (
     Loaded,
     Logprob,
     Note,
+    Ran,
     Refusal,
     Step,
     Submit,
     ToHost,
     Update,
+    Watch,
 )
 from makeready.engine.reply import Reply
 from makeready.engine.sampling import SamplingParams
@@ -127,6 +129,7 @@ class Host:
         self._news: dict[Relay, None] = {}
         self._refused: list[Refusal] = []
         self._records: list[StepRecord] = []
+        self._chunks: list[Ran] = []
         self._turned_away = 0  # since there was room the last time
         self._step_seconds = 0.0
         self._sent = 0.0
@@ -153,6 +156,8 @@ class Host:
                 self._abort(message)
             elif isinstance(message, Flush):
                 self._channel.send(Flushed(self._engine.forget()))
+            elif isinstance(message, Watch):
+                self._engine.on_chunk = self._ran if message.on else None
 
     def _submit(self, message: Submit) -> None:
         self._unconfirmed[message.key] = self._entries[message.key] = self._feed.put(
@@ -235,6 +240,10 @@ class Host:
         low, high = RETRY_SECONDS
         return float(math.ceil(min(max(seconds, low), high)))
 
+    def _ran(self, reply: Reply, start: int, tokens: int) -> None:
+        if isinstance(reply, Relay):
+            self._chunks.append(Ran(len(self._records), reply.key, reply.index, start, tokens))
+
     def _observe(self, record: StepRecord) -> None:
         seconds = record.results_read - record.plan_start
         self._step_seconds += (seconds - self._step_seconds) * (0.1 if self._step_seconds else 1.0)
@@ -262,10 +271,11 @@ class Host:
                 self._records,
                 len(scheduler.waiting),
                 len(scheduler.running),
+                self._chunks,
             )
         )
         self._news.clear()
-        self._refused, self._records = [], []
+        self._refused, self._records, self._chunks = [], [], []
 
 
 def load(message: Load, note: Callable[[str, str], None]) -> LLM:

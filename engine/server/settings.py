@@ -22,6 +22,7 @@ class ServerSettings:
         drain_seconds: for what runs to end after SIGTERM.
         health_seconds: without a sign of life of the engine, after which it counts as dead.
         files_dir: folder of files that clients send, and of batches over them; None for neither.
+        page: show what the engine does, and a chat, to browsers.
         template: variables of the chat template for requests that do not set them.
     """
 
@@ -34,4 +35,5 @@ class ServerSettings:
     drain_seconds: float = 60.0
     health_seconds: float = 60.0
     files_dir: Path | None = None
+    page: bool = True
     template: Mapping[str, Any] = field(default_factory=dict)
