@@ -347,7 +347,9 @@ class EngineClient(asyncio.Protocol):
         for ran in step.chunks:
             call, record = self._calls.get(ran.key), step.records[ran.record]
             if call is not None:
-                since = time.perf_counter() - step.records[-1].commit_end  # clocks of processes need not agree
+                since = (
+                    time.perf_counter() - step.records[-1].commit_end
+                )  # clocks of processes need not agree
                 reply, end = call.replies[ran.sample], record.results_read + since
                 self.on_chunk(reply, ran.start, ran.tokens, record.launch_start + since, end)
         for update in step.updates:
