@@ -185,6 +185,10 @@ async def serve(
         try:
             front, metrics = _front(client, load, model, note), Metrics(settings.names[0])
             service = Service(client, front, settings, metrics, partial(predicted, load))
+            if settings.otel:
+                from makeready.engine.server.tracing import Tracing
+
+                service.tracing = Tracing()
             if settings.files_dir is not None:
                 keep_files(service, settings.files_dir)
             server = _Server(_config(service, at))
@@ -198,6 +202,8 @@ async def serve(
             stopped.cancel()
             if service is not None:
                 await service.live.close()
+                if service.tracing is not None:
+                    await asyncio.to_thread(service.tracing.close)
                 if service.batches is not None:
                     await service.batches.close()
             await client.close()

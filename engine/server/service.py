@@ -27,6 +27,7 @@ from makeready.engine.step_record import StepRecord
 if TYPE_CHECKING:
     from makeready.engine.server.batches import Batches
     from makeready.engine.server.files import Store
+    from makeready.engine.server.tracing import Tracing
 
 T = TypeVar("T")
 
@@ -115,6 +116,7 @@ class Service:
         draining: whether no further ones are taken.
         began: ``time.time`` of its start.
         live: what is told to those who watch.
+        tracing: makes spans of requests; None where nobody wants them.
         store, batches: files of clients and the batches over them; None where none are kept.
     """
 
@@ -132,6 +134,7 @@ class Service:
         self.began = int(time.time())
         self.store: Store | None = None
         self.batches: Batches | None = None
+        self.tracing: Tracing | None = None
         self._threads = ThreadPoolExecutor(THREADS, "makeready text")
         stated = front.generation_defaults
         self._defaults = Defaults(dict(stated), dict(settings.template), fit="max_new_tokens" in stated)
