@@ -200,6 +200,7 @@ class EngineClient(asyncio.Protocol):
         gone: done when the host has ended, with its reason.
         beat: ``time.monotonic`` of its last sign of life.
         waiting, running: sequences at that time.
+        pages: free, cached and held at that time.
         last: record of its last step; None before the first.
         observer: told of every step.
         on_chunk: while :meth:`watch` is on, told of every chunk of a prompt that was run: its first token, how many,
@@ -212,6 +213,7 @@ class EngineClient(asyncio.Protocol):
         self.gone: asyncio.Future[str] = loop.create_future()
         self.beat = time.monotonic()
         self.waiting = self.running = 0
+        self.pages = 0, 0, 0
         self.last: StepRecord | None = None
         self.observer: Callable[[StepRecord], None] = lambda record: None
         self.on_chunk: Callable[[Reply, int, int, float, float], None] = lambda *chunk: None
@@ -336,7 +338,7 @@ class EngineClient(asyncio.Protocol):
         self._end("the engine's process has ended", foreseen=False)
 
     def _take(self, step: Step) -> None:
-        self.waiting, self.running = step.waiting, step.running
+        self.waiting, self.running, self.pages = step.waiting, step.running, step.pages
         for key in step.accepted:
             if key in self._calls:
                 self._calls[key].accept()

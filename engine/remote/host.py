@@ -253,7 +253,7 @@ class Host:
         if not told and now - self._sent < BEAT_SECONDS:
             return
         self._sent = now
-        scheduler = self._engine.scheduler
+        scheduler, pool = self._engine.scheduler, self._engine.pool
         updates = [relay.update() for relay in self._news]
         self._channel.send(
             Step(
@@ -263,6 +263,7 @@ class Host:
                 self._records,
                 len(scheduler.waiting),
                 len(scheduler.running),
+                (pool.free, pool.cached, pool.held),
                 self._chunks,
             )
         )

@@ -186,6 +186,7 @@ class Step(Message, frozen=True, tag="step"):
         accepted: keys of requests that wait or run from now on; not of those that ended in their first step.
         records: of steps.
         waiting, running: sequences now.
+        pages: free, cached and held now.
         chunks: that these steps ran; none unless somebody watches.
     """
 
@@ -195,6 +196,7 @@ class Step(Message, frozen=True, tag="step"):
     records: list[StepRecord]
     waiting: int
     running: int
+    pages: tuple[int, int, int]
     chunks: list[Ran]
 
 

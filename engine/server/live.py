@@ -157,6 +157,7 @@ class Live:
             "now": self._since(time.perf_counter()),
             "waiting": service.client.waiting,
             "running": service.client.running,
+            "pages": service.client.pages,
             "steps": [each for each in self._steps if each["number"] > step],
             "requests": rows,
             "latencies": service.metrics.latencies(),

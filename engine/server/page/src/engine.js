@@ -48,10 +48,8 @@ function Steps() {
 }
 
 function Pool() {
-  const step = steps.value.at(-1);
   const total = model.value?.pages ?? 1;
-  const { held = 0, cached = 0 } = step ?? {};
-  const free = step ? step.free : total;
+  const [free, cached, held] = now.value?.pages ?? [total, 0, 0];
   const share = (pages) => `${(100 * pages) / total}%`;
   return html`<section>
     <h2>Pages <small>${count(total)} pages of ${model.value?.page_size} tokens</small></h2>

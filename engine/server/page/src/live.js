@@ -12,7 +12,7 @@ export const problem = signal(null);
 export const now = signal(null); // the latest event
 export const steps = signal([]);
 export const requests = signal(new Map());
-export const series = signal({ at: [], running: [], waiting: [], held: [], rate: [] });
+export const series = signal({ at: [], running: [], waiting: [], rate: [] });
 export const most = signal(0); // pages that were held at once, since this page watches
 export const retractions = signal(0);
 let predicted = null;
@@ -51,9 +51,8 @@ function take(event) {
     requests.value = all;
   }
   now.value = event;
-  const last = steps.value.at(-1);
   const made = windowed(2).reduce((sum, step) => sum + step.new_tokens, 0) / 2;
-  const values = { at: event.now, running: event.running, waiting: event.waiting, held: last?.held ?? 0, rate: made };
+  const values = { at: event.now, running: event.running, waiting: event.waiting, rate: made };
   const from = series.value.at.findIndex((at) => at > event.now - SERIES_SECONDS);
   series.value = Object.fromEntries(
     Object.entries(series.value).map(([name, list]) => [name, [...list.slice(Math.max(0, from)), values[name]]]),
@@ -70,7 +69,7 @@ async function watch(signal) {
           model.value = event;
           steps.value = [];
           requests.value = new Map();
-          series.value = { at: [], running: [], waiting: [], held: [], rate: [] };
+          series.value = { at: [], running: [], waiting: [], rate: [] };
           most.value = retractions.value = 0;
           connected.value = true;
           problem.value = null;
