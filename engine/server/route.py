@@ -215,7 +215,7 @@ class Served:
                 task.cancel()
             await asyncio.gather(work, watch, return_exceptions=True)
             if exchange.asks and self._service.tracing is not None:
-                self._service.tracing.ended(exchange, scope["method"], self._route.path)
+                self._service.tracing.ended(exchange, scope["method"], self._route.path)  # pyright: ignore[reportArgumentType]
             for running in exchange.running:
                 self._service.end(running)
 

@@ -138,7 +138,7 @@ class Service:
         self._threads = ThreadPoolExecutor(THREADS, "makeready text")
         stated = front.generation_defaults
         self._defaults = Defaults(dict(stated), dict(settings.template), fit="max_new_tokens" in stated)
-        self.live = Live(self, predict)
+        self.live = Live(self, predict)  # pyright: ignore[reportArgumentType]
         client.observer = self._step
 
     def _step(self, record: StepRecord) -> None:
@@ -209,7 +209,7 @@ class Service:
         if running in self.running:
             self.running.remove(running)
             running.close()
-            self.live.ended(running)
+            self.live.ended(running)  # pyright: ignore[reportArgumentType]
 
     async def drained(self) -> None:
         """Wait until no request is under way, as long as the settings allow."""
