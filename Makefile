@@ -1,6 +1,7 @@
 # make run    set everything up and answer a prompt
 # make serve  set everything up and answer over HTTP, on PORT (30000)
 # make test   set everything up, check style and types, run the tests
+# make page   bundle the server's page anew, with node and npm; what it gives is committed
 # make test-slow   the tests that make test leaves out: long sweeps, faults planted in kernels
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ PROMPT ?= What is a compiler? Answer in two sentences.
 PORT ?= 30000
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: run serve test test-slow lint types clean
+.PHONY: run serve test test-slow lint types page clean
 
 run: $(VENV)/.run $(MODEL)
 	$(BIN)/python scripts/generate.py checkpoint=$(MODEL) chat="$(PROMPT)" \
@@ -32,6 +33,10 @@ lint: $(VENV)/.dev
 
 types: $(VENV)/.dev
 	$(BIN)/pyright --threads 2 --pythonpath $(BIN)/python
+
+page:
+	npm ci --prefix engine/server/page --no-audit --no-fund
+	cd engine/server/page && node build.mjs
 
 $(VENV)/.venv:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "makeready needs Python 3.10 or newer")'

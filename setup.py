@@ -43,6 +43,7 @@ setup(
     package_data={
         **{name: ["*.yaml"] for name in PACKAGES if name.startswith("makeready.conf")},
         "makeready.kernels": ["csrc/*.cu", "csrc/*.h"],  # compiled when a plan is made
+        "makeready.engine.server": ["page/built/*"],  # what make page built
     },
     ext_modules=[CPU_OPS],
 )

@@ -92,6 +92,10 @@ class Histogram(Family):
         self._sums[labels] += value * count
         self._counts[labels][bisect_left(self.bounds, value)] += count
 
+    def counts(self, labels: Labels = ()) -> list[int]:
+        """Observations by bucket: above the bound before, up to this one; those above all bounds are the last."""
+        return list(self._counts.get(labels, [0] * (len(self.bounds) + 1)))
+
     def metric(self, name: str | None = None, fixed: Sequence[tuple[str, str]] = ()) -> Metric:
         from prometheus_client.core import HistogramMetricFamily
         from prometheus_client.utils import floatToGoString

@@ -55,6 +55,8 @@ class Engine:
 
     Attributes:
         observer: told of every step when its results were taken in, if not None.
+        on_chunk: told of every chunk of a prompt that was run, its first token and how many, before ``observer`` is
+            told of the step, if not None.
         closed: whether everything was given back.
 
     Raises:
@@ -73,6 +75,7 @@ class Engine:
         self.pool = self.pools.first
         self.scheduler = Scheduler(plan.limits, plan.steps, plan.buckets, self.pools, self.options)
         self.observer: Callable[[StepRecord], None] | None = None
+        self.on_chunk: Callable[[Reply, int, int], None] | None = None
         self._stage = Stage(plan.steps, plan.limits.null_slot)
         self._flights: deque[_Flight] = deque()
         self._replies: dict[TokenSequence, Reply] = {}
@@ -242,7 +245,7 @@ class Engine:
             self._report(flight, results, ended)
         kept = self._take(flight, results, ended)
         if batch.chunks:
-            self._note_first(batch)
+            self._note_chunks(batch)
         if self._following:
             kept -= self._follow(ended)
         for sequence in ended:
@@ -278,13 +281,17 @@ class Engine:
                 later.void.add(sequence)
         return count
 
-    def _note_first(self, batch: Batch) -> None:
-        """First tokens come with the last chunk of a prompt."""
+    def _note_chunks(self, batch: Batch) -> None:
+        """Chunks were run; first tokens come with the last one of a prompt."""
         now = time.perf_counter()
         for chunk in batch.chunks:
             reply = self._replies.get(chunk.sequence)
-            if reply is not None and chunk.sequence.output:
+            if reply is None:
+                continue
+            if chunk.sequence.output:
                 reply.first_token = reply.first_token or now
+            if self.on_chunk is not None:
+                self.on_chunk(reply, chunk.start, chunk.count)
 
     def _follow(self, ended: list[TokenSequence]) -> int:
         """Let replies read new tokens; returns how many are behind the ends of texts, which sequences lose."""

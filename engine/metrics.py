@@ -84,10 +84,7 @@ class Metrics:
     def step(self, record: StepRecord) -> None:
         """Count a step; an engine's observer."""
         bucket, phase = (str(record.bucket),), (record.bucket.phase,)
-        self._waiting.set(record.waiting)
-        self._running.set(record.running)
-        for state in ("free", "cached", "held"):
-            self._pages.set(getattr(record, state), (state,))
+        self.now(record.waiting, record.running, (record.free, record.cached, record.held))
         self._generated.add(record.new_tokens)
         self._prompt.add(record.prompt_tokens)
         self._cached.add(record.cached_tokens)
@@ -100,6 +97,13 @@ class Metrics:
         host = record.launch_end - record.plan_start + record.commit_end - record.results_read
         self._host_seconds.observe(host, 1, phase)
         self._read = record.results_read
+
+    def now(self, waiting: int, running: int, pages: tuple[int, int, int]) -> None:
+        """How many sequences wait and run, and pages are free, cached and held; steps are not all that changes it."""
+        self._waiting.set(waiting)
+        self._running.set(running)
+        for state, count in zip(("free", "cached", "held"), pages, strict=True):
+            self._pages.set(count, (state,))
 
     def finish(self, output: Output) -> None:
         """Count a request that ended, or was refused."""
@@ -117,6 +121,11 @@ class Metrics:
     def aborted(self, samples: int) -> None:
         """Count samples whose reader has gone."""
         self._finished.add(samples, (ABORT,))
+
+    def latencies(self) -> dict[str, tuple[tuple[float, ...], list[int]]]:
+        """How long first tokens took, and later ones: bounds in seconds, and how many were within each."""
+        named = {"first_token": self._first, "between_tokens": self._between}
+        return {name: (family.bounds, family.counts()) for name, family in named.items()}
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
         """What a scrape gets, and its type; from any thread.

@@ -23,6 +23,15 @@ def serve_job(job: ServeJob) -> None:
         raise UsageError(
             f'serve needs {error.name}; install it with: pip install "makeready[serve]"'
         ) from None
+    if job.otel:
+        try:
+            from makeready.engine.server import tracing
+
+            tracing.exporter()
+        except ModuleNotFoundError as error:
+            raise UsageError(
+                f'otel=true needs {error.name}; install it with: pip install "makeready[otel]"'
+            ) from None
     load = Load(
         job.checkpoint if job.model else str(Path(job.checkpoint).expanduser()),
         job.model,
@@ -41,6 +50,8 @@ def serve_job(job: ServeJob) -> None:
         job.drain_seconds,
         job.health_seconds,
         None if job.files_dir is None else Path(job.files_dir).expanduser(),
+        job.page,
+        job.otel,
         job.chat_template_kwargs,
     )
     at = run.Listening(job.host, job.port, job.ssl_certfile, job.ssl_keyfile, job.access_log)

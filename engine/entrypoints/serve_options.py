@@ -45,6 +45,9 @@ class ServeJob(Job):
         health_seconds: the engine counts as dead when it gave no sign of life for so long; more than any step takes.
         files_dir: folder for files that clients send (/v1/files) and batches over them (/v1/batches), which go on
             from there when the server is started again. null: neither is served.
+        page: show a chat, and what the engine does, to browsers at /.
+        otel: send OpenTelemetry traces of requests where OTEL_EXPORTER_OTLP_ENDPOINT, and other variables OTEL_* of
+            the environment, say; needs the extra otel.
         ssl_certfile: file of the certificate for https, with the chain.
         ssl_keyfile: file of its key.
         access_log: a line a request on stderr.
@@ -71,6 +74,8 @@ class ServeJob(Job):
     drain_seconds: float = MISSING
     health_seconds: float = MISSING
     files_dir: str | None = literal()
+    page: bool = MISSING
+    otel: bool = MISSING
     ssl_certfile: str | None = literal()
     ssl_keyfile: str | None = literal()
     access_log: bool = MISSING

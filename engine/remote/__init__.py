@@ -2,6 +2,7 @@
 
     messages   what the two sides say to each other; nothing else crosses the boundary
     channel    messages over a stream socket, for a side that polls
+    pace       when a full queue has room again
     host       the engine's side: a process that loads a model, takes requests in and sends tokens out, once a step
     client     the other side, under asyncio: text is made here, from tokens
 

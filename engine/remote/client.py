@@ -32,7 +32,9 @@ from makeready.engine.remote.messages import (
     Refusal,
     Step,
     Submit,
+    ToHost,
     Update,
+    Watch,
 )
 from makeready.engine.reply import Reply
 from makeready.engine.sampling import GRAMMARS, SamplingParams
@@ -198,8 +200,11 @@ class EngineClient(asyncio.Protocol):
         gone: done when the host has ended, with its reason.
         beat: ``time.monotonic`` of its last sign of life.
         waiting, running: sequences at that time.
+        pages: free, cached and held at that time.
         last: record of its last step; None before the first.
         observer: told of every step.
+        on_chunk: while :meth:`watch` is on, told of every chunk of a prompt that was run: its first token, how many,
+            and from when to when, as ``time.perf_counter`` of this process.
     """
 
     def __init__(self, note: Callable[[str, str], None]) -> None:
@@ -208,8 +213,10 @@ class EngineClient(asyncio.Protocol):
         self.gone: asyncio.Future[str] = loop.create_future()
         self.beat = time.monotonic()
         self.waiting = self.running = 0
+        self.pages = 0, 0, 0
         self.last: StepRecord | None = None
         self.observer: Callable[[StepRecord], None] = lambda record: None
+        self.on_chunk: Callable[[Reply, int, int, float, float], None] = lambda *chunk: None
         self._loop, self._note = loop, note
         self._ready: asyncio.Future[Loaded] = loop.create_future()
         self._framer = Framer[FromHost](FromHost)
@@ -295,6 +302,10 @@ class EngineClient(asyncio.Protocol):
         self._send(Flush())
         return await answer
 
+    def watch(self, on: bool) -> None:
+        """Have the engine tell of chunks, or no longer."""
+        self._send(Watch(on))
+
     async def close(self) -> None:
         """End the host, and what still runs with it."""
         if self._transport is not None:
@@ -327,7 +338,7 @@ class EngineClient(asyncio.Protocol):
         self._end("the engine's process has ended", foreseen=False)
 
     def _take(self, step: Step) -> None:
-        self.waiting, self.running = step.waiting, step.running
+        self.waiting, self.running, self.pages = step.waiting, step.running, step.pages
         for key in step.accepted:
             if key in self._calls:
                 self._calls[key].accept()
@@ -335,6 +346,14 @@ class EngineClient(asyncio.Protocol):
             call = self._calls.pop(refusal.key, None)
             if call is not None:
                 call.refuse(refusal)
+        for ran in step.chunks:
+            call, record = self._calls.get(ran.key), step.records[ran.record]
+            if call is not None:
+                since = (
+                    time.perf_counter() - step.records[-1].commit_end
+                )  # clocks of processes need not agree
+                reply, end = call.replies[ran.sample], record.results_read + since
+                self.on_chunk(reply, ran.start, ran.tokens, record.launch_start + since, end)
         for update in step.updates:
             call = self._calls.get(update.key)
             if call is None:
@@ -362,7 +381,7 @@ class EngineClient(asyncio.Protocol):
             if not answer.done():
                 answer.set_exception(error)
 
-    def _send(self, message: Load | Submit | Abort | Flush) -> None:
+    def _send(self, message: ToHost) -> None:
         if self._transport is not None and not self.gone.done():
             self._transport.write(framed(message))
 

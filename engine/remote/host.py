@@ -6,7 +6,6 @@ Its loop is one thread: receive, step, send; nothing in it waits while sequences
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import socket
@@ -34,12 +33,15 @@ from makeready.engine.remote.messages import (
     Loaded,
     Logprob,
     Note,
+    Ran,
     Refusal,
     Step,
     Submit,
     ToHost,
     Update,
+    Watch,
 )
+from makeready.engine.remote.pace import Pace
 from makeready.engine.reply import Reply
 from makeready.engine.sampling import SamplingParams
 from makeready.engine.sequence import ABORT, TokenSequence
@@ -50,7 +52,6 @@ if TYPE_CHECKING:
 
 BEAT_SECONDS = 1.0  # between two signs of life where nothing runs
 SENT_SECONDS = 1.0  # for the other side to take what is said last
-RETRY_SECONDS = (1.0, 600.0)  # least and most after which a request that found no room is told to come again
 
 
 @dataclass(eq=False, slots=True)
@@ -127,9 +128,10 @@ class Host:
         self._news: dict[Relay, None] = {}
         self._refused: list[Refusal] = []
         self._records: list[StepRecord] = []
-        self._turned_away = 0  # since there was room the last time
-        self._step_seconds = 0.0
-        self._sent = 0.0
+        self._chunks: list[Ran] = []
+        self._turned_away = 0  # samples, since there was room the last time
+        self._pace = Pace()
+        self._sent = self._read = 0.0
         engine.observer = self._observe
 
     def run(self) -> None:
@@ -153,6 +155,8 @@ class Host:
                 self._abort(message)
             elif isinstance(message, Flush):
                 self._channel.send(Flushed(self._engine.forget()))
+            elif isinstance(message, Watch):
+                self._engine.on_chunk = self._ran if message.on else None
 
     def _submit(self, message: Submit) -> None:
         self._unconfirmed[message.key] = self._entries[message.key] = self._feed.put(
@@ -208,36 +212,33 @@ class Host:
     def _step(self) -> None:
         for handed in self._feed.step():
             if isinstance(handed, Refused):
+                entry = self._entries.get(handed.key)
                 self._forget(handed.key)
-                self._refused.append(self._refusal(handed))
+                self._refused.append(self._refusal(handed, 1 if entry is None else entry.samples))
             elif isinstance(handed, Final) and isinstance(handed.reply, Relay):
                 self._news[handed.reply] = None
+                self._pace.ended(handed.reply.sequence)
                 entry = self._entries.get(handed.key)
                 if entry is not None and all(reply.done for reply in entry.replies):
                     self._forget(handed.key)
 
-    def _refusal(self, handed: Refused[int]) -> Refusal:
+    def _refusal(self, handed: Refused[int], samples: int) -> Refusal:
         reason = reason_of(handed.error, "the request cannot be run")
-        busy = isinstance(handed.error, BusyError)
-        if busy:
-            self._turned_away += 1
+        retry: float | None = None
+        if isinstance(handed.error, BusyError):
+            # Those that were turned away before this one come again, too.
+            self._turned_away += samples
+            retry = self._pace.seconds_until(self._turned_away, self._engine.scheduler.running)
         foreseen = isinstance(handed.error, ValueError)
-        return Refusal(handed.key, reason, self._retry_seconds() if busy else None, foreseen)
+        return Refusal(handed.key, reason, retry, foreseen)
 
-    def _retry_seconds(self) -> float:
-        """When there is room for one more than were turned away already, as far as the scheduler knows.
-
-        Those that run end one after the other, and each lets one in that waits.
-        """
-        running = self._engine.scheduler.running
-        left = sum(sequence.left for sequence in running) / max(len(running), 1)
-        seconds = self._turned_away * left * self._step_seconds / max(len(running), 1)
-        low, high = RETRY_SECONDS
-        return float(math.ceil(min(max(seconds, low), high)))
+    def _ran(self, reply: Reply, start: int, tokens: int) -> None:
+        if isinstance(reply, Relay):
+            self._chunks.append(Ran(len(self._records), reply.key, reply.index, start, tokens))
 
     def _observe(self, record: StepRecord) -> None:
-        seconds = record.results_read - record.plan_start
-        self._step_seconds += (seconds - self._step_seconds) * (0.1 if self._step_seconds else 1.0)
+        self._pace.step(record.results_read - max(self._read, record.plan_start))
+        self._read = record.results_read
         self._records.append(record)
 
     def _send(self) -> None:
@@ -252,7 +253,7 @@ class Host:
         if not told and now - self._sent < BEAT_SECONDS:
             return
         self._sent = now
-        scheduler = self._engine.scheduler
+        scheduler, pool = self._engine.scheduler, self._engine.pool
         updates = [relay.update() for relay in self._news]
         self._channel.send(
             Step(
@@ -262,10 +263,12 @@ class Host:
                 self._records,
                 len(scheduler.waiting),
                 len(scheduler.running),
+                (pool.free, pool.cached, pool.held),
+                self._chunks,
             )
         )
         self._news.clear()
-        self._refused, self._records = [], []
+        self._refused, self._records, self._chunks = [], [], []
 
 
 def load(message: Load, note: Callable[[str, str], None]) -> LLM:

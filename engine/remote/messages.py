@@ -1,6 +1,6 @@
 """What crosses the boundary of an engine's process, as MessagePack.
 
-    to the host     Load, then Submit, Abort, Flush in any order
+    to the host     Load, then Submit, Abort, Flush, Watch in any order
     from the host   Note (any number), Loaded or Failed; then Step, after every step and as a heartbeat; Flushed
 
 Seconds are durations: clocks of two processes need not agree.
@@ -76,7 +76,13 @@ class Flush(Message, frozen=True, tag="flush"):
     """Forget cached prefixes that nobody holds; answered by :class:`Flushed`."""
 
 
-ToHost: TypeAlias = Load | Submit | Abort | Flush
+class Watch(Message, frozen=True, tag="watch"):
+    """Tell of chunks from now on, or no longer: somebody looks at them."""
+
+    on: bool
+
+
+ToHost: TypeAlias = Load | Submit | Abort | Flush | Watch
 
 
 class Note(Message, frozen=True, tag="note"):
@@ -157,6 +163,22 @@ class Refusal(Message, frozen=True):
     foreseen: bool
 
 
+class Ran(Message, frozen=True):
+    """A chunk of a prompt was run.
+
+    Attributes:
+        record: place of its step among the message's records.
+        key, sample: whose prompt.
+        start, tokens: where in the prompt it begins, and how long it is.
+    """
+
+    record: int
+    key: int
+    sample: int
+    start: int
+    tokens: int
+
+
 class Step(Message, frozen=True, tag="step"):
     """What steps came to since the last message; without any it says that the host is alive.
 
@@ -164,6 +186,8 @@ class Step(Message, frozen=True, tag="step"):
         accepted: keys of requests that wait or run from now on; not of those that ended in their first step.
         records: of steps.
         waiting, running: sequences now.
+        pages: free, cached and held now.
+        chunks: that these steps ran; none unless somebody watches.
     """
 
     updates: list[Update]
@@ -172,6 +196,8 @@ class Step(Message, frozen=True, tag="step"):
     records: list[StepRecord]
     waiting: int
     running: int
+    pages: tuple[int, int, int]
+    chunks: list[Ran]
 
 
 class Flushed(Message, frozen=True, tag="flushed"):

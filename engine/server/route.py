@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import logging
 import re
+import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -85,6 +86,10 @@ class Exchange:
         headers: of the request, then of the answer.
         body: of the request.
         running: what the engine does for it; ended when the exchange is.
+        asks: what the engine was asked for, refused or not.
+        streams: whether the answer is one.
+        problem: what went wrong with it.
+        began: seconds of ``time.perf_counter``.
         words: how errors are written from now on, where the route can say it better.
     """
 
@@ -96,6 +101,10 @@ class Exchange:
     body: bytes = b""
     answer_headers: dict[str, str] = field(default_factory=dict)
     running: list[Running] = field(default_factory=list)
+    asks: list[Ask] = field(default_factory=list)
+    streams: bool = False
+    problem: ServeError | None = None
+    began: float = field(default_factory=time.perf_counter)
     words: Shape | None = None
 
     def json(self) -> dict[str, Any]:
@@ -134,6 +143,7 @@ class Exchange:
 
     async def start(self, ask: Ask, identity: str | None = None) -> Running:
         """Have the engine run what is asked for, as long as the client stays."""
+        self.asks.append(ask)
         running = await self.service.start(ask, identity or self.id)
         self.running.append(running)
         return running
@@ -204,6 +214,8 @@ class Served:
             for task in (work, watch):
                 task.cancel()
             await asyncio.gather(work, watch, return_exceptions=True)
+            if exchange.asks and self._service.tracing is not None:
+                self._service.tracing.ended(exchange, scope["method"], self._route.path)  # pyright: ignore[reportArgumentType]
             for running in exchange.running:
                 self._service.end(running)
 
@@ -213,6 +225,7 @@ class Served:
         except Exception as error:
             await self._refuse(exchange, _told(error, exchange), send)
             return
+        exchange.streams = isinstance(made, Stream)
         if isinstance(made, Answer):
             await _whole(send, made.status, made.type, made.body, exchange.answer_headers)
             return
@@ -297,7 +310,7 @@ async def _whole(send: Send, status: int, kind: str, body: bytes, headers: Mappi
 
 
 def _told(error: BaseException, exchange: Exchange) -> ServeError:
-    problem = problem_of(error)
+    problem = exchange.problem = problem_of(error)
     if problem.status == 500:
         _LOG.error("request %s failed: %s", exchange.id, problem.message, exc_info=error)
     return problem

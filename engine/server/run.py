@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Coroutine
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from makeready.engine.remote.messages import Load
 from makeready.engine.server.app import make_app
 from makeready.engine.server.batches import Batches
 from makeready.engine.server.files import Store
+from makeready.engine.server.predicted import predicted
 from makeready.engine.server.service import Service
 from makeready.engine.server.settings import ServerSettings
 from makeready.graphs.checkpoint.base import open_checkpoint
@@ -181,7 +183,12 @@ async def serve(
             raise LoadError(f"{error} while it loaded the model; see what it said above") from None
         service: Service | None = None
         try:
-            service = Service(client, _front(client, load, model, note), settings, Metrics(settings.names[0]))
+            front, metrics = _front(client, load, model, note), Metrics(settings.names[0])
+            service = Service(client, front, settings, metrics, partial(predicted, load))
+            if settings.otel:
+                from makeready.engine.server.tracing import Tracing
+
+                service.tracing = Tracing()
             if settings.files_dir is not None:
                 keep_files(service, settings.files_dir)
             server = _Server(_config(service, at))
@@ -193,8 +200,12 @@ async def serve(
             await _until_end(service, server, serving, stopped, signals)
         finally:
             stopped.cancel()
-            if service is not None and service.batches is not None:
-                await service.batches.close()
+            if service is not None:
+                await service.live.close()
+                if service.tracing is not None:
+                    await asyncio.to_thread(service.tracing.close)
+                if service.batches is not None:
+                    await service.batches.close()
             await client.close()
     return 0
 

@@ -19,12 +19,15 @@ from makeready.engine.remote.messages import Loaded
 from makeready.engine.reply import Reply
 from makeready.engine.sampling import SamplingParams
 from makeready.engine.sequence import ERROR
+from makeready.engine.server.live import Live, Predict
 from makeready.engine.server.problem import STARTING_SECONDS, ServeError
 from makeready.engine.server.settings import ServerSettings
+from makeready.engine.step_record import StepRecord
 
 if TYPE_CHECKING:
     from makeready.engine.server.batches import Batches
     from makeready.engine.server.files import Store
+    from makeready.engine.server.tracing import Tracing
 
 T = TypeVar("T")
 
@@ -46,6 +49,7 @@ class Running:
 
     Attributes:
         id: the request's own.
+        key: the engine's name for it; later ones have larger.
         params: what its samples are generated with.
         outputs: of samples that are final, by their number.
     """
@@ -54,7 +58,7 @@ class Running:
         self.id, self.params, self.replies = identity, params, replies
         self.outputs: dict[int, Output] = {}
         self._service = service
-        self._key, self._call = service.client.submit(replies)
+        self.key, self._call = service.client.submit(replies)
 
     async def accepted(self) -> None:
         """Wait until it is in the engine's queue; see :meth:`Call.accepted` for what is raised."""
@@ -84,11 +88,11 @@ class Running:
 
     def abort(self) -> None:
         """End it where it stands; its answer is what there is of it."""
-        self._service.client.abort(self._key)
+        self._service.client.abort(self.key)
 
     def close(self) -> None:
         """Nobody wants to know any more of it."""
-        self._service.client.drop(self._key)
+        self._service.client.drop(self.key)
         if len(self.outputs) < len(self.replies):
             self._service.metrics.aborted(len(self.replies) - len(self.outputs))
 
@@ -105,16 +109,24 @@ class Service:
     Args:
         client: of the engine, which has loaded the model.
         front: makes requests for it.
+        predict: what steps should take, for those who watch.
 
     Attributes:
         running: requests under way.
         draining: whether no further ones are taken.
         began: ``time.time`` of its start.
+        live: what is told to those who watch.
+        tracing: makes spans of requests; None where nobody wants them.
         store, batches: files of clients and the batches over them; None where none are kept.
     """
 
     def __init__(
-        self, client: EngineClient, front: Front, settings: ServerSettings, metrics: Metrics
+        self,
+        client: EngineClient,
+        front: Front,
+        settings: ServerSettings,
+        metrics: Metrics,
+        predict: Predict | None = None,
     ) -> None:
         self.client, self.front, self.settings, self.metrics = client, front, settings, metrics
         self.running: set[Running] = set()
@@ -122,10 +134,16 @@ class Service:
         self.began = int(time.time())
         self.store: Store | None = None
         self.batches: Batches | None = None
+        self.tracing: Tracing | None = None
         self._threads = ThreadPoolExecutor(THREADS, "makeready text")
         stated = front.generation_defaults
         self._defaults = Defaults(dict(stated), dict(settings.template), fit="max_new_tokens" in stated)
-        client.observer = metrics.step
+        self.live = Live(self, predict)  # pyright: ignore[reportArgumentType]
+        client.observer = self._step
+
+    def _step(self, record: StepRecord) -> None:
+        self.metrics.step(record)
+        self.live.step(record)
 
     @property
     def loaded(self) -> Loaded:
@@ -191,6 +209,7 @@ class Service:
         if running in self.running:
             self.running.remove(running)
             running.close()
+            self.live.ended(running)  # pyright: ignore[reportArgumentType]
 
     async def drained(self) -> None:
         """Wait until no request is under way, as long as the settings allow."""

@@ -22,6 +22,8 @@ class ServerSettings:
         drain_seconds: for what runs to end after SIGTERM.
         health_seconds: without a sign of life of the engine, after which it counts as dead.
         files_dir: folder of files that clients send, and of batches over them; None for neither.
+        page: show what the engine does, and a chat, to browsers.
+        otel: make traces of requests, and send them where the environment says.
         template: variables of the chat template for requests that do not set them.
     """
 
@@ -34,4 +36,6 @@ class ServerSettings:
     drain_seconds: float = 60.0
     health_seconds: float = 60.0
     files_dir: Path | None = None
+    page: bool = True
+    otel: bool = False
     template: Mapping[str, Any] = field(default_factory=dict)

@@ -20,6 +20,7 @@ from makeready.engine.entrypoints import cli
 from makeready.graphs.plan import artifact
 
 SOURCES = ("engine", "graphs", "kernels", "scripts", "conf")
+IGNORED = shutil.ignore_patterns("__pycache__", "_cpu_ops*", "node_modules")
 FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE")
 
 
@@ -42,7 +43,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("needs pip and setuptools")
     tree = tmp_path_factory.mktemp("tree")
     for name in SOURCES:
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "_cpu_ops*"))
+        shutil.copytree(ROOT / name, tree / name, ignore=IGNORED)
     for name in FILES:
         shutil.copy(ROOT / name, tree / name)
     pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation")
@@ -80,6 +81,8 @@ def test_every_preset_and_module_is_in_it(wheel: Path) -> None:
     for top in ("engine", "graphs", "kernels", "scripts"):
         for path in (ROOT / top).rglob("*.py"):
             assert f"makeready/{path.relative_to(ROOT)}" in names
+    for path in (ROOT / "engine/server/page/built").iterdir():
+        assert f"makeready/{path.relative_to(ROOT)}" in names
     sources = [path for kind in ("*.cu", "*.h") for path in (ROOT / "kernels" / "csrc").glob(kind)]
     assert sources
     assert {

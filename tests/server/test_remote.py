@@ -118,4 +118,4 @@ def test_a_model_that_cannot_be_loaded_is_told_in_a_sentence() -> None:
 
 def test_an_empty_step_is_small() -> None:
     """It is sent once a second by every engine that does nothing."""
-    assert len(framed(Step([], [], [], [], 0, 0))) < 24
+    assert len(framed(Step([], [], [], [], 0, 0, (0, 0, 0), []))) < 24

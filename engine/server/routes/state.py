@@ -45,6 +45,9 @@ async def _version(exchange: Exchange) -> Answer:
 
 
 async def _metrics(exchange: Exchange) -> Answer:
+    client = exchange.service.client
+    if client.last is not None:  # before there is nothing to tell
+        exchange.service.metrics.now(client.waiting, client.running, client.pages)
     body, kind = exchange.service.metrics.render(exchange.headers.get("accept", ""))
     return Answer(body, type=kind)
 
@@ -56,8 +59,7 @@ async def _loads(exchange: Exchange) -> Answer:
 def load_of(exchange: Exchange) -> dict[str, Any]:
     """What there is to do, for routers that spread requests; names are SGLang's."""
     client, limits = exchange.service.client, exchange.service.loaded.limits
-    last, pages = client.last, exchange.service.loaded.facts["kv_pages"]
-    held = 0 if last is None else last.held
+    pages, held = exchange.service.loaded.facts["kv_pages"], client.pages[2]
     return {
         "dp_rank": 0,
         "num_running_reqs": client.running,
