@@ -2,7 +2,7 @@
 
     describe the call → ways to tile it → cost of each → cheapest first
 
-As linear_fp8_tiling.py, whose runs of units a stream has, too. Nothing here was fitted to timings yet.
+As linear_fp8_tiling.py, whose runs of units a stream has, too.
 
 # T tokens, N outputs, K inputs
 """
@@ -18,26 +18,28 @@ from makeready.kernels.device import H100_BANDWIDTH, H100_FLOPS
 STREAM, PERSISTENT = "stream", "persistent"
 SPAN = 128  # inputs of a step
 
-# Reasoned from the machine code and from what the kernels of 16 and 8 bits were fitted to, not measured.
+# By timings of Qwen3-8B's projections on one H200 at 1 to 8,192 rows (``scripts/bench.py suite=[gemm_int4]``). A matrix
+# instruction whose weights are in registers takes some 58 cycles however few tokens there are, which is why units of
+# few tokens take as long as those of many, and why csrc/linear_few_int.cu has other instructions.
 _MEMORY = 0.95  # of the bandwidth of a copy
 _L2 = 1.0e13  # bytes/s
 _L2_HELD = 5.28e7  # bytes that blocks may have asked for since and still find in L2
 _COPY = 0.99e-6  # from asking for a tile to having it
 _COPY_RATE = 2.42e11  # bytes/s on top
+# Of the matrix rate that tiles of as many tokens and outputs reach.
 _MATRIX = {
-    16: 0.35,
-    32: 0.5,
-    64: 0.7,
-    128: 0.85,
-    256: 0.92,
-}  # of the matrix rate that tiles of as many tokens reach
+    (PERSISTENT, 256, 128): 0.76, (PERSISTENT, 128, 128): 0.63, (PERSISTENT, 128, 64): 0.50, (STREAM, 128, 128): 0.53,
+    (STREAM, 128, 64): 0.36, (STREAM, 64, 128): 0.35, (STREAM, 64, 64): 0.25, (STREAM, 32, 128): 0.25,
+    (STREAM, 32, 64): 0.20, (STREAM, 16, 128): 0.16, (STREAM, 16, 64): 0.11,
+}  # fmt: skip
+# Of a stream's unit that has a multiprocessor to itself, by its tokens: waits, widening, matrix instructions.
+_UNIT = {16: 0.85e-6, 32: 0.75e-6, 64: 1.10e-6, 128: 1.20e-6}
 _WIDEN = {
     4: 1.9,
     8: 2.4,
 }  # instructions of a thread for one weight: fields, zeros, scales, and a share of the loop's
 _CLOCK = 1.7e9
 _LANES = 128  # threads of a multiprocessor that issue at once
-_UNIT = 0.16e-6  # of a unit that has a multiprocessor to itself: waits, and the latency of its matrix instructions
 _SHARPNESS = 3.2  # of the maximum over what goes on at once
 _LAUNCH = 1.0e-6
 _STAGE = 0.19e-6  # of the pipeline: its barrier, and asking for its first copies
@@ -225,14 +227,14 @@ def seconds(product: Product, way: Tiling) -> float:
     turns = _cdiv(on_one, way.a_sm)
     stage = way.stage(product)
     operations = 2 * way.t * way.n * SPAN
-    matrix = on_one * share * operations / (product.rate / product.multiprocessors * _MATRIX[way.t])
+    matrix = on_one * share * operations / (product.rate / product.multiprocessors * _MATRIX[way.kind, way.t, way.n])
     widening = on_one * share * way.n * SPAN * _WIDEN[product.bits] / (_LANES * _CLOCK)
     at_once = (
         _read(product, way) / (_MEMORY * product.bandwidth),
         tiles * steps * stage / _L2,
         matrix,
         widening,
-        turns * share * _UNIT,
+        turns * share * (_UNIT[way.t] if way.kind == STREAM else 0.0),
         # ``stages - 1`` copies are under way.
         turns * share * (_COPY + stage / _COPY_RATE) / max(1, way.stages - 1),
     )
