@@ -100,9 +100,12 @@ def test_configs_are_understood(said, scheme):
             r"weight_block_size \[128, 64\] is not supported; blocks must",
         ),
         ({"quant_method": "fp8", "activation_scheme": "odd"}, "activation_scheme 'odd' is not supported"),
-        ({"quant_method": "compressed-tensors"}, r"needs one of config_groups with targets \['Linear'\]"),
+        ({"quant_method": "compressed-tensors"}, "needs config_groups that quantize alike"),
         (compressed({"strategy": "channel", "num_bits": 4}, TOKEN), "weights must be symmetric 8-bit floats"),
-        (compressed({"strategy": "channel", "type": "int"}, TOKEN), "weights must be symmetric 8-bit floats"),
+        (
+            compressed({"strategy": "channel", "type": "int"}, TOKEN),
+            "input_activations must .* both of one type",
+        ),
         (
             compressed({"strategy": "channel"}, {**TOKEN, "symmetric": False}),
             "input_activations must be symm",
