@@ -75,8 +75,8 @@ DEVICES: Mapping[str, Device] = {
             20e9,
             # 8-bit floats are widened to fp32 and multiplied as that.
             {
-                **{"float32": 100e9, "bfloat16": 150e9, "float16": 150e9, "float8_e4m3fn": 100e9},
-                **{"uint8": 300e9, "int8": 300e9},
+                "float32": 100e9, "bfloat16": 150e9, "float16": 150e9, "float8_e4m3fn": 100e9,
+                "uint8": 300e9, "int8": 300e9,
             },
         ),
         # 2.04 TB/s, 312 TFLOP/s, 624 TOP/s in int8; 8-bit floats would be widened to bf16.

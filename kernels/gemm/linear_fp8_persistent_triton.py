@@ -1,9 +1,9 @@
 """Projection of 8-bit floats or integers for many rows, one scale a token and one an output.
 
-Fed and drained by TMA. As ``linear_persistent``, with the scales where a tile is written. All of K is added up by the matrix unit: integers
-exactly, while sums of 8-bit floats keep about 13 fraction bits (Zhao et al. 2025, arXiv:2505.09343). By a model of
-that, 0.1 % of a result is lost for K = 4096 and 0.3 % for K = 12288, where rounding operands to 8 bits costs
-ten times as much. Adding up in registers would cost a quarter of the rate.
+Fed and drained by TMA. As ``linear_persistent``, with the scales where a tile is written. The matrix unit adds up all
+of K. Sums of integers are exact; those of 8-bit floats keep about 13 fraction bits (Zhao et al. 2025,
+arXiv:2505.09343): by a model of that, 0.1 % of a result is lost for K = 4096 and 0.3 % for K = 12288, where rounding
+operands to 8 bits costs ten times as much. Adding up in registers would cost a quarter of the rate.
 
 # T tokens, N outputs, K inputs
 """
@@ -72,7 +72,7 @@ def linear_fp8_persistent(
         for step in range(steps):
             x_TK = x.load([t0, step * BK])
             w_NK = weight.load([n0, step * BK])
-            acc_TN = tl.dot(x_TK, w_NK.T, acc_TN)
+            acc_TN = tl.dot(x_TK, w_NK.T, acc_TN, out_dtype=SUM)
         t, n = t0 + tl.arange(0, BT), n0 + tl.arange(0, BN)
         x_scale_T = tl.load(x_scale + t, mask=t < T, other=0.0)
         acc_TN = _scaled(acc_TN, x_scale_T, weight_scale, bias, n, N)

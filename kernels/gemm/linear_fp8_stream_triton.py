@@ -180,7 +180,7 @@ def linear_fp8_stream(
             acc_NT += tl.dot(w_NK, x_TK.T) * scale_T[None, :]
             scale_T = after_T
         else:
-            acc_NT = tl.dot(w_NK, x_TK.T, acc_NT)
+            acc_NT = tl.dot(w_NK, x_TK.T, acc_NT, out_dtype=SUM)
         if step == steps - 1 or unit == end - 1:
             begun = unit - step >= begin
             whole = begun and step == steps - 1

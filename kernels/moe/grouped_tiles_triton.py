@@ -54,7 +54,7 @@ def multiply(
     if BLOCK:
         of_output = tl.load(square + step, mask=n < N, other=0.0)
         return acc_NT + tl.dot(w_NK, x_TK.T) * of_row[None, :] * of_output[:, None]
-    return tl.dot(w_NK, x_TK.T, acc_NT, input_precision="ieee")
+    return tl.dot(w_NK, x_TK.T, acc_NT, input_precision="ieee", out_dtype=acc_NT.dtype)
 
 
 @triton.jit
