@@ -74,6 +74,7 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "window": (WINDOWED, {"kv_dtype": "bfloat16"}),
     "unfused": (CONFIG, {"disabled_passes": ("merge_linears", "fuse_add_norm", "hoist_gather")}),
     "fp8": (CONFIG, {"quant": "fp8", "kv_dtype": "float8_e4m3fn"}),
+    "int8": (CONFIG, {"quant": "int8"}),
     "latent": (LATENT, {}),
 }
 
