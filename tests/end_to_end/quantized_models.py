@@ -7,6 +7,7 @@ compressed-tensors library.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,12 +167,16 @@ def static_scales(model: Any, form: Format) -> dict[str, float]:
     return {name: (4.9 + 0.3 * (at % 7)) / form.largest for at, name in enumerate(names)}
 
 
-def quantize_model(model: Any, form: Format) -> dict[str, torch.Tensor]:
-    """Quantize the model's linears in place, all but lm_head; returns what a checkpoint holds for them."""
+def quantize_model(
+    model: Any, form: Format, chosen: Callable[[str], bool] = lambda name: True
+) -> dict[str, torch.Tensor]:
+    """Quantize the model's linears in place, of those ``chosen`` by name all but lm_head; returns what a checkpoint
+    holds for them.
+    """
     tensors: dict[str, torch.Tensor] = {}
     stored = static_scales(model, form) if form.static else {}
     for name, linear in list(model.named_modules()):
-        if not isinstance(linear, nn.Linear) or name == "lm_head":
+        if not isinstance(linear, nn.Linear) or name == "lm_head" or not chosen(name):
             continue
         parent, _, last = name.rpartition(".")
         together = next((group for group in TOGETHER if last in group), (last,))
@@ -186,9 +191,11 @@ def quantize_model(model: Any, form: Format) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def save_quantized(folder: Path, tensors: dict[str, torch.Tensor], form: Format) -> None:
-    """Change the checkpoint in ``folder``, which holds the wide model, to the quantized one."""
+def save_quantized(folder: Path, tensors: dict[str, torch.Tensor], form: Format, **said: Any) -> None:
+    """Change the checkpoint in ``folder``, which holds the wide model, to the quantized one; ``said``: of its
+    quantization_config.
+    """
     file = folder / "model.safetensors"
     save_file({k: v.contiguous() for k, v in (load_file(file) | tensors).items()}, file)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": form.config()}))
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": form.config() | said}))

@@ -98,6 +98,25 @@ def test_every_pass_on_or_off(disabled: tuple[str, ...], tmp_path: Path) -> None
     check(tmp_path, model, wide, disabled_passes=disabled)
 
 
+def test_targets_and_ignored_modules(tmp_path: Path) -> None:
+    """Two groups by pattern and by name, and one module of those left out: the others are as the file has them."""
+    form = FORMATS["int8-channel"]
+    model, wide = (make_model(tmp_path, "qwen3", **QWEN3) for _ in range(2))
+    left = "model.layers.1.mlp.down_proj"
+
+    def chosen(name: str) -> bool:
+        return ("mlp" in name and name != left) or name == "model.layers.0.self_attn.o_proj"
+
+    (group,) = form.config()["config_groups"].values()
+    targets = (["re:.*mlp.*"], ["model.layers.0.self_attn.o_proj"])
+    said = {
+        "config_groups": {f"group_{at}": {**group, "targets": names} for at, names in enumerate(targets)},
+        "ignore": ["lm_head", left],
+    }
+    save_quantized(tmp_path, quantize_model(model, form, chosen), form, **said)
+    check(tmp_path, model, wide)
+
+
 def test_tied_embeddings_stay_wide(tmp_path: Path) -> None:
     model, wide = (make_model(tmp_path, "qwen2", tie_word_embeddings=True, **LLAMA) for _ in range(2))
     quantize_model(model, Format("channel"))
