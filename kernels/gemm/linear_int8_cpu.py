@@ -19,12 +19,13 @@ from makeready.kernels.spec import TensorSpec
 
 assert isinstance(linear_int8, Contract)
 
+_INT_MM = torch.ops.aten._int_mm.default
 _PART = 1024  # inputs whose products, of 2^14 at most, add up to no more than 2^24: fp32 holds every sum on the way
 
 
 def integer_sums(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """int32 ``x[T, K] @ weight[N, K].T`` of int8, exactly."""
-    return torch._int_mm(x, weight.T) if _product_is_exact() else sums_of_parts(x, weight)
+    return _INT_MM(x, weight.T) if _product_is_exact() else sums_of_parts(x, weight)
 
 
 def sums_of_parts(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -41,7 +42,7 @@ def _product_is_exact() -> bool:
     x = torch.full((9, 131), 127, dtype=torch.int8)
     weight = torch.full((35, 131), -128, dtype=torch.int8)
     weight[::2] = 127
-    return all(torch.equal(torch._int_mm(a, weight.T), sums_of_parts(a, weight)) for a in (x, -x, x[:1]))
+    return all(torch.equal(_INT_MM(a, weight.T), sums_of_parts(a, weight)) for a in (x, -x, x[:1]))
 
 
 def _applies(specs: Mapping[str, TensorSpec], attrs: Mapping[str, Any]) -> bool:

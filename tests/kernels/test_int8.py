@@ -45,7 +45,7 @@ def test_a_product_that_saturates_is_not_taken(monkeypatch: pytest.MonkeyPatch) 
         sums = (unsigned[:, None] * pairs[None]).sum(-1).clamp(-(2**15), 2**15 - 1)
         return sums.sum(-1, dtype=torch.int32) - 128 * weight.T.sum(1, dtype=torch.int32)
 
-    monkeypatch.setattr(torch, "_int_mm", saturating)
+    monkeypatch.setattr(linear_int8_cpu, "_INT_MM", saturating)
     linear_int8_cpu._product_is_exact.cache_clear()
     try:
         x, weight = torch.full((2, 64), 127, dtype=torch.int8), torch.full((3, 64), 127, dtype=torch.int8)
