@@ -19,7 +19,7 @@ from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.device import OpCall, Tensor
 from makeready.kernels.gemm import linear_fp8_triton
 from makeready.kernels.gemm.linear_fp8_tiling import tilings
-from makeready.kernels.moe import combine_triton, experts_triton  # noqa: F401
+from makeready.kernels.moe import combine_triton, experts_triton, grouped_cuda  # noqa: F401
 
 HOPPER = frozenset({"tma", "wgmma", "pdl", "fp8"})
 AMPERE: frozenset[str] = frozenset()
@@ -229,8 +229,10 @@ def test_experts_have_the_matrix_unit():
     operands |= {"order": torch.zeros(512, dtype=torch.int32), "start": torch.zeros(9, dtype=torch.int32)}
     attrs = {"top_k": 8, "out_dtype": "bfloat16"}
     call = op_call("grouped_silu_mul_int8", operands, attrs, features=HOPPER)
-    (kernel,) = (k for k in registry.cuda_kernels("grouped_silu_mul_int8") if k.name == "tiles")
-    (node,) = kernel.candidates(call)[0].launches
-    made = aot.compile_launch(node, call)
-    assert made.spill_bytes == 0
-    assert re.search(r"wgmma\.mma_async\S+\.s32\.s8\.s8", made.ptx)
+    kernels = registry.cuda_kernels("grouped_silu_mul_int8")
+    assert {kernel.name for kernel in kernels} == {"wgmma", "tiles"}
+    for kernel in kernels:
+        (node,) = kernel.candidates(call)[0].launches
+        made = aot.compile_launch(node, call)
+        assert made.spill_bytes == 0
+        assert re.search(r"wgmma\.mma_async\S+\.s32\.s8\.s8", made.ptx), kernel.name
