@@ -50,6 +50,7 @@ class Tolerance:
     float16: float = 2e-3
     bfloat16: float = 1e-2
     float8_e4m3fn: float = 5e-2
+    int8: float = 2e-2
     exact: bool = False  # integers and pure data movement: every element equal
 
 

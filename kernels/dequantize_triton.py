@@ -1,4 +1,4 @@
-"""8-bit floats with scales made wide on GPUs, while weights are loaded: one sweep.
+"""8-bit floats and integers with scales made wide on GPUs, while weights are loaded: one sweep.
 
 # C columns
 """
@@ -14,6 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from makeready.kernels.device import Argument, Candidate, DeviceLaunch, OpCall, Pointer, Scalar
 from makeready.kernels.quantize import dequantize_fp8, dequantize_fp8_block
+from makeready.kernels.quantize_int8 import dequantize_int8
 from makeready.kernels.registry import cuda_kernel
 from makeready.kernels.row_tiles import row_tiles
 
@@ -78,6 +79,12 @@ def _tiles(call: OpCall, tall: int, wide: int, stride: int) -> Sequence[Candidat
 
 @cuda_kernel(dequantize_fp8, "tiles", features=("fp8",), invariant=True)
 def dequantize_fp8_launches(call: OpCall) -> Sequence[Candidate]:
+    """See :func:`dequantize_tiles`."""
+    return _tiles(call, 1, call.dims["C"], 1)
+
+
+@cuda_kernel(dequantize_int8, "tiles", invariant=True)
+def dequantize_int8_launches(call: OpCall) -> Sequence[Candidate]:
     """See :func:`dequantize_tiles`."""
     return _tiles(call, 1, call.dims["C"], 1)
 

@@ -1,4 +1,4 @@
-"""Root-mean-square norms that leave 8-bit floats and scales: one sweep, rows held in registers.
+"""Root-mean-square norms that leave 8-bit floats or integers and scales: one sweep, rows held in registers.
 
 # C features of a row
 """
@@ -13,11 +13,17 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from makeready.kernels.contract import Contract
 from makeready.kernels.device import Candidate, DeviceLaunch, OpCall, Pointer, Scalar
 from makeready.kernels.quantize import (
     add_rms_norm_and_quantize_fp8,
     add_rms_norm_quantize_fp8,
     rms_norm_quantize_fp8,
+)
+from makeready.kernels.quantize_int8 import (
+    add_rms_norm_and_quantize_int8,
+    add_rms_norm_quantize_int8,
+    rms_norm_quantize_int8,
 )
 from makeready.kernels.quantize_triton import groups_fit, store_quantized
 from makeready.kernels.registry import cuda_kernel
@@ -131,19 +137,14 @@ def _launch(call: OpCall) -> Sequence[Candidate]:
     return (Candidate(f"{tiles.rows}x{tiles.width}", (launch,)),)
 
 
-@cuda_kernel(rms_norm_quantize_fp8, "registers", features=("fp8",), applies=_fits, invariant=True)
-def rms_norm_quantize_fp8_launches(call: OpCall) -> Sequence[Candidate]:
-    """See :func:`normalise_quantize`."""
-    return _launch(call)
+def _register(op: Contract, features: Sequence[str]) -> None:
+    @cuda_kernel(op, "registers", features=features, applies=_fits, invariant=True)
+    def launches(call: OpCall) -> Sequence[Candidate]:
+        """See :func:`normalise_quantize`."""
+        return _launch(call)
 
 
-@cuda_kernel(add_rms_norm_quantize_fp8, "registers", features=("fp8",), applies=_fits, invariant=True)
-def add_rms_norm_quantize_fp8_launches(call: OpCall) -> Sequence[Candidate]:
-    """See :func:`normalise_quantize`."""
-    return _launch(call)
-
-
-@cuda_kernel(add_rms_norm_and_quantize_fp8, "registers", features=("fp8",), applies=_fits, invariant=True)
-def add_rms_norm_and_quantize_fp8_launches(call: OpCall) -> Sequence[Candidate]:
-    """See :func:`normalise_quantize`."""
-    return _launch(call)
+for _op in (rms_norm_quantize_fp8, add_rms_norm_quantize_fp8, add_rms_norm_and_quantize_fp8):
+    _register(_op, ("fp8",))
+for _op in (rms_norm_quantize_int8, add_rms_norm_quantize_int8, add_rms_norm_and_quantize_int8):
+    _register(_op, ())

@@ -1,4 +1,4 @@
-"""Quantization to 8-bit floats on GPUs: one sweep, groups held in registers.
+"""Quantization to 8-bit floats and integers on GPUs: one sweep, groups held in registers.
 
 # C columns of a result
 """
@@ -22,18 +22,36 @@ from makeready.kernels.quantize import (
     quantize_fp8_static,
     silu_mul_quantize_fp8,
 )
+from makeready.kernels.quantize_int8 import (
+    INT8_MAX,
+    quantize_int8,
+    quantize_int8_static,
+    silu_mul_quantize_int8,
+)
 from makeready.kernels.registry import cuda_kernel
 from makeready.kernels.row_tiles import power_of_two, row_tiles
 
-_MAX = tl.constexpr(FP8_MAX)
+_FLOAT_MAX = tl.constexpr(FP8_MAX)
+_INTEGER_MAX = tl.constexpr(INT8_MAX)
+_WHOLE = tl.constexpr(1.5 * 2**23)  # floats around it are the integers
 _LEAST = tl.constexpr(LEAST_SCALE)
 _SIDES = (16, 32, 64, 128)  # of squares that a block of threads holds
 
 
 @triton.jit
-def scale_of(largest):
+def magnitude(x, INTEGERS: tl.constexpr):
+    """``|x|``, from which scales are made. NaN has no 8-bit integer, so there it counts as infinite."""
+    if INTEGERS:
+        return tl.where(x == x, tl.abs(x), float("inf"))
+    return tl.abs(x)
+
+
+@triton.jit
+def scale_of(largest, INTEGERS: tl.constexpr):
     """The scale that makes ``largest`` the format's largest number; the reference's bits."""
-    return tl.maximum(tl.div_rn(largest, _MAX), _LEAST)
+    if INTEGERS:
+        return tl.maximum(tl.div_rn(largest, _INTEGER_MAX), _LEAST)
+    return tl.maximum(tl.div_rn(largest, _FLOAT_MAX), _LEAST)
 
 
 @triton.jit
@@ -44,6 +62,15 @@ def divide(x, scale):
     inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
     near = x * inverse
     return tl.fma(tl.fma(-near, scale, x), inverse, near)
+
+
+@triton.jit
+def narrow(x, kind: tl.constexpr):
+    """``x`` as an 8-bit float or integer, to the nearest one, ties to even; integers saturate at 127."""
+    if kind == tl.int8:
+        x = tl.clamp(x, -_INTEGER_MAX, _INTEGER_MAX)
+        return ((x + _WHOLE) - _WHOLE).to(kind)
+    return x.to(kind)
 
 
 @triton.jit
@@ -63,9 +90,10 @@ def store_quantized(
     """
     SPAN: tl.constexpr = WIDTH if GROUP == C else GROUP
     grouped = tl.reshape(wide, (ROWS, WIDTH // SPAN, SPAN))
-    scales = scale_of(tl.max(tl.abs(grouped), 2))
+    INTEGERS: tl.constexpr = q.dtype.element_ty == tl.int8
+    scales = scale_of(tl.max(magnitude(grouped, INTEGERS), 2), INTEGERS)
     small = tl.reshape(divide(grouped, scales[:, :, None]), (ROWS, WIDTH))
-    tl.store(q + row * Q_STRIDE + c, small.to(q.dtype.element_ty), mask=inside)
+    tl.store(q + row * Q_STRIDE + c, narrow(small, q.dtype.element_ty), mask=inside)
     group = tile_group + tl.arange(0, WIDTH // SPAN)[None, :]
     tl.store(scale + row * SCALE_STRIDE + group, scales, mask=row_inside & (group < C // GROUP))
 
@@ -123,7 +151,9 @@ def quantize_static(
     COLUMNS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Quantize ``x`` by one scale that is given; the block of a row's first columns repeats it."""
+    """Quantize ``x`` by one scale that is given; the block of a row's first columns repeats it. Integers need whole
+    rows in a tile: those that are not all finite have an infinite scale.
+    """
     known = tl.load(scale)
     if PDL:
         gdc_launch_dependents()
@@ -135,10 +165,15 @@ def quantize_static(
     row = row.to(tl.int64)
     wide = tl.load(x + row * X_STRIDE + c, mask=inside, other=0.0).to(tl.float32)
     # Saturated before the division, whose correction would take what overflows for an error.
-    wide = tl.clamp(wide, -_MAX * known, _MAX * known, propagate_nan=tl.PropagateNan.ALL)
-    small = divide(wide, tl.full((ROWS, 1), 1.0, tl.float32) * known)
-    tl.store(q + row * Q_STRIDE + c, small.to(q.dtype.element_ty), mask=inside)
-    tl.store(row_scale + row, known, mask=(row < rows) & (tile % COLUMNS == 0))
+    INTEGERS: tl.constexpr = q.dtype.element_ty == tl.int8
+    MAX: tl.constexpr = _INTEGER_MAX if INTEGERS else _FLOAT_MAX
+    own = tl.full((ROWS, 1), 1.0, tl.float32) * known
+    small = divide(tl.clamp(wide, -MAX * known, MAX * known, propagate_nan=tl.PropagateNan.ALL), own)
+    tl.store(q + row * Q_STRIDE + c, narrow(small, q.dtype.element_ty), mask=inside)
+    if INTEGERS:
+        largest = tl.max(magnitude(wide, INTEGERS), 1, keep_dims=True)
+        own = tl.where(largest < float("inf"), own, float("inf"))
+    tl.store(row_scale + row, own, mask=(row < rows) & (tile % COLUMNS == 0))
 
 
 @triton.jit
@@ -165,7 +200,7 @@ def quantize_squares(
     row = row.to(tl.int64)
     wide = tl.load(x + row * X_STRIDE + c, mask=inside, other=0.0).to(tl.float32)
     # Along one axis after the other: of a reshaped square, threads would hold copies where stores are narrow.
-    own = scale_of(tl.max(tl.max(tl.abs(wide), 1, keep_dims=True), 0, keep_dims=True))
+    own = scale_of(tl.max(tl.max(tl.abs(wide), 1, keep_dims=True), 0, keep_dims=True), False)
     tl.store(q + row * Q_STRIDE + c, divide(wide, own).to(q.dtype.element_ty), mask=inside)
     tl.store(scale + square + tl.zeros((1, 1), tl.int32), own)
 
@@ -236,11 +271,39 @@ def silu_mul_quantize_fp8_launches(call: OpCall) -> Sequence[Candidate]:
     return _tiles(call, "gate_up")
 
 
+@cuda_kernel(quantize_int8, "tiles", applies=_fits, invariant=True)
+def quantize_int8_launches(call: OpCall) -> Sequence[Candidate]:
+    """See :func:`quantize_tiles`."""
+    return _tiles(call, "x")
+
+
+@cuda_kernel(silu_mul_quantize_int8, "tiles", applies=_fits, invariant=True)
+def silu_mul_quantize_int8_launches(call: OpCall) -> Sequence[Candidate]:
+    """See :func:`quantize_tiles`."""
+    return _tiles(call, "gate_up")
+
+
 @cuda_kernel(quantize_fp8_static, "tiles", features=("fp8",), invariant=True)
 def quantize_fp8_static_launches(call: OpCall) -> Sequence[Candidate]:
     """See :func:`quantize_static`."""
+    return _static(call, whole_rows=False)
+
+
+@cuda_kernel(quantize_int8_static, "tiles", invariant=True)
+def quantize_int8_static_launches(call: OpCall) -> Sequence[Candidate]:
+    """See :func:`quantize_static`."""
+    return _static(call, whole_rows=True)
+
+
+def _static(call: OpCall, *, whole_rows: bool) -> Sequence[Candidate]:
     width, rows = _width(call), call.dims["T"]
-    tiles = row_tiles(rows, width, multiprocessors=call.multiprocessors, invariant=call.invariant)
+    tiles = row_tiles(
+        rows,
+        width,
+        multiprocessors=call.multiprocessors,
+        invariant=call.invariant,
+        whole_rows=whole_rows,
+    )
     pdl = "pdl" in call.features
     launch = DeviceLaunch(
         function="makeready.kernels.quantize_triton:quantize_static",

@@ -42,7 +42,7 @@ SUITES: dict[str, tuple[str, ...]] = {
 }
 _SHARING = {name for name, options in SUITES.items() if set(_LLM) <= set(options)}
 _MODEL = {"decode", "startup", "llama_cpp", "latency", "throughput", "replay", "prefix", "buckets", "load"}
-FP8_SCALES = ("rows", "groups")
+FP8_SCALES = ("rows", "groups", "integers")
 FP8_MATRICES = ("qkv", "o", "gate_up", "down")
 
 
@@ -169,7 +169,8 @@ class GemmFp8Options:
     """Which 8-bit projections.
 
     Attributes:
-        scales: rows (one scale a token and an output), groups (one for 128 inputs, 128 x 128 weights), or both.
+        scales: some of rows (floats with a scale a token and an output), groups (a scale for 128 inputs and for 128 x
+            128 weights) and integers (int8 by rows).
         matrices: some of qkv, o, gate_up and down.
     """
 

@@ -44,7 +44,7 @@ class DummyCheckpoint(Checkpoint):
     """Random weights that depend on (seed, tensor name) only.
 
     Scales (tensors called as in :data:`SCALES`) are float32, and a weight beside which a scale is declared is
-    made of 8-bit floats, as quantized checkpoints have them.
+    made of 8-bit floats, unless its dtype is said, as quantized checkpoints have them.
 
     Args:
         config: a Hugging Face config in any accepted spelling.
@@ -85,14 +85,18 @@ class DummyCheckpoint(Checkpoint):
         """The tensors declared so far, by Hugging Face name."""
         return self._tensors
 
-    def declare(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def declare(self, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str] | None = None) -> None:
         """Add tensors to the table; the planner knows them, the config does not list them.
+
+        Args:
+            dtypes: of those that have another than their names say.
 
         Raises:
             CheckpointError: a size below 1, or a tensor declared before with another shape.
         """
         for name, shape in shapes.items():
-            info = TensorInfo(name, self._dtype(name, shapes), tuple(shape))
+            dtype = (dtypes or {}).get(name) or self._dtype(name, shapes)
+            info = TensorInfo(name, dtype, tuple(shape))
             if any(size < 1 for size in info.shape):
                 raise CheckpointError(
                     f"dummy tensor {name!r} has shape {info.shape}; every size must be at least 1"
@@ -152,6 +156,8 @@ def _numbers(values: np.ndarray, info: TensorInfo) -> np.ndarray:
         return ((np.abs(np.tanh(values)) + np.float32(0.5)) * np.float32(SCALES[kind])).astype(np.float32)
     if info.dtype == "int32":
         return values.view(np.int32) * np.int32(0x9E3779B1 - 2**32)
+    if info.dtype == "int8":
+        return np.clip(np.rint(values * np.float32(FLOAT8_SPREAD)), -127, 127).astype(np.int8)
     if info.dtype == "float8_e4m3fn":
         return to_float8(values * np.float32(FLOAT8_SPREAD))
     values *= np.float32(SCALE)

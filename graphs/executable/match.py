@@ -5,7 +5,7 @@ from __future__ import annotations
 from makeready.graphs.checkpoint.base import FINGERPRINT_EXEMPT, Checkpoint
 from makeready.graphs.checkpoint.unread import check_unread
 from makeready.graphs.plan.plan import Plan, PlanError
-from makeready.graphs.plan.reads import needs
+from makeready.graphs.plan.reads import declare_needs, needs
 
 
 def check_checkpoint(plan: Plan, checkpoint: Checkpoint) -> None:
@@ -19,8 +19,8 @@ def check_checkpoint(plan: Plan, checkpoint: Checkpoint) -> None:
         CheckpointError: the checkpoint has tensors without which its result is wrong.
     """
     params = [weight.param for weight in plan.weights]
-    if checkpoint.format == "dummy":
-        checkpoint.declare({source: need.shape for source, need in needs(params).items()})  # type: ignore[attr-defined]
+    wanted = needs(params)
+    declare_needs(checkpoint, wanted)
     for name in sorted({*plan.config, *checkpoint.config} - FINGERPRINT_EXEMPT):
         made_for, given = plan.config.get(name), checkpoint.config.get(name)
         if made_for != given:
@@ -28,7 +28,6 @@ def check_checkpoint(plan: Plan, checkpoint: Checkpoint) -> None:
                 f"the plan is for another checkpoint: its config has {name}={made_for!r}, "
                 f"{checkpoint.path} has {given!r}; compile a plan for this checkpoint"
             )
-    wanted = needs(params)
     for source, need in wanted.items():
         info = checkpoint.find(source)
         if info is None or not need.fits(info.shape, exactly=True) or info.kind not in need.kinds:

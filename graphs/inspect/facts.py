@@ -11,7 +11,7 @@ from makeready.graphs.plan.plan import Plan
 from makeready.graphs.plan.program import LoweredProgram
 from makeready.graphs.plan.targets import target_of
 
-FP8 = "float8_e4m3fn"
+EIGHT_BITS = ("float8_e4m3fn", "int8")
 
 
 def facts(plan: Plan, memory: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -54,9 +54,9 @@ def dtypes(plan: Plan) -> str:
     take 8-bit activations, too.
     """
     options = plan.options
-    quantized = any(weight.param.spec.dtype == FP8 for weight in plan.weights)
+    quantized = next((w.param.spec.dtype for w in plan.weights if w.param.spec.dtype in EIGHT_BITS), "")
     named = {
-        **({"linears": FP8} if quantized else {}),
+        **({"linears": quantized} if quantized else {}),
         "other weights" if quantized else "weights": options.weight_dtype,
         "activations": options.activation_dtype,
         "KV": options.kv_dtype,

@@ -38,8 +38,10 @@ class Device:
     pattern: str = ""
 
 
-def _gpu(name: str, target: str, pattern: str, figures: tuple[float, float, float, int, int]) -> Device:
-    """A GPU by its bandwidth, rates of bf16 and of FP8, multiprocessors and memory.
+def _gpu(
+    name: str, target: str, pattern: str, figures: tuple[float, float, float, int, int], int8: float = 0.0
+) -> Device:
+    """A GPU by its bandwidth, rates of bf16 and of FP8, multiprocessors and memory; ``int8``: FP8's where it is 0.
 
     Bandwidth and rates are in 1e12 bytes or operations a second, memory in 1e9 bytes.
 
@@ -47,6 +49,7 @@ def _gpu(name: str, target: str, pattern: str, figures: tuple[float, float, floa
     """
     bandwidth, bf16, fp8, multiprocessors, memory = figures
     rates = {"float32": bf16 / 12, "bfloat16": bf16, "float16": bf16, "float8_e4m3fn": fp8}
+    rates["int8"] = int8 or fp8
     return Device(
         name=name,
         target=target,
@@ -71,12 +74,15 @@ DEVICES: Mapping[str, Device] = {
             "cpu",
             20e9,
             # 8-bit floats are widened to fp32 and multiplied as that.
-            {"float32": 100e9, "bfloat16": 150e9, "float16": 150e9, "float8_e4m3fn": 100e9, "uint8": 300e9},
+            {
+                "float32": 100e9, "bfloat16": 150e9, "float16": 150e9, "float8_e4m3fn": 100e9,
+                "uint8": 300e9, "int8": 300e9,
+            },
         ),
-        # 2.04 TB/s, 312 TFLOP/s; 8-bit weights would be widened to bf16.
-        _gpu("a100", "sm_80", r"NVIDIA A100.*80GB.*", (1.75, 265, 265, 108, 80)),
+        # 2.04 TB/s, 312 TFLOP/s, 624 TOP/s in int8; 8-bit floats would be widened to bf16.
+        _gpu("a100", "sm_80", r"NVIDIA A100.*80GB.*", (1.75, 265, 265, 108, 80), 440),
         # 1.56 TB/s.
-        _gpu("a100_40gb", "sm_80", r"NVIDIA A100.*40GB.*", (1.35, 265, 265, 108, 40)),
+        _gpu("a100_40gb", "sm_80", r"NVIDIA A100.*40GB.*", (1.35, 265, 265, 108, 40), 440),
         # Measured: 4.3 TB/s of a copy, 4.5 of reads alone; cuBLAS at 8192x8192x8192.
         _gpu("h200", "sm_90a", r"NVIDIA H200( NVL)?", (4.5, 790, 1450, 132, 141)),
         # SXM, measured: a copy, and cuBLAS at 8192x8192x8192. The H800 differs in its links.
@@ -94,8 +100,8 @@ DEVICES: Mapping[str, Device] = {
         _gpu("b200", "sm_100a", r"NVIDIA B200", (7.2, 1770, 3540, 148, 192)),
         # 1.79 TB/s, 0.5 and 1 PFLOP/s.
         _gpu("rtx_pro_6000", "sm_120a", r"NVIDIA RTX PRO 6000 Blackwell.*", (1.6, 395, 790, 188, 96)),
-        # 1.79 TB/s, 210 and 419 TFLOP/s with sums in fp32.
-        _gpu("rtx_5090", "sm_120a", r"NVIDIA GeForce RTX 5090", (1.6, 165, 331, 170, 32)),
+        # 1.79 TB/s, 210 and 419 TFLOP/s with sums in fp32, 838 TOP/s in int8.
+        _gpu("rtx_5090", "sm_120a", r"NVIDIA GeForce RTX 5090", (1.6, 165, 331, 170, 32), 662),
     )
 }  # fmt: skip
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -19,7 +19,7 @@ import numpy as np
 from makeready.graphs.checkpoint.base import BLOCKS, PLAIN, Checkpoint
 from makeready.graphs.plan.recipe import Box, Each, Operand, Param, Piece
 
-STORED_AS_THEY_ARE = ("float8_e4m3fn", "int32", "uint8")
+STORED_AS_THEY_ARE = ("float8_e4m3fn", "int8", "int32", "uint8")
 
 
 @dataclass(frozen=True)
@@ -192,6 +192,16 @@ def needs(params: Iterable[Param]) -> dict[str, Need]:
                 dtypes = one.dtypes if dtype in one.dtypes else (*one.dtypes, dtype)
                 found[read.source] = Need(least, dtypes, one.number and read.number)
     return found
+
+
+def declare_needs(checkpoint: Checkpoint, wanted: Mapping[str, Need]) -> None:
+    """Tell a dummy checkpoint, which has what it is asked for, what that is; others know."""
+    if checkpoint.format == "dummy":
+        exact = {source: need.kinds[0] for source, need in wanted.items()}
+        checkpoint.declare(  # type: ignore[attr-defined]
+            {source: need.shape for source, need in wanted.items()},
+            {source: kind for source, kind in exact.items() if kind in STORED_AS_THEY_ARE},
+        )
 
 
 def complaint(operand: Operand) -> str:

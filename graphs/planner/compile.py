@@ -25,7 +25,7 @@ from makeready.graphs.plan.check import check_plan
 from makeready.graphs.plan.codec import to_json
 from makeready.graphs.plan.plan import SCHEMA, Memory, Options, Plan, PlanError
 from makeready.graphs.plan.program import Loading, LoweredProgram
-from makeready.graphs.plan.reads import STORED_AS_THEY_ARE, needs
+from makeready.graphs.plan.reads import STORED_AS_THEY_ARE, declare_needs, needs
 from makeready.graphs.plan.recipe import Param
 from makeready.graphs.plan.spec import Bucket, CacheSpec, Field, Limits, StepSpec
 from makeready.graphs.plan.targets import Target, find_target
@@ -44,8 +44,8 @@ from makeready.graphs.planner.request import (
 )
 from makeready.graphs.planner.trace import trace
 from makeready.graphs.planner.verify import verify, verify_alike
-from makeready.graphs.quant.fp8 import FP8
 from makeready.graphs.quant.loading import loading_of
+from makeready.graphs.quant.scheme import FP8
 from makeready.graphs.steps.base import Sizing, declare, step_kinds
 from makeready.kernels import registry
 
@@ -324,8 +324,7 @@ def compile_plan(
 def _check_sources(params: Collection[Param], checkpoint: Checkpoint) -> None:
     """Every parameter's source exists in the checkpoint, in the shape that the config implies."""
     wanted = needs(params)
-    if checkpoint.format == "dummy":
-        checkpoint.declare({source: need.shape for source, need in wanted.items()})  # type: ignore[attr-defined]
+    declare_needs(checkpoint, wanted)
     for source, need in wanted.items():
         info = checkpoint.find(source)
         if info is None:
@@ -340,7 +339,7 @@ def _check_sources(params: Collection[Param], checkpoint: Checkpoint) -> None:
         if info.kind not in (PLAIN, BLOCKS, *STORED_AS_THEY_ARE):
             raise PlanError(
                 f"tensor {source} of {checkpoint.path} is {info.dtype}, which is no quantization of weights that is "
-                f"known here; use a checkpoint in {', '.join(DTYPES)}, {FP8} with scales, AWQ, GPTQ or GGUF"
+                f"known here; use a checkpoint in {', '.join(DTYPES)}, {FP8} or int8 with scales, AWQ, GPTQ or GGUF"
             )
         exact = need.kinds[0] if need.kinds[0] in STORED_AS_THEY_ARE else f"no {info.dtype}"
         raise PlanError(

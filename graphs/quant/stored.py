@@ -1,8 +1,8 @@
 """Quantized checkpoints: what their ``quantization_config`` says, as a :class:`Scheme`.
 
 Known are ``fp8`` (as Qwen3 and DeepSeek store 128x128 blocks, and as AutoFP8 stores whole tensors) and
-``compressed-tensors`` with 8-bit floats; other modules of this package add theirs to :data:`STORED` and, of
-``compressed-tensors``, to :data:`COMPRESSED`.
+``compressed-tensors`` with 8-bit floats or integers; other modules of this package add theirs to :data:`STORED`
+and, of ``compressed-tensors``, to :data:`COMPRESSED`.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from makeready.graphs import quant
 from makeready.graphs.models.family import UnsupportedModelError
-from makeready.graphs.quant.reading import expect
-from makeready.graphs.quant.scheme import BLOCK, CHANNEL, TENSOR, Quantization, Scheme
+from makeready.graphs.quant.reading import expect, flag, names_of, refused_unless
+from makeready.graphs.quant.scheme import BLOCK, CHANNEL, FP8, INT8, TENSOR, Quantization, Scheme
 
 
 def stored_scheme(config: Mapping[str, Any]) -> Quantization | None:
@@ -74,51 +75,64 @@ def _compressed_tensors(said: Mapping[str, Any]) -> Quantization:
     for form in (said.get("format"), *(group.get("format") for group in groups)):
         if form in COMPRESSED:
             return COMPRESSED[form](said)
-    if len(groups) != 1 or groups[0].get("targets") != ["Linear"]:
+    ignored = names_of(said, "ignore")
+    schemes = [_eight_bits(said, group, ignored) for group in groups]
+    if not schemes or any(scheme != schemes[0] for scheme in schemes):
         raise UnsupportedModelError(
-            "quantization_config: compressed-tensors needs one of config_groups with targets ['Linear']; "
-            "use a checkpoint whose linears are all quantized alike"
+            "quantization_config: compressed-tensors needs config_groups that quantize alike; "
+            "use a checkpoint whose quantized linears are all of one kind"
         )
-    group = groups[0]
-    for holder in (said, group):
-        expect(holder, "format", ("float-quantized", "naive-quantized"))
+    targets = tuple(target for group in groups for target in names_of(group, "targets"))
+    refused_unless(bool(targets), "config_groups name no targets; correct config.json")
+    return replace(schemes[0], targets=() if "Linear" in targets else targets)
+
+
+_NUMBERS = {"float": (FP8, "float-quantized"), "int": (INT8, "int-quantized")}
+
+
+def _eight_bits(said: Mapping[str, Any], group: Mapping[str, Any], ignored: tuple[str, ...]) -> Scheme:
+    """One of ``config_groups``, for all linears."""
+    weights, activations = group.get("weights"), group.get("input_activations")
+    kind = weights.get("type", "int") if isinstance(weights, Mapping) else None
+    for name, part in (("weights", weights), ("input_activations", activations)):
+        if (
+            not part
+            or part.get("num_bits") != 8
+            or part.get("type", "int") != kind
+            or kind not in _NUMBERS
+            or not flag(part, "symmetric", True)
+        ):
+            raise UnsupportedModelError(
+                f"quantization_config: {name} must be symmetric 8-bit floats or integers, both of one type; "
+                "use a W8A8 checkpoint"
+            )
+    assert isinstance(weights, Mapping)
+    assert isinstance(activations, Mapping)
+    dtype, form = _NUMBERS[kind]
+    # A file of several groups is of mixed precision, though all of them may be alike.
+    expect(said, "format", (form, "naive-quantized", "mixed-precision"))
+    expect(group, "format", (form, "naive-quantized"))
     for field, found in (
         ("output_activations", group.get("output_activations")),
         ("transform_config", said.get("transform_config")),
         ("sparsity_config", (said.get("sparsity_config") or {}).get("format", "dense") != "dense"),
     ):
-        if found:
-            raise UnsupportedModelError(
-                f"quantization_config: {field} is not supported; use a checkpoint without it"
-            )
-    weights, activations = group.get("weights"), group.get("input_activations")
-    for name, part in (("weights", weights), ("input_activations", activations)):
-        if (
-            not part
-            or part.get("num_bits") != 8
-            or part.get("type") != "float"
-            or not part.get("symmetric", True)
-        ):
-            raise UnsupportedModelError(
-                f"quantization_config: {name} must be symmetric 8-bit floats; use a W8A8 FP8 checkpoint"
-            )
-    ignored = tuple(said.get("ignore") or ())
-    expect(weights, "strategy", (CHANNEL, TENSOR, BLOCK))
-    if weights["strategy"] == BLOCK:
+        refused_unless(not found, f"{field} is not supported; use a checkpoint without it")
+    expect(weights, "strategy", (CHANNEL, TENSOR, *((BLOCK,) if dtype == FP8 else ())))
+    if weights.get("strategy") == BLOCK:
         block = _square(weights.get("block_structure"), "block_structure")
-        if activations.get("strategy") != "group" or activations.get("group_size") != block:
-            raise UnsupportedModelError(
-                f"quantization_config: weights in blocks of {block} need input_activations in groups of as many; "
-                "use another checkpoint"
-            )
+        refused_unless(
+            activations.get("strategy") == "group" and activations.get("group_size") == block,
+            f"weights in blocks of {block} need input_activations in groups of as many; use another checkpoint",
+        )
         return Scheme(BLOCK, block, stored=True, ignored=ignored)
     dynamic = bool(activations.get("dynamic"))
-    if activations.get("strategy") != ("token" if dynamic else "tensor"):
-        raise UnsupportedModelError(
-            "quantization_config: input_activations must be dynamic with strategy 'token' or static with "
-            "'tensor'; use another checkpoint"
-        )
-    return Scheme(weights["strategy"], static=not dynamic, stored=True, ignored=ignored)
+    refused_unless(
+        activations.get("strategy", TENSOR) == ("token" if dynamic else TENSOR),
+        "input_activations must be dynamic with strategy 'token' or static with 'tensor'; use another checkpoint",
+    )
+    by = weights.get("strategy") or TENSOR
+    return Scheme(by, static=not dynamic, stored=True, dtype=dtype, ignored=ignored)
 
 
 _OBJECTS = ("config_groups", "weights", "input_activations", "sparsity_config")

@@ -2,13 +2,17 @@
 #pragma once
 #include "wgmma.h"
 
-// FP8: operands are e4m3, else 16-bit floats. SCALES: of e4m3; 1: of rows and of (expert, output), 2: of rows and groups
+// FP8: operands are e4m3; INT8: integers; else 16-bit floats. SCALES: of those of 8 bits; 1: of rows and of (expert, output), 2: of rows and groups
 // of 128 inputs, and of squares of 128. TOP_K: rows of x are order[entry] / TOP_K; 0: rows of x are the entries.
 // SILU: y is silu of the first half of the outputs times the other half, both rounded to y's dtype before. EXPERTS: at
 // most, a multiple of 32. PDL: waits for the kernels before it on the device.
-constexpr int BK = FP8 ? 128 : 64;  // 128 bytes of a row
+#ifndef INT8
+#define INT8 0
+#endif
+constexpr bool EIGHT = FP8 || INT8;
+constexpr int BK = EIGHT ? 128 : 64;  // 128 bytes of a row
 constexpr int PER_LANE = EXPERTS / 32;
-static_assert(EXPERTS % 32 == 0 && EXPERTS > 0 && (FP8 ? SCALES == 1 || SCALES == 2 : SCALES == 0), "macros");
+static_assert(EXPERTS % 32 == 0 && EXPERTS > 0 && (FP8 ? SCALES == 1 || SCALES == 2 : SCALES == INT8) && !(FP8 && INT8), "macros");
 
 struct Tile { int expert, row, rows, column; };  // the first entry, how many, the first output; no rows: none are left
 
@@ -105,9 +109,16 @@ struct Call {
   const uint8_t* x; const float* x_scale; const float* weight_scale; uint16_t* y; const int* order; const int* start;
   int entries, experts, outputs, inputs, x_stride, y_stride;
 };
+#if INT8
+using Sum = int;
+#else
+using Sum = float;
+#endif
 template <class Sums> __device__ __forceinline__ void multiply(Sums& d, uint64_t a, uint64_t b, int accumulate) {
 #if FP8
   wgmma_ss_e4m3(d, a, b, accumulate);
+#elif INT8
+  wgmma_ss_s8(d, a, b, accumulate);
 #else
   wgmma_ss_16bit(d, a, b, accumulate);
 #endif

@@ -23,7 +23,7 @@ constexpr int COPYING = TOP_K ? 72 : 40, MULTIPLYING = TOP_K ? 216 : 232;
 static_assert(128 * COPYING + 256 * MULTIPLYING <= 65536, "registers");
 
 struct Bars { uint64_t full[8], free[8], tile_full[2], tile_free[2]; Tile tile[2]; };
-static_assert((WAYS == 1 || WAYS == 2) && BN <= 256 && !(FP8 && WIDE), "a tile");
+static_assert((WAYS == 1 || WAYS == 2) && BN <= 256 && !(EIGHT && WIDE), "a tile");
 static_assert(sizeof(Bars) <= BAR_BYTES && STAGES >= 3 && SHARED <= 232448, "shared memory");
 
 LAUNCH_FACTS(384, SHARED, 1);
@@ -70,7 +70,7 @@ __device__ __forceinline__ void gather(uint8_t* smem, Bars& bars, const Call& ca
     __syncwarp();
     if (lane % 32 == 0) mbar_arrive(&bars.tile_free[slot]);
     if (tile.rows == 0) break;
-    Gather<BM, GATHERERS> rows(call.x, call.order, tile, call.x_stride * (FP8 ? 1 : 2), lane);
+    Gather<BM, GATHERERS> rows(call.x, call.order, tile, call.x_stride * (EIGHT ? 1 : 2), lane);
     for (int i = 0; i < steps; ++i, ++step) {
       int s = step % STAGES;
       mbar_wait(&bars.free[s], ((step / STAGES) & 1) ^ 1, "gather: free");
@@ -106,7 +106,7 @@ struct GroupScales {
 };
 
 // A tile's sums.
-__device__ __forceinline__ void sum_up(float (&acc)[WN / 2], uint8_t* smem, Bars& bars, const Call& call, Tile tile, Part part, int& step) {
+__device__ __forceinline__ void sum_up(Sum (&acc)[WN / 2], uint8_t* smem, Bars& bars, const Call& call, Tile tile, Part part, int& step) {
   int lane = threadIdx.x % 32, steps = call.inputs / BK;
   uint32_t base = smem_u32(smem), a0 = WAYS == 2 ? part.row / 64 * 64 * 128 : 0;
   const uint64_t form = operand_128b(16, 1024);
@@ -229,8 +229,10 @@ __device__ __forceinline__ void run(const TensorMap* x_map, const TensorMap* w_m
       if (tile.rows == 0) break;
       Part part{(WAYS == 2 ? half * 64 : 0) + warp % 4 * 16 + lane / 4,
                 (SILU ? tile.column / 2 : tile.column) + (WAYS == 2 ? 0 : half * OUT), WAYS == 2 ? 0 : half * WN * 128};
+      Sum sums[WN / 2];
+      sum_up(sums, smem, bars, call, tile, part, step);
       float acc[WN / 2];
-      sum_up(acc, smem, bars, call, tile, part, step);
+      UNROLL for (int j = 0; j < WN / 2; ++j) acc[j] = (float)sums[j];
       if (SCALES == 1) scale_channels(acc, call, tile, part);
       store(acc, smem + OFF_Y + (warp - 4) * 16 * SPAN * 2, call, tile, part);
       if (lane == 0) mbar_arrive(&bars.tile_free[slot]);
@@ -238,9 +240,9 @@ __device__ __forceinline__ void run(const TensorMap* x_map, const TensorMap* w_m
   }
 }
 
-#if FP8
+#if FP8 || INT8
 extern "C" __global__ void __launch_bounds__(384, 1)
-grouped_fp8(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap w_map, const uint8_t* x, const float* x_scale,
+grouped_scaled(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap w_map, const uint8_t* x, const float* x_scale,
             const float* weight_scale, uint16_t* y, const int* order, const int* start, int entries, int experts, int outputs,
             int inputs, int x_stride, int y_stride) {
   run(&x_map, &w_map, Call{x, x_scale, weight_scale, y, order, start, entries, experts, outputs, inputs, x_stride, y_stride});

@@ -63,7 +63,7 @@ __device__ __forceinline__ void gather(uint8_t* smem, Bars& bars, const Call& ca
     __syncwarp();
     if (lane == 0) mbar_arrive(&bars.tile_free[slot]);
     if (tile.rows == 0) break;
-    Gather<TOKENS, 1> rows(call.x, call.order, tile, call.x_stride * (FP8 ? 1 : 2), lane);
+    Gather<TOKENS, 1> rows(call.x, call.order, tile, call.x_stride * (EIGHT ? 1 : 2), lane);
     for (int i = 0; i < steps; ++i, ++step) {
       int s = step % STAGES;
       mbar_wait(&bars.free[s], ((step / STAGES) & 1) ^ 1, "gather: free");
@@ -95,7 +95,7 @@ struct GroupScales {
 
 // A tile's sums. A thread has rows 16 * warp + lane / 4 (and that + 8) of the weights for entries
 // 8 * (j / 4) + 2 * (lane % 4) + (j & 1).
-__device__ __forceinline__ void sum_up(float (&acc)[PER], uint8_t* smem, Bars& bars, const Call& call, Tile tile, int& step) {
+__device__ __forceinline__ void sum_up(Sum (&acc)[PER], uint8_t* smem, Bars& bars, const Call& call, Tile tile, int& step) {
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32 - 4, steps = call.inputs / BK;
   uint32_t base = smem_u32(smem);
   const uint64_t form = operand_128b(16, 1024);
@@ -209,8 +209,10 @@ __device__ __forceinline__ void run(const TensorMap* x_map, const TensorMap* w_m
       mbar_wait(&bars.tile_full[slot], (turn >> 1) & 1, "multiply: tile_full");
       Tile tile = bars.tile[slot];
       if (tile.rows == 0) break;
+      Sum sums[PER];
+      sum_up(sums, smem, bars, call, tile, step);
       float acc[PER];
-      sum_up(acc, smem, bars, call, tile, step);
+      UNROLL for (int j = 0; j < PER; ++j) acc[j] = (float)sums[j];
       if (SCALES == 1) scale_channels(acc, call, tile);
       store(acc, (uint16_t*)(smem + OFF_Y), call, tile);
       if (lane == 0) mbar_arrive(&bars.tile_free[slot]);
@@ -218,9 +220,9 @@ __device__ __forceinline__ void run(const TensorMap* x_map, const TensorMap* w_m
   }
 }
 
-#if FP8
+#if FP8 || INT8
 extern "C" __global__ void __launch_bounds__(256, 2)
-grouped_few_fp8(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap w_map, const uint8_t* x, const float* x_scale,
+grouped_few_scaled(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap w_map, const uint8_t* x, const float* x_scale,
                 const float* weight_scale, uint16_t* y, const int* order, const int* start, int entries, int experts,
                 int outputs, int inputs, int x_stride, int y_stride) {
   run(&x_map, &w_map, Call{x, x_scale, weight_scale, y, order, start, entries, experts, outputs, inputs, x_stride, y_stride});

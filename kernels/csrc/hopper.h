@@ -200,6 +200,9 @@ template <int N> __device__ __forceinline__ void wgmma_wait() {
 template <int N> __device__ __forceinline__ void keep(float (&x)[N]) {  // no copies of x across this point
   UNROLL for (int i = 0; i < N; ++i) asm volatile("" : "+f"(x[i])::"memory");
 }
+template <int N> __device__ __forceinline__ void keep(int (&x)[N]) {
+  UNROLL for (int i = 0; i < N; ++i) asm volatile("" : "+r"(x[i])::"memory");
+}
 // x, of which nothing is computed ahead of a loop around this: that would hold registers through the loop.
 __device__ __forceinline__ int from_here(int x) {
   asm volatile("" : "+r"(x));

@@ -1,6 +1,6 @@
 // Matrix products of the shapes that products with experts' weights use: d[64 x N] = a[64 x 16 or 32] b[N x 16 or 32]^T,
 // plus d where `accumulate`; operands in shared memory with columns contiguous, N by the size of d. 16-bit elements
-// (float16 where FP16, else bfloat16) and e4m3. The emulator has the same names.
+// (float16 where FP16, else bfloat16), e4m3, and int8 with sums of int32. The emulator has the same names.
 #pragma once
 #include "hopper.h"
 #ifndef EMULATED
@@ -21,13 +21,15 @@
   "%102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, "   \
   "%119, %120, %121, %122, %123, %124, %125, %126, %127}"
 
-#define PRODUCT(NAME, N, REGISTERS, K, TYPES, TAIL, NAMES, A, B, P, ...)                                     \
-  __device__ __forceinline__ void NAME(float (&d)[REGISTERS], uint64_t a, uint64_t b, int accumulate) {      \
+// SUM: of sums. TYPES of operands and TAIL: as the instruction has them.
+#define PRODUCT_OF(NAME, SUM, N, REGISTERS, K, TYPES, TAIL, NAMES, A, B, P, ...)                             \
+  __device__ __forceinline__ void NAME(SUM (&d)[REGISTERS], uint64_t a, uint64_t b, int accumulate) {        \
     asm volatile(                                                                                            \
         "{\n.reg .pred p;\nsetp.ne.b32 p, %" #P ", 0;\n"                                                     \
-        "wgmma.mma_async.sync.aligned.m64n" #N "k" #K ".f32." TYPES " " NAMES ", %" #A ", %" #B ", p, 1, 1" TAIL ";\n}\n" \
-        : __VA_ARGS__ : "l"(a), "l"(b), "r"(accumulate));                                                            \
+        "wgmma.mma_async.sync.aligned.m64n" #N "k" #K TYPES " " NAMES ", %" #A ", %" #B ", p" TAIL ";\n}\n"   \
+        : __VA_ARGS__ : "l"(a), "l"(b), "r"(accumulate));                                                    \
   }
+#define PRODUCT(NAME, N, REGISTERS, K, TYPES, TAIL, ...) PRODUCT_OF(NAME, float, N, REGISTERS, K, ".f32." TYPES, ", 1, 1" TAIL, __VA_ARGS__)
 #define PRODUCTS(N, REGISTERS, NAMES, A, B, P, ...)                                                          \
   PRODUCT(wgmma_ss_16bit, N, REGISTERS, 16, ELEMENT "." ELEMENT, ", 0, 0", NAMES, A, B, P, __VA_ARGS__)      \
   PRODUCT(wgmma_ss_e4m3, N, REGISTERS, 32, "e4m3.e4m3", "", NAMES, A, B, P, __VA_ARGS__)
@@ -37,6 +39,18 @@ PRODUCTS(32, 16, NAMES16, 16, 17, 18, OUT16(d, 0))
 PRODUCTS(64, 32, NAMES32, 32, 33, 34, OUT32(d, 0))
 PRODUCTS(128, 64, NAMES64, 64, 65, 66, OUT32(d, 0), OUT32(d, 32))
 PRODUCTS(256, 128, NAMES128, 128, 129, 130, OUT32(d, 0), OUT32(d, 32), OUT32(d, 64), OUT32(d, 96))
+
+#define SUMS4(d, i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3])
+#define SUMS8(d, i) SUMS4(d, i), SUMS4(d, i + 4)
+#define SUMS16(d, i) SUMS8(d, i), SUMS8(d, i + 8)
+#define SUMS32(d, i) SUMS16(d, i), SUMS16(d, i + 16)
+#define INTEGERS(N, REGISTERS, NAMES, A, B, P, ...) PRODUCT_OF(wgmma_ss_s8, int, N, REGISTERS, 32, ".s32.s8.s8", "", NAMES, A, B, P, __VA_ARGS__)
+INTEGERS(8, 4, NAMES4, 4, 5, 6, SUMS4(d, 0))
+INTEGERS(16, 8, NAMES8, 8, 9, 10, SUMS8(d, 0))
+INTEGERS(32, 16, NAMES16, 16, 17, 18, SUMS16(d, 0))
+INTEGERS(64, 32, NAMES32, 32, 33, 34, SUMS32(d, 0))
+INTEGERS(128, 64, NAMES64, 64, 65, 66, SUMS32(d, 0), SUMS32(d, 32))
+INTEGERS(256, 128, NAMES128, 128, 129, 130, SUMS32(d, 0), SUMS32(d, 32), SUMS32(d, 64), SUMS32(d, 96))
 
 // Of a warp: d[16 x 8] += a[16 x 16] b[16 x 8] of 16-bit elements, the fragments as PTX has them for mma.m16n8k16.
 __device__ __forceinline__ void mma_16x8x16(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {

@@ -1,9 +1,9 @@
-"""Projection of 8-bit floats for many rows, one scale a token and one an output: fed and drained by TMA.
+"""Projection of 8-bit floats or integers for many rows, one scale a token and one an output.
 
-As ``linear_persistent``, with the scales where a tile is written. All of K is added up by the matrix unit,
-whose sums of 8-bit products keep about 13 fraction bits (Zhao et al. 2025, arXiv:2505.09343): by a model of
-that, 0.1 % of a result is lost for K = 4096 and 0.3 % for K = 12288, where rounding operands to 8 bits costs
-ten times as much. Adding up in registers would cost a quarter of the rate.
+Fed and drained by TMA. As ``linear_persistent``, with the scales where a tile is written. The matrix unit adds up all
+of K. Sums of integers are exact; those of 8-bit floats keep about 13 fraction bits (Zhao et al. 2025,
+arXiv:2505.09343): by a model of that, 0.1 % of a result is lost for K = 4096 and 0.3 % for K = 12288, where rounding
+operands to 8 bits costs ten times as much. Adding up in registers would cost a quarter of the rate.
 
 # T tokens, N outputs, K inputs
 """
@@ -21,7 +21,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 def _scaled(acc_TN, x_scale_T, weight_scale, bias, n, N):
     """Sums of outputs ``n`` as they leave the kernel."""
     weight_scale_N = tl.load(weight_scale + n, mask=n < N, other=0.0)
-    acc_TN = acc_TN * x_scale_T[:, None] * weight_scale_N[None, :]
+    acc_TN = acc_TN.to(tl.float32) * x_scale_T[:, None] * weight_scale_N[None, :]
     if bias is not None:
         acc_TN += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     return acc_TN
@@ -58,6 +58,7 @@ def linear_fp8_persistent(
     tiles_t = tl.cdiv(T, BT)
     tiles_n = tl.cdiv(N, BN)
     steps = tl.cdiv(K, BK)
+    SUM: tl.constexpr = tl.int32 if weight.dtype == tl.int8 else tl.float32
     a_group = GROUP * tiles_n
     if PDL:
         gdc_launch_dependents()
@@ -67,11 +68,11 @@ def linear_fp8_persistent(
         rows = tl.minimum(tiles_t - first, GROUP)
         t0 = (first + tile % a_group % rows) * BT
         n0 = tile % a_group // rows * BN
-        acc_TN = tl.zeros((BT, BN), tl.float32)
+        acc_TN = tl.zeros((BT, BN), SUM)
         for step in range(steps):
             x_TK = x.load([t0, step * BK])
             w_NK = weight.load([n0, step * BK])
-            acc_TN = tl.dot(x_TK, w_NK.T, acc_TN)
+            acc_TN = tl.dot(x_TK, w_NK.T, acc_TN, out_dtype=SUM)
         t, n = t0 + tl.arange(0, BT), n0 + tl.arange(0, BN)
         x_scale_T = tl.load(x_scale + t, mask=t < T, other=0.0)
         acc_TN = _scaled(acc_TN, x_scale_T, weight_scale, bias, n, N)

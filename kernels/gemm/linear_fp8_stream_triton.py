@@ -1,4 +1,4 @@
-"""Projection of 8-bit floats for few rows: every multiprocessor streams the same share of the weights.
+"""Projection of 8-bit floats or integers for few rows: every multiprocessor streams the same share of the weights.
 
 The work is a list of units, ``BK`` of K for one output tile, tiles in order and K in order within a tile.
 Each block takes one run of units of equal length, wherever tiles begin and end in it (stream-K, Osama et al.
@@ -40,6 +40,7 @@ def _scales(x_scale, weight_scale, unit, steps, tiles_t, T, BT: tl.constexpr, BN
 def _write(acc_TN, x_scale, weight_scale, bias, y, t, n, T, N, y_stride, GROUPED: tl.constexpr):
     """Store finished sums of tokens ``t`` and outputs ``n``, scaled here unless every group was."""
     inside_t, inside_n = t < T, n < N
+    acc_TN = acc_TN.to(tl.float32)
     if not GROUPED:
         rows = tl.load(x_scale + t, mask=inside_t, other=0.0)
         columns = tl.load(weight_scale + n, mask=inside_n, other=0.0)
@@ -122,13 +123,14 @@ def linear_fp8_stream(
     The grid is one axis of ``ceil(units / share)`` blocks.
 
     Args:
-        x, weight: e4m3; TMA descriptors with blocks ``[BT, BK]`` and ``[BN, BK]`` where ``TMA``, else pointers.
+        x, weight: e4m3 or int8; TMA descriptors with blocks ``[BT, BK]`` and ``[BN, BK]`` where ``TMA``, else
+            pointers.
         weight_start: pointer to the weights.
         x_scale, weight_scale: fp32, ``[T, K // 128]`` and ``[ceil(N / 128), K // 128]`` where ``GROUPED``
             (``BK`` is then 128 and ``BN`` divides it), else ``[T]`` and ``[N]``.
         bias: pointer or None.
-        partial: fp32 scratch, ``[blocks, 2, BN, BT]``; None where no tile is shared. Of two parts, the first
-            is of a tile that another block begins, the second of one that this block begins.
+        partial: scratch of fp32, for int8 of int32, ``[blocks, 2, BN, BT]``; None where no tile is shared. Of two
+            parts, the first is of a tile that another block begins, the second of one that this block begins.
         arrived: int32 zeros, ``[tiles]``, zeros again at the end; None where no tile is shared.
         share: units of a block.
         x_stride, y_stride: elements from one row to the next.
@@ -152,7 +154,8 @@ def linear_fp8_stream(
             prefetch_rows(weight_start, first // tiles_t * BN + of_n, N, K, start, nbytes)
         gdc_wait()
 
-    acc_NT = tl.zeros((BN, BT), tl.float32)
+    SUM: tl.constexpr = tl.int32 if weight_start.dtype.element_ty == tl.int8 else tl.float32
+    acc_NT = tl.zeros((BN, BT), SUM)
     if GROUPED:
         scale_T = _scales(x_scale, weight_scale, begin, steps, tiles_t, T, BT, BN)
     for unit in tl.range(begin, end):
@@ -177,7 +180,7 @@ def linear_fp8_stream(
             acc_NT += tl.dot(w_NK, x_TK.T) * scale_T[None, :]
             scale_T = after_T
         else:
-            acc_NT = tl.dot(w_NK, x_TK.T, acc_NT)
+            acc_NT = tl.dot(w_NK, x_TK.T, acc_NT, out_dtype=SUM)
         if step == steps - 1 or unit == end - 1:
             begun = unit - step >= begin
             whole = begun and step == steps - 1
@@ -186,7 +189,7 @@ def linear_fp8_stream(
                 acc_NT, whole, slot, x_scale, weight_scale, bias, y, partial, t0, n0, T, N, y_stride,
                 BT, BN, GROUPED,
             )  # fmt: skip
-            acc_NT = tl.zeros((BN, BT), tl.float32)
+            acc_NT = tl.zeros((BN, BT), SUM)
     if partial is not None:
         finish_tiles(
             begin, end, share, steps, tiles_t, x_scale, weight_scale, bias, y, partial, arrived, T, N, y_stride,

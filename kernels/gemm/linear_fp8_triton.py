@@ -1,4 +1,4 @@
-"""Projections of 8-bit floats on the GPU: from a call to launches of the kernels beside this file.
+"""Projections of 8-bit floats and integers on the GPU: from a call to launches of the kernels beside this file.
 
 ``linear_fp8_stream`` takes any call; the persistent ones those whose operands TMA can address.
 """
@@ -22,19 +22,26 @@ from makeready.kernels.device import (
 )
 from makeready.kernels.gemm.linear_fp8 import linear_fp8, linear_fp8_block
 from makeready.kernels.gemm.linear_fp8_tiling import GROUP, PERSISTENT, Product, Tiling, seconds, tilings
+from makeready.kernels.gemm.linear_int8 import linear_int8
 from makeready.kernels.gemm.ways import addressable, best_of_each
 from makeready.kernels.registry import cuda_kernel
 from makeready.kernels.spec import DTYPE_BYTES
 
 assert isinstance(linear_fp8, Contract)
 assert isinstance(linear_fp8_block, Contract)
+assert isinstance(linear_int8, Contract)
 
+_MOST_INPUTS = 1 << 17  # whose products of 8-bit integers an int32 holds the sum of
 _WAVE = 8  # tiles along the tokens that share a wave's weights; 8 x 128 rows of K = 4096 are 4 MB of L2
 
 
 def _by_rows(call: OpCall) -> bool:
     """Scales are read as if no row of them were padded."""
     return call.tensors["x_scale"].row_stride == 1
+
+
+def _sums_fit(call: OpCall) -> bool:
+    return _by_rows(call) and call.dims["K"] <= _MOST_INPUTS
 
 
 def _by_groups(call: OpCall) -> bool:
@@ -46,6 +53,12 @@ def _by_groups(call: OpCall) -> bool:
 @cuda_kernel(linear_fp8, "tiled", features=("fp8",), applies=_by_rows, invariant=True)
 def linear_fp8_cuda(call: OpCall) -> Sequence[Candidate]:
     """The best few ways by the cost model of ``linear_fp8_tiling``, the cheapest first."""
+    return _best(call)
+
+
+@cuda_kernel(linear_int8, "tiled", applies=_sums_fit, invariant=True)
+def linear_int8_cuda(call: OpCall) -> Sequence[Candidate]:
+    """The best few ways for integers, by the figures of 8-bit floats: the kernels are the same."""
     return _best(call)
 
 
@@ -127,7 +140,8 @@ def _stream(call: OpCall, way: Tiling, product: Product) -> Candidate:
     if way.sharers(product) > 1:
         counters = -(-4 * way.tiles(product) // 256) * 256
         sums = 4 * way.blocks(product) * 2 * way.t * way.n
-        arguments |= {"partial": Scratch(counters, "float32"), "arrived": Scratch(0, "int32")}
+        sums_in = "int32" if call.op == linear_int8.name else "float32"
+        arguments |= {"partial": Scratch(counters, sums_in), "arrived": Scratch(0, "int32")}
     else:
         constants |= {"partial": None, "arrived": None}
     launch = DeviceLaunch(

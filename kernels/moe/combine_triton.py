@@ -15,7 +15,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from makeready.kernels.contract import Contract
 from makeready.kernels.device import Candidate, DeviceLaunch, OpCall, Pointer, Scalar
-from makeready.kernels.moe.combine_norm import combine_add_rms_norm, combine_add_rms_norm_quantize_fp8
+from makeready.kernels.moe.combine_norm import (
+    combine_add_rms_norm,
+    combine_add_rms_norm_quantize_fp8,
+    combine_add_rms_norm_quantize_int8,
+)
 from makeready.kernels.moe.route import combine
 from makeready.kernels.quantize_triton import groups_fit, store_quantized
 from makeready.kernels.registry import cuda_kernel
@@ -24,6 +28,7 @@ from makeready.kernels.row_tiles import power_of_two, row_tiles
 assert isinstance(combine, Contract)
 assert isinstance(combine_add_rms_norm, Contract)
 assert isinstance(combine_add_rms_norm_quantize_fp8, Contract)
+assert isinstance(combine_add_rms_norm_quantize_int8, Contract)
 
 
 @triton.jit
@@ -211,5 +216,16 @@ def combine_add_rms_norm_launches(call: OpCall) -> Sequence[Candidate]:
     invariant=True,
 )
 def combine_add_rms_norm_quantize_fp8_launches(call: OpCall) -> Sequence[Candidate]:
+    """See :func:`combine_normalise`."""
+    return _normalised(call)
+
+
+@cuda_kernel(
+    combine_add_rms_norm_quantize_int8,
+    "registers",
+    applies=lambda call: groups_fit(call, call.dims["C"]),
+    invariant=True,
+)
+def combine_add_rms_norm_quantize_int8_launches(call: OpCall) -> Sequence[Candidate]:
     """See :func:`combine_normalise`."""
     return _normalised(call)

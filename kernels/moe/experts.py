@@ -80,6 +80,31 @@ def grouped_linear_fp8(
 
 
 @contract(
+    "x[X,K]:int8 x_scale[X,1]:float32 weight[E,N,K]:int8 weight_scale[E,N]:float32 "
+    "order[M]:int32 start[E+1]:int32 -> y[M,N]:out_dtype|bfloat16",
+    flops="2*M*N*K",
+    traffic=_TRAFFIC,
+    rate="weight",
+    quantizes=Quantizes("grouped_linear", ("int8_channel", "int8_tensor")),
+)
+def grouped_linear_int8(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    order: torch.Tensor,
+    start: torch.Tensor,
+    *,
+    top_k: int,
+    out_dtype: str,
+) -> torch.Tensor:
+    """:func:`grouped_linear_fp8` of 8-bit integers, whose sums are exact (see kernels/gemm/linear_int8.py)."""
+    wide = weight.double() * widen(weight_scale).unsqueeze(-1)
+    y = of_experts(x.double() * widen(x_scale), wide, order, start, top_k)
+    return to_dtype(y, out_dtype, like=y)
+
+
+@contract(
     "x[X,K]:float8_e4m3fn x_scale[X,K//block]:float32 "
     "weight[E,N,K]:float8_e4m3fn weight_scale[E,(N+block-1)//block,K//block]:float32 "
     "order[M]:int32 start[E+1]:int32 -> y[M,N]:out_dtype|bfloat16",

@@ -13,11 +13,17 @@ import torch
 
 from makeready.kernels.contract import Contract
 from makeready.kernels.gemm.linear_cpu import invariant_product, pack, packs, prove_invariant
-from makeready.kernels.moe.experts import grouped_linear, grouped_linear_fp8, grouped_linear_fp8_block
+from makeready.kernels.gemm.linear_int8_cpu import integer_sums
+from makeready.kernels.moe.experts import (
+    grouped_linear,
+    grouped_linear_fp8,
+    grouped_linear_fp8_block,
+    grouped_linear_int8,
+)
 from makeready.kernels.registry import Operands, kernel
 from makeready.kernels.spec import TensorSpec
 
-for op in (grouped_linear, grouped_linear_fp8, grouped_linear_fp8_block):
+for op in (grouped_linear, grouped_linear_fp8, grouped_linear_fp8_block, grouped_linear_int8):
     assert isinstance(op, Contract)
 
 PACKED_EXPERTS = "fbgemm_fp16_experts"
@@ -55,7 +61,7 @@ def by_expert(
     rows = x[order[:used].long() // top_k] if top_k else x[:used]
     y = torch.zeros(len(order), outputs)
     for expert, first, stop in _runs(start):
-        y[first:stop] = product(expert)(rows[first:stop].float())
+        y[first:stop] = product(expert)(rows[first:stop])
     return y
 
 
@@ -70,6 +76,10 @@ def _plain(weight: Any) -> Callable[[int], Product]:
     if isinstance(weight, torch.Tensor):
         return lambda expert: lambda x: x @ weight[expert].float().T
     return lambda expert: weight[expert].multiply
+
+
+def _integers(weight: torch.Tensor) -> Callable[[int], Product]:
+    return lambda expert: lambda x: integer_sums(x, weight[expert])
 
 
 def _invariant(weight: Any) -> Callable[[int], Product]:
@@ -115,8 +125,10 @@ def _linear(products: Products) -> Callable[..., torch.Tensor]:
     return run
 
 
-def _by_channel(products: Products) -> Callable[..., torch.Tensor]:
-    """:func:`grouped_linear_fp8`: products of 8-bit values in fp32, then the scales of tokens and of outputs."""
+def _by_channel(products: Products, *, whole: bool = False) -> Callable[..., torch.Tensor]:
+    """:func:`grouped_linear_fp8`: products of 8-bit values in fp32, or of integers where ``whole``; then the scales
+    of tokens and of outputs.
+    """
 
     def run(
         x: torch.Tensor,
@@ -129,7 +141,8 @@ def _by_channel(products: Products) -> Callable[..., torch.Tensor]:
         top_k: int,
         out_dtype: str,
     ) -> torch.Tensor:
-        y = by_expert(x.float(), order, start, top_k, _outputs(weight), products(weight))
+        x = x if whole else x.float()
+        y = by_expert(x, order, start, top_k, _outputs(weight), products(weight))
         used = int(start[-1])
         y[:used] *= x_scale[order[:used].long() // top_k] if top_k else x_scale[:used]
         for expert, first, stop in _runs(start):
@@ -185,3 +198,8 @@ for op, make, stored, applies, ordinary, invariant in (
         applies=applies,
         bind=_proving(1 if op is grouped_linear else 2),
     )(make(_invariant))
+
+# Sums of integers are exact, in whatever order.
+kernel(grouped_linear_int8, "integers", target="cpu", applies=_quantized, invariant=True)(
+    _by_channel(_integers, whole=True)
+)

@@ -12,7 +12,12 @@ import torch
 
 from makeready.kernels.contract import contract
 from makeready.kernels.elementwise import silu_mul
-from makeready.kernels.moe.experts import grouped_linear, grouped_linear_fp8, grouped_linear_fp8_block
+from makeready.kernels.moe.experts import (
+    grouped_linear,
+    grouped_linear_fp8,
+    grouped_linear_fp8_block,
+    grouped_linear_int8,
+)
 
 _TRAFFIC = {
     "weight": "distinct(E,M)*J*K"
@@ -60,6 +65,30 @@ def grouped_silu_mul_fp8(
 ) -> torch.Tensor:
     """``silu_mul`` of :func:`~.experts.grouped_linear_fp8`."""
     y = grouped_linear_fp8(x, x_scale, weight, weight_scale, order, start, top_k=top_k, out_dtype=out_dtype)
+    return silu_mul(y)
+
+
+@contract(
+    "x[X,K]:int8 x_scale[X,1]:float32 weight[E,J,K]:int8 weight_scale[E,J]:float32 "
+    "order[M]:int32 start[E+1]:int32 -> y[M,J//2]:out_dtype|bfloat16",
+    flops="2*M*J*K",
+    traffic=_TRAFFIC,
+    rate="weight",
+    fuses=("grouped_linear_int8", "silu_mul"),
+)
+def grouped_silu_mul_int8(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    order: torch.Tensor,
+    start: torch.Tensor,
+    *,
+    top_k: int,
+    out_dtype: str,
+) -> torch.Tensor:
+    """``silu_mul`` of :func:`~.experts.grouped_linear_int8`."""
+    y = grouped_linear_int8(x, x_scale, weight, weight_scale, order, start, top_k=top_k, out_dtype=out_dtype)
     return silu_mul(y)
 
 

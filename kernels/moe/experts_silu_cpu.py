@@ -11,11 +11,17 @@ from makeready.kernels.contract import Contract
 from makeready.kernels.elementwise import silu_mul
 from makeready.kernels.elementwise_cpu import silu_mul_cpu
 from makeready.kernels.moe import experts_cpu
-from makeready.kernels.moe.experts import grouped_linear, grouped_linear_fp8, grouped_linear_fp8_block
+from makeready.kernels.moe.experts import (
+    grouped_linear,
+    grouped_linear_fp8,
+    grouped_linear_fp8_block,
+    grouped_linear_int8,
+)
 from makeready.kernels.moe.experts_silu import (
     grouped_silu_mul,
     grouped_silu_mul_fp8,
     grouped_silu_mul_fp8_block,
+    grouped_silu_mul_int8,
 )
 from makeready.kernels.registry import REFERENCE, Kernel, by_rows, kernel, kernels
 
@@ -36,6 +42,7 @@ for plain, fused in (
     (grouped_linear, grouped_silu_mul),
     (grouped_linear_fp8, grouped_silu_mul_fp8),
     (grouped_linear_fp8_block, grouped_silu_mul_fp8_block),
+    (grouped_linear_int8, grouped_silu_mul_int8),
 ):
     assert isinstance(plain, Contract)
     assert isinstance(fused, Contract)

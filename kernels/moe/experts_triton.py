@@ -6,11 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from makeready.kernels.device import Argument, Candidate, DeviceLaunch, OpCall, Pointer, Scalar
-from makeready.kernels.moe.experts import grouped_linear, grouped_linear_fp8, grouped_linear_fp8_block
+from makeready.kernels.moe.experts import (
+    grouped_linear,
+    grouped_linear_fp8,
+    grouped_linear_fp8_block,
+    grouped_linear_int8,
+)
 from makeready.kernels.moe.experts_silu import (
     grouped_silu_mul,
     grouped_silu_mul_fp8,
     grouped_silu_mul_fp8_block,
+    grouped_silu_mul_int8,
 )
 from makeready.kernels.moe.grouped_tiling import Tiling, seconds, tilings
 from makeready.kernels.registry import cuda_kernel
@@ -44,6 +50,12 @@ def grouped_linear_fp8_tiles(call: OpCall) -> Sequence[Candidate]:
     return _best(call, "channel")
 
 
+@cuda_kernel(grouped_linear_int8, "tiles", applies=_dense_scales, invariant=True)
+def grouped_linear_int8_tiles(call: OpCall) -> Sequence[Candidate]:
+    """The same of integers."""
+    return _best(call, "channel")
+
+
 @cuda_kernel(grouped_linear_fp8_block, "tiles", features=("fp8",), applies=_by_squares, invariant=True)
 def grouped_linear_fp8_block_tiles(call: OpCall) -> Sequence[Candidate]:
     """The same with scales by squares of 128."""
@@ -59,6 +71,12 @@ def grouped_silu_mul_tiles(call: OpCall) -> Sequence[Candidate]:
 @cuda_kernel(grouped_silu_mul_fp8, "tiles", features=("fp8",), applies=_dense_scales, invariant=True)
 def grouped_silu_mul_fp8_tiles(call: OpCall) -> Sequence[Candidate]:
     """The same with scales by channel."""
+    return _best(call, "channel")
+
+
+@cuda_kernel(grouped_silu_mul_int8, "tiles", applies=_dense_scales, invariant=True)
+def grouped_silu_mul_int8_tiles(call: OpCall) -> Sequence[Candidate]:
+    """The same of integers."""
     return _best(call, "channel")
 
 

@@ -22,11 +22,17 @@ from makeready.kernels.device import (
     Scalar,
     Tensor,
 )
-from makeready.kernels.moe.experts import grouped_linear, grouped_linear_fp8, grouped_linear_fp8_block
+from makeready.kernels.moe.experts import (
+    grouped_linear,
+    grouped_linear_fp8,
+    grouped_linear_fp8_block,
+    grouped_linear_int8,
+)
 from makeready.kernels.moe.experts_silu import (
     grouped_silu_mul,
     grouped_silu_mul_fp8,
     grouped_silu_mul_fp8_block,
+    grouped_silu_mul_int8,
 )
 from makeready.kernels.moe.grouped_tiling import Grouped, describe
 from makeready.kernels.registry import cuda_kernel
@@ -35,6 +41,7 @@ from makeready.kernels.spec import DTYPE_BYTES
 _SQUARE = 128  # side of a square of weights that shares a scale
 _MOST_EXPERTS = 512  # a lane of a warp keeps 16
 _HALVES = ("bfloat16", "float16")
+_FP8, _INT8 = _EIGHT = ("float8_e4m3fn", "int8")
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,7 @@ _MATRIX = {
 def _applies(call: OpCall) -> bool:
     """Rows and scales lie as copies of 16 bytes and tensor maps need them, and no tile is cut off along K."""
     x, weight, y = (call.tensors[name] for name in ("x", "weight", "y"))
-    outputs, inputs, eight = int(weight.shape[1]), call.dims["K"], x.dtype == "float8_e4m3fn"
+    outputs, inputs, eight = int(weight.shape[1]), call.dims["K"], x.dtype in _EIGHT
     gate = int(y.shape[1]) != outputs
     return (
         x.dtype == weight.dtype
@@ -105,16 +112,17 @@ def _register(op: object) -> None:
         return sorted((candidate(call, tile) for tile in tiles(call)), key=lambda way: way.seconds)
 
 
-for _op in (grouped_linear, grouped_linear_fp8, grouped_linear_fp8_block):
+for _op in (grouped_linear, grouped_linear_fp8, grouped_linear_fp8_block, grouped_linear_int8):
     _register(_op)
-for _op in (grouped_silu_mul, grouped_silu_mul_fp8, grouped_silu_mul_fp8_block):
+for _op in (grouped_silu_mul, grouped_silu_mul_fp8, grouped_silu_mul_fp8_block, grouped_silu_mul_int8):
     _register(_op)
 
 
 def tiles(call: OpCall) -> list[Tile]:
     """Those that suit the call; all where one of them is to serve every batch shape."""
-    # Sums of 128 inputs of 8 bits stand beside as many others: the widest tile has no registers for both.
-    eight = call.tensors["weight"].dtype == "float8_e4m3fn"
+    # Sums of 128 inputs of 8-bit floats stand beside as many others, scales beside those of integers: the widest tile
+    # has no registers for both.
+    eight = call.tensors["weight"].dtype in _EIGHT
     fitting = [tile for tile in (*FEW, *MANY) if not (eight and tile.ways == 2 and tile.outputs == 256)]
     if call.invariant:
         return fitting
@@ -135,11 +143,12 @@ def candidate(call: OpCall, tile: Tile, *, give_up: int = 0) -> Candidate:
             For debugging; plans hold kernels that wait.
     """
     x, weight, y = (call.tensors[name] for name in ("x", "weight", "y"))
-    eight, dependent = x.dtype == "float8_e4m3fn", "pdl" in call.features
+    eight, dependent = x.dtype in _EIGHT, "pdl" in call.features
     outputs, grouped = int(weight.shape[1]), describe(call)
     gate = int(y.shape[1]) != outputs
     constants = {
-        "FP8": eight,
+        "FP8": x.dtype == _FP8,
+        **({"INT8": True} if x.dtype == _INT8 else {}),
         "FP16": y.dtype == "float16",
         "SCALES": (2 if "block" in call.dims else 1) if eight else 0,
         "TOP_K": call.attrs["top_k"],
@@ -156,7 +165,7 @@ def candidate(call: OpCall, tile: Tile, *, give_up: int = 0) -> Candidate:
     name = "grouped_few" if tile.few else "grouped"
     most = grouped.most_tiles(tile.entries) * -(-outputs // tile.outputs)
     launch = DeviceLaunch(
-        function=f"csrc/{name}.cu:{name}{'_fp8' if eight else ''}",
+        function=f"csrc/{name}.cu:{name}{'_scaled' if eight else ''}",
         constants=constants,
         arguments=_arguments(call, tile, gate=gate),
         grid=(max(1, min(most, call.multiprocessors * (2 if tile.few else 1))), 1, 1),

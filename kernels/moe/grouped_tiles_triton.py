@@ -39,7 +39,7 @@ def find_tile(tile, begin, end, tiles_n, E: tl.constexpr, EP: tl.constexpr, BT: 
 @triton.jit
 def scaled(acc_NT, of_row, weight_scale, n, N):
     """Sums by the scales of rows and of outputs, where scales are by channel."""
-    return acc_NT * of_row[None, :] * tl.load(weight_scale + n, mask=n < N, other=0.0)[:, None]
+    return acc_NT.to(tl.float32) * of_row[None, :] * tl.load(weight_scale + n, mask=n < N, other=0.0)[:, None]
 
 
 @triton.jit
@@ -54,7 +54,7 @@ def multiply(
     if BLOCK:
         of_output = tl.load(square + step, mask=n < N, other=0.0)
         return acc_NT + tl.dot(w_NK, x_TK.T) * of_row[None, :] * of_output[:, None]
-    return tl.dot(w_NK, x_TK.T, acc_NT, input_precision="ieee")
+    return tl.dot(w_NK, x_TK.T, acc_NT, input_precision="ieee", out_dtype=acc_NT.dtype)
 
 
 @triton.jit
@@ -100,6 +100,7 @@ def grouped_tiles(
     CHANNEL: tl.constexpr = SCALES == "channel"
     BLOCK: tl.constexpr = SCALES == "block"
     HALVES: tl.constexpr = 2 if SILU else 1
+    SUM: tl.constexpr = tl.int32 if weight.dtype.element_ty == tl.int8 else tl.float32
     e = tl.arange(0, EP)
     begin = tl.load(start + tl.minimum(e, E))
     end = tl.load(start + tl.minimum(e + 1, E))
@@ -122,8 +123,8 @@ def grouped_tiles(
             squares = expert * tl.cdiv(HALVES * N, SQUARE)
             square += (squares + n // SQUARE) * groups
             square_up += (squares + (N + n) // SQUARE) * groups
-        acc_NT = tl.zeros((BN, BT), tl.float32)
-        up_NT = tl.zeros((BN, BT), tl.float32)
+        acc_NT = tl.zeros((BN, BT), SUM)
+        up_NT = tl.zeros((BN, BT), SUM)
         for k in tl.range(0, K, BK):
             of, step = (k + of_k)[None, :], k // SQUARE
             x_TK = tl.load(x_rows + of, mask=inside[:, None] & (of < K), other=0.0)

@@ -86,9 +86,9 @@ struct Copy {
 };
 struct Small { const void* from; uint32_t to; int thread, rounds; long number; };  // a copy of 16 bytes that a thread asked for
 struct Arrival { uint32_t bar; int thread; long number; };  // waits for the thread's copies with lower numbers
-// d[64 x n] of a[64 x k] and b[n x k] of 16-bit elements, or of e4m3 where `small`.
+// d[64 x n] of a[64 x k] and b[n x k] of 16-bit elements, of e4m3 where `small` is 1, of int8 with sums of int32 where 2.
 struct Product {  // rows: of b contiguous; turned: those of a
-  float* d[128]; const uint32_t* a_registers[128]; int n, k; bool registers, rows, small, turned; uint64_t a, b; int accumulate, arrived;
+  float* d[128]; const uint32_t* a_registers[128]; int n, k, small; bool registers, rows, turned; uint64_t a, b; int accumulate, arrived;
 };
 struct Warpgroup { std::deque<Product> products; long first = 0; long issued[128] = {}; std::vector<long> ends[128]; };
 struct Warp { uint64_t slot[32]; uint32_t registers[32][6]; int arrived = 0; long generation = 0; int asleep = 0; };
@@ -131,7 +131,7 @@ template <class F> __attribute__((noinline)) inline void wait_until(F ready, con
 
 void complete(Bar& b);
 Bar& bar_at(Block& c, uint32_t at);
-void issue(float* d, int n, const uint32_t* registers, uint64_t a, uint64_t b, bool rows, int accumulate, bool small = false, bool turned = false);
+void issue(float* d, int n, const uint32_t* registers, uint64_t a, uint64_t b, bool rows, int accumulate, int small = 0, bool turned = false);
 void wait_groups(int n);
 void launch(int grid, int threads, size_t shared, int cluster, unsigned seed, std::function<void()> body);
 TensorMap encode(const void* base, int size, int rank, const uint64_t* dims, const uint64_t* strides, const uint32_t* box, bool swizzled);
@@ -206,12 +206,13 @@ bool run_smalls(Block& c) {
 
 // -- matrix products
 
-float operand(Block& c, uint64_t descriptor, bool rows_contiguous, bool small, int r, int k) {
+float operand(Block& c, uint64_t descriptor, bool rows_contiguous, int small, int r, int k) {
   uint32_t start = (descriptor & 0x3fff) << 4, leading = (descriptor >> 16 & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
   check(descriptor >> 62 == 1, "descriptor: 128-byte swizzle only");
   uint32_t at = rows_contiguous ? start + (r / 64) * leading + (r % 64) * 2 + (k / 8) * stride + (k % 8) * 128
                                 : start + (r / 8) * stride + (r % 8) * 128 + k * (small ? 1 : 2);
   at ^= (at >> 7 & 7) << 4;
+  if (small == 2) return (int8_t)c.shared[at];
   if (small) return widen_e4m3(c.shared[at]);
   uint16_t h;
   memcpy(&h, c.shared + at, 2);
@@ -232,6 +233,12 @@ void execute(Block& c, Product& p) {
   }
   for (int t = 0; t < 128; ++t) for (int i = 0; i < p.n / 2; ++i) {
     int row = row_of(t, i >> 1 & 1), column = (i / 4) * 8 + 2 * (t % 4) + (i & 1);
+    if (p.small == 2) {
+      int32_t& d = *(int32_t*)&p.d[t][i];
+      if (!p.accumulate) d = 0;
+      for (int k = 0; k < p.k; ++k) d += (int)a[row * p.k + k] * (int)b[column * p.k + k];
+      continue;
+    }
     float s = p.accumulate ? p.d[t][i] : 0.f;
     for (int k = 0; k < p.k; ++k) s += a[row * p.k + k] * b[column * p.k + k];
     p.d[t][i] = s;
@@ -242,7 +249,7 @@ void run_first(Block& c, Warpgroup& w) {
   w.products.pop_front();
   w.first++;
 }
-void issue(float* d, int n, const uint32_t* registers, uint64_t a, uint64_t b, bool rows, int accumulate, bool small, bool turned) {
+void issue(float* d, int n, const uint32_t* registers, uint64_t a, uint64_t b, bool rows, int accumulate, int small, bool turned) {
   Warpgroup& w = block().warpgroups[thread() / 128];
   int t = thread() % 128;
   long number = w.issued[t]++;
@@ -515,8 +522,10 @@ inline void wgmma_commit() {
 }
 template <int N> inline void wgmma_wait() { emulator::wait_groups(N); }
 template <int N> inline void keep(float (&)[N]) {}
+template <int N> inline void keep(int (&)[N]) {}
 template <int R> inline void wgmma_ss_16bit(float (&d)[R], uint64_t a, uint64_t b, int accumulate) { emulator::issue(d, 2 * R, nullptr, a, b, false, accumulate); }
 template <int R> inline void wgmma_ss_e4m3(float (&d)[R], uint64_t a, uint64_t b, int accumulate) { emulator::issue(d, 2 * R, nullptr, a, b, false, accumulate, true); }
+template <int R> inline void wgmma_ss_s8(int (&d)[R], uint64_t a, uint64_t b, int accumulate) { emulator::issue((float*)d, 2 * R, nullptr, a, b, false, accumulate, 2); }
 template <int R> inline void wgmma_turned(float (&d)[R], uint64_t a, uint64_t b, int accumulate) { emulator::issue(d, 2 * R, nullptr, a, b, false, accumulate, false, true); }
 inline void store_turned(void* to, uint32_t first, uint32_t second) {
   int lane = emulator::thread() % 32;

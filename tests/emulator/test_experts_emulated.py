@@ -82,7 +82,7 @@ def check(
         tensors["x"] = in_wide_rows(tensors["x"])
     attrs: dict[str, object] = {"top_k": 0 if gathered else k, "out_dtype": dtype}
     attrs |= {"block": 128} if scales == "block" else {}
-    name = op + {"": "", "channel": "_fp8", "block": "_fp8_block"}[scales]
+    name = op + {"": "", "channel": "_fp8", "block": "_fp8_block", "int8": "_int8"}[scales]
     y = emulate(emulator, name, tensors, attrs, tile, seed=seed)
     allowed = 1e-2 if op == "grouped_silu_mul" else 5e-3
     off = error(name, tensors, attrs, y)
@@ -101,7 +101,7 @@ def test_few(emulator: Emulator, tile: Tile, gathered: bool) -> None:
     check(emulator, "grouped_silu_mul", "spread", SMALL, tile, gathered=gathered, seed=7)
 
 
-@pytest.mark.parametrize("scales", ["channel", "block"])
+@pytest.mark.parametrize("scales", ["channel", "block", "int8"])
 @pytest.mark.parametrize("gathered", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_few_of_eight_bits(emulator: Emulator, scales: str, gathered: bool) -> None:
     for seed, op in enumerate(("grouped_linear", "grouped_silu_mul")):
@@ -119,7 +119,7 @@ def test_many(emulator: Emulator, tile: Tile, gathered: bool) -> None:
     check(emulator, "grouped_silu_mul", "spread", (70, 3, 2, 384, 64), tile, gathered=gathered, seed=7)
 
 
-@pytest.mark.parametrize("scales", ["channel", "block"])
+@pytest.mark.parametrize("scales", ["channel", "block", "int8"])
 @pytest.mark.parametrize("gathered", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("tile", MANY, ids=lambda tile: tile.name)
 def test_many_of_eight_bits(emulator: Emulator, tile: Tile, scales: str, gathered: bool) -> None:

@@ -1,11 +1,13 @@
-"""Tiny transformers models quantized to 8-bit floats: on disk as published checkpoints are, and simulated.
+"""Tiny transformers models quantized to 8-bit floats or integers, as published checkpoints are and simulated.
 
-Nothing of makeready is used: rounding is PyTorch's, products are float64.
+Nothing of makeready is used: rounding is PyTorch's, products are float64; stored integers are written by the
+compressed-tensors library.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-LARGEST = 448.0
+LARGEST = {"float": 448.0, "int": 127.0}
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Format:
         static: whether activations have one stored scale; else one a token or group.
         tool: whose spelling config and tensors have: "fp8" or "compressed-tensors".
         scale_dtype: of stored weight scales.
+        number: "float" or "int".
     """
 
     weights: str
@@ -34,6 +37,11 @@ class Format:
     static: bool = False
     tool: str = "fp8"
     scale_dtype: torch.dtype = torch.float32
+    number: str = "float"
+
+    @property
+    def largest(self) -> float:
+        return LARGEST[self.number]
 
     def config(self) -> dict[str, Any]:
         """The ``quantization_config``."""
@@ -45,7 +53,7 @@ class Format:
                 made |= {"weight_block_size": [self.block, self.block]}
                 made |= {"modules_to_not_convert": ["lm_head", "model.layers.0.input_layernorm"]}
             return made
-        weights: dict[str, Any] = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False}
+        weights: dict[str, Any] = {"num_bits": 8, "type": self.number, "symmetric": True, "dynamic": False}
         activations = {
             **weights,
             "dynamic": not self.static,
@@ -58,7 +66,7 @@ class Format:
         group = {"targets": ["Linear"], "weights": weights, "input_activations": activations}
         return {
             "quant_method": "compressed-tensors",
-            "format": "float-quantized",
+            "format": f"{self.number}-quantized",
             "config_groups": {"group_0": {**group, "output_activations": None}},
             "ignore": ["lm_head"],
             "kv_cache_scheme": None,
@@ -69,28 +77,51 @@ class Format:
         return "weight_scale_inv" if self.tool == "fp8" and self.block else "weight_scale"
 
 
-def round_fp8(x: torch.Tensor) -> torch.Tensor:
-    return x.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+def rounded(x: torch.Tensor, form: Format) -> torch.Tensor:
+    x = x.clamp(-form.largest, form.largest)
+    return x.round().to(torch.int8) if form.number == "int" else x.to(torch.float8_e4m3fn)
+
+
+def by_library(weight: torch.Tensor, form: Format) -> tuple[torch.Tensor, torch.Tensor]:
+    """Integers and scales as the compressed-tensors library has them, whose scales are 127.5ths of the largest."""
+    # It takes seconds to import.
+    from compressed_tensors.compressors import IntQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    (group,) = form.config()["config_groups"].values()
+    scheme = QuantizationScheme(**group)
+    over = {"dim": 1, "keepdim": True} if form.weights == "channel" else {}
+    low, high = weight.amin(**over), weight.amax(**over)
+    scale, zero = calculate_qparams(low, high, scheme.weights)
+    scale = scale.reshape(-1, 1) if form.weights == "channel" else scale.reshape(1)
+    scale = scale.to(form.scale_dtype)
+    state = {"weight": weight, "weight_scale": scale, "weight_zero_point": zero.reshape(scale.shape)}
+    made = IntQuantizationCompressor.compress(state, scheme)
+    assert set(made) == {"weight", "weight_scale"}
+    return made["weight"], made["weight_scale"].float()
 
 
 def quantize_weight(weight: torch.Tensor, form: Format) -> tuple[torch.Tensor, torch.Tensor]:
     """8-bit weights, and scales in the shape in which they are stored."""
+    if form.number == "int" and form.tool == "compressed-tensors":
+        return by_library(weight, form)
     rows, columns = weight.shape
     if form.weights == "tensor":
-        scale = weight.abs().max() / LARGEST
-        return round_fp8(weight / scale), scale.reshape(() if form.tool == "fp8" else (1,))
+        scale = weight.abs().max() / form.largest
+        return rounded(weight / scale, form), scale.reshape(() if form.tool == "fp8" else (1,))
     if form.weights == "channel":
-        scale = weight.abs().amax(1, keepdim=True) / LARGEST
+        scale = weight.abs().amax(1, keepdim=True) / form.largest
         scale = scale.to(form.scale_dtype).float()
-        return round_fp8(weight / scale), scale
+        return rounded(weight / scale, form), scale
     size = form.block
     made, scales = torch.empty_like(weight), []
     for top in range(0, rows, size):
         for left in range(0, columns, size):
             part = weight[top : top + size, left : left + size]
-            scales.append(part.abs().max() / LARGEST)
+            scales.append(part.abs().max() / form.largest)
             made[top : top + size, left : left + size] = part / scales[-1]
-    return round_fp8(made), torch.stack(scales).view(-(-rows // size), -(-columns // size))
+    return rounded(made, form), torch.stack(scales).view(-(-rows // size), -(-columns // size))
 
 
 def dequantize_weight(q: torch.Tensor, scale: torch.Tensor, form: Format) -> torch.Tensor:
@@ -117,12 +148,12 @@ class QuantizedLinear(nn.Module):
         group, width = self.form.block or x.shape[-1], x.shape[-1]
         grouped = nn.functional.pad(x, (0, -width % group)).unflatten(-1, (-1, group))
         if self.input_scale is None:
-            scale = grouped.abs().amax(-1, keepdim=True) / LARGEST
+            scale = grouped.abs().amax(-1, keepdim=True) / self.form.largest
         else:
             scale = torch.tensor(self.input_scale)
         scale = scale.clamp_min(1e-30)  # of nothing but zeros
-        rounded = (round_fp8(grouped / scale).double() * scale.double()).flatten(-2)[..., :width]
-        y = rounded @ self.wide.T
+        near = (rounded(grouped / scale, self.form).double() * scale.double()).flatten(-2)[..., :width]
+        y = near @ self.wide.T
         return (y if self.bias is None else y + self.bias.double()).float()
 
 
@@ -130,18 +161,22 @@ class QuantizedLinear(nn.Module):
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-def static_scales(model: Any) -> dict[str, float]:
+def static_scales(model: Any, form: Format) -> dict[str, float]:
     """Some scale for every linear, all different, wide enough for most values."""
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
-    return {name: 0.011 + 0.0007 * (at % 7) for at, name in enumerate(names)}
+    return {name: (4.9 + 0.3 * (at % 7)) / form.largest for at, name in enumerate(names)}
 
 
-def quantize_model(model: Any, form: Format) -> dict[str, torch.Tensor]:
-    """Quantize the model's linears in place, all but lm_head; returns what a checkpoint holds for them."""
+def quantize_model(
+    model: Any, form: Format, chosen: Callable[[str], bool] = lambda name: True
+) -> dict[str, torch.Tensor]:
+    """Quantize the model's linears in place, of those ``chosen`` by name all but lm_head; returns what a checkpoint
+    holds for them.
+    """
     tensors: dict[str, torch.Tensor] = {}
-    stored = static_scales(model) if form.static else {}
+    stored = static_scales(model, form) if form.static else {}
     for name, linear in list(model.named_modules()):
-        if not isinstance(linear, nn.Linear) or name == "lm_head":
+        if not isinstance(linear, nn.Linear) or name == "lm_head" or not chosen(name):
             continue
         parent, _, last = name.rpartition(".")
         together = next((group for group in TOGETHER if last in group), (last,))
@@ -156,9 +191,11 @@ def quantize_model(model: Any, form: Format) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def save_quantized(folder: Path, tensors: dict[str, torch.Tensor], form: Format) -> None:
-    """Change the checkpoint in ``folder``, which holds the wide model, to the quantized one."""
+def save_quantized(folder: Path, tensors: dict[str, torch.Tensor], form: Format, **said: Any) -> None:
+    """Change the checkpoint in ``folder``, which holds the wide model, to the quantized one; ``said``: of its
+    quantization_config.
+    """
     file = folder / "model.safetensors"
     save_file({k: v.contiguous() for k, v in (load_file(file) | tensors).items()}, file)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": form.config()}))
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": form.config() | said}))

@@ -74,6 +74,7 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "window": (WINDOWED, {"kv_dtype": "bfloat16"}),
     "unfused": (CONFIG, {"disabled_passes": ("merge_linears", "fuse_add_norm", "hoist_gather")}),
     "fp8": (CONFIG, {"quant": "fp8", "kv_dtype": "float8_e4m3fn"}),
+    "int8": (CONFIG, {"quant": "int8"}),
     "latent": (LATENT, {}),
 }
 
@@ -126,7 +127,11 @@ def large_weights() -> Iterator[None]:
 
 
 # References of latent attention are slow: one busy batch is enough of them.
-@pytest.fixture(scope="module", params=[name for name in MODELS if name != "latent"])
+BUSY = [name for name in MODELS if name not in ("latent", "int8")]
+BUSY_TOO = pytest.param("int8", marks=pytest.mark.slow)  # sums of integers are exact
+
+
+@pytest.fixture(scope="module", params=[*BUSY, BUSY_TOO])
 def pair(request: pytest.FixtureRequest, large_weights: None) -> Pair:
     return load(request.param, deterministic=True)
 

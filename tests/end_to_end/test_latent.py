@@ -148,6 +148,7 @@ QUANTIZED = {
     "fp8-block-larger": Format("block", 128),
     "fp8-tensor": Format("tensor"),
     "ct-channel": Format("channel", tool="compressed-tensors"),
+    "int8": Format("channel", tool="compressed-tensors", number="int"),
 }
 
 
@@ -161,7 +162,14 @@ def test_stored_8_bit_weights(name: str, family: str, tmp_path: Path) -> None:
     check_quantized(tmp_path, model, wide)
 
 
-@pytest.mark.parametrize(("quant", "form"), [("fp8", Format("channel")), ("fp8_block", Format("block", 128))])
+@pytest.mark.parametrize(
+    ("quant", "form"),
+    [
+        ("fp8", Format("channel")),
+        ("fp8_block", Format("block", 128)),
+        ("int8", Format("channel", number="int")),
+    ],
+)
 def test_quantized_when_loaded(quant: str, form: Format, tmp_path: Path) -> None:
     """With dense layers, latents and heads that are no whole blocks."""
     sizes = {"hidden_size": 128, "moe_intermediate_size": 128, "intermediate_size": 192}

@@ -187,6 +187,7 @@ QUANTIZED = {
     "fp8-block": Format("block", 32),
     "fp8-tensor": Format("tensor"),
     "ct-channel": Format("channel", tool="compressed-tensors"),
+    "int8": Format("channel", tool="compressed-tensors", number="int"),
     "ct-block": Format("block", 16, tool="compressed-tensors"),
 }
 QWEN3 = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
@@ -206,7 +207,14 @@ def test_stored_8_bit_experts(name: str, stacked: bool, tmp_path: Path) -> None:
     check_quantized(tmp_path, model, wide)
 
 
-@pytest.mark.parametrize(("quant", "form"), [("fp8", Format("channel")), ("fp8_block", Format("block", 128))])
+@pytest.mark.parametrize(
+    ("quant", "form"),
+    [
+        ("fp8", Format("channel")),
+        ("fp8_block", Format("block", 128)),
+        ("int8", Format("channel", number="int")),
+    ],
+)
 def test_experts_quantized_when_loaded(quant: str, form: Format, tmp_path: Path) -> None:
     config = QWEN3 | {"initializer_range": 0.1, "hidden_size": 128, "moe_intermediate_size": 128}
     model, wide = (make_model(tmp_path, "qwen3_moe", **config) for _ in range(2))

@@ -71,6 +71,7 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "fp8": (QWEN3, {"quant": "fp8"}),
     "fp8_block": (WIDE, {"quant": "fp8_block", "kv_dtype": "float8_e4m3fn"}),
     "fp8_cache": (LLAMA, {"kv_dtype": "float8_e4m3fn"}),
+    "int8": (QWEN3, {"quant": "int8"}),
     "latent": (LATENT, {"quant": "fp8", "kv_dtype": "float8_e4m3fn"}),
     "deterministic": (QWEN3, {"deterministic": True}),
     "deterministic_fp8": (QWEN2, {"deterministic": True, "quant": "fp8", "kv_dtype": "float8_e4m3fn"}),

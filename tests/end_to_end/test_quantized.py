@@ -29,9 +29,20 @@ FORMATS = {
     "ct-channel-bf16-scales": Format("channel", tool="compressed-tensors", scale_dtype=torch.bfloat16),
     "ct-tensor": Format("tensor", tool="compressed-tensors"),
     "ct-tensor-static": Format("tensor", static=True, tool="compressed-tensors"),
+    "int8-channel": Format("channel", tool="compressed-tensors", number="int"),
+    "int8-channel-bf16-scales": Format(
+        "channel", tool="compressed-tensors", number="int", scale_dtype=torch.bfloat16
+    ),
+    "int8-tensor-static": Format("tensor", static=True, tool="compressed-tensors", number="int"),
+    "int8-channel-static": Format("channel", static=True, tool="compressed-tensors", number="int"),
     "ct-block": Format("block", 16, tool="compressed-tensors"),
     "ct-block-beyond": Format("block", 50, tool="compressed-tensors"),
 }
+ON_LOAD = (
+    ("fp8", Format("channel")),
+    ("fp8_block", Format("block", 128)),
+    ("int8", Format("channel", number="int")),
+)
 LENGTHS = (1, 9, 30)
 
 
@@ -70,7 +81,7 @@ def test_stored_formats(name: str, family: str, tmp_path: Path) -> None:
     check(tmp_path, model, wide)
 
 
-@pytest.mark.parametrize(("quant", "form"), [("fp8", Format("channel")), ("fp8_block", Format("block", 128))])
+@pytest.mark.parametrize(("quant", "form"), ON_LOAD)
 def test_quantized_when_loaded(quant: str, form: Format, tmp_path: Path) -> None:
     """With blocks k ends within one, so that q, k and v are not merged."""
     config = {**QWEN3, "hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
@@ -85,6 +96,25 @@ def test_every_pass_on_or_off(disabled: tuple[str, ...], tmp_path: Path) -> None
     model, wide = (make_model(tmp_path, "llama", seed=5, **LLAMA) for _ in range(2))
     save_quantized(tmp_path, quantize_model(model, form), form)
     check(tmp_path, model, wide, disabled_passes=disabled)
+
+
+def test_targets_and_ignored_modules(tmp_path: Path) -> None:
+    """Two groups by pattern and by name, and one module of those left out: the others are as the file has them."""
+    form = FORMATS["int8-channel"]
+    model, wide = (make_model(tmp_path, "qwen3", **QWEN3) for _ in range(2))
+    left = "model.layers.1.mlp.down_proj"
+
+    def chosen(name: str) -> bool:
+        return ("mlp" in name and name != left) or name == "model.layers.0.self_attn.o_proj"
+
+    (group,) = form.config()["config_groups"].values()
+    targets = (["re:.*mlp.*"], ["model.layers.0.self_attn.o_proj"])
+    said = {
+        "config_groups": {f"group_{at}": {**group, "targets": names} for at, names in enumerate(targets)},
+        "ignore": ["lm_head", left],
+    }
+    save_quantized(tmp_path, quantize_model(model, form, chosen), form, **said)
+    check(tmp_path, model, wide)
 
 
 def test_tied_embeddings_stay_wide(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ MODELS = {
     "float16": {"activation_dtype": "float16"},
     "fp8": {"quant": "fp8", "kv_dtype": "float8_e4m3fn"},
     "fp8_block": {"quant": "fp8_block"},
+    "int8": {"quant": "int8"},
 }
 INTERPRETED = 1.5e-2  # see test_gpu_executable.py
 

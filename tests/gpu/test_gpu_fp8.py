@@ -1,4 +1,4 @@
-"""8-bit projections and quantization on the GPU against float64, over awkward and over real shapes."""
+"""Projections of 8-bit floats and integers, and quantization, on the GPU against float64: awkward and real shapes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from benchmarks.gpu import launcher
-from benchmarks.gpu.gemm_fp8 import contract_of, operands, shapes
+from benchmarks.gpu.gemm_fp8 import GROUPS_SCALED, KINDS, attributes, contract_of, operands, shapes
 from benchmarks.gpu.ops import candidates as all_ways
 from benchmarks.gpu.quantize_fp8 import hold_equal, hold_near, run_all
 from benchmarks.gpu.shapes import MATRICES
 from prepared import prepare
 
-from makeready.kernels import norm, quantize, registry
+from makeready.kernels import norm, registry
 from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.device import Candidate, OpCall
 from makeready.kernels.gemm.linear_fp8_tiling import tilings
@@ -29,13 +29,16 @@ from makeready.kernels.gemm.linear_fp8_triton import candidates, describe
 for module in ("norm", "quantize", "norm_quantize"):
     importlib.import_module(f"makeready.kernels.{module}_triton")
 
-BOTH = (False, True)  # scales of rows, of groups
 ROWS = (1, 17, 33, 65, 128, 257, 1000)
 EVERY = (17, 200)  # rows at which all ways are tried
 ODD = ((131, 96), (8, 16), (1, 64), (200, 528), (64, 100))
 GROUPED_ODD = ((131, 128), (8, 256), (200, 1280))
-# What tensor cores add up keeps about 13 fraction bits; bf16 results keep 8.
-ALLOWED = {False: {"float32": 4e-3, "bfloat16": 5e-3}, True: {"float32": 1e-3, "bfloat16": 3e-3}}
+# What tensor cores add up of floats keeps about 13 fraction bits, of integers all; bf16 results keep 8.
+ALLOWED = {
+    "rows": {"float32": 4e-3, "bfloat16": 5e-3},
+    "groups": {"float32": 1e-3, "bfloat16": 3e-3},
+    "integers": {"float32": 1e-6, "bfloat16": 3e-3},
+}
 
 Tensors = dict[str, torch.Tensor]
 
@@ -47,48 +50,48 @@ class Case:
     T: int
     N: int
     K: int
-    grouped: bool
+    kind: str
     every: bool
     bias: bool = False
     spare: bool = False
     out: str = "bfloat16"
 
     def call(self, tensors: Tensors) -> OpCall:
-        attrs = {"out_dtype": self.out, **({"block": 128} if self.grouped else {})}
-        return launcher.op_call(contract_of(self.grouped), tensors, attrs, spare=self.spare)
+        attrs = {**attributes(self.kind), "out_dtype": self.out}
+        return launcher.op_call(contract_of(self.kind), tensors, attrs, spare=self.spare)
 
     def ways(self, call: OpCall) -> list[Candidate]:
         return candidates(call)[: None if self.every else 1]
 
 
 def _real() -> Iterator[Case]:
-    for grouped, (N, K), T in product(BOTH, MATRICES.values(), ROWS):
-        yield Case(T, N, K, grouped, every=False, spare=True)
-    for grouped, T in product(BOTH, EVERY):
-        yield Case(T, *MATRICES["down"], grouped, every=True, spare=True)
-    for grouped, T in product(BOTH, (17, 129)):  # rows that maps may not reach are zeros
-        yield Case(T, 4096, 4096, grouped, every=False)
+    for kind, (N, K), T in product(KINDS, MATRICES.values(), ROWS):
+        yield Case(T, N, K, kind, every=False, spare=True)
+    for kind, T in product(KINDS, EVERY):
+        yield Case(T, *MATRICES["down"], kind, every=True, spare=True)
+    for kind, T in product(KINDS, (17, 129)):  # rows that maps may not reach are zeros
+        yield Case(T, 4096, 4096, kind, every=False)
 
 
 def _odd() -> Iterator[Case]:
-    for grouped, T in product(BOTH, (1, 17, 130)):
-        for N, K in GROUPED_ODD if grouped else ODD:
-            yield Case(T, N, K, grouped, every=True, bias=True)
-        yield Case(T, 131, 256, grouped, every=False, bias=True, out="float32")
-    for grouped, T in product(BOTH, (300, 2048)):
-        yield Case(T, 1536, 2048, grouped, every=False, bias=True)
+    for kind, T in product(KINDS, (1, 17, 130)):
+        for N, K in GROUPED_ODD if kind == GROUPS_SCALED else ODD:
+            yield Case(T, N, K, kind, every=True, bias=True)
+        yield Case(T, 131, 256, kind, every=False, bias=True, out="float32")
+    for kind, T in product(KINDS, (300, 2048)):
+        yield Case(T, 1536, 2048, kind, every=False, bias=True)
 
 
 def _padded() -> Iterator[Case]:
-    yield from (Case(130, 4096, 4096, grouped, every=True, spare=True) for grouped in BOTH)
+    yield from (Case(130, 4096, 4096, kind, every=True, spare=True) for kind in KINDS)
 
 
 def _hold(case: Case, tensors: Tensors) -> None:
     """Hold the ways to the float64 product; and to themselves, run twice."""
     call = case.call(tensors)
     attrs = {**call.attrs, "out_dtype": "float64"}
-    want = contract_of(case.grouped).reference(**{k: v.double() for k, v in tensors.items()}, **attrs)
-    allowed = ALLOWED[case.grouped][case.out]
+    want = contract_of(case.kind).reference(**{k: v.double() for k, v in tensors.items()}, **attrs)
+    allowed = ALLOWED[case.kind][case.out]
     for way in case.ways(call):
         assert launcher.fits(way, call), f"{way.name} spills, or wants more shared memory than there is"
         first, second = (launcher.run(way, call, tensors)["y"] for _ in range(2))
@@ -102,7 +105,7 @@ def _compiled() -> None:
     """All kernels of this file at once, on all cores."""
     work = []
     for case in (*_real(), *_odd(), *_padded()):
-        call = case.call(shapes(case.T, case.N, case.K, case.grouped, bias=case.bias))
+        call = case.call(shapes(case.T, case.N, case.K, case.kind, bias=case.bias))
         work.append((call, case.ways(call)))
     others = (*_vocabulary("meta"), *_apart("meta"), *_bf16_numbers("meta"))
     for op, tensors, attrs in (
@@ -116,31 +119,32 @@ def _compiled() -> None:
 
 def test_matrices_of_a_real_model():
     for case in _real():
-        _hold(case, operands(case.T, case.N, case.K, case.grouped, spare=case.spare))
+        _hold(case, operands(case.T, case.N, case.K, case.kind, spare=case.spare))
 
 
 def test_odd_sizes_with_bias():
     for case in _odd():
-        _hold(case, operands(case.T, case.N, case.K, case.grouped, bias=True))
+        _hold(case, operands(case.T, case.N, case.K, case.kind, bias=True))
 
 
 def test_padding_leaves_nothing_behind():
     """NaN in rows past T, of operands and of scales, never reaches a result."""
     for case in _padded():
-        tensors = operands(case.T, case.N, case.K, case.grouped, spare=True)
+        tensors = operands(case.T, case.N, case.K, case.kind, spare=True)
         long = torch.full((400, tensors["x_scale"].shape[1]), float("nan"), device="cuda")
         long[: case.T] = tensors["x_scale"]
         _hold(case, {**tensors, "x_scale": long[: case.T]})
 
 
-def test_launches_that_start_early_wait_for_each_other():
+@pytest.mark.parametrize(("kind", "quantize"), [("rows", "quantize_fp8"), ("integers", "quantize_int8")])
+def test_launches_that_start_early_wait_for_each_other(kind: str, quantize: str):
     """Quantize, multiply, eight times over, each reading the last one's result, over one scratch."""
-    tensors = operands(16, 4096, 4096, False)
+    tensors = operands(16, 4096, 4096, kind)
     x = torch.randn(16, 4096, device="cuda").bfloat16()
     fixed = {k: tensors[k] for k in ("weight", "weight_scale")}
-    first = launcher.op_call(quantize.quantize_fp8, {"x": x}, {"group": 4096})
-    (make,) = registry.cuda_kernels("quantize_fp8")[0].candidates(first)
-    call = Case(16, 4096, 4096, False, every=True).call(tensors)
+    first = launcher.op_call(CONTRACTS[quantize], {"x": x}, {"group": 4096})
+    (make,) = registry.cuda_kernels(quantize)[0].candidates(first)
+    call = Case(16, 4096, 4096, kind, every=True).call(tensors)
     size = describe(call)
     shared = [w for w, t in zip(candidates(call), tilings(size), strict=True) if t.sharers(size) > 1]
     for way in shared[:3]:
@@ -188,7 +192,9 @@ def _plain(tokens: int, width: int, dtype: torch.dtype, device: str) -> Iterator
     x[0] = 0
     for group in (width, 128):
         yield "quantize_fp8", {"x": x}, {"group": group}
-    yield "quantize_fp8_static", {"x": x, "scale": torch.full((1,), 0.004, device=device)}, {}
+    yield "quantize_int8", {"x": x}, {"group": width}
+    for number, scale in (("fp8", 0.004), ("int8", 0.014)):
+        yield f"quantize_{number}_static", {"x": x, "scale": torch.full((1,), scale, device=device)}, {}
     yield "quantize_fp8_block", {"x": x}, {"block": 128}
     yield "quantize_fp8_block", {"x": x[:, : width - 37]}, {"block": 128}
 
@@ -198,21 +204,22 @@ def _fused(tokens: int, width: int, dtype: torch.dtype, device: str) -> Iterator
     x = _columns(_random(tokens, width, dtype=dtype, device=device, scale=3))
     weight, residual = (_random(*s, dtype=dtype, device=device) for s in ((width,), (tokens, width)))
     half = _columns(_random(tokens, 2 * width, dtype=dtype, device=device, scale=2))
-    for group in (width, 128):
-        yield "rms_norm_quantize_fp8", {"x": x, "weight": weight}, {"eps": 1e-6, "group": group}
+    for number, group in (("fp8", width), ("fp8", 128), ("int8", width)):
+        yield f"rms_norm_quantize_{number}", {"x": x, "weight": weight}, {"eps": 1e-6, "group": group}
         tensors = {"x": x, "residual": residual, "weight": weight.float()}
-        yield "add_rms_norm_quantize_fp8", tensors, {"eps": 1e-5, "group": group}
-        yield "add_rms_norm_and_quantize_fp8", tensors, {"eps": 1e-5, "group": group}
-        yield "silu_mul_quantize_fp8", {"gate_up": half}, {"group": group}
+        yield f"add_rms_norm_quantize_{number}", tensors, {"eps": 1e-5, "group": group}
+        yield f"add_rms_norm_and_quantize_{number}", tensors, {"eps": 1e-5, "group": group}
+        yield f"silu_mul_quantize_{number}", {"gate_up": half}, {"group": group}
 
 
 def _bf16_numbers(device: str) -> Iterator[Call]:
     """All finite bf16 numbers by the scale of the largest of each row: ties and subnormals included."""
     bits = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     x = bits[bits.isfinite()][: 65024 // 128 * 128].reshape(-1, 128).to(device)
-    yield "quantize_fp8", {"x": x}, {"group": 128}
-    for scale in (1.0, 0.75, 3.0):
-        yield "quantize_fp8_static", {"x": x, "scale": torch.full((1,), scale, device=device)}, {}
+    for number in ("fp8", "int8"):
+        yield f"quantize_{number}", {"x": x}, {"group": 128}
+        for scale in (1.0, 0.75, 3.0):
+            yield f"quantize_{number}_static", {"x": x, "scale": torch.full((1,), scale, device=device)}, {}
 
 
 def _vocabulary(device: str) -> Iterator[Call]:

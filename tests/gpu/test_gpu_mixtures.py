@@ -68,6 +68,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "qwen3": (QWEN3, {}),
     "qwen3-fp16": (QWEN3, {"weight_dtype": "float16"}),
     "qwen3-fp8": (QWEN3, {"quant": "fp8"}),
+    "qwen3-int8": (QWEN3, {"quant": "int8"}),
+    "deepseek_v2-int8": (LATENT, {"quant": "int8"}),
     "qwen3-int4": (QWEN3, {"quant": "int4"}),
     "qwen3-fp8-block": (QWEN3, {"quant": "fp8_block"}),
     "qwen3-deterministic": (QWEN3, {"deterministic": True}),
@@ -112,7 +114,7 @@ def test_steps_are_the_cpus(executable, case):
             errors.append(float(np.linalg.norm(mine - want) / np.linalg.norm(want)))
             assert ours.tokens[row] == mine.argmax()
     print(f"\n{name}: logits are off by {np.median(errors):.4f}, at most {max(errors):.3f}")
-    beyond = np.mean(np.array(errors) > TOLERANCE[8 if "fp8" in name else 16])
+    beyond = np.mean(np.array(errors) > TOLERANCE[8 if "fp8" in name or "int8" in name else 16])
     assert beyond <= MOST_BEYOND, f"{beyond:.0%} of {len(errors)} rows are off: {sorted(errors)[-8:]}"
 
 

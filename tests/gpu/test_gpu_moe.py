@@ -26,11 +26,11 @@ from makeready.kernels.device import Candidate, OpCall
 from makeready.kernels.moe import grouped_cuda
 
 PRODUCTS = ("grouped_linear", "grouped_silu_mul")
-SCALES = ("", "channel", "block")
-SUFFIX = {"": "", "channel": "_fp8", "block": "_fp8_block"}
+SCALES = ("", "channel", "block", "int8")
+SUFFIX = {"": "", "channel": "_fp8", "block": "_fp8_block", "int8": "_int8"}
 KINDS = ("spread", "one", "none", "nobody", "single")
 # What tensor cores add up of 8-bit floats keeps about 13 fraction bits; bf16 results keep 8.
-ALLOWED = {"": 5e-3, "channel": 6e-3, "block": 5e-3}
+ALLOWED = {"": 5e-3, "channel": 6e-3, "block": 5e-3, "int8": 5e-3}
 
 Tensors = dict[str, torch.Tensor]
 

@@ -41,6 +41,7 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dynamic": (DYNAMIC, {}),
     "window": (WINDOWED, {}),
     "fp8": (SMALL, {"quant": "fp8"}),
+    "int8": (SMALL, {"quant": "int8"}),
     "fp8_block": (SMALL, {"quant": "fp8_block", "kv_dtype": "float8_e4m3fn"}),
     "fp8_cache": (WINDOWED, {"kv_dtype": "float8_e4m3fn"}),
     "deterministic": (SMALL, {"deterministic": True}),

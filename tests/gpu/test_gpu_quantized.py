@@ -58,6 +58,19 @@ PACKED = {
         }
     },
 }
+INTEGERS = {"num_bits": 8, "type": "int", "symmetric": True}
+INT8 = {
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "ignore": ["lm_head"],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {**INTEGERS, "strategy": "channel"},
+            "input_activations": {**INTEGERS, "strategy": "token", "dynamic": True},
+        }
+    },
+}
 STATIC = {"quant_method": "fp8", "activation_scheme": "static"}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "fp8": ({}, {"quant": "fp8"}),
@@ -71,6 +84,9 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {},
     ),
     "stored-static": ({"quantization_config": STATIC}, {}),
+    "int8": ({}, {"quant": "int8"}),
+    "int8-one-layer": ({"num_hidden_layers": 1}, {"quant": "int8"}),
+    "stored-int8": ({"quantization_config": INT8}, {}),
     "int4": ({}, {"quant": "int4"}),
     "awq": ({"quantization_config": AWQ}, {}),
     "awq-beyond": ({"quantization_config": {**AWQ, "group_size": 32}, "intermediate_size": 480}, {}),
@@ -170,7 +186,7 @@ def test_derivations_of_two_operands_and_two_kernels_give_the_cpus_bytes(monkeyp
     executable.close()
 
 
-@pytest.mark.parametrize("quant", ["fp8", "fp8_block"])
+@pytest.mark.parametrize("quant", ["fp8", "fp8_block", "int8"])
 def test_many_chunks_at_once_give_the_cpus_bytes(quant, tmp_path, monkeypatch):
     """Small chunks of matrices that are no multiple of them, from threads that share few slots."""
     monkeypatch.setattr(loading, "CHUNK_BYTES", 300_000)

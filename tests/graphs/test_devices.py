@@ -63,7 +63,7 @@ def test_every_target_has_a_device_with_a_rate_for_what_it_multiplies():
     for target in TARGETS.values():
         assert target.device == devices_of(target.name)[0]
         for device in devices_of(target.name):
-            known = {"float32", "bfloat16", "float16", "float8_e4m3fn"}
+            known = {"float32", "bfloat16", "float16", "float8_e4m3fn", "int8"}
             assert set(device.flops) == (known if target.is_cuda else known | {"uint8"})  # GGUF's blocks
             assert device.bandwidth > 0
             assert (device.multiprocessors > 0) == (device.memory > 0) == target.is_cuda

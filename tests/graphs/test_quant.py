@@ -21,7 +21,8 @@ from makeready.graphs.executable.cpu.weights import load_weights
 from makeready.graphs.models.family import UnsupportedModelError
 from makeready.graphs.plan.plan import Plan, PlanError
 from makeready.graphs.plan.spec import DECODE, EXTEND
-from makeready.graphs.planner.compile import compile_plan
+from makeready.graphs.planner.compile import compile_plan, trace_checkpoint
+from makeready.graphs.planner.request import Request
 from makeready.graphs.quant.scheme import Scheme
 from makeready.graphs.quant.stored import stored_scheme
 
@@ -51,6 +52,24 @@ def compressed(weights: dict[str, Any], activations: dict[str, Any], **more: Any
 
 TOKEN, TENSOR = {"strategy": "token", "dynamic": True}, {"strategy": "tensor", "dynamic": False}
 HEAD = ("lm_head",)
+CHANNEL = {"strategy": "channel"}
+INT8 = Scheme("channel", stored=True, dtype="int8", ignored=HEAD)
+
+
+def integers(weights: dict[str, Any], activations: dict[str, Any], **more: Any) -> dict[str, Any]:
+    kind = {"type": "int"}
+    return compressed(weights | kind, activations | kind, **{"format": "int-quantized", **more})
+
+
+def mixed(said: dict[str, Any], weights: dict[str, Any]) -> dict[str, Any]:
+    """A file with a second group, of attention's linears."""
+    (first,) = said["config_groups"].values()
+    second = {**first, "targets": ["re:.*self_attn.*"], "weights": {**first["weights"], **weights}}
+    groups = {
+        "group_0": {**first, "format": "int-quantized"},
+        "group_1": {**second, "format": "int-quantized"},
+    }
+    return {**said, "format": "mixed-precision", "config_groups": groups}
 
 
 @pytest.mark.parametrize(
@@ -80,6 +99,19 @@ HEAD = ("lm_head",)
             ),
             Scheme("block", 128, stored=True, ignored=HEAD),
         ),
+        (integers(CHANNEL, TOKEN), INT8),
+        (integers(CHANNEL, TOKEN, format="naive-quantized"), INT8),
+        (integers(CHANNEL, TENSOR), replace(INT8, static=True)),
+        (integers({"strategy": "tensor"}, TENSOR), replace(INT8, weights="tensor", static=True)),
+        (integers(CHANNEL, TOKEN, ignore=["re:.*gate$"]), replace(INT8, ignored=("re:.*gate$",))),
+        (
+            integers(CHANNEL, TOKEN, group={"targets": ["re:.*_proj$", "model.layers.0.mlp.up_proj"]}),
+            replace(INT8, targets=("re:.*_proj$", "model.layers.0.mlp.up_proj")),
+        ),
+        (
+            mixed(integers(CHANNEL, TOKEN, group={"targets": ["re:.*mlp.*"]}), CHANNEL),
+            replace(INT8, targets=("re:.*mlp.*", "re:.*self_attn.*")),
+        ),
     ],
 )
 def test_configs_are_understood(said, scheme):
@@ -100,9 +132,12 @@ def test_configs_are_understood(said, scheme):
             r"weight_block_size \[128, 64\] is not supported; blocks must",
         ),
         ({"quant_method": "fp8", "activation_scheme": "odd"}, "activation_scheme 'odd' is not supported"),
-        ({"quant_method": "compressed-tensors"}, r"needs one of config_groups with targets \['Linear'\]"),
+        ({"quant_method": "compressed-tensors"}, "needs config_groups that quantize alike"),
         (compressed({"strategy": "channel", "num_bits": 4}, TOKEN), "weights must be symmetric 8-bit floats"),
-        (compressed({"strategy": "channel", "type": "int"}, TOKEN), "weights must be symmetric 8-bit floats"),
+        (
+            compressed({"strategy": "channel", "type": "int"}, TOKEN),
+            "input_activations must .* both of one type",
+        ),
         (
             compressed({"strategy": "channel"}, {**TOKEN, "symmetric": False}),
             "input_activations must be symm",
@@ -135,6 +170,25 @@ def test_configs_are_understood(said, scheme):
             compressed({"strategy": "channel"}, TOKEN, group={"input_activations": None}),
             "input_activations must",
         ),
+        (
+            integers({**CHANNEL, "symmetric": False}, TOKEN),
+            "weights must be symmetric 8-bit floats or integers",
+        ),
+        (integers(CHANNEL, {**TENSOR, "symmetric": False}), "input_activations must be symmetric 8-bit"),
+        (integers({**CHANNEL, "num_bits": 4}, TOKEN), "weights must be symmetric 8-bit floats or integers"),
+        (
+            integers({"strategy": "group", "group_size": 128}, TOKEN),
+            "strategy 'group' is not supported; use a checkpoint with channel or tensor",
+        ),
+        (
+            integers({"strategy": "block", "block_structure": [128, 128]}, TOKEN),
+            "strategy 'block' is not supported; use a checkpoint with channel or tensor",
+        ),
+        (integers(CHANNEL, TOKEN, format="float-quantized"), "format 'float-quantized' is not supported"),
+        (integers(CHANNEL, TOKEN, group={"input_activations": None}), "input_activations must"),
+        (integers(CHANNEL, TOKEN, group={"targets": []}), "config_groups name no targets"),
+        (mixed(integers(CHANNEL, TOKEN), {"strategy": "tensor"}), "needs config_groups that quantize alike"),
+        (integers(CHANNEL, TENSOR | {"dynamic": True}), "must be dynamic with strategy 'token' or static"),
     ],
 )
 def test_other_configs_are_refused(said, message):
@@ -153,10 +207,18 @@ def test_ignored_modules_are_names_parts_or_patterns():
     assert scheme.covers("my_lm_head")
 
 
+def test_targets_are_named_as_ignored_modules_are():
+    scheme = Scheme("channel", targets=("re:.*mlp.*", "layers.0.self_attn"), ignored=("re:.*down_proj$",))
+    assert scheme.covers("model.layers.7.mlp.up_proj")
+    assert scheme.covers("model.layers.0.self_attn.q_proj")
+    assert not scheme.covers("model.layers.1.self_attn.q_proj")
+    assert not scheme.covers("model.layers.7.mlp.down_proj")
+
+
 @pytest.mark.parametrize(
     ("config", "request_", "message"),
     [
-        (LLAMA, {"quant": "int3"}, "quant=int3 is not supported; choose one of fp8, fp8_block, int4"),
+        (LLAMA, {"quant": "int3"}, "quant=int3 is not supported; choose one of fp8, fp8_block, int8, int4"),
         (
             MIXTURE,
             {"quant": "fp8_block"},
@@ -188,6 +250,17 @@ def test_targets_without_8_bit_floats_refuse_them(config, request_, what, monkey
         PlanError, match=f"{what} needs 8-bit floats, which sm_80 does not compute with; choose"
     ):
         compile_plan(dummy(config), target="sm_80", **LIMITS, **request_)
+
+
+@pytest.mark.parametrize(
+    ("config", "quant"),
+    [(LLAMA, "int8"), (LLAMA | {"quantization_config": integers(CHANNEL, TOKEN)}, None)],
+    ids=["made", "stored"],
+)
+def test_targets_without_8_bit_floats_have_integers(config, quant, monkeypatch):
+    monkeypatch.setattr("makeready.graphs.planner.compile._discover", lambda target: None)
+    lowered = trace_checkpoint(dummy(config), Request(target="sm_80", quant=quant, max_rows=2)).lower()
+    assert "linear_int8" in ops(lowered.programs[DECODE])
 
 
 @pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e4m3", "fp8_e4m3"])
@@ -243,7 +316,7 @@ def source(checkpoint: Any, name: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("weight_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("quant", ["fp8", "fp8_block"])
+@pytest.mark.parametrize("quant", ["fp8", "fp8_block", "int8"])
 def test_weights_are_quantized_as_by_hand(quant, weight_dtype):
     """Bytes of weights and scales, piece by piece of merged parameters, computed one block at a time."""
     checkpoint = dummy(WIDE | {"dtype": weight_dtype})
@@ -253,14 +326,18 @@ def test_weights_are_quantized_as_by_hand(quant, weight_dtype):
     name = next(n for n in made if n.partition("@")[0] == "layers.0.mlp.gate+up.weight")
     q, scale = made[name], made["layers.0.mlp.gate+up.weight_scale"]
     rows = torch.cat([source(checkpoint, "mlp.gate_proj"), source(checkpoint, "mlp.up_proj")]).numpy()
-    assert (q.dtype, q.shape, scale.dtype) == (FP8, rows.shape, torch.float32)
+    kind = torch.int8 if quant == "int8" else FP8
+    assert (q.dtype, q.shape, scale.dtype) == (kind, rows.shape, torch.float32)
     tall, wide = (128, 128) if quant == "fp8_block" else (1, rows.shape[1])
     scale = scale.view(len(rows) // tall, rows.shape[1] // wide)
     for i, j in np.ndindex(*scale.shape):
         here = slice(i * tall, (i + 1) * tall), slice(j * wide, (j + 1) * wide)
-        wanted = np.float32(np.abs(rows[here]).max()) / np.float32(448)
+        wanted = np.float32(np.abs(rows[here]).max()) / np.float32(127 if quant == "int8" else 448)
         assert scale[i, j] == wanted
-        assert np.array_equal(q.view(torch.uint8).numpy()[here], to_float8(rows[here] / wanted))
+        if quant == "int8":
+            assert np.array_equal(q.numpy()[here], np.rint(rows[here] / wanted))
+        else:
+            assert np.array_equal(q.view(torch.uint8).numpy()[here], to_float8(rows[here] / wanted))
 
 
 @pytest.mark.parametrize("config", [{"quant_method": "fp8", "activation_scheme": "static"}, BLOCKS], ids=str)
@@ -356,9 +433,10 @@ def test_checkpoints_that_contradict_their_config_are_refused(tmp_path):
 
 def test_plans_of_other_quantizations_have_other_digests():
     digests = {
-        compile_plan(dummy(WIDE), **LIMITS, quant=quant).digest for quant in (None, "fp8", "fp8_block")
+        compile_plan(dummy(WIDE), **LIMITS, quant=quant).digest
+        for quant in (None, "fp8", "fp8_block", "int8")
     }
-    assert len(digests) == 3
+    assert len(digests) == 4
 
 
 @given(st.lists(st.floats(width=32, allow_nan=True), min_size=1, max_size=50))

@@ -15,7 +15,7 @@ from makeready.graphs.plan.plan import PlanError
 from makeready.graphs.plan.recipe import Param, Piece
 from makeready.graphs.plan.spec import EXTEND
 from makeready.graphs.planner.ir import STEP, Call, Program, Value
-from makeready.graphs.quant.fp8 import quantize_linears
+from makeready.graphs.quant.eight_bits import quantize_linears
 from makeready.graphs.quant.scheme import Scheme
 from makeready.kernels.spec import TensorSpec
 

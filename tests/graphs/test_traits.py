@@ -27,7 +27,7 @@ from makeready.graphs.plan.targets import find_target
 from makeready.graphs.planner.ir import Call, Program
 from makeready.graphs.planner.lower import lower
 from makeready.graphs.planner.verify import VerificationError, verify, verify_alike
-from makeready.graphs.quant.fp8 import quantize_linears
+from makeready.graphs.quant.eight_bits import quantize_linears
 from makeready.graphs.quant.scheme import ON_LOAD
 from makeready.kernels.contract import CONTRACTS, contract
 from makeready.kernels.spec import TensorSpec

@@ -20,7 +20,7 @@ from makeready.graphs.plan.spec import EXTEND
 from makeready.graphs.planner.compile import Traced
 from makeready.graphs.planner.trace import trace
 from makeready.graphs.planner.verify import verify
-from makeready.graphs.quant.fp8 import quantize_linears
+from makeready.graphs.quant.eight_bits import quantize_linears
 from makeready.graphs.quant.scheme import ON_LOAD
 from makeready.graphs.steps.base import step_kinds
 from makeready.kernels import elementwise, embedding, quantize

@@ -177,13 +177,22 @@ def dequantize_fp8(op: str) -> Iterator[Case]:
         scales, more = (rows,), {}
         if op.endswith("_block"):
             scales, more = (-(-rows // block), -(-width // block)), {"block": block}
-        operands = {"q": _fp8(random, rows, width), "scale": random.uniform(*scales)}
+        operands = {"q": _eight_bits(op)(random, rows, width), "scale": random.uniform(*scales)}
         yield Case(op, f"{rows}x{width}x{block}-{dtype}", operands, attrs | more)
 
 
 def _fp8(random: Random, *shape: int) -> torch.Tensor:
     """Every magnitude of the format, the largest included."""
     return random.normal(*shape, scale=60).clamp(-448, 448).to(torch.float8_e4m3fn)
+
+
+def _int8(random: Random, *shape: int) -> torch.Tensor:
+    """Every number of the format, -128 included, which files may hold."""
+    return random.normal(*shape, scale=60).clamp(-128, 127).round().to(torch.int8)
+
+
+def _eight_bits(op: str) -> Callable[..., torch.Tensor]:
+    return _int8 if "int8" in op else _fp8
 
 
 LINEAR_OUT = (("bfloat16", None), ("bfloat16", "bfloat16"), ("float32", "float32"), ("float16", None))
@@ -193,11 +202,23 @@ def linear_fp8(op: str) -> Iterator[Case]:
     shapes = [(3, 16, 7), (1, 1, 1), (1, 576, 192), (17, 96, 33), (129, 64, 64), (5, 4096, 48)]
     for seed, ((tokens, inputs, outputs), (out, bias)) in enumerate(itertools.product(shapes, LINEAR_OUT)):
         random = Random(seed)
-        operands = {"x": _fp8(random, tokens, inputs), "x_scale": random.uniform(tokens, 1) / 100}
-        operands |= {"weight": _fp8(random, outputs, inputs), "weight_scale": random.uniform(outputs) / 500}
+        made = _eight_bits(op)
+        operands = {"x": made(random, tokens, inputs), "x_scale": random.uniform(tokens, 1) / 100}
+        operands |= {"weight": made(random, outputs, inputs), "weight_scale": random.uniform(outputs) / 500}
         if bias:
             operands["bias"] = random.normal(outputs, dtype=bias)
         yield Case(op, f"{tokens}x{inputs}x{outputs}-{bias}-{out}", operands, {"out_dtype": out})
+
+
+def linear_int8(op: str) -> Iterator[Case]:
+    """Those of 8-bit floats, and the largest sums that there can be, which fp32 does not hold."""
+    yield from linear_fp8(op)
+    for x, inputs in ((127, 4099), (-127, 1041), (-128, 131)):
+        operands = {"x": torch.full((3, inputs), x, dtype=torch.int8), "x_scale": torch.ones(3, 1) / 977}
+        weight = torch.full((5, inputs), -128, dtype=torch.int8)
+        weight[::2, ::3] = 127
+        operands |= {"weight": weight, "weight_scale": torch.ones(5) / 33}
+        yield Case(op, f"{x}-{inputs}", operands, {"out_dtype": "float32"})
 
 
 def linear_fp8_block(op: str) -> Iterator[Case]:
@@ -319,7 +340,15 @@ BUILDERS: Mapping[str, Callable[[str], Iterator[Case]]] = {
     "add_rms_norm_quantize_fp8": lambda op: _grouped(_norm(op, "x", "residual"), _width("x")),
     "add_rms_norm_and_quantize_fp8": lambda op: _grouped(_norm(op, "x", "residual"), _width("x")),
     "silu_mul_quantize_fp8": lambda op: _grouped(_pointwise(op, "gate_up", even=True), _width("gate_up", 2)),
+    "quantize_int8": lambda op: _grouped(_pointwise(op, "x"), _width("x")),
+    "quantize_int8_static": quantize_fp8_static,
+    "dequantize_int8": dequantize_fp8,
+    "rms_norm_quantize_int8": lambda op: _grouped(_norm(op, "x"), _width("x")),
+    "add_rms_norm_quantize_int8": lambda op: _grouped(_norm(op, "x", "residual"), _width("x")),
+    "add_rms_norm_and_quantize_int8": lambda op: _grouped(_norm(op, "x", "residual"), _width("x")),
+    "silu_mul_quantize_int8": lambda op: _grouped(_pointwise(op, "gate_up", even=True), _width("gate_up", 2)),
     "linear_fp8": linear_fp8,
+    "linear_int8": linear_int8,
     "linear_fp8_block": linear_fp8_block,
     "head_rms_norm": head_rms_norm,
     "rope_rows": rope_rows,
@@ -349,11 +378,14 @@ BUILDERS: Mapping[str, Callable[[str], Iterator[Case]]] = {
     "combine": moe_inputs.combine,
     "combine_add_rms_norm": moe_inputs.combine_norm,
     "combine_add_rms_norm_quantize_fp8": moe_inputs.combine_norm,
+    "combine_add_rms_norm_quantize_int8": moe_inputs.combine_norm,
     "grouped_linear": moe_inputs.grouped_linear,
     "grouped_linear_fp8": moe_inputs.grouped_linear_fp8,
+    "grouped_linear_int8": moe_inputs.grouped_linear_fp8,
     "grouped_linear_fp8_block": moe_inputs.grouped_linear_fp8_block,
     "grouped_silu_mul": lambda op: moe_inputs.gated(moe_inputs.grouped_linear(op)),
     "grouped_silu_mul_fp8": lambda op: moe_inputs.gated(moe_inputs.grouped_linear_fp8(op)),
+    "grouped_silu_mul_int8": lambda op: moe_inputs.gated(moe_inputs.grouped_linear_fp8(op)),
     "grouped_silu_mul_fp8_block": lambda op: moe_inputs.gated(moe_inputs.grouped_linear_fp8_block(op)),
     "linear_int": int_inputs.linear_int,
     "grouped_linear_int": int_inputs.grouped_linear_int,

@@ -108,7 +108,7 @@ def combine_norm(op: str) -> Iterator[Case]:
             "residual": random.normal(len(case.operands["place"]), width, dtype=dtype),
             "weight": random.uniform(width, dtype=dtype),
         }
-        attrs = {"eps": 1e-6} | ({"group": width} if op.endswith("fp8") else {})
+        attrs = {"eps": 1e-6} | ({"group": width} if "quantize" in op else {})
         yield Case(op, case.label, case.operands | more, attrs)
 
 
@@ -159,6 +159,10 @@ def _fp8(random: Random, *shape: int) -> torch.Tensor:
     return random.normal(*shape, scale=60).clamp(-448, 448).to(torch.float8_e4m3fn)
 
 
+def _int8(random: Random, *shape: int) -> torch.Tensor:
+    return random.normal(*shape, scale=60).clamp(-128, 127).round().to(torch.int8)
+
+
 def grouped_linear_fp8(op: str) -> Iterator[Case]:
     for seed, ((tokens, experts, k, inputs, outputs), out) in enumerate(
         itertools.product(PRODUCTS, ("bfloat16", "float32"))
@@ -167,8 +171,9 @@ def grouped_linear_fp8(op: str) -> Iterator[Case]:
             random = Random(seed)
             scale = random.uniform(rows, 1) / 100
             scale[used(where, rows, top_k) :] = NAN
-            operands = {"x": _fp8(random, rows, inputs), "x_scale": scale}
-            operands |= {"weight": _fp8(random, experts, outputs, inputs)}
+            eight = _int8 if op.endswith("int8") else _fp8
+            operands = {"x": eight(random, rows, inputs), "x_scale": scale}
+            operands |= {"weight": eight(random, experts, outputs, inputs)}
             operands |= {"weight_scale": random.uniform(experts, outputs) / 500, **where}
             attrs = {"top_k": top_k, "out_dtype": out}
             yield Case(op, f"{tokens}x{experts}x{inputs}x{outputs}-{label}-{out}", operands, attrs)

@@ -60,7 +60,7 @@ def expert_weights(
 
     Args:
         gathered: rows of x are the entries, in order.
-        scales: "channel" or "block": 8-bit floats.
+        scales: "channel" or "block": 8-bit floats; "int8": integers with those of channels.
     """
     assert isinstance(route.sort_by_expert, Contract)
     expert = routing(tokens, count, k, kind, seed)
@@ -72,7 +72,10 @@ def expert_weights(
         shapes = ((rows, 1), (count, outputs))
         if scales == "block":
             shapes = ((rows, inputs // 128), (count, -(-outputs // 128), inputs // 128))
-        x, weight = (t.mul(60).clamp(-448, 448).to(torch.float8_e4m3fn) for t in (x, weight))
+        if scales == "int8":
+            x, weight = (t.mul(60).clamp(-128, 127).round().to(torch.int8) for t in (x, weight))
+        else:
+            x, weight = (t.mul(60).clamp(-448, 448).to(torch.float8_e4m3fn) for t in (x, weight))
         for place, (name, shape) in enumerate(zip(("x_scale", "weight_scale"), shapes, strict=True)):
             made[name] = random(*shape, seed=seed + place).exp() / 1000
     else:
@@ -80,7 +83,7 @@ def expert_weights(
     unread = torch.arange(rows) >= start[-1] if gathered else (expert < 0).all(1)
     unused = start[1:] == start[:-1]
     if scales:
-        x.view(torch.uint8)[unread] = weight.view(torch.uint8)[unused] = 0x7F  # NaN
+        x.view(torch.uint8)[unread] = weight.view(torch.uint8)[unused] = 0x7F  # NaN of floats
         made["x_scale"][unread] = made["weight_scale"][unused] = NAN
     else:
         x[unread] = weight[unused] = NAN

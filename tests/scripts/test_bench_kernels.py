@@ -109,7 +109,7 @@ def test_tables_of_known_figures():
         "a": {"seconds": 2e-6, "predicted": 2e-6, "error": 1e-3},
         "b": {"seconds": 1e-6, "predicted": 3e-6, "error": 0.5},
     }
-    fp8 = {"scales": "rows", "matrix": "o", "tokens": 4, "floor": 1e-6, "scaled_mm": None, "ways": ways}
+    fp8 = {"scales": "rows", "matrix": "o", "tokens": 4, "floor": 1e-6, "torch": None, "ways": ways}
     wrong, _, found = gemm_fp8.table([fp8])
     assert wrong == "WRONG rows o 4 b is off by 5.0e-01"
     assert found.split()[:4] == ["rows", "o", "4", "a"]
@@ -136,7 +136,7 @@ def test_without_a_gpu_a_sentence_says_so(suite: str, capsys):
     ("options", "reason"),
     [
         (["suite=[load_steps]"], "suite load_steps reads a compiled plan in every process; give plan=FOLDER"),
-        (["suite=[gemm_fp8]", "gemm_fp8.scales=[tensor]"], "must list some of rows, groups"),
+        (["suite=[gemm_fp8]", "gemm_fp8.scales=[tensor]"], "must list some of rows, groups, integers"),
         (["suite=[gemm_fp8_sweep]", "gemm_fp8.matrices=[]"], "must list some of qkv, o, gate_up, down"),
         (["suite=[gemm]", "gemm_fp8.scales=[rows]"], "it is for gemm_fp8, gemm_fp8_sweep"),
         (["suite=[gemm]", "load_steps.weights=x"], "it is for load_steps"),

@@ -188,6 +188,7 @@ _RANDOM_BITS = {
     "bfloat16": (0x80FF, 0x3F00),
     "float16": (0x87FF, 0x3800),
     "float8_e4m3fn": (0x8F, 0x30),
+    "int8": (0xFF, 0),  # any number
 }
 
 

@@ -16,7 +16,16 @@ from makeready.kernels.spec import DTYPE_BYTES
 # What CUDA C++ states of a map, as numbers of CUtensorMapSwizzle (by bytes) and CUtensorMapDataType (by dtype).
 _SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
 _PROMOTIONS = {128: 2, 256: 3}
-_ELEMENTS = {"float8_e4m3fn": 0, "uint8": 0, "int16": 1, "int32": 3, "float16": 6, "float32": 7, "bfloat16": 9}
+_ELEMENTS = {
+    "float8_e4m3fn": 0,
+    "int8": 0,
+    "uint8": 0,
+    "int16": 1,
+    "int32": 3,
+    "float16": 6,
+    "float32": 7,
+    "bfloat16": 9,
+}
 
 
 def binary_key(kernel: Kernel, made: Compiled) -> str:

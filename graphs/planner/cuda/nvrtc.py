@@ -32,7 +32,7 @@ _POINTERS: Mapping[str, frozenset[str]] = {
     "int": frozenset({"int32"}),
     "int64_t": frozenset({"int64"}),
     "uint16_t": frozenset({"bfloat16", "float16"}),
-    "uint8_t": frozenset({"float8_e4m3fn", "uint8"}),
+    "uint8_t": frozenset({"float8_e4m3fn", "int8", "uint8"}),
 }
 _NUMBERS: Mapping[str, str] = {"int": "int32", "int64_t": "int64", "float": "float32"}
 

@@ -29,13 +29,19 @@ assert grouped_cuda
 assert route
 
 TOKENS = (1, 8, 16, 64, 256, 1024, 8192)
-KINDS = {"bf16": "", "fp8_block": "block"}  # of weights, and of their scales
+KINDS = {"bf16": "", "fp8_block": "block", "int8": "int8"}  # of weights, and of their scales
+SUFFIX = {"": "", "channel": "_fp8", "block": "_fp8_block", "int8": "_int8"}  # of ops
 SETS = 6  # routings that calls rotate over
 MOST = 4  # ways of a kernel that are timed
 WRONG = 8e-3  # relative error from which a result is no rounding
 
 Tensors = dict[str, torch.Tensor]
 F8 = torch.float8_e4m3fn
+
+
+def eight_bits(x: torch.Tensor, scales: str) -> torch.Tensor:
+    """``x`` as e4m3, or as integers where scales are theirs."""
+    return x.round().clamp(-127, 127).to(torch.int8) if scales == "int8" else x.clamp(-448, 448).to(F8)
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ class Shape:
         return {"order": flat.sort(stable=True).indices.int(), "start": start}
 
     def weights(self, *, gate: bool, scales: str, seed: int = 0) -> Tensors:
-        """Of all experts; "" bf16, "channel" or "block" e4m3."""
+        """Of all experts; "" bf16, "channel" or "block" e4m3, "int8" integers by channel."""
         torch.manual_seed(seed)
         outputs, inputs = self.sizes(gate=gate)
         if not scales:
@@ -70,9 +76,10 @@ class Shape:
             for e in range(self.experts):
                 made[e] = torch.randn(outputs, inputs, device="cuda") / inputs**0.5
             return {"weight": made}
-        made = torch.empty(self.experts, outputs, inputs, dtype=F8, device="cuda")
+        dtype = torch.int8 if scales == "int8" else F8
+        made = torch.empty(self.experts, outputs, inputs, dtype=dtype, device="cuda")
         for e in range(self.experts):
-            made[e] = (torch.randn(outputs, inputs, device="cuda") * 60).clamp(-448, 448).to(F8)
+            made[e] = eight_bits(torch.randn(outputs, inputs, device="cuda") * 60, scales)
         groups = (-(-outputs // 128), inputs // 128) if scales == "block" else (outputs,)
         scale = (torch.rand(self.experts, *groups, device="cuda") + 0.5) / (60 * inputs**0.5)
         return {"weight": made, "weight_scale": scale}
@@ -85,7 +92,7 @@ class Shape:
             return {"x": x.bfloat16()}
         groups = x.shape[1] // 128 if scales == "block" else 1
         return {
-            "x": (x * 60).clamp(-448, 448).to(F8),
+            "x": eight_bits(x * 60, scales),
             "x_scale": (torch.rand(rows, groups, device="cuda") + 0.5) / 60,
         }
 
@@ -93,11 +100,7 @@ class Shape:
         self, tokens: int, *, gate: bool, scales: str, seed: int = 0
     ) -> tuple[str, Tensors, dict[str, Any]]:
         """Op, operands and attributes of the first product with its gate, or of the second."""
-        op = ("grouped_silu_mul" if gate else "grouped_linear") + {
-            "": "",
-            "channel": "_fp8",
-            "block": "_fp8_block",
-        }[scales]
+        op = ("grouped_silu_mul" if gate else "grouped_linear") + SUFFIX[scales]
         rows = tokens if gate else tokens * self.top_k
         tensors = {
             **self.activations(rows, gate=gate, scales=scales, seed=seed),
@@ -141,7 +144,7 @@ class Step:
 
 def steps(shape: Shape, scales: str) -> list[Step]:
     """Of a layer, as plans have them."""
-    suffix = {"": "", "channel": "_fp8", "block": "_fp8_block"}[scales]
+    suffix = SUFFIX[scales]
     attrs = {"out_dtype": "bfloat16", **({"block": 128} if scales == "block" else {})}
     places = {"order": "order", "start": "start"}
 
@@ -164,7 +167,15 @@ def steps(shape: Shape, scales: str) -> list[Step]:
     made.insert(2, product("grouped_linear", "q" if scales else "h", "down", "y", 0))
     if scales:
         group = {"group": 128 if scales == "block" else shape.inner}
-        made.insert(2, Step("quantize_fp8", {"x": "h"}, {"q": "q", "scale": "q_scale"}, group))
+        made.insert(
+            2,
+            Step(
+                "quantize_int8" if scales == "int8" else "quantize_fp8",
+                {"x": "h"},
+                {"q": "q", "scale": "q_scale"},
+                group,
+            ),
+        )
     return made
 
 
@@ -198,7 +209,8 @@ def calls() -> Iterator[tuple[OpCall, Sequence[Candidate]]]:
 
 def _shapes(shape: Shape, tokens: int, scales: str) -> Tensors:
     """All values of a layer, which hold nothing."""
-    kind, entries = F8 if scales else torch.bfloat16, tokens * shape.top_k
+    entries, integers = tokens * shape.top_k, scales == "int8"
+    kind = torch.int8 if integers else F8 if scales else torch.bfloat16
 
     def made(*sizes: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(*sizes, dtype=dtype, device="meta")
@@ -218,8 +230,10 @@ def _shapes(shape: Shape, tokens: int, scales: str) -> Tensors:
     for name, gate in (("gate_up", True), ("down", False)):
         outputs, inputs = shape.sizes(gate=gate)
         held[name] = made(shape.experts, outputs, inputs, dtype=kind)
-        held[f"{name}_scale"] = made(shape.experts, -(-outputs // 128), inputs // 128)
-    return held | {"x_scale": made(tokens, shape.width // 128), "q_scale": made(entries, shape.inner // 128)}
+        squares = (outputs,) if integers else (-(-outputs // 128), inputs // 128)
+        held[f"{name}_scale"] = made(shape.experts, *squares)
+    groups = (1, 1) if integers else (shape.width // 128, shape.inner // 128)
+    return held | {"x_scale": made(tokens, groups[0]), "q_scale": made(entries, groups[1])}
 
 
 def measure(note: Callable[[str], None]) -> list[dict[str, Any]]:

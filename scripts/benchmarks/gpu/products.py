@@ -23,12 +23,13 @@ from makeready.graphs.plan.spec import EXTEND, Bucket
 from makeready.graphs.plan.targets import Target
 from makeready.kernels.spec import TensorSpec
 
-FP8 = "float8_e4m3fn"
+FP8, INT8 = "float8_e4m3fn", "int8"
+EIGHT_BITS = {FP8: "linear_fp8", INT8: "linear_int8"}  # and what multiplies them
 
 
 @dataclass(frozen=True)
 class Product:
-    """``T`` rows of ``K`` inputs times ``N`` rows of weights, in bf16, or in FP8 with a scale a row."""
+    """``T`` rows of ``K`` inputs times ``N`` rows of weights, in bf16, or in 8 bits with a scale a row."""
 
     T: int
     N: int
@@ -47,7 +48,7 @@ class Product:
             "x": TensorSpec((self.T, self.K), self.dtype),
             "weight": TensorSpec((self.N, self.K), self.dtype),
         }
-        if self.dtype == FP8:
+        if self.dtype in EIGHT_BITS:
             made["x_scale"] = TensorSpec((self.T, 1), "float32")
             made["weight_scale"] = TensorSpec((self.N,), "float32")
         return made
@@ -94,7 +95,7 @@ def build(product: Product, target: Target, *, keep: int) -> Built:
             buffers[name] = Buffer(TensorSpec(("T", *spec.shape[1:]), spec.dtype), end, None, 0, 1)
             end += align(spec.nbytes({}))
     launch = Launch(
-        "linear_fp8" if product.dtype == FP8 else "linear",
+        EIGHT_BITS.get(product.dtype, "linear"),
         "reference",
         {name: name for name in product.operands},
         {"y": "y"},

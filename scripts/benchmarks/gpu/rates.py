@@ -15,7 +15,7 @@ from functools import cache
 from typing import Any
 
 from benchmarks.gpu import products
-from benchmarks.gpu.products import FP8, Product
+from benchmarks.gpu.products import FP8, INT8, Product
 from makeready.graphs.executable.cuda.driver import Device, Driver
 from makeready.graphs.plan.devices import Device as Figures
 from makeready.graphs.plan.devices import device_named
@@ -99,8 +99,10 @@ def measure(driver: Driver) -> Rates:
         try:
             reads = _reads(driver, target)
             flops["bfloat16"] = _products(driver, target, "bfloat16")
-            if "fp8" in target.features:
-                flops[FP8] = _products(driver, target, FP8)
+            eight = FP8 if "fp8" in target.features else INT8
+            flops[eight] = _products(driver, target, eight)
+            # By the data sheets both have one rate where there are both.
+            flops[INT8] = flops[eight]
             source = "measured"
         except (ModuleNotFoundError, PlanError) as error:
             known = device_named(device.name)

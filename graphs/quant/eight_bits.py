@@ -1,4 +1,4 @@
-"""Linears of 8-bit floats in the place of wide ones."""
+"""Linears of 8-bit floats or integers in the place of wide ones."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from makeready.graphs.quant.scheme import BLOCK, CHANNEL, TENSOR, Scheme
 from makeready.kernels.contract import Contract
 from makeready.kernels.spec import TensorSpec
 
-FP8 = "float8_e4m3fn"
-
 
 def quantize_linears(program: Program, scheme: Scheme) -> Program:
     """``linear(x, w)`` → ``linear_fp8(quantize_fp8(x), w, scales)`` wherever ``scheme`` covers the weight.
+
+    With integers ``int8`` stands in the place of ``fp8``.
 
     A linear is any op that another one's contract ``quantizes`` for schemes of this kind.
 
@@ -114,11 +114,11 @@ class _Rewrite:
         block, scale = self.scheme.block, self._scale(param)
         blocks = self.scheme.weights == BLOCK
         operands = {
-            "q": Operand(TensorSpec(param.spec.shape, FP8), param.pieces, unit=block or 1),
+            "q": Operand(TensorSpec(param.spec.shape, self.scheme.dtype), param.pieces, unit=block or 1),
             "scale": Operand(scale.spec, scale.pieces, unit=1),
         }
         attrs = {"out_dtype": param.spec.dtype} | ({"block": block} if blocks else {})
-        op = "dequantize_fp8_block" if blocks else "dequantize_fp8"
+        op = f"dequantize_{self.scheme.number}" + ("_block" if blocks else "")
         call = LoadCall(op, {"q": "q", "scale": "scale"}, {"x": "x"}, attrs)
         return replace(param, pieces=(), derived=Derived(Derivation(operands, (call,)), "x"))
 
@@ -134,7 +134,7 @@ class _Rewrite:
         *others, width = (int(n) for n in param.spec.shape)
         beyond = self._whole(width) - width
         padding = (*(0 for _ in others), beyond) if beyond else ()
-        made = replace(param, spec=TensorSpec((*others, width + beyond), FP8), padding=padding)
+        made = replace(param, spec=TensorSpec((*others, width + beyond), self.scheme.dtype), padding=padding)
         return self._made(made, param, "q")
 
     def _whole(self, width: int) -> int:
@@ -190,9 +190,9 @@ class _Rewrite:
         if self.scheme.stored:
             return made
         if self.scheme.weights == CHANNEL:
-            attrs, op = {"group": int(wide.spec.shape[-1])}, "quantize_fp8"
+            attrs, op = {"group": int(wide.spec.shape[-1])}, f"quantize_{self.scheme.number}"
         else:
-            attrs, op = {"block": self.scheme.block}, "quantize_fp8_block"
+            attrs, op = {"block": self.scheme.block}, f"quantize_{self.scheme.number}_block"
         matrix = as_matrix(wide)
         rows, width = (int(n) for n in matrix.spec.shape)
         whole = self._whole(width)
@@ -208,7 +208,8 @@ class _Rewrite:
 
     def _activation(self, x: str) -> list[Call]:
         """The calls that quantize the input ``x``, filled up to whole blocks."""
-        self.quantized[x] = q, scale = f"{x}.fp8", f"{x}.fp8_scale"
+        number = self.scheme.number
+        self.quantized[x] = q, scale = f"{x}.{number}", f"{x}.{number}_scale"
         if not self.scheme.static:
             width, filled = int(self.program.spec(x).shape[-1]), []
             whole = self._whole(width)
@@ -216,7 +217,7 @@ class _Rewrite:
                 filled = [Call("pad_columns", {"x": x}, {"y": f"{x}.whole"}, {"width": whole})]
                 x = f"{x}.whole"
             attrs = {"group": self.scheme.group(whole)}
-            return [*filled, Call("quantize_fp8", {"x": x}, {"q": q, "scale": scale}, attrs)]
+            return [*filled, Call(f"quantize_{number}", {"x": x}, {"q": q, "scale": scale}, attrs)]
         readers = []
         for call in filter(self.covers, self.program.calls):
             activation, weighted = quantized_operands(call, self.ops[call.op], self.program)
@@ -224,7 +225,8 @@ class _Rewrite:
                 readers.append(self.program.params[call.operands[weighted]])
         param = _static_scale(readers)
         self.params[param.name] = param
-        return [Call("quantize_fp8_static", {"x": x, "scale": param.name}, {"q": q, "row_scale": scale})]
+        operands = {"x": x, "scale": param.name}
+        return [Call(f"quantize_{number}_static", operands, {"q": q, "row_scale": scale})]
 
 
 def _static_scale(weights: Sequence[Param]) -> Param:
