@@ -272,6 +272,12 @@ def scale(op: str) -> Iterator[Case]:
         yield Case(op, case.label, case.operands, {"by": 25.25})
 
 
+def clamped_swiglu(op: str) -> Iterator[Case]:
+    for case in _pointwise(op, "gate_up", even=True):
+        for attrs in ({"alpha": 1.702, "limit": 7.0}, {"alpha": 1.0, "limit": 0.5}):
+            yield Case(op, f"{case.label}-{attrs['limit']}", case.operands, attrs)
+
+
 def rope(op: str) -> Iterator[Case]:
     for (heads, size, rotary), act in itertools.product(((3, 32, 32), (1, 80, 20), (8, 64, 2)), FLOATS):
         random = Random(size)
@@ -290,6 +296,7 @@ BUILDERS: Mapping[str, Callable[[str], Iterator[Case]]] = {
     "silu": lambda op: _pointwise(op, "x"),
     "gelu_tanh": lambda op: _pointwise(op, "x"),
     "gelu_tanh_mul": lambda op: _pointwise(op, "gate_up", even=True),
+    "clamped_swiglu": clamped_swiglu,
     "scale": scale,
     "silu_mul": lambda op: _pointwise(op, "gate_up", even=True),
     "columns": columns,
