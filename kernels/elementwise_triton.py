@@ -39,7 +39,7 @@ def _gelu_tanh(x):
 
 
 @triton.jit
-def gate_of(gate, up, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
+def clamped_swiglu_of(gate, up, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
     """Clamped SwiGLU of both in fp32."""
     gate = tl.minimum(gate, LIMIT, propagate_nan=tl.PropagateNan.ALL)
     up = tl.clamp(up, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
@@ -87,7 +87,7 @@ def pointwise(
         a = _gelu_tanh(a) * b
     elif OP == "clamped_swiglu":
         b = tl.load(x + row * X_STRIDE + (C + c), mask=inside, other=0.0).to(tl.float32)
-        a = gate_of(a, b, BY, LIMIT)
+        a = clamped_swiglu_of(a, b, BY, LIMIT)
     elif OP == "silu":
         a *= tl.sigmoid(a)
     elif OP == "gelu_tanh":

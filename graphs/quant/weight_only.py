@@ -21,6 +21,7 @@ from makeready.graphs.quant.linears import (
     module_of,
     quantized_operands,
     quantized_ops,
+    refuse_lost,
     scale_of,
     wide_sources,
 )
@@ -245,6 +246,7 @@ class _Rewrite:
         op = self.ops[call.op]
         weighted = quantized_operands(call, op, self.program)[1]
         param = self.program.params[call.operands[weighted]]
+        refuse_lost(call, op, module_of(param.pieces[0].source))
         before, x = [], op.inputs[0].name
         given = {**call.operands, **self._made(weighted, param, form)}
         if form.ordered:

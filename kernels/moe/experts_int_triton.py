@@ -11,6 +11,7 @@ from makeready.kernels.device import Argument, Candidate, DeviceLaunch, OpCall, 
 from makeready.kernels.gemm.linear_int_tiling import SPAN
 from makeready.kernels.gemm.linear_int_triton import group_of, takes
 from makeready.kernels.moe.experts_int import grouped_linear_int, grouped_silu_mul_int
+from makeready.kernels.moe.experts_triton import gate_constants
 from makeready.kernels.moe.grouped_tiling import Grouped, Tiling, describe, mismatched, predicted
 from makeready.kernels.registry import cuda_kernel
 from makeready.kernels.row_tiles import power_of_two
@@ -101,7 +102,7 @@ def emit(call: OpCall, way: Tiling) -> Candidate:
         "GROUP": group_of(call),
         "BT": way.t,
         "BN": way.n,
-        "SILU": outputs != int(call.tensors["weight"].shape[1]),
+        **gate_constants(call),
         "PDL": dependent,
         **({} if top_k else {"order": None}),
         **({} if "weight_zero" in call.tensors else {"weight_zero": None}),

@@ -15,7 +15,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from makeready.kernels.gemm.int_values_triton import centred, of_group, scaled
-from makeready.kernels.moe.grouped_tiles_triton import find_tile
+from makeready.kernels.moe.grouped_tiles_triton import find_tile, gated
 
 
 @triton.jit
@@ -55,7 +55,9 @@ def grouped_int(
     GROUP: tl.constexpr,
     BT: tl.constexpr,
     BN: tl.constexpr,
-    SILU: tl.constexpr,
+    GATE: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """``y[j] = x[row of j] @ ((weight[expert of j] - zero) * scale).T``; zeros for entries behind the last expert's.
@@ -64,16 +66,17 @@ def grouped_int(
         weight: int16 words of kernels/integers.py.
         weight_scale, weight_zero: tiles of fp16 and uint8 of every expert; zeros None where weights are symmetric.
         order: None where ``TOP_K`` is 0 and rows of x are the entries.
-        N: columns of y; experts have as many outputs, or twice as many where ``SILU``.
+        N: columns of y; experts have as many outputs, or twice as many where there is a gate.
         EP: E rounded up to a power of two.
         GROUP: inputs that share a scale: 32, 64, a multiple of 128, or what is at least K.
-        SILU: y is silu of the first N outputs times the others, both rounded to its dtype before.
+        GATE, ALPHA, LIMIT: as in grouped_tiles_triton.py.
         PDL: this launch may start before the one ahead of it ends.
     """
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    HALVES: tl.constexpr = 2 if SILU else 1
+    GATED: tl.constexpr = GATE is not None
+    HALVES: tl.constexpr = 2 if GATED else 1
     SUMS: tl.constexpr = GROUP % 128 == 0 and BT <= 32
     KIND: tl.constexpr = x.dtype.element_ty
     e = tl.arange(0, EP)
@@ -103,14 +106,13 @@ def grouped_int(
             of = (k + of_k)[None, :]
             x_TK = tl.load(x_rows + of, mask=inside[:, None] & (of < K), other=0.0)
             acc_NT = multiply_span(acc_NT, w_rows, scale, zero, x_TK, n, k, groups, BITS, GROUP, SUMS, KIND)
-            if SILU:
+            if GATED:
                 up_rows = w_rows + N.to(tl.int64) * words
                 up_NT = multiply_span(
                     up_NT, up_rows, scale, zero, x_TK, N + n, k, groups, BITS, GROUP, SUMS, KIND
                 )
-        if SILU:
-            gate_NT = acc_NT.to(y.dtype.element_ty).to(tl.float32)
-            acc_NT = gate_NT * tl.sigmoid(gate_NT) * up_NT.to(y.dtype.element_ty).to(tl.float32)
+        if GATED:
+            acc_NT = gated(acc_NT, up_NT, GATE, ALPHA, LIMIT, y.dtype.element_ty)
         at = column * BN + of_n
         out = y + j.to(tl.int64)[:, None] * y_stride + at[None, :]
         tl.store(out, acc_NT.T.to(y.dtype.element_ty), mask=inside[:, None] & (at < N)[None, :])

@@ -171,7 +171,9 @@ def test_schedules_against_the_reference(emulator: Emulator, schedule: Schedule,
 
 
 @pytest.mark.parametrize(
-    ("schedule", "cache"), [(PLAIN, None), (Schedule(lazy=True), None), (PLAIN, F8)], ids=["plain", "lazy", "narrow"]
+    ("schedule", "cache"),
+    [(PLAIN, None), (Schedule(lazy=True), None), (PLAIN, F8)],
+    ids=["plain", "lazy", "narrow"],
 )
 def test_sinks_join_the_denominators(
     emulator: Emulator, schedule: Schedule, cache: torch.dtype | None

@@ -356,7 +356,12 @@ BUILDERS: Mapping[str, Callable[[str], Iterator[Case]]] = {
     "combine": moe_inputs.combine,
     "combine_add_rms_norm": moe_inputs.combine_norm,
     "combine_add_rms_norm_quantize_fp8": moe_inputs.combine_norm,
-    "grouped_linear": moe_inputs.grouped_linear,
+    "grouped_linear": lambda op: itertools.chain(
+        moe_inputs.grouped_linear(op), moe_inputs.biased(moe_inputs.grouped_linear(op))
+    ),
+    "grouped_clamped_swiglu": lambda op: moe_inputs.biased(
+        moe_inputs.gated(moe_inputs.grouped_linear(op)), alpha=1.702, limit=1.5
+    ),
     "grouped_linear_fp8": moe_inputs.grouped_linear_fp8,
     "grouped_linear_fp8_block": moe_inputs.grouped_linear_fp8_block,
     "grouped_silu_mul": lambda op: moe_inputs.gated(moe_inputs.grouped_linear(op)),

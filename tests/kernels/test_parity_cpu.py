@@ -175,7 +175,9 @@ def attention_by_hand(case: Case) -> torch.Tensor:
         if "sinks" in o:  # the score of one more key, whose value is zero
             k, v = (functional.pad(x, (0, 0, 0, 1)) for x in (k, v))
             bias = torch.cat((bias, o["sinks"].double()[:, None, None]), -1)
-        y[token] = functional.scaled_dot_product_attention(q[token][:, None], k, v, bias, scale=a["scale"])[:, 0]
+        y[token] = functional.scaled_dot_product_attention(q[token][:, None], k, v, bias, scale=a["scale"])[
+            :, 0
+        ]
     return y.flatten(1)
 
 

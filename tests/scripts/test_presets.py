@@ -33,6 +33,8 @@ PARAMETERS = {
     "mixtral_8x7b": 46_702_792_704,
     "deepseek_v2_lite": 15_706_484_224,
     "deepseek_v2": 235_741_434_880,
+    "gpt_oss_20b": 20_914_757_184,
+    "gpt_oss_120b": 116_829_156_672,
     "deepseek_v3": 671_026_419_200,  # without the layer that predicts further tokens
 }
 CONTEXT = {
@@ -50,6 +52,8 @@ CONTEXT = {
     "mixtral_8x7b": 32768,
     "deepseek_v2_lite": 163840,
     "deepseek_v2": 163840,
+    "gpt_oss_20b": 131072,
+    "gpt_oss_120b": 131072,
     "deepseek_v3": 163840,
 }
 
