@@ -55,8 +55,9 @@ def grouped_linear(
     top_k: int,
     out_dtype: str = "",
 ) -> torch.Tensor:
-    """``y[j] = x[order[j] // top_k] @ weight[e].T + bias[e]`` for the entries j of expert e, ``start[e] <= j < start[e + 1]``.
+    """``y[j] = x[order[j] // top_k] @ weight[e].T + bias[e]`` for the entries j of expert e.
 
+    These are ``start[e] <= j < start[e + 1]``.
     With ``top_k`` 0 the rows of ``x`` are the entries: ``y[j] = x[j] @ weight[e].T``. Rows of ``y`` from
     ``start[E]`` on are zeros. Accumulated in fp32 or wider.
     """

@@ -1,13 +1,16 @@
-"""gpt-oss against transformers in fp32: sinks, alternating windows, biases everywhere, clamped SwiGLU, YaRN."""
+"""gpt-oss against transformers in fp32: sinks, alternating windows, biases, clamped SwiGLU, YaRN, MXFP4."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from reference import Recorder, compare, expected, make_model, poison_every_step, prompt_of
+from safetensors.torch import load_file, save_file
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from makeready.engine.llm import LLM
 from makeready.graphs.passes import REWRITES
@@ -26,11 +29,21 @@ SMALL: dict[str, Any] = {
 }
 MODELS: dict[str, dict[str, Any]] = {
     "small": {},
-    "as-released": {"num_local_experts": 32, "num_hidden_layers": 3, "sliding_window": 128, "max_position_embeddings": 512},
-    "narrow-window": {"sliding_window": 2, "num_hidden_layers": 3, "num_local_experts": 5, "num_experts_per_tok": 1},
-    "own-layers": {"layer_types": ["full_attention", "full_attention"], "num_attention_heads": 8, "head_dim": 16},
+    "as-released": {
+        "num_local_experts": 32,
+        "num_hidden_layers": 3,
+        "sliding_window": 128,
+        "max_position_embeddings": 512,
+    },
+    "narrow-window": {
+        "sliding_window": 2,
+        "num_hidden_layers": 3,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 1,
+    },
+    "own-layers": {"layer_types": ["full_attention"] * 2, "num_attention_heads": 8, "head_dim": 16},
     "truncated": {"rope_parameters": {**YARN, "truncate": True, "original_max_position_embeddings": 16}},
-}  # fmt: skip
+}
 
 
 def made(folder: Path, seed: int = 0, **config: Any) -> Any:
@@ -95,3 +108,74 @@ def test_quantizations_that_would_lose_biases_are_refused(quant: str, tmp_path: 
     made(tmp_path, intermediate_size=64)
     with pytest.raises(PlanError, match=r"gate_proj has a bias, which grouped_linear_\w+ does not take"):
         LLM(tmp_path, quant=quant, **PLAN)
+
+
+def as_mxfp4(folder: Path, model: Any) -> None:
+    """Rewrite the checkpoint in ``folder`` with experts as the released files have them, and ``model`` to what these
+    bits stand for: random numbers of 4 bits under random scales, made wide by transformers.
+    """
+    file, random = folder / "model.safetensors", torch.Generator().manual_seed(5)
+    tensors = load_file(file)
+    for i, layer in enumerate(model.model.layers):
+        for name in ("gate_up_proj", "down_proj"):
+            at, wide = f"model.layers.{i}.mlp.experts.{name}", getattr(layer.mlp.experts, name)
+            experts, inputs, outputs = wide.shape
+            shape = (experts, outputs, inputs // 32)
+            blocks = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, generator=random)
+            scales = torch.randint(122, 126, shape, dtype=torch.uint8, generator=random)
+            del tensors[at]
+            tensors |= {f"{at}_blocks": blocks, f"{at}_scales": scales}
+            wide.data.copy_(convert_moe_packed_tensors(blocks, scales, dtype=torch.float32))
+    save_file(tensors, file, {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+BLOCKS: dict[str, dict[str, Any]] = {
+    "one-block": {"hidden_size": 64, "intermediate_size": 32},
+    "odd-spans": {
+        "hidden_size": 192,
+        "intermediate_size": 160,
+        "num_local_experts": 3,
+        "num_experts_per_tok": 1,
+    },
+}
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_mxfp4_equals_what_transformers_makes_wide(name: str, deterministic: bool, tmp_path: Path) -> None:
+    model = made(tmp_path, **BLOCKS[name])
+    as_mxfp4(tmp_path, model)
+    llm = LLM(tmp_path, **PLAN, deterministic=deterministic)
+    recorder = Recorder(llm)
+    for length in (1, 65):
+        prompt = prompt_of(length, 131)
+        (ours,) = recorder.generate([prompt], 5)
+        compare(ours, expected(model, prompt, 5))
+    stored = {w.param.spec.dtype for w in llm.engine.executable.plan.weights if "gate_up" in w.param.name}
+    assert stored == {"int16", "uint8", "float32"}, "experts stay packed"
+
+
+def test_experts_that_are_not_converted(tmp_path: Path) -> None:
+    """One layer's stay wide, as ``modules_to_not_convert`` says."""
+    model = made(tmp_path, hidden_size=64, intermediate_size=64)
+    wide = load_file(tmp_path / "model.safetensors")
+    as_mxfp4(tmp_path, model)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in ("gate_up_proj", "down_proj"):
+        at = f"model.layers.1.mlp.experts.{name}"
+        del tensors[f"{at}_blocks"], tensors[f"{at}_scales"]
+        tensors[at] = wide[at]
+        getattr(model.model.layers[1].mlp.experts, name).data.copy_(wide[at])
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["modules_to_not_convert"].append("model.layers.1.mlp")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    prompt = prompt_of(30, 131)
+    (ours,) = Recorder(LLM(tmp_path, **PLAN)).generate([prompt], 4)
+    compare(ours, expected(model, prompt, 4))

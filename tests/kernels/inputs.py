@@ -15,6 +15,7 @@ import gguf_inputs
 import int_inputs
 import mla_inputs
 import moe_inputs
+import mx_inputs
 import torch
 from attention_inputs import (
     decode_attention,
@@ -367,6 +368,13 @@ BUILDERS: Mapping[str, Callable[[str], Iterator[Case]]] = {
     "grouped_silu_mul": lambda op: moe_inputs.gated(moe_inputs.grouped_linear(op)),
     "grouped_silu_mul_fp8": lambda op: moe_inputs.gated(moe_inputs.grouped_linear_fp8(op)),
     "grouped_silu_mul_fp8_block": lambda op: moe_inputs.gated(moe_inputs.grouped_linear_fp8_block(op)),
+    "grouped_linear_mx": lambda op: itertools.chain(
+        mx_inputs.grouped_linear_mx(op), moe_inputs.biased(mx_inputs.grouped_linear_mx(op))
+    ),
+    "grouped_clamped_swiglu_mx": lambda op: moe_inputs.biased(
+        mx_inputs.grouped_linear_mx(op), alpha=1.702, limit=7.0
+    ),
+    "repack_bytes": mx_inputs.repack_bytes,
     "linear_int": int_inputs.linear_int,
     "grouped_linear_int": int_inputs.grouped_linear_int,
     "repack_rows": int_inputs.repack_rows,

@@ -59,13 +59,18 @@ CONTEXT = {
 
 
 def parameters(traced: Traced) -> int:
-    """Elements of every checkpoint tensor that the model reads, but for scales of 8-bit weights."""
+    """Numbers of every checkpoint tensor that the model reads, but for scales of weights of few bits."""
     elements: dict[str, int] = {}
     for param in traced.programs["decode"].params.values():
         for piece in (piece for operand in param.operands for piece in operand.pieces):
             size = math.prod(stop for _, stop in piece.box) * math.prod(each.count for each in piece.each)
             elements[piece.source] = max(size, elements.get(piece.source, 0))
-    return sum(n for source, n in elements.items() if "_scale" not in source)
+    in_each = {"weight_blocks": 2}  # numbers of 4 bits in a byte
+    return sum(
+        n * in_each.get(source.rpartition(".")[2], 1)
+        for source, n in elements.items()
+        if "_scale" not in source
+    )
 
 
 def test_every_preset_is_checked_here():
