@@ -39,8 +39,6 @@ INLINE void widen_output(const LinearInt *a, int64_t n, const int64_t bits, floa
 
 /* The same of MXFP4: a field is one block. */
 INLINE void widen_floats(const LinearInt *a, int64_t n, float *restrict w) {
-    static const float e2m1[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
-                                   -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
     const int64_t spans = (a->inputs + 127) / 128, blocks = (a->inputs + 31) / 32;
     const uint16_t *words = a->weight + n * spans * 32;
     for (int64_t s = 0; s < spans; s++, words += 32)
@@ -50,8 +48,14 @@ INLINE void widen_floats(const LinearInt *a, int64_t n, float *restrict w) {
             const uint32_t bits = e == 255 ? 0x7FC00000u : e ? e << 23 : 0x00400000u;
             float scale;
             memcpy(&scale, &bits, sizeof(scale));
-            for (int64_t j = 0; j < 32; j++)
-                w[k + j] = e2m1[words[j] >> (4 * field) & 15] * scale;
+            /* Twice the number is its mantissa, with a leading one unless the exponent is 0, moved up by one less than
+             * the exponent. Arithmetic, as tables are no vectors. */
+            const float half = 0.5f * scale;
+            for (int64_t j = 0; j < 32; j++) {
+                const int32_t q = words[j] >> (4 * field), e = q >> 1 & 3;
+                const int32_t twice = ((q & 1) | (e ? 2 : 0)) << (e ? e - 1 : 0);
+                w[k + j] = (float)(q & 8 ? -twice : twice) * half;
+            }
         }
 }
 

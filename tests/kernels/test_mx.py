@@ -18,6 +18,7 @@ from test_small_triton import INTERPRETED, aot, launch_interpreted, op_call
 from makeready.kernels import integers_triton, mx, registry
 from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.device import OpCall, Tensor
+from makeready.kernels.gemm.linear_int_cpu import IntMatrix
 from makeready.kernels.integers import tiles
 from makeready.kernels.moe import experts_int_triton
 from makeready.kernels.spec import TensorSpec
@@ -51,11 +52,14 @@ def test_all_numbers_under_all_scales_are_the_definitions() -> None:
     q = torch.arange(16).repeat(256, 2)  # of row s the scale is s
     words = CONTRACTS["repack_bytes"].reference((q[:, ::2] | q[:, 1::2] << 4).to(torch.uint8), inputs=32)
     scale = tiles(torch.arange(256).to(torch.uint8)[:, None])
-    for dtype in (torch.float64, torch.float32):
-        made = mx.values(words, scale, inputs=32, dtype=dtype)
+    ((_, _, compiled),) = IntMatrix(words, scale, None, mx.BITS, mx.BLOCK, 32).parts()
+    for made in (
+        *(mx.values(words, scale, inputs=32, dtype=d) for d in (torch.float64, torch.float32)),
+        compiled,
+    ):
         wanted = [[by_definition(bits, s) for bits in range(16)] * 2 for s in range(256)]
         torch.testing.assert_close(
-            made, torch.tensor(wanted, dtype=torch.float64).to(dtype), rtol=0, atol=0, equal_nan=True
+            made, torch.tensor(wanted, dtype=torch.float64).to(made.dtype), rtol=0, atol=0, equal_nan=True
         )
 
 
