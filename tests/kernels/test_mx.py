@@ -132,9 +132,11 @@ def gpt_oss_call(
 
 @compiled
 def test_experts_cross_compile_without_spilling() -> None:
-    """The first choice for few and for many tokens; all where MX_COMPILE_ALL is set."""
+    """The first choice for few tokens; all where MX_COMPILE_ALL is set."""
     every = bool(os.environ.get("MX_COMPILE_ALL"))
-    for gated, entries in itertools.product((True, False), (4, 64, 1024, 32768) if every else (64,)):
+    for gated, entries in itertools.product(
+        (True, False)[: 2 if every else 1], (4, 64, 1024, 32768) if every else (64,)
+    ):
         found = {}
         call = gpt_oss_call(entries, gated)
         for way in experts_int_triton.tilings(call)[: None if every else 1]:
