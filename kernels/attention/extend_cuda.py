@@ -171,7 +171,8 @@ def candidate(call: OpCall, schedule: Schedule = _CHOSEN, *, give_up: int = 0) -
             **{
                 name: Pointer(name) for name in ("y", "page_table", "query_start", "query_len", "context_len")
             },
-            "sinks": Pointer("sinks" if "sinks" in call.tensors else "y"),  # which is not read
+            # Without sinks anything of their type, which is not read.
+            "sinks": Pointer("sinks") if "sinks" in call.tensors else Scratch(0, "float32"),
             "counter": Scratch(0, "int32"),
             "rows": Scalar(rows, "int32"),
             "tokens": Scalar(tokens, "int32"),
