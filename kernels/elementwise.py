@@ -64,6 +64,17 @@ def gelu_tanh_mul(gate_up: torch.Tensor) -> torch.Tensor:
     return (_gelu_tanh(gate) * up).to(gate_up.dtype)
 
 
+@contract("gate_up[T,J]:A -> y[T,J//2]:A", rowwise="T", flops="9*T*J/2")
+def clamped_swiglu(gate_up: torch.Tensor, *, alpha: float, limit: float) -> torch.Tensor:
+    """``(up + 1) * gate * sigmoid(alpha * gate)`` where ``gate_up`` holds the gate's columns, then up's.
+
+    The gate is at most ``limit``, up between ``-limit`` and ``limit`` (gpt-oss, arXiv:2508.10925).
+    """
+    gate, up = widen(gate_up).chunk(2, dim=-1)
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return ((up + 1) * (gate * torch.sigmoid(alpha * gate))).to(gate_up.dtype)
+
+
 @contract("x[T,C]:A -> y[T,stop-start]:A", rowwise="T", view="start", tolerance=Tolerance(exact=True))
 def columns(x: torch.Tensor, *, start: int, stop: int) -> torch.Tensor:
     """Columns ``start:stop`` of ``x``: a view, which lowering turns into an offset and a stride."""

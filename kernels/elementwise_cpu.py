@@ -11,6 +11,7 @@ from makeready.kernels import native
 from makeready.kernels.contract import Contract
 from makeready.kernels.elementwise import (
     add,
+    clamped_swiglu,
     gather_last,
     gelu_tanh_mul,
     multiply,
@@ -21,7 +22,7 @@ from makeready.kernels.elementwise import (
 from makeready.kernels.registry import Bind, Operands, by_rows, kernel
 from makeready.kernels.spec import TensorSpec
 
-for op in (add, multiply, scale, silu_mul, gelu_tanh_mul):
+for op in (add, multiply, scale, silu_mul, gelu_tanh_mul, clamped_swiglu):
     assert isinstance(op, Contract)
 
 
@@ -63,8 +64,19 @@ def gelu_tanh_mul_cpu(gate_up: torch.Tensor) -> torch.Tensor:
     return torch.add(gate, cube, alpha=0.044715).mul_(1.5957691216057308).sigmoid_().mul_(gate).mul_(up)
 
 
+def clamped_swiglu_cpu(gate_up: torch.Tensor, *, alpha: float, limit: float) -> torch.Tensor:
+    """The reference in place of its own products."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate = gate.clamp(max=limit)
+    return (gate * alpha).sigmoid_().mul_(gate).mul_(up.clamp(-limit, limit).add_(1))
+
+
 _gated(silu_mul, silu_mul_cpu)
 _gated(gelu_tanh_mul, gelu_tanh_mul_cpu)
+kernel(clamped_swiglu, "fused", target="cpu", applies=_float32)(clamped_swiglu_cpu)
+kernel(clamped_swiglu, "rows", target="cpu", invariant=True, ordinary=False, applies=_float32)(
+    by_rows(clamped_swiglu, clamped_swiglu_cpu)
+)
 
 # One rounding an element, wherever it stands.
 kernel(add, "rows", target="cpu", invariant=True, ordinary=False)(add.reference)

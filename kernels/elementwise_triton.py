@@ -16,6 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from makeready.kernels.device import Argument, Candidate, DeviceLaunch, OpCall, Pointer, Scalar
 from makeready.kernels.elementwise import (
     add,
+    clamped_swiglu,
     gather_last,
     gelu_tanh,
     gelu_tanh_mul,
@@ -38,6 +39,14 @@ def _gelu_tanh(x):
 
 
 @triton.jit
+def clamped_swiglu_of(gate, up, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
+    """Clamped SwiGLU of both in fp32."""
+    gate = tl.minimum(gate, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    up = tl.clamp(up, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    return (up + 1.0) * (gate * tl.sigmoid(ALPHA * gate))
+
+
+@triton.jit
 def pointwise(
     x,
     y,
@@ -45,6 +54,7 @@ def pointwise(
     rows,
     OP: tl.constexpr,
     BY: tl.constexpr,
+    LIMIT: tl.constexpr,
     C: tl.constexpr,
     X_COLUMNS: tl.constexpr,
     X_STRIDE: tl.constexpr,
@@ -75,6 +85,9 @@ def pointwise(
     elif OP == "gelu_tanh_mul":
         b = tl.load(x + row * X_STRIDE + (C + c), mask=inside, other=0.0).to(tl.float32)
         a = _gelu_tanh(a) * b
+    elif OP == "clamped_swiglu":
+        b = tl.load(x + row * X_STRIDE + (C + c), mask=inside, other=0.0).to(tl.float32)
+        a = clamped_swiglu_of(a, b, BY, LIMIT)
     elif OP == "silu":
         a *= tl.sigmoid(a)
     elif OP == "gelu_tanh":
@@ -98,7 +111,8 @@ def _launch(call: OpCall, x: str, y: str | None, out: str) -> Sequence[Candidate
     pdl = "pdl" in call.features
     constants = {
         "OP": call.op,
-        "BY": call.attrs.get("by", 1.0),
+        "BY": call.attrs.get("alpha", call.attrs.get("by", 1.0)),
+        "LIMIT": call.attrs.get("limit", 0.0),
         "C": width,
         "X_COLUMNS": call.tensors[x].shape[1],
         "X_STRIDE": call.tensors[x].row_stride,
@@ -157,6 +171,12 @@ def gelu_tanh_launches(call: OpCall) -> Sequence[Candidate]:
 
 @cuda_kernel(gelu_tanh_mul, "tiles", invariant=True)
 def gelu_tanh_mul_launches(call: OpCall) -> Sequence[Candidate]:
+    """See :func:`pointwise`."""
+    return _launch(call, "gate_up", None, "y")
+
+
+@cuda_kernel(clamped_swiglu, "tiles", invariant=True)
+def clamped_swiglu_launches(call: OpCall) -> Sequence[Candidate]:
     """See :func:`pointwise`."""
     return _launch(call, "gate_up", None, "y")
 

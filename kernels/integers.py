@@ -125,9 +125,9 @@ def unpack_zeros(q: torch.Tensor, *, bits: int, plus: int = 0, awq: bool = False
     return tiles(((found + plus) & (2**bits - 1)).to(torch.uint8))
 
 
-@contract("scale[N,G]:float16 -> tiled[cdiv(N,64),G,64]:float16", tolerance=_EXACT)
+@contract("scale[N,G]:S -> tiled[cdiv(N,64),G,64]:S", tolerance=_EXACT)
 def tile_scales(scale: torch.Tensor) -> torch.Tensor:
-    """Scales as tiles."""
+    """Scales as tiles, those of MXFP4 too."""
     return tiles(scale)
 
 

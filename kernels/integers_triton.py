@@ -30,6 +30,7 @@ from makeready.kernels.integers import (
     tile_scales,
     unpack_zeros,
 )
+from makeready.kernels.mx import repack_bytes
 from makeready.kernels.registry import cuda_kernel
 from makeready.kernels.row_tiles import row_tiles
 
@@ -43,15 +44,14 @@ _PLACES = 128  # of a block that sorts
 
 @triton.jit
 def repack_words(
-    q, order, weight, N, K: tl.constexpr, Q_STRIDE: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr,
-    PDL: tl.constexpr,
+    q, order, weight, N, K: tl.constexpr, Q_STRIDE: tl.constexpr, BITS: tl.constexpr, PER: tl.constexpr,
+    ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Words of one span from neighbouring inputs in 32 bits; ``order`` is None where they stay as they are."""
+    """Words of one span from ``PER`` neighbouring inputs in a number; ``order`` None: they stay as they are."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     COUNT: tl.constexpr = 8 * BITS
-    PER: tl.constexpr = 32 // BITS
     span = tl.program_id(0)
     n = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     j = tl.arange(0, COUNT)[None, :]
@@ -61,7 +61,7 @@ def repack_words(
         inside = (n < N) & (k < K)
         if order is not None:
             k = tl.load(order + k, mask=k < K, other=0)
-        found = tl.load(q + n * Q_STRIDE + k // PER, mask=inside, other=0)
+        found = tl.load(q + n * Q_STRIDE + k // PER, mask=inside, other=0).to(tl.int32)
         made |= ((found >> (k % PER * BITS)) & (2**BITS - 1)) << (BITS * field)
     words: tl.constexpr = (K + _SPAN - 1) // _SPAN * COUNT
     tl.store(weight + n * words + span * COUNT + j, made.to(tl.int16), mask=n < N)
@@ -120,7 +120,7 @@ def tile_rows(scale, tiled, N, G: tl.constexpr, GROUPS: tl.constexpr, PDL: tl.co
     g = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)[:, None]
     tile = tl.program_id(1).to(tl.int64)
     n = tile * _TILE + i
-    found = tl.load(scale + n * G + g, mask=(n < N) & (g < G), other=0.0)
+    found = tl.load(scale + n * G + g, mask=(n < N) & (g < G), other=0)
     tl.store(tiled + (tile * G + g) * _TILE + i, found, mask=g < G)
 
 
@@ -258,13 +258,20 @@ def _spans(inputs: int, outputs: int, rows: int = _ROWS) -> tuple[int, int]:
 @cuda_kernel(repack_rows, "spans", invariant=True)
 def repack_rows_launches(call: OpCall) -> Sequence[Candidate]:
     """See :func:`repack_words`."""
+    bits = call.attrs["bits"]
+    return _repack(call, bits, 32 // bits)
+
+
+@cuda_kernel(repack_bytes, "spans", invariant=True)
+def repack_bytes_launches(call: OpCall) -> Sequence[Candidate]:
+    """See :func:`repack_words`."""
+    return _repack(call, 4, 2)
+
+
+def _repack(call: OpCall, bits: int, per: int) -> Sequence[Candidate]:
     inputs, outputs = call.attrs["inputs"], call.dims["N"]
-    constants = {
-        "K": inputs,
-        "Q_STRIDE": call.tensors["q"].row_stride,
-        "BITS": call.attrs["bits"],
-        "ROWS": _ROWS,
-    }
+    stride = call.tensors["q"].row_stride
+    constants = {"K": inputs, "Q_STRIDE": stride, "BITS": bits, "PER": per, "ROWS": _ROWS}
     names = ("q", "order", "weight")
     return _launch(call, "repack_words", _spans(inputs, outputs), names, constants, N=outputs)
 

@@ -33,6 +33,8 @@ SCALES = {
     "scales": SCALE / 6.5,  # of 4 bits less a zero of 4 bits
 }
 PACKED = ("qweight", "qzeros", "weight_packed", "weight_zero_point")  # random bits: weights of 4 or 8 bits
+BLOCKS, EXPONENTS = "weight_blocks", "weight_scales"  # of MXFP4
+EXPONENT = 120  # 2^-7: random bits have a root mean square of 2.9
 
 # Big tensors repeat one random block, each from a place of its own: a million normals take 30 ms, and there may be
 # tens of thousands of such tensors. A prime length shares no factor with a row, so no two rows of a matrix with fewer
@@ -113,6 +115,8 @@ class DummyCheckpoint(Checkpoint):
             return "float32"
         if kind in PACKED:
             return "int32"
+        if kind in (BLOCKS, EXPONENTS):
+            return "uint8"
         scaled = kind == "weight" and any(f"{module}.{scale}" in beside for scale in SCALES)
         return "float8_e4m3fn" if scaled else self.dtype
 
@@ -138,7 +142,7 @@ class DummyCheckpoint(Checkpoint):
         if count < PERIOD or len(info.shape) == 1:
             return _numbers(_normals(number, min(count, PERIOD)), info), 0
         kind = info.name.rpartition(".")[2]
-        shared = (info.dtype, kind if kind in SCALES else "")
+        shared = (info.dtype, kind if kind in SCALES or kind == EXPONENTS else "")
         if shared not in self._shared:
             self._shared[shared] = _numbers(_normals(self._seed, PERIOD), info)
         return self._shared[shared], number % PERIOD
@@ -154,8 +158,11 @@ def _numbers(values: np.ndarray, info: TensorInfo) -> np.ndarray:
     kind = info.name.rpartition(".")[2]
     if kind in SCALES:  # between a half and one and a half of the usual
         return ((np.abs(np.tanh(values)) + np.float32(0.5)) * np.float32(SCALES[kind])).astype(np.float32)
-    if info.dtype == "int32":
-        return values.view(np.int32) * np.int32(0x9E3779B1 - 2**32)
+    if kind == EXPONENTS:  # half, once and twice as large as usual
+        return (EXPONENT + np.rint(np.tanh(values))).astype(np.uint8)
+    if info.dtype in ("int32", "uint8"):
+        bits = values.view(np.int32) * np.int32(0x9E3779B1 - 2**32)
+        return bits if info.dtype == "int32" else bits.view(np.uint8)[: len(values)]
     if info.dtype == "int8":
         return np.clip(np.rint(values * np.float32(FLOAT8_SPREAD)), -127, 127).astype(np.int8)
     if info.dtype == "float8_e4m3fn":

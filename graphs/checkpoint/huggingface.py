@@ -88,10 +88,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         info = self._find(name)
         part = self._parts.get(name)
         if part is not None:
-            first, *others = (slice(*r) for r in ranges(info, box))
-            rows = slice(part.start + first.start, part.start + first.stop)
-            box = (slice(part.expert, part.expert + 1), rows, *others)
-            return self._sources[part.stored].read(part.stored, box)[0]
+            return part.read(self._sources[part.stored], ranges(info, box))
         stored = self._stored_names.get(name, name)
         return self._sources[stored].read(stored, box)
 

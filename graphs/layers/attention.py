@@ -42,8 +42,18 @@ class PagedCache:
         shape = (page_size, self.kv_heads, self.head_dim)
         return KVPart(f"{self.name}.k", shape, dtype), KVPart(f"{self.name}.v", shape, dtype)
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inputs: Inputs) -> torch.Tensor:
-        """Put keys and values ``[T, kv_heads * head_dim]`` into the cache and attend with ``q`` over it."""
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        inputs: Inputs,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Put keys and values ``[T, kv_heads * head_dim]`` into the cache and attend with ``q`` over it.
+
+        ``sinks[heads]`` join the denominators of softmaxes.
+        """
         k_cache, v_cache = inputs.kv(f"{self.name}.k"), inputs.kv(f"{self.name}.v")
         paged.kv_write(k, v, inputs.kv_slot, k_cache, v_cache, kv_heads=self.kv_heads, head_dim=self.head_dim)
         return paged.paged_attention(
@@ -54,6 +64,7 @@ class PagedCache:
             inputs.query_start,
             inputs.query_len,
             inputs.context_len,
+            sinks,
             heads=self.heads,
             kv_heads=self.kv_heads,
             head_dim=self.head_dim,
@@ -73,6 +84,7 @@ class Attention(nn.Module):
         norm_eps: epsilon of the per-head query and key norms, or None where the model has none.
         norm_offset: added to the weights of these norms.
         scale: of the scores; None is ``head_dim ** -0.5``.
+        sinks: whether each head has a learned logit that joins the denominators of its softmaxes.
     """
 
     def __init__(
@@ -91,6 +103,7 @@ class Attention(nn.Module):
         norm_offset: float = 0.0,
         scale: float | None = None,
         group: str = "",
+        sinks: bool = False,
     ) -> None:
         super().__init__()
         self.group = group
@@ -101,6 +114,9 @@ class Attention(nn.Module):
         self.k = Linear(f"{source}.k_proj", kv_heads * head_dim, hidden, bias=qkv_bias, shard=BY_OUTPUTS)
         self.v = Linear(f"{source}.v_proj", kv_heads * head_dim, hidden, bias=qkv_bias, shard=BY_OUTPUTS)
         self.o = Linear(f"{source}.o_proj", hidden, heads * head_dim, bias=output_bias, shard=BY_INPUTS)
+        self.sinks = (
+            parameter((heads,), f"{source}.sinks", shard=BY_OUTPUTS[:1], dtype="float32") if sinks else None
+        )
         if norm_eps is not None:
             self.q_norm = parameter((head_dim,), f"{source}.q_norm.weight")
             self.k_norm = parameter((head_dim,), f"{source}.k_norm.weight")
@@ -118,4 +134,4 @@ class Attention(nn.Module):
             k = norm.head_rms_norm(k, self.k_norm, heads=self.kv_heads, **by)
         q = rope.rope(q, rows_TQ, heads=self.heads, head_dim=self.head_dim)
         k = rope.rope(k, rows_TQ, heads=self.kv_heads, head_dim=self.head_dim)
-        return self.o(self.cache.attend(q, k, v, inputs))
+        return self.o(self.cache.attend(q, k, v, inputs, self.sinks))

@@ -5,6 +5,7 @@ T tokens, E experts, k experts of a token, C hidden, I features of an expert
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -45,6 +46,8 @@ class ExpertsConfig:
             chosen; empty for none.
         shared: the shared MLP's name within the module, and its features; none where these are 0.
         shared_gate: the name of the projection whose sigmoid the shared MLP is multiplied by; empty for none.
+        bias: whether the router and all projections of experts have biases.
+        activation: makes of gate and up side by side what the last projection takes.
     """
 
     experts: int
@@ -55,6 +58,8 @@ class ExpertsConfig:
     shared: str = ""
     shared_intermediate: int = 0
     shared_gate: str = ""
+    bias: bool = False
+    activation: Callable[[torch.Tensor], torch.Tensor] = elementwise.silu_mul
 
 
 class MixtureOfExperts(nn.Module):
@@ -91,6 +96,20 @@ class MixtureOfExperts(nn.Module):
         self.down = parameter(
             (count, hidden, width), (stacked(names.down, hidden, width),), shard=BY_EXPERTS, quantizable=True
         )
+        self.router_bias = self.gate_up_bias = self.down_bias = None
+        if config.bias:
+
+            def biases(name: str, rows: int, at: int = 0) -> Piece:
+                each = (Each("e", count, place=(1, 0)),)
+                return Piece(f"{source}.experts.{{e}}.{name}.bias", ((0, rows),), (0, at), each=each)
+
+            self.router_bias = parameter((count,), f"{source}.{names.router}.bias")
+            self.gate_up_bias = parameter(
+                (count, 2 * width),
+                (biases(names.gate, width), biases(names.up, width, at=width)),
+                shard=BY_EXPERTS[:-1],
+            )
+            self.down_bias = parameter((count, hidden), (biases(names.down, hidden),), shard=BY_EXPERTS[:-1])
         shared, features = f"{source}.{config.shared}", config.shared_intermediate
         self.shared = GatedMLP(shared, hidden, features, bias=False) if features else None
         gate = f"{source}.{config.shared_gate}.weight"
@@ -98,13 +117,14 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x_TC: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         k = self.config.routing.top_k
-        logits_TE = gemm.linear(x_TC, self.router, out_dtype="float32")
+        logits_TE = gemm.linear(x_TC, self.router, self.router_bias, out_dtype="float32")
         weight_Tk, expert_Tk = routing.route(
             logits_TE, inputs.kv_slot, self.correction, **asdict(self.config.routing)
         )
         order, place_Tk, start = routing.sort_by_expert(expert_Tk, experts=self.config.experts)
-        gate_up = products.grouped_linear(x_TC, self.gate_up, order, start, top_k=k)
-        y = products.grouped_linear(elementwise.silu_mul(gate_up), self.down, order, start, top_k=0)
+        gate_up = products.grouped_linear(x_TC, self.gate_up, order, start, self.gate_up_bias, top_k=k)
+        x = self.config.activation(gate_up)
+        y = products.grouped_linear(x, self.down, order, start, self.down_bias, top_k=0)
         routed_TC = routing.combine(y, place_Tk, weight_Tk)
         if self.shared is None:
             return routed_TC

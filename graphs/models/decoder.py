@@ -33,6 +33,7 @@ class DecoderConfig:
     Attributes:
         windows: tokens that a token of each layer sees, itself included; 0 for all.
         qk_norm: whether queries and keys are normalised per head before rotation.
+        sinks: whether heads have a logit that joins the denominators of their softmaxes.
         rope: normalised ``rope_parameters``, complete with what the type needs.
         activation: what the MLP's gate goes through.
     """
@@ -51,6 +52,7 @@ class DecoderConfig:
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    sinks: bool = False
     tied_embeddings: bool = False
     activation: Callable[[torch.Tensor], torch.Tensor] = elementwise.silu
 
@@ -89,6 +91,7 @@ class DecoderLayer(nn.Module):
             output_bias=config.output_bias,
             window=config.windows[index],
             norm_eps=config.norm_eps if config.qk_norm else None,
+            sinks=config.sinks,
         )
         self.mlp_norm = RMSNorm(f"{source}.post_attention_layernorm", config.hidden, config.norm_eps)
         self.mlp = mlp or GatedMLP(

@@ -115,6 +115,8 @@ class ExpertNames:
         module: of a layer, in the place of its MLP.
         gate, up, down: an expert's projections.
         router: the projection to the experts' logits, within the module.
+        interleaved: whether stacked files have gates and ups in turns, and wide weights with inputs before outputs
+            (gpt-oss); else gates come first, and outputs before inputs.
     """
 
     module: str = "mlp"
@@ -122,6 +124,7 @@ class ExpertNames:
     up: str = "up_proj"
     down: str = "down_proj"
     router: str = "gate"
+    interleaved: bool = False
 
     def gguf(self) -> dict[str, str]:
         """What GGUF's parts of a layer are called; ``{e}`` is the expert, which GGUF stacks."""

@@ -27,6 +27,11 @@ def fuse_quantize(program: Program) -> Program:
             if op is None:
                 continue
             others = {k: v for k, v in call.operands.items() if v != y}
+            taken = {o.name for o in op.inputs}
+            if (
+                not taken >= made.operands.keys() | others.keys()
+            ):  # an optional one that it lacks, such as a bias
+                continue
             if any(place.get(v, -1) >= place[y] for v in others.values()):  # not there yet
                 continue
             kept = {k: v for k, v in made.results.items() if v != y or needed}

@@ -13,6 +13,7 @@ from makeready.graphs.quant.linears import (
     module_of,
     quantized_operands,
     quantized_ops,
+    refuse_lost,
     scale_of,
     wide_sources,
 )
@@ -83,6 +84,7 @@ class _Rewrite:
         activation, weighted = quantized_operands(call, op, self.program)
         param = self.program.params[call.operands[weighted]]
         self._check(param)
+        refuse_lost(call, op, module_of(param.pieces[0].source))
         weight, scale = self._weight(param), self._scale(param)
         self.params |= {weight.name: weight, scale.name: scale}
         x = call.operands[activation]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from makeready.graphs.plan.plan import PlanError
 from makeready.graphs.plan.recipe import Operand, Param
 from makeready.graphs.planner.ir import PARAM, Call, Program
 from makeready.kernels.contract import CONTRACTS, Contract
@@ -31,6 +32,19 @@ def quantized_operands(call: Call, op: Contract, program: Program) -> tuple[str,
     weights = [name for name in scaled if program.values[call.operands[name]].kind == PARAM]
     activations = [name for name in scaled if name not in weights]
     return activations[0] if activations else "", weights[0] if weights else ""
+
+
+def refuse_lost(call: Call, op: Contract, module: str) -> None:
+    """Check that ``op`` takes all operands of the call whose place it takes.
+
+    Raises:
+        PlanError: it lacks one, such as the bias of an expert.
+    """
+    for name in call.operands.keys() - {o.name for o in op.inputs}:
+        raise PlanError(
+            f"{module} has a {name}, which {op.name} does not take; compile without quant, "
+            "or use a checkpoint that stores it in 16 bits or MXFP4"
+        )
 
 
 def scale_of(operand: str) -> str:

@@ -21,6 +21,7 @@ from makeready.graphs.quant.linears import (
     module_of,
     quantized_operands,
     quantized_ops,
+    refuse_lost,
     scale_of,
     wide_sources,
 )
@@ -34,7 +35,8 @@ from makeready.kernels.spec import TensorSpec
 assert isinstance(linear_int, Contract)
 assert isinstance(grouped_linear_int, Contract)
 
-KIND = "int"  # of scheme, in contracts' traits
+KIND, MX = "int", "mxfp4"  # of scheme, in contracts' traits: integers, and what kernels/mx.py says
+_SCALES = {KIND: "float16", MX: "uint8"}  # dtypes of their scales
 GROUPS = (32, 64)  # sizes below a span that kernels take, beside its multiples and whole rows
 
 
@@ -97,6 +99,7 @@ class WeightOnly:
             those that stay wide; the first that matches decides.
         ignored: modules that stay wide; see :func:`makeready.graphs.quant.scheme.matches`.
         only: if not empty, dotted ends of the names of all modules that have a form.
+        kind: of numbers.
     """
 
     layout: Layout
@@ -104,6 +107,7 @@ class WeightOnly:
     rules: tuple[tuple[str, Form | None], ...] = ()
     ignored: tuple[str, ...] = ("lm_head",)
     only: tuple[str, ...] = ()
+    kind: str = KIND
 
     @property
     def features(self) -> frozenset[str]:
@@ -111,7 +115,7 @@ class WeightOnly:
         return frozenset()
 
     def rewrite(self, program: Program) -> Program:
-        """``linear(x, w)`` → ``linear_int(x, words, scales, zeros)`` wherever a weight has a form.
+        """``linear(x, w)`` → ``linear_int(x, words, scales, zeros)`` wherever a weight has a form, and its like.
 
         What other ops read stays wide; where the checkpoint stores it in few bits, it is widened while it is loaded.
         """
@@ -196,7 +200,7 @@ class _Rewrite:
     wide: set[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.ops = quantized_ops(KIND)
+        self.ops = quantized_ops(self.scheme.kind)
         self.wide = wide_sources(self.program, self.ops)
 
     def covers(self, call: Call) -> Form | None:
@@ -245,6 +249,7 @@ class _Rewrite:
         op = self.ops[call.op]
         weighted = quantized_operands(call, op, self.program)[1]
         param = self.program.params[call.operands[weighted]]
+        refuse_lost(call, op, module_of(param.pieces[0].source))
         before, x = [], op.inputs[0].name
         given = {**call.operands, **self._made(weighted, param, form)}
         if form.ordered:
@@ -275,7 +280,7 @@ class _Rewrite:
         by = self.scheme.layout.derivation(as_matrix(param), form)
         made = {
             "weight": (operand, param.name, TensorSpec(words, "int16")),
-            "scale": (scale_of(operand), f"{param.name}_scale", TensorSpec(tiled, "float16")),
+            "scale": (scale_of(operand), f"{param.name}_scale", TensorSpec(tiled, _SCALES[self.scheme.kind])),
             "zero": (f"{operand}_zero", f"{param.name}_zero", TensorSpec(tiled, "uint8")),
         }
         found = {}
@@ -298,7 +303,16 @@ class _Rewrite:
         return made
 
     def _wide(self, param: Param, form: Form) -> Param:
-        """``param`` as what its words, scales and zeros stand for."""
+        """``param`` as what its words, scales and zeros stand for.
+
+        Raises:
+            PlanError: it is MXFP4, which only experts have.
+        """
+        if self.scheme.kind == MX:
+            raise PlanError(
+                f"{module_of(param.pieces[0].source)} is stored in MXFP4, but experts alone are read so; "
+                "use a checkpoint with 16-bit weights"
+            )
         by, width = self.scheme.layout.derivation(as_matrix(param), form), int(param.spec.shape[-1])
         there = ["weight", "scale", *(["zero"] if form.zeros else []), *(["order"] if form.ordered else [])]
         attrs = {

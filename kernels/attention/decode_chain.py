@@ -11,6 +11,7 @@ from makeready.kernels.contract import Tolerance, contract
 @contract(
     "qkv[R,(heads+2*kv_heads)*head_dim]:A rows[R,Q]:float32 q_norm?[head_dim]:W k_norm?[head_dim]:W kv_slot[R]:int32 "
     "k_cache![P,S,kv_heads,head_dim]:C v_cache![P,S,kv_heads,head_dim]:C page_table[R,B]:int32 context_len[R]:int32 "
+    "sinks?[heads]:float32 "
     "-> y[R,heads*head_dim]:A",
     tolerance=Tolerance(bfloat16=1.5e-2),
     flops="4*R*context*heads*head_dim+8*R*(heads+kv_heads)*head_dim",
@@ -28,6 +29,7 @@ def norm_rope_kv_write_decode_attention(
     v_cache: torch.Tensor,
     page_table: torch.Tensor,
     context_len: torch.Tensor,
+    sinks: torch.Tensor | None = None,
     *,
     heads: int,
     kv_heads: int,
@@ -42,4 +44,5 @@ def norm_rope_kv_write_decode_attention(
     q = norm_rope_kv_write(
         qkv, rows, q_norm, k_norm, kv_slot, k_cache, v_cache, **sizes, eps=eps, offset=offset
     )
-    return decode_attention(q, k_cache, v_cache, page_table, context_len, **sizes, scale=scale, window=window)
+    caches = (k_cache, v_cache, page_table, context_len, sinks)
+    return decode_attention(q, *caches, **sizes, scale=scale, window=window)

@@ -31,6 +31,7 @@ def _applies(call: OpCall) -> bool:
         and all(x.dtype == qkv.dtype for x in (k, v, y, *norms))
         and all(x.alignment % 16 == 0 for x in (qkv, k, v, y))
         and call.attrs["scale"] > 0
+        and "sinks" not in call.tensors
     )
 
 

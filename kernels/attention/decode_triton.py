@@ -27,7 +27,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from makeready.kernels.attention.paged import decode_attention
 from makeready.kernels.attention.pages_triton import as_queries, pages_of, slots_of
-from makeready.kernels.attention.parts_triton import add_parts, is_last, leave_part
+from makeready.kernels.attention.parts_triton import add_parts, is_last, leave_part, with_sinks
 from makeready.kernels.device import Candidate, DeviceLaunch, OpCall, Pointer, Scalar, Scratch
 from makeready.kernels.prefetch_triton import prefetch
 from makeready.kernels.registry import cuda_kernel
@@ -43,6 +43,7 @@ def decode_attention_tiles(
     v_cache,
     page_table,
     context_len,
+    sinks,
     y,
     sums,
     stats,
@@ -68,6 +69,7 @@ def decode_attention_tiles(
     """See the module. Any number of blocks works.
 
     Args:
+        sinks: fp32 logits of heads that join denominators, or None.
         sums: fp32 scratch ``[2 * blocks, GROUP, HEAD_DIM]``.
         stats: fp32 scratch ``[2 * blocks, 2, GROUP]``: maxima of the scaled scores, denominators.
         arrived: int32 zeros ``[rows * KV_HEADS]``, zeros again at the end.
@@ -118,6 +120,7 @@ def decode_attention_tiles(
 
         out = y + row.to(tl.int64) * y_stride
         if upto - at == tiles:
+            sum_N = with_sinks(sum_N, max_N, sinks, head * GROUP + n, n < GROUP)
             tl.store(out + head_ND, (acc_ND / sum_N[:, None]).to(y.dtype.element_ty), mask=is_q)
         else:
             # The first part of a share has slot 0, a later one (only the last can be a part) slot 1.
@@ -129,7 +132,10 @@ def decode_attention_tiles(
                 # Of the oldest block it is the last part of a share, of all others the first.
                 part = 2 * oldest + (begin > oldest * share).to(tl.int32)
                 h = tl.arange(0, triton.next_power_of_2(GROUP))
-                y_HD = add_parts(sums, stats, part, 2 * oldest, 2, parts, h, d, GROUP, HEAD_DIM, AT_ONCE)
+                y_HD = add_parts(
+                    sums, stats, part, 2 * oldest, 2, parts, h, d, sinks, head * GROUP + h,
+                    GROUP, HEAD_DIM, AT_ONCE,
+                )  # fmt: skip
                 at_HD = (head * GROUP + h)[:, None] * HEAD_DIM + d[None, :]
                 is_y = (h < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
                 tl.store(out + at_HD, y_HD.to(y.dtype.element_ty), mask=is_y)
@@ -282,6 +288,7 @@ def candidate(call: OpCall, L: int, warps: int, stages: int, a_multiprocessor: i
             # Bulk prefetch takes multiples of 16 bytes.
             "AHEAD": head_dim * element % 16 == 0 and "tma" in call.features,
             "PDL": dependent,
+            **({} if "sinks" in call.tensors else {"sinks": None}),
         },
         arguments={
             "q": Pointer("q"),
@@ -290,6 +297,7 @@ def candidate(call: OpCall, L: int, warps: int, stages: int, a_multiprocessor: i
             "page_table": Pointer("page_table"),
             "context_len": Pointer("context_len"),
             "y": Pointer("y"),
+            **({"sinks": Pointer("sinks")} if "sinks" in call.tensors else {}),
             "arrived": Scratch(0, "int32"),
             "stats": Scratch(counters, "float32"),
             "sums": Scratch(counters + stats, "float32"),

@@ -137,6 +137,7 @@ def candidate(call: OpCall, schedule: Schedule = _CHOSEN, *, give_up: int = 0) -
         "LAZY": 8 if schedule.lazy else 0,
         "Q_REGISTERS": schedule.queries,
         "EARLY": schedule.early,
+        "SINKS": "sinks" in call.tensors,
         "PDL": dependent,
     }
     # Tiles reach beyond the last token; where the memory there is the plan's, copying is faster than zeros.
@@ -170,6 +171,8 @@ def candidate(call: OpCall, schedule: Schedule = _CHOSEN, *, give_up: int = 0) -
             **{
                 name: Pointer(name) for name in ("y", "page_table", "query_start", "query_len", "context_len")
             },
+            # Without sinks anything of their type, which is not read.
+            "sinks": Pointer("sinks") if "sinks" in call.tensors else Scratch(0, "float32"),
             "counter": Scratch(0, "int32"),
             "rows": Scalar(rows, "int32"),
             "tokens": Scalar(tokens, "int32"),

@@ -35,7 +35,7 @@ from makeready.kernels.attention.extend_steps_triton import attend_all, attend_s
 from makeready.kernels.attention.extend_tiling import Tiling, tilings
 from makeready.kernels.attention.paged import extend_attention
 from makeready.kernels.attention.pages_triton import as_queries
-from makeready.kernels.attention.parts_triton import add_parts, is_last, leave_part
+from makeready.kernels.attention.parts_triton import add_parts, is_last, leave_part, with_sinks
 from makeready.kernels.device import (
     Argument,
     Candidate,
@@ -61,6 +61,7 @@ def extend_attention_tiles(
     query_start,
     query_len,
     context_len,
+    sinks,
     y,
     sums,
     stats,
@@ -93,6 +94,7 @@ def extend_attention_tiles(
 
     Args:
         k_tiles, v_tiles: the caches as tensor maps with blocks ``[1, L, 1, D]`` where ``TMA``.
+        sinks: fp32 logits of heads that join denominators, or None.
         sums: fp32 scratch ``[slots, M, HEAD_DIM]``, see :func:`~.extend_tiling.slots`.
         stats: fp32 scratch ``[slots, 2, M]``.
         arrived: int32 zeros ``[slots]``, zeros again at the end.
@@ -120,7 +122,7 @@ def extend_attention_tiles(
     while more:
         _attend(
             q, k_cache, v_cache, k_tiles, v_tiles, page_table + row.to(tl.int64) * table_stride,
-            query_start + row, query_len + row, context_len + row, y, sums, stats, arrived,
+            query_start + row, query_len + row, context_len + row, sinks, y, sums, stats, arrived,
             q_stride, y_stride, scale, head, tile, part, share, slot,
             KV_HEADS, GROUP, HEAD_DIM, PAGE, WINDOW, M, D, L, EDGE, PAIR, TMA, MASKED,
         )  # fmt: skip
@@ -205,6 +207,7 @@ def _attend(
     query_start,
     query_len,
     context_len,
+    sinks,
     y,
     sums,
     stats,
@@ -276,6 +279,7 @@ def _attend(
         token_M, own_M = _tokens(tile, count, m, M, GROUP)
         out_M = y + (start + token_M).to(tl.int64) * y_stride + (head * GROUP + m % GROUP) * HEAD_DIM
         if parts == 1:
+            sum_M = with_sinks(sum_M, max_M, sinks, head * GROUP + m % GROUP, own_M)
             y_MD = acc_MD * (1.0 / sum_M)[:, None]
             kept = own_M[:, None] & (d < HEAD_DIM)[None, :]
             tl.store(out_M[:, None] + d[None, :], y_MD.to(y.dtype.element_ty), mask=kept)
@@ -286,7 +290,8 @@ def _attend(
                 c = tl.arange(0, 16)
                 for column in range(0, HEAD_DIM, 16):
                     y_MC = add_parts(
-                        sums, stats, slot, slot, KV_HEADS, parts, m, column + c, M, HEAD_DIM, 2
+                        sums, stats, slot, slot, KV_HEADS, parts, m, column + c, sinks, head * GROUP + m % GROUP,
+                        M, HEAD_DIM, 2,
                     )  # fmt: skip
                     kept = own_M[:, None] & (column + c < HEAD_DIM)[None, :]
                     at_MC = out_M[:, None] + (column + c)[None, :]
@@ -372,10 +377,12 @@ def candidate(call: OpCall, tiling: Tiling) -> Candidate:
             "ROUNDS": tiling.rounds,
             "MASKED": tiling.masked,
             "PDL": dependent,
+            **({} if "sinks" in call.tensors else {"sinks": None}),
         },
         arguments={
             **{name: Pointer(name) for name in ("q", "k_cache", "v_cache", "page_table", "y")},
             **{name: Pointer(name) for name in ("query_start", "query_len", "context_len")},
+            **({"sinks": Pointer("sinks")} if "sinks" in call.tensors else {}),
             "k_tiles": cache("k_cache"),
             "v_tiles": cache("v_cache"),
             "arrived": Scratch(0, "int32"),

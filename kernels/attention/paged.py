@@ -27,7 +27,7 @@ _CACHE = "k_cache{mark}[P,S,kv_heads,head_dim]:C v_cache{mark}[P,S,kv_heads,head
 _READ = {"k_cache": "R*context*kv_heads*head_dim", "v_cache": "R*context*kv_heads*head_dim"}
 _EXTEND = (
     f"q[T,heads*head_dim]:A {_CACHE.format(mark='')} page_table[R,B]:int32 "
-    "query_start[R]:int32 query_len[R]:int32 context_len[R]:int32 -> y[T,heads*head_dim]:A"
+    "query_start[R]:int32 query_len[R]:int32 context_len[R]:int32 sinks?[heads]:float32 -> y[T,heads*head_dim]:A"
 )
 _WRITE = {"k_cache": "T*kv_heads*head_dim", "v_cache": "T*kv_heads*head_dim"}
 
@@ -96,7 +96,13 @@ def norm_rope_kv_write(
 
 
 def _attend(
-    q_NHD: torch.Tensor, k_LGD: torch.Tensor, v_LGD: torch.Tensor, *, scale: float, window: int
+    q_NHD: torch.Tensor,
+    k_LGD: torch.Tensor,
+    v_LGD: torch.Tensor,
+    sinks_H: torch.Tensor | None,
+    *,
+    scale: float,
+    window: int,
 ) -> torch.Tensor:
     """Causal attention of the last N of L tokens, grouped-query, in fp32 or wider."""
     queries, length, group = len(q_NHD), len(k_LGD), q_NHD.shape[1] // k_LGD.shape[1]
@@ -108,7 +114,12 @@ def _attend(
     if window:
         visible &= key > at - window
     score_HNL = score_HNL.masked_fill(~visible, float("-inf"))
-    return torch.einsum("hnl,lhd->nhd", score_HNL.softmax(-1), v_LHD).to(q_NHD.dtype)
+    if sinks_H is not None:
+        sink_HN1 = sinks_H.to(wide.dtype)[:, None, None].expand(-1, queries, 1)
+        weight_HNL = torch.cat((score_HNL, sink_HN1), -1).softmax(-1)[..., :-1]
+    else:
+        weight_HNL = score_HNL.softmax(-1)
+    return torch.einsum("hnl,lhd->nhd", weight_HNL, v_LHD).to(q_NHD.dtype)
 
 
 @contract(
@@ -126,6 +137,7 @@ def extend_attention(
     query_start: torch.Tensor,
     query_len: torch.Tensor,
     context_len: torch.Tensor,
+    sinks: torch.Tensor | None = None,
     *,
     heads: int,
     kv_heads: int,
@@ -138,7 +150,8 @@ def extend_attention(
     Row r's queries are tokens ``query_start[r] : query_start[r] + query_len[r]``, the last ones of its
     ``context_len[r]`` tokens, whose keys and values (the queries' own too) lie in the cache.
     ``window`` > 0 lets a token see itself and the ``window - 1`` before it; what no token of a row sees may be
-    anything, a page of others or NaN. Tokens of no row give zeros.
+    anything, a page of others or NaN. Tokens of no row give zeros. ``sinks`` are a logit of each head that joins the
+    denominators of its softmaxes and has no value (gpt-oss, arXiv:2508.10925); they are not scaled.
     """
     y = torch.zeros_like(q)
     for r, (start, count, length) in enumerate(
@@ -151,13 +164,13 @@ def extend_attention(
         k_LGD, v_LGD = (c[pages].flatten(0, 1)[first:length] for c in (k_cache, v_cache))
         rows = slice(start, start + count)
         q_NHD = q[rows].unflatten(-1, (heads, head_dim))
-        y[rows] = _attend(q_NHD, k_LGD, v_LGD, scale=scale, window=window).flatten(1)
+        y[rows] = _attend(q_NHD, k_LGD, v_LGD, sinks, scale=scale, window=window).flatten(1)
     return y
 
 
 @contract(
     f"q[R,heads*head_dim]:A {_CACHE.format(mark='')} page_table[R,B]:int32 "
-    "context_len[R]:int32 -> y[R,heads*head_dim]:A",
+    "context_len[R]:int32 sinks?[heads]:float32 -> y[R,heads*head_dim]:A",
     tolerance=Tolerance(bfloat16=1.5e-2),
     flops="4*R*context*heads*head_dim",
     rate="q",
@@ -169,6 +182,7 @@ def decode_attention(
     v_cache: torch.Tensor,
     page_table: torch.Tensor,
     context_len: torch.Tensor,
+    sinks: torch.Tensor | None = None,
     *,
     heads: int,
     kv_heads: int,
@@ -180,7 +194,7 @@ def decode_attention(
     one = (context_len > 0).to(torch.int32)
     start = torch.arange(len(q), dtype=torch.int32)
     return extend_attention.reference(
-        q, k_cache, v_cache, page_table, start, one, context_len,
+        q, k_cache, v_cache, page_table, start, one, context_len, sinks,
         heads=heads, kv_heads=kv_heads, head_dim=head_dim, scale=scale, window=window,
     )  # fmt: skip
 
@@ -210,6 +224,7 @@ def paged_attention(
     query_start: torch.Tensor,
     query_len: torch.Tensor,
     context_len: torch.Tensor,
+    sinks: torch.Tensor | None = None,
     *,
     heads: int,
     kv_heads: int,
@@ -222,6 +237,6 @@ def paged_attention(
     Decode steps run :func:`decode_attention`.
     """
     return extend_attention.reference(
-        q, k_cache, v_cache, page_table, query_start, query_len, context_len,
+        q, k_cache, v_cache, page_table, query_start, query_len, context_len, sinks,
         heads=heads, kv_heads=kv_heads, head_dim=head_dim, scale=scale, window=window,
     )  # fmt: skip

@@ -10,8 +10,12 @@ in the order of their keys, so the result does not depend on who was last.
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
+
+LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
@@ -30,6 +34,19 @@ def leave_part(
 
 
 @triton.jit
+def with_sinks(sum_N, max_N, sinks, head_N, inside):
+    """Denominators with the sinks of heads ``head_N``, in fp32; ``sinks`` None leaves them as they are.
+
+    Args:
+        max_N: of scores times log2(e), as the sums are taken from them.
+    """
+    if sinks is not None:
+        sink_N = tl.load(sinks + head_N, mask=inside, other=float("-inf")) * LOG2_E
+        sum_N += tl.exp2(sink_N - max_N)
+    return sum_N
+
+
+@triton.jit
 def is_last(arrived, parts):
     """Whether all ``parts`` of an item, the caller's included, have been left; its counter is then 0 again."""
     # All stores of this block come before its arrival; one thread's release covers them after a barrier.
@@ -42,14 +59,18 @@ def is_last(arrived, parts):
 
 @triton.jit
 def add_parts(
-    sums, stats, first, rest, step, parts, n, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    sums, stats, first, rest, step, parts, n, d, sinks, head_N, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Normalised attention ``[N, D]`` of the rows ``n`` and columns ``d``, fp32; see :func:`gather_parts`."""
-    _, sum_N, acc_ND = gather_parts(
+    """Normalised attention ``[N, D]`` of the rows ``n`` and columns ``d``, fp32; see :func:`gather_parts`.
+
+    Args:
+        sinks, head_N: see :func:`with_sinks`.
+    """
+    max_N, sum_N, acc_ND = gather_parts(
         sums, stats, first, rest, step, parts, n, d, ROWS, COLUMNS, AT_ONCE
     )  # fmt: skip
-    return acc_ND / sum_N[:, None]
+    return acc_ND / with_sinks(sum_N, max_N, sinks, head_N, n < ROWS)[:, None]
 
 
 @triton.jit

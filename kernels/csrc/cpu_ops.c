@@ -18,7 +18,7 @@
 #include "numbers.h"
 #include "threads.h"
 
-#define LAYOUT 6
+#define LAYOUT 7
 #define MAX_HEAD 1024 /* features of a head: rows of that length live on the stack */
 #define MAX_GROUP 64  /* query heads of a KV head */
 #define QUERIES 16    /* of a row, that share keys */
@@ -320,12 +320,18 @@ typedef struct {
     int64_t table_stride;
     const int32_t *query_start, *query_len; /* NULL: row r has one query, q's row r, unless it has no context */
     const int32_t *context_len;
+    const float *sinks; /* NULL, or a logit of each head that joins its denominators */
     float *y;
     int64_t y_stride, rows, tokens, heads, kv_heads, head_dim, page, window, dtype;
     double scale;
     int64_t tiled; /* whether queries of a row may share their keys' way through the cache */
     int64_t threads;
 } Attention;
+
+/* What weights of a query of `head` are divided by, of their sum and the maximum that they were taken from. */
+INLINE float denominator(const Attention *a, int64_t head, float sum, float largest) {
+    return a->sinks ? sum + exponential(a->sinks[head] - largest) : sum;
+}
 
 /* y += weight[0] x[0] + .. + weight[3] x[3], one load and store of y for four products */
 INLINE void add_four(const float *weight, const float *const *x, int64_t count, float *restrict y) {
@@ -397,9 +403,11 @@ INLINE void attend(const Attention *a, int64_t r, int64_t t, int64_t length, int
                     y[n * size + d] += score[n][i] * value[d];
         }
     }
-    for (int64_t n = 0; n < group; n++)
+    for (int64_t n = 0; n < group; n++) {
+        const float by = denominator(a, g * group + n, sum[n], largest[n]);
         for (int64_t d = 0; d < size; d++)
-            y[n * size + d] /= sum[n];
+            y[n * size + d] /= by;
+    }
 }
 
 typedef float Wide __attribute__((vector_size(64), aligned(4), may_alias));
@@ -508,8 +516,9 @@ INLINE void attend_tile(const Attention *a, int64_t r, int64_t t, int64_t querie
     }
     for (int64_t m = 0; m < all; m++) {
         float *y = a->y + (t + m / group) * a->y_stride + (g * group + m % group) * size;
+        const float by = denominator(a, g * group + m % group, sum[m], largest[m]);
         for (int64_t d = 0; d < size; d++)
-            y[d] /= sum[m];
+            y[d] /= by;
     }
 }
 

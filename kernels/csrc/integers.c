@@ -1,6 +1,7 @@
-/* Products with weights of 4 and 8 bits in the layout of kernels/integers.py. Structs as in cpu_ops.c. */
+/* Products with weights of 4 and 8 bits in the layout of kernels/integers.py and kernels/mx.py. Structs as in cpu_ops.c. */
 
 #include <stdint.h>
+#include <string.h>
 
 #include "dispatch.h"
 #include "numbers.h"
@@ -10,6 +11,7 @@ typedef struct {
     int64_t x_stride;
     const uint16_t *weight;   /* words of kernels/integers.py */
     const uint16_t *scale;    /* fp16 tiles of 64 outputs */
+    const uint8_t *exponent;  /* e8m0 tiles in the place of scale: weights are e2m1, in blocks of 32 */
     const uint8_t *zero;      /* NULL: symmetric */
     const float *bias;
     float *y;
@@ -35,11 +37,35 @@ INLINE void widen_output(const LinearInt *a, int64_t n, const int64_t bits, floa
             }
 }
 
+/* The same of MXFP4: a field is one block. */
+INLINE void widen_floats(const LinearInt *a, int64_t n, float *restrict w) {
+    const int64_t spans = (a->inputs + 127) / 128, blocks = (a->inputs + 31) / 32;
+    const uint16_t *words = a->weight + n * spans * 32;
+    for (int64_t s = 0; s < spans; s++, words += 32)
+        for (int64_t field = 0; field < 4; field++) {
+            const int64_t k = 128 * s + 32 * field, g = k / 32 < blocks ? k / 32 : blocks - 1;
+            const uint32_t e = a->exponent[(n / 64 * blocks + g) * 64 + n % 64];
+            const uint32_t bits = e == 255 ? 0x7FC00000u : e ? e << 23 : 0x00400000u;
+            float scale;
+            memcpy(&scale, &bits, sizeof(scale));
+            /* Twice the number is its mantissa, with a leading one unless the exponent is 0, moved up by one less than
+             * the exponent. Arithmetic, as tables are no vectors. */
+            const float half = 0.5f * scale;
+            for (int64_t j = 0; j < 32; j++) {
+                const int32_t q = words[j] >> (4 * field), e = q >> 1 & 3;
+                const int32_t twice = ((q & 1) | (e ? 2 : 0)) << (e ? e - 1 : 0);
+                w[k + j] = (float)(q & 8 ? -twice : twice) * half;
+            }
+        }
+}
+
 DISPATCHED void linear_int(const LinearInt *a) {
     const int64_t whole = (a->inputs + 127) / 128 * 128;
     for (int64_t n = a->first; n < a->stop; n++) {
         float *w = a->space + (a->x ? 0 : (n - a->first) * whole);
-        if (a->bits == 4)
+        if (a->exponent)
+            widen_floats(a, n, w);
+        else if (a->bits == 4)
             widen_output(a, n, 4, w);
         else
             widen_output(a, n, 8, w);

@@ -109,7 +109,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 attention_prefill(GRID_CONSTANT TensorMap q_map, GRID_CONSTANT TensorMap k_map, GRID_CONSTANT TensorMap v_map,
                   GRID_CONSTANT TensorMap k_box_map, GRID_CONSTANT TensorMap v_box_map, uint16_t* y,
                   const int* page_table, const int* query_start, const int* query_len, const int* context_len,
-                  int* counter, int rows, int tokens, int kv_heads, int table_stride, int y_stride,
+                  const float* sinks, int* counter, int rows, int tokens, int kv_heads, int table_stride, int y_stride,
                   float scale_log2) {
   uint8_t* smem = smem_base();
   Bars& bars = *(Bars*)(smem + OFF_BARS);
@@ -263,6 +263,9 @@ attention_prefill(GRID_CONSTANT TensorMap q_map, GRID_CONSTANT TensorMap k_map, 
     UNROLL for (int h = 0; h < 2; ++h) {
       sum[h] += __shfl_xor_sync(~0u, sum[h], 1);
       sum[h] += __shfl_xor_sync(~0u, sum[h], 2);
+#if SINKS
+      sum[h] += exp2_fast(sinks[item.head * GROUP + (vector + 8 * h) % GROUP] * 1.44269504f - base[h]);
+#endif
       sum[h] = 1.f / sum[h];
     }
     wgmma_wait<0>();

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from makeready.kernels import native
+from makeready.kernels import mx, native
 from makeready.kernels.contract import Contract
 from makeready.kernels.gemm.linear_cpu import in_blocks, prove_invariant
 from makeready.kernels.gemm.linear_int import linear_int
@@ -28,10 +28,11 @@ _PART = 512  # outputs that are widened at once, whole tiles
 
 @dataclass(frozen=True)
 class IntMatrix:
-    """One matrix as kernels/integers.py says, with what its words mean.
+    """One matrix as kernels/integers.py or kernels/mx.py says, with what its words mean.
 
     Attributes:
-        weight, scale, zero: ``[N, W]`` int16, ``[ceil(N / 64), G, 64]`` fp16, the same of uint8 or None.
+        weight, scale, zero: ``[N, W]`` int16, ``[ceil(N / 64), G, 64]`` fp16, the same of uint8 or None. Scales of
+            MXFP4 are uint8.
         inputs: K.
     """
 
@@ -55,14 +56,23 @@ class IntMatrix:
             stop = min(first + _PART, outputs)
             widen = self.prepare(None, None, None, space, first, stop)
             if widen is None:
-                zero = None if self.zero is None else self.zero[first // TILE : -(-stop // TILE)]
-                yield first, stop, values(
-                    self.weight[first:stop], self.scale[first // TILE : -(-stop // TILE)], zero,
-                    bits=self.bits, group=self.group, inputs=self.inputs, dtype=torch.float32,
-                )  # fmt: skip
+                yield first, stop, self._values(slice(first, stop), slice(first // TILE, -(-stop // TILE)))
                 continue
             widen()
             yield first, stop, space[: stop - first, : self.inputs]
+
+    @property
+    def _floats(self) -> bool:
+        return self.scale.dtype == torch.uint8
+
+    def _values(self, rows: slice, tiles: slice) -> torch.Tensor:
+        """fp32 weights of some outputs, whose tiles are these."""
+        weight, scale = self.weight[rows], self.scale[tiles]
+        if self._floats:
+            return mx.values(weight, scale, inputs=self.inputs, dtype=torch.float32)
+        zero = None if self.zero is None else self.zero[tiles]
+        form = {"bits": self.bits, "group": self.group, "inputs": self.inputs}
+        return values(weight, scale, zero, **form, dtype=torch.float32)
 
     def prepare(
         self,
@@ -73,14 +83,15 @@ class IntMatrix:
         first: int,
         stop: int,
     ) -> Callable[[], None] | None:
-        """A call of the compiled op for outputs ``first:stop``; see LinearInt in cpu_ops.c."""
+        """A call of the compiled op for outputs ``first:stop``; see LinearInt in integers.c."""
         if not self.compiled:
             return None
         strides = (0 if one is None else one.stride(0) for one in (x, y))
         x_stride, y_stride = strides
         return native.prepare(
-            "linear_int", x, x_stride, self.weight, self.scale, self.zero, bias, y, y_stride,
-            0 if x is None else len(x), first, stop, self.inputs, self.bits, self.group, space,
+            "linear_int", x, x_stride, self.weight, None if self._floats else self.scale,
+            self.scale if self._floats else None, self.zero, bias, y, y_stride, 0 if x is None else len(x),
+            first, stop, self.inputs, self.bits, self.group, space,
         )  # fmt: skip
 
     def few(self, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None) -> Callable[[], None] | None:

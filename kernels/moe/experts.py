@@ -31,8 +31,16 @@ def of_experts(
     return y
 
 
+def add_bias(y: torch.Tensor, bias: torch.Tensor | None, start: torch.Tensor) -> torch.Tensor:
+    """``y[M, N]`` with each entry's expert's bias added in place; None: as it is."""
+    if bias is not None:
+        for e, (first, stop) in enumerate(itertools.pairwise(start.tolist())):
+            y[first:stop] += bias[e]
+    return y
+
+
 @contract(
-    "x[X,K]:A weight[E,N,K]:W order[M]:int32 start[E+1]:int32 -> y[M,N]:out_dtype|A",
+    "x[X,K]:A weight[E,N,K]:W order[M]:int32 start[E+1]:int32 bias?[E,N]:B -> y[M,N]:out_dtype|A",
     flops="2*M*N*K",
     traffic=_TRAFFIC,
     rate="weight",
@@ -42,16 +50,19 @@ def grouped_linear(
     weight: torch.Tensor,
     order: torch.Tensor,
     start: torch.Tensor,
+    bias: torch.Tensor | None = None,
     *,
     top_k: int,
     out_dtype: str = "",
 ) -> torch.Tensor:
-    """``y[j] = x[order[j] // top_k] @ weight[e].T`` for the entries j of expert e, ``start[e] <= j < start[e + 1]``.
+    """``y[j] = x[order[j] // top_k] @ weight[e].T + bias[e]`` for the entries j of expert e.
 
+    These are ``start[e] <= j < start[e + 1]``.
     With ``top_k`` 0 the rows of ``x`` are the entries: ``y[j] = x[j] @ weight[e].T``. Rows of ``y`` from
     ``start[E]`` on are zeros. Accumulated in fp32 or wider.
     """
-    return to_dtype(of_experts(widen(x), widen(weight), order, start, top_k), out_dtype, like=x)
+    y = add_bias(of_experts(widen(x), widen(weight), order, start, top_k), bias, start)
+    return to_dtype(y, out_dtype, like=x)
 
 
 @contract(

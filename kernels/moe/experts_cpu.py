@@ -15,6 +15,7 @@ from makeready.kernels.contract import Contract
 from makeready.kernels.gemm.linear_cpu import invariant_product, pack, packs, prove_invariant
 from makeready.kernels.gemm.linear_int8_cpu import integer_sums
 from makeready.kernels.moe.experts import (
+    add_bias,
     grouped_linear,
     grouped_linear_fp8,
     grouped_linear_fp8_block,
@@ -116,11 +117,12 @@ def _linear(products: Products) -> Callable[..., torch.Tensor]:
         weight: Any,
         order: torch.Tensor,
         start: torch.Tensor,
+        bias: torch.Tensor | None = None,
         *,
         top_k: int,
         out_dtype: str = "",
     ) -> torch.Tensor:
-        return by_expert(x, order, start, top_k, _outputs(weight), products(weight))
+        return add_bias(by_expert(x, order, start, top_k, _outputs(weight), products(weight)), bias, start)
 
     return run
 

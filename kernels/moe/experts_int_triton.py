@@ -1,4 +1,4 @@
-"""Products with experts' weights of 4 or 8 bits on the GPU: from a call to launches of grouped_int_triton.py."""
+"""Products with experts' weights of few bits on the GPU: from a call to launches of grouped_packed_triton.py."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from makeready.kernels import mx
 from makeready.kernels.contract import Contract
 from makeready.kernels.device import Argument, Candidate, DeviceLaunch, OpCall, Pointer, Scalar
 from makeready.kernels.gemm.linear_int_tiling import SPAN
 from makeready.kernels.gemm.linear_int_triton import group_of, takes
 from makeready.kernels.moe.experts_int import grouped_linear_int, grouped_silu_mul_int
+from makeready.kernels.moe.experts_mx import grouped_clamped_swiglu_mx, grouped_linear_mx
+from makeready.kernels.moe.experts_triton import gate_constants
 from makeready.kernels.moe.grouped_tiling import Grouped, Tiling, describe, mismatched, predicted
 from makeready.kernels.registry import cuda_kernel
 from makeready.kernels.row_tiles import power_of_two
@@ -38,6 +41,22 @@ def grouped_silu_mul_int_tiles(call: OpCall) -> Sequence[Candidate]:
     return _best(call)
 
 
+def _sixteen_bits(call: OpCall) -> bool:
+    return call.tensors["x"].dtype in ("bfloat16", "float16")
+
+
+@cuda_kernel(grouped_linear_mx, "tiles", applies=_sixteen_bits, invariant=True)
+def grouped_linear_mx_tiles(call: OpCall) -> Sequence[Candidate]:
+    """The same with MXFP4."""
+    return _best(call)
+
+
+@cuda_kernel(grouped_clamped_swiglu_mx, "tiles", applies=_sixteen_bits, invariant=True)
+def grouped_clamped_swiglu_mx_tiles(call: OpCall) -> Sequence[Candidate]:
+    """Tiles of a gate and what it multiplies, with MXFP4."""
+    return _best(call)
+
+
 def _best(call: OpCall) -> list[Candidate]:
     """The ways that differ in more than pipeline depth; all where one of them is to serve every batch shape."""
     made = candidates(call)
@@ -56,8 +75,16 @@ def candidates(call: OpCall) -> list[Candidate]:
 
 def product_of(call: OpCall) -> Grouped:
     """What cost models need to know of the call: weights are of fewer bits than words, with scales beside them."""
-    shared = (24 if "weight_zero" in call.tensors else 16) / group_of(call)
-    return replace(describe(call), weight_bytes=(call.attrs["bits"] + shared) / 8)
+    bits, group, mx = _form(call)
+    shared = (8 if mx else 24 if "weight_zero" in call.tensors else 16) / group
+    return replace(describe(call), weight_bytes=(bits + shared) / 8)
+
+
+def _form(call: OpCall) -> tuple[int, int, bool]:
+    """Bits of a weight, inputs that share a scale, and whether they are MXFP4."""
+    if "bits" in call.attrs:
+        return call.attrs["bits"], group_of(call), False
+    return mx.BITS, mx.BLOCK, True
 
 
 def tilings(call: OpCall) -> list[Tiling]:
@@ -67,11 +94,11 @@ def tilings(call: OpCall) -> list[Tiling]:
 
 
 def _ways(call: OpCall, product: Grouped) -> Iterator[Tiling]:
-    halves = product.outputs // product.columns
+    halves, (bits, *_) = product.outputs // product.columns, _form(call)
     for t, n, warps, gated in _SIDES:
         if (halves > 1 and not gated) or (not call.invariant and mismatched(t, product)):
             continue
-        stage = halves * n * SPAN * call.attrs["bits"] // 8 + t * SPAN * 2
+        stage = halves * n * SPAN * bits // 8 + t * SPAN * 2
         stages = min(4, call.shared_bytes // _A_MULTIPROCESSOR // stage)
         if stages >= 2:
             yield Tiling(t, n, SPAN, warps, stages)
@@ -84,7 +111,8 @@ def emit(call: OpCall, way: Tiling) -> Candidate:
     outputs = int(y.shape[1])
     dependent = "pdl" in call.features
     names = ["x", "weight", "weight_scale", "start", "y", *(("order",) if top_k else ())]
-    names += ["weight_zero"] if "weight_zero" in call.tensors else []
+    names += [name for name in ("weight_zero", "bias") if name in call.tensors]
+    bits, group, is_mx = _form(call)
     arguments: dict[str, Argument] = {name: Pointer(name) for name in names}
     arguments |= {
         "M": Scalar(entries, "int32", specialize=False),
@@ -97,18 +125,19 @@ def emit(call: OpCall, way: Tiling) -> Candidate:
         "E": experts,
         "EP": power_of_two(experts),
         "TOP_K": top_k,
-        "BITS": call.attrs["bits"],
-        "GROUP": group_of(call),
+        "MX": is_mx,
+        "BITS": bits,
+        "GROUP": group,
         "BT": way.t,
         "BN": way.n,
-        "SILU": outputs != int(call.tensors["weight"].shape[1]),
+        **gate_constants(call),
         "PDL": dependent,
         **({} if top_k else {"order": None}),
-        **({} if "weight_zero" in call.tensors else {"weight_zero": None}),
+        **{name: None for name in ("weight_zero", "bias") if name not in call.tensors},
     }
     tiles = -(-entries // way.t) + min(entries, experts)
     launch = DeviceLaunch(
-        function="makeready.kernels.moe.grouped_int_triton:grouped_int",
+        function="makeready.kernels.moe.grouped_packed_triton:grouped_packed",
         constants=constants,
         arguments=arguments,
         grid=(min(tiles * -(-outputs // way.n), _A_MULTIPROCESSOR * call.multiprocessors), 1, 1),

@@ -18,6 +18,7 @@ from makeready.kernels.moe.experts_silu import (
     grouped_silu_mul_fp8_block,
     grouped_silu_mul_int8,
 )
+from makeready.kernels.moe.experts_swiglu import grouped_clamped_swiglu
 from makeready.kernels.moe.grouped_tiling import Tiling, seconds, tilings
 from makeready.kernels.registry import cuda_kernel
 from makeready.kernels.row_tiles import power_of_two
@@ -68,6 +69,12 @@ def grouped_silu_mul_tiles(call: OpCall) -> Sequence[Candidate]:
     return _best(call, None)
 
 
+@cuda_kernel(grouped_clamped_swiglu, "tiles", invariant=True)
+def grouped_clamped_swiglu_tiles(call: OpCall) -> Sequence[Candidate]:
+    """Tiles of a gate and what it multiplies."""
+    return _best(call, None)
+
+
 @cuda_kernel(grouped_silu_mul_fp8, "tiles", features=("fp8",), applies=_dense_scales, invariant=True)
 def grouped_silu_mul_fp8_tiles(call: OpCall) -> Sequence[Candidate]:
     """The same with scales by channel."""
@@ -108,6 +115,14 @@ def candidates(call: OpCall, scales: str | None) -> list[Candidate]:
     return [emit(call, way, scales) for way in tilings(call, narrow=narrow, block=scales == "block")]
 
 
+def gate_constants(call: OpCall) -> dict[str, Any]:
+    """Which gate the call has behind its product, and its numbers."""
+    gate = None
+    if int(call.tensors["y"].shape[1]) != int(call.tensors["weight"].shape[1]):
+        gate = "clamped_swiglu" if "limit" in call.attrs else "silu_mul"
+    return {"GATE": gate, "ALPHA": call.attrs.get("alpha", 0.0), "LIMIT": call.attrs.get("limit", 0.0)}
+
+
 def emit(call: OpCall, way: Tiling, scales: str | None) -> Candidate:
     """The launch of ``call`` cut in this ``way``."""
     x, y = call.tensors["x"], call.tensors["y"]
@@ -116,6 +131,7 @@ def emit(call: OpCall, way: Tiling, scales: str | None) -> Candidate:
     dependent = "pdl" in call.features
     names = ["x", "weight", "start", "y", *(("order",) if top_k else ())]
     names += ["x_scale", "weight_scale"] if scales else []
+    names += ["bias"] if "bias" in call.tensors else []
     arguments: dict[str, Argument] = {name: Pointer(name) for name in names}
     arguments |= {
         "M": Scalar(entries, "int32", specialize=False),
@@ -131,11 +147,12 @@ def emit(call: OpCall, way: Tiling, scales: str | None) -> Candidate:
         "BT": way.t,
         "BN": way.n,
         "BK": way.k,
-        "SILU": outputs != int(call.tensors["weight"].shape[1]),
+        **gate_constants(call),
         "WIDEN": x.dtype != call.tensors["weight"].dtype or x.dtype == "float32",
         "SCALES": scales,
         "PDL": dependent,
         **({} if top_k else {"order": None}),
+        **({} if "bias" in call.tensors else {"bias": None}),
         **({} if scales else {"x_scale": None, "weight_scale": None}),
     }
     tiles = -(-entries // way.t) + min(entries, experts)

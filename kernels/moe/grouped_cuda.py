@@ -86,6 +86,7 @@ def _applies(call: OpCall) -> bool:
     gate = int(y.shape[1]) != outputs
     return (
         x.dtype == weight.dtype
+        and "bias" not in call.tensors
         and (eight or x.dtype == y.dtype)
         and y.dtype in _HALVES
         and call.dims["E"] <= _MOST_EXPERTS

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from makeready.kernels.elementwise_triton import clamped_swiglu_of
+
 SQUARE = tl.constexpr(128)  # side of a square of weights that shares a scale
 
 
@@ -43,6 +45,28 @@ def scaled(acc_NT, of_row, weight_scale, n, N):
 
 
 @triton.jit
+def with_bias(acc_NT, bias, n, N):
+    """Sums and what their outputs ``n`` have in ``bias``, of one expert; None: as they are."""
+    if bias is not None:
+        acc_NT += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    return acc_NT
+
+
+@triton.jit
+def gated(
+    gate_NT, up_NT, GATE: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, KIND: tl.constexpr
+):  # fmt: skip
+    """What the op ``GATE`` makes of both in fp32, after they are rounded to ``KIND``."""
+    gate_NT = gate_NT.to(KIND).to(tl.float32)
+    up_NT = up_NT.to(KIND).to(tl.float32)
+    if GATE == "silu_mul":
+        made = gate_NT * tl.sigmoid(gate_NT) * up_NT
+    else:
+        made = clamped_swiglu_of(gate_NT, up_NT, ALPHA, LIMIT)
+    return made
+
+
+@triton.jit
 def multiply(
     acc_NT, w_rows, x_TK, n, k, of, square, of_row, N, K, step,
     WIDEN: tl.constexpr, BLOCK: tl.constexpr,
@@ -65,6 +89,7 @@ def grouped_tiles(
     weight_scale,
     order,
     start,
+    bias,
     y,
     M,
     N,
@@ -77,20 +102,24 @@ def grouped_tiles(
     BT: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    SILU: tl.constexpr,
+    GATE: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
     WIDEN: tl.constexpr,
     SCALES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """``y[j] = x[row of j] @ weight[expert of j].T``; zeros for entries behind the last expert's.
+    """``y[j] = x[row of j] @ weight[expert of j].T + bias[expert of j]``; zeros for entries behind the last expert's.
 
     Args:
         x_scale, weight_scale: fp32, of rows and of (expert, output) where ``SCALES`` is "channel"; where it is
             "block" of rows and groups of 128 inputs, and of squares of 128, and ``BK`` is 128; else None.
         order: None where ``TOP_K`` is 0 and rows of x are the entries.
-        N: columns of y; experts have as many outputs, or twice as many where ``SILU``.
+        bias: of every expert's outputs, or None.
+        N: columns of y; experts have as many outputs, or twice as many where there is a gate.
         EP: E rounded up to a power of two.
-        SILU: y is silu of the first N outputs times the others, both rounded to its dtype before.
+        GATE: the op that y is of the first N outputs and the others, both rounded to its dtype before; None for none.
+        ALPHA, LIMIT: of clamped SwiGLU.
         WIDEN: multiply in fp32 (operands of fp32, or of different dtypes).
         PDL: this launch may start before the one ahead of it ends.
     """
@@ -99,7 +128,8 @@ def grouped_tiles(
         gdc_wait()
     CHANNEL: tl.constexpr = SCALES == "channel"
     BLOCK: tl.constexpr = SCALES == "block"
-    HALVES: tl.constexpr = 2 if SILU else 1
+    GATED: tl.constexpr = GATE is not None
+    HALVES: tl.constexpr = 2 if GATED else 1
     SUM: tl.constexpr = tl.int32 if weight.dtype.element_ty == tl.int8 else tl.float32
     e = tl.arange(0, EP)
     begin = tl.load(start + tl.minimum(e, E))
@@ -134,17 +164,22 @@ def grouped_tiles(
             if BLOCK:
                 of_row = tl.load(x_scale + row * groups + step, mask=inside, other=0.0)
             acc_NT = multiply(acc_NT, w_rows, x_TK, n, k, of, square, of_row, N, K, step, WIDEN, BLOCK)
-            if SILU:
+            if GATED:
                 up_NT = multiply(up_NT, w_up, x_TK, n, k, of, square_up, of_row, N, K, step, WIDEN, BLOCK)
         if CHANNEL:
             of_row = tl.load(x_scale + row, mask=inside, other=0.0)
             own = weight_scale + expert * (HALVES * N)
             acc_NT = scaled(acc_NT, of_row, own, n, N)
-            if SILU:
+            if GATED:
                 up_NT = scaled(up_NT, of_row, own + N, n, N)
-        if SILU:
-            gate_NT = acc_NT.to(kind).to(tl.float32)
-            acc_NT = gate_NT * tl.sigmoid(gate_NT) * up_NT.to(kind).to(tl.float32)
+        of_expert = bias
+        if bias is not None:
+            of_expert += expert * (HALVES * N)
+            acc_NT = with_bias(acc_NT, of_expert, n, N)
+        if GATED:
+            if bias is not None:
+                up_NT = with_bias(up_NT, of_expert + N, n, N)
+            acc_NT = gated(acc_NT, up_NT, GATE, ALPHA, LIMIT, kind)
         out = y + j.to(tl.int64)[:, None] * y_stride + n[None, :]
         tl.store(out, acc_NT.T.to(kind), mask=inside[:, None] & (n < N)[None, :])
 

@@ -16,6 +16,7 @@ from makeready.graphs.plan.recipe import Derived, Each, Operand, Param, Piece, c
 from makeready.graphs.quant.awq import Awq
 from makeready.graphs.quant.gptq import Gptq
 from makeready.graphs.quant.int4 import Rounded
+from makeready.graphs.quant.mxfp4 import Blocks
 from makeready.graphs.quant.packed import Packed
 from makeready.graphs.quant.weight_only import Form, Layout
 from makeready.kernels.spec import TensorSpec
@@ -44,6 +45,10 @@ def tensors(name: str, form: Form, seed: int) -> dict[str, torch.Tensor]:
         f"{name}.qzeros": packed(groups, N // per, seed=seed + 3),
         f"{name}.g_idx": index,
         f"{name}.weight_g_idx": index.clone(),
+        f"{name}.weight_blocks": packed(N, K // 8, seed=seed + 4).view(torch.uint8),
+        f"{name}.weight_scales": packed(N, K // 128 + 1, seed=seed + 5)
+        .view(torch.uint8)[:, : K // 32]
+        .contiguous(),
     }
 
 
@@ -54,7 +59,7 @@ def made_of(layout: Layout, matrix: Operand, form: Form, name: str) -> list[Para
     tiled = (-(-rows // 64), groups, 64)
     specs = {
         "weight": TensorSpec((rows, -(-K // 128) * 8 * form.bits), "int16"),
-        "scale": TensorSpec(tiled, "float16"),
+        "scale": TensorSpec(tiled, "uint8" if isinstance(layout, Blocks) else "float16"),
         "zero": TensorSpec(tiled, "uint8"),
     }
     results = [*specs][: 3 if form.zeros else 2]
@@ -71,6 +76,7 @@ def made_of(layout: Layout, matrix: Operand, form: Form, name: str) -> list[Para
         (Gptq(), Form(4, 64, zeros=True, ordered=True)),
         (Packed(), Form(4, 32, zeros=True)),
         (Packed(), Form(8, 64, ordered=True)),
+        (Blocks(), Form(4, 32)),
     ],
     ids=str,
 )

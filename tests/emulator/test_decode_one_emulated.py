@@ -203,6 +203,13 @@ def test_what_it_does_not_do_runs_one_by_one(options: dict[str, Any], changes: d
     assert not kernel.candidates(op_call(OP, tensors, attrs | changes))
 
 
+def test_heads_with_sinks_run_one_by_one() -> None:
+    tensors, attrs = make(20)
+    tensors["sinks"] = torch.zeros(int(attrs["heads"]))
+    (kernel,) = cuda_kernels(OP)
+    assert not kernel.candidates(op_call(OP, tensors, attrs))
+
+
 def test_several_rows_run_one_by_one() -> None:
     tensors, attrs = make(20)
     shared = ("k_cache", "v_cache", "q_norm", "k_norm")

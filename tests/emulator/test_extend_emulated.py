@@ -170,6 +170,25 @@ def test_schedules_against_the_reference(emulator: Emulator, schedule: Schedule,
     assert error(*case, emulate(emulator, case, schedule, seed=size)) < 5e-3
 
 
+@pytest.mark.parametrize(
+    ("schedule", "cache"),
+    [
+        (PLAIN, None),
+        pytest.param(Schedule(lazy=True), None, marks=pytest.mark.slow),
+        pytest.param(PLAIN, F8, marks=pytest.mark.slow),
+    ],
+    ids=["plain", "lazy", "narrow"],
+)
+def test_sinks_join_the_denominators(
+    emulator: Emulator, schedule: Schedule, cache: torch.dtype | None
+) -> None:
+    """Heads as gpt-oss has them; sinks below all scores, among them and far above."""
+    tensors, attrs = make([(9, 200), (1, 130)], 8, 64, 128, B16, 64, cache)
+    tensors["sinks"] = torch.linspace(-8, 12, int(attrs["heads"]))
+    tensors["sinks"][0], tensors["sinks"][-1] = -300.0, 300.0
+    assert error(tensors, attrs, emulate(emulator, (tensors, attrs), schedule, seed=3)) < 5e-3
+
+
 def test_order_and_number_of_blocks_do_not_matter(emulator: Emulator) -> None:
     """To the last bit: no tile is cut, and every launch leaves the counter for the next."""
     case = make(MIXED, 4, 64, 0, B16)

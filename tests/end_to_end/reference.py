@@ -27,6 +27,7 @@ FAMILIES = {
     "mixtral": (transformers.MixtralConfig, transformers.MixtralForCausalLM),
     "deepseek_v2": (transformers.DeepseekV2Config, transformers.DeepseekV2ForCausalLM),
     "deepseek_v3": (transformers.DeepseekV3Config, transformers.DeepseekV3ForCausalLM),
+    "gpt_oss": (transformers.GptOssConfig, transformers.GptOssForCausalLM),
     "gemma3": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
 }
 
@@ -52,6 +53,8 @@ def make_model(folder: Path, family: str, *, seed: int = 0, **config: Any) -> An
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:  # biases start at 0 and norms at 1, which would hide mistakes
             torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.2)
+        elif name.endswith("_proj_bias"):  # of stacked experts; far enough that gates are clamped
+            torch.nn.init.normal_(parameter, std=3.0 if "gate_up" in name else 0.2)
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             torch.nn.init.normal_(buffer, std=0.1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,9 @@ def write_checkpoint(folder: Path, config: dict[str, Any], scale: float | None =
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for name, shape in shapes(config).items():
+        if name.endswith((".weight_blocks", ".weight_scales")):
+            tensors[name] = _mxfp4(name, shape, generator)
+            continue
         values = torch.randn(shape, generator=generator)
         if len(shape) == 1:
             values = 1 + 0.2 * values
@@ -60,6 +64,14 @@ def write_checkpoint(folder: Path, config: dict[str, Any], scale: float | None =
     (folder / "config.json").write_text(json.dumps(config))
     save_file(tensors, folder / "model.safetensors")
     return open_checkpoint(folder)
+
+
+def _mxfp4(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Random numbers of 4 bits, whose scales keep the size of what they multiply."""
+    if name.endswith("blocks"):
+        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    usual = 127 - round(math.log2(2.9 * (32 * shape[1]) ** 0.5))
+    return torch.randint(usual - 1, usual + 2, shape, dtype=torch.uint8, generator=generator)
 
 
 def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -155,6 +155,14 @@ def prefill_case(
     return contract, emit, tensors | {"q": columns}, attrs
 
 
+def with_sinks(make: Callable[[], Case]) -> Case:
+    """Of heads as gpt-oss has them: sinks far below all scores, among them and far above."""
+    contract, emit, tensors, attrs = make()
+    sinks = torch.linspace(-8, 12, int(attrs["heads"]), device="cuda")
+    sinks[0], sinks[-1] = -300.0, 300.0
+    return contract, emit, tensors | {"sinks": sinks}, attrs
+
+
 def _qkv_case(
     heads: int, kv_heads: int, head_dim: int, rotary: int, tokens: int, normed: bool, dtype: torch.dtype = B16
 ) -> Case:
@@ -258,6 +266,18 @@ for _g in _GEOMETRIES:
         _CASES[f"decode-{_kind}-{_g}"] = partial(_decode_case, _LENGTHS, _kind, *_g)
         _CASES[f"extend-{_kind}-{_g}"] = partial(_extend_case, _ROWS[0], _kind, *_g)
         _CASES[f"long-{_kind}-{_g}"] = partial(_extend_case, _LONG[1], _kind, *_g)
+_CASES |= {
+    f"sinks-{name}-{kind}-{window}": partial(with_sinks, partial(make, where, kind, 64, 8, 64, 64, window))
+    for kind in (B16, F8)
+    for window in (0, 128)
+    for name, make, where in (
+        ("prefill", partial(prefill_case, planned), _ROWS[0]),
+        ("decode", _decode_case, _LENGTHS),
+        ("long decode", _decode_case, (3000,)),
+        ("extend", _extend_case, _ROWS[0]),
+        ("long extend", _extend_case, _LONG[1]),
+    )
+}
 _CASES |= {f"qkv-{kind}-{heads}": partial(_qkv_case, *heads, kind) for heads in _HEADS for kind in (B16, F8)}
 
 

@@ -64,6 +64,23 @@ LATENT = DEEPSEEK | {
     "qk_rope_head_dim": 64,
     "v_head_dim": 128,
 }
+GPT_OSS = SMALL | {
+    "model_type": "gpt_oss",
+    "architectures": ["GptOssForCausalLM"],
+    "intermediate_size": 320,
+    "num_local_experts": 16,
+    "num_experts_per_tok": 4,
+    "sliding_window": 48,
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 64,
+    },
+}
+MXFP4 = {"quantization_config": {"quant_method": "mxfp4"}}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "qwen3": (QWEN3, {}),
     "qwen3-fp16": (QWEN3, {"weight_dtype": "float16"}),
@@ -77,6 +94,9 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "qwen2-fp8-block": (QWEN2, {"quant": "fp8_block"}),
     "mixtral": (MIXTRAL, {}),
     "deepseek": (DEEPSEEK, {}),
+    "gpt_oss": (GPT_OSS, {}),
+    "gpt_oss-mxfp4": (GPT_OSS | MXFP4, {}),
+    "gpt_oss-mxfp4-deterministic": (GPT_OSS | MXFP4, {"deterministic": True}),
     "deepseek_v2": (LATENT, {}),
     "deepseek_v2-fp8-cache": (LATENT, {"kv_dtype": "float8_e4m3fn"}),
     "deepseek_v2-deterministic": (LATENT, {"deterministic": True}),

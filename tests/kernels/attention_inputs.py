@@ -133,6 +133,15 @@ def _attention_attrs(heads: Heads, window: int) -> dict[str, Any]:
     return made | {"scale": heads.size**-0.5, "window": window}
 
 
+def _sinks(random: Random, heads: Heads, number: int) -> dict[str, torch.Tensor]:
+    """Sinks in every other case: far above and below all scores, and among them."""
+    if number % 2:
+        return {}
+    sinks = random.normal(heads.heads, scale=3)
+    sinks[:: max(2, heads.heads // 2)] = 300.0 * (1 - number % 4)
+    return {"sinks": sinks}
+
+
 def decode_attention(op: str) -> Iterator[Case]:
     for seed, (heads, (act, cache)) in enumerate(itertools.product(GEOMETRIES, ACT_AND_CACHE)):
         page = heads.page
@@ -150,6 +159,7 @@ def decode_attention(op: str) -> Iterator[Case]:
             operands = {"q": random.normal(len(lengths), heads.heads * heads.size, dtype=act)}
             operands |= filled_cache(random, heads, lengths, cache)
             operands["context_len"] = int32(lengths)
+            operands |= _sinks(random, heads, at + seed // 2)
             label = f"{heads.label}-{lengths}-w{window}-{act}-{cache}".replace(" ", "")
             yield Case(op, label, operands, _attention_attrs(heads, window))
 
@@ -176,6 +186,7 @@ def norm_rope_kv_write_decode_attention(op: str) -> Iterator[Case]:
                 "kv_slot": int32([slot if n else 0 for slot, n in zip(slots, lengths, strict=True)]),
                 **caches,
                 "context_len": int32(lengths),
+                **_sinks(random, heads, seed),
             }
             if normed:
                 operands |= {name: random.uniform(heads.size, dtype=act) for name in ("q_norm", "k_norm")}
@@ -207,6 +218,7 @@ def extend_attention(op: str) -> Iterator[Case]:
                 "query_start": int32(starts),
                 "query_len": int32(counts),
                 "context_len": int32(lengths),
+                **_sinks(random, heads, at + seed // 4),
             }
             label = f"{heads.label}-{batch}-w{window}-{act}-{cache}".replace(" ", "")
             yield Case(op, label, operands, _attention_attrs(heads, window))

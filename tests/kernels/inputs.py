@@ -15,6 +15,7 @@ import gguf_inputs
 import int_inputs
 import mla_inputs
 import moe_inputs
+import mx_inputs
 import torch
 from attention_inputs import (
     decode_attention,
@@ -293,6 +294,12 @@ def scale(op: str) -> Iterator[Case]:
         yield Case(op, case.label, case.operands, {"by": 25.25})
 
 
+def clamped_swiglu(op: str) -> Iterator[Case]:
+    for case in _pointwise(op, "gate_up", even=True):
+        for attrs in ({"alpha": 1.702, "limit": 7.0}, {"alpha": 1.0, "limit": 0.5}):
+            yield Case(op, f"{case.label}-{attrs['limit']}", case.operands, attrs)
+
+
 def rope(op: str) -> Iterator[Case]:
     for (heads, size, rotary), act in itertools.product(((3, 32, 32), (1, 80, 20), (8, 64, 2)), FLOATS):
         random = Random(size)
@@ -311,6 +318,7 @@ BUILDERS: Mapping[str, Callable[[str], Iterator[Case]]] = {
     "silu": lambda op: _pointwise(op, "x"),
     "gelu_tanh": lambda op: _pointwise(op, "x"),
     "gelu_tanh_mul": lambda op: _pointwise(op, "gate_up", even=True),
+    "clamped_swiglu": clamped_swiglu,
     "scale": scale,
     "silu_mul": lambda op: _pointwise(op, "gate_up", even=True),
     "columns": columns,
@@ -379,7 +387,12 @@ BUILDERS: Mapping[str, Callable[[str], Iterator[Case]]] = {
     "combine_add_rms_norm": moe_inputs.combine_norm,
     "combine_add_rms_norm_quantize_fp8": moe_inputs.combine_norm,
     "combine_add_rms_norm_quantize_int8": moe_inputs.combine_norm,
-    "grouped_linear": moe_inputs.grouped_linear,
+    "grouped_linear": lambda op: itertools.chain(
+        moe_inputs.grouped_linear(op), moe_inputs.biased(moe_inputs.grouped_linear(op))
+    ),
+    "grouped_clamped_swiglu": lambda op: moe_inputs.biased(
+        moe_inputs.gated(moe_inputs.grouped_linear(op)), alpha=1.702, limit=1.5
+    ),
     "grouped_linear_fp8": moe_inputs.grouped_linear_fp8,
     "grouped_linear_int8": moe_inputs.grouped_linear_fp8,
     "grouped_linear_fp8_block": moe_inputs.grouped_linear_fp8_block,
@@ -387,6 +400,13 @@ BUILDERS: Mapping[str, Callable[[str], Iterator[Case]]] = {
     "grouped_silu_mul_fp8": lambda op: moe_inputs.gated(moe_inputs.grouped_linear_fp8(op)),
     "grouped_silu_mul_int8": lambda op: moe_inputs.gated(moe_inputs.grouped_linear_fp8(op)),
     "grouped_silu_mul_fp8_block": lambda op: moe_inputs.gated(moe_inputs.grouped_linear_fp8_block(op)),
+    "grouped_linear_mx": lambda op: itertools.chain(
+        mx_inputs.grouped_linear_mx(op), moe_inputs.biased(mx_inputs.grouped_linear_mx(op))
+    ),
+    "grouped_clamped_swiglu_mx": lambda op: moe_inputs.biased(
+        mx_inputs.grouped_linear_mx(op), alpha=1.702, limit=7.0
+    ),
+    "repack_bytes": mx_inputs.repack_bytes,
     "linear_int": int_inputs.linear_int,
     "grouped_linear_int": int_inputs.grouped_linear_int,
     "repack_rows": int_inputs.repack_rows,

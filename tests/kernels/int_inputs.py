@@ -111,6 +111,8 @@ def tile_scales(op: str) -> Iterator[Case]:
         yield Case(
             op, f"{outputs}x{groups}", {"scale": Random(groups).normal(outputs, groups, dtype="float16")}
         )
+        exponents = Random(groups).integers(256, outputs, groups).to(torch.uint8)
+        yield Case(op, f"{outputs}x{groups}-bytes", {"scale": exponents})
 
 
 def order_of_groups(op: str) -> Iterator[Case]:

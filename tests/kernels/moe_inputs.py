@@ -149,6 +149,15 @@ def grouped_linear(op: str) -> Iterator[Case]:
             yield Case(op, f"{tokens}x{experts}x{inputs}x{outputs}-{label}-{act}-{stored}", operands, attrs)
 
 
+def biased(made: Iterator[Case], **attrs: float) -> Iterator[Case]:
+    """The cases with a bias of every expert's outputs, of the activations' dtype or of float32; and attributes."""
+    for seed, case in enumerate(made):
+        experts, outputs, _ = case.operands["weight"].shape
+        dtype = "float32" if seed % 2 else str(case.operands["x"].dtype).removeprefix("torch.")
+        bias = Random(seed).normal(experts, outputs, dtype=dtype)
+        yield Case(case.op, f"{case.label}-biased", {**case.operands, "bias": bias}, {**case.attrs, **attrs})
+
+
 def used(where: dict[str, torch.Tensor], rows: int, top_k: int) -> int:
     """Rows of x behind this one belong to nobody."""
     used = int(where["start"][-1])

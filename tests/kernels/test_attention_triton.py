@@ -180,6 +180,8 @@ def test_decode(geometry: Geometry, dtype: torch.dtype, lengths: tuple[int, ...]
     tensors = _paged(lengths, page=page, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
     tensors["q"] = torch.randn(len(lengths), heads * head_dim).half()
     tensors["q"][[n == 0 for n in lengths]] = float("nan")
+    if heads % 4 == 0:
+        tensors["sinks"] = torch.arange(heads) - 2.0
     _check(decode_attention, tensors, _attrs(geometry))
 
 
@@ -210,6 +212,8 @@ def test_extend(geometry: Geometry, dtype: torch.dtype, rows: tuple[tuple[int, i
     q = torch.full((tokens, heads * head_dim), float("nan"), dtype=torch.float16)
     q[2:-5] = torch.randn(tokens - 7, heads * head_dim).half()
     tensors |= {"q": q, "query_start": start, "query_len": count}
+    if heads % 4 == 0:
+        tensors["sinks"] = torch.arange(heads) - 2.0
     _check(extend_attention, tensors, _attrs(geometry))
 
 

@@ -169,6 +169,23 @@ def test_grouped(tokens, experts, k, outputs, inputs, entries):
 
 
 @interpreted
+@pytest.mark.parametrize("entries", ["spread", "one"])
+def test_grouped_with_biases(entries):
+    """A bias of each expert's outputs, then clamped SwiGLU: sums pass its limits on both sides."""
+    swiglu = {"alpha": 1.702, "limit": 1.5}
+    for tokens, experts, k, outputs, inputs in GROUPED:
+        for op, gathered in (("grouped_linear", True), ("grouped_clamped_swiglu", False)):
+            operands = expert_weights(
+                tokens, experts, k, outputs, inputs, entries, gathered, "float16", "float16"
+            )
+            operands["bias"] = random(experts, outputs, dtype=torch.float16, seed=9) * 3
+            operands["bias"][operands["start"][1:] == operands["start"][:-1]] = float(
+                "nan"
+            )  # which nobody reads
+            check(op, operands, top_k=0 if gathered else k, **({} if gathered else swiglu))
+
+
+@interpreted
 @pytest.mark.parametrize("entries", ["spread", "nobody"])
 @pytest.mark.parametrize("scales", ["channel", "block"])
 @pytest.mark.parametrize("outputs", [384, 72, 130])

@@ -172,7 +172,13 @@ def attention_by_hand(case: Case) -> torch.Tensor:
         )
         group = a["heads"] // a["kv_heads"]
         k, v = (torch.stack([x[h // group] for h in range(a["heads"])]) for x in (k, v))
-        y[token] = functional.scaled_dot_product_attention(q[token][:, None], k, v, scale=a["scale"])[:, 0]
+        bias = torch.zeros(a["heads"], 1, k.shape[1], dtype=torch.float64)
+        if "sinks" in o:  # the score of one more key, whose value is zero
+            k, v = (functional.pad(x, (0, 0, 0, 1)) for x in (k, v))
+            bias = torch.cat((bias, o["sinks"].double()[:, None, None]), -1)
+        y[token] = functional.scaled_dot_product_attention(q[token][:, None], k, v, bias, scale=a["scale"])[
+            :, 0
+        ]
     return y.flatten(1)
 
 

@@ -33,6 +33,8 @@ PARAMETERS = {
     "mixtral_8x7b": 46_702_792_704,
     "deepseek_v2_lite": 15_706_484_224,
     "deepseek_v2": 235_741_434_880,
+    "gpt_oss_20b": 20_914_757_184,
+    "gpt_oss_120b": 116_829_156_672,
     "deepseek_v3": 671_026_419_200,  # without the layer that predicts further tokens
 }
 CONTEXT = {
@@ -50,18 +52,25 @@ CONTEXT = {
     "mixtral_8x7b": 32768,
     "deepseek_v2_lite": 163840,
     "deepseek_v2": 163840,
+    "gpt_oss_20b": 131072,
+    "gpt_oss_120b": 131072,
     "deepseek_v3": 163840,
 }
 
 
 def parameters(traced: Traced) -> int:
-    """Elements of every checkpoint tensor that the model reads, but for scales of 8-bit weights."""
+    """Numbers of every checkpoint tensor that the model reads, but for scales of weights of few bits."""
     elements: dict[str, int] = {}
     for param in traced.programs["decode"].params.values():
         for piece in (piece for operand in param.operands for piece in operand.pieces):
             size = math.prod(stop for _, stop in piece.box) * math.prod(each.count for each in piece.each)
             elements[piece.source] = max(size, elements.get(piece.source, 0))
-    return sum(n for source, n in elements.items() if "_scale" not in source)
+    in_each = {"weight_blocks": 2}  # numbers of 4 bits in a byte
+    return sum(
+        n * in_each.get(source.rpartition(".")[2], 1)
+        for source, n in elements.items()
+        if "_scale" not in source
+    )
 
 
 def test_every_preset_is_checked_here():

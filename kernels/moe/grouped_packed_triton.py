@@ -1,4 +1,4 @@
-"""Products of tokens with experts' weights of 4 or 8 bits in Triton: tiles found on the device.
+"""Products of tokens with experts' weights of 4 or 8 bits, or in MXFP4, in Triton: tiles found on the device.
 
 As grouped_tiles_triton.py; words are widened in registers as in gemm/linear_int_stream_triton.py.
 
@@ -15,18 +15,24 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from makeready.kernels.gemm.int_values_triton import centred, of_group, scaled
-from makeready.kernels.moe.grouped_tiles_triton import find_tile
+from makeready.kernels.moe.grouped_tiles_triton import find_tile, gated, with_bias
+from makeready.kernels.mx_values_triton import mx_values
 
 
 @triton.jit
 def multiply_span(
     acc_NT, w_rows, scale, zero, x_TK, n, k, groups,
-    BITS: tl.constexpr, GROUP: tl.constexpr, SUMS: tl.constexpr, KIND: tl.constexpr,
+    MX: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, SUMS: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """``acc_NT`` and the products of one span of inputs; its sums are scaled where ``SUMS``, else its weights."""
     w = tl.load(w_rows + k // 128 * (8 * BITS) + tl.arange(0, 8 * BITS)[None, :])
-    w_NK = centred(w, zero, n, k, groups, BITS, GROUP, KIND)
-    if SUMS:
+    if MX:
+        w_NK = mx_values(w, scale, n, k, groups, KIND)
+    else:
+        w_NK = centred(w, zero, n, k, groups, BITS, GROUP, KIND)
+    if MX:
+        acc_NT = tl.dot(w_NK, x_TK.T, acc_NT)
+    elif SUMS:
         own = tl.load(of_group(scale, n, k, groups, GROUP)).to(tl.float32)
         acc_NT += tl.dot(w_NK, x_TK.T) * own[:, None]
     else:
@@ -35,13 +41,14 @@ def multiply_span(
 
 
 @triton.jit
-def grouped_int(
+def grouped_packed(
     x,
     weight,
     weight_scale,
     weight_zero,
     order,
     start,
+    bias,
     y,
     M,
     N,
@@ -51,29 +58,35 @@ def grouped_int(
     E: tl.constexpr,
     EP: tl.constexpr,
     TOP_K: tl.constexpr,
+    MX: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     BT: tl.constexpr,
     BN: tl.constexpr,
-    SILU: tl.constexpr,
+    GATE: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """``y[j] = x[row of j] @ ((weight[expert of j] - zero) * scale).T``; zeros for entries behind the last expert's.
+    """``y[j] = x[row of j] @ ((weight[expert of j] - zero) * scale).T + bias``; zeros behind the last of them.
 
     Args:
         weight: int16 words of kernels/integers.py.
         weight_scale, weight_zero: tiles of fp16 and uint8 of every expert; zeros None where weights are symmetric.
+        bias: of every expert's outputs, or None.
         order: None where ``TOP_K`` is 0 and rows of x are the entries.
-        N: columns of y; experts have as many outputs, or twice as many where ``SILU``.
+        N: columns of y; experts have as many outputs, or twice as many where there is a gate.
         EP: E rounded up to a power of two.
+        MX: weights are e2m1 and scales e8m0, of 32 inputs each; BITS is 4, GROUP 32.
         GROUP: inputs that share a scale: 32, 64, a multiple of 128, or what is at least K.
-        SILU: y is silu of the first N outputs times the others, both rounded to its dtype before.
+        GATE, ALPHA, LIMIT: as in grouped_tiles_triton.py.
         PDL: this launch may start before the one ahead of it ends.
     """
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    HALVES: tl.constexpr = 2 if SILU else 1
+    GATED: tl.constexpr = GATE is not None
+    HALVES: tl.constexpr = 2 if GATED else 1
     SUMS: tl.constexpr = GROUP % 128 == 0 and BT <= 32
     KIND: tl.constexpr = x.dtype.element_ty
     e = tl.arange(0, EP)
@@ -102,15 +115,22 @@ def grouped_int(
         for k in tl.range(0, K, 128):
             of = (k + of_k)[None, :]
             x_TK = tl.load(x_rows + of, mask=inside[:, None] & (of < K), other=0.0)
-            acc_NT = multiply_span(acc_NT, w_rows, scale, zero, x_TK, n, k, groups, BITS, GROUP, SUMS, KIND)
-            if SILU:
+            acc_NT = multiply_span(
+                acc_NT, w_rows, scale, zero, x_TK, n, k, groups, MX, BITS, GROUP, SUMS, KIND
+            )
+            if GATED:
                 up_rows = w_rows + N.to(tl.int64) * words
                 up_NT = multiply_span(
-                    up_NT, up_rows, scale, zero, x_TK, N + n, k, groups, BITS, GROUP, SUMS, KIND
+                    up_NT, up_rows, scale, zero, x_TK, N + n, k, groups, MX, BITS, GROUP, SUMS, KIND
                 )
-        if SILU:
-            gate_NT = acc_NT.to(y.dtype.element_ty).to(tl.float32)
-            acc_NT = gate_NT * tl.sigmoid(gate_NT) * up_NT.to(y.dtype.element_ty).to(tl.float32)
+        of_expert = bias
+        if bias is not None:
+            of_expert += expert * (HALVES * N)
+            acc_NT = with_bias(acc_NT, of_expert, n, N)
+        if GATED:
+            if bias is not None:
+                up_NT = with_bias(up_NT, of_expert + N, n, N)
+            acc_NT = gated(acc_NT, up_NT, GATE, ALPHA, LIMIT, y.dtype.element_ty)
         at = column * BN + of_n
         out = y + j.to(tl.int64)[:, None] * y_stride + at[None, :]
         tl.store(out, acc_NT.T.to(y.dtype.element_ty), mask=inside[:, None] & (at < N)[None, :])

@@ -1,0 +1,117 @@
+"""gpt-oss in MXFP4: what its config means, what programs and parameters become, what is refused, dummy weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_programs import LIMITS, LLAMA, dummy, traced
+
+from makeready.graphs.models.family import UnsupportedModelError
+from makeready.graphs.plan.plan import PlanError
+from makeready.graphs.plan.spec import DECODE, EXTEND
+from makeready.graphs.planner.compile import compile_plan
+from makeready.graphs.quant.stored import stored_scheme
+from makeready.graphs.quant.weight_only import Form, WeightOnly
+
+MXFP4: dict[str, Any] = {
+    "quant_method": "mxfp4",
+    "modules_to_not_convert": [
+        "model.layers.*.self_attn",
+        "model.layers.*.mlp.router",
+        "model.embed_tokens",
+        "lm_head",
+    ],
+}
+CONFIG = LLAMA | {
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "hidden_size": 192,
+    "intermediate_size": 160,
+    "head_dim": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "quantization_config": MXFP4,
+}
+
+
+@pytest.mark.parametrize(
+    ("more", "module", "form"),
+    [
+        ([], "model.layers.3.mlp.experts.7.gate_proj", Form(4, 32)),
+        ([], "model.layers.3.self_attn.q_proj", None),
+        ([], "model.layers.3.mlp.router", None),
+        ([], "lm_head", None),
+        (["model.layers.1.mlp"], "model.layers.1.mlp.experts.0.down_proj", None),
+        (["model.layers.1.mlp"], "model.layers.11.mlp.experts.0.down_proj", Form(4, 32)),
+        (["model.layers.*.mlp.experts"], "model.layers.11.mlp.experts.0.down_proj", None),
+        (["layers.1"], "model.layers.1.mlp.experts.0.down_proj", None),
+    ],
+)
+def test_configs_are_read(more: list[str], module: str, form: Form | None) -> None:
+    said = {**MXFP4, "modules_to_not_convert": [*MXFP4["modules_to_not_convert"], *more]}
+    scheme = stored_scheme({"quantization_config": said})
+    assert isinstance(scheme, WeightOnly)
+    assert scheme.of(module) == form
+
+
+def test_experts_are_packed_and_fused() -> None:
+    plan = compile_plan(dummy(CONFIG), **LIMITS)
+    for kind in (DECODE, EXTEND):
+        count = Counter(launch.op for launch in plan.programs[kind].launches)
+        assert count["grouped_clamped_swiglu_mx"] == count["grouped_linear_mx"] == CONFIG["num_hidden_layers"]
+        assert not {"grouped_linear", "clamped_swiglu"} & set(count)
+    found = {
+        w.param.name: w.param.spec for w in plan.weights if w.param.name.startswith("layers.0.mlp.gate_up")
+    }
+    shapes = {name.rpartition(".")[2]: (spec.shape, spec.dtype) for name, spec in found.items()}
+    assert shapes == {
+        "gate_up": ((4, 320, 64), "int16"),
+        "gate_up_scale": ((4, 5, 6, 64), "uint8"),
+        "gate_up_bias": ((4, 320), "float32"),
+    }
+
+
+def test_dummy_weights_are_as_large_as_others() -> None:
+    """Bits that fill all numbers, under scales that give the usual deviation of 0.02."""
+    checkpoint = dummy(CONFIG)
+    compile_plan(checkpoint, **LIMITS)
+    blocks = checkpoint.read("model.layers.0.mlp.experts.1.gate_proj.weight_blocks")
+    scales = checkpoint.read("model.layers.0.mlp.experts.1.gate_proj.weight_scales")
+    assert (blocks.shape, scales.shape) == ((160, 96), (160, 6))
+    assert blocks.dtype == scales.dtype == np.uint8
+    assert len(np.unique(blocks)) == 256
+    assert set(np.unique(scales)) == {119, 120, 121}
+    numbers = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])[
+        np.stack((blocks & 7, blocks >> 4 & 7), -1).reshape(160, 192)
+    ]
+    wide = numbers * np.exp2(scales.astype(float) - 127).repeat(32, 1)
+    assert 0.015 < np.sqrt((wide**2).mean()) < 0.035
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"hidden_size": 208},
+            "208 inputs are no multiple of MXFP4's blocks of 32; use a checkpoint with 16-bit",
+        ),
+        (
+            {"hidden_size": 224},
+            "224 outputs of an expert are no multiple of 64; use a checkpoint with 16-bit",
+        ),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message) as caught:
+        traced(CONFIG | changes).lower()
+    assert "\n" not in str(caught.value)
+
+
+def test_names_are_checked() -> None:
+    with pytest.raises(UnsupportedModelError, match="modules_to_not_convert must be a list of names"):
+        stored_scheme({"quantization_config": {**MXFP4, "modules_to_not_convert": "lm_head"}})
