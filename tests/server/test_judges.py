@@ -92,6 +92,7 @@ def test_bodies_of_our_description_and_others_never_end_in_a_server_error(small:
 
 def test_litellm(server: ServerProcess) -> None:
     needs("litellm")
+    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else it asks the internet
     import litellm  # pyright: ignore[reportMissingImports]
 
     said: dict[str, str] = {}
