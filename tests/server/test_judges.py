@@ -20,8 +20,7 @@ import httpx
 import openai
 import pytest
 from server_process import ServerProcess
-from tokenizers_fixture import byte_level_json
-from transformers import LlamaConfig, LlamaForCausalLM
+from small_model import small_model
 
 pytestmark = pytest.mark.slow
 MESSAGES: Any = [{"role": "user", "content": "Name three colours."}]
@@ -63,14 +62,7 @@ def needs(name: str) -> None:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """With a model and a context that are so small that a request for all tokens ends soon."""
-    folder = tmp_path_factory.mktemp("small")
-    config = LlamaConfig(
-        vocab_size=512, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=256, bos_token_id=0, eos_token_id=1,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    (folder / "tokenizer.json").write_text(byte_level_json())
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    folder = small_model(tmp_path_factory.mktemp("small"), TEMPLATE)
     options = ("plan.max_rows=8", "plan.context_len=96", "plan.max_tokens=64", "plan.max_logprob_tokens=32")
     more = (f"files_dir={tmp_path_factory.mktemp('files')}", "served_model_name=[small]")
     with ServerProcess(f"checkpoint={folder}", *options, *more) as made:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from server_process import ServerProcess, events
-from smollm2 import smollm2
+from small_model import small_model
 
 LATE = 3  # tokens that may have been generated and not yet told of
 CHARACTERS = 10_000
+TEMPLATE = "{# <tool_call> arguments #}{{ messages[0].content }}"
 WORDS = "a line of code that goes on, number {}; \n"
 
 
 @pytest.mark.slow
-def test_an_argument_of_10000_characters_streams_within_three_tokens() -> None:
+def test_an_argument_of_10000_characters_streams_within_three_tokens(tmp_path: Path) -> None:
     """Each event says how many tokens there are: the text of all but the last three has been told by then."""
     written = "".join(WORDS.format(place) for place in range(CHARACTERS // 30))[:CHARACTERS]
     text = {"type": "object", "properties": {"text": {"const": written}}, "required": ["text"]}
@@ -26,19 +28,19 @@ def test_an_argument_of_10000_characters_streams_within_three_tokens() -> None:
     }
     body: dict[str, Any] = {
         "messages": [{"role": "user", "content": "Write."}],
-        "chat_template": "{# <tool_call> arguments #}{{ messages[0].content }}",
         "tools": [tool],
         "tool_choice": "required",
         "parallel_tool_calls": False,
         "temperature": 0,
-        "max_tokens": 6000,
+        "max_tokens": 12000,
         "stream": True,
         "stream_options": {"include_usage": True, "continuous_usage_stats": True},
         "logprobs": True,
     }
     # Every token is chosen by the model, in a step of its own.
-    options = ("plan.max_rows=1", "plan.context_len=6144", "scheduler.forced_tokens=false")
-    with ServerProcess(f"checkpoint={smollm2()}", *options) as server:
+    options = ("plan.max_rows=1", "plan.context_len=12288", "scheduler.forced_tokens=false")
+    checkpoint = small_model(tmp_path, TEMPLATE, positions=12288)
+    with ServerProcess(f"checkpoint={checkpoint}", *options) as server:
         answer = httpx.post(server.url + "/v1/chat/completions", json=body, timeout=1200).text
     chunks = [json.loads(each) for each in events(answer)[:-1]]
     told, counts, tokens, name, reason = "", list[tuple[int, int]](), list[str](), "", None

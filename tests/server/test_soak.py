@@ -24,7 +24,7 @@ CONTEXT = 4352  # 126,195 tokens and 2,000 of an answer, by 32, and some
 TINY = (
     *("checkpoint=dummy", "model=smollm2_135m", "model.num_hidden_layers=2", "model.hidden_size=64"),
     *("model.intermediate_size=64", "model.num_attention_heads=2", "model.num_key_value_heads=1"),
-    *("plan.max_rows=64", f"plan.context_len={CONTEXT}", "plan.max_tokens=512", "kv.memory_gib=0.25"),
+    *("plan.max_rows=64", f"plan.context_len={CONTEXT}", "plan.max_tokens=512", "kv.memory_gib=0.03"),
     *("scheduler.max_queued_requests=20000", "model.max_position_embeddings=8192"),
 )
 GROWTH_MIB = 64  # of a process behind the first third; allocators keep some of what they had
