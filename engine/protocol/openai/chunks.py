@@ -82,12 +82,15 @@ class _Chunks:
         self._head, self._streaming = dict(head), streaming
         self._replies, self._samples = replies, samples
         self._outputs: dict[int, Output] = {}
+        self._counts = [0] * len(replies)  # tokens of what was told, which replies may be ahead of
 
     def take(self, pieces: Sequence[Piece]) -> Iterator[dict[str, Any]]:
         """The chunks that pieces become."""
         for piece in pieces:
+            self._counts[piece.index] += len(piece.token_ids)
             if piece.output is not None:
                 self._outputs[piece.index] = piece.output
+                self._counts[piece.index] = piece.output.completion_tokens
             for choice in self._choices(piece):
                 yield self._chunk([choice])
 
@@ -108,7 +111,7 @@ class _Chunks:
 
     def _usage_so_far(self) -> dict[str, Any]:
         prompt = sum(len(reply.sequence.prompt) for reply in self._replies[:: self._samples])
-        completion = sum(len(reply.sequence.output) for reply in self._replies)
+        completion = sum(self._counts)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
