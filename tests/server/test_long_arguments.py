@@ -14,7 +14,7 @@ from small_model import small_model
 LATE = 3  # tokens that may have been generated and not yet told of
 CHARACTERS = 10_000
 TEMPLATE = "{# <tool_call> arguments #}{{ messages[0].content }}"
-WORDS = "a line of code that goes on, number {}; \n"
+WORDS = "a line of code that goes on, number {}; "  # no escapes, each of which waits for its last character
 
 
 @pytest.mark.slow
