@@ -69,14 +69,16 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
         yield made
 
 
-def test_bodies_of_our_description_and_others_never_end_in_a_server_error(small: ServerProcess) -> None:
+def test_bodies_of_our_description_and_others_never_end_in_a_server_error(
+    small: ServerProcess, tmp_path: Path
+) -> None:
     """``MAKEREADY_EXAMPLES`` says how many bodies an operation gets at most."""
     needs("schemathesis")
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{small.url}/openapi.json", "--seed", "1"]
     command += ["--checks", "not_a_server_error", "--phases", "examples,coverage,fuzzing", "--workers", "4"]
     command += ["--max-examples", os.environ.get("MAKEREADY_EXAMPLES", "5"), "--continue-on-failure"]
     command += ["--suppress-health-check", "all", "--request-timeout", "120"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=3000, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=3000, check=False)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert small.process.poll() is None
     assert httpx.get(f"{small.url}/health_generate", timeout=60).status_code == 200
