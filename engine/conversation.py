@@ -13,6 +13,7 @@ from makeready.engine.text.formats.base import AUTO, NONE, check_parsers, format
 from makeready.engine.text.formats.rules import tool_of
 from makeready.engine.text.formats.scan import Reading
 from makeready.engine.text.message_grammar import MessageGrammar
+from makeready.engine.text.response.reader import format_by
 from makeready.engine.text.tokenizer import Tokenizer
 from makeready.engine.tools import check_tools, forced_tools
 
@@ -61,7 +62,9 @@ class Parsers:
             source = read_template(chat_template, source)
         seen = None if tool_choice == "none" else tools
         text = render_chat(source, messages, tools=seen, **{**tokenizer.special_tokens, **template})
-        form = format_of(choose_template(source, seen), self.tool_call_parser, self.reasoning_parser)
+        stated = tokenizer.response_template
+        own = None if stated is None else format_by(stated)
+        form = format_of(choose_template(source, seen), self.tool_call_parser, self.reasoning_parser, own)
         if calls and form.calls is None and self.tool_call_parser != NONE:
             raise RequestError(
                 "tools: the chat template is of no known family, so calls could not be told from text; name one with "

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import textwrap
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+
+from makeready.engine.docstrings import attributes_of
 
 WIDTH = 100  # columns; help is often read in half a screen
 
@@ -52,7 +54,7 @@ def describe(kind: Any, prefix: str = "") -> dict[str, str]:
     """Meaning of every option of a structured config by its full name, from ``Attributes`` of docstrings."""
     meanings: dict[str, str] = {}
     for base in reversed(kind.__mro__):
-        meanings |= _attributes(base.__doc__ or "")
+        meanings |= attributes_of(base.__doc__ or "")
     hints = typing.get_type_hints(kind)
     found: dict[str, str] = {}
     for f in dataclasses.fields(kind):
@@ -91,23 +93,3 @@ def _leaves(kind: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Fiel
             yield from _leaves(hints[f.name], f"{prefix}{f.name}.")
         else:
             yield prefix + f.name, f, hints[f.name]
-
-
-def _attributes(doc: str) -> Mapping[str, str]:
-    """``name: meaning`` entries below ``Attributes:``; a line that is indented deeper goes on."""
-    found: dict[str, str] = {}
-    lines = iter(doc.splitlines())
-    indent = next((len(line) - len(line.lstrip()) for line in lines if line.strip() == "Attributes:"), None)
-    if indent is None:
-        return found
-    name = ""
-    for line in lines:
-        depth = len(line) - len(line.lstrip())
-        if depth <= indent:
-            break
-        if depth == indent + 4:
-            name, _, meaning = line.strip().partition(":")
-            found[name] = meaning.strip().replace("``", "")
-        else:
-            found[name] += " " + line.strip().replace("``", "")
-    return found

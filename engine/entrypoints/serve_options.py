@@ -54,7 +54,8 @@ class ServeJob(Job):
         chat_template: jinja template to use in place of the model's: a file, the text itself, or the name of one of
             several that the model has.
         tool_call_parser: how the model writes tool calls: deepseekv3, gpt-oss, llama3, mistral, qwen and others, as
-            for generate.py. auto: as its chat template tells; none: calls stay in the content.
+            for generate.py. auto: as its chat template tells, or its own response_template; none: calls stay in the
+            content.
         reasoning_parser: how it writes reasoning: think, gpt-oss or mistral; auto and none as above.
         generation_config: what requests do not say is taken from the model's generation_config.json.
         chat_template_kwargs: variables of the chat template for requests that do not set them, such as

@@ -170,6 +170,8 @@ class Route:
         path: with parameters in braces, as starlette has them.
         shape: how its protocol writes errors.
         broken: how a stream of it ends that cannot go on; None: with the error as an event.
+        body: the JSON Schema of its body, for ``/openapi.json``; None where it has none.
+        takes: the media type of its body.
     """
 
     path: str
@@ -178,6 +180,8 @@ class Route:
     methods: Sequence[str] = ("POST",)
     access: Access = Access.USER
     broken: Callable[[ServeError], bytes] | None = None
+    body: Mapping[str, Any] | None = None
+    takes: str = JSON
 
 
 class Served:

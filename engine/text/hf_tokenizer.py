@@ -19,6 +19,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from makeready.engine.text.byte_level import QWEN2_SPLIT, split_then_bytes
 from makeready.engine.text.file_types import check_added_tokens, check_tokenizer_config, library_errors
 from makeready.engine.text.parts import NAMED_TOKENS, TextError, TokenizerParts
+from makeready.engine.text.response.template import ResponseTemplate, read_response_template
 
 # Vocabulary files that only other libraries read.
 _FOREIGN = ("tokenizer.model", "tiktoken.model", "tekken.json")
@@ -72,12 +73,15 @@ def read_hf_tokenizer(
         backend.post_processor = _template(backend, config, special_tokens)
     eos = special_tokens.get("eos_token")
     eos_id = None if eos is None else backend.token_to_id(eos)
+    response_template, warnings = _response_template(config)
     return TokenizerParts(
         backend=backend,
         special_tokens=special_tokens,
         eos_ids=() if eos_id is None else (eos_id,),
         chat_template=_chat_template(files, folder, config),
         clean_up=_cleans_up(backend, config),
+        response_template=response_template,
+        warnings=warnings,
     )
 
 
@@ -272,6 +276,19 @@ def _chat_template(
     if isinstance(template, list):
         return {entry["name"]: entry["template"] for entry in template}
     return template
+
+
+def _response_template(config: Mapping[str, Any]) -> tuple[ResponseTemplate | None, tuple[str, ...]]:
+    """A template of answers, and what is to be said where it cannot be followed: answers can be had without it."""
+    if config.get("response_template") is None:
+        return None, ()
+    try:
+        return read_response_template(config["response_template"]), ()
+    except TextError as error:
+        return None, (
+            f"response_template of tokenizer_config.json is not followed, since {error}; reasoning and calls are "
+            "read by tool_call_parser and reasoning_parser alone",
+        )
 
 
 def _cleans_up(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> bool:

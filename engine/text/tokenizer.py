@@ -57,6 +57,7 @@ class Tokenizer:
         special_tokens: named special tokens that are set, for chat templates.
         eos_ids: ids that end a sequence.
         chat_template: one jinja template, several by name, or None.
+        response_template: how answers are written, where the checkpoint says so itself.
         clean_up: spaces before punctuation are removed after decoding.
         warnings: what its files leave open and how it was understood, for whoever loads it to say.
     """
@@ -66,6 +67,7 @@ class Tokenizer:
         self.special_tokens: dict[str, str] = dict(parts.special_tokens)
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(parts.eos_ids if eos_ids is None else eos_ids))
         self.chat_template: str | Mapping[str, str] | None = parts.chat_template
+        self.response_template = parts.response_template
         self.clean_up = parts.clean_up
         self.warnings = parts.warnings
         # A length limit or padding left in tokenizer.json is for training; transformers clears both too.

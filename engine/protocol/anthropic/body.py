@@ -20,6 +20,7 @@ from makeready.engine.protocol.asked import (
     text_of,
     tools_of,
 )
+from makeready.engine.protocol.schema import OBJECT, STRING, body_schema
 
 # Field of a body → ours.
 SAMPLING = {
@@ -88,6 +89,21 @@ def read(body: Mapping[str, Any], *, counts: bool = False) -> tuple[Ask, list[st
         fit=True,
     )
     return ask, ignored
+
+
+def schema(*, counts: bool = False) -> dict[str, Any]:
+    """The JSON Schema of a body."""
+    needed = ("messages",) if counts else ("messages", "max_tokens")
+    tool = {"type": "object", "properties": {"name": STRING, "input_schema": OBJECT}, "required": ["name"]}
+    return body_schema(
+        (*READ, *OURS),
+        SAMPLING,
+        needed,
+        tools={"type": "array", "items": tool},
+        tool_choice=OBJECT,
+        thinking=OBJECT,
+        output_config=OBJECT,
+    )
 
 
 def wants_thinking(body: Mapping[str, Any]) -> bool:

@@ -21,6 +21,7 @@ from makeready.engine.protocol.asked import (
     tools_of,
 )
 from makeready.engine.protocol.ollama.conversation import messages_of
+from makeready.engine.protocol.schema import BOOLEAN, INTEGER, OBJECT, STRING, body_schema
 from makeready.engine.tools import FIELDS as TOOLS
 
 CHAT, GENERATE = "/api/chat", "/api/generate"
@@ -110,6 +111,21 @@ def read(url: str, body: Mapping[str, Any]) -> Asked:
         body.get("stream", True),
         body.get("think", False) is not False,
         [*ignored, "keep_alive"] if _unloads(body) else ignored,
+    )
+
+
+def schema(url: str) -> dict[str, Any]:
+    """The JSON Schema of a body."""
+    own = {"prompt": STRING, "system": STRING} if url == GENERATE else {}
+    return body_schema(
+        (*READ, *OWN[url]),
+        required=("messages",) if url == CHAT else (),
+        options=body_schema((), SAMPLING),
+        format={"anyOf": [{"enum": ["", "json"]}, OBJECT]},
+        think={"anyOf": [BOOLEAN, STRING]},
+        logprobs=BOOLEAN,
+        top_logprobs=INTEGER,
+        **own,
     )
 
 

@@ -16,6 +16,7 @@ from makeready.engine.output import Output
 from makeready.engine.protocol.openai.body import CHAT, prompts_of
 from makeready.engine.protocol.openai.logprobs import chat_logprobs, completion_logprobs
 from makeready.engine.sampling import SamplingParams
+from makeready.engine.sequence import STOP
 from makeready.engine.text.token_text import prompt_text
 from makeready.engine.text.tokenizer import Tokenizer
 
@@ -54,7 +55,7 @@ def answer(
         "created": int(time.time()),
         "model": body["model"],
         "choices": [
-            _chat_choice(i, output, tokenizer)
+            _chat_choice(i, output, tokenizer, params)
             if chat
             else _completion_choice(i, output, tokenizer, body, params)
             for i, output in enumerate(outputs)
@@ -87,7 +88,16 @@ def error_object(
     return {"error": {"message": message, "type": kind, "param": field, "code": code}}
 
 
-def _chat_choice(index: int, output: Output, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def stop_of(output: Output, sampling: SamplingParams) -> dict[str, Any]:
+    """What ended an answer, in SGLang's field and in vLLM's, who does not tell of the model's own end tokens."""
+    matched = output.meta_info["finish_reason"].get("matched") if output.finish_reason == STOP else None
+    own = isinstance(matched, int) and matched not in sampling.stop_token_ids
+    return {"matched_stop": matched, "stop_reason": None if own else matched}
+
+
+def _chat_choice(
+    index: int, output: Output, tokenizer: Tokenizer | None, params: SamplingParams
+) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": output.content, "refusal": None}
     if output.reasoning_content is not None:  # clients look under one name or the other
         message |= dict.fromkeys(("reasoning_content", "reasoning"), output.reasoning_content)
@@ -98,6 +108,7 @@ def _chat_choice(index: int, output: Output, tokenizer: Tokenizer | None) -> dic
         "message": message,
         "logprobs": chat_logprobs(output, tokenizer),
         "finish_reason": output.finish_reason,
+        **stop_of(output, params),
     }
 
 
@@ -123,6 +134,7 @@ def _completion_choice(
             output, tokenizer, echo=begins, prompt=echo, skip_special_tokens=params.skip_special_tokens
         ),
         "finish_reason": output.finish_reason,
+        **stop_of(output, params),
     }
 
 

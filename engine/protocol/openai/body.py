@@ -21,6 +21,7 @@ from makeready.engine.protocol.asked import (
     tools_of,
 )
 from makeready.engine.protocol.openai import structured
+from makeready.engine.protocol.schema import body_schema
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
@@ -135,6 +136,14 @@ def _known(url: str) -> tuple[str, ...]:
     chat = url == CHAT
     own, table = (CHAT_FIELDS, CHAT_SAMPLING) if chat else (COMPLETION_FIELDS, SAMPLING)
     return (*own, *table, *structured.FIELDS, *ROUTING)
+
+
+def schema(url: str) -> dict[str, Any]:
+    """The JSON Schema of a body."""
+    chat, logprobs = url == CHAT, {"type": "boolean"} if url == CHAT else {"type": ["integer", "null"]}
+    names = (*_known(url), "stream", "stream_options")
+    table = CHAT_SAMPLING if chat else SAMPLING
+    return body_schema(names, table, ("messages" if chat else "prompt",), logprobs=logprobs)
 
 
 def prompts_of(prompt: Any) -> tuple[str, tuple[Any, ...]]:

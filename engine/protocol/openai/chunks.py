@@ -16,7 +16,7 @@ from makeready.engine.message import CallDelta
 from makeready.engine.output import Output, TokenLogprob
 from makeready.engine.pieces import Piece
 from makeready.engine.protocol.asked import AskError, kind_of
-from makeready.engine.protocol.openai.answer import echo_of, usage_of
+from makeready.engine.protocol.openai.answer import echo_of, stop_of, usage_of
 from makeready.engine.protocol.openai.logprobs import CompletionLogprobs, chat_entries, ends_with_id
 from makeready.engine.reply import Reply
 from makeready.engine.text.tokenizer import Tokenizer
@@ -82,12 +82,15 @@ class _Chunks:
         self._head, self._streaming = dict(head), streaming
         self._replies, self._samples = replies, samples
         self._outputs: dict[int, Output] = {}
+        self._counts = [0] * len(replies)  # tokens of what was told, which replies may be ahead of
 
     def take(self, pieces: Sequence[Piece]) -> Iterator[dict[str, Any]]:
         """The chunks that pieces become."""
         for piece in pieces:
+            self._counts[piece.index] += len(piece.token_ids)
             if piece.output is not None:
                 self._outputs[piece.index] = piece.output
+                self._counts[piece.index] = piece.output.completion_tokens
             for choice in self._choices(piece):
                 yield self._chunk([choice])
 
@@ -108,7 +111,7 @@ class _Chunks:
 
     def _usage_so_far(self) -> dict[str, Any]:
         prompt = sum(len(reply.sequence.prompt) for reply in self._replies[:: self._samples])
-        completion = sum(len(reply.sequence.output) for reply in self._replies)
+        completion = sum(self._counts)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
@@ -149,7 +152,8 @@ class ChatChunks(_Chunks):
         if delta or entries:
             yield _choice(piece.index, delta or {"content": ""}, entries)
         if piece.output is not None:
-            yield _choice(piece.index, {}, finish_reason=piece.output.finish_reason)
+            ends = stop_of(piece.output, self._replies[piece.index].sequence.sampling)
+            yield _choice(piece.index, {}, finish_reason=piece.output.finish_reason) | ends
 
 
 class CompletionChunks(_Chunks):
@@ -196,7 +200,8 @@ class CompletionChunks(_Chunks):
             logprobs = writer.take(_of_text(piece.logprobs, piece.output), piece.text, final)
         reason = None if piece.output is None else piece.output.finish_reason
         if text or logprobs or reason or made.get("token_ids"):
-            yield made | {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+            ends = {} if piece.output is None else stop_of(piece.output, reply.sequence.sampling)
+            yield made | {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason} | ends
 
 
 def _of_text(tokens: Sequence[TokenLogprob], output: Output | None) -> Sequence[TokenLogprob]:

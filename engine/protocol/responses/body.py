@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from makeready.engine.protocol.asked import AskError, kind_of
+from makeready.engine.protocol.schema import OBJECT, STRING, body_schema
 
 # Fields of ours → those of a chat that say the same.
 RENAMED = {
@@ -41,6 +42,22 @@ def unknown(body: Mapping[str, Any]) -> list[str]:
     """Fields that mean nothing here."""
     known = {*RENAMED, *READ, *IDLE, *WITHOUT_EFFECT}
     return [name for name, value in body.items() if name not in known and value is not None]
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of a body."""
+    items = {"anyOf": [STRING, {"type": "array", "items": OBJECT}]}
+    tools = {"type": "array", "items": OBJECT}
+    return body_schema(
+        (*RENAMED, *READ),
+        {"max_output_tokens": "max_new_tokens"},
+        ("input",),
+        input=items,
+        instructions=STRING,
+        tools=tools,
+        text=OBJECT,
+        reasoning=OBJECT,
+    )
 
 
 def chat_of(body: Mapping[str, Any]) -> dict[str, Any]:

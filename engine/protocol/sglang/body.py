@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from makeready.engine.protocol.asked import ROUTING, Ask, AskError, kind_of, routing_of
+from makeready.engine.protocol.schema import BOOLEAN, IDS, STRING, body_schema
 from makeready.engine.sampling import SamplingParams
 
 PROMPTS = {"text": "prompt", "input_ids": "token_ids"}
@@ -74,6 +75,20 @@ def read(body: Mapping[str, Any]) -> Asked:
             )
         )
     return Asked(asks, _rids(body.get("rid"), count), several, stream, texts, ignored)
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of a body."""
+    several = {"type": "array", "items": STRING}
+    params = body_schema(sorted(SAMPLING))
+    return body_schema(
+        FIELDS,
+        text={"anyOf": [STRING, several]},
+        input_ids={"anyOf": [IDS, {"type": "array", "items": IDS}]},
+        sampling_params={"anyOf": [params, {"type": "array", "items": params}]},
+        rid={"anyOf": [STRING, several]},
+        return_text_in_logprobs=BOOLEAN,
+    )
 
 
 def _prompts(name: str, value: Any) -> tuple[list[Any], bool]:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from makeready.engine.protocol.anthropic.answer import MessageEvents, error_object, ping
-from makeready.engine.protocol.anthropic.body import read, wants_thinking
+from makeready.engine.protocol.anthropic.body import read, schema, wants_thinking
 from makeready.engine.protocol.asked import Ask
 from makeready.engine.server.problem import ServeError
 from makeready.engine.server.route import Answer, Exchange, Route, Stream, answer, named_event
@@ -74,6 +74,6 @@ def _broken(problem: ServeError) -> bytes:
 
 
 ROUTES = [
-    Route("/v1/messages", _create, shape, broken=_broken),
-    Route("/v1/messages/count_tokens", _count, shape),
+    Route("/v1/messages", _create, shape, broken=_broken, body=schema()),
+    Route("/v1/messages/count_tokens", _count, shape, body=schema(counts=True)),
 ]

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from makeready.engine.entrypoints.batch.openai import URLS
+from makeready.engine.protocol.schema import OBJECT, STRING, body_schema
 from makeready.engine.server.batches import ENDED, Batch, Batches
 from makeready.engine.server.files import Record, Store
 from makeready.engine.server.problem import ServeError
@@ -132,13 +133,22 @@ async def _cancel(exchange: Exchange) -> Answer:
 
 
 _GET = ("GET",)
+_UPLOAD = body_schema((), required=("file", "purpose"), file={**STRING, "format": "binary"}, purpose=STRING)
+_CREATE = body_schema(
+    (),
+    required=("input_file_id", "endpoint"),
+    input_file_id=STRING,
+    endpoint={"enum": list(URLS)},
+    completion_window=STRING,
+    metadata=OBJECT,
+)
 ROUTES = [
-    Route("/v1/files", _upload, shape),
+    Route("/v1/files", _upload, shape, body=_UPLOAD, takes="multipart/form-data"),
     Route("/v1/files", _files, shape, _GET),
     Route("/v1/files/{id}", _one_file, shape, _GET),
     Route("/v1/files/{id}", _delete, shape, ("DELETE",)),
     Route("/v1/files/{id}/content", _content, shape, _GET),
-    Route("/v1/batches", _create, shape),
+    Route("/v1/batches", _create, shape, body=_CREATE),
     Route("/v1/batches", _list, shape, _GET),
     Route("/v1/batches/{id}", _one, shape, _GET),
     Route("/v1/batches/{id}/cancel", _cancel, shape),

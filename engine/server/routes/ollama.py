@@ -11,7 +11,7 @@ import msgspec
 from makeready.engine.errors import RequestError
 from makeready.engine.front import Front
 from makeready.engine.protocol.ollama.answer import Lines, error_object
-from makeready.engine.protocol.ollama.body import CHAT, GENERATE, read
+from makeready.engine.protocol.ollama.body import CHAT, GENERATE, read, schema
 from makeready.engine.protocol.ollama.model import (
     API_VERSION,
     TOOL,
@@ -21,6 +21,7 @@ from makeready.engine.protocol.ollama.model import (
     running_of,
     shown_of,
 )
+from makeready.engine.protocol.schema import BOOLEAN, STRING, body_schema
 from makeready.engine.server.problem import ServeError
 from makeready.engine.server.route import Access, Answer, Exchange, Route, Stream, answer
 from makeready.engine.server.routes.openai import check_template_text
@@ -134,12 +135,12 @@ async def _alive(exchange: Exchange) -> Answer:
 
 ROUTES = [
     *(
-        Route(url, partial(_run, url), shape, broken=lambda problem: _sent(shape(problem)))
+        Route(url, partial(_run, url), shape, broken=lambda problem: _sent(shape(problem)), body=schema(url))
         for url in (CHAT, GENERATE)
     ),
     Route("/api/tags", _tags, shape, ("GET",)),
     Route("/api/ps", _ps, shape, ("GET",)),
-    Route("/api/show", _show, shape),
+    Route("/api/show", _show, shape, body=body_schema(("model",), name=STRING, verbose=BOOLEAN)),
     Route("/api/version", _version, shape, ("GET",)),
     Route("/", _alive, shape, ("HEAD",), Access.FREE),
 ]

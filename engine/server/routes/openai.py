@@ -51,6 +51,7 @@ def check_template_text(ask: Ask) -> None:
 
 
 async def _generate(url: str, exchange: Exchange) -> Answer | Stream:
+    """What a model says, whole or as it says it."""
     body = exchange.json()
     streaming = streaming_of(body)
     asked = {name: value for name, value in body.items() if name not in FIELDS and value is not None}
@@ -105,7 +106,10 @@ async def _one_model(exchange: Exchange) -> Answer:
 
 
 ROUTES = [
-    *(Route(url, partial(_generate, url), shape) for url in (bodies.CHAT, bodies.COMPLETIONS)),
+    *(
+        Route(url, partial(_generate, url), shape, body=bodies.schema(url))
+        for url in (bodies.CHAT, bodies.COMPLETIONS)
+    ),
     Route("/v1/models", _models, shape, ("GET",)),
     Route("/v1/models/{id:path}", _one_model, shape, ("GET",)),
 ]

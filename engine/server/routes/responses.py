@@ -8,7 +8,7 @@ from typing import Any
 from makeready.engine.protocol.openai import body as chats
 from makeready.engine.protocol.openai.chunks import streaming_of
 from makeready.engine.protocol.responses.answer import ResponseEvents
-from makeready.engine.protocol.responses.body import chat_of, unknown
+from makeready.engine.protocol.responses.body import chat_of, schema, unknown
 from makeready.engine.server.problem import ServeError
 from makeready.engine.server.route import ALIVE, Answer, Exchange, Route, Stream, answer, named_event
 from makeready.engine.server.routes.openai import check_template_text, shape
@@ -50,4 +50,4 @@ def _broken(problem: ServeError) -> bytes:
     return named_event("error", {"type": "error", "code": error["code"] or error["type"], **fields})
 
 
-ROUTES = [Route("/v1/responses", _create, shape, broken=_broken)]
+ROUTES = [Route("/v1/responses", _create, shape, broken=_broken, body=schema())]

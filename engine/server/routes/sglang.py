@@ -8,8 +8,9 @@ from collections.abc import AsyncIterator, Sequence
 from importlib.metadata import version
 
 from makeready.engine.pieces import Piece
+from makeready.engine.protocol.schema import BOOLEAN, STRING, body_schema
 from makeready.engine.protocol.sglang.answer import Answers
-from makeready.engine.protocol.sglang.body import read
+from makeready.engine.protocol.sglang.body import read, schema
 from makeready.engine.server.problem import ServeError
 from makeready.engine.server.route import ALIVE, DONE, Access, Answer, Exchange, Route, Stream, answer, event
 from makeready.engine.server.routes.openai import shape
@@ -124,8 +125,14 @@ async def _server_info(exchange: Exchange) -> Answer:
 
 _GET = ("GET",)
 ROUTES = [
-    Route("/generate", _generate, shape, ("POST", "PUT")),
-    Route("/abort_request", _abort, shape, access=Access.ADMIN),
+    Route("/generate", _generate, shape, ("POST", "PUT"), body=schema()),
+    Route(
+        "/abort_request",
+        _abort,
+        shape,
+        access=Access.ADMIN,
+        body=body_schema((), rid=STRING, abort_all=BOOLEAN),
+    ),
     Route("/flush_cache", _flush, shape, ("GET", "POST"), Access.ADMIN),
     *(Route(path, _model_info, shape, _GET) for path in ("/get_model_info", "/model_info")),
     *(Route(path, _server_info, shape, _GET) for path in ("/get_server_info", "/server_info")),

@@ -8,6 +8,7 @@ from typing import Any
 from makeready.engine.errors import RequestError
 from makeready.engine.given import ids_of
 from makeready.engine.protocol.asked import Ask, check_template, tools_of
+from makeready.engine.protocol.schema import IDS, body_schema
 from makeready.engine.server.problem import STARTING_SECONDS, ServeError
 from makeready.engine.server.route import Access, Answer, Exchange, Route, answer
 from makeready.engine.server.routes.openai import shape
@@ -129,6 +130,12 @@ ROUTES = [
     Route("/version", _version, shape, _OPEN),
     Route("/metrics", _metrics, shape, _OPEN),
     Route("/v1/loads", _loads, shape, _OPEN),
-    *(Route(path, _tokenize, shape) for path in ("/tokenize", "/v1/tokenize")),
-    *(Route(path, _detokenize, shape) for path in ("/detokenize", "/v1/detokenize")),
+    *(
+        Route(path, _tokenize, shape, body=body_schema(sorted(_TOKENIZE)))
+        for path in ("/tokenize", "/v1/tokenize")
+    ),
+    *(
+        Route(path, _detokenize, shape, body=body_schema(("skip_special_tokens",), tokens=IDS))
+        for path in ("/detokenize", "/v1/detokenize")
+    ),
 ]

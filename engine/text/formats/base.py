@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
@@ -57,6 +56,8 @@ class Calls:
         whole: reads the message as a whole, reasoning included, in place of the usual order.
         rules: of a grammar of calls, so that they can be forced; None where nobody wrote them.
         message_rules: the same of a message as a whole, for a family that reads it so.
+        opened: for such a family, what of a message the end of a rendered prompt has already opened.
+        reads_all_tokens: it is handed all special tokens, not its markers alone.
     """
 
     name: str
@@ -69,6 +70,8 @@ class Calls:
     whole: bool = False
     rules: Rules | None = None
     message_rules: MessageRules | None = None
+    opened: Callable[[str], str] | None = None
+    reads_all_tokens: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,9 +103,8 @@ class Format:
 
     def opened(self, prompt: str) -> str:
         """What of a message the end of a rendered prompt has already opened; "" for nothing."""
-        if self.whole is not None:
-            found = re.search(r"<\|start\|>assistant((?:(?!<\|start\|>).)*)\Z", prompt, re.DOTALL)
-            return found[1] if found else ""
+        if self.whole is not None and self.whole.opened is not None:
+            return self.whole.opened(prompt)
         opening = self.reasoning.opening if self.reasoning else ""
         return opening if opening and prompt.rstrip(BLANK).endswith(opening) else ""
 
@@ -122,6 +124,7 @@ def call_format(
     whole: bool = False,
     rules: Rules | None = None,
     message_rules: MessageRules | None = None,
+    opened: Callable[[str], str] | None = None,
 ) -> Callable[[Read], Read]:
     """Register a function as what reads a family's calls; see :class:`Calls`.
 
@@ -133,7 +136,7 @@ def call_format(
         if name in (*_CALLS, AUTO, NONE):
             raise ValueError(f"there is a call format {name} already; take another name")
         _CALLS[name] = Calls(
-            name, read, openings, others, unmarked, told_by, short_ids, whole, rules, message_rules
+            name, read, openings, others, unmarked, told_by, short_ids, whole, rules, message_rules, opened
         )
         _told.cache_clear()
         return read
@@ -185,18 +188,30 @@ def check_parsers(tool_call_parser: str, reasoning_parser: str) -> None:
         )
 
 
-def format_of(template: str | None, tool_call_parser: str = AUTO, reasoning_parser: str = AUTO) -> Format:
+def format_of(
+    template: str | None,
+    tool_call_parser: str = AUTO,
+    reasoning_parser: str = AUTO,
+    own: Format | None = None,
+) -> Format:
     """The format of messages under a chat template.
 
     Args:
         template: its text.
         tool_call_parser, reasoning_parser: a name in place of what the template tells, or ``none``.
+        own: what the checkpoint itself says, which holds where no family of calls is told or named.
 
     Raises:
         TextError: as :func:`check_parsers`.
     """
     check_parsers(tool_call_parser, reasoning_parser)
     told = _told(template or "")
+    if own is not None and told.calls is None and {tool_call_parser, reasoning_parser} <= {AUTO, NONE}:
+        return Format(
+            own.reasoning if reasoning_parser == AUTO else None,
+            own.calls if tool_call_parser == AUTO else None,
+            own.whole,
+        )
     calls = told.calls if tool_call_parser == AUTO else _CALLS.get(tool_call_parser)
     reasoning = told.reasoning if reasoning_parser == AUTO else _REASONING.get(reasoning_parser)
     whole = calls or _CALLS.get(reasoning_parser) or told.calls

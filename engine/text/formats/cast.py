@@ -79,7 +79,7 @@ def cast(text: str, types: frozenset[str]) -> str:
     if not types.isdisjoint(("integer", "number")) and (made := _number(plain, types)) is not None:
         return made
     for name, bracket in (("object", "{"), ("array", "[(")):
-        if name in types and plain and plain[0] in bracket and (found := _whole(plain)) is not None:
+        if name in types and plain and plain[0] in bracket and (found := json_of(plain)) is not None:
             return found
     return json.dumps(text, ensure_ascii=False)
 
@@ -150,7 +150,7 @@ def _number(text: str, types: frozenset[str]) -> str | None:
     return str(int(value)) if value.is_integer() and abs(value) < 2**53 else None
 
 
-def _whole(text: str) -> str | None:
+def json_of(text: str) -> str | None:
     """The JSON of a text that is one value."""
     source, parts = Source(), list[str]()
     source.put(text)

@@ -25,6 +25,7 @@ END, CALL, RETURN = "<|end|>", "<|call|>", "<|return|>"
 ENDS = (END, CALL, RETURN, START, CHANNEL)
 HEADER = (START, CHANNEL, CONSTRAIN, MESSAGE, " to=")
 _RECIPIENT, _CHANNEL = re.compile(r"to=([^\s<]+)"), re.compile(r"<\|channel\|>\s*(\w+)")
+_BEGUN = re.compile(r"<\|start\|>assistant((?:(?!<\|start\|>).)*)\Z", re.DOTALL)
 _PLAIN = re.compile(r"[^<]")
 LONGEST_HEADER = 300  # characters; what is longer is none
 
@@ -62,6 +63,11 @@ def _message_rules(tools: Sequence[Tool], forced: bool, content: bool, opened: s
     return "@content" if content else lark.free()
 
 
+def _opened(prompt: str) -> str:
+    found = _BEGUN.search(prompt)
+    return found[1] if found else ""
+
+
 @call_format(
     "gpt-oss",
     openings=(START, CHANNEL),
@@ -69,6 +75,7 @@ def _message_rules(tools: Sequence[Tool], forced: bool, content: bool, opened: s
     told_by=((CHANNEL, MESSAGE, "analysis"),),
     whole=True,
     message_rules=_message_rules,
+    opened=_opened,
 )
 def read_harmony(scan: Scan, opened: str) -> Step[None]:
     """All messages; ``opened`` is what the prompt has of the first one."""

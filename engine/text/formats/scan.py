@@ -294,12 +294,13 @@ class Scanner:
         self._markers = reading.format.markers
         self._scan = Scan(reading, Source(self._markers & tokens, hides), name_id)
         whole = reading.format.whole
+        self._all_tokens = whole is not None and whole.reads_all_tokens
         self._work = read_message(self._scan) if whole is None else whole.read(self._scan, reading.opened)
         self._go_on()
 
     def feed(self, text: str) -> list[Event]:
         """The next piece of text, or a special token as :class:`Token`; returns what became final."""
-        if isinstance(text, Token) and text not in self._markers:
+        if isinstance(text, Token) and text not in self._markers and not self._all_tokens:
             text = "" if self._hides else str(text)
         if text:
             self._scan.source.put(text)

@@ -33,11 +33,12 @@ class Source:
 
     Attributes:
         taken: what was read since somebody cleared it: text that nobody accounted for yet.
+        hides: see above.
     """
 
     def __init__(self, tokens: Collection[str] = (), hides: bool = True) -> None:
         self.taken: list[str] = []
-        self._tokens, self._hides = frozenset(tokens), hides
+        self._tokens, self.hides = frozenset(tokens), hides
         self._pieces: deque[str] = deque()
         self._at = 0  # in the first piece
         self._ended = False
@@ -70,7 +71,7 @@ class Source:
         first = self._pieces[0]
         if isinstance(first, Token):
             self._pieces.popleft()
-            if not self._hides:
+            if not self.hides:
                 self.taken.append(str(first))
             return first
         text = first[self._at : self._at + count]

@@ -1,0 +1,99 @@
+"""A day's traffic on a small model: nothing is dropped, and nothing grows.
+
+``MAKEREADY_MOONCAKE`` names Mooncake's trace of conversations (JSON lines: timestamp in ms, input_length,
+output_length, hash_ids, one for 512 tokens). It is played 20 times as fast, with 1/32 of its tokens, so that two
+cores keep up; ``MAKEREADY_REQUESTS`` says how many of its requests, all where it is not set.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from server_process import ServerProcess, events, until
+
+BLOCK, SCALE, SPEED = 512, 32, 20
+CONTEXT = 4352  # 126,195 tokens and 2,000 of an answer, by 32, and some
+TINY = (
+    *("checkpoint=dummy", "model=smollm2_135m", "model.num_hidden_layers=2", "model.hidden_size=64"),
+    *("model.intermediate_size=64", "model.num_attention_heads=2", "model.num_key_value_heads=1"),
+    *("plan.max_rows=64", f"plan.context_len={CONTEXT}", "plan.max_tokens=512", "kv.memory_gib=0.03"),
+    *("scheduler.max_queued_requests=20000", "model.max_position_embeddings=8192"),
+)
+GROWTH_MIB = 64  # of a process behind the first third; allocators keep some of what they had
+
+
+def requests_of(path: Path, count: int | None) -> Iterator[tuple[float, dict[str, Any]]]:
+    """Seconds at which each arrives, and its body; blocks of one id are the same tokens."""
+    with path.open(encoding="utf-8") as file:
+        for row in map(json.loads, islice(file, count)):
+            length = max(1, row["input_length"] // SCALE)
+            blocks = (
+                [(block * 31 + place * 7) % 1000 + 1 for place in range(BLOCK // SCALE)]
+                for block in row["hash_ids"]
+            )
+            prompt = [token for block in blocks for token in block][:length]
+            params = {"max_new_tokens": max(1, row["output_length"] // SCALE), "ignore_eos": True}
+            yield (
+                row["timestamp"] / 1000 / SPEED,
+                {"input_ids": prompt, "sampling_params": params, "stream": True},
+            )
+
+
+def held(process: int) -> tuple[float, int]:
+    """MiB and open files of a process."""
+    status = Path(f"/proc/{process}/status").read_text()
+    resident = next(line for line in status.splitlines() if line.startswith("VmRSS:"))
+    return int(resident.split()[1]) / 1024, len(list(Path(f"/proc/{process}/fd").iterdir()))
+
+
+@pytest.mark.soak
+def test_the_trace_of_mooncake(capsys: pytest.CaptureFixture[str]) -> None:
+    path = os.environ.get("MAKEREADY_MOONCAKE")
+    if path is None:
+        pytest.skip("MAKEREADY_MOONCAKE names no trace")
+    count = os.environ.get("MAKEREADY_REQUESTS")
+    rows = list(requests_of(Path(path), None if count is None else int(count)))
+    done = 0
+    sizes: list[list[tuple[float, int]]] = []
+    with ServerProcess(*TINY) as server:
+        url, processes = server.url, (server.process.pid, server.host)
+
+        async def one(http: httpx.AsyncClient, arrival: float, body: dict[str, Any]) -> None:
+            nonlocal done
+            await asyncio.sleep(arrival)
+            answer = await http.post("/generate", json=body)
+            assert answer.status_code == 200, answer.text[:300]
+            *said, end = events(answer.text)
+            assert end == "[DONE]"
+            last = json.loads(said[-1])
+            assert last["meta_info"]["finish_reason"]["type"] == "length"
+            assert last["meta_info"]["completion_tokens"] == body["sampling_params"]["max_new_tokens"]
+            assert last["meta_info"]["prompt_tokens"] == len(body["input_ids"])
+            done += 1
+            if done % max(1, len(rows) // 12) == 0:
+                sizes.append([held(process) for process in processes])
+                with capsys.disabled():
+                    print(done, sizes[-1], flush=True)
+
+        async def main() -> None:
+            limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+            async with httpx.AsyncClient(base_url=url, timeout=3600, limits=limits) as http:
+                await asyncio.gather(*(one(http, *row) for row in rows))
+
+        asyncio.run(main())
+        assert done == len(rows)
+        (load,) = httpx.get(f"{url}/v1/loads").json()["loads"]
+        assert load["num_total_reqs"] == 0
+        until(lambda: httpx.get(f"{url}/v1/loads").json()["loads"][0]["num_used_tokens"] == 0)
+        early, late = sizes[len(sizes) // 3], [held(process) for process in processes]
+        for (before, _), (after, _) in zip(early, late, strict=True):
+            assert after - before < GROWTH_MIB, sizes
+        assert all(files < 200 for _, files in late)
