@@ -18,7 +18,7 @@ from makeready.kernels.device import H100_BANDWIDTH, H100_FLOPS
 STREAM, PERSISTENT = "stream", "persistent"
 SPAN = 128  # inputs of a step
 
-# By timings of Qwen3-8B's projections on one H200 at 1 to 8,192 rows (``scripts/bench.py suite=[gemm_int4]``). A matrix
+# By timings of Qwen3-8B's projections on one H200 at 1 to 8,192 rows (suite=[gemm_int4] of scripts/bench.py). A matrix
 # instruction whose weights are in registers takes some 58 cycles however few tokens there are, which is why units of
 # few tokens take as long as those of many, and why csrc/linear_few_int.cu has other instructions.
 _MEMORY = 0.95  # of the bandwidth of a copy
@@ -227,7 +227,12 @@ def seconds(product: Product, way: Tiling) -> float:
     turns = _cdiv(on_one, way.a_sm)
     stage = way.stage(product)
     operations = 2 * way.t * way.n * SPAN
-    matrix = on_one * share * operations / (product.rate / product.multiprocessors * _MATRIX[way.kind, way.t, way.n])
+    matrix = (
+        on_one
+        * share
+        * operations
+        / (product.rate / product.multiprocessors * _MATRIX[way.kind, way.t, way.n])
+    )
     widening = on_one * share * way.n * SPAN * _WIDEN[product.bits] / (_LANES * _CLOCK)
     at_once = (
         _read(product, way) / (_MEMORY * product.bandwidth),

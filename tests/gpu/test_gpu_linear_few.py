@@ -126,7 +126,9 @@ def test_launched_behind_each_other(op: str) -> None:
 
 
 @pytest.mark.parametrize("zeros", [False, True])
-@pytest.mark.parametrize(("T", "N", "K"), [(1, 64, 512), (7, 200, 1152), (16, 4096, 4096), (31, 6148, 12288), (64, 6144, 4096)])
+@pytest.mark.parametrize(
+    ("T", "N", "K"), [(1, 64, 512), (7, 200, 1152), (16, 4096, 4096), (31, 6148, 12288), (64, 6144, 4096)]
+)
 def test_four_bits(T: int, N: int, K: int, zeros: bool) -> None:
     tensors = {"x": gemm_int4.activations(T, K), **gemm_int4.operands(N, K, zeros)}
     call = gemm_int4.call_of(tensors)
