@@ -145,10 +145,6 @@ class Job:
                 f"plan.candidates={self.plan.candidates} is for GPU targets; target={self.target} has one way to "
                 "run a call"
             )
-        if self.plan.lanes and not TARGETS[self.target].is_cuda:
-            raise UsageError(
-                f"plan.lanes is for GPU targets; target={self.target} runs one launch after the other"
-            )
         if self.plan.disabled_passes:
             _check_passes(self.plan.disabled_passes)
         if self.kv.memory_gib is not None and not 0 < self.kv.memory_gib < float("inf"):

@@ -53,7 +53,7 @@ class Request:
         max_extend_buckets: most batch shapes that prefill steps are compiled for.
         candidates: ways of running each call that a plan for a GPU carries, best first by the cost model.
         lanes: on a GPU, independent branches of a layer, such as a shared expert and the routed ones, run beside each
-            other: the same numbers, and more memory for activations.
+            other: the same numbers, and more memory for activations. A CPU runs one launch after the other.
         traffic: batches to expect; they decide where buckets are dense, never what is legal.
     """
 
@@ -73,7 +73,7 @@ class Request:
     max_decode_buckets: int = 16
     max_extend_buckets: int = 24
     candidates: int = 1
-    lanes: bool = False
+    lanes: bool = True
     traffic: Traffic = field(default_factory=Traffic)
 
 

@@ -249,6 +249,7 @@ __device__ __forceinline__ void gemv_body(const void* weight, const float* weigh
         if (FP8 == 2) sum[row] += dot * squares[c];
       }
     }
+    fence_async_proxy();  // reads of this stage come before the copies that fill it again
     __syncwarp();
     if (lane == 0) mbar_arrive(&free[s]);
     float total = add_lanes(sum);

@@ -80,6 +80,7 @@ struct Form {
           multiply(&part[CHAINS - 1][token / 2], a[1], b + 2);
         }
       }
+      fence_async_proxy();  // reads of this stage come before the copies that fill it again; scales came late without
       __syncwarp();
       if (lane == 0) mbar_arrive(&bars.free[s]);
       UNROLL for (int j = 0; j < PER; ++j) acc[j] += (CHAINS > 1 ? part[0][j] + part[CHAINS - 1][j] : part[0][j]) * scales[(j >> 1) & 1];

@@ -50,7 +50,7 @@ def test_help_tells_every_option_and_config_prints_it(name, capsys):
     assert not list(Path().iterdir()), "reading options leaves files behind"
 
 
-@pytest.mark.parametrize("option", ["plan.candidates=4", "plan.lanes=true"])
+@pytest.mark.parametrize("option", ["plan.candidates=4"])
 def test_what_only_gpus_have_is_refused_on_the_cpu(option, capsys):
     assert script("compile")("checkpoint=dummy", "model=qwen3_0_6b", option, "output=x") == 2
     said = capsys.readouterr().err

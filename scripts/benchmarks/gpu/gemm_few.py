@@ -47,8 +47,8 @@ _TRITON = {
 }
 _CONTRACTS = {
     "bf16": linear,
-    "rows": gemm_fp8.contract_of(False),
-    "groups": gemm_fp8.contract_of(True),
+    "rows": gemm_fp8.contract_of("rows"),
+    "groups": gemm_fp8.contract_of("groups"),
     "int4": linear_int,
 }
 _BYTES = {
@@ -67,8 +67,8 @@ def operands(kind: str, T: int, N: int, K: int, *, seed: int = 0, device: str = 
         return {"x": gemm_int4.activations(T, K, device), **gemm_int4.operands(N, K, False, device, seed)}
     if kind != "bf16":
         if device == "meta":
-            return gemm_fp8.shapes(T, N, K, kind == "groups")
-        return gemm_fp8.operands(T, N, K, kind == "groups", spare=True, seed=seed)
+            return gemm_fp8.shapes(T, N, K, kind)
+        return gemm_fp8.operands(T, N, K, kind, spare=True, seed=seed)
     x = torch.randn(T + SPARE, K, device=device, dtype=torch.bfloat16)[:T]
     return {"x": x, "weight": torch.randn(N, K, device=device, dtype=torch.bfloat16) * 0.02}
 
