@@ -1,4 +1,4 @@
-"""The compiled CPU ops of ``csrc/cpu_ops.c``, called through ctypes with everything looked up before.
+"""The compiled CPU ops of ``csrc/*.c``, called through ctypes with everything looked up before.
 
 setup.py compiles them when the package is installed. Where there was no compiler, or the library is of
 another version of the code, :func:`prepare` gives None and the PyTorch implementations run.
@@ -55,7 +55,7 @@ def prepare(
     """A call of ``op`` with these fields and ``threads``, in the order of its struct; None without the library.
 
     Args:
-        op: function of cpu_ops.c.
+        op: function of csrc/*.c.
         fields: tensors pass their address; the caller keeps them while the call is in use.
         long: whether it lets go of the interpreter.
         threads: that share the work; None is as many as PyTorch may use.
