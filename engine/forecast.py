@@ -56,9 +56,7 @@ class Outcome:
 
     def record(self) -> dict[str, Any]:
         """Figures by name; times in milliseconds where they say so."""
-        p50, p99 = (
-            float(1e3 * np.percentile(self.first, q)) if self.first else 0.0 for q in (50, 99)
-        )
+        p50, p99 = (float(1e3 * np.percentile(self.first, q)) if self.first else 0.0 for q in (50, 99))
         seconds = max(self.seconds, 1e-12)
         figures = {name: value for name, value in asdict(self).items() if name != "first"}
         return figures | {
@@ -76,7 +74,12 @@ class Forecast:
         options: of the scheduler.
         kv_bytes: memory for KV pages; None as :func:`makeready.graphs.executable.load.load` takes it, of an empty
             device.
+        times: what steps take; None predicts it.
         report: told in a sentence of what the plan does not allow the scheduler.
+
+    Attributes:
+        pages: of the cache, page 0 included.
+        check: raises :class:`RequestError` for a sequence that could never run.
 
     Raises:
         PlanError: the device has too little memory.
@@ -103,6 +106,9 @@ class Forecast:
             self.pages, self._reserved = found.pages, found.reserve
         else:
             self.pages = kv_pages(plan, kv_bytes)
+        self.check = Engine(
+            VirtualExecutable(plan, self.pages, self.times.seconds), self.options
+        ).scheduler.check
 
     def memory(self) -> dict[str, Any]:
         """Bytes of the plan's regions and of the cache, and tokens that it holds."""

@@ -1,4 +1,4 @@
-"""Executables that compute nothing: the real scheduler runs on them, for its own cost or on a clock of predicted times."""
+"""Executables that compute nothing: the real scheduler runs on them, for its own cost or on a virtual clock."""
 
 from __future__ import annotations
 

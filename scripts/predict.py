@@ -18,7 +18,11 @@ from makeready.engine.forecast import Arrival, Forecast, sequence
 from makeready.engine.planned import plan_of
 from makeready.graphs.plan import artifact
 
-ROWS, PROMPTS, CONTEXT = (1, 16, 64, 256), (1024, 8000), 1024  # what is predicted where nothing else is asked for
+ROWS, PROMPTS, CONTEXT = (
+    (1, 16, 64, 256),
+    (1024, 8000),
+    1024,
+)  # what is predicted where nothing else is asked for
 
 
 def predict_job(job: PredictJob) -> None:
@@ -67,9 +71,7 @@ def load(job: PredictJob, forecast: Forecast, stages: Stages) -> tuple[str, dict
     vocabulary, replay, throughput = forecast.plan.config["vocab_size"], job.replay, job.throughput
     if replay.trace is not None:
         rows = workloads.read_trace(Path(replay.trace).expanduser(), replay.requests, replay.block)
-        works = workloads.replayed(
-            rows, vocabulary, block=replay.block, speed=replay.speed, seed=replay.seed
-        )
+        works = workloads.replayed(rows, vocabulary, block=replay.block, speed=replay.speed, seed=replay.seed)
     else:
         works = workloads.random_prompts(
             vocabulary,

@@ -185,7 +185,9 @@ class GenerateJob(Job):
             raise UsageError(f"format={self.format} is no format of rows; formats are {', '.join(FORMATS)}")
         self.scale.check(given, self.prompts)
         if self.dry_run and self.scale.runner != "local":
-            raise UsageError("dry_run=true predicts one engine; leave out scale=ray and divide the time by engines")
+            raise UsageError(
+                "dry_run=true predicts one engine; leave out scale=ray and divide the time by engines"
+            )
         if self.scheduling().max_queued_requests is not None:
             raise UsageError(
                 "scheduler.max_queued_requests is for a server, which refuses what it cannot queue; rows of a "
@@ -209,7 +211,9 @@ class GenerateJob(Job):
 
     def _check_single(self) -> None:
         if self.dry_run:
-            raise UsageError("dry_run=true is for a job over prompts=; scripts/predict.py predicts single texts")
+            raise UsageError(
+                "dry_run=true is for a job over prompts=; scripts/predict.py predicts single texts"
+            )
         if self.output is not None or self.overwrite or self.weights_digest or self.format != "auto":
             flags = {"output=": self.output is not None, "overwrite=": self.overwrite}
             flags |= {"weights_digest=": self.weights_digest, "format=": True}

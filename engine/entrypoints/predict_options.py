@@ -56,7 +56,9 @@ class PredictJob(Job):
             super().check(given)
         else:
             check_compiled(self.plan, given)
-            beside = sorted(name for name in given if name == "checkpoint" or (name + ".").startswith("model."))
+            beside = sorted(
+                name for name in given if name == "checkpoint" or (name + ".").startswith("model.")
+            )
             if beside:
                 raise UsageError(f"{beside[0]} is not read beside plan={self.plan.path}; leave it out")
             if self.kv.memory_gib is not None and not 0 < self.kv.memory_gib < float("inf"):

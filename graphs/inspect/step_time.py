@@ -20,6 +20,7 @@ from makeready.graphs.plan.program import Launch
 from makeready.graphs.plan.spec import Bucket
 from makeready.graphs.plan.targets import Target, target_of
 
+
 @dataclass(frozen=True)
 class Calibration:
     """What a plan's arithmetic does not know, the same for every model.
@@ -88,7 +89,12 @@ class StepTimes:
         self.target = target or target_of(plan)
         self.calibration = calibration or (GPU if self.target.is_cuda else CPU)
         self._tuned = next(
-            (v for k, v in plan.tuned.items() if (d := device_named(k)) is not None and d.name == plan.device), {}
+            (
+                v
+                for k, v in plan.tuned.items()
+                if (d := device_named(k)) is not None and d.name == plan.device
+            ),
+            {},
         )
         self._kinds: dict[Bucket, list[_Kind]] = {}
         self._still: dict[Bucket, float] = {}
@@ -121,8 +127,7 @@ class StepTimes:
                         launch, 0, modelled, 1 if chosen is None else len(chosen.nodes), _reads(launch)
                     )
             self._kinds[bucket] = [
-                _Kind(k.launch, found[key], k.modelled, k.nodes, k.reads)
-                for key, k in examples.items()
+                _Kind(k.launch, found[key], k.modelled, k.nodes, k.reads) for key, k in examples.items()
             ]
         return self._kinds[bucket]
 
@@ -144,8 +149,9 @@ class StepTimes:
         """Of one launch that goes by what rows have.
 
         A model speaks of full buckets at the context of the plan's traffic. What it says beyond a launch's start is
-        scaled by the floor, which the live rows have beside that of those that it speaks of. Models of what is cached
-        before the step's own tokens speak of many such tokens, where a prompt's first chunk has none: the floor counts.
+        scaled by the floor, which the live rows have beside that of those that it speaks of. Models of attention over
+        what was cached before the step speak of many such tokens, and a prompt's first chunk has none: there the
+        floor counts.
         """
         live, start = self._rows_floor(kind, bucket, rows), self._start(kind)
         if not kind.modelled or (kind.reads == CACHE and self._apart(bucket)):
@@ -176,7 +182,8 @@ class StepTimes:
         apart = self._apart(bucket)
         held = math.fsum(row.context - row.tokens * apart for row in rows) / len(rows)
         seen = math.fsum(
-            row.tokens * (row.context - row.tokens if apart else row.context - (row.tokens - 1) / 2) for row in rows
+            row.tokens * (row.context - row.tokens if apart else row.context - (row.tokens - 1) / 2)
+            for row in rows
         )
         return self._floor(kind, bucket, sizes, held, seen / tokens)
 

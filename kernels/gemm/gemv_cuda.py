@@ -30,8 +30,8 @@ from makeready.kernels.spec import DTYPE_BYTES
 _FIXED = ("weight", "weight_scale", "gain", "bias")  # what a step does not compute, as a rule
 _MOVING = ("x", "gate_up", "residual", "residual_out")
 _MOST_INPUTS = 16384  # beyond, two blocks have no room in the registers of a multiprocessor
-# Fitted to the one-row step of Qwen3-8B on one H200 (bench/results/h200_steps.json), products of 33 MB to 1.2 GB: what
-# a launch takes where it may start early, and the share of the bandwidth of reads.
+# Fitted to the one-row step of Qwen3-8B on one H200 (bench/results/h200_steps.json), products of 33 MB to 1.2 GB:
+# what a launch takes where it may start early, and the share of the bandwidth of reads.
 _START = 1.0e-6
 _STREAMED = 0.91
 _BLOCKS = 2

@@ -19,7 +19,9 @@ from makeready.engine.front import Bounds, Defaults, Front
 from makeready.graphs.plan.plan import Plan
 from makeready.graphs.plan.targets import target_of
 
-SIMULATED = 8192  # requests of a job that are run on the virtual clock; the others take what these take a token
+SIMULATED = (
+    8192  # requests of a job that are run on the virtual clock; the others take what these take a token
+)
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,10 @@ def dry_run(job: GenerateJob, plan: Plan, given: Input, say: Callable[[str], Non
     )
     stated = front.generation_defaults
     defaults = Defaults(
-        job.row_fields(given.format, stated), job.chat_template_kwargs, job.add_special_tokens, job.fits(stated)
+        job.row_fields(given.format, stated),
+        job.chat_template_kwargs,
+        job.add_special_tokens,
+        job.fits(stated),
     )
     rows = FORMATS[given.format] if job.carry or given.format != RowFormat.name else RowFormat(carry=False)
     forecast = Forecast(plan, job.scheduling(), job.kv_bytes, report=say)
@@ -95,16 +100,19 @@ def dry_run(job: GenerateJob, plan: Plan, given: Input, say: Callable[[str], Non
                 refused += 1
                 continue
             ask = rows.read(parse(row) if isinstance(row, bytes) else row)
-            replies = front.asked(ask, defaults)[1]
+            asked = [reply.sequence for reply in front.asked(ask, defaults)[1]]
+            for one in asked:
+                forecast.check(one)
         except Exception:  # whatever is wrong with one row is that row's answer, in the job as here
             refused += 1
             continue
-        for one in (reply.sequence for reply in replies):
+        for one in asked:
+            most = one.sampling.max_new_tokens
             requests += 1
             prompt_tokens += len(one.prompt)
-            output_tokens += one.most
+            output_tokens += most
             if len(load) < SIMULATED:
-                load.append(Arrival(0.0, sequence(one.prompt, one.most, like=one)))
+                load.append(Arrival(0.0, sequence(one.prompt, most, like=one)))
     outcome = forecast.run(load)
     ran = outcome.prompt_tokens + outcome.output_tokens
     scale = (prompt_tokens + output_tokens) / ran if requests > len(load) and ran else 1.0
