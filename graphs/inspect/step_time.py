@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from makeready.graphs.inspect.analysis import contracts, launch_key, work
+from makeready.graphs.inspect.segments import one_token
 from makeready.graphs.plan.devices import device_named
 from makeready.graphs.plan.plan import Plan
 from makeready.graphs.plan.program import Launch
@@ -166,7 +167,7 @@ class StepTimes:
     def _usual(self, bucket: Bucket) -> list[Row]:
         """The rows that kernels' models speak of: one token a row, or else one prompt or a chunk of one."""
         context = min(int(self.plan.options.traffic.get("context", 1024)), self.plan.limits.context_len)
-        if bucket.tokens < 2 * bucket.rows:
+        if one_token(self.plan, bucket.phase):
             return [Row(1, context)] * bucket.tokens
         return [Row(bucket.tokens, max(context, bucket.tokens))]
 

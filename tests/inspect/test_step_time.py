@@ -87,6 +87,13 @@ def test_a_kernels_model_counts_and_attention_goes_by_the_context():
     assert times.seconds(BUCKET, longer) == pytest.approx(2e-3 + 5e-3 * ratio, rel=1e-9)
 
 
+@pytest.mark.parametrize("bucket", [b for b in tiny().buckets if b.phase == EXTEND], ids=str)
+def test_models_of_prompts_speak_of_one_that_fills_the_bucket(bucket):
+    """Also where a bucket has room for rows of one token."""
+    times = StepTimes(two_launches((2_000_000, 5_000_000), 1, EXTEND), calibration=Calibration())
+    assert times.seconds(bucket, [Row(bucket.tokens, bucket.tokens)]) == pytest.approx(7e-3)
+
+
 def test_more_takes_longer():
     times = StepTimes(tiny())
     contexts = [times.alike(BUCKET, BUCKET.rows, context) for context in (1, 9, 50, 96)]
