@@ -89,12 +89,11 @@ class Scheduler:
         self._retractions = 0  # for the step that is being chosen
         self._steps_without_prompts = options.decode_interval
 
-    def submit(self, sequence: TokenSequence) -> None:
-        """Queue a sequence.
+    def check(self, sequence: TokenSequence) -> None:
+        """Whether a sequence could ever run.
 
         Raises:
-            RequestError: it could never run, being too long for the context or for all pages together; or
-                too many wait already.
+            RequestError: it is too long for the context, or for all pages together.
         """
         # Without tokens of its own a prompt may fill the context: what is sampled behind it is dropped.
         if len(sequence.prompt) + sequence.sampling.max_new_tokens > self.limits.context_len:
@@ -109,6 +108,14 @@ class Scheduler:
                 f"the request may need {pages} KV pages, there are {self.seats.usable}; "
                 "lower max_new_tokens or raise kv.memory_gib"
             )
+
+    def submit(self, sequence: TokenSequence) -> None:
+        """Queue a sequence.
+
+        Raises:
+            RequestError: it could never run, see :meth:`check`; or too many wait already.
+        """
+        self.check(sequence)
         most = self.options.max_queued_requests
         if most is not None and len(self.waiting) >= most:
             raise BusyError(

@@ -113,7 +113,7 @@ class Candidate:
     """One way to run a call: launches in order, and bytes of scratch (of which ``zeroed`` are counters).
 
     Attributes:
-        seconds: what it should cost, to weigh a way that is the same in all buckets; 0 where the implementation
+        seconds: what it should cost, to compare ways and to predict steps; 0 where the implementation
             does not know.
     """
 

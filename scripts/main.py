@@ -12,6 +12,7 @@ COMMANDS = {
     "compile": "make a plan for a checkpoint; needs no GPU",
     "generate": "answer a prompt, or a file of prompts",
     "inspect": "explain a plan as text or as a page",
+    "predict": "say what a plan will do on its device, before there is one",
     "serve": "answer requests over HTTP",
     "tune": "choose the fastest of the ways that a plan carries, on the GPU",
     "bisect": "find the launch that computes something else than the interpreter",
@@ -48,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         signal.signal(
             signal.SIGINT, signal.SIG_DFL
         )  # Ctrl-C while modules are imported ends without a traceback
-    if name == "bench":
+    if name in ("bench", "predict"):
         # Its modules find each other under the name that they have where the script is run as a file.
         sys.modules.setdefault("benchmarks", importlib.import_module("makeready.scripts.benchmarks"))
     return importlib.import_module(f"makeready.scripts.{_MODULES.get(name, name)}").main(rest)

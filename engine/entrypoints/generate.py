@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from makeready.engine.entrypoints.batch.base import JobError
+from makeready.engine.entrypoints.batch.dry_run import DryRun, dry_run
 from makeready.engine.entrypoints.batch.identity import identity
 from makeready.engine.entrypoints.batch.job import Rows, open_input, run_local
 from makeready.engine.entrypoints.batch.journal import Journal, Totals
@@ -33,6 +34,9 @@ def generate_job(job: GenerateJob) -> None:
     check_template(job.chat_template_kwargs)
     job.chat_template = _template_text(job.chat_template)
     plan = None if job.plan.path is None else artifact.load(Path(job.plan.path).expanduser())
+    if job.prompts is not None and job.dry_run:
+        print("\n".join(_predicted(job, plan, Path(job.prompts).expanduser()).lines()))
+        return
     if job.prompts is not None and job.output is not None:
         run_file(job, plan, Path(job.prompts).expanduser(), Path(job.output).expanduser())
         return
@@ -176,6 +180,14 @@ def _run(job: GenerateJob, plan: Plan | None, format: str, rows: Rows) -> None:
         fleet = Fleet(spec, engines=job.scale.engines, cpus=job.scale.cpus, address=job.scale.address)
     with fleet:
         fleet.run(rows)
+
+
+def _predicted(job: GenerateJob, plan: Plan | None, prompts: Path) -> DryRun:
+    output = prompts if job.output is None else Path(job.output).expanduser()
+    given, plan = open_input(prompts, output, job.format, job.carry), plan or _planned(job)
+    with Stages() as stages:
+        stages.begin("read the rows and predict")
+        return dry_run(job, plan, given, stages.say)
 
 
 def _planned(job: GenerateJob) -> Plan:

@@ -108,6 +108,8 @@ class GenerateJob(Job):
         output: file for the answers to prompts=, a row each in their order; JSON lines, or Parquet by its
             name. A row that cannot be served gets {"error": ...}. It appears when all rows are done;
             until then OUTPUT.partial keeps them, and the same command goes on after any interruption.
+        dry_run: say how many tokens prompts= has, and which time and memory the job is predicted to take at most, and
+            run and write nothing; needs no weights, no GPU and no output=.
         overwrite: replace an existing output, and drop what is kept of another job.
         weights_digest: tell weights from those that an interrupted job began with by their content, which
             reads all of them at every start; false goes by each file's size, time of change and header.
@@ -142,6 +144,7 @@ class GenerateJob(Job):
     chat: str | None = literal()
     prompts: str | None = literal()
     output: str | None = literal()
+    dry_run: bool = False
     overwrite: bool = False
     weights_digest: bool = False
     format: str = "auto"
@@ -172,6 +175,8 @@ class GenerateJob(Job):
             raise UsageError(f"{found}; give one of prompt=TEXT, chat=TEXT and prompts=FILE")
         if self.prompts is None:
             self._check_single()
+        elif self.dry_run and self.output is None:
+            check_prompts(Path(self.prompts).expanduser())
         elif self.output is None:
             raise UsageError("prompts= needs output=, the file that the answers are written to")
         else:
@@ -179,6 +184,10 @@ class GenerateJob(Job):
         if self.format not in FORMATS:
             raise UsageError(f"format={self.format} is no format of rows; formats are {', '.join(FORMATS)}")
         self.scale.check(given, self.prompts)
+        if self.dry_run and self.scale.runner != "local":
+            raise UsageError(
+                "dry_run=true predicts one engine; leave out scale=ray and divide the time by engines"
+            )
         if self.scheduling().max_queued_requests is not None:
             raise UsageError(
                 "scheduler.max_queued_requests is for a server, which refuses what it cannot queue; rows of a "
@@ -201,6 +210,10 @@ class GenerateJob(Job):
             raise UsageError(f"sampling.{error}") from None
 
     def _check_single(self) -> None:
+        if self.dry_run:
+            raise UsageError(
+                "dry_run=true is for a job over prompts=; scripts/predict.py predicts single texts"
+            )
         if self.output is not None or self.overwrite or self.weights_digest or self.format != "auto":
             flags = {"output=": self.output is not None, "overwrite=": self.overwrite}
             flags |= {"weights_digest=": self.weights_digest, "format=": True}
@@ -291,14 +304,19 @@ class GenerateJob(Job):
         return self.sampling.max_new_tokens is None  # type: ignore[attr-defined]
 
 
+def check_prompts(prompts: Path) -> None:
+    """Whether there is a file of prompts; raises :class:`UsageError`."""
+    if not prompts.is_file():
+        raise UsageError(f"prompts={prompts} is no file; give a file with a request a row")
+
+
 def check_files(prompts: Path, output: Path) -> None:
     """Hold the files of a batch job against each other before anything is read.
 
     Raises:
         UsageError: no file of prompts, no place for the output, or both are the same file.
     """
-    if not prompts.is_file():
-        raise UsageError(f"prompts={prompts} is no file; give a file with a request a row")
+    check_prompts(prompts)
     if output.exists() and output.samefile(prompts):
         raise UsageError(f"output={output} is the file of prompts; name another one")
     check_place("output", output)

@@ -27,7 +27,7 @@ from makeready.graphs.plan.recipe import Param
 from makeready.graphs.plan.spec import LATE, Bucket, CacheSpec, Field, Limits, StepSpec
 from makeready.kernels.spec import TensorSpec
 
-SCHEMA = 4
+SCHEMA = 5
 
 
 class PlanError(ValueError):

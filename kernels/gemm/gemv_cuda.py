@@ -30,9 +30,10 @@ from makeready.kernels.spec import DTYPE_BYTES
 _FIXED = ("weight", "weight_scale", "gain", "bias")  # what a step does not compute, as a rule
 _MOVING = ("x", "gate_up", "residual", "residual_out")
 _MOST_INPUTS = 16384  # beyond, two blocks have no room in the registers of a multiprocessor
-# Share of the bandwidth at which one product of 15.1 GB streamed on one H200. As in linear_cost.py, what any launch
-# takes to start is not counted.
-_STREAMED = 1.01
+# Fitted to the one-row step of Qwen3-8B on one H200 (bench/results/h200_steps.json), products of 33 MB to 1.2 GB:
+# what a launch takes where it may start early, and the share of the bandwidth of reads.
+_START = 1.0e-6
+_STREAMED = 0.91
 _BLOCKS = 2
 _WIDE = ("bfloat16", "float16")
 
@@ -124,7 +125,7 @@ def candidate(call: OpCall, *, give_up: int = 0) -> Candidate:
         dependent=True,
         early=tuple(name for name in _FIXED if name in call.tensors),
     )
-    seconds = outputs * inputs * DTYPE_BYTES[weight.dtype] / (_STREAMED * call.bandwidth)
+    seconds = _START + outputs * inputs * DTYPE_BYTES[weight.dtype] / (_STREAMED * call.bandwidth)
     return Candidate("ring", (launch,), seconds=seconds)
 
 

@@ -8,7 +8,7 @@ so other processes of a shared machine count only as far as they take its caches
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,53 +20,24 @@ from makeready.engine.options import SchedulerOptions
 from makeready.engine.reply import Reply
 from makeready.engine.sampling import SamplingParams
 from makeready.engine.sequence import TokenSequence
+from makeready.engine.virtual import InstantExecutable
 from makeready.graphs.plan.spec import DECODE, EXTEND, Bucket, CacheGroup, CacheSpec, Limits
 from makeready.graphs.planner.request import Request as PlanRequest
 
 MAX_TOKENS, PAGE_SIZE, TURNOVER_TOKENS = 8192, 64, 16
 
 
-class InstantExecutable:
-    """Every row's next token is 1, at once."""
+def _plan(limits: Limits) -> Any:
+    """As much of a plan as the engine sees: a bucket for each of two kinds of step, and one cache group."""
+    from makeready.graphs.steps.base import (
+        declare,
+    )  # imports torch, which others of the suites do without
 
-    asynchronous = True  # the engine's part is that of a device it need not wait for
-
-    def __init__(self, limits: Limits, pages: int) -> None:
-        from makeready.graphs.steps.base import (
-            declare,
-        )  # imports torch, which others of the suites do without
-
-        rows = limits.max_rows
-        buckets = (Bucket(DECODE, rows, rows), Bucket(EXTEND, rows, limits.max_tokens))
-        kv = CacheSpec(PAGE_SIZE, (CacheGroup("kv", (), PAGE_SIZE),))
-        steps, slots = declare(limits, PlanRequest(), kv)
-        self.plan: Any = SimpleNamespace(limits=limits, buckets=buckets, steps=steps, slots=slots, kv=kv)
-        self.pages = pages
-        self.blocks: Mapping[str, int] = {"kv": pages}
-        self._results = {
-            f.name: np.full(f.spec.at(buckets[0].sizes), f.default, f.spec.dtype)
-            for f in steps[DECODE].results
-        }
-        self._results["tokens"][:] = 1
-
-    def write_slot(self, slot: int, values: Mapping[str, Any]) -> None:
-        """Nothing."""
-
-    def launch(
-        self, bucket: Bucket, step: Mapping[str, np.ndarray], *, cut: bool = False
-    ) -> InstantExecutable:
-        """Nothing; results are there."""
-        return self
-
-    def resume(self, late: Mapping[int, Mapping[str, Any]]) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-    def wait(self) -> Mapping[str, np.ndarray]:
-        """The same token for every row."""
-        return self._results
+    rows = limits.max_rows
+    buckets = (Bucket(DECODE, rows, rows), Bucket(EXTEND, rows, limits.max_tokens))
+    kv = CacheSpec(PAGE_SIZE, (CacheGroup("kv", (), PAGE_SIZE),))
+    steps, slots = declare(limits, PlanRequest(), kv)
+    return SimpleNamespace(limits=limits, buckets=buckets, steps=steps, slots=slots, kv=kv)
 
 
 def host_cost(
@@ -116,7 +87,7 @@ def _measured(
 ) -> list[float]:
     """CPU microseconds a step of each measurement, once all rows run."""
     limits = Limits(rows, max(MAX_TOKENS, rows), context + output + PAGE_SIZE, PAGE_SIZE)
-    engine = Engine(InstantExecutable(limits, pages=rows * limits.pages_per_row + 1), options)
+    engine = Engine(InstantExecutable(_plan(limits), pages=rows * limits.pages_per_row + 1), options)
     params = SamplingParams(temperature=0, max_new_tokens=output, ignore_eos=True)
     prompts = np.random.default_rng(0).integers(0, 1000, (rows, context)).tolist()
     for i in range(rows + waiting):

@@ -115,6 +115,19 @@ def test_candidates_take_turns_and_are_bounded(cache):
     assert len(emitted(cache, keep=2).programs["decode"].classes[0].candidates["decode-1"]) == 2
 
 
+def test_what_a_kernels_model_expects_is_kept_in_whole_nanoseconds(cache, monkeypatch):
+    def expected(call):
+        found = small_programs.scale_rows(call)
+        return [replace(one, seconds=1.23456789e-6 * call.tokens) for one in found]
+
+    monkeypatch.setitem(registry._CUDA_KERNELS, "silu", [])
+    registry.cuda_kernel(silu, "expected")(expected)
+    found = emitted(cache).programs["decode"].classes
+    made = {bucket: choices[0].nanoseconds for bucket, choices in found[0].candidates.items()}
+    assert made == {"decode-1": 1235, "decode-16": 19753}
+    assert {choices[0].nanoseconds for choices in found[2].candidates.values()} == {0}  # it has no model
+
+
 def test_tensor_maps_carry_what_encoding_takes(cache):
     choice = emitted(cache, keep=2).programs["extend"].classes[1].candidates["extend-16x64"][1]
     assert choice.name == "tiles/64"

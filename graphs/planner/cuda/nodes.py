@@ -78,7 +78,7 @@ def _planned(
             _argument(name, launch.arguments[name], offer, made, counters) for name in made.arguments
         )
         nodes.append(Node(keys[kernel], launch.grid, arguments, launch.dependent))
-    return PlanCandidate(offer.name, tuple(nodes))
+    return PlanCandidate(offer.name, tuple(nodes), round(1e9 * offer.candidate.seconds))
 
 
 def _argument(name: str, argument: Argument, offer: Offer, made: Compiled, counters: int) -> NodeArgument:
