@@ -78,7 +78,7 @@ def change(model: Any, of: Callable[[str, torch.Tensor], torch.Tensor], *skip: s
     gone: Made = {}
     for name, weight, source in linears(model, ("lm_head", "mlp.gate", *skip)):
         weight.data.copy_(of(name, weight.detach()))
-        gone[source] = None
+        gone |= {source: None, f"{name}.weight": None}
     return gone
 
 
@@ -142,7 +142,7 @@ def test_files_of_compressed_tensors(name: str, tmp_path: Path) -> None:
     assert {dtype for param, dtype in of.items() if "down" in param} == {"int16", "uint8"}
 
 
-@pytest.mark.parametrize(("name", "deterministic"), zip(MODELS, (False, True, False), strict=True))
+@pytest.mark.parametrize(("name", "deterministic"), [("dense", False), ("mixture", True), ("latent", False)])
 def test_made_while_loading(name: str, deterministic: bool, tmp_path: Path) -> None:
     family, config = MODELS[name]
     config = {**config, "intermediate_size": 168}  # the last block has 8 inputs
