@@ -171,7 +171,10 @@ def test_configs_of_compressed_tensors_are_read(said: dict[str, Any], module: st
             compressed(group={"input_activations": {"num_bits": 4, "type": "float"}}),
             "input_activations beside mxfp4-pack-quantized weights are not supported",
         ),
-        (compressed(format="nvfp4-pack-quantized"), "format 'nvfp4-pack-quantized' is not supported; use a checkpoint with float"),
+        (
+            compressed(format="nvfp4-pack-quantized"),
+            "format 'nvfp4-pack-quantized' is not supported; use a checkpoint with float",
+        ),
         ({"quant_method": "quark"}, "checkpoints quantized with quark are not supported"),
     ],
 )
