@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -268,6 +269,21 @@ def gpt_oss_call(
         name: Tensor(s.shape, s.dtype, math.prod(map(int, s.shape[1:])), 256) for name, s in specs.items()
     }
     return OpCall(op, tensors, attrs, dims, entries // 4, entries // 4, features=features)
+
+
+@compiled
+def test_the_gate_of_other_experts_cross_compiles_without_spilling() -> None:
+    """The first choice for 64 entries, or for all numbers of them where MX_COMPILE_ALL is set; no biases."""
+    for entries in (4, 64, 1024, 32768) if os.environ.get("MX_COMPILE_ALL") else (64,):
+        made = gpt_oss_call(entries, gated=True)
+        tensors = {name: tensor for name, tensor in made.tensors.items() if name != "bias"}
+        attrs = {name: made.attrs[name] for name in ("out_dtype", "top_k")}
+        call = replace(made, op="grouped_silu_mul_mx", tensors=tensors, attrs=attrs)
+        launched = experts_int_triton.emit(call, experts_int_triton.tilings(call)[0]).launches[0]
+        compiled = aot.compile_launch(launched, call)
+        assert compiled.spill_bytes == 0
+        assert compiled.waits
+        assert launched.constants["GATE"] == "silu_mul"
 
 
 @compiled
