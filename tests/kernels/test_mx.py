@@ -166,7 +166,7 @@ def test_experts(op: str) -> None:
 @interpreted
 @pytest.mark.parametrize("kind", [torch.float16, torch.float32])
 def test_dense_products(kind: torch.dtype) -> None:
-    """Every kernel that pointers can feed, blocks so many that tiles are shared; rows and numbers beyond are NaN."""
+    """Every kernel that pointers can feed, blocks so many that tiles are shared; what lies beside x is NaN."""
     sharers = set()
     for T, N, K, bias in ((1, 131, 96, False), (17, 70, 1160, True), (34, 65, 320, False), (3, 64, 7, True)):
         random, tried = Random(T * N), set()
