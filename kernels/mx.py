@@ -3,6 +3,10 @@
 Blocks of 32 inputs of an output share a scale of 8 bits, e8m0: ``2 ** (s - 127)``, 255 is NaN. A number of 4 bits,
 e2m1, has a sign, two bits of exponent and one of mantissa: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives.
 
+What is wide becomes MXFP4 as section 6.3 of the specification has it: a scale is the power of two of the largest
+magnitude less 2, numbers go to the nearest, ties to the even code, and beyond 6 they saturate. A block of zeros has
+the smallest scale; one that holds a number that is not finite becomes NaN.
+
 They lie in the words and tiles of kernels/integers.py: a field of a span's words is the numbers of one block, and a
 tile holds what 64 outputs have for one block.
 
@@ -12,13 +16,16 @@ N outputs, K inputs, G blocks, W words
 from __future__ import annotations
 
 import torch
+from torch.nn import functional
 
 from makeready.kernels.contract import Tolerance, contract
-from makeready.kernels.integers import by_output, fields, pack_words, unpack_words
+from makeready.kernels.integers import by_output, fields, pack_words, tiles, unpack_words
+from makeready.kernels.numeric import to_dtype
 
 BLOCK = 32  # inputs that share a scale
 BITS = 4
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_EXACT = Tolerance(exact=True)
 
 
 def e2m1(q: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -38,7 +45,38 @@ def values(weight: torch.Tensor, scale: torch.Tensor, *, inputs: int, dtype: tor
     return e2m1(unpack_words(weight, BITS, inputs), dtype) * wide
 
 
-@contract("q[N,cdiv(inputs,2)]:uint8 -> weight[N,cdiv(inputs,128)*32]:int16", tolerance=Tolerance(exact=True))
+@contract("q[N,cdiv(inputs,2)]:uint8 -> weight[N,cdiv(inputs,128)*32]:int16", tolerance=_EXACT)
 def repack_bytes(q: torch.Tensor, *, inputs: int) -> torch.Tensor:
     """Words of bytes that hold two neighbouring inputs, the first in the lower bits."""
     return pack_words(fields(q, BITS).flatten(1)[:, :inputs], BITS)
+
+
+@contract(
+    "x[N,K]:W -> weight[N,cdiv(K,128)*32]:int16 scale[cdiv(N,64),cdiv(K,32),64]:uint8",
+    flops="3*N*K",
+    tolerance=_EXACT,
+)
+def quantize_mx(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Words and scales of wide weights; the last block of a row may be shorter."""
+    inputs = x.shape[1]
+    blocks = functional.pad(x.double(), (0, -inputs % BLOCK)).unflatten(1, (-1, BLOCK))
+    most = blocks.abs().amax(-1)
+    finite = most.isfinite()
+    exponent = most.nan_to_num().float().frexp().exponent - 1  # of the leading bit
+    scale = torch.where(most > 0, (exponent - 2 + 127).clamp(0, 254), 0)
+    size = blocks.abs().ldexp(127 - scale.unsqueeze(-1))
+    q = sum((size > bound).int() for bound in (0.25, 1.25, 2.5, 5.0))
+    q = q + sum((size >= bound).int() for bound in (0.75, 1.75, 3.5))
+    q = torch.where(finite.unsqueeze(-1), q + 8 * blocks.signbit(), 0)
+    return pack_words(q.flatten(1)[:, :inputs], BITS), tiles(torch.where(finite, scale, 255).to(torch.uint8))
+
+
+@contract(
+    "weight[N,cdiv(inputs,128)*32]:int16 scale[cdiv(N,64),cdiv(inputs,32),64]:uint8 "
+    "-> x[N,inputs]:out_dtype|float32",
+    flops="2*N*inputs",
+)
+def dequantize_mx(weight: torch.Tensor, scale: torch.Tensor, *, inputs: int, out_dtype: str) -> torch.Tensor:
+    """What words and scales stand for."""
+    x = values(weight, scale, inputs=inputs, dtype=torch.float32)
+    return to_dtype(x, out_dtype, like=x)

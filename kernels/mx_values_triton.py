@@ -45,12 +45,17 @@ def _number(w, field: tl.constexpr, KIND: tl.constexpr):
 
 
 @triton.jit
+def power_of(s):
+    """What scales stand for, of their bytes as int32: float32."""
+    bits = tl.where(s == 0, 0x00400000, tl.where(s == 255, 0x7FC00000, s << 23))
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _power(scale, n, block, blocks, KIND: tl.constexpr):
     """Scales of a block of outputs ``n``, ``[N, 1]``; what fills a span up has the last block's."""
     at = (n // 64 * blocks + tl.minimum(block, blocks - 1)) * 64 + n % 64
-    s = tl.load(scale + at).to(tl.int32)
-    bits = tl.where(s == 0, 0x00400000, tl.where(s == 255, 0x7FC00000, s << 23))
-    return bits.to(tl.float32, bitcast=True).to(KIND)[:, None]
+    return power_of(tl.load(scale + at).to(tl.int32)).to(KIND)[:, None]
 
 
 @triton.jit

@@ -156,10 +156,12 @@ def _normals(key: int, count: int) -> np.ndarray:
 def _numbers(values: np.ndarray, info: TensorInfo) -> np.ndarray:
     """A tensor's elements, as its file would hold them, of normal ``values``, which are overwritten."""
     kind = info.name.rpartition(".")[2]
+    if kind == EXPONENTS or (
+        kind in SCALES and info.dtype == "uint8"
+    ):  # half, once and twice as large as usual
+        return (EXPONENT + np.rint(np.tanh(values))).astype(np.uint8)
     if kind in SCALES:  # between a half and one and a half of the usual
         return ((np.abs(np.tanh(values)) + np.float32(0.5)) * np.float32(SCALES[kind])).astype(np.float32)
-    if kind == EXPONENTS:  # half, once and twice as large as usual
-        return (EXPONENT + np.rint(np.tanh(values))).astype(np.uint8)
     if info.dtype in ("int32", "uint8"):
         bits = values.view(np.int32) * np.int32(0x9E3779B1 - 2**32)
         return bits if info.dtype == "int32" else bits.view(np.uint8)[: len(values)]

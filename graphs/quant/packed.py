@@ -9,7 +9,7 @@ input where ``actorder`` is ``group``; ``weight_shape`` is not read.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,12 +58,22 @@ class Packed:
         return Operand(TensorSpec((width,), "int32"), (Piece(name, ((0, width),), (0,)),))
 
 
-def _packed(said: Mapping[str, Any]) -> WeightOnly:
+def forms_of(
+    said: Mapping[str, Any], form_of: Callable[[Mapping[str, Any]], Form], name: str
+) -> tuple[Form | None, tuple[tuple[str, Form | None], ...]]:
+    """What a config of the format ``name`` says of all linears, and of some by patterns; see :class:`WeightOnly`.
+
+    Args:
+        form_of: the form that the ``weights`` of one of ``config_groups`` have.
+
+    Raises:
+        UnsupportedModelError: what nothing here computes.
+    """
     rules: list[tuple[str, Form | None]] = []
     usual: Form | None = None
     for group in (said.get("config_groups") or {}).values():
-        expect(group, "format", (FORMAT,))
-        form = _form(group)
+        expect(group, "format", (name,))
+        form = form_of(_weights(group, name))
         for target in names_of(group, "targets"):
             if target == "Linear":
                 refused_unless(
@@ -72,23 +82,32 @@ def _packed(said: Mapping[str, Any]) -> WeightOnly:
                 usual = form
             else:
                 rules.append((target[3:] if target.startswith("re:") else f"{re.escape(target)}$", form))
-    for name in ("transform_config", "sparsity_config"):
-        found = said.get(name)
-        dense = name == "sparsity_config" and (not found or found.get("format", "dense") == "dense")
-        refused_unless(not found or dense, f"{name} is not supported; use a checkpoint without it")
+    for field in ("transform_config", "sparsity_config"):
+        found = said.get(field)
+        dense = field == "sparsity_config" and (not found or found.get("format", "dense") == "dense")
+        refused_unless(not found or dense, f"{field} is not supported; use a checkpoint without it")
     refused_unless(usual is not None or bool(rules), "config_groups name no targets; correct config.json")
-    return WeightOnly(Packed(), usual, rules=tuple(rules), ignored=names_of(said, "ignore"))
+    return usual, tuple(rules)
 
 
-def _form(group: Mapping[str, Any]) -> Form:
-    for name in ("input_activations", "output_activations"):
+def _weights(group: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    for field in ("input_activations", "output_activations"):
         refused_unless(
-            not group.get(name),
-            f"{name} beside {FORMAT} weights are not supported; use a checkpoint without them",
+            not group.get(field),
+            f"{field} beside {name} weights are not supported; use a checkpoint without them",
         )
     weights = group.get("weights")
     refused_unless(isinstance(weights, Mapping), "weights must be an object; correct config.json")
     assert isinstance(weights, Mapping)
+    return weights
+
+
+def _packed(said: Mapping[str, Any]) -> WeightOnly:
+    usual, rules = forms_of(said, _form, FORMAT)
+    return WeightOnly(Packed(), usual, rules=rules, ignored=names_of(said, "ignore"))
+
+
+def _form(weights: Mapping[str, Any]) -> Form:
     expect(weights, "type", ("int",))
     expect(weights, "strategy", ("group", "channel"))
     order = weights.get("actorder")

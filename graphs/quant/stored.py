@@ -75,6 +75,9 @@ def _compressed_tensors(said: Mapping[str, Any]) -> Quantization:
     for form in (said.get("format"), *(group.get("format") for group in groups)):
         if form in COMPRESSED:
             return COMPRESSED[form](said)
+    known = ("float-quantized", "int-quantized", "naive-quantized", "mixed-precision", *COMPRESSED)
+    for place in (said, *groups):
+        expect(place, "format", known)
     ignored = names_of(said, "ignore")
     schemes = [_eight_bits(said, group, ignored) for group in groups]
     if not schemes or any(scheme != schemes[0] for scheme in schemes):

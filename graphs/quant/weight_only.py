@@ -1,4 +1,4 @@
-"""Linears whose weights have 4 or 8 bits and whose activations stay as they are.
+"""Linears whose weights are integers of 4 or 8 bits, or MXFP4, and whose activations stay as they are.
 
 One rewrite for all file formats. A format, in a module of its own, says with which load program its tensors become
 what kernels want (kernels/integers.py): the plan holds one layout, whatever the file's.
@@ -10,7 +10,7 @@ import math
 import re
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 from makeready.graphs.plan.plan import PlanError
 from makeready.graphs.plan.reads import unrolled
@@ -28,12 +28,14 @@ from makeready.graphs.quant.linears import (
 from makeready.graphs.quant.scheme import matches
 from makeready.kernels.contract import Contract
 from makeready.kernels.gemm.linear_int import linear_int
+from makeready.kernels.gemm.linear_mx import linear_mx
 from makeready.kernels.integers import BITS, SPAN, TILE
 from makeready.kernels.moe.experts_int import grouped_linear_int
+from makeready.kernels.moe.experts_mx import grouped_linear_mx
 from makeready.kernels.spec import TensorSpec
 
-assert isinstance(linear_int, Contract)
-assert isinstance(grouped_linear_int, Contract)
+for op in (linear_int, linear_mx, grouped_linear_int, grouped_linear_mx):
+    assert isinstance(op, Contract)
 
 KIND, MX = "int", "mxfp4"  # of scheme, in contracts' traits: integers, and what kernels/mx.py says
 _SCALES = {KIND: "float16", MX: "uint8"}  # dtypes of their scales
@@ -303,25 +305,14 @@ class _Rewrite:
         return made
 
     def _wide(self, param: Param, form: Form) -> Param:
-        """``param`` as what its words, scales and zeros stand for.
-
-        Raises:
-            PlanError: it is MXFP4, which only experts have.
-        """
-        if self.scheme.kind == MX:
-            raise PlanError(
-                f"{module_of(param.pieces[0].source)} is stored in MXFP4, but experts alone are read so; "
-                "use a checkpoint with 16-bit weights"
-            )
+        """``param`` as what its words, scales and zeros stand for."""
         by, width = self.scheme.layout.derivation(as_matrix(param), form), int(param.spec.shape[-1])
         there = ["weight", "scale", *(["zero"] if form.zeros else []), *(["order"] if form.ordered else [])]
-        attrs = {
-            "bits": form.bits,
-            "group": form.inputs(width),
-            "inputs": width,
-            "out_dtype": param.spec.dtype,
-        }
-        call = LoadCall("dequantize_int", {name: name for name in there}, {"x": "x"}, attrs)
+        attrs: dict[str, Any] = {"inputs": width, "out_dtype": param.spec.dtype}
+        if self.scheme.kind == KIND:
+            attrs |= {"bits": form.bits, "group": form.inputs(width)}
+        op = "dequantize_int" if self.scheme.kind == KIND else "dequantize_mx"
+        call = LoadCall(op, {name: name for name in there}, {"x": "x"}, attrs)
         return replace(param, pieces=(), derived=Derived(replace(by, calls=(*by.calls, call)), "x"))
 
 

@@ -136,19 +136,37 @@ def _matrix(operands: Operands, attrs: Mapping[str, Any]) -> IntMatrix:
     return IntMatrix(weight, scale, zero, attrs["bits"], attrs["group"], x.shape[1])
 
 
-def _applies(specs: Mapping[str, TensorSpec], attrs: Mapping[str, Any]) -> bool:
-    floats = [specs[name].dtype for name in ("x", "bias") if name in specs]
-    return set(floats) == {"float32"} and attrs["out_dtype"] in ("", "float32")
+def floats(specs: Mapping[str, TensorSpec], attrs: Mapping[str, Any]) -> bool:
+    """Whether all that is no weight is fp32."""
+    found = [specs[name].dtype for name in ("x", "bias") if name in specs]
+    return set(found) == {"float32"} and attrs["out_dtype"] in ("", "float32")
+
+
+def bind_few(
+    matrix: IntMatrix, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None
+) -> Callable[[], None] | None:
+    """A call of :meth:`IntMatrix.few` where there are so few rows that it is faster."""
+    return matrix.few(x, y, bias) if len(x) <= _FEW else None
+
+
+def bind_alike(
+    matrix: IntMatrix, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None
+) -> Callable[[], None] | None:
+    """A call of :meth:`IntMatrix.few`; where there is none, this machine's product is checked to be invariant."""
+    if (call := matrix.few(x, y, bias)) is not None:
+        return call
+    prove_invariant(matrix.multiply_alike, *x.shape)
+    return None
 
 
 def _bind(
     operands: Operands, results: Sequence[torch.Tensor], attrs: Mapping[str, Any]
 ) -> Callable[[], None] | None:
     x, *_, bias = operands
-    return _matrix(operands, attrs).few(x, results[0], bias) if len(x) <= _FEW else None
+    return bind_few(_matrix(operands, attrs), x, results[0], bias)
 
 
-@kernel(linear_int, "packed", target="cpu", applies=_applies, bind=_bind)
+@kernel(linear_int, "packed", target="cpu", applies=floats, bind=_bind)
 def linear_int_packed(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -166,11 +184,7 @@ def _bind_alike(
     operands: Operands, results: Sequence[torch.Tensor], attrs: Mapping[str, Any]
 ) -> Callable[[], None] | None:
     x, *_, bias = operands
-    matrix = _matrix(operands, attrs)
-    if (call := matrix.few(x, results[0], bias)) is not None:
-        return call
-    prove_invariant(matrix.multiply_alike, *x.shape)
-    return None
+    return bind_alike(_matrix(operands, attrs), x, results[0], bias)
 
 
 @kernel(
@@ -179,7 +193,7 @@ def _bind_alike(
     target="cpu",
     invariant=True,
     ordinary=False,
-    applies=_applies,
+    applies=floats,
     bind=_bind_alike,
 )
 def linear_int_rows(

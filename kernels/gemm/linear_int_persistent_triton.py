@@ -1,4 +1,4 @@
-"""Projection with weights of 4 or 8 bits for many rows: blocks walk over output tiles, fed by TMA.
+"""Projection with weights of 4 or 8 bits, or in MXFP4, for many rows: blocks walk over output tiles, fed by TMA.
 
 Words are widened and scaled in registers, once for ``BT`` tokens, and are the left side of the product, of which
 seven instructions may be under way while the next words are widened. Tiles go in groups of ``TILES`` along the tokens
@@ -17,6 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from makeready.kernels.gemm.int_values_triton import centred, scaled
 from makeready.kernels.gemm.linear_persistent_triton import tile_of_outputs, tile_of_tokens
+from makeready.kernels.mx_values_triton import mx_values
 
 
 @triton.jit
@@ -30,6 +31,7 @@ def linear_int_persistent(
     T,
     N,
     K,
+    MX: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     BT: tl.constexpr,
@@ -43,6 +45,7 @@ def linear_int_persistent(
         x, weight, y: TMA descriptors with blocks ``[BT, 128]``, ``[BN, 8 * BITS]`` and ``[BT, BN]``.
         weight_scale, weight_zero: pointers to tiles of fp16 and uint8; zeros None where weights are symmetric.
         bias: pointer or None.
+        MX: weights are e2m1 and scales e8m0, of 32 inputs each; BITS is 4, GROUP 32.
         GROUP: inputs that share a scale: 32, 64, a multiple of 128, or what is at least K.
         TILES: of tokens that are gone through before the next outputs.
         PDL: this launch may start before the one ahead of it ends.
@@ -62,11 +65,13 @@ def linear_int_persistent(
         n = tl.minimum(n0 + tl.arange(0, BN), N - 1)
         acc_NT = tl.zeros((BN, BT), tl.float32)
         for step in range(steps):
-            w_NK = centred(
-                weight.load([n0, step * COUNT]), weight_zero, n, step * 128, groups, BITS, GROUP, x.dtype
-            )
-            w_NK = scaled(w_NK, weight_scale, n, step * 128, groups, GROUP, x.dtype)
-            acc_NT = tl.dot(w_NK, x.load([t0, step * 128]).T, acc_NT)
+            w, k = weight.load([n0, step * COUNT]), step * 128
+            if MX:
+                w_NK = mx_values(w, weight_scale, n, k, groups, x.dtype)
+            else:
+                w_NK = centred(w, weight_zero, n, k, groups, BITS, GROUP, x.dtype)
+                w_NK = scaled(w_NK, weight_scale, n, k, groups, GROUP, x.dtype)
+            acc_NT = tl.dot(w_NK, x.load([t0, k]).T, acc_NT)
         if bias is not None:
             acc_NT += tl.load(bias + n).to(tl.float32)[:, None]
         y.store([t0, n0], acc_NT.T.to(y.dtype))

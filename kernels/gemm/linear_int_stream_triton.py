@@ -1,4 +1,4 @@
-"""Projection with weights of 4 or 8 bits for few rows: every multiprocessor streams the same share of the weights.
+"""Projection with weights of 4 or 8 bits, or in MXFP4, for few rows: multiprocessors stream equal shares of them.
 
 As linear_fp8_stream_triton.py: units of one span of inputs for one output tile, runs of them that may end inside a
 tile, and parts that the last block of a tile adds up. Words are copied by TMA, widened in registers, and are the left
@@ -19,6 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from makeready.kernels.gemm.int_values_triton import centred, of_group, scaled
 from makeready.kernels.gemm.linear_fp8_stream_triton import finish_tiles, put_tile
 from makeready.kernels.gemm.linear_stream_triton import prefetch_rows
+from makeready.kernels.mx_values_triton import mx_values
 
 
 @triton.jit
@@ -38,6 +39,7 @@ def linear_int_stream(
     share,
     x_stride,
     y_stride,
+    MX: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     BT: tl.constexpr,
@@ -58,6 +60,7 @@ def linear_int_stream(
         bias: pointer or None.
         partial, arrived: scratch as in ``linear_fp8_stream``, or None.
         share: units of a block.
+        MX: weights are e2m1 and scales e8m0, of 32 inputs each; BITS is 4, GROUP 32.
         GROUP: inputs that share a scale: 32, 64, a multiple of 128, or what is at least K.
         AHEAD: words of each row to bring to L2 while the kernel before still runs.
         PDL: this launch may start before the one ahead of it ends.
@@ -102,8 +105,13 @@ def linear_int_stream(
             )
             cells = x + t.to(tl.int64)[:, None] * x_stride + of_k[None, :]
             x_TK = tl.load(cells, mask=(t < T)[:, None] & (of_k < K)[None, :], other=0.0)
-        w_NK = centred(w, weight_zero, n, k, groups, BITS, GROUP, KIND)
-        if SUMS:
+        if MX:
+            w_NK = mx_values(w, weight_scale, n, k, groups, KIND)
+        else:
+            w_NK = centred(w, weight_zero, n, k, groups, BITS, GROUP, KIND)
+        if MX:
+            acc_NT = tl.dot(w_NK, x_TK.T, acc_NT)
+        elif SUMS:
             own = tl.load(of_group(weight_scale, n, k, groups, GROUP)).to(tl.float32)
             acc_NT += tl.dot(w_NK, x_TK.T) * own[:, None]
         else:

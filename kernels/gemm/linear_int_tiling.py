@@ -1,4 +1,4 @@
-"""How a projection with weights of 4 or 8 bits is cut into blocks: every way that can run, the cheapest first.
+"""How a projection with weights of 4 or 8 bits, or in MXFP4, is cut into blocks: all ways, the cheapest first.
 
     describe the call → ways to tile it → cost of each → cheapest first
 
@@ -18,9 +18,9 @@ from makeready.kernels.device import H100_BANDWIDTH, H100_FLOPS
 STREAM, PERSISTENT = "stream", "persistent"
 SPAN = 128  # inputs of a step
 
-# By timings of Qwen3-8B's projections on one H200 at 1 to 8,192 rows (suite=[gemm_int4] of scripts/bench.py). A matrix
-# instruction whose weights are in registers takes some 58 cycles however few tokens there are, which is why units of
-# few tokens take as long as those of many, and why csrc/linear_few_int.cu has other instructions.
+# By timings of Qwen3-8B's projections on one H200 at 1 to 8,192 rows (suite=[gemm_int4] of scripts/bench.py). A
+# matrix instruction whose weights are in registers takes some 58 cycles however few tokens there are, which is why
+# units of few tokens take as long as those of many, and why csrc/linear_few_int.cu has other instructions.
 _MEMORY = 0.95  # of the bandwidth of a copy
 _L2 = 1.0e13  # bytes/s
 _L2_HELD = 5.28e7  # bytes that blocks may have asked for since and still find in L2
@@ -38,6 +38,7 @@ _WIDEN = {
     4: 1.9,
     8: 2.4,
 }  # instructions of a thread for one weight: fields, zeros, scales, and a share of the loop's
+_WIDEN_MX = 2.9  # of one of MXFP4, reasoned: sign and size are masked apart
 _CLOCK = 1.7e9
 _LANES = 128  # threads of a multiprocessor that issue at once
 _SHARPNESS = 3.2  # of the maximum over what goes on at once
@@ -73,6 +74,7 @@ class Product:
         wgmma: the target has Hopper's matrix instructions.
         bandwidth: bytes/s from memory.
         rate: operations/s of all multiprocessors at 16 bits.
+        floats: weights are MXFP4, whose scales have 8 bits.
         invariant: the same ways whatever T is, and no tile is cut: where, would depend on T.
     """
 
@@ -90,6 +92,7 @@ class Product:
     shared_bytes: int
     bandwidth: float = H100_BANDWIDTH
     rate: float = H100_FLOPS["bfloat16"]
+    floats: bool = False
     invariant: bool = False
 
     @property
@@ -100,7 +103,8 @@ class Product:
     @property
     def weight_bytes(self) -> float:
         """Words, scales and zeros."""
-        scales = self.N * _cdiv(self.K, self.group) * (3 if self.zeros else 2)
+        shared = (1 if self.floats else 2) + (1 if self.zeros else 0)
+        scales = self.N * _cdiv(self.K, self.group) * shared
         return self.N * self.steps * SPAN * self.bits / 8 + scales
 
     @property
@@ -233,7 +237,8 @@ def seconds(product: Product, way: Tiling) -> float:
         * operations
         / (product.rate / product.multiprocessors * _MATRIX[way.kind, way.t, way.n])
     )
-    widening = on_one * share * way.n * SPAN * _WIDEN[product.bits] / (_LANES * _CLOCK)
+    widen = _WIDEN_MX if product.floats else _WIDEN[product.bits]
+    widening = on_one * share * way.n * SPAN * widen / (_LANES * _CLOCK)
     at_once = (
         _read(product, way) / (_MEMORY * product.bandwidth),
         tiles * steps * stage / _L2,

@@ -1,4 +1,4 @@
-"""Projections with weights of 4 or 8 bits on the GPU: from a call to launches of the kernels beside this file.
+"""Projections with weights of 4 or 8 bits, or in MXFP4, on the GPU: from a call to launches of the kernels beside it.
 
 ``linear_int_stream`` takes any call; the persistent one those whose operands TMA can address.
 """
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from makeready.kernels import mx
 from makeready.kernels.contract import Contract
 from makeready.kernels.device import (
     Argument,
@@ -22,11 +23,13 @@ from makeready.kernels.device import (
 )
 from makeready.kernels.gemm.linear_int import linear_int
 from makeready.kernels.gemm.linear_int_tiling import PERSISTENT, SPAN, Product, Tiling, seconds, tilings
+from makeready.kernels.gemm.linear_mx import linear_mx
 from makeready.kernels.gemm.ways import addressable, best_of_each
 from makeready.kernels.registry import cuda_kernel
 from makeready.kernels.spec import DTYPE_BYTES
 
 assert isinstance(linear_int, Contract)
+assert isinstance(linear_mx, Contract)
 
 _WAVE_ROWS = 4096  # of tokens whose tiles blocks go through before they move on, as in linear_triton.py
 
@@ -34,9 +37,19 @@ _WAVE_ROWS = 4096  # of tokens whose tiles blocks go through before they move on
 def takes(call: OpCall) -> bool:
     """Whether kernels take the call: 16-bit activations, whose weights' groups lie in spans or hold whole ones."""
     group, inputs = call.attrs["group"], int(call.tensors["x"].shape[1])
-    return call.tensors["x"].dtype in ("bfloat16", "float16") and (
-        group >= inputs or group in (32, 64) or group % SPAN == 0
-    )
+    return sixteen_bits(call) and (group >= inputs or group in (32, 64) or group % SPAN == 0)
+
+
+def sixteen_bits(call: OpCall) -> bool:
+    """Whether activations are 16-bit floats."""
+    return call.tensors["x"].dtype in ("bfloat16", "float16")
+
+
+def form_of(call: OpCall) -> tuple[int, int, bool]:
+    """Bits of a weight, inputs that share a scale, and whether they are MXFP4."""
+    if "bits" in call.attrs:
+        return call.attrs["bits"], group_of(call), False
+    return mx.BITS, mx.BLOCK, True
 
 
 def group_of(call: OpCall) -> int:
@@ -51,6 +64,16 @@ def linear_int_cuda(call: OpCall) -> Sequence[Candidate]:
 
     All ways where one of them is to serve every batch shape.
     """
+    return _best(call)
+
+
+@cuda_kernel(linear_mx, "tiled", applies=sixteen_bits, invariant=True)
+def linear_mx_cuda(call: OpCall) -> Sequence[Candidate]:
+    """The same with MXFP4."""
+    return _best(call)
+
+
+def _best(call: OpCall) -> list[Candidate]:
     if call.invariant:
         return candidates(call)
     product = describe(call)
@@ -77,12 +100,14 @@ def describe(call: OpCall) -> Product:
     """What tiling needs to know of the call."""
     x, weight, y = call.tensors["x"], call.tensors["weight"], call.tensors["y"]
     tma = "tma" in call.features
+    bits, group, floats = form_of(call)
     return Product(
         T=call.dims["T"],
         N=call.dims["N"],
         K=call.dims["K"],
-        bits=call.attrs["bits"],
-        group=group_of(call),
+        bits=bits,
+        group=group,
+        floats=floats,
         zeros="weight_zero" in call.tensors,
         out_bytes=DTYPE_BYTES[y.dtype],
         tma=tma and addressable(x) and addressable(weight),
@@ -153,7 +178,8 @@ def _persistent(call: OpCall, way: Tiling, product: Product) -> Candidate:
 def _constants(call: OpCall, way: Tiling) -> dict[str, Any]:
     """Parameters that both kernels are compiled for."""
     absent = {name: None for name in ("bias", "weight_zero") if name not in call.tensors}
-    sizes = {"BITS": call.attrs["bits"], "GROUP": group_of(call), "BT": way.t, "BN": way.n}
+    bits, group, floats = form_of(call)
+    sizes = {"MX": floats, "BITS": bits, "GROUP": group, "BT": way.t, "BN": way.n}
     return {**sizes, "PDL": "pdl" in call.features, **absent}
 
 

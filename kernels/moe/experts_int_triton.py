@@ -6,13 +6,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from makeready.kernels import mx
 from makeready.kernels.contract import Contract
 from makeready.kernels.device import Argument, Candidate, DeviceLaunch, OpCall, Pointer, Scalar
 from makeready.kernels.gemm.linear_int_tiling import SPAN
-from makeready.kernels.gemm.linear_int_triton import group_of, takes
+from makeready.kernels.gemm.linear_int_triton import form_of, sixteen_bits, takes
 from makeready.kernels.moe.experts_int import grouped_linear_int, grouped_silu_mul_int
-from makeready.kernels.moe.experts_mx import grouped_clamped_swiglu_mx, grouped_linear_mx
+from makeready.kernels.moe.experts_mx import (
+    grouped_clamped_swiglu_mx,
+    grouped_linear_mx,
+    grouped_silu_mul_mx,
+)
 from makeready.kernels.moe.experts_triton import gate_constants
 from makeready.kernels.moe.grouped_tiling import Grouped, Tiling, describe, mismatched, predicted
 from makeready.kernels.registry import cuda_kernel
@@ -41,19 +44,21 @@ def grouped_silu_mul_int_tiles(call: OpCall) -> Sequence[Candidate]:
     return _best(call)
 
 
-def _sixteen_bits(call: OpCall) -> bool:
-    return call.tensors["x"].dtype in ("bfloat16", "float16")
-
-
-@cuda_kernel(grouped_linear_mx, "tiles", applies=_sixteen_bits, invariant=True)
+@cuda_kernel(grouped_linear_mx, "tiles", applies=sixteen_bits, invariant=True)
 def grouped_linear_mx_tiles(call: OpCall) -> Sequence[Candidate]:
     """The same with MXFP4."""
     return _best(call)
 
 
-@cuda_kernel(grouped_clamped_swiglu_mx, "tiles", applies=_sixteen_bits, invariant=True)
-def grouped_clamped_swiglu_mx_tiles(call: OpCall) -> Sequence[Candidate]:
+@cuda_kernel(grouped_silu_mul_mx, "tiles", applies=sixteen_bits, invariant=True)
+def grouped_silu_mul_mx_tiles(call: OpCall) -> Sequence[Candidate]:
     """Tiles of a gate and what it multiplies, with MXFP4."""
+    return _best(call)
+
+
+@cuda_kernel(grouped_clamped_swiglu_mx, "tiles", applies=sixteen_bits, invariant=True)
+def grouped_clamped_swiglu_mx_tiles(call: OpCall) -> Sequence[Candidate]:
+    """The same with gpt-oss's gate."""
     return _best(call)
 
 
@@ -75,16 +80,9 @@ def candidates(call: OpCall) -> list[Candidate]:
 
 def product_of(call: OpCall) -> Grouped:
     """What cost models need to know of the call: weights are of fewer bits than words, with scales beside them."""
-    bits, group, mx = _form(call)
+    bits, group, mx = form_of(call)
     shared = (8 if mx else 24 if "weight_zero" in call.tensors else 16) / group
     return replace(describe(call), weight_bytes=(bits + shared) / 8)
-
-
-def _form(call: OpCall) -> tuple[int, int, bool]:
-    """Bits of a weight, inputs that share a scale, and whether they are MXFP4."""
-    if "bits" in call.attrs:
-        return call.attrs["bits"], group_of(call), False
-    return mx.BITS, mx.BLOCK, True
 
 
 def tilings(call: OpCall) -> list[Tiling]:
@@ -94,7 +92,7 @@ def tilings(call: OpCall) -> list[Tiling]:
 
 
 def _ways(call: OpCall, product: Grouped) -> Iterator[Tiling]:
-    halves, (bits, *_) = product.outputs // product.columns, _form(call)
+    halves, (bits, *_) = product.outputs // product.columns, form_of(call)
     for t, n, warps, gated in _SIDES:
         if (halves > 1 and not gated) or (not call.invariant and mismatched(t, product)):
             continue
@@ -112,7 +110,7 @@ def emit(call: OpCall, way: Tiling) -> Candidate:
     dependent = "pdl" in call.features
     names = ["x", "weight", "weight_scale", "start", "y", *(("order",) if top_k else ())]
     names += [name for name in ("weight_zero", "bias") if name in call.tensors]
-    bits, group, is_mx = _form(call)
+    bits, group, is_mx = form_of(call)
     arguments: dict[str, Argument] = {name: Pointer(name) for name in names}
     arguments |= {
         "M": Scalar(entries, "int32", specialize=False),

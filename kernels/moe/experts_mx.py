@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from makeready.kernels.contract import Quantizes, contract
-from makeready.kernels.elementwise import clamped_swiglu
+from makeready.kernels.elementwise import clamped_swiglu, silu_mul
 from makeready.kernels.moe.experts import add_bias, of_experts
 from makeready.kernels.mx import values
 from makeready.kernels.numeric import to_dtype, widen
@@ -68,3 +68,27 @@ def grouped_clamped_swiglu_mx(
     """``clamped_swiglu`` of :func:`grouped_linear_mx`, what is between rounded to its dtype."""
     y = grouped_linear_mx(x, weight, weight_scale, order, start, bias, top_k=top_k, out_dtype=out_dtype)
     return clamped_swiglu(y, alpha=alpha, limit=limit)
+
+
+@contract(
+    "x[X,K]:A weight[E,J,cdiv(K,128)*32]:int16 weight_scale[E,cdiv(J,64),cdiv(K,32),64]:uint8 "
+    "order[M]:int32 start[E+1]:int32 -> y[M,J//2]:out_dtype|A",
+    flops="2*M*J*K",
+    traffic={name: text.format("J") for name, text in _TRAFFIC.items()},
+    rate="x",
+    fuses=("grouped_linear_mx", "silu_mul"),
+)
+def grouped_silu_mul_mx(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    order: torch.Tensor,
+    start: torch.Tensor,
+    *,
+    top_k: int,
+    out_dtype: str = "",
+) -> torch.Tensor:
+    """``silu_mul`` of :func:`grouped_linear_mx`."""
+    return silu_mul(
+        grouped_linear_mx(x, weight, weight_scale, order, start, top_k=top_k, out_dtype=out_dtype)
+    )

@@ -8,18 +8,22 @@ from typing import Any
 import torch
 
 from makeready.kernels.contract import Contract
-from makeready.kernels.elementwise import clamped_swiglu
-from makeready.kernels.elementwise_cpu import clamped_swiglu_cpu
+from makeready.kernels.elementwise import clamped_swiglu, silu_mul
+from makeready.kernels.elementwise_cpu import clamped_swiglu_cpu, silu_mul_cpu
 from makeready.kernels.gemm.linear_cpu import prove_invariant
 from makeready.kernels.gemm.linear_int_cpu import IntMatrix
 from makeready.kernels.moe.experts import add_bias
 from makeready.kernels.moe.experts_cpu import by_expert
-from makeready.kernels.moe.experts_mx import grouped_clamped_swiglu_mx, grouped_linear_mx
+from makeready.kernels.moe.experts_mx import (
+    grouped_clamped_swiglu_mx,
+    grouped_linear_mx,
+    grouped_silu_mul_mx,
+)
 from makeready.kernels.mx import BITS, BLOCK
 from makeready.kernels.registry import Operands, by_rows, kernel
 from makeready.kernels.spec import TensorSpec
 
-for op in (grouped_linear_mx, grouped_clamped_swiglu_mx, clamped_swiglu):
+for op in (grouped_linear_mx, grouped_clamped_swiglu_mx, grouped_silu_mul_mx, clamped_swiglu, silu_mul):
     assert isinstance(op, Contract)
 
 Product = Callable[[IntMatrix], Callable[[torch.Tensor], torch.Tensor]]
@@ -65,6 +69,7 @@ def _bind(operands: Operands, results: Sequence[torch.Tensor], attrs: Mapping[st
 
 for op, gate, gate_alike in (
     (grouped_linear_mx, lambda y: y, lambda y: y),
+    (grouped_silu_mul_mx, silu_mul_cpu, by_rows(silu_mul, silu_mul_cpu)),
     (grouped_clamped_swiglu_mx, clamped_swiglu_cpu, by_rows(clamped_swiglu, clamped_swiglu_cpu)),
 ):
     kernel(op, "packed", target="cpu", applies=_applies)(_linear(lambda m: m.multiply, gate))

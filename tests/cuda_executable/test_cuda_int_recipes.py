@@ -13,6 +13,7 @@ from test_cuda_weights import check_loaded
 
 from makeready.graphs.checkpoint.dummy import DummyCheckpoint
 from makeready.graphs.plan.recipe import Derived, Each, Operand, Param, Piece, concatenate, whole
+from makeready.graphs.quant import mxfp4
 from makeready.graphs.quant.awq import Awq
 from makeready.graphs.quant.gptq import Gptq
 from makeready.graphs.quant.int4 import Rounded
@@ -59,7 +60,7 @@ def made_of(layout: Layout, matrix: Operand, form: Form, name: str) -> list[Para
     tiled = (-(-rows // 64), groups, 64)
     specs = {
         "weight": TensorSpec((rows, -(-K // 128) * 8 * form.bits), "int16"),
-        "scale": TensorSpec(tiled, "uint8" if isinstance(layout, Blocks) else "float16"),
+        "scale": TensorSpec(tiled, "uint8" if isinstance(layout, Blocks | mxfp4.Rounded) else "float16"),
         "zero": TensorSpec(tiled, "uint8"),
     }
     results = [*specs][: 3 if form.zeros else 2]
@@ -77,6 +78,7 @@ def made_of(layout: Layout, matrix: Operand, form: Form, name: str) -> list[Para
         (Packed(), Form(4, 32, zeros=True)),
         (Packed(), Form(8, 64, ordered=True)),
         (Blocks(), Form(4, 32)),
+        (mxfp4.Rounded(), Form(4, 32)),
     ],
     ids=str,
 )

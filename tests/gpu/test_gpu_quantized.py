@@ -71,6 +71,23 @@ INT8 = {
         }
     },
 }
+MXFP4 = {
+    "quant_method": "compressed-tensors",
+    "format": "mxfp4-pack-quantized",
+    "ignore": ["lm_head"],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {
+                "num_bits": 4,
+                "type": "float",
+                "symmetric": True,
+                "strategy": "group",
+                "group_size": 32,
+            },
+        }
+    },
+}
 STATIC = {"quant_method": "fp8", "activation_scheme": "static"}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "fp8": ({}, {"quant": "fp8"}),
@@ -88,6 +105,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "int8-one-layer": ({"num_hidden_layers": 1}, {"quant": "int8"}),
     "stored-int8": ({"quantization_config": INT8}, {}),
     "int4": ({}, {"quant": "int4"}),
+    "mxfp4": ({}, {"quant": "mxfp4"}),
+    "stored-mxfp4": ({"quantization_config": MXFP4, "intermediate_size": 480}, {}),
     "awq": ({"quantization_config": AWQ}, {}),
     "awq-beyond": ({"quantization_config": {**AWQ, "group_size": 32}, "intermediate_size": 480}, {}),
     "gptq-8": ({"quantization_config": GPTQ}, {}),

@@ -1,4 +1,4 @@
-"""gpt-oss in MXFP4: what its config means, what programs and parameters become, what is refused, dummy weights."""
+"""MXFP4 in files and while loading: what configs mean, what plans become, what is refused, dummy weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_programs import LIMITS, LLAMA, dummy, traced
+from tiny_programs import LIMITS, LLAMA, dummy, ops, traced
 
 from makeready.graphs.models.family import UnsupportedModelError
 from makeready.graphs.plan.plan import PlanError
@@ -115,3 +115,108 @@ def test_sizes_that_do_not_fit_are_refused(changes: dict[str, Any], message: str
 def test_names_are_checked() -> None:
     with pytest.raises(UnsupportedModelError, match="modules_to_not_convert must be a list of names"):
         stored_scheme({"quantization_config": {**MXFP4, "modules_to_not_convert": "lm_head"}})
+
+
+DENSE = LLAMA | {
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "head_dim": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+MIXTURE = DENSE | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+}
+
+
+def compressed(weights: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+    usual = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "group", "group_size": 32}
+    usual["scale_dtype"] = "torch.uint8"
+    group = {"targets": ["Linear"], "weights": {**usual, **(weights or {})}, **more.pop("group", {})}
+    made = {"quant_method": "compressed-tensors", "format": "mxfp4-pack-quantized", "ignore": ["lm_head"]}
+    return {**made, "config_groups": {"group_0": group}, **more}
+
+
+@pytest.mark.parametrize(
+    ("said", "module", "form"),
+    [
+        (compressed(), "model.layers.3.self_attn.q_proj", Form(4, 32)),
+        (compressed(), "lm_head", None),
+        (compressed(ignore=["re:.*q_proj$"]), "model.layers.3.self_attn.q_proj", None),
+        (compressed(group={"targets": ["re:.*mlp.*"]}), "model.layers.3.self_attn.q_proj", None),
+        (compressed(group={"targets": ["re:.*mlp.*"]}), "model.layers.3.mlp.up_proj", Form(4, 32)),
+        (compressed({"scale_dtype": None}), "model.layers.3.mlp.up_proj", Form(4, 32)),
+    ],
+)
+def test_configs_of_compressed_tensors_are_read(said: dict[str, Any], module: str, form: Form | None) -> None:
+    scheme = stored_scheme({"quantization_config": said})
+    assert isinstance(scheme, WeightOnly)
+    assert scheme.of(module) == form
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (compressed({"group_size": 16}), "must be symmetric, of 4 bits in groups of 32"),
+        (compressed({"num_bits": 6}), "must be symmetric, of 4 bits in groups of 32"),
+        (compressed({"symmetric": False}), "must be symmetric, of 4 bits in groups of 32"),
+        (compressed({"type": "int"}), "type 'int' is not supported; use a checkpoint with float"),
+        (compressed({"strategy": "tensor_group"}), "strategy 'tensor_group' is not supported"),
+        (compressed({"actorder": "group"}), "actorder of mxfp4-pack-quantized is not supported"),
+        (
+            compressed(group={"input_activations": {"num_bits": 4, "type": "float"}}),
+            "input_activations beside mxfp4-pack-quantized weights are not supported",
+        ),
+        (
+            compressed(format="nvfp4-pack-quantized"),
+            "format 'nvfp4-pack-quantized' is not supported; use a checkpoint with float",
+        ),
+        ({"quant_method": "quark"}, "checkpoints quantized with quark are not supported"),
+    ],
+)
+def test_other_configs_are_refused(said: dict[str, Any], message: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=message) as caught:
+        compile_plan(dummy(DENSE | {"quantization_config": said}), **LIMITS)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("said", [None, compressed()], ids=["mxfp4", "compressed"])
+def test_projections_merge_and_fuse_as_wide_ones_do(said: dict[str, Any] | None) -> None:
+    config = DENSE | ({"quantization_config": said} if said else {})
+    programs = traced(config, quant=None if said else "mxfp4").lower().programs
+    wide = traced(DENSE).lower().programs
+    for kind in (DECODE, EXTEND):
+        assert [op.replace("linear_mx", "linear") for op in ops(programs[kind])] == ops(wide[kind])
+        assert Counter(ops(programs[kind]))["linear_mx"] == 4 * DENSE["num_hidden_layers"]
+
+
+def test_experts_keep_their_gate() -> None:
+    counted = Counter(ops(traced(MIXTURE, quant="mxfp4").lower().programs[DECODE]))
+    layers = MIXTURE["num_hidden_layers"]
+    assert (counted["grouped_silu_mul_mx"], counted["grouped_linear_mx"]) == (layers, layers)
+    assert counted["linear"] == layers + 1  # routers, and the head
+
+
+def test_memory_is_what_is_packed() -> None:
+    """4 bits a weight and 8 a block, of whole spans and tiles."""
+    plan = compile_plan(dummy(DENSE | {"quantization_config": compressed()}), **LIMITS)
+    kv = DENSE["num_key_value_heads"] * 32
+    shapes = [(128, 128), (kv, 128), (kv, 128), (128, 128), (192, 128), (192, 128), (128, 192)]
+    by_dtype = plan.memory_analysis()["weights_by_dtype"]
+    layers = DENSE["num_hidden_layers"]
+    assert by_dtype["int16"] == layers * sum(n * -(-k // 128) * 64 for n, k in shapes)
+    assert by_dtype["uint8"] == layers * sum(n * k // 32 for n, k in shapes)
+
+
+def test_dummy_weights_of_compressed_tensors_are_as_large_as_others() -> None:
+    checkpoint = dummy(DENSE | {"quantization_config": compressed()})
+    compile_plan(checkpoint, **LIMITS)
+    numbers = checkpoint.read("model.layers.0.mlp.up_proj.weight_packed")
+    scales = checkpoint.read("model.layers.0.mlp.up_proj.weight_scale")
+    assert (numbers.shape, scales.shape) == ((192, 64), (192, 4))
+    assert numbers.dtype == scales.dtype == np.uint8
+    assert set(np.unique(scales)) == {119, 120, 121}

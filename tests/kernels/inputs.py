@@ -406,6 +406,10 @@ BUILDERS: Mapping[str, Callable[[str], Iterator[Case]]] = {
     "grouped_clamped_swiglu_mx": lambda op: moe_inputs.biased(
         mx_inputs.grouped_linear_mx(op), alpha=1.702, limit=7.0
     ),
+    "grouped_silu_mul_mx": mx_inputs.grouped_linear_mx,
+    "linear_mx": mx_inputs.linear_mx,
+    "quantize_mx": mx_inputs.quantize_mx,
+    "dequantize_mx": mx_inputs.dequantize_mx,
     "repack_bytes": mx_inputs.repack_bytes,
     "linear_int": int_inputs.linear_int,
     "grouped_linear_int": int_inputs.grouped_linear_int,

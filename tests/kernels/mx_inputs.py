@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 
 import torch
-from case import NAN, Case, Random
+from case import NAN, Case, Random, in_columns
 from moe_inputs import entries, used
 
 from makeready.kernels.integers import pack_words, tiles
@@ -19,6 +19,63 @@ def mx_weights(random: Random, outputs: int, inputs: int) -> dict[str, torch.Ten
         "weight": pack_words(random.integers(16, outputs, -(-inputs // 128) * 128), 4),
         "weight_scale": tiles(scale.to(torch.uint8)),
     }
+
+
+def linear_mx(op: str) -> Iterator[Case]:
+    shapes = [
+        (3, 256, 70),
+        (1, 32, 1),
+        (17, 160, 64),
+        (9, 320, 131),
+        (5, 96, 33),
+        (12, 1000, 200),
+        (2, 7, 65),
+    ]
+    dtypes = [
+        ("float32", None, ""),
+        ("float32", "float32", ""),
+        ("bfloat16", "bfloat16", ""),
+        ("float16", None, "float32"),
+    ]
+    for seed, ((tokens, inputs, outputs), (act, bias, out)) in enumerate(itertools.product(shapes, dtypes)):
+        random = Random(seed)
+        operands = {"x": random.normal(tokens, inputs, dtype=act), **mx_weights(random, outputs, inputs)}
+        if bias:
+            operands["bias"] = random.normal(outputs, dtype=bias)
+        attrs = {"out_dtype": out}
+        yield Case(op, f"{tokens}x{inputs}x{outputs}-{act}-{bias}-{out}", operands, attrs)
+        if not seed % 5:
+            yield Case(op, "columns", operands | {"x": in_columns(operands["x"])}, attrs)
+
+
+def quantize_mx(op: str) -> Iterator[Case]:
+    shapes = [(70, 256), (1, 32), (3, 200), (130, 576), (5, 7)]
+    for seed, ((outputs, inputs), dtype) in enumerate(
+        itertools.product(shapes, ("float32", "bfloat16", "float16"))
+    ):
+        x = Random(seed).normal(outputs, inputs, dtype=dtype, scale=0.02)
+        yield Case(op, f"{outputs}x{inputs}-{dtype}", {"x": x})
+    yield Case(op, "awkward", {"x": awkward()})
+
+
+def awkward() -> torch.Tensor:
+    """``[5, 160]``: ties of both signs under the least, usual and largest scales, and what is zero or not finite."""
+    x = torch.zeros(5, 160)
+    ties = torch.arange(32) / 4.0
+    for row, size in enumerate((2.0**-127, 2.0**-149 * 4, 1.0, 2.0**125)):
+        x[row, :32], x[row, 32:64], x[row, 64:96] = ties * size, -ties * size, (ties / 2 - 7.75) * size
+    x[4, 3], x[4, 40], x[4, 70], x[4, 100] = float("nan"), float("inf"), -float("inf"), -0.0
+    x[4, 71:96] = 3e38
+    return x
+
+
+def dequantize_mx(op: str) -> Iterator[Case]:
+    for seed, ((outputs, inputs), out) in enumerate(
+        itertools.product(((70, 256), (1, 32), (131, 1000), (5, 7)), ("bfloat16", "float32", "float16"))
+    ):
+        made = mx_weights(Random(seed), outputs, inputs)
+        operands = {"weight": made["weight"], "scale": made["weight_scale"]}
+        yield Case(op, f"{outputs}x{inputs}-{out}", operands, {"inputs": inputs, "out_dtype": out})
 
 
 def grouped_linear_mx(op: str) -> Iterator[Case]:
