@@ -177,7 +177,7 @@ def quantization(request: Request, target: Target, checkpoint: Checkpoint) -> Qu
         if stored is not None and "fp8" in stored.features:
             _needs_fp8(target, "this quantized checkpoint")
         return stored
-    _known("quant", request.quant, (*ON_LOAD, AS_BLOCKS))
+    _known("quant", request.quant, sorted((*ON_LOAD, AS_BLOCKS)))
     if request.quant == AS_BLOCKS:
         blocks = None if target.is_cuda else stored_blocks(checkpoint)
         if blocks is None:

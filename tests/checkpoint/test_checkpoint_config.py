@@ -80,6 +80,7 @@ OWN = {
     ("deepseek_v2", "rope_interleave"),
     ("deepseek_v3", "topk_method"),
     *((f"deepseek_{v}", "kv_b_split") for v in ("v2", "v3")),
+    ("gpt_oss", "swiglu_limit"),  # of the released files; transformers' experts have it fixed
 }
 ELSEWHERE = ("qwen", "deepseek")  # not in transformers
 DEFAULTS = {f.model_type: f.defaults for f in families().values() if f.model_type not in ELSEWHERE}

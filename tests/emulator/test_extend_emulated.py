@@ -24,7 +24,7 @@ from makeready.kernels.contract import Contract
 from makeready.kernels.device import OpCall
 from makeready.kernels.registry import cuda_kernels
 
-pytestmark = needs_compiler
+pytestmark = [needs_compiler, pytest.mark.slow]
 NAN = float("nan")
 Rows = Sequence[tuple[int, int]]  # queries, context with them
 Case = tuple[dict[str, torch.Tensor], dict[str, float]]

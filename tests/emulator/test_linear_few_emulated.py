@@ -18,7 +18,7 @@ from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.gemm import linear_few_cuda
 from makeready.kernels.gemm.few import Way, columns
 
-pytestmark = needs_compiler
+pytestmark = [needs_compiler, pytest.mark.slow]
 B16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 _GUARD = 16  # rows of NaN behind the last
 Tensors = dict[str, torch.Tensor]

@@ -16,7 +16,7 @@ from makeready.kernels.gemm import linear_few_int_cuda
 from makeready.kernels.gemm.few import Way, columns
 from makeready.kernels.integers import pack_words, tiles
 
-pytestmark = needs_compiler
+pytestmark = [needs_compiler, pytest.mark.slow]
 B16, F16 = torch.bfloat16, torch.float16
 ERROR = {B16: 3e-3, F16: 4e-4}
 _GUARD = 16  # rows of NaN behind the last

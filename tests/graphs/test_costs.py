@@ -95,18 +95,18 @@ def test_calls_that_differ_in_attributes_alone_differ_in_cost(toys):
 
 @pytest.mark.parametrize("name", ["cpu", "sm_80", "sm_90a"])
 def test_a_dtype_without_a_rate_is_an_error(toys, name):
-    @contract("x[T,K]:int8 packed[N,K]:int8 -> y[T,N]:float32", flops="2*T*N*K", rate="packed")
-    def toy_int8(x, packed):
+    @contract("x[T,K]:int16 packed[N,K]:int16 -> y[T,N]:float32", flops="2*T*N*K", rate="packed")
+    def toy_int16(x, packed):
         raise NotImplementedError
 
-    operands = {"x": TensorSpec(("T", 8), "int8"), "packed": TensorSpec((4, 8), "int8")}
+    operands = {"x": TensorSpec(("T", 8), "int16"), "packed": TensorSpec((4, 8), "int16")}
     results = [TensorSpec(("T", 4), "float32")]
     target = find_target(name)
-    with pytest.raises(PlanError, match=f"{target.device.name} knows no rate for int8, only for float32"):
-        op_cost(toy_int8, operands, results, {}, Bucket(EXTEND, 1, 4), 16, target)
-    device = replace(target.device, flops={**target.flops, "int8": 7e12}, bandwidth=1e30)
+    with pytest.raises(PlanError, match=f"{target.device.name} knows no rate for int16, only for float32"):
+        op_cost(toy_int16, operands, results, {}, Bucket(EXTEND, 1, 4), 16, target)
+    device = replace(target.device, flops={**target.flops, "int16": 7e12}, bandwidth=1e30)
     known = replace(target.on(device), launch_seconds=0.0)
-    cost = op_cost(toy_int8, operands, results, {}, Bucket(EXTEND, 1, 4), 16, known)
+    cost = op_cost(toy_int16, operands, results, {}, Bucket(EXTEND, 1, 4), 16, known)
     assert cost.seconds == pytest.approx(2 * 4 * 4 * 8 / 7e12)
 
 

@@ -218,7 +218,11 @@ def test_targets_are_named_as_ignored_modules_are():
 @pytest.mark.parametrize(
     ("config", "request_", "message"),
     [
-        (LLAMA, {"quant": "int3"}, "quant=int3 is not supported; choose one of fp8, fp8_block, int8, int4"),
+        (
+            LLAMA,
+            {"quant": "int3"},
+            "quant=int3 is not supported; choose one of fp8, fp8_block, int4, int8, mxfp4, stored",
+        ),
         (
             MIXTURE,
             {"quant": "fp8_block"},

@@ -65,6 +65,7 @@ def test_weights_are_made(op):
         check_interpreted(op, case.operands, **case.attrs)
 
 
+@pytest.mark.slow
 @compiled
 @pytest.mark.parametrize("op", [*LOADS, "dequantize_int"])
 def test_what_makes_weights_cross_compiles(op):
@@ -175,6 +176,7 @@ def distinct(bits, group, zeros):
     return list(found.values())
 
 
+@pytest.mark.slow
 @compiled
 def test_first_choices_cross_compile_without_spilling():
     """The planner's first choice of a few calls; all ways of all forms where INT_COMPILE_ALL is set."""
@@ -248,6 +250,7 @@ def experts_call(entries, bits, group, zeros, silu, E=128, N=768, K=2048):
     return OpCall(op, tensors, attrs, dims, entries // 8, entries // 8, features=HOPPER)
 
 
+@pytest.mark.slow
 @compiled
 def test_experts_cross_compile_without_spilling():
     """One height of two forms; all of all forms where INT_COMPILE_ALL is set."""

@@ -120,7 +120,7 @@ def test_every_op_of_a_decoder_has_an_invariant_kernel():
     # weights are quantized and made wide when they are loaded.
     latent = {"mla_decode_attention", "mla_own_attention"}
     loading = {"quantize_fp8_block", "dequantize_fp8", "dequantize_fp8_block", "dequantize_int"}
-    loading |= {"dequantize_int8"}
+    loading |= {"dequantize_int8", "dequantize_mx"}
     assert without <= {"decode_attention", *loading, *latent}
 
 

@@ -211,6 +211,7 @@ def dense_call(T: int, N: int, K: int, dtype: str = "bfloat16") -> OpCall:
     return OpCall("linear_mx", tensors, attrs, dims, T, T, features=HOPPER)
 
 
+@pytest.mark.slow
 @compiled
 def test_dense_products_cross_compile_without_spilling() -> None:
     """The first choice for few and for many rows; all that Qwen3-8B's shapes ask for where MX_COMPILE_ALL is set."""
@@ -236,6 +237,7 @@ def test_dense_products_cross_compile_without_spilling() -> None:
         assert way.a_sm * 32 * made.warps * -(-made.registers // 8) * 8 <= 65536, (way.name, made.registers)
 
 
+@pytest.mark.slow
 @compiled
 @pytest.mark.parametrize("op", ["quantize_mx", "dequantize_mx"])
 def test_what_makes_weights_cross_compiles(op: str) -> None:
@@ -271,6 +273,7 @@ def gpt_oss_call(
     return OpCall(op, tensors, attrs, dims, entries // 4, entries // 4, features=features)
 
 
+@pytest.mark.slow
 @compiled
 def test_the_gate_of_other_experts_cross_compiles_without_spilling() -> None:
     """The first choice for 64 entries, or for all numbers of them where MX_COMPILE_ALL is set; no biases."""
@@ -286,6 +289,7 @@ def test_the_gate_of_other_experts_cross_compiles_without_spilling() -> None:
         assert launched.constants["GATE"] == "silu_mul"
 
 
+@pytest.mark.slow
 @compiled
 def test_experts_cross_compile_without_spilling() -> None:
     """The first choice for few tokens; all where MX_COMPILE_ALL is set."""

@@ -202,7 +202,13 @@ def test_a_decode_step_is_the_last_token_of_an_extend_step():
 
 
 @pytest.mark.parametrize(
-    "kernel", [k for k in IMPLEMENTATIONS if CONTRACTS[k.op].rowwise], ids=lambda k: f"{k.op}-{k.name}"
+    "kernel",
+    [
+        pytest.param(k, marks=pytest.mark.slow if k.name == registry.BY_ROWS else ())
+        for k in IMPLEMENTATIONS
+        if CONTRACTS[k.op].rowwise
+    ],
+    ids=lambda k: f"{k.op}-{k.name}",
 )
 def test_a_row_of_nan_stays_alone(kernel, run):
     """What padding rows hold reaches no other row."""

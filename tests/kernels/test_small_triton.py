@@ -376,6 +376,7 @@ def test_cross_compiles_with_wide_accesses(tokens):
 
 
 @compiled
+@pytest.mark.slow
 def test_cross_compiles_sampling():
     operands = {k: v.contiguous() for k, v in requests(2, 151936).items()}
     chunks, _ = _compile("sample", operands, {})

@@ -72,7 +72,7 @@ def check(output: Output, schema: Any, mode: str) -> None:
 @pytest.mark.parametrize(
     ("forced", "schemas"),
     [
-        (True, SCHEMAS[:3]),
+        (True, SCHEMAS[:2]),
         pytest.param(True, SCHEMAS, marks=pytest.mark.slow),
         pytest.param(False, SCHEMAS, marks=pytest.mark.slow),
     ],
