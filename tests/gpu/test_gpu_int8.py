@@ -32,7 +32,8 @@ def on_gpu(tensors: Tensors) -> Tensors:
 def test_experts(op: str) -> None:
     """Every way for awkward sizes and routings, -128 among the weights; scales of nobody are NaN, results zeros."""
     made = grouped_linear_fp8(op) if op == "grouped_linear_int8" else gated(grouped_linear_fp8(op))
-    cases = [case for case in made if case.attrs["out_dtype"] == "float32"]
+    dense = (case for case in made if case.operands["x_scale"].is_contiguous())  # as plans have them
+    cases = [case for case in dense if case.attrs["out_dtype"] == "float32"]
     calls = []
     for case in cases:
         case.operands["weight"][:, 0] = -128

@@ -159,19 +159,18 @@ def check(op: str, operands: dict[str, torch.Tensor], **attrs) -> None:
     want = want if isinstance(want, tuple) else (want,)
     for multiprocessors in (1, 132):
         call = op_call(op, operands, attrs, features=PLAIN, multiprocessors=multiprocessors)
-        for kernel in registry.cuda_kernels(op):
-            found = kernel.candidates(call)
-            assert found
-            for candidate in found:
-                got = launch(candidate, call, operands)
-                for output, value in zip(contract.outputs, want, strict=True):
-                    assert not got[output.name].float().isnan().any(), output.name
-                    if not op.startswith("quantize"):
-                        kind = str(value.dtype).removeprefix("torch.")
-                        off = (got[output.name].double() - value.double()).norm()
-                        assert off <= getattr(contract.tolerance, kind) * value.double().norm(), output.name
-                    else:
-                        assert got[output.name].view(torch.uint8).equal(value.view(torch.uint8)), output.name
+        found = [way for kernel in registry.cuda_kernels(op) for way in kernel.candidates(call)]
+        assert found
+        for candidate in found:
+            got = launch(candidate, call, operands)
+            for output, value in zip(contract.outputs, want, strict=True):
+                assert not got[output.name].float().isnan().any(), output.name
+                if not op.startswith("quantize"):
+                    kind = str(value.dtype).removeprefix("torch.")
+                    off = (got[output.name].double() - value.double()).norm()
+                    assert off <= getattr(contract.tolerance, kind) * value.double().norm(), output.name
+                else:
+                    assert got[output.name].view(torch.uint8).equal(value.view(torch.uint8)), output.name
 
 
 def hard(rows: int, columns: int) -> torch.Tensor:

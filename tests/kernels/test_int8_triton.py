@@ -142,7 +142,8 @@ def test_fused(rows, columns):
 def test_experts(op):
     made = (case for case in grouped_linear_fp8(op) if case.attrs["out_dtype"] == "float32")
     fitting = (case for case in made if "grouped_linear" in op or case.operands["weight"].shape[1] % 2 == 0)
-    small = [case for case in fitting if len(case.operands["order"]) <= 40]
+    dense = (case for case in fitting if case.operands["x_scale"].is_contiguous())  # as plans have them
+    small = [case for case in dense if len(case.operands["order"]) <= 40]
     for by_token in (True, False):
         for case in [case for case in small if (case.attrs["top_k"] > 0) == by_token][-2:]:
             check(op, dict(case.operands), **case.attrs)
