@@ -142,7 +142,7 @@ class Forecast:
         return self.times.alike(BucketTable(self.plan.buckets).covering(DECODE, rows, rows), rows, context)
 
     def first_token_seconds(self, prompt: int) -> float:
-        """Seconds to the first token of one prompt of so many tokens, alone.
+        """How many seconds a single prompt of this length waits for its first token, with nothing else running.
 
         Raises:
             RequestError: it is longer than the context.
