@@ -42,8 +42,8 @@ class Calibration:
 
 # cache_seconds and cache_share: decode attention in bench/results/h200_steps.json and
 # h200_steps_qwen3_30b_a3b_fp8.json: 7.0 us of a floor of 0.5, 10.8 of 3.7, 68 of 60, 140 of 119. The other two were
-# fitted to the latencies of four models (docs/predict.md has the table); why steps take longer in the engine than alone
-# is not known (docs/NOTES.md).
+# fitted to the latencies of four models (docs/predict.md has the table); why steps take longer in the engine
+# than alone is not known (docs/NOTES.md).
 GPU = Calibration(cache_seconds=7e-6, cache_share=0.94, sustained=1.05, step_seconds=50e-6)
 # A CPU's figures are those of graphs/plan/devices.py; nothing more was fitted.
 CPU = Calibration()
