@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from simulation import Simulation
 
 from makeready.engine import scheduler
-from makeready.engine.options import POLICIES
+from makeready.engine.options import FCFS, POLICIES, PRIORITY
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -41,7 +41,10 @@ def test_windows_that_free_pages_and_states(seed: int) -> None:
     Simulation(random.Random(seed), groups=True).run(60)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(
+    "policy",
+    [p if p in (FCFS, PRIORITY) else pytest.param(p, marks=pytest.mark.slow) for p in POLICIES],
+)
 @pytest.mark.parametrize("overlap", [False, True])
 def test_every_policy_with_pages_that_run_out(policy: str, overlap: bool) -> None:
     """The small pools really make requests share, and go back to wait."""

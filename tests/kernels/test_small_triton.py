@@ -367,7 +367,7 @@ def _compile(name, operands, attrs):
 
 
 @compiled
-@pytest.mark.parametrize("tokens", [1, 8192])
+@pytest.mark.parametrize("tokens", [1, pytest.param(8192, marks=pytest.mark.slow)])
 def test_cross_compiles_with_wide_accesses(tokens):
     for name, operands, attrs in _qwen3_calls(tokens):
         for made in _compile(name, operands, attrs):

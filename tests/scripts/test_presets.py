@@ -73,11 +73,16 @@ def parameters(traced: Traced) -> int:
     )
 
 
+LARGE = {"deepseek_v2", "deepseek_v3", "gpt_oss_120b", "qwen3_next_80b_a3b"}  # seconds each
+
+
 def test_every_preset_is_checked_here():
     assert {path.stem for path in (CONF / "model").glob("*.yaml")} == set(PARAMETERS)
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in PARAMETERS]
+)
 def test_presets_have_the_size_that_their_makers_give(name):
     config = yaml.safe_load((CONF / "model" / f"{name}.yaml").read_text())
     traced = trace_checkpoint(open_checkpoint("dummy", config=config), Request(max_rows=2))
