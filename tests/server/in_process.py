@@ -32,6 +32,7 @@ from makeready.engine.server.settings import ServerSettings
 from makeready.graphs.checkpoint.base import open_checkpoint
 from makeready.graphs.plan.spec import Bucket, Limits
 
+WAIT_SECONDS = 300  # for what is sure to come, on a machine that does much else
 LIMITS = Limits(max_rows=16, max_tokens=64, context_len=256, page_size=4)
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -50,11 +51,37 @@ CONFIG = {
 
 
 class SlowExecutable(FakeExecutable):
-    """Takes its time for a step."""
+    """Takes its time for a step, and where a test shuts its gate, stands before those that are not allowed.
+
+    Attributes:
+        seconds: a step.
+        failure: what the next step raises.
+    """
 
     seconds = 0.0
+    failure: Exception | None = None
+    _gate: threading.Semaphore | None = None
+
+    def shut(self) -> None:
+        """Launch no step until :meth:`allow`."""
+        self._gate = threading.Semaphore(0)
+
+    def allow(self, steps: int) -> None:
+        """Let so many through the gate."""
+        assert self._gate is not None
+        self._gate.release(steps)
+
+    def open(self) -> None:
+        """Let all through from now on."""
+        gate, self._gate = self._gate, None
+        if gate is not None:
+            gate.release()
 
     def launch(self, bucket: Bucket, step: Mapping[str, np.ndarray], *, cut: bool = False) -> Any:
+        if (gate := self._gate) is not None:
+            gate.acquire()
+        if self.failure is not None:
+            raise self.failure
         time.sleep(self.seconds)
         return super().launch(bucket, step, cut=cut)
 
@@ -85,6 +112,7 @@ class InProcess:
 
     def close(self) -> None:
         """End both sides."""
+        self.executable.open()
         self.loop.call_soon_threadsafe(self._end)
         for thread in self.threads:
             thread.join(60)
