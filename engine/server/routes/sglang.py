@@ -11,8 +11,9 @@ from makeready.engine.pieces import Piece
 from makeready.engine.protocol.schema import BOOLEAN, STRING, body_schema
 from makeready.engine.protocol.sglang.answer import Answers
 from makeready.engine.protocol.sglang.body import read, schema
+from makeready.engine.server.access import Access
 from makeready.engine.server.problem import ServeError
-from makeready.engine.server.route import ALIVE, DONE, Access, Answer, Exchange, Route, Stream, answer, event
+from makeready.engine.server.route import ALIVE, DONE, Answer, Exchange, Route, Stream, answer, event
 from makeready.engine.server.routes.openai import shape
 from makeready.engine.server.routes.state import load_of
 from makeready.engine.server.service import QUIET_SECONDS, Running

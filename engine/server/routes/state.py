@@ -9,8 +9,9 @@ from makeready.engine.errors import RequestError
 from makeready.engine.given import ids_of
 from makeready.engine.protocol.asked import Ask, check_template, tools_of
 from makeready.engine.protocol.schema import IDS, body_schema
+from makeready.engine.server.access import Access
 from makeready.engine.server.problem import STARTING_SECONDS, ServeError
-from makeready.engine.server.route import Access, Answer, Exchange, Route, answer
+from makeready.engine.server.route import Answer, Exchange, Route, answer
 from makeready.engine.server.routes.openai import shape
 from makeready.engine.tools import FIELDS as TOOLS
 
