@@ -61,6 +61,6 @@ class Work:
             served: a client waits for it.
         """
         if self.asks and self.service.tracing is not None:
-            self.service.tracing.ended(self, told, served=served)
+            self.service.tracing.ended(self, told, served=served)  # pyright: ignore[reportArgumentType]
         for running in self.running:
             self.service.end(running)
