@@ -33,11 +33,19 @@ class ServerProcess:
     @property
     def url(self) -> str:
         """Where it listens, once it does."""
+        return self._found()[1]
+
+    @property
+    def grpc(self) -> str:
+        """Host and port of its gRPC."""
+        return self._found()[2]
+
+    def _found(self) -> re.Match[str]:
         assert self._address.wait(START_SECONDS), "".join(self.said)
-        found = [re.search(r"serving .* at (http\S+);", line) for line in self.said]
-        addresses = [match[1] for match in found if match]
-        assert addresses, "".join(self.said)
-        return addresses[0]
+        for line in self.said:
+            if match := re.search(r"serving .* at (http[^\s;]+)(?: and grpc://(\S+))?;", line):
+                return match
+        raise AssertionError("".join(self.said))
 
     @property
     def host(self) -> int:
