@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from fake_executable import VOCABULARY, FakeExecutable, buckets_of
+from server_process import WAIT_SECONDS
 
 from makeready.engine.conversation import Parsers
 from makeready.engine.front import Bounds, Front
@@ -32,7 +33,6 @@ from makeready.engine.server.settings import ServerSettings
 from makeready.graphs.checkpoint.base import open_checkpoint
 from makeready.graphs.plan.spec import Bucket, Limits
 
-WAIT_SECONDS = 300  # for what is sure to come, on a machine that does much else
 LIMITS = Limits(max_rows=16, max_tokens=64, context_len=256, page_size=4)
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -107,19 +107,23 @@ class InProcess:
         self.threads = [threading.Thread(target=work, daemon=True) for work in (self._host, self._serve)]
         for thread in self.threads:
             thread.start()
-        assert self._ready.wait(60)
+        assert self._ready.wait(WAIT_SECONDS)
 
     @property
     def steps(self) -> int:
         """Steps that were launched."""
         return len(self.executable.steps)
 
+    def settle(self) -> None:
+        """Let the server's side do what it has begun."""
+        asyncio.run_coroutine_threadsafe(asyncio.sleep(0), self.loop).result(WAIT_SECONDS)
+
     def close(self) -> None:
         """End both sides."""
         self.executable.open()
         self.loop.call_soon_threadsafe(self._end)
         for thread in self.threads:
-            thread.join(60)
+            thread.join(WAIT_SECONDS)
             assert not thread.is_alive()
 
     def _end(self) -> None:

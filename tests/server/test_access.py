@@ -9,8 +9,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from in_process import WAIT_SECONDS, served
-from server_process import until
+from in_process import served
+from server_process import WAIT_SECONDS, until
 
 from makeready.engine.server.settings import ServerSettings
 

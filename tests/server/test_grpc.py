@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 from fake_executable import alone
-from in_process import WAIT_SECONDS, InProcess, served
-from server_process import ROOT, until
+from in_process import InProcess, served
+from server_process import ROOT, WAIT_SECONDS, until
 
 from makeready.engine.server.settings import ServerSettings
 

@@ -101,7 +101,7 @@ def test_a_request_continues_its_clients_trace() -> None:
 
 def test_what_is_refused_and_who_leaves_is_told_and_what_asks_nothing_is_not() -> None:
     with traced() as (server, spans):
-        server.executable.seconds = 0.005
+        server.executable.shut()
         httpx.get(server.url + "/health")
         httpx.post(server.url + "/tokenize", json={"prompt": "x"})
         assert (
@@ -112,10 +112,12 @@ def test_what_is_refused_and_who_leaves_is_told_and_what_asks_nothing_is_not() -
         assert (refused.attributes or {})["error.type"] == "400"
         assert refused.status.status_code is StatusCode.UNSET  # as the conventions have it for servers
         spans.clear()
+        server.executable.allow(10)  # of the 200 that it needs
         stream = GENERATE | {"max_tokens": 200, "stream": True}
         with httpx.stream("POST", server.url + "/v1/completions", json=stream) as answer:
             next(answer.iter_bytes())
         left = finished(spans)
+        server.executable.open()
         said = {span.name: span.attributes or {} for span in left}
         assert said["llm_request"]["gen_ai.response.finish_reasons"] == ("abort",)
         assert said["llm_request"]["gen_ai.request.stream"] is True
