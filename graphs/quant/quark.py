@@ -101,7 +101,7 @@ def _read(entry: Mapping[str, Any], of_cache: bool) -> Form | Scheme | None:
     for name, part in (("weight", weight), ("input_tensors", inputs)):
         refused_unless(
             isinstance(part, Mapping) or (name == "input_tensors" and part is None),
-            f"quark's {name} in several parts is not supported; use a checkpoint in MXFP4 or FP8",
+            f"quark's {name} must be one object; use a checkpoint in MXFP4 or FP8",
         )
     assert isinstance(weight, Mapping)
     dtype = weight.get("dtype")
