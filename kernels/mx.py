@@ -45,8 +45,12 @@ def e8m0(s: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def nearest_e2m1(size: torch.Tensor) -> torch.Tensor:
     """Numbers of 4 bits nearest to magnitudes, ties to the even code, those beyond 6 that of 6: int32."""
-    q = sum((size > bound).int() for bound in (0.25, 1.25, 2.5, 5.0))
-    return q + sum((size >= bound).int() for bound in (0.75, 1.75, 3.5))
+    q = torch.zeros_like(size, dtype=torch.int32)
+    for bound in (0.25, 1.25, 2.5, 5.0):
+        q += size > bound
+    for bound in (0.75, 1.75, 3.5):
+        q += size >= bound
+    return q
 
 
 def scales_of(scale: torch.Tensor, outputs: int, dtype: torch.dtype) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""NVFP4 on the GPU while weights are loaded: tiles of its scales, and wide weights rounded to it; see kernels/nvfp4.py.
+"""NVFP4 on the GPU while weights are loaded (kernels/nvfp4.py): its tiles of scales, wide weights rounded.
 
 # N outputs, K inputs, G blocks of 16
 """
@@ -124,7 +124,9 @@ def quantize_spans(
     for part in tl.static_range(4):
         field = 4 * span + part
         k = 32 * field + j
-        bits = tl.load(x + n[:, None] * X_STRIDE + k, mask=(n < N)[:, None] & (k < K), other=0.0).to(tl.float32)
+        bits = tl.load(x + n[:, None] * X_STRIDE + k, mask=(n < N)[:, None] & (k < K), other=0.0).to(
+            tl.float32
+        )
         size = tl.abs(bits)
         low = tl.max(tl.where(j < 16, size, 0.0), 1)
         high = tl.max(tl.where(j < 16, 0.0, size), 1)

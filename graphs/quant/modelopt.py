@@ -1,9 +1,9 @@
 """Checkpoints of NVIDIA's Model Optimizer (``modelopt``).
 
-What they hold is said by ``quantization_config`` of config.json, or by ``quantization`` in hf_quant_config.json, which
-the reader of folders puts in its place: ``quant_algo`` and the modules that stay wide, in whose names ``*`` may stand
-for anything. NVFP4 is in nvfp4.py; of FP8 a module has ``weight`` and one ``weight_scale``, or one an output, and
-``input_scale`` where activations have a stored one.
+What they hold is said by ``quantization_config`` of config.json, or by ``quantization`` in
+hf_quant_config.json, which the reader of folders puts in its place: ``quant_algo`` and the modules that stay
+wide, in whose names ``*`` may stand for anything. NVFP4 is in nvfp4.py; of FP8 a module has ``weight`` and one
+``weight_scale``, or one an output, and ``input_scale`` where activations have a stored one.
 """
 
 from __future__ import annotations

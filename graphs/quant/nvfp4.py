@@ -1,10 +1,11 @@
-"""Weights in NVFP4 (kernels/mx.py): as compressed-tensors and modelopt store them, and made while they are loaded.
+"""Weights in NVFP4 (kernels/mx.py): as compressed-tensors and modelopt store them, and made while loading.
 
-Of a projection ``[N, K / 2]`` are bytes of two neighbouring inputs, the first in the lower bits, ``[N, K / 16]``
-scales of e4m3, and one fp32 number for all of it. compressed-tensors (``nvfp4-pack-quantized``) calls them
-``weight_packed``, ``weight_scale`` and ``weight_global_scale``, and scales are divided by the last; modelopt
-(modelopt.py) ``weight``, ``weight_scale`` and ``weight_scale_2``, which multiplies. Files whose activations have 4 bits
-as well hold a number for those (``input_global_scale``, ``input_scale``), which is not read.
+Of a projection ``[N, K / 2]`` are bytes of two neighbouring inputs, the first in the lower bits,
+``[N, K / 16]`` scales of e4m3, and one fp32 number for all of it. compressed-tensors
+(``nvfp4-pack-quantized``) calls them ``weight_packed``, ``weight_scale`` and ``weight_global_scale``, and scales
+are divided by the last; modelopt (modelopt.py) ``weight``, ``weight_scale`` and ``weight_scale_2``, which
+multiplies. Files whose activations have 4 bits as well hold a number for those (``input_global_scale``,
+``input_scale``), which is not read.
 """
 
 from __future__ import annotations

@@ -15,7 +15,14 @@ from typing import Any
 
 from makeready.graphs.plan.recipe import Derivation, LoadCall, Operand, Piece
 from makeready.graphs.quant.linears import module_of
-from makeready.graphs.quant.reading import expect, flag, integer, names_of, refused_unless, tell_wide_activations
+from makeready.graphs.quant.reading import (
+    expect,
+    flag,
+    integer,
+    names_of,
+    refused_unless,
+    tell_wide_activations,
+)
 from makeready.graphs.quant.stored import COMPRESSED
 from makeready.graphs.quant.weight_only import Form, WeightOnly, groups_of, ordered, stored_rows
 from makeready.kernels.spec import TensorSpec
@@ -93,7 +100,9 @@ def forms_of(
 
 def _weights(group: Mapping[str, Any], name: str, floats: bool) -> Mapping[str, Any]:
     given = group.get("input_activations")
-    narrow = floats and isinstance(given, Mapping) and (given.get("num_bits"), given.get("type")) == (4, "float")
+    narrow = (
+        floats and isinstance(given, Mapping) and (given.get("num_bits"), given.get("type")) == (4, "float")
+    )
     for field in ("input_activations", "output_activations"):
         refused_unless(
             not group.get(field) or (field == "input_activations" and narrow),

@@ -1,9 +1,9 @@
 """Checkpoints of AMD's Quark: weights in MXFP4, or weights and activations in FP8.
 
-``global_quant_config`` says how linears are quantized, ``layer_quant_config`` how those of some names are, in which
-``*`` may stand for anything, and ``exclude`` which stay wide. Of MXFP4 a module has ``weight[N, K / 2]``, bytes of two
-neighbouring inputs with the first in the lower bits, and ``weight_scale[N, K / 32]``, e8m0; of FP8 ``weight``, one
-``weight_scale`` or one an output, and ``input_scale`` where activations have a stored one.
+``global_quant_config`` says how linears are quantized, ``layer_quant_config`` how those of some names are, in
+which ``*`` may stand for anything, and ``exclude`` which stay wide. Of MXFP4 a module has ``weight[N, K / 2]``,
+bytes of two neighbouring inputs with the first in the lower bits, and ``weight_scale[N, K / 32]``, e8m0; of FP8
+``weight``, one ``weight_scale`` or one an output, and ``input_scale`` where activations have a stored one.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def _quark(said: Mapping[str, Any]) -> Quantization:
     layers = {}
     for pattern, entry in _object(said, "layer_quant_config").items():
         refused_unless(
-            isinstance(entry, Mapping), f"layer_quant_config: {pattern} must be an object; correct config.json"
+            isinstance(entry, Mapping),
+            f"layer_quant_config: {pattern} must be an object; correct config.json",
         )
         layers[pattern] = _read(entry, any(fnmatch.fnmatchcase(pattern, name) for name in cache))
     ignored = patterns(names_of(said, "exclude"))

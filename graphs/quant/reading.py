@@ -79,7 +79,9 @@ def tell_wide_activations(bits: int) -> None:
 
 def tell_cache() -> None:
     """Warn, once a process, that a config's dtype of the cache is not taken over."""
-    _tell("the cache has the dtype that kv.dtype says, whatever the file does; its scales of a cache are not read")
+    _tell(
+        "the cache has the dtype that kv.dtype says, whatever the file does; its scales of a cache are not read"
+    )
 
 
 def _tell(what: str) -> None:

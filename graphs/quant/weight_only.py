@@ -37,7 +37,11 @@ from makeready.kernels.spec import TensorSpec
 for op in (linear_int, linear_mx, grouped_linear_int, grouped_linear_mx):
     assert isinstance(op, Contract)
 
-KIND, MX, NV = "int", "mxfp4", "nvfp4"  # of scheme, in contracts' traits: integers, and what kernels/mx.py says
+KIND, MX, NV = (
+    "int",
+    "mxfp4",
+    "nvfp4",
+)  # of scheme, in contracts' traits: integers, and what kernels/mx.py says
 _SCALES = {KIND: "float16", MX: "uint8", NV: "int16"}  # dtypes of their scales
 GROUPS = (32, 64)  # sizes below a span that kernels take, beside its multiples and whole rows
 
@@ -236,7 +240,9 @@ class _Rewrite:
         if form is None:
             return None
         name, (*stacked, rows, width) = module_of(param.pieces[0].source), (int(n) for n in param.spec.shape)
-        refusal = form.refusal() if self.scheme.kind == KIND else ""  # those of floats are said by their readers
+        refusal = (
+            form.refusal() if self.scheme.kind == KIND else ""
+        )  # those of floats are said by their readers
         if stacked and rows % TILE:
             refusal = (
                 f"{rows} outputs of an expert are no multiple of {TILE}; use a checkpoint with 16-bit weights"

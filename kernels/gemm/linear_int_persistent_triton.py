@@ -1,4 +1,4 @@
-"""Projection with weights of 4 or 8 bits, integers or 4-bit floats, for many rows: blocks walk over output tiles, fed by TMA.
+"""Projection with packed weights (integers, 4-bit floats) for many rows: blocks walk over tiles, fed by TMA.
 
 Words are widened and scaled in registers, once for ``BT`` tokens, and are the left side of the product, of which
 seven instructions may be under way while the next words are widened. Tiles go in groups of ``TILES`` along the tokens

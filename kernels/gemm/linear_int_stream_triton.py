@@ -1,4 +1,4 @@
-"""Projection with weights of 4 or 8 bits, integers or 4-bit floats, for few rows: multiprocessors stream equal shares of them.
+"""Projection with packed weights (integers, 4-bit floats) for few rows: multiprocessors stream equal shares.
 
 As linear_fp8_stream_triton.py: units of one span of inputs for one output tile, runs of them that may end inside a
 tile, and parts that the last block of a tile adds up. Words are copied by TMA, widened in registers, and are the left

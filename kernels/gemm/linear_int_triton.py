@@ -1,6 +1,6 @@
-"""Projections with weights of 4 or 8 bits, integers or 4-bit floats, on the GPU: from a call to launches of the kernels beside it.
+"""Projections with packed weights (integers, 4-bit floats) on the GPU: from a call to launches.
 
-``linear_int_stream`` takes any call; the persistent one those whose operands TMA can address.
+``linear_int_stream``, beside this file, takes any call; the persistent one those whose operands TMA can address.
 """
 
 from __future__ import annotations

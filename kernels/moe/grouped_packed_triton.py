@@ -1,4 +1,4 @@
-"""Products of tokens with experts' weights of 4 or 8 bits, integers or 4-bit floats, in Triton: tiles found on the device.
+"""Products of tokens with experts' packed weights (integers, 4-bit floats): tiles found on the device.
 
 As grouped_tiles_triton.py; words are widened in registers as in gemm/linear_int_stream_triton.py.
 

@@ -21,7 +21,9 @@ def pair_scales(op: str) -> Iterator[Case]:
 
 
 def check_global_scales(op: str) -> Iterator[Case]:
-    for seed, ((outputs, groups), divides) in enumerate(itertools.product((*SHAPES, (20, 600)), (False, True))):
+    for seed, ((outputs, groups), divides) in enumerate(
+        itertools.product((*SHAPES, (20, 600)), (False, True))
+    ):
         random = Random(seed)
         bits = random.integers(127, outputs, groups)
         for row, damage in zip(range(1, outputs, 3), itertools.cycle((0x7F, 0x80, 0x81, 0xC0, 0xFF))):
