@@ -29,7 +29,7 @@ from makeready.kernels.nvfp4 import (
 from makeready.kernels.registry import cuda_kernel
 
 _PAIRS = 16  # of a block that makes tiles
-_ROWS, _WIDTH = 16, 256  # outputs of a block that goes through their inputs, and how many of those at once
+_ROWS, _WIDTH = 16, 128  # outputs of a block that goes through their inputs, and how many of those at once
 _NAN = tl.constexpr(float("nan"))
 _LARGEST = tl.constexpr(LARGEST)
 _LEAST = tl.constexpr(LEAST)
@@ -143,7 +143,7 @@ def quantize_spans(
 
 
 def _launch(
-    call: OpCall, function: str, grid: tuple[int, int], names: Sequence[str], **constants: Any
+    call: OpCall, function: str, grid: tuple[int, int], names: Sequence[str], warps: int = 4, **constants: Any
 ) -> tuple[Candidate, ...]:
     dependent = "pdl" in call.features
     launch = DeviceLaunch(
@@ -154,7 +154,7 @@ def _launch(
             "N": Scalar(call.dims["N"], "int32", specialize=False),
         },
         grid=(*grid, 1),
-        num_warps=4,
+        num_warps=warps,
         dependent=dependent,
     )
     return (Candidate(function, (launch,)),)
@@ -190,4 +190,5 @@ def quantize_nvfp4_launches(call: OpCall) -> Sequence[Candidate]:
     inputs, stride = call.dims["K"], call.tensors["x"].row_stride
     grid = (-(-inputs // SPAN), -(-call.dims["N"] // TILE))
     names = ("x", "global_scale", "weight", "scale")
-    return _launch(call, "quantize_spans", grid, names, K=inputs, X_STRIDE=stride)
+    # Divisions need so many registers that four warps had too few.
+    return _launch(call, "quantize_spans", grid, names, warps=8, K=inputs, X_STRIDE=stride)
