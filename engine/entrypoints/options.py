@@ -107,8 +107,9 @@ class Job:
             runs on the others, too. null: the target's usual one.
         quant: fp8 (8-bit floats with a scale for each output and token) or fp8_block (for each 128 x 128
             weights) quantizes linears when a 16-bit or wider checkpoint is loaded, int8 to integers (scales as
-            fp8's), int4 and mxfp4 their weights alone (for each output and 128 or 32 inputs); stored multiplies
-            GGUF's blocks as the file has them, on the CPU. null: as the checkpoint stores them, GGUF widened.
+            fp8's), int4, mxfp4 and nvfp4 their weights alone (for each output and 128, 32 or 16 inputs); stored
+            multiplies GGUF's blocks as the file has them, on the CPU. null: as the checkpoint stores them, GGUF
+            widened.
     """
 
     checkpoint: str = literal(MISSING)

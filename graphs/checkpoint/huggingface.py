@@ -30,6 +30,9 @@ from makeready.graphs.models.family import family_of_type
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+QUANTIZATION = (
+    "hf_quant_config.json"  # of modelopt, which writes it beside or in the place of config.json's part
+)
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 COMPARED = 2**20  # elements of two tensors that are compared at once
 TOKENIZER_FILES = (
@@ -49,7 +52,8 @@ class HuggingFaceCheckpoint(Checkpoint):
     """A folder as `save_pretrained` of transformers 4 or 5 writes it.
 
     Args:
-        path: folder that holds `config.json` and the weights.
+        path: folder that holds `config.json` and the weights; `hf_quant_config.json` where `config.json` has no
+            quantization_config.
 
     Raises:
         CheckpointError: a file is missing, truncated or contradicts another one.
@@ -63,6 +67,8 @@ class HuggingFaceCheckpoint(Checkpoint):
         if not config_path.is_file():
             raise CheckpointError(_without_config(path))
         raw = read_json(config_path)
+        if not raw.get("quantization_config") and (path / QUANTIZATION).is_file():
+            raw["quantization_config"] = {**read_json(path / QUANTIZATION), "quant_method": "modelopt"}
         self._sources = _open_weights(path)
         self._tensors = {name: file.infos[name] for name, file in sorted(self._sources.items())}
         self._stored_names: dict[str, str] = {}  # where a tensor is another one

@@ -17,6 +17,9 @@ _HARMLESS = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|att
 _LAYER = re.compile(r"(?:model\.layers|transformer\.h)\.(\d+)\.")
 _SCALES = ("weight_scale", "weight_scale_inv", "weight_scale_2", "scale")
 _SHIFTS = ("bias", "weight_zero_point", "zero_point")
+# Of activations beside 4-bit floats a quantization's reader says that they are not used.
+_CACHE = re.compile(r"\.(k_proj\.(k|output)_scale|v_proj\.(v|output)_scale|self_attn\.(attn\.)?[kv]_scale)$")
+_ACTIVATIONS, _WHOLE = ("input_scale", "input_global_scale"), ("weight_scale_2", "weight_global_scale")
 # Beside weights of few bits: read only where their config says that they are anything but usual.
 _PACKED = ("qweight", "weight_packed")
 _ORDERS, _ZEROS, _SHAPES = ("g_idx", "weight_g_idx"), ("qzeros", "weight_zero_point"), ("weight_shape",)
@@ -30,7 +33,7 @@ _MIDDLES = (
 
 def check_unread(checkpoint: Checkpoint, read: Collection[str]) -> None:
     """Warn of tensors that nothing reads; once, with their number and the first of them. Layers that predict further
-    tokens are told apart from others.
+    tokens, and scales of a cache, are told apart from others.
 
     Args:
         checkpoint: whose tensors.
@@ -55,7 +58,10 @@ def check_unread(checkpoint: Checkpoint, read: Collection[str]) -> None:
             raise CheckpointError(f"{checkpoint.path} has the tensor {name}, {reason}")
     ahead = [name for name in unread if _predicts_further(checkpoint, name)]
     _tell(checkpoint, ahead, "they predict further tokens, which is not done here")
-    others = [name for name in unread if name not in set(ahead) and not _belongs(name, read)]
+    cache = [name for name in unread if _CACHE.search(name) and name not in ahead]
+    _tell(checkpoint, cache, "they scale a quantized cache; kv.dtype says what the cache is here")
+    told = {*ahead, *cache}
+    others = [name for name in unread if name not in told and not _belongs(name, read)]
     _tell(checkpoint, others, "if they belong to it, config.json is another checkpoint's")
 
 
@@ -115,6 +121,8 @@ def _reason(checkpoint: Checkpoint, name: str, read: Collection[str]) -> str | N
 def _belongs(name: str, read: Collection[str]) -> bool:
     """Whether the tensor comes with weights of few bits that are read."""
     module, _, kind = name.rpartition(".")
+    if kind in _ACTIVATIONS:
+        return any(f"{module}.{whole}" in read for whole in _WHOLE)
     return kind in (*_ORDERS, *_ZEROS, *_SHAPES) and any(f"{module}.{packed}" in read for packed in _PACKED)
 
 

@@ -42,9 +42,9 @@ class Request:
         quant: ``fp8`` (a scale for each output and each token) or ``fp8_block`` (for each 128 by 128 weights
             and each token's 128 inputs) quantizes the linears of a wide checkpoint when it is loaded, to 8-bit
             floats; ``int8`` to integers with scales as ``fp8``'s; ``int4`` their weights alone (symmetric, for each
-            output and 128 inputs), ``mxfp4`` to 4-bit floats (for each output and 32 inputs); ``stored`` multiplies
-            GGUF's blocks as the file has them, on the CPU; None computes as the checkpoint stores them, and widens
-            GGUF's.
+            output and 128 inputs), ``mxfp4`` to 4-bit floats (for each output and 32 inputs), ``nvfp4`` to such
+            with finer scales (for each output and 16 inputs); ``stored`` multiplies GGUF's blocks as the file has
+            them, on the CPU; None computes as the checkpoint stores them, and widens GGUF's.
         kv_dtype: dtype of the cache, ``float8_e4m3fn`` (or ``fp8_e4m3``) among them; None takes the
             activations'.
         deterministic: a token's numbers depend on its request alone, to the last bit: not on the batch, on

@@ -16,6 +16,7 @@ import int_inputs
 import mla_inputs
 import moe_inputs
 import mx_inputs
+import nvfp4_inputs
 import torch
 from attention_inputs import (
     decode_attention,
@@ -411,6 +412,10 @@ BUILDERS: Mapping[str, Callable[[str], Iterator[Case]]] = {
     "quantize_mx": mx_inputs.quantize_mx,
     "dequantize_mx": mx_inputs.dequantize_mx,
     "repack_bytes": mx_inputs.repack_bytes,
+    "pair_scales": nvfp4_inputs.pair_scales,
+    "check_global_scales": nvfp4_inputs.check_global_scales,
+    "make_global_scales": nvfp4_inputs.make_global_scales,
+    "quantize_nvfp4": nvfp4_inputs.quantize_nvfp4,
     "linear_int": int_inputs.linear_int,
     "grouped_linear_int": int_inputs.grouped_linear_int,
     "repack_rows": int_inputs.repack_rows,
