@@ -187,8 +187,9 @@ def _prefetch_tile(
     k_cache, v_cache, pages, head, length, tile, KV_HEADS: tl.constexpr, ROW: tl.constexpr,
     PAGE: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """Ask for the keys and values of a tile, ROW elements of a head, to come to L2; past the row's last token for that
-    one again.
+    """Ask for the keys and values of a tile, ROW elements of a head, to come to L2.
+
+    Past the row's last token for that one again.
     """
     NBYTES: tl.constexpr = ROW * k_cache.dtype.element_ty.primitive_bitwidth // 8
     token_L = tl.minimum(tile * L + tl.arange(0, L), length - 1)

@@ -148,7 +148,8 @@ def tilings(call: OpCall) -> list[Tiling]:
         tma = False
         sides = ((m, keys, 8, 1), (m, 32, 8, 1), (64, keys, 4, 2), (64, 32, 4, 2))
         made = [Tiling(t, n, False, tma, warps, 3, resident, masked=True) for t, n, warps, resident in sides]
-    plain = tma and call.attrs["window"] == 0 and not scaled  # leaves registers for 192 sums and scores, else 144
+    # What leaves registers for 192 sums and scores, else 144.
+    plain = tma and call.attrs["window"] == 0 and not scaled
     fitting = [
         tiling
         for tiling in dict.fromkeys(made)

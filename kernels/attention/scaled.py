@@ -33,9 +33,10 @@ _CACHE = (
     "scales{mark}[P,S,kv_heads,cdiv(16,bits)]:float16"
 )
 _WIDTH = "*kv_heads*cdiv(head_dim*bits,8)"
-_READ = {name: f"R*context{_WIDTH}" for name in ("k_cache", "v_cache")}
-_READ |= {"scales": "R*context*kv_heads*cdiv(16,bits)"}
-_WRITE = {name: f"T{_WIDTH}" for name in ("k_cache", "v_cache")} | {"scales": "T*kv_heads*cdiv(16,bits)"}
+_READ, _WRITE = (
+    {"k_cache": n + _WIDTH, "v_cache": n + _WIDTH, "scales": f"{n}*kv_heads*cdiv(16,bits)"}
+    for n in ("R*context", "T")
+)
 _EXTEND = (
     f"q[T,heads*head_dim]:A {_CACHE.format(mark='')} page_table[R,B]:int32 "
     "query_start[R]:int32 query_len[R]:int32 context_len[R]:int32 sinks?[heads]:float32 -> y[T,heads*head_dim]:A"

@@ -1,8 +1,8 @@
 """Caches with scales in attention kernels: what a step reads of them, and what it does to scores and weights.
 
-Products are taken of the numbers as they are: a key's scale multiplies its scores, a value's scale its weights. With 4
-bits, whose numbers have an offset, scores get the sum of a query's features times the key's, and an output the sum
-of weights times the values'.
+Products are taken of the numbers as they are: a key's scale multiplies its scores, a value's scale its weights.
+With 4 bits, whose numbers have an offset, scores get the sum of a query's features times the key's, and an output
+the sum of weights times the values'.
 
 # N query vectors, L keys of a step, D head size (padded to a power of two)
 """
@@ -19,7 +19,10 @@ import triton.language as tl
 def load_numbers(
     cache, head_L, read_L, HEAD_DIM: tl.constexpr, D: tl.constexpr, L: tl.constexpr, BITS: tl.constexpr
 ):  # fmt: skip
-    """Numbers ``[L, D]`` of the heads ``head_L`` (slot * KV heads + head), those of 4 bits as -8 .. 7; zeros of others."""
+    """Numbers ``[L, D]`` of the heads ``head_L`` (slot * KV heads + head), those of 4 bits as -8 .. 7.
+
+    Zeros where ``read_L`` says no.
+    """
     if BITS == 4:
         b = tl.arange(0, D // 2)
         read_LB = read_L[:, None]

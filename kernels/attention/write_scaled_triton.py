@@ -1,4 +1,4 @@
-"""Writing keys and values with scales on the GPU: what a block does to its heads, and the op without norm and rotation.
+"""Writing keys and values with scales on the GPU: what a block does to its heads; the op without norm and rotation.
 
 Features of a head come as two halves and a rest, as rotation leaves them (qkv_triton.py).
 

@@ -25,7 +25,9 @@ def unwritten(*shape: int, dtype: str) -> torch.Tensor:
 def empty_caches(like: torch.Tensor, kind: CacheFormat) -> dict[str, torch.Tensor]:
     """Unwritten caches with as many slots and heads as ``like[P, S, G, D]``."""
     *slots, size = like.shape
-    caches = {name: unwritten(*slots, kind.row_bytes(size), dtype=kind.dtype) for name in ("k_cache", "v_cache")}
+    caches = {
+        name: unwritten(*slots, kind.row_bytes(size), dtype=kind.dtype) for name in ("k_cache", "v_cache")
+    }
     return caches | {"scales": unwritten(*slots, kind.scales, dtype="float16")}
 
 

@@ -50,7 +50,8 @@ def compare(made: torch.Tensor, wanted: torch.Tensor, tolerance: Tolerance, labe
     assert made.shape == wanted.shape, label
     if made.dtype == torch.uint8 and tolerance.uint8:
         pairs = (torch.stack((x & 15, x >> 4)).float() for x in (made, wanted))
-        return compare(*pairs, Tolerance(tolerance.uint8), label)
+        compare(*pairs, Tolerance(tolerance.uint8), label)
+        return
     inexact = made.is_floating_point() or made.dtype == torch.int8  # which is a number with a scale
     if tolerance.exact or not inexact:
         torch.testing.assert_close(made, wanted.to(made.dtype), rtol=0, atol=0, equal_nan=True, msg=label)

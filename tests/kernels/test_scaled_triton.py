@@ -181,7 +181,9 @@ def test_a_token_gets_the_same_bits_in_every_step(
 
 
 def written(contract: Contract, tensors: dict[str, torch.Tensor], attrs: dict[str, Any]) -> None:
-    """Every way stores what the reference does, but for roundings: a few numbers are a step away. What is not finite stays so, and slots of nobody stay untouched.
+    """Every way stores what the reference does, but for roundings: a few numbers are a step away.
+
+    What is not finite stays so, and slots of nobody stay untouched.
     """
     call = _call(contract, tensors, attrs, "")
     given = {o.name: tensors[o.name] for o in contract.inputs if o.name in tensors}
@@ -202,8 +204,8 @@ def written(contract: Contract, tensors: dict[str, torch.Tensor], attrs: dict[st
             assert torch.equal(x.isnan(), y.isnan()), name
             step = want["scales"][..., mine][..., :1].float()
             far = (x - y).abs() / step
-            if got[name].dtype == torch.float8_e4m3fn:  # which the interpreter rounds wrongly, see test_machine_code
-                continue
+            if got[name].dtype == torch.float8_e4m3fn:
+                continue  # the interpreter rounds them wrongly, see test_machine_code
             assert float(far.nan_to_num(0.0).max()) <= 1.1, name
             assert float((far.nan_to_num(0.0) > 0.1).float().mean()) < 0.1, name
 
