@@ -51,6 +51,7 @@ class Tolerance:
     bfloat16: float = 1e-2
     float8_e4m3fn: float = 5e-2
     int8: float = 2e-2
+    uint8: float = 0.0  # of pairs of 4-bit numbers; 0 where bytes are compared as they are
     exact: bool = False  # integers and pure data movement: every element equal
 
 

@@ -8,13 +8,18 @@ from torch import nn
 from makeready.graphs.layers.dense import BY_INPUTS, BY_OUTPUTS, Linear
 from makeready.graphs.layers.inputs import Inputs
 from makeready.graphs.layers.parameter import parameter
+from makeready.graphs.models.family import UnsupportedModelError
 from makeready.graphs.plan.spec import KVPart
 from makeready.kernels import norm, rope
-from makeready.kernels.attention import paged
+from makeready.kernels.attention import paged, scaled
+from makeready.kernels.attention.formats import PER_TOKEN_HEAD
 
 
 class PagedCache:
     """A layer's keys and values in pages, and attention over them.
+
+    Where the cache is one of :data:`~makeready.kernels.attention.formats.PER_TOKEN_HEAD`, a third tensor of the same
+    pages has the scales.
 
     Args:
         name: prefix of the cache tensors, ``layers.3``.
@@ -37,10 +42,28 @@ class PagedCache:
         self.window = window
         self.scale = head_dim**-0.5 if scale is None else scale
 
-    def parts(self, page_size: int, dtype: str) -> tuple[KVPart, KVPart]:
-        """The two cache tensors."""
-        shape = (page_size, self.kv_heads, self.head_dim)
-        return KVPart(f"{self.name}.k", shape, dtype), KVPart(f"{self.name}.v", shape, dtype)
+    def parts(self, page_size: int, dtype: str) -> tuple[KVPart, ...]:
+        """The cache tensors.
+
+        Raises:
+            UnsupportedModelError: numbers of 4 bits lie in pairs, and heads have an odd number of features.
+        """
+        found = PER_TOKEN_HEAD.get(dtype)
+        if found is None:
+            shape = (page_size, self.kv_heads, self.head_dim)
+            return KVPart(f"{self.name}.k", shape, dtype), KVPart(f"{self.name}.v", shape, dtype)
+        if self.head_dim * found.bits % 8:
+            raise UnsupportedModelError(
+                f"kv.dtype={dtype} keeps two features in a byte, and heads of this model have {self.head_dim}; "
+                "choose kv.dtype=int8_per_token_head"
+            )
+        shape = (page_size, self.kv_heads, found.row_bytes(self.head_dim))
+        scales = (page_size, self.kv_heads, found.scales)
+        return (
+            KVPart(f"{self.name}.k", shape, found.dtype),
+            KVPart(f"{self.name}.v", shape, found.dtype),
+            KVPart(f"{self.name}.scales", scales, "float16"),
+        )
 
     def attend(
         self,
@@ -54,22 +77,27 @@ class PagedCache:
 
         ``sinks[heads]`` join the denominators of softmaxes.
         """
-        k_cache, v_cache = inputs.kv(f"{self.name}.k"), inputs.kv(f"{self.name}.v")
-        paged.kv_write(k, v, inputs.kv_slot, k_cache, v_cache, kv_heads=self.kv_heads, head_dim=self.head_dim)
-        return paged.paged_attention(
+        caches = [inputs.kv(f"{self.name}.k"), inputs.kv(f"{self.name}.v")]
+        sizes = {"kv_heads": self.kv_heads, "head_dim": self.head_dim}
+        write, attention = paged.kv_write, paged.paged_attention
+        scales = next((part for part in inputs.cache.parts if part.name == f"{self.name}.scales"), None)
+        if scales is not None:
+            caches.append(inputs.kv(scales.name))
+            sizes["bits"] = 16 // scales.page_shape[-1]
+            write, attention = scaled.kv_write_scaled, scaled.paged_attention_scaled
+        write(k, v, inputs.kv_slot, *caches, **sizes)
+        return attention(
             q,
-            k_cache,
-            v_cache,
+            *caches,
             inputs.page_table,
             inputs.query_start,
             inputs.query_len,
             inputs.context_len,
             sinks,
             heads=self.heads,
-            kv_heads=self.kv_heads,
-            head_dim=self.head_dim,
             scale=self.scale,
             window=self.window,
+            **sizes,
         )
 
 
@@ -121,8 +149,8 @@ class Attention(nn.Module):
             self.q_norm = parameter((head_dim,), f"{source}.q_norm.weight")
             self.k_norm = parameter((head_dim,), f"{source}.k_norm.weight")
 
-    def kv_parts(self, page_size: int, dtype: str) -> tuple[KVPart, KVPart]:
-        """The layer's two cache tensors."""
+    def kv_parts(self, page_size: int, dtype: str) -> tuple[KVPart, ...]:
+        """The layer's cache tensors."""
         return self.cache.parts(page_size, dtype)
 
     def forward(self, x_TC: torch.Tensor, rows_TQ: torch.Tensor, inputs: Inputs) -> torch.Tensor:

@@ -13,9 +13,11 @@ from torch import nn
 from makeready.graphs.layers.dense import BY_INPUTS, BY_OUTPUTS, Linear, RMSNorm
 from makeready.graphs.layers.inputs import Inputs
 from makeready.graphs.layers.parameter import Parameter, parameter
+from makeready.graphs.models.family import UnsupportedModelError
 from makeready.graphs.plan.recipe import Each, Piece
 from makeready.graphs.plan.spec import KVPart
 from makeready.kernels.attention import mla
+from makeready.kernels.attention.formats import PER_TOKEN_HEAD
 from makeready.kernels.attention.mla_attention import mla_attention
 
 WHOLE = (None, None)  # latents are every head's, so all ranks have what makes them
@@ -80,7 +82,16 @@ class LatentAttention(nn.Module):
         self.o = Linear(f"{source}.o_proj", c.hidden, c.heads * c.value, bias=c.bias, shard=BY_INPUTS)
 
     def kv_parts(self, page_size: int, dtype: str) -> tuple[KVPart]:
-        """The layer's cache tensor: latents, without heads."""
+        """The layer's cache tensor: latents, without heads.
+
+        Raises:
+            UnsupportedModelError: a scale for each token and head was asked for.
+        """
+        if dtype in PER_TOKEN_HEAD:
+            raise UnsupportedModelError(
+                f"kv.dtype={dtype} is for keys and values of heads, and this model caches latents; "
+                "choose kv.dtype=float8_e4m3fn, which keeps them in 8 bits without scales"
+            )
         return (KVPart(self.name, (page_size, self.config.rank + self.config.rope), dtype),)
 
     def forward(self, x_TC: torch.Tensor, rows_TQ: torch.Tensor, inputs: Inputs) -> torch.Tensor:

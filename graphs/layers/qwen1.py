@@ -66,8 +66,8 @@ class FusedAttention(nn.Module):
         self.qkv = Linear(f"{source}.c_attn", 3 * hidden, hidden, bias=True, shard=BY_OUTPUTS)
         self.o = Linear(f"{source}.c_proj", hidden, hidden, bias=bias, shard=BY_INPUTS)
 
-    def kv_parts(self, page_size: int, dtype: str) -> tuple[KVPart, KVPart]:
-        """The layer's two cache tensors."""
+    def kv_parts(self, page_size: int, dtype: str) -> tuple[KVPart, ...]:
+        """The layer's cache tensors."""
         return self.cache.parts(page_size, dtype)
 
     def forward(

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from makeready.graphs.planner.ir import Call, Columns, Program
 
+FUSED = {"kv_write": "norm_rope_kv_write", "kv_write_scaled": "norm_rope_kv_write_scaled"}
+
 
 @dataclass(frozen=True)
 class _Head:
@@ -17,7 +19,7 @@ class _Head:
 
 
 def fuse_qkv(program: Program) -> Program:
-    """Head norms, rotation and cache write of one layer → ``norm_rope_kv_write``.
+    """Head norms, rotation and cache write of one layer → ``norm_rope_kv_write``, or its like with scales.
 
     Applies where q, k and v are neighbouring columns of one value (see ``merge_linears``), q and k are
     rotated by the same rows, and either both or neither are normalised. One launch instead of up to five,
@@ -28,10 +30,10 @@ def fuse_qkv(program: Program) -> Program:
     for call in program.calls:
         if call.op == "rope":
             rotated[call.operands["rows"]].append(call)
-    fused: dict[int, Call] = {}  # position of the kv_write → what takes its place
+    fused: dict[int, Call] = {}  # position of the cache write → what takes its place
     gone: set[str] = set()
     for at, call in enumerate(program.calls):
-        if call.op == "kv_write":
+        if call.op in FUSED:
             found = _match(program, call, producers, rotated)
             if found is not None:
                 fused[at] = found
@@ -83,6 +85,6 @@ def _fused(write: Call, q: _Head, k: _Head, qkv: str, rope: Call) -> Call | None
         operands |= {"q_norm": q.norm.operands["weight"], "k_norm": k.norm.operands["weight"]}
     elif q.norm is not None or k.norm is not None:
         return None
-    operands |= {name: write.operands[name] for name in ("kv_slot", "k_cache", "v_cache")}
+    operands |= {name: value for name, value in write.operands.items() if name not in ("k", "v")}
     attrs = {**write.attrs, "heads": rope.attrs["heads"], "eps": eps, "offset": offset}
-    return Call("norm_rope_kv_write", operands, {"q": rope.result}, attrs)
+    return Call(FUSED[write.op], operands, {"q": rope.result}, attrs)

@@ -11,6 +11,7 @@ from makeready.graphs.plan.plan import PlanError
 from makeready.graphs.plan.spec import Limits
 from makeready.graphs.plan.targets import Target
 from makeready.graphs.quant.scheme import ON_LOAD, Quantization
+from makeready.kernels.attention.formats import ALIASES, PER_TOKEN_HEAD
 
 WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
 AS_BLOCKS = "stored"  # what quant= calls GGUF's blocks as the file has them
@@ -45,7 +46,9 @@ class Request:
             output and 128 inputs), ``mxfp4`` to 4-bit floats (for each output and 32 inputs), ``nvfp4`` to such
             with finer scales (for each output and 16 inputs); ``stored`` multiplies GGUF's blocks as the file has
             them, on the CPU; None computes as the checkpoint stores them, and widens GGUF's.
-        kv_dtype: dtype of the cache, ``float8_e4m3fn`` (or ``fp8_e4m3``) among them; None takes the
+        kv_dtype: how keys and values are kept: float32, bfloat16, float16; ``float8_e4m3fn`` (or ``fp8_e4m3``), 8-bit
+            floats as they are, which saturate at 448; ``int8_per_token_head`` (or ``int8``), ``fp8_per_token_head``
+            and ``int4_per_token_head`` (or ``int4``) with a scale for each token and head. None takes the
             activations'.
         deterministic: a token's numbers depend on its request alone, to the last bit: not on the batch, on
             how its prompt was cut, nor on what was cached; slower.
@@ -148,16 +151,17 @@ def weight_dtype(request: Request, target: Target, checkpoint: Checkpoint, sourc
 
 
 def kv_dtype(request: Request, target: Target) -> str:
-    """The cache's dtype.
+    """The cache's dtype, or its format where it has scales.
 
     Raises:
         PlanError: it is unknown, or the target has no 8-bit floats.
     """
     asked = request.kv_dtype or activation_dtype(request, target)
-    _known("kv.dtype", asked, (*WEIGHT_DTYPES, *FP8_CACHE))
-    if asked in FP8_CACHE:
+    _known("kv.dtype", asked, (*WEIGHT_DTYPES, *FP8_CACHE, *PER_TOKEN_HEAD, *ALIASES))
+    name = {**FP8_CACHE, **ALIASES}.get(asked, asked)
+    if "float8_e4m3fn" in (name, PER_TOKEN_HEAD[name].dtype if name in PER_TOKEN_HEAD else ""):
         _needs_fp8(target, f"kv.dtype={asked}")
-    return FP8_CACHE.get(asked, asked)
+    return name
 
 
 def quantization(request: Request, target: Target, checkpoint: Checkpoint) -> Quantization | None:

@@ -28,6 +28,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from makeready.kernels.attention.paged import decode_attention
 from makeready.kernels.attention.pages_triton import as_queries, pages_of, slots_of
 from makeready.kernels.attention.parts_triton import add_parts, is_last, leave_part, with_sinks
+from makeready.kernels.attention.scaled import decode_attention_scaled
+from makeready.kernels.attention.scales_triton import (
+    load_numbers,
+    load_scales,
+    scaled_scores,
+    scaled_weights,
+    unscaled,
+)
 from makeready.kernels.device import Candidate, DeviceLaunch, OpCall, Pointer, Scalar, Scratch
 from makeready.kernels.prefetch_triton import prefetch
 from makeready.kernels.registry import cuda_kernel
@@ -41,6 +49,7 @@ def decode_attention_tiles(
     q,
     k_cache,
     v_cache,
+    scales,
     page_table,
     context_len,
     sinks,
@@ -56,6 +65,7 @@ def decode_attention_tiles(
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    BITS: tl.constexpr,
     PAGE: tl.constexpr,
     WINDOW: tl.constexpr,
     R: tl.constexpr,
@@ -69,6 +79,7 @@ def decode_attention_tiles(
     """See the module. Any number of blocks works.
 
     Args:
+        scales: fp16, see :mod:`~.scaled`, and BITS of a number; None and 0 where numbers have none.
         sinks: fp32 logits of heads that join denominators, or None.
         sums: fp32 scratch ``[2 * blocks, GROUP, HEAD_DIM]``.
         stats: fp32 scratch ``[2 * blocks, 2, GROUP]``: maxima of the scaled scores, denominators.
@@ -101,7 +112,7 @@ def decode_attention_tiles(
         if AHEAD and at < stop:
             _prefetch_tile(
                 k_cache, v_cache, page_table + row.to(tl.int64) * table_stride, head, length, first + at - begin,
-                KV_HEADS, HEAD_DIM, PAGE, L,
+                KV_HEADS, HEAD_DIM // 2 if BITS == 4 else HEAD_DIM, PAGE, L,
             )  # fmt: skip
         gdc_wait()
 
@@ -114,8 +125,8 @@ def decode_attention_tiles(
         q_ND = tl.load(q + row.to(tl.int64) * q_stride + head_ND, mask=is_q, other=0.0)
         pages = page_table + row.to(tl.int64) * table_stride
         max_N, sum_N, acc_ND = _attend(
-            as_queries(q_ND, k_cache), k_cache, v_cache, pages, head, length, scale,
-            first + at - begin, first + upto - begin, KV_HEADS, HEAD_DIM, PAGE, WINDOW, N, D, L,
+            as_queries(q_ND, k_cache), k_cache, v_cache, scales, pages, head, length, scale,
+            first + at - begin, first + upto - begin, KV_HEADS, HEAD_DIM, BITS, PAGE, WINDOW, N, D, L,
         )  # fmt: skip
 
         out = y + row.to(tl.int64) * y_stride
@@ -173,14 +184,17 @@ def _item(at, end_R, row_R, context_len, rows, KV_HEADS: tl.constexpr, WINDOW: t
 
 @triton.jit
 def _prefetch_tile(
-    k_cache, v_cache, pages, head, length, tile, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    k_cache, v_cache, pages, head, length, tile, KV_HEADS: tl.constexpr, ROW: tl.constexpr,
     PAGE: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """Ask for the keys and values of a tile to come to L2; past the row's last token for that one again."""
-    NBYTES: tl.constexpr = HEAD_DIM * k_cache.dtype.element_ty.primitive_bitwidth // 8
+    """Ask for the keys and values of a tile, ROW elements of a head, to come to L2.
+
+    Past the row's last token for that one again.
+    """
+    NBYTES: tl.constexpr = ROW * k_cache.dtype.element_ty.primitive_bitwidth // 8
     token_L = tl.minimum(tile * L + tl.arange(0, L), length - 1)
     slot_L = tl.load(pages + token_L // PAGE).to(tl.int64) * PAGE + token_L % PAGE
-    at_L = (slot_L * KV_HEADS + head) * HEAD_DIM
+    at_L = (slot_L * KV_HEADS + head) * ROW
     prefetch(k_cache + at_L, NBYTES)
     prefetch(v_cache + at_L, NBYTES)
 
@@ -190,6 +204,7 @@ def _attend(
     q_ND,
     k_cache,
     v_cache,
+    scales,
     pages,
     head,
     length,
@@ -198,6 +213,7 @@ def _attend(
     last,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    BITS: tl.constexpr,
     PAGE: tl.constexpr,
     WINDOW: tl.constexpr,
     N: tl.constexpr,
@@ -205,37 +221,46 @@ def _attend(
     L: tl.constexpr,
 ):
     """Maxima, denominators and unscaled sums of the queries over tiles ``tile : last`` of one item."""
-    SLOT: tl.constexpr = KV_HEADS * HEAD_DIM
-    d = tl.arange(0, D)
     l = tl.arange(0, L)  # noqa: E741
     max_N = tl.full((N,), float("-inf"), tl.float32)
     # A thread adds up its own columns; the sum over all of them waits until the end.
     sum_NL = tl.zeros((N, L), tl.float32)
     acc_ND = tl.zeros((N, D), tl.float32)
+    if BITS == 4:
+        offset_NL = tl.zeros((N, L), tl.float32)
     # Page numbers are read one tile ahead, or each tile would wait for two memory latencies in a row.
     page = pages_of(pages, tile * L, length, PAGE, L)
     for i in range(tile, last):
         start = i * L
         slot_L = slots_of(page, start, PAGE, L)
-        at_LD = (slot_L * SLOT + head * HEAD_DIM)[:, None] + d[None, :]
         seen_L = start + l < length
         if WINDOW > 0:
             seen_L &= start + l >= length - WINDOW
         # Slots that hold no token may hold NaN: they are not read.
-        read = seen_L[:, None]
-        if D != HEAD_DIM:
-            read &= (d < HEAD_DIM)[None, :]
-        k_LD = tl.load(k_cache + at_LD, mask=read, other=0.0)
-        v_LD = tl.load(v_cache + at_LD, mask=read, other=0.0)
+        head_L = slot_L * KV_HEADS + head
+        k_LD = load_numbers(k_cache, head_L, seen_L, HEAD_DIM, D, L, BITS)
+        v_LD = load_numbers(v_cache, head_L, seen_L, HEAD_DIM, D, L, BITS)
+        if BITS > 0:
+            k_scale_L, k_offset_L, v_scale_L, v_offset_L = load_scales(scales, head_L, seen_L, BITS)
         page = pages_of(pages, start + L, length, PAGE, L)
-        score_NL = tl.dot(q_ND, k_LD.to(q_ND.dtype).T) * scale
-        score_NL = tl.where(seen_L[None, :], score_NL, float("-inf"))
+        score_NL = tl.dot(q_ND, k_LD.to(q_ND.dtype).T)
+        if BITS > 0:
+            score_NL = scaled_scores(score_NL, q_ND, k_scale_L, k_offset_L, BITS)
+        score_NL = tl.where(seen_L[None, :], score_NL * scale, float("-inf"))
         higher_N = tl.maximum(max_N, tl.max(score_NL, 1))
         p_NL = tl.exp2(score_NL - higher_N[:, None])
         shrink_N = tl.exp2(max_N - higher_N)
         sum_NL = sum_NL * shrink_N[:, None] + p_NL
+        if BITS == 4:
+            offset_NL = offset_NL * shrink_N[:, None] + p_NL * v_offset_L[None, :]
+        if BITS > 0:
+            p_NL = scaled_weights(p_NL, v_scale_L, BITS)
         acc_ND = tl.dot(p_NL.to(q_ND.dtype), v_LD.to(q_ND.dtype), acc_ND * shrink_N[:, None])
         max_N = higher_N
+    if BITS > 0:
+        acc_ND = unscaled(acc_ND, BITS)
+    if BITS == 4:
+        acc_ND += tl.sum(offset_NL, 1)[:, None]
     return max_N, tl.sum(sum_NL, 1), acc_ND
 
 
@@ -243,6 +268,7 @@ def _sixteen_bits(call: OpCall) -> bool:
     return DTYPE_BYTES[call.tensors["q"].dtype] == 2
 
 
+@cuda_kernel(decode_attention_scaled, "tiles", applies=_sixteen_bits)
 @cuda_kernel(decode_attention, "tiles", applies=_sixteen_bits)
 def decode_attention_cuda(call: OpCall) -> Sequence[Candidate]:
     """Blocks of different sizes and numbers; all walk over equal shares of tiles."""
@@ -261,7 +287,7 @@ def decode_attention_cuda(call: OpCall) -> Sequence[Candidate]:
 def candidate(call: OpCall, L: int, warps: int, stages: int, a_multiprocessor: int) -> Candidate:
     """The launch with tiles of ``L`` keys and as many blocks ``a_multiprocessor``."""
     heads, kv_heads, head_dim = (call.attrs[name] for name in ("heads", "kv_heads", "head_dim"))
-    D = triton.next_power_of_2(max(head_dim, 16))
+    D, bits = triton.next_power_of_2(max(head_dim, 16)), call.attrs.get("bits", 0)
     page = int(call.tensors["k_cache"].shape[1])
     rows, pages = (int(d) for d in call.tensors["page_table"].shape)
     group = heads // kv_heads
@@ -269,7 +295,8 @@ def candidate(call: OpCall, L: int, warps: int, stages: int, a_multiprocessor: i
     blocks = min(most, call.multiprocessors * a_multiprocessor)
     counters = triton.cdiv(4 * rows * kv_heads, 256) * 256
     stats = triton.cdiv(2 * blocks * 2 * group * 4, 256) * 256
-    element = DTYPE_BYTES[call.tensors["k_cache"].dtype]
+    head_bytes = int(call.tensors["k_cache"].shape[3]) * DTYPE_BYTES[call.tensors["k_cache"].dtype]
+    optional = {name for name in ("scales", "sinks") if name in call.tensors}
     dependent = "pdl" in call.features
     launch = DeviceLaunch(
         function=f"{__name__}:decode_attention_tiles",
@@ -277,6 +304,7 @@ def candidate(call: OpCall, L: int, warps: int, stages: int, a_multiprocessor: i
             "KV_HEADS": kv_heads,
             "GROUP": group,
             "HEAD_DIM": head_dim,
+            "BITS": bits,
             "PAGE": page,
             "WINDOW": call.attrs["window"],
             # Sums over rows wait for all warps of a block, which one row alone is spared.
@@ -286,9 +314,9 @@ def candidate(call: OpCall, L: int, warps: int, stages: int, a_multiprocessor: i
             "L": L,
             "AT_ONCE": max(1, min(16, _AT_ONCE // (triton.next_power_of_2(group) * D))),
             # Bulk prefetch takes multiples of 16 bytes.
-            "AHEAD": head_dim * element % 16 == 0 and "tma" in call.features,
+            "AHEAD": head_bytes % 16 == 0 and "tma" in call.features,
             "PDL": dependent,
-            **({} if "sinks" in call.tensors else {"sinks": None}),
+            **dict.fromkeys(sorted({"scales", "sinks"} - optional)),
         },
         arguments={
             "q": Pointer("q"),
@@ -297,7 +325,7 @@ def candidate(call: OpCall, L: int, warps: int, stages: int, a_multiprocessor: i
             "page_table": Pointer("page_table"),
             "context_len": Pointer("context_len"),
             "y": Pointer("y"),
-            **({"sinks": Pointer("sinks")} if "sinks" in call.tensors else {}),
+            **{name: Pointer(name) for name in sorted(optional)},
             "arrived": Scratch(0, "int32"),
             "stats": Scratch(counters, "float32"),
             "sums": Scratch(counters + stats, "float32"),

@@ -131,7 +131,7 @@ def tilings(call: OpCall) -> list[Tiling]:
     """
     head_dim, page, group = call.attrs["head_dim"], int(call.tensors["k_cache"].shape[1]), _group(call)
     D = power_of_two(max(head_dim, 16))
-    tma = _addressable(call, D) and page % 32 == 0
+    tma, scaled = _addressable(call, D) and page % 32 == 0, "scales" in call.tensors
     keys = min(64, 8192 // D)
     if tma:
         keys = max(n for n in (32, 64) if n <= keys and page % n == 0)
@@ -140,7 +140,7 @@ def tilings(call: OpCall) -> list[Tiling]:
     made = [
         Tiling(m, keys, False, tma, 4, 2, 2, False),
         Tiling(m, 32, False, tma, 4, 3, 2, False),
-        Tiling(m, keys, tma, tma, 8, 2, 1),
+        Tiling(m, keys, tma and not scaled, tma, 8, 2, 1),
         Tiling(m, keys, False, tma, 8, 3, 1),
         Tiling(64, keys, False, tma, 4, 2, 2),
     ]
@@ -148,7 +148,8 @@ def tilings(call: OpCall) -> list[Tiling]:
         tma = False
         sides = ((m, keys, 8, 1), (m, 32, 8, 1), (64, keys, 4, 2), (64, 32, 4, 2))
         made = [Tiling(t, n, False, tma, warps, 3, resident, masked=True) for t, n, warps, resident in sides]
-    plain = tma and call.attrs["window"] == 0  # leaves registers for 192 sums and scores, else 144
+    # What leaves registers for 192 sums and scores, else 144.
+    plain = tma and call.attrs["window"] == 0 and not scaled
     fitting = [
         tiling
         for tiling in dict.fromkeys(made)
@@ -166,7 +167,7 @@ def _group(call: OpCall) -> int:
 def _addressable(call: OpCall, D: int) -> bool:
     """Whether tensor maps can describe the caches and feed the tensor cores with what they hold."""
     caches = [call.tensors[name] for name in ("k_cache", "v_cache")]
-    kinds = {call.tensors["q"].dtype, "float8_e4m3fn"}
+    kinds = {call.tensors["q"].dtype, "float8_e4m3fn", "int8"}
     return (
         "tma" in call.features
         and call.attrs["head_dim"] == D

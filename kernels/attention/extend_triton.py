@@ -36,6 +36,8 @@ from makeready.kernels.attention.extend_tiling import Tiling, tilings
 from makeready.kernels.attention.paged import extend_attention
 from makeready.kernels.attention.pages_triton import as_queries
 from makeready.kernels.attention.parts_triton import add_parts, is_last, leave_part, with_sinks
+from makeready.kernels.attention.scaled import extend_attention_scaled
+from makeready.kernels.attention.scales_triton import unscaled
 from makeready.kernels.device import (
     Argument,
     Candidate,
@@ -57,6 +59,7 @@ def extend_attention_tiles(
     v_cache,
     k_tiles,
     v_tiles,
+    scales,
     page_table,
     query_start,
     query_len,
@@ -75,6 +78,7 @@ def extend_attention_tiles(
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    BITS: tl.constexpr,
     PAGE: tl.constexpr,
     WINDOW: tl.constexpr,
     R: tl.constexpr,
@@ -94,6 +98,7 @@ def extend_attention_tiles(
 
     Args:
         k_tiles, v_tiles: the caches as tensor maps with blocks ``[1, L, 1, D]`` where ``TMA``.
+        scales: fp16, see :mod:`~.scaled`, and BITS of a number; None and 0 where numbers have none.
         sinks: fp32 logits of heads that join denominators, or None.
         sums: fp32 scratch ``[slots, M, HEAD_DIM]``, see :func:`~.extend_tiling.slots`.
         stats: fp32 scratch ``[slots, 2, M]``.
@@ -121,10 +126,10 @@ def extend_attention_tiles(
     )  # fmt: skip
     while more:
         _attend(
-            q, k_cache, v_cache, k_tiles, v_tiles, page_table + row.to(tl.int64) * table_stride,
+            q, k_cache, v_cache, k_tiles, v_tiles, scales, page_table + row.to(tl.int64) * table_stride,
             query_start + row, query_len + row, context_len + row, sinks, y, sums, stats, arrived,
             q_stride, y_stride, scale, head, tile, part, share, slot,
-            KV_HEADS, GROUP, HEAD_DIM, PAGE, WINDOW, M, D, L, EDGE, PAIR, TMA, MASKED,
+            KV_HEADS, GROUP, HEAD_DIM, BITS, PAGE, WINDOW, M, D, L, EDGE, PAIR, TMA, MASKED,
         )  # fmt: skip
         more = False
         if ROUNDS:
@@ -203,6 +208,7 @@ def _attend(
     v_cache,
     k_tiles,
     v_tiles,
+    scales,
     pages,
     query_start,
     query_len,
@@ -223,6 +229,7 @@ def _attend(
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    BITS: tl.constexpr,
     PAGE: tl.constexpr,
     WINDOW: tl.constexpr,
     M: tl.constexpr,
@@ -249,15 +256,18 @@ def _attend(
         max_M = tl.full((M,), float("-inf"), tl.float32)
         sum_M = tl.zeros((M,), tl.float32)
         acc_MD = tl.zeros((M, D), tl.float32)
+        offset_M = tl.zeros((M,), tl.float32)  # weighted offsets of numbers that have them
         if WINDOW > 0 and not MASKED:
-            max_M, sum_M, acc_MD = attend_some(
-                q_MD, k_cache, v_cache, pages, head, length - count + token_M, scale, max_M, sum_M, acc_MD,
-                low, tl.minimum(open, high), high, KV_HEADS, HEAD_DIM, PAGE, WINDOW, D, EDGE,
+            max_M, sum_M, acc_MD, offset_M = attend_some(
+                q_MD, k_cache, v_cache, scales, pages, head, length - count + token_M, scale,
+                max_M, sum_M, acc_MD, offset_M,
+                low, tl.minimum(open, high), high, KV_HEADS, HEAD_DIM, BITS, PAGE, WINDOW, D, EDGE,
             )  # fmt: skip
         if not MASKED:
-            max_M, sum_M, acc_MD = attend_all(
-                q_MD, k_cache, v_cache, k_tiles, v_tiles, pages, head, scale, max_M, sum_M, acc_MD,
-                open, shut, high, KV_HEADS, HEAD_DIM, PAGE, D, L, PAIR, TMA,
+            max_M, sum_M, acc_MD, offset_M = attend_all(
+                q_MD, k_cache, v_cache, k_tiles, v_tiles, scales, pages, head, scale,
+                max_M, sum_M, acc_MD, offset_M,
+                open, shut, high, KV_HEADS, HEAD_DIM, BITS, PAGE, D, L, PAIR, TMA,
             )  # fmt: skip
 
         # Sizes and places again, loaded anew and with a zero added that the compiler cannot see through:
@@ -271,10 +281,15 @@ def _attend(
         if MASKED:
             shut = low
         token_M, own_M = _tokens(tile, count, m, M, GROUP)
-        max_M, sum_M, acc_MD = attend_some(
-            q_MD, k_cache, v_cache, pages, head, length - count + token_M, scale, max_M, sum_M, acc_MD,
-            shut, high, high, KV_HEADS, HEAD_DIM, PAGE, WINDOW, D, EDGE,
+        max_M, sum_M, acc_MD, offset_M = attend_some(
+            q_MD, k_cache, v_cache, scales, pages, head, length - count + token_M, scale,
+            max_M, sum_M, acc_MD, offset_M,
+            shut, high, high, KV_HEADS, HEAD_DIM, BITS, PAGE, WINDOW, D, EDGE,
         )  # fmt: skip
+        if BITS > 0:
+            acc_MD = unscaled(acc_MD, BITS)
+        if BITS == 4:
+            acc_MD += offset_M[:, None]
         m += tl.load(query_len, volatile=True) - count
         token_M, own_M = _tokens(tile, count, m, M, GROUP)
         out_M = y + (start + token_M).to(tl.int64) * y_stride + (head * GROUP + m % GROUP) * HEAD_DIM
@@ -334,6 +349,7 @@ def _sixteen_bits(call: OpCall) -> bool:
     return DTYPE_BYTES[call.tensors["q"].dtype] == 2 and call.attrs["scale"] > 0
 
 
+@cuda_kernel(extend_attention_scaled, "tiles", applies=_sixteen_bits, invariant=True)
 @cuda_kernel(extend_attention, "tiles", applies=_sixteen_bits, invariant=True)
 def extend_attention_cuda(call: OpCall) -> Sequence[Candidate]:
     """Tiles of different sides, best first by the model of extend_tiling.py."""
@@ -349,6 +365,7 @@ def candidate(call: OpCall, tiling: Tiling) -> Candidate:
     counters = triton.cdiv(4 * slots, 256) * 256
     stats = triton.cdiv(slots * 2 * tiling.m * 4, 256) * 256
     dependent = "pdl" in call.features
+    optional = {name for name in ("scales", "sinks") if name in call.tensors}
 
     def cache(name: str) -> Argument:
         strides = (page * kv_heads * head_dim, kv_heads * head_dim, head_dim, 1)
@@ -363,6 +380,7 @@ def candidate(call: OpCall, tiling: Tiling) -> Candidate:
             "KV_HEADS": kv_heads,
             "GROUP": heads // kv_heads,
             "HEAD_DIM": head_dim,
+            "BITS": call.attrs.get("bits", 0),
             "PAGE": page,
             "WINDOW": call.attrs["window"],
             "R": max(64, triton.next_power_of_2(call.most_rows if call.invariant else rows)),
@@ -377,12 +395,12 @@ def candidate(call: OpCall, tiling: Tiling) -> Candidate:
             "ROUNDS": tiling.rounds,
             "MASKED": tiling.masked,
             "PDL": dependent,
-            **({} if "sinks" in call.tensors else {"sinks": None}),
+            **dict.fromkeys(sorted({"scales", "sinks"} - optional)),
         },
         arguments={
             **{name: Pointer(name) for name in ("q", "k_cache", "v_cache", "page_table", "y")},
             **{name: Pointer(name) for name in ("query_start", "query_len", "context_len")},
-            **({"sinks": Pointer("sinks")} if "sinks" in call.tensors else {}),
+            **{name: Pointer(name) for name in sorted(optional)},
             "k_tiles": cache("k_cache"),
             "v_tiles": cache("v_cache"),
             "arrived": Scratch(0, "int32"),

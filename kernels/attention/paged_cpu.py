@@ -42,7 +42,7 @@ def _native_norm_rope_kv_write(
         q_norm = k_norm = None
     return native.prepare(
         "norm_rope_kv_write", qkv, qkv.stride(0), rows, rows.stride(0), q_norm, k_norm, kv_slot, k_cache, v_cache,
-        q, q.stride(0), len(qkv), attrs["heads"], attrs["kv_heads"], attrs["head_dim"], rows.shape[-1],
+        None, q, q.stride(0), len(qkv), attrs["heads"], attrs["kv_heads"], attrs["head_dim"], rows.shape[-1],
         native.DTYPES[k_cache.dtype], float(attrs["eps"]), float(attrs.get("offset", 0)),
         long=len(qkv) > native.MANY_TOKENS,
     )  # fmt: skip
@@ -74,7 +74,7 @@ def _native_attention(
     if not _fits(k_cache, attrs):
         return None
     return native.prepare(
-        "attention", q, q.stride(0), k_cache, v_cache, page_table, page_table.stride(0), query_start, query_len,
+        "attention", q, q.stride(0), k_cache, v_cache, None, page_table, page_table.stride(0), query_start, query_len,
         context_len, sinks, y, y.stride(0), len(page_table), len(q), attrs["heads"], attrs["kv_heads"],
         attrs["head_dim"], k_cache.shape[1], attrs["window"], native.DTYPES[k_cache.dtype], float(attrs["scale"]),
         tiled, long=len(q) > native.MANY_TOKENS,

@@ -20,6 +20,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from makeready.kernels.attention.paged import kv_write, norm_rope_kv_write
 from makeready.kernels.attention.pages_triton import as_cached
+from makeready.kernels.attention.scaled import norm_rope_kv_write_scaled
+from makeready.kernels.attention.write_scaled_triton import store_heads
 from makeready.kernels.device import Candidate, DeviceLaunch, OpCall, Pointer, Scalar
 from makeready.kernels.registry import cuda_kernel
 
@@ -33,6 +35,7 @@ def norm_rope_kv_write_rows(
     kv_slot,
     k_cache,
     v_cache,
+    scales,
     q,
     tokens,
     qkv_stride,
@@ -41,6 +44,7 @@ def norm_rope_kv_write_rows(
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    BITS: tl.constexpr,
     ROTARY: tl.constexpr,
     NORM: tl.constexpr,
     OFFSET: tl.constexpr,
@@ -54,6 +58,7 @@ def norm_rope_kv_write_rows(
 
     Args:
         rows: fp32 ``[tokens, ROTARY]``: cosines, then sines.
+        scales: fp16, see :mod:`~.scaled`, and BITS of a number; None and 0 where numbers have none.
         q_norm, k_norm: read where ``NORM``, and ``OFFSET`` is added to them.
         qkv_stride, q_stride: elements from one token to the next.
         A_BLOCK: heads of a block, a divisor of ``HEADS`` and ``KV_HEADS``.
@@ -92,7 +97,7 @@ def norm_rope_kv_write_rows(
     x_3 = tl.zeros((M, REST), tl.float32)
     if HEAD_DIM > ROTARY:
         x_3 = tl.load(x + ROTARY + j[None, :], mask=rest, other=0.0).to(tl.float32)
-    slot_M = tl.load(kv_slot + token_M, mask=valid_M, other=0).to(tl.int64) * (KV_HEADS * HEAD_DIM)
+    slot_M = tl.load(kv_slot + token_M, mask=valid_M, other=0).to(tl.int64) * KV_HEADS
     if not is_v:
         turn = rows + token_M[:, None] * ROTARY + i[None, :]
         cos = tl.load(turn, mask=whole, other=0.0)
@@ -113,11 +118,23 @@ def norm_rope_kv_write_rows(
         out_q = q + (token_M * q_stride + head_M * HEAD_DIM)[:, None]
         _store(out_q, x_1, x_2, x_3, i, j, whole, rest, HEAD_DIM, ROTARY)
     elif is_v:
-        out_v = v_cache + (slot_M + (head_M - HEADS - KV_HEADS) * HEAD_DIM)[:, None]
-        _store(out_v, x_1, x_2, x_3, i, j, whole, rest, HEAD_DIM, ROTARY)
+        at_M = slot_M + head_M - HEADS - KV_HEADS
+        if BITS > 0:
+            store_heads(
+                v_cache, scales, at_M, valid_M, x_1, x_2, x_3, 1, HEAD_DIM, ROTARY, HALF, REST, BITS
+            )  # fmt: skip
+        else:
+            out_v = v_cache + (at_M * HEAD_DIM)[:, None]
+            _store(out_v, x_1, x_2, x_3, i, j, whole, rest, HEAD_DIM, ROTARY)
     else:
-        out_k = k_cache + (slot_M + (head_M - HEADS) * HEAD_DIM)[:, None]
-        _store(out_k, x_1, x_2, x_3, i, j, whole, rest, HEAD_DIM, ROTARY)
+        at_M = slot_M + head_M - HEADS
+        if BITS > 0:
+            store_heads(
+                k_cache, scales, at_M, valid_M, x_1, x_2, x_3, 0, HEAD_DIM, ROTARY, HALF, REST, BITS
+            )  # fmt: skip
+        else:
+            out_k = k_cache + (at_M * HEAD_DIM)[:, None]
+            _store(out_k, x_1, x_2, x_3, i, j, whole, rest, HEAD_DIM, ROTARY)
 
 
 @triton.jit
@@ -168,6 +185,12 @@ def kv_write_rows(
     tl.store(v_cache + out, as_cached(v_MC, v_cache), mask=valid)
 
 
+def _in_pairs(call: OpCall) -> bool:
+    """Whether features whose numbers share a byte lie in the same half."""
+    return call.attrs["bits"] == 8 or call.dims["Q"] % 4 == 0
+
+
+@cuda_kernel(norm_rope_kv_write_scaled, "rows", applies=_in_pairs, invariant=True)
 @cuda_kernel(norm_rope_kv_write, "rows", invariant=True)
 def norm_rope_kv_write_cuda(call: OpCall) -> Sequence[Candidate]:
     """Small tiles for few tokens, where all that counts is latency; larger ones for many."""
@@ -181,7 +204,7 @@ def _rows(call: OpCall, M: int) -> Candidate:
     tokens, rotary = call.dims["T"], call.dims["Q"]
     shared = math.gcd(heads, kv_heads)
     a_block = max(n for n in range(1, M + 1) if shared % n == 0)
-    norm = "q_norm" in call.tensors
+    norm, scaled = "q_norm" in call.tensors, "scales" in call.tensors
     dependent = "pdl" in call.features
     launch = DeviceLaunch(
         function=f"{__name__}:norm_rope_kv_write_rows",
@@ -189,6 +212,7 @@ def _rows(call: OpCall, M: int) -> Candidate:
             "HEADS": heads,
             "KV_HEADS": kv_heads,
             "HEAD_DIM": head_dim,
+            "BITS": call.attrs.get("bits", 0),
             "ROTARY": rotary,
             "NORM": norm,
             "OFFSET": call.attrs["offset"],
@@ -197,9 +221,11 @@ def _rows(call: OpCall, M: int) -> Candidate:
             "HALF": triton.next_power_of_2(rotary // 2),
             "REST": triton.next_power_of_2(max(1, head_dim - rotary)),
             "PDL": dependent,
+            **({} if scaled else {"scales": None}),
         },
         arguments={
             **{name: Pointer(name) for name in ("qkv", "rows", "kv_slot", "k_cache", "v_cache", "q")},
+            **({"scales": Pointer("scales")} if scaled else {}),
             "q_norm": Pointer("q_norm" if norm else "qkv"),
             "k_norm": Pointer("k_norm" if norm else "qkv"),
             "tokens": Scalar(tokens, "int32", specialize=False),

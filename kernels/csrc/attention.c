@@ -2,7 +2,7 @@
  * called and what may be reassociated.
  */
 
-#include "activations.h"
+#include "cached.h"
 
 #define MAX_GROUP 64  /* query heads of a KV head */
 #define QUERIES 16    /* of a row, that share keys */
@@ -13,6 +13,7 @@ typedef struct {
     const float *q;
     int64_t q_stride;
     const void *k_cache, *v_cache; /* [pages, page, kv_heads, head_dim] of `dtype` */
+    const uint16_t *scales;        /* of caches that have them */
     const int32_t *page_table;
     int64_t table_stride;
     const int32_t *query_start, *query_len; /* NULL: row r has one query, q's row r, unless it has no context */
@@ -56,12 +57,12 @@ INLINE void attend(const Attention *a, int64_t r, int64_t t, int64_t length, int
     for (int64_t start = first; start < length; start += BLOCK) {
         const int64_t count = length - start < BLOCK ? length - start : BLOCK;
         for (int64_t i = 0; i < count; i++) {
-            place[i] = ((table[page] * a->page + slot) * a->kv_heads + g) * size;
+            place[i] = (table[page] * a->page + slot) * a->kv_heads + g;
             if (++slot == a->page) {
                 slot = 0;
                 page++;
             }
-            const float *key = load(a->k_cache, place[i], size, dtype, space[0]);
+            const float *key = load_head(a->k_cache, a->scales, place[i], 0, size, dtype, space[0]);
             for (int64_t n = 0; n < group; n++)
                 score[n][i] = dot(q + n * size, key, size) * (float)a->scale;
         }
@@ -89,12 +90,12 @@ INLINE void attend(const Attention *a, int64_t r, int64_t t, int64_t length, int
         for (; i + 4 <= count; i += 4) {
             const float *value[4];
             for (int64_t j = 0; j < 4; j++)
-                value[j] = load(a->v_cache, place[i + j], size, dtype, space[j]);
+                value[j] = load_head(a->v_cache, a->scales, place[i + j], 1, size, dtype, space[j]);
             for (int64_t n = 0; n < group; n++)
                 add_four(&score[n][i], value, size, y + n * size);
         }
         for (; i < count; i++) {
-            const float *value = load(a->v_cache, place[i], size, dtype, space[0]);
+            const float *value = load_head(a->v_cache, a->scales, place[i], 1, size, dtype, space[0]);
             for (int64_t n = 0; n < group; n++)
                 for (int64_t d = 0; d < size; d++)
                     y[n * size + d] += score[n][i] * value[d];
@@ -169,11 +170,11 @@ INLINE void attend_tile(const Attention *a, int64_t r, int64_t t, int64_t querie
         const int64_t count = last - start < BLOCK ? last - start : BLOCK;
         for (int64_t i = 0; i < count; i++) {
             const int64_t at = start + i, slot = table[at / a->page] * a->page + at % a->page;
-            const int64_t place = (slot * a->kv_heads + g) * size;
-            const float *key = load(a->k_cache, place, size, dtype, space);
+            const int64_t place = slot * a->kv_heads + g;
+            const float *key = load_head(a->k_cache, a->scales, place, 0, size, dtype, space);
             for (int64_t d = 0; d < size; d++)
                 keys[d * BLOCK + i] = key[d];
-            const float *value = load(a->v_cache, place, size, dtype, space);
+            const float *value = load_head(a->v_cache, a->scales, place, 1, size, dtype, space);
             memcpy(values + i * size, value, (size_t)size * sizeof(float));
         }
         for (int64_t d = 0; d < size && count < BLOCK; d++)
@@ -219,6 +220,13 @@ INLINE void attend_tile(const Attention *a, int64_t r, int64_t t, int64_t querie
     }
 }
 
+INLINE void attend_some(const Attention *a, int64_t r, int64_t t, int64_t queries, int64_t length, int64_t g, int64_t dtype) {
+    if (queries > 1)
+        attend_tile(a, r, t, queries, length, g, dtype);
+    else
+        attend(a, r, t, length, g, dtype);
+}
+
 /* Items are the KV heads of a row's queries, or of QUERIES of them; the last ones first, which have most to do. A query
  * that is not tiled is computed by itself: what it gets does not depend on the step that it is computed in. */
 DISPATCHED static void attend_items(const void *job, int64_t first, int64_t stop) {
@@ -231,18 +239,14 @@ DISPATCHED static void attend_items(const void *job, int64_t first, int64_t stop
         for (int64_t item = from; item < items && before + item < stop; item++) {
             const int64_t i = (items - 1 - item) / a->kv_heads * tile, g = item % a->kv_heads;
             const int64_t some = count - i < tile ? count - i : tile, length = a->context_len[r] - count + i + 1;
-            if (some > 1 && a->dtype == FLOAT32)
-                attend_tile(a, r, start + i, some, length, g, FLOAT32);
-            else if (some > 1 && a->dtype == BFLOAT16)
-                attend_tile(a, r, start + i, some, length, g, BFLOAT16);
-            else if (some > 1)
-                attend_tile(a, r, start + i, some, length, g, FLOAT16);
-            else if (a->dtype == FLOAT32)
-                attend(a, r, start + i, length, g, FLOAT32);
-            else if (a->dtype == BFLOAT16)
-                attend(a, r, start + i, length, g, BFLOAT16);
-            else
-                attend(a, r, start + i, length, g, FLOAT16);
+            switch (a->dtype) {
+            case FLOAT32: attend_some(a, r, start + i, some, length, g, FLOAT32); break;
+            case BFLOAT16: attend_some(a, r, start + i, some, length, g, BFLOAT16); break;
+            case FLOAT16: attend_some(a, r, start + i, some, length, g, FLOAT16); break;
+            case INT8_SCALED: attend_some(a, r, start + i, some, length, g, INT8_SCALED); break;
+            case FLOAT8_SCALED: attend_some(a, r, start + i, some, length, g, FLOAT8_SCALED); break;
+            default: attend_some(a, r, start + i, some, length, g, INT4_SCALED);
+            }
         }
         before += items;
     }

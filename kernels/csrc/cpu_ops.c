@@ -10,7 +10,7 @@
  * NaN and infinity behave as in the references.
  */
 
-#include "activations.h"
+#include "cached.h"
 
 #define LAYOUT 8
 
@@ -170,6 +170,7 @@ typedef struct {
     const float *q_norm, *k_norm; /* both or neither */
     const int32_t *kv_slot;
     void *k_cache, *v_cache; /* [slots, kv_heads, head_dim] of `dtype` */
+    uint16_t *scales;        /* of caches that have them */
     float *q;
     int64_t q_stride, tokens, heads, kv_heads, head_dim, rotary, dtype;
     double eps, offset; /* offset is added to the weights */
@@ -187,13 +188,21 @@ INLINE void rotate(const float *x, const float *row, int64_t rotary, int64_t cou
         y[i] = x[i];
 }
 
+INLINE void write_head(const NormRopeKvWrite *a, int64_t head, int is_value, const float *x) {
+    void *cache = is_value ? a->v_cache : a->k_cache;
+    if (a->dtype < INT8_SCALED)
+        store(cache, head * a->head_dim, x, a->head_dim, a->dtype);
+    else
+        store_scaled(cache, a->scales, head, is_value, x, a->head_dim, a->dtype);
+}
+
 DISPATCHED static void norm_rope_kv_write_tokens(const void *job, int64_t first, int64_t stop) {
     const NormRopeKvWrite *a = job;
     const int64_t size = a->head_dim, turned = a->heads + a->kv_heads;
     float normed[MAX_HEAD], key[MAX_HEAD];
     for (int64_t t = first; t < stop; t++) {
         const float *qkv = a->qkv + t * a->qkv_stride, *row = a->rows + t * a->rows_stride;
-        const int64_t place = a->kv_slot[t] * a->kv_heads * size;
+        const int64_t place = a->kv_slot[t] * a->kv_heads;
         for (int64_t h = 0; h < turned; h++) {
             const int is_query = h < a->heads;
             const float *x = qkv + h * size;
@@ -205,10 +214,11 @@ DISPATCHED static void norm_rope_kv_write_tokens(const void *job, int64_t first,
                 rotate(x, row, a->rotary, size, a->q + t * a->q_stride + h * size);
             } else {
                 rotate(x, row, a->rotary, size, key);
-                store(a->k_cache, place + (h - a->heads) * size, key, size, a->dtype);
+                write_head(a, place + h - a->heads, 0, key);
             }
         }
-        store(a->v_cache, place, qkv + turned * size, a->kv_heads * size, a->dtype);
+        for (int64_t g = 0; g < a->kv_heads; g++)
+            write_head(a, place + g, 1, qkv + (turned + g) * size);
     }
 }
 

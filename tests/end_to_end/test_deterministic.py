@@ -74,6 +74,8 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "window": (WINDOWED, {"kv_dtype": "bfloat16"}),
     "unfused": (CONFIG, {"disabled_passes": ("merge_linears", "fuse_add_norm", "hoist_gather")}),
     "fp8": (CONFIG, {"quant": "fp8", "kv_dtype": "float8_e4m3fn"}),
+    "int8_cache": (CONFIG, {"kv_dtype": "int8_per_token_head"}),
+    "int4_cache": (WINDOWED, {"kv_dtype": "int4_per_token_head"}),
     "int8": (CONFIG, {"quant": "int8"}),
     "latent": (LATENT, {}),
 }
@@ -127,11 +129,11 @@ def large_weights() -> Iterator[None]:
 
 
 # References of latent attention are slow: one busy batch is enough of them.
-BUSY = [name for name in MODELS if name not in ("latent", "int8")]
-BUSY_TOO = pytest.param("int8", marks=pytest.mark.slow)  # sums of integers are exact
+BUSY = [name for name in MODELS if name not in ("latent", "int8", "int8_cache")]
+BUSY_TOO = [pytest.param(name, marks=pytest.mark.slow) for name in ("int8", "int8_cache")]
 
 
-@pytest.fixture(scope="module", params=[*BUSY, BUSY_TOO])
+@pytest.fixture(scope="module", params=[*BUSY, *BUSY_TOO])
 def pair(request: pytest.FixtureRequest, large_weights: None) -> Pair:
     return load(request.param, deterministic=True)
 

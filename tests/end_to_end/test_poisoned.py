@@ -71,10 +71,14 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "fp8": (QWEN3, {"quant": "fp8"}),
     "fp8_block": (WIDE, {"quant": "fp8_block", "kv_dtype": "float8_e4m3fn"}),
     "fp8_cache": (LLAMA, {"kv_dtype": "float8_e4m3fn"}),
+    "int8_cache": (QWEN3, {"kv_dtype": "int8_per_token_head"}),
+    "fp8_cache_scaled": (LLAMA, {"kv_dtype": "fp8_per_token_head", "disabled_passes": ("fuse_qkv",)}),
+    "int4_cache": (WINDOWED, {"kv_dtype": "int4_per_token_head"}),
     "int8": (QWEN3, {"quant": "int8"}),
     "latent": (LATENT, {"quant": "fp8", "kv_dtype": "float8_e4m3fn"}),
     "deterministic": (QWEN3, {"deterministic": True}),
     "deterministic_fp8": (QWEN2, {"deterministic": True, "quant": "fp8", "kv_dtype": "float8_e4m3fn"}),
+    "deterministic_int4": (WINDOWED, {"deterministic": True, "kv_dtype": "int4_per_token_head"}),
     "plain": (QWEN3, {"disabled_passes": ("merge_linears", "fuse_add_norm", "fuse_qkv", "hoist_gather")}),
 }
 

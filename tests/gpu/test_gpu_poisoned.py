@@ -44,6 +44,10 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "int8": (SMALL, {"quant": "int8"}),
     "fp8_block": (SMALL, {"quant": "fp8_block", "kv_dtype": "float8_e4m3fn"}),
     "fp8_cache": (WINDOWED, {"kv_dtype": "float8_e4m3fn"}),
+    "fp8_cache_scaled": (SMALL, {"kv_dtype": "fp8_per_token_head"}),
+    "int8_cache": (WINDOWED, {"kv_dtype": "int8_per_token_head"}),
+    "int4_cache": (SMALL, {"kv_dtype": "int4_per_token_head"}),
+    "deterministic_int4": (WINDOWED, {"deterministic": True, "kv_dtype": "int4_per_token_head"}),
     "deterministic": (SMALL, {"deterministic": True}),
     "deterministic_fp8": (SMALL, {"deterministic": True, "quant": "fp8", "kv_dtype": "float8_e4m3fn"}),
 }

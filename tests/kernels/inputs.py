@@ -17,6 +17,7 @@ import mla_inputs
 import moe_inputs
 import mx_inputs
 import nvfp4_inputs
+import scaled_inputs
 import torch
 from attention_inputs import (
     decode_attention,
@@ -371,6 +372,11 @@ BUILDERS: Mapping[str, Callable[[str], Iterator[Case]]] = {
     "decode_attention": decode_attention,
     "extend_attention": extend_attention,
     "paged_attention": extend_attention,
+    "kv_write_scaled": scaled_inputs.kv_write_scaled,
+    "norm_rope_kv_write_scaled": scaled_inputs.norm_rope_kv_write_scaled,
+    "decode_attention_scaled": scaled_inputs.decode_attention_scaled,
+    "extend_attention_scaled": scaled_inputs.extend_attention_scaled,
+    "paged_attention_scaled": scaled_inputs.extend_attention_scaled,
     "mla_write": mla_inputs.mla_write,
     "mla_rope": mla_inputs.mla_rope,
     "mla_absorb": mla_inputs.mla_absorb,

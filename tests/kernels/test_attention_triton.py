@@ -44,7 +44,7 @@ def _numpy_2_4(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _emit(contract: Contract, call: OpCall) -> Sequence[Candidate]:
-    for module in ("decode", "extend", "qkv"):
+    for module in ("decode", "extend", "qkv", "write_scaled"):
         importlib.import_module(f"makeready.kernels.attention.{module}_triton")
     return [c for k in registry.cuda_kernels(contract.name) for c in k.candidates(call)]
 
@@ -61,7 +61,8 @@ def _call(
         for k, v in contract.infer(specs, attrs).items()
     }
     for name, tensor in tensors.items():
-        shape = ("P", *tensor.shape[1:]) if name.endswith("cache") else tuple(tensor.shape)
+        paged = name.endswith("cache") or name == "scales"
+        shape = ("P", *tensor.shape[1:]) if paged else tuple(tensor.shape)
         made[name] = Tensor(shape, specs[name].dtype, tensor.stride(0), math.gcd(tensor.data_ptr(), 256))
     rows = int(dims["R" if "R" in dims else "T"])
     return OpCall(
@@ -214,6 +215,19 @@ def test_extend(geometry: Geometry, dtype: torch.dtype, rows: tuple[tuple[int, i
     tensors |= {"q": q, "query_start": start, "query_len": count}
     if heads % 4 == 0:
         tensors["sinks"] = torch.arange(heads) - 2.0
+    _check(extend_attention, tensors, _attrs(geometry))
+
+
+@interpreted
+def test_pages_before_a_window_may_be_anything() -> None:
+    """Page 0 holds NaN, and is where freed pages were; one is less than a step."""
+    geometry, (queries, length) = (4, 2, 64, 16, 20), (3, 135)
+    tensors = _paged((length,), page=16, kv_heads=2, head_dim=64)
+    tensors["page_table"][0, : (length - queries - 20 + 1) // 16] = 0
+    count = torch.tensor([queries], dtype=torch.int32)
+    q = torch.randn(queries, 4 * 64).half()
+    _check(decode_attention, tensors | {"q": q[-1:]}, _attrs(geometry))
+    tensors |= {"q": q, "query_start": 0 * count, "query_len": count}
     _check(extend_attention, tensors, _attrs(geometry))
 
 

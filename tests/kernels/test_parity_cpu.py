@@ -30,7 +30,7 @@ IMPLEMENTATIONS = [
     for k in registry.kernels(op, "cpu")
     if not (k.name == REFERENCE and CONTRACTS[op].tolerance.exact)
 ]
-ATTENTION = ("decode_attention", "extend_attention")
+ATTENTION = ("decode_attention", "extend_attention", "decode_attention_scaled", "extend_attention_scaled")
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:
@@ -48,6 +48,10 @@ def applicable(kernel: Kernel) -> Iterator[tuple[Case, Case]]:
 def compare(made: torch.Tensor, wanted: torch.Tensor, tolerance: Tolerance, label: str) -> None:
     """NaN in the same places, and the rest within the contract's tolerance."""
     assert made.shape == wanted.shape, label
+    if made.dtype == torch.uint8 and tolerance.uint8:
+        pairs = (torch.stack((x & 15, x >> 4)).float() for x in (made, wanted))
+        compare(*pairs, Tolerance(tolerance.uint8), label)
+        return
     inexact = made.is_floating_point() or made.dtype == torch.int8  # which is a number with a scale
     if tolerance.exact or not inexact:
         torch.testing.assert_close(made, wanted.to(made.dtype), rtol=0, atol=0, equal_nan=True, msg=label)
@@ -157,6 +161,22 @@ def owners(case: Case) -> dict[int, tuple[int, int]]:
     }
 
 
+def number(o: dict[str, torch.Tensor], which: str, page: int, slot: int) -> torch.Tensor:
+    """A token's keys or values ``[G, D]`` in float64."""
+    x = o[f"{which}_cache"][page, slot]
+    if "scales" not in o:
+        return x.double()
+    scales = o["scales"][page, slot].double()
+    at = scales.shape[-1] // 2 * (which == "v")
+    scale = scales[:, at, None]
+    if x.dtype != torch.uint8:
+        return x.double() * scale
+    y = torch.zeros(len(x), 2 * x.shape[1], dtype=torch.float64)
+    for i, byte in enumerate(x.unbind(1)):
+        y[:, 2 * i], y[:, 2 * i + 1] = byte % 16, byte // 16
+    return (y - 8) * scale + scales[:, at + 1, None]
+
+
 def attention_by_hand(case: Case) -> torch.Tensor:
     """PyTorch's attention in float64, one query at a time, over keys looked up one by one."""
     o, a = case.operands, case.attrs
@@ -166,10 +186,7 @@ def attention_by_hand(case: Case) -> torch.Tensor:
     for token, (row, position) in owners(case).items():
         oldest = max(0, position - a["window"] + 1) if a["window"] else 0
         where = [(int(o["page_table"][row, i // page]), i % page) for i in range(oldest, position + 1)]
-        k, v = (
-            torch.stack([o[c][p, s] for p, s in where]).double().transpose(0, 1)
-            for c in ("k_cache", "v_cache")
-        )
+        k, v = (torch.stack([number(o, c, p, s) for p, s in where]).transpose(0, 1) for c in ("k", "v"))
         group = a["heads"] // a["kv_heads"]
         k, v = (torch.stack([x[h // group] for h in range(a["heads"])]) for x in (k, v))
         bias = torch.zeros(a["heads"], 1, k.shape[1], dtype=torch.float64)
@@ -190,14 +207,15 @@ def test_attention_references_are_attention(op):
             torch.testing.assert_close(made, attention_by_hand(case), rtol=1e-10, atol=1e-12, msg=case.label)
 
 
-def test_a_decode_step_is_the_last_token_of_an_extend_step():
-    for case in cases("decode_attention"):
+@pytest.mark.parametrize("scaled", ["", "_scaled"])
+def test_a_decode_step_is_the_last_token_of_an_extend_step(scaled):
+    for case in cases(f"decode_attention{scaled}"):
         lengths = case.operands["context_len"]
         rows = {
             "query_start": torch.arange(len(lengths), dtype=torch.int32),
             "query_len": (lengths > 0).int(),
         }
-        extend = Case("extend_attention", case.label, case.operands | rows, case.attrs)
+        extend = Case(f"extend_attention{scaled}", case.label, case.operands | rows, case.attrs)
         assert torch.equal(extend.run()["y"], case.run()["y"])
 
 

@@ -210,7 +210,7 @@ class CpuExecutable:
         self._result.fill_(0xFF)
         for group in self.plan.kv.paged:
             for part in group.parts:
-                self._tensors[part.name][0].fill_(float("nan"))
+                self._tensors[part.name][0].view(torch.uint8).fill_(0xFF)
         for name, start, stop in () if held is None else unowned(self.plan, self.pages, held):
             self._tensors[name].view(torch.uint8).flatten()[start:stop] = 0xFF
 

@@ -189,6 +189,7 @@ _RANDOM_BITS = {
     "float16": (0x87FF, 0x3800),
     "float8_e4m3fn": (0x8F, 0x30),
     "int8": (0xFF, 0),  # any number
+    "uint8": (0xFF, 0),
 }
 
 
