@@ -12,7 +12,7 @@
 
 #include "activations.h"
 
-#define LAYOUT 7
+#define LAYOUT 8
 
 int64_t layout(void) { return LAYOUT; }
 
