@@ -121,12 +121,14 @@ def _normalise(
 
 
 def _partial(values: dict[str, Any], config: dict[str, Any], source: str, usual: float) -> float:
-    """The part of a head that is rotated, an even number of its features."""
+    """The part of a head that is rotated, an even number of its features.
+
+    What the rotary settings say comes before what the config says beside them, as in transformers, which writes its
+    default there.
+    """
     field = "partial_rotary_factor"
-    stated = {float(_number(h[field], field, source)) for h in (values, config) if h.get(field) is not None}
-    if len(stated) > 1:
-        raise CheckpointError(f"{source}: {field} is stated twice with different values; keep one")
-    rotated = stated.pop() if stated else usual
+    stated = [h[field] for h in (values, config) if h.get(field) is not None]
+    rotated = float(_number(stated[0], field, source)) if stated else usual
     features = int(config["head_dim"] * rotated)
     if rotated > 1 or features < 2 or features % 2:
         raise CheckpointError(
