@@ -107,7 +107,9 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     def _unwrap(self) -> None:
         """Call tensors of the text model as they are called where it is by itself."""
-        stored = {name.replace(LANGUAGE, "model.", 1): name for name in self._tensors if name.startswith(LANGUAGE)}
+        stored = {
+            name.replace(LANGUAGE, "model.", 1): name for name in self._tensors if name.startswith(LANGUAGE)
+        }
         kept = {name: info for name, info in self._tensors.items() if not name.startswith(LANGUAGE)}
         named = {name: replace(self._tensors[old], name=name) for name, old in stored.items()}
         self._stored_names |= stored

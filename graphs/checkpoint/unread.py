@@ -79,7 +79,7 @@ def _tell(checkpoint: Checkpoint, unread: Collection[str], meaning: str) -> None
 
 
 def _predicts_further(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether the tensor is of a layer behind the last, of which the config says how many there are, or of ``mtp``."""
+    """Whether the tensor is of a layer behind the last, of which the config says how many there are, or ``mtp``."""
     if _FURTHER.match(name):
         return True
     layers, layer = checkpoint.config["num_hidden_layers"], _LAYER.match(name)

@@ -62,16 +62,10 @@ class GatedDeltaNet(nn.Module):
         self.qkv = Linear(qkv, self.width, hidden, bias=False, shard=BY_OUTPUTS)
         self.z = Linear(z, values, hidden, bias=False, shard=BY_OUTPUTS)
         self.ba = Linear(ba, 2 * c.value_heads, hidden, bias=False, shard=BY_OUTPUTS, quantizable=False)
-        taps = Piece(
-            f"{source}.conv1d.weight", ((0, self.width), (0, 1), (0, c.taps)), (0, 0), axes=(2, 0)
-        )
+        taps = Piece(f"{source}.conv1d.weight", ((0, self.width), (0, 1), (0, c.taps)), (0, 0), axes=(2, 0))
         self.conv = parameter((c.taps, self.width), (taps,), shard=BY_INPUTS, dtype="float32")
-        self.a_log = parameter(
-            (c.value_heads,), f"{source}.A_log", shard=BY_OUTPUTS[:1], dtype="float32"
-        )
-        self.dt_bias = parameter(
-            (c.value_heads,), f"{source}.dt_bias", shard=BY_OUTPUTS[:1], dtype="float32"
-        )
+        self.a_log = parameter((c.value_heads,), f"{source}.A_log", shard=BY_OUTPUTS[:1], dtype="float32")
+        self.dt_bias = parameter((c.value_heads,), f"{source}.dt_bias", shard=BY_OUTPUTS[:1], dtype="float32")
         self.norm = parameter((c.value_dim,), f"{source}.norm.weight")
         self.out = Linear(f"{source}.out_proj", hidden, values, bias=False, shard=BY_INPUTS)
 
@@ -93,7 +87,9 @@ class GatedDeltaNet(nn.Module):
             mixed, ba, self.a_log, self.dt_bias, i.kv(f"{self.name}.state"), *rows,
             key_heads=c.key_heads, key_dim=c.key_dim, value_heads=c.value_heads, value_dim=c.value_dim,
         )  # fmt: skip
-        y = norm.gated_head_rms_norm(y, z, self.norm, eps=c.norm_eps, heads=c.value_heads, head_dim=c.value_dim)
+        y = norm.gated_head_rms_norm(
+            y, z, self.norm, eps=c.norm_eps, heads=c.value_heads, head_dim=c.value_dim
+        )
         return self.out(y)
 
 

@@ -20,10 +20,11 @@ BY_INPUTS: Shard = (None, TENSOR_PARALLEL)
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a projection that a checkpoint stores among others: ``count`` from ``first`` on, ``times`` every ``step``.
+    """Rows of a projection that a checkpoint stores among others: ``count`` from ``first`` on, repeated ``times``.
 
     Attributes:
         source: the projection's prefix.
+        step: rows from one repetition to the next.
     """
 
     source: str

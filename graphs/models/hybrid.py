@@ -52,7 +52,9 @@ def partial_rope(config: dict[str, Any], source: str) -> dict[str, Any]:
     read = {**config}
     for field in ("rope_parameters", "rope_scaling"):
         if isinstance(config.get(field), dict):
-            read[field] = {k: v for k, v in config[field].items() if k not in ("mrope_section", "mrope_interleaved")}
+            read[field] = {
+                k: v for k, v in config[field].items() if k not in ("mrope_section", "mrope_interleaved")
+            }
             if read[field].get("rope_type", read[field].get("type")) == "mrope":
                 read[field] |= {"rope_type": "default"}
     made = normalise_rope(read, source, partial=0.25)
@@ -98,9 +100,7 @@ def hybrid_decoder(
         )
     net = _net(config, interleaved)
     bias = config["attention_bias"]
-    read = dense(
-        config, qkv_bias=bias, output_bias=bias, qk_norm=True, output_gate=True, norm_offset=1.0
-    )
+    read = dense(config, qkv_bias=bias, output_bias=bias, qk_norm=True, output_gate=True, norm_offset=1.0)
 
     def layer(c: DecoderConfig, index: int) -> DecoderLayer:
         source = f"model.layers.{index}"

@@ -188,7 +188,9 @@ class _Rewrite:
                 "use a checkpoint with 16-bit weights"
             )
         box = tuple((start // size, -(-end // size)) for start, end in piece.box)
-        each = tuple(replace(one, source=_by(one.source, size), place=_by(one.place, size)) for one in piece.each)
+        each = tuple(
+            replace(one, source=_by(one.source, size), place=_by(one.place, size)) for one in piece.each
+        )
         return Piece(source, box, (*stacked, row // size, column // size), each=each)
 
     def _made(self, made: Param, wide: Param, result: str) -> Param:

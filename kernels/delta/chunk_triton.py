@@ -205,7 +205,11 @@ def along_rows(
             at = place * (N * N) + i[:, None] * N + i[None, :]
             inverse_NN, p_NN = tl.load(inverse + at), tl.load(product + at)
             at = place * (3 * N) + i
-            g_N, of_q_N, of_k_N = tl.load(factors + at), tl.load(factors + at + N), tl.load(factors + at + 2 * N)
+            g_N, of_q_N, of_k_N = (
+                tl.load(factors + at),
+                tl.load(factors + at + N),
+                tl.load(factors + at + 2 * N),
+            )
             decay_N = tl.exp(g_N)
             all_of_it = tl.sum(tl.where(i == N - 1, g_N, 0.0), 0)
 
@@ -263,20 +267,20 @@ def chunk_delta_rule_launches(call: OpCall) -> Sequence[Candidate]:
     )
     names = ("qkv", "ba", "state", "state_in", "state_out", "query_start", "query_len", "y")
     made = []
-    # Narrow tiles for few rows, so that they reach all multiprocessors.
-    many = call.rows * heads * -(-values // 64) >= call.multiprocessors
-    for width in (64, 32) if many else (32, 64):
-        width = max(16, min(width, power_of_two(values)))
-        constants = {"VALUE_DIM": values, "Y_STRIDE": call.tensors["y"].row_stride, "V": width}
+    # Tiles of 64 spill. Where blocks are fewer than multiprocessors each should load ahead; else two share one.
+    width = max(16, min(32, power_of_two(values)))
+    grid = (-(-values // width), heads, call.rows)
+    few = grid[0] * heads * call.rows < 2 * call.multiprocessors
+    total = 2 * matrices + chunks * heads * _FACTORS * CHUNK * 4
+    for stages in (2, 1) if few else (1, 2):
         second = DeviceLaunch(
             function="makeready.kernels.delta.chunk_triton:along_rows",
-            constants={**shared, **constants},
+            constants={**shared, "VALUE_DIM": values, "Y_STRIDE": call.tensors["y"].row_stride, "V": width},
             arguments={**{name: Pointer(name) for name in names}, **scratch, "rows": rows},
-            grid=(-(-values // width), heads, call.rows),
+            grid=grid,
             num_warps=4,
-            num_stages=2,
+            num_stages=stages,
             dependent=pdl,
         )
-        total = 2 * matrices + chunks * heads * _FACTORS * CHUNK * 4
-        made.append(Candidate(f"{CHUNK}x{width}", (first, second), scratch=total))
+        made.append(Candidate(f"{CHUNK}x{width}_s{stages}", (first, second), scratch=total))
     return tuple(made)

@@ -1,6 +1,6 @@
 """Causal convolution of each channel by itself over a few tokens, whose last inputs a sequence keeps.
 
-    T tokens, R rows, C channels, K taps, P blocks of the state
+T tokens, R rows, C channels, K taps, P blocks of the state
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def causal_conv_silu(
     Row r's tokens are ``query_start[r] : query_start[r] + query_len[r]``. What comes before them are the K - 1 tokens
     of ``tail[state_in[r]]``, the latest last; the row's last K - 1 inputs, old ones included, are left in
     ``tail[state_out[r]]``, which may be the same block. Rows without tokens write nothing. No row reads what another
-    one writes. Tokens of no row give zeros.
+    one writes. What tokens of no row give is nobody's; zeros here.
     """
     y = torch.zeros_like(x)
     kept = len(weight) - 1

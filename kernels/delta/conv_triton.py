@@ -26,7 +26,7 @@ _FEW = 2  # tokens a row, on average, that a row's blocks take one after the oth
 
 @triton.jit
 def _input(x, tail, at, c, inside, X_STRIDE: tl.constexpr, C: tl.constexpr, J: tl.constexpr):
-    """The input ``at`` tokens behind the first of a row; those before it are in its tail. ``x`` is the row's first."""
+    """The input ``at`` tokens behind a row's first, which is at ``x``; those before it are in its tail."""
     new = tl.load(x + at.to(tl.int64) * X_STRIDE + c, mask=inside & (at >= 0), other=0.0).to(tl.float32)
     old = tl.load(tail + (at + (J - 1)) * C + c, mask=inside & (at < 0), other=0.0).to(tl.float32)
     return tl.where(at >= 0, new, old)
@@ -72,7 +72,7 @@ def convolve_rows(
 
 @triton.jit
 def _leave(x, before, after, count, c, inside, X_STRIDE: tl.constexpr, C: tl.constexpr, J: tl.constexpr):
-    """A row's last inputs go to its block, oldest first: what is moved up there was read before it is written over."""
+    """A row's last inputs go to its block, oldest first: what moves up there is read before it is written over."""
     if count > 0:
         for j in tl.static_range(J - 1):
             at = tl.zeros_like(c) + (count - (J - 1) + j)
@@ -178,14 +178,17 @@ def causal_conv_silu_launches(call: OpCall) -> Sequence[Candidate]:
     if call.tokens <= _FEW * call.rows and not call.invariant:
         width = min(power_of_two(channels), 256)
         arguments: dict[str, Argument] = {**named, "weight": Pointer("weight"), "y": Pointer("y")}
-        made.append(
-            Candidate(f"rows_{width}", (rows("convolve_rows", width, arguments, Y_STRIDE=y_stride),))
-        )
+        made.append(Candidate(f"rows_{width}", (rows("convolve_rows", width, arguments, Y_STRIDE=y_stride),)))
     width, tokens = min(power_of_two(channels), 128), 16
     arguments = {name: named[name] for name in ("x", "tail", "state_in", "query_start", "query_len")}
     arguments |= {"weight": Pointer("weight"), "y": Pointer("y")}
     arguments |= {"rows": Scalar(call.rows, "int32", False), "tokens": Scalar(call.tokens, "int32", False)}
-    constants = {"Y_STRIDE": y_stride, "ROWS": power_of_two(max(call.rows, call.most_rows)), "TOKENS": tokens, "WIDTH": width}
+    constants = {
+        "Y_STRIDE": y_stride,
+        "ROWS": power_of_two(max(call.rows, call.most_rows)),
+        "TOKENS": tokens,
+        "WIDTH": width,
+    }
     tiles = DeviceLaunch(
         function="makeready.kernels.delta.conv_triton:convolve_tiles",
         constants={**shared, **constants},

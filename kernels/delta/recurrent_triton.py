@@ -111,7 +111,18 @@ def recurrent_delta_rule_launches(call: OpCall) -> Sequence[Candidate]:
         "SCALE": call.attrs["key_dim"] ** -0.5,
         "PDL": pdl,
     }
-    names = ("qkv", "ba", "a_log", "dt_bias", "state", "state_in", "state_out", "query_start", "query_len", "y")
+    names = (
+        "qkv",
+        "ba",
+        "a_log",
+        "dt_bias",
+        "state",
+        "state_in",
+        "state_out",
+        "query_start",
+        "query_len",
+        "y",
+    )
     # Enough wide blocks to fill every multiprocessor twice.
     many = call.rows * heads * -(-values // _WIDE[0]) >= 8 * call.multiprocessors
     made = []

@@ -1,4 +1,4 @@
-"""The gated delta rule (Yang, Kautz and Hatamizadeh 2024, arXiv:2412.06464): linear attention over a state of one size.
+"""The gated delta rule (Yang, Kautz and Hatamizadeh 2024, arXiv:2412.06464): a recurrence in attention's place.
 
 Every value head has a state ``S[Dk, Dv]``, which maps keys to values. A token makes all of it smaller, and then
 corrects what its key is mapped to::
@@ -181,8 +181,8 @@ def gated_delta_rule(
 
     ``qkv`` has queries, keys and values of all heads side by side, ``ba`` the b of all value heads, then the a. Row
     r's tokens are ``query_start[r] : query_start[r] + query_len[r]``; it begins with ``state[state_in[r]]`` and
-    leaves its state in ``state[state_out[r]]``, which may be the same block. Rows without tokens write nothing. No row
-    reads what another one writes. Tokens of no row give zeros.
+    leaves its state in ``state[state_out[r]]``, which may be the same block. Rows without tokens write nothing. No
+    row reads what another one writes. What tokens of no row give is nobody's; zeros here.
     """
     return _by_tokens(
         qkv, ba, a_log, dt_bias, state, state_in, state_out, query_start, query_len,

@@ -22,6 +22,8 @@ from makeready.engine.sequence import TokenSequence
 from makeready.graphs.checkpoint.base import CheckpointError, CheckpointWarning, open_checkpoint
 from makeready.graphs.models.family import UnsupportedModelError, build
 from makeready.graphs.passes import REWRITES
+from makeready.graphs.plan.artifact import load as load_plan
+from makeready.graphs.plan.artifact import save as save_plan
 from makeready.graphs.plan.plan import PlanError
 
 PLAN: dict[str, Any] = {"max_rows": 4, "max_tokens": 80, "page_size": 8, "weight_dtype": "float32"}
@@ -56,7 +58,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
         },
     ),
-    "3.5": ("qwen3_5", {"linear_num_value_heads": 2, "linear_value_head_dim": 40, "tie_word_embeddings": True}),
+    "3.5": (
+        "qwen3_5",
+        {"linear_num_value_heads": 2, "linear_value_head_dim": 40, "tie_word_embeddings": True},
+    ),
     "3.5-moe": ("qwen3_5_moe", MOE),
 }
 
@@ -84,7 +89,9 @@ def test_logits_and_tokens_equal_transformers(name: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("disabled", [*((name,) for name in REWRITES), tuple(REWRITES)], ids="-".join)
 def test_every_pass_on_or_off(disabled: tuple[str, ...], tmp_path: Path) -> None:
-    model = model_of(tmp_path, "next", num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])
+    model = model_of(
+        tmp_path, "next", num_hidden_layers=2, layer_types=["linear_attention", "full_attention"]
+    )
     recorder = Recorder(LLM(tmp_path, **PLAN, disabled_passes=disabled))
     prompt = prompt_of(30, 131)
     compare(recorder.generate([prompt], 4)[0], expected(model, prompt, 4))
@@ -117,7 +124,6 @@ class Poisoned(Recorder):
             return recorded(*arguments, **cut)
 
         executable.launch = launch
-
 
     def follow(self) -> list[TokenSequence]:
         """The sequences that are submitted from now on."""
@@ -301,3 +307,20 @@ def test_what_is_not_computed_is_refused(
     }
     with pytest.raises(error, match=message):
         build(open_checkpoint("dummy", config=config).config, context_len=32, activation="float32")
+
+
+def test_a_plan_says_what_states_take(tiny: tuple[Path, Any], tmp_path: Path) -> None:
+    """By hand: three layers of 4 heads' states and 3 inputs of a convolution, 4 blocks a row and the first."""
+    plan = LLM(tiny[0], **PLAN).plan
+    assert load_plan(save_plan(plan, tmp_path / "plan")) == plan
+    (state,) = plan.kv.states
+    convolved = 2 * 2 * 20 + 4 * 12
+    assert state.block_bytes == 3 * 4 * (4 * 20 * 12 + 3 * convolved)
+    blocks = 4 * PLAN["max_rows"] + 1
+    bounded = plan.memory_analysis()["kv"]["bounded"]
+    assert bounded == {
+        "state": {"blocks": blocks, "block_bytes": state.block_bytes, "bytes": blocks * state.block_bytes}
+    }
+    assert f"state: {blocks} blocks of" in plan.as_text()
+    pages = plan.pages_in(2**30)
+    assert pages == (2**30 - plan.memory.fixed - bounded["state"]["bytes"]) // plan.kv.page_bytes

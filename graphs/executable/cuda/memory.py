@@ -101,9 +101,9 @@ def kv_memory(plan: Plan, free: int, kv_bytes: int | None) -> KVMemory:
     if free < fixed + reserved + wanted * page:
         raise PlanError(
             f"the GPU has {_gib(free)} GiB free, and {_gib(fixed + reserved + wanted * page)} GiB are needed: "
-            f"{_gib(plan.memory.fixed)} for weights and buffers, {_gib(reserved)} for the driver, {_states(others)}and "
-            f"{_gib(wanted * page)} for KV pages; free memory, lower kv.memory_gib or compile with fewer "
-            f"{'rows, fewer ' if others else ''}tokens or smaller weights"
+            f"{_gib(plan.memory.fixed)} for weights and buffers, {_gib(reserved)} for the driver, "
+            f"{_states(others)}and {_gib(wanted * page)} for KV pages; free memory, lower kv.memory_gib or compile "
+            f"with fewer {'rows, fewer ' if others else ''}tokens or smaller weights"
         )
     pages = wanted if kv_bytes is not None else plan.pages_in(free - reserved)
     return KVMemory(pages, free, fixed, reserved, page, kv_bytes)
