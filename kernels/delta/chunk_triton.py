@@ -16,7 +16,7 @@ makes them of length 1 are factors of tokens, which the first kernel leaves besi
 # N tokens of a chunk, K features of a key, V features of a value that a block takes
 """
 # pyright: reportIndexIssue=false, reportArgumentType=false, reportOperatorIssue=false
-# pyright: reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 

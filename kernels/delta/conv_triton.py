@@ -6,7 +6,7 @@ behind. Else blocks take tiles of tokens and channels, and a second kernel leave
 # C channels, J taps
 """
 # pyright: reportIndexIssue=false, reportArgumentType=false, reportOperatorIssue=false
-# pyright: reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 

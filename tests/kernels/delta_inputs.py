@@ -55,7 +55,7 @@ def blocks_of(
     return made
 
 
-def _of_nobody(x: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
+def of_nobody(x: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
     """``x`` with NaN in the tokens of no row."""
     owned = torch.zeros(len(x), dtype=torch.bool)
     for start, count in zip(fields["query_start"].tolist(), fields["query_len"].tolist(), strict=True):
@@ -64,13 +64,22 @@ def _of_nobody(x: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor
     return x
 
 
+def owned(case: Case) -> torch.Tensor:
+    """Tokens that are of some row: what others give is not said."""
+    o = case.operands
+    if "query_len" not in o:
+        return torch.ones(len(o["x"]), dtype=torch.bool)
+    token = torch.arange(len(o["qkv" if "qkv" in o else "x"]))[:, None]
+    return ((token >= o["query_start"]) & (token < o["query_start"] + o["query_len"])).any(1)
+
+
 def causal_conv_silu(op: str) -> Iterator[Case]:
     for seed, (label, dtype, (channels, taps)) in enumerate(
         itertools.product(ROWS, FLOATS, ((10, 4), (1, 2), (300, 4)))
     ):
         random = Random(seed)
         fields, tokens = rows_of(*ROWS[label])
-        x = _of_nobody(random.normal(tokens, channels, dtype=dtype), fields)
+        x = of_nobody(random.normal(tokens, channels, dtype=dtype), fields)
         operands = {
             "x": in_columns(x) if seed % 2 else x,
             "weight": random.normal(taps, channels),
@@ -88,8 +97,8 @@ def delta_rule(op: str) -> Iterator[Case]:
         random = Random(seed)
         fields, tokens = rows_of(*ROWS[label])
         width = 2 * key_heads * key_dim + value_heads * value_dim
-        qkv = _of_nobody(random.normal(tokens, width, dtype=dtype), fields)
-        ba = _of_nobody(random.normal(tokens, 2 * value_heads, scale=2), fields)
+        qkv = of_nobody(random.normal(tokens, width, dtype=dtype), fields)
+        ba = of_nobody(random.normal(tokens, 2 * value_heads, scale=2), fields)
         operands = {
             "qkv": in_columns(qkv) if seed % 2 else qkv,
             "ba": in_columns(ba) if seed % 3 else ba,

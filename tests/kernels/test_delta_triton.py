@@ -16,6 +16,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+import delta_inputs
 from case import Case
 from inputs import cases
 from test_attention_triton import _call, _interpret, _numpy_2_4, compiled, interpreted
@@ -53,20 +54,11 @@ def ways(call: OpCall) -> dict[str, Candidate]:
     return {str([launch.constants for launch in way.launches]): way for way in found}
 
 
-def owned(case: Case) -> torch.Tensor:
-    """Tokens that are of some row: what others give is not said."""
-    o = case.operands
-    if "query_len" not in o:
-        return torch.ones(len(o["x"]), dtype=torch.bool)
-    token = torch.arange(len(o["qkv" if "qkv" in o else "x"]))[:, None]
-    return ((token >= o["query_start"]) & (token < o["query_start"] + o["query_len"])).any(1)
-
-
 def hold(case: Case, **changes: Any) -> None:
     """Every way against the reference in float64; nothing else is written."""
     call = call_of(case, **changes)
     wanted = case.mapped(lambda x: x.double() if x.is_floating_point() else x).run()
-    found, mine = ways(call), owned(case)
+    found, mine = ways(call), delta_inputs.owned(case)
     assert found
     for way in found.values():
         written = {k: v.clone() if k in case.contract.writes else v for k, v in case.operands.items()}
