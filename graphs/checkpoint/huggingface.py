@@ -22,7 +22,7 @@ from makeready.graphs.checkpoint.base import (
     ranges,
     read_json,
 )
-from makeready.graphs.checkpoint.config import DTYPES, normalise_config
+from makeready.graphs.checkpoint.config import DTYPES, LANGUAGE, normalise_config
 from makeready.graphs.checkpoint.generation_config import check_generation_config
 from makeready.graphs.checkpoint.safetensors_file import SafetensorsFile
 from makeready.graphs.checkpoint.stacked import Part, split_experts
@@ -76,6 +76,8 @@ class HuggingFaceCheckpoint(Checkpoint):
             raw, source=str(config_path), default_dtype=_stored_dtype(self._tensors)
         )
         self._parts: dict[str, Part] = {}  # where a tensor is some rows of another one
+        if raw.get("text_config") is not None:
+            self._unwrap()
         self._split_experts()
         if self.config["tie_word_embeddings"]:
             self._tie_head()
@@ -108,6 +110,16 @@ class HuggingFaceCheckpoint(Checkpoint):
         """The safetensors files that a tensor is read from."""
         files = {file.path: file for file in self._sources.values()}
         return {path.name: (path, files[path].data_start) for path in sorted(files)}
+
+    def _unwrap(self) -> None:
+        """Call tensors of the text model as they are called where it is by itself."""
+        stored = {
+            name.replace(LANGUAGE, "model.", 1): name for name in self._tensors if name.startswith(LANGUAGE)
+        }
+        kept = {name: info for name, info in self._tensors.items() if not name.startswith(LANGUAGE)}
+        named = {name: replace(self._tensors[old], name=name) for name, old in stored.items()}
+        self._stored_names |= stored
+        self._tensors = dict(sorted({**kept, **named}.items()))
 
     def _split_experts(self) -> None:
         """Present stacked experts one by one, in the spelling of the family."""

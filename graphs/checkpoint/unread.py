@@ -9,11 +9,14 @@ from collections.abc import Collection
 import numpy as np
 
 from makeready.graphs.checkpoint.base import Checkpoint, CheckpointError, CheckpointWarning, tensor_of
+from makeready.graphs.models.family import family_of_type
 
 NAMED = 5  # tensors that a warning names
 
 # Buffers that older transformers saved, computed from the config; masks of attention.
 _HARMLESS = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attn\.bias|masked_bias)$")
+# Further parts of models that are published whole: modules that predict further tokens, and those that see.
+_FURTHER, _SEES = re.compile(r"(model\.)?mtp\."), re.compile(r"(model\.)?visual\.")
 _LAYER = re.compile(r"(?:model\.layers|transformer\.h)\.(\d+)\.")
 _SCALES = ("weight_scale", "weight_scale_inv", "weight_scale_2", "scale")
 _SHIFTS = ("bias", "weight_zero_point", "zero_point")
@@ -60,7 +63,10 @@ def check_unread(checkpoint: Checkpoint, read: Collection[str]) -> None:
     _tell(checkpoint, ahead, "they predict further tokens, which is not done here")
     cache = [name for name in unread if _CACHE.search(name) and name not in ahead]
     _tell(checkpoint, cache, "they scale a quantized cache; kv.dtype says what the cache is here")
-    told = {*ahead, *cache}
+    family = family_of_type(checkpoint.config["model_type"])
+    seeing = [name for name in unread if family is not None and family.within and _SEES.match(name)]
+    _tell(checkpoint, seeing, "they see images and videos, which is not done here")
+    told = {*ahead, *cache, *seeing}
     others = [name for name in unread if name not in told and not _belongs(name, read)]
     _tell(checkpoint, others, "if they belong to it, config.json is another checkpoint's")
 
@@ -78,7 +84,9 @@ def _tell(checkpoint: Checkpoint, unread: Collection[str], meaning: str) -> None
 
 
 def _predicts_further(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether the tensor is of a layer behind the last, of which the config says how many there are."""
+    """Whether the tensor is of a layer behind the last, of which the config says how many there are, or ``mtp``."""
+    if _FURTHER.match(name):
+        return True
     layers, layer = checkpoint.config["num_hidden_layers"], _LAYER.match(name)
     predicting = checkpoint.config.get("num_nextn_predict_layers")
     return layer is not None and type(predicting) is int and layers <= int(layer[1]) < layers + predicting

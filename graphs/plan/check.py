@@ -34,7 +34,8 @@ MOST_ROTARY = 2**16  # columns of a generated table, far above any head
 
 
 # Integers say where memory is read and written, so an operand takes the field of its own name, what the
-# launches before call so, or this one.
+# launches before call so, or this one; of the cache group whose tensors the launch names.
+_OF_GROUPS = ("state_in", "state_out", "grow_page", "pages")
 INDICES = {"row_slot": ("sample_slot", "target_slot"), "tokens": ("target_ids",)}
 
 
@@ -124,7 +125,7 @@ def _cache(plan: Plan) -> None:
         f"kv.page_size is {kv.page_size}, limits.page_size {plan.limits.page_size}",
     )
     need(bool(kv.parts), "kv.parts has none")
-    for part in kv.parts:
+    for group, part in ((g, part) for g in kv.groups for part in g.parts):
         need(part.dtype in DTYPE_BYTES, f"KV part {part.name} has the dtype {part.dtype!r}")
         shape = list(part.page_shape)
         need(
@@ -132,7 +133,7 @@ def _cache(plan: Plan) -> None:
             f"a page of KV part {part.name} has the shape {shape}",
         )
         need(
-            shape[0] == kv.page_size,
+            group.unit is None or shape[0] == kv.page_size,
             f"a page of KV part {part.name} holds {shape[0]} tokens, kv.page_size is {kv.page_size}",
         )
     fields = [f.name for fields in _all_fields(plan).values() for f in fields]
@@ -299,6 +300,9 @@ def _order(plan: Plan, program: LoweredProgram, names: set[str]) -> None:
     results = {f.name for f in _all_fields(plan)["result", phase]}
     views = {name for name, buffer in program.buffers.items() if buffer.row_stride is not None}
     for launch in program.launches:
+        named = set(launch.operands.values())
+        of_groups = [g.name for g in plan.kv.groups if any(part.name in named for part in g.parts)]
+        groups = of_groups or [g.name for g in plan.kv.groups]
         for operand, value in launch.operands.items():
             where = f"{phase}: {launch.op} reads {value!r}"
             need(value in names or value in program.buffers, f"{where}, which is nothing")
@@ -308,7 +312,9 @@ def _order(plan: Plan, program: LoweredProgram, names: set[str]) -> None:
             )
             if plan.spec(phase, value).dtype in ("int32", "int64"):
                 index = {operand, *INDICES.get(operand, ())}
-                need(value in index or made.get(value) in index, f"{where} as {operand}")
+                fields = {plan.kv.field(group, name) for group in groups for name in index}
+                own = fields if operand in _OF_GROUPS else fields | index
+                need(value in own or made.get(value) in index, f"{where} as {operand}")
         for result, value in launch.results.items():
             need(
                 (value in results or value in program.buffers) and value not in made,

@@ -259,6 +259,10 @@ class CacheSpec:
             if group not in self._scaling
         )
 
+    def nbytes(self, pages: int, limits: Limits) -> int:
+        """Bytes of all groups where memory holds ``pages``, the null page included."""
+        return pages * self.page_bytes + self.bounded_bytes(limits)
+
     @property
     def _scaling(self) -> tuple[CacheGroup, ...]:
         everything = tuple(group for group in self.paged if not group.window)

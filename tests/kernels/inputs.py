@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 
+import delta_inputs
 import gguf_inputs
 import int_inputs
 import mla_inputs
@@ -433,6 +434,12 @@ BUILDERS: Mapping[str, Callable[[str], Iterator[Case]]] = {
     "dequantize_int": int_inputs.dequantize_int,
     "gather_columns": int_inputs.gather_columns,
     "grouped_silu_mul_int": int_inputs.grouped_linear_int,
+    "sigmoid_mul": lambda op: _pointwise(op, "x", "gate"),
+    "gated_head_rms_norm": delta_inputs.gated_head_rms_norm,
+    "causal_conv_silu": delta_inputs.causal_conv_silu,
+    "gated_delta_rule": delta_inputs.delta_rule,
+    "recurrent_delta_rule": delta_inputs.delta_rule,
+    "chunk_delta_rule": delta_inputs.delta_rule,
     "sample": sample,
     "token_logprobs": token_logprobs,
 }
