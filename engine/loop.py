@@ -74,6 +74,7 @@ class Engine:
         self.pools = Pools(plan.kv, blocks, self.options.eviction)
         self.pool = self.pools.first
         self.scheduler = Scheduler(plan.limits, plan.steps, plan.buckets, self.pools, self.options)
+        self._reads_history = self.scheduler.reads_history
         self.observer: Callable[[StepRecord], None] | None = None
         self.on_chunk: Callable[[Reply, int, int], None] | None = None
         self._stage = Stage(plan.steps, plan.limits.null_slot)
@@ -218,7 +219,8 @@ class Engine:
         pages = seats.page_lists(sequence.slot)
         seats.told_S[sequence.slot] = seats.held_S[sequence.slot]  # those that it grew by are among them
         self.executable.write_slot(
-            sequence.slot, slot_values(sequence, computed, pages, self.executable.plan)
+            sequence.slot,
+            slot_values(sequence, computed, pages, self.executable.plan, history=self._reads_history),
         )
 
     def _read(self, ahead: int) -> list[TokenSequence]:

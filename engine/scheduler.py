@@ -20,7 +20,7 @@ from makeready.engine.batch import Batch, Chunk, asked_kind
 from makeready.engine.errors import BusyError, RequestError
 from makeready.engine.kv.pools import Pools
 from makeready.engine.kv.radix import PrefixCache
-from makeready.engine.options import PRIORITY, SchedulerOptions
+from makeready.engine.options import NEVER, PRIORITY, SchedulerOptions
 from makeready.engine.policy import WaitingQueue
 from makeready.engine.seats import Seats
 from makeready.engine.sequence import ABORT, TokenSequence
@@ -74,7 +74,7 @@ class Scheduler:
         self.cache = PrefixCache(pools, limits.page_size, options.eviction) if options.prefix_cache else None
         self.waiting = WaitingQueue(options, self.cache, limits.page_size)
         self.running: dict[TokenSequence, bool] = {}
-        self._kinds = step_kinds(steps)
+        self._kinds = [k for k in step_kinds(steps) if k.most == 1 or options.speculation != NEVER]
         self._steps = steps
         self._gain = max(kind.most for kind in self._kinds)
         self.seats = Seats(limits, rows or limits.max_rows, pools, self.cache, self._gain)
@@ -142,7 +142,7 @@ class Scheduler:
         self._collect()
         if not self._decoding and not chunks:
             return None
-        kind = asked_kind(chunks) or next(kind for kind in self._kinds if kind.takes(chunks))
+        kind = asked_kind(chunks) or next(k for k in self._kinds if k.takes(self._decoding, chunks))
         return Batch(self._decoding, self._slots, chunks, admitted, self._retractions, kind)
 
     def launched(self, batch: Batch) -> None:
@@ -178,6 +178,11 @@ class Scheduler:
         seats.ran(slots)
         for chunk in chunks if seats.states else ():
             seats.share(chunk.sequence, chunk.start + chunk.count)
+
+    @property
+    def reads_history(self) -> bool:
+        """Whether any step looks at all tokens of its sequences."""
+        return any(kind.reads_history for kind in self._kinds)
 
     @property
     def forces(self) -> bool:

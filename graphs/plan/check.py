@@ -35,7 +35,14 @@ MOST_ROTARY = 2**16  # columns of a generated table, far above any head
 
 # Integers say where memory is read and written, so an operand takes the field of its own name, what the
 # launches before call so, or this one.
-INDICES = {"row_slot": ("sample_slot", "target_slot"), "tokens": ("target_ids",)}
+INDICES = {
+    "row_slot": ("sample_slot", "target_slot", "draft_slot"),
+    "tokens": ("target_ids",),
+    "token_ids": ("draft_ids",),
+    "query_start": ("draft_start",),
+    "query_len": ("draft_len",),
+    "context_len": ("draft_context",),
+}
 
 
 def check_plan(plan: Plan) -> Plan:
@@ -73,6 +80,7 @@ def _limits(plan: Plan) -> None:
     for name in ("max_stop_ids", "max_logit_bias", "max_top_logprobs"):
         value = getattr(limits, name)
         need(0 <= value <= MOST, f"limits.{name} is {value}")
+    need(1 <= limits.max_gain <= limits.context_len, f"limits.max_gain is {limits.max_gain}")
     need(limits.slots * limits.context_len <= 2**62, f"limits.context_len is {limits.context_len}")
 
 

@@ -152,16 +152,13 @@ class Lowered:
 
     def _buckets(self, context: int) -> tuple[Bucket, ...]:
         t, kinds = self.traced, step_kinds()
-        sizing = Sizing(
-            t.limits,
-            t.options.max_decode_buckets,
-            t.options.max_extend_buckets,
-            t.target.row_counts,
-            t.traffic,
-        )
+        counts = t.options.max_decode_buckets, t.options.max_extend_buckets, t.target.row_counts
         chosen = (
             choose_buckets(
-                kind, step, kinds[kind].shapes(sizing), StepTime(self.programs[kind], t.target, context)
+                kind,
+                step,
+                kinds[kind].shapes(Sizing(t.limits, *counts, t.traffic, step)),
+                StepTime(self.programs[kind], t.target, context),
             )
             for kind, step in t.steps.items()
         )
@@ -274,6 +271,7 @@ def trace_checkpoint(checkpoint: Checkpoint | str | Path, request: Request) -> T
             kinds[name],
             step,
             limits,
+            request,
             slots=slots,
             kv=kv,
             weight_dtype=weights,
