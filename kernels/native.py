@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-LAYOUT = 7  # of the argument structs; the same number in cpu_ops.c
+LAYOUT = 8  # of the argument structs; the same number in cpu_ops.c
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MAX_HEAD, MAX_GROUP, MAX_TILED = 1024, 64, 256
 MANY_TOKENS = 64  # of which ops last long enough to let other threads of the interpreter run

@@ -20,7 +20,8 @@ class Speculative:
             output, follows them again: it needs no second model and pays where answers repeat what they were given.
             null: no guesses.
         num_draft_tokens: tokens that are guessed for a row in a step, at most.
-        ngram_min, ngram_max: how many last tokens have to be found again; as many as can be are.
+        ngram_min: last tokens that have to be found again; without them nothing is guessed.
+        ngram_max: last tokens that are looked for; the place where most of them are found counts.
         max_rows: batches of more rows generate token by token. All logits of a step exist at once, for
             ``max_rows * (1 + num_draft_tokens)`` tokens.
     """
