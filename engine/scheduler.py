@@ -20,7 +20,7 @@ from makeready.engine.batch import Batch, Chunk, asked_kind
 from makeready.engine.errors import BusyError, RequestError
 from makeready.engine.kv.pools import Pools
 from makeready.engine.kv.radix import PrefixCache
-from makeready.engine.options import NEVER, PRIORITY, SchedulerOptions
+from makeready.engine.options import ALWAYS, NEVER, PRIORITY, SchedulerOptions
 from makeready.engine.policy import WaitingQueue
 from makeready.engine.seats import Seats
 from makeready.engine.sequence import ABORT, TokenSequence
@@ -74,7 +74,9 @@ class Scheduler:
         self.cache = PrefixCache(pools, limits.page_size, options.eviction) if options.prefix_cache else None
         self.waiting = WaitingQueue(options, self.cache, limits.page_size)
         self.running: dict[TokenSequence, bool] = {}
-        self._kinds = [k for k in step_kinds(steps) if k.most == 1 or options.speculation != NEVER]
+        self._kinds = step_kinds(steps, always=options.speculation == ALWAYS)
+        if options.speculation == NEVER:
+            self._kinds = [kind for kind in self._kinds if kind.most == 1]
         self._steps = steps
         self._gain = max(kind.most for kind in self._kinds)
         self.seats = Seats(limits, rows or limits.max_rows, pools, self.cache, self._gain)
@@ -187,7 +189,7 @@ class Scheduler:
     @property
     def forces(self) -> bool:
         """Whether generating rows may go on with tokens that nobody sampled for them."""
-        return self.options.forced_tokens and self._gain == 1
+        return self.options.forced_tokens and all(kind.forces for kind in self._kinds)
 
     def forced(self, sequence: TokenSequence) -> None:
         """A sequence has tokens that nobody sampled; what is being sampled for it counts for nothing."""
@@ -208,6 +210,7 @@ class Scheduler:
             [s.slot == slot for s, slot in zip(batch.decoding, batch.slots.tolist(), strict=True)], bool
         )
         self.seats.learn(batch.slots[stay], counts[stay], batch.kind.least, batch.kind.most)
+        batch.kind.learned(batch.decoding, counts)
 
     def retire(self, sequence: TokenSequence) -> None:
         """Let go of a sequence, wherever it is."""

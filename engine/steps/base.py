@@ -76,8 +76,17 @@ class StepKind(Protocol):
         """Whether such steps look at all tokens of a sequence, those found in the prefix cache among them."""
         ...
 
-    def of(self, step: StepSpec) -> StepKind:
-        """The kind as a plan declares it."""
+    @property
+    def forces(self) -> bool:
+        """Whether such a step lengthens rows under a constraint by one token, so that they can be forced others."""
+        ...
+
+    def of(self, step: StepSpec, *, always: bool = False) -> StepKind:
+        """The kind as a plan declares it, for one scheduler.
+
+        Args:
+            always: take every batch that can be taken, also where another kind should be faster.
+        """
         ...
 
     def claims(self, sequence: TokenSequence) -> int | None:
@@ -98,6 +107,10 @@ class StepKind(Protocol):
 
     def counts(self, batch: Batch, results: Mapping[str, np.ndarray]) -> np.ndarray | None:
         """Tokens by which each generating row was lengthened; None where ``least`` and ``most`` say it."""
+        ...
+
+    def learned(self, decoding: list[TokenSequence], counts: np.ndarray) -> None:
+        """What :meth:`counts` said of a step's generating rows."""
         ...
 
     def drafts(self, batch: Batch, results: Mapping[str, np.ndarray]) -> Drafts | None:
@@ -129,8 +142,10 @@ def step_kind(kind: Kind) -> Kind:
     return kind
 
 
-def step_kinds(declared: Mapping[str, StepSpec]) -> list[StepKind]:
-    """The kinds of a plan, in the order in which they are asked to take a batch."""
+def step_kinds(declared: Mapping[str, StepSpec], *, always: bool = False) -> list[StepKind]:
+    """The kinds of a plan, in the order in which they are asked to take a batch; see :meth:`StepKind.of`."""
     for module in pkgutil.iter_modules(steps.__path__):
         importlib.import_module(f"{steps.__name__}.{module.name}")
-    return sorted((_KINDS[name].of(step) for name, step in declared.items()), key=lambda kind: kind.order)
+    return sorted(
+        (_KINDS[name].of(step, always=always) for name, step in declared.items()), key=lambda kind: kind.order
+    )

@@ -32,8 +32,9 @@ class Generate:
     most: int = 1
     each: int = 1
     reads_history: bool = False
+    forces: bool = True
 
-    def of(self, step: StepSpec) -> Generate:
+    def of(self, step: StepSpec, *, always: bool = False) -> Generate:
         return self
 
     def claims(self, sequence: TokenSequence) -> int | None:
@@ -49,6 +50,8 @@ class Generate:
 
     def counts(self, batch: Batch, results: Mapping[str, np.ndarray]) -> np.ndarray | None:
         return None
+
+    def learned(self, decoding: list[TokenSequence], counts: np.ndarray) -> None: ...
 
     def drafts(self, batch: Batch, results: Mapping[str, np.ndarray]) -> Drafts | None:
         return None

@@ -31,8 +31,9 @@ class InputLogprobs:
     most: int = 1
     each: int = 1
     reads_history: bool = False
+    forces: bool = True
 
-    def of(self, step: StepSpec) -> InputLogprobs:
+    def of(self, step: StepSpec, *, always: bool = False) -> InputLogprobs:
         return self
 
     def claims(self, sequence: TokenSequence) -> int | None:
@@ -58,6 +59,8 @@ class InputLogprobs:
 
     def counts(self, batch: Batch, results: Mapping[str, np.ndarray]) -> np.ndarray | None:
         return None
+
+    def learned(self, decoding: list[TokenSequence], counts: np.ndarray) -> None: ...
 
     def drafts(self, batch: Batch, results: Mapping[str, np.ndarray]) -> Drafts | None:
         return None

@@ -2,12 +2,16 @@
 
 What they gain is known on the device alone until results are read. They take no chunks: while prompts are
 computed, rows beside them generate token by token.
+
+Such a step takes longer than one that decodes, by what the plan predicts, and brings more tokens where drafts are
+right. Whether it pays is seen in what the rows' last ones brought; where it does not, one of many steps tries again.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,35 +26,44 @@ from makeready.graphs.plan.spec import VERIFY, StepSpec
 if TYPE_CHECKING:
     from makeready.engine.staging import Stage
 
+# Of the mean of what steps brought, the share of the last one: of a sequence, and of all, where new ones begin.
+LATELY, USUALLY = 1 / 8, 1 / 64
+RETRY = 32  # steps that decode before one of those that do not pay tries again
 _OUTPUT = ("logprob", "top_ids", "top_values")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Verify:
     """A step that samples behind each token of its rows, and tells how many drafts were right.
 
     Attributes:
-        most: tokens that a row runs, and gains, at most.
+        most, each: tokens that a row gains, and runs, at most.
         rows: of the largest such step.
+        always: whether it is taken where it does not pay.
+        ratios: see :class:`~makeready.graphs.plan.spec.StepSpec`.
+        usual: tokens that a row's step brought, on average.
     """
 
     name: str = VERIFY
     order: int = -1
     least: int = 1
     most: int = 1
+    each: int = 1
+    reads_history: bool = True
+    forces: bool = True
     rows: int = 0
+    always: bool = False
+    ratios: Mapping[int, float] = field(default_factory=dict)
+    usual: float = 0.0
+    _passed: int = 0  # steps that decoded since it was last tried
 
-    @property
-    def each(self) -> int:
-        return self.most
-
-    @property
-    def reads_history(self) -> bool:
-        return True
-
-    def of(self, step: StepSpec) -> Verify:
+    def of(self, step: StepSpec, *, always: bool = False) -> Verify:
         assert step.each is not None
-        return replace(self, most=step.each, rows=step.rows)
+        # Half of the first drafts are taken to be right.
+        usual = 1 + (step.each - 1) / 2
+        return Verify(
+            most=step.each, each=step.each, rows=step.rows, always=always, ratios=step.ratios, usual=usual
+        )
 
     def claims(self, sequence: TokenSequence) -> int | None:
         return None
@@ -58,7 +71,33 @@ class Verify:
     def launched(self, chunk: Chunk) -> None: ...
 
     def takes(self, decoding: list[TokenSequence], chunks: list[Chunk]) -> bool:
-        return not chunks and len(decoding) <= self.rows
+        if chunks or not 0 < len(decoding) <= self.rows:
+            return False
+        if all(sequence.constraint is not None for sequence in decoding):
+            return False
+        if not self.always and not self._pays(decoding) and self._passed < RETRY:
+            self._passed += 1
+            return False
+        self._passed = 0
+        return True
+
+    def _pays(self, decoding: list[TokenSequence]) -> bool:
+        """Whether the rows should gain more by it than by the decode steps that would take as long."""
+        sizes = sorted(self.ratios)
+        expected = sum(map(self._expected, decoding)) / len(decoding)
+        return expected > self.ratios[sizes[bisect_left(sizes, len(decoding))]]
+
+    def _expected(self, sequence: TokenSequence) -> float:
+        if sequence.constraint is not None:
+            return 1.0
+        return self.usual if sequence.gain is None else sequence.gain
+
+    def learned(self, decoding: list[TokenSequence], counts: np.ndarray) -> None:
+        for sequence, count in zip(decoding, counts.tolist(), strict=True):
+            if sequence.constraint is None:
+                before = self._expected(sequence)
+                sequence.gain = before + LATELY * (count - before)
+                self.usual += USUALLY * (count - self.usual)
 
     def stage(self, batch: Batch, seats: Seats, stage: Stage) -> None:
         # A mask is of one place: behind the last token, not behind drafts.

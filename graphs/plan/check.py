@@ -98,6 +98,10 @@ def _steps(plan: Plan) -> None:
             step.each is None or step.tokens == step.rows * step.each,
             f"rows of {kind} steps have {step.each} tokens",
         )
+        need(
+            all(0 < ratio < math.inf for ratio in step.ratios.values()),
+            f"{kind} steps take {dict(step.ratios)} of others",
+        )
         for field in (*step.staged, *step.results):
             shape = field.spec.shape
             sane = shape[:1] in ((ROWS,), (TOKENS,)) and all(

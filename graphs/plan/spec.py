@@ -6,7 +6,8 @@ Imports neither torch nor triton: the runtime reads this module without them.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from makeready.kernels.spec import DTYPE_BYTES, PAGES, ROWS, TOKENS, Dim, TensorSpec
 
@@ -124,6 +125,8 @@ class StepSpec:
         each: tokens that every row has; None where rows differ in length, each with at least one.
         staged: what the host writes for every step; defaults are what padding rows and tokens hold.
         results: what every step leaves for the host to read.
+        ratios: of steps that verify drafts, by the rows of their buckets: by how much longer than a decode step of as
+            many rows they are predicted to take.
     """
 
     rows: int
@@ -131,6 +134,7 @@ class StepSpec:
     each: int | None
     staged: tuple[Field, ...]
     results: tuple[Field, ...]
+    ratios: Mapping[int, float] = field(default_factory=dict)
 
     def legal(self, rows: int, tokens: int) -> bool:
         """Whether the runtime may ask for a batch of this size."""

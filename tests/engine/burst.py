@@ -35,8 +35,9 @@ class Burst:
     most: int = MOST
     each: int = 1
     reads_history: bool = False
+    forces: bool = False
 
-    def of(self, step: StepSpec) -> Burst:
+    def of(self, step: StepSpec, *, always: bool = False) -> Burst:
         return self
 
     def claims(self, sequence: TokenSequence) -> int | None:
@@ -53,6 +54,8 @@ class Burst:
 
     def counts(self, batch: Batch, results: Mapping[str, np.ndarray]) -> np.ndarray:
         return results["count"][: len(batch.decoding)].astype(np.int64)
+
+    def learned(self, decoding: list[TokenSequence], counts: np.ndarray) -> None: ...
 
     def drafts(self, batch: Batch, results: Mapping[str, np.ndarray]) -> Drafts | None:
         return None
