@@ -82,8 +82,13 @@ class Verify:
         return True
 
     def _pays(self, decoding: list[TokenSequence]) -> bool:
-        """Whether the rows should gain more by it than by the decode steps that would take as long."""
+        """Whether the rows should gain more by it than by the decode steps that would take as long.
+
+        Where the plan predicts nothing, they always should.
+        """
         sizes = sorted(self.ratios)
+        if not sizes:
+            return True
         expected = sum(map(self._expected, decoding)) / len(decoding)
         return expected > self.ratios[sizes[bisect_left(sizes, len(decoding))]]
 

@@ -99,7 +99,8 @@ def _steps(plan: Plan) -> None:
             f"rows of {kind} steps have {step.each} tokens",
         )
         need(
-            all(0 < ratio < math.inf for ratio in step.ratios.values()),
+            all(0 < ratio < math.inf for ratio in step.ratios.values())
+            and max(step.ratios, default=step.rows) == step.rows,
             f"{kind} steps take {dict(step.ratios)} of others",
         )
         for field in (*step.staged, *step.results):

@@ -76,7 +76,7 @@ ASKED: list[dict[str, Any]] = [
     {"temperature": 0, "max_new_tokens": 1},
     {"temperature": 0, "max_new_tokens": 2, **LIKELY},
     {"temperature": 0.5, "max_new_tokens": 3, **LIKELY},
-    {"temperature": 1.0, "max_new_tokens": 70, "logit_bias": {3: 50.0, 8: 42.0}},
+    *({"temperature": 1.0, "max_new_tokens": most, "logit_bias": {3: 90.0}} for most in range(14, 20)),
 ]
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 import pytest
+from drafting import DraftingExecutable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulation import Simulation
@@ -55,6 +56,7 @@ def test_every_number_of_drafts_is_right_at_times(overlap: bool) -> None:
         }
         simulation = Simulation(random.Random(seed), options, drafts=3)
         simulation.run(60)
+        assert isinstance(simulation.executable, DraftingExecutable)
         accepted += Counter(
             {right: n for (right, guessed), n in simulation.executable.accepted.items() if guessed == 3}
         )

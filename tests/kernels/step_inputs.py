@@ -121,13 +121,13 @@ def drafting(
             made["sample_slot"][r] = made["length"].shape[0] - 1
             continue
         made["token_ids"][first : first + count] = -1
-        start = random.integers(0, context)
+        start = int(random.integers(0, context))
         made["starts"][r] = start
         if made["row_start"][r] >= 0:
             made["row_start"][r] = start
         else:
             made["length"][slot] = start
-        made["limit"][r] = min(context, start + random.integers(1, count + 4))
+        made["limit"][r] = min(context, start + int(random.integers(1, count + 4)))
         if start > 3 and random.random() < 0.3:  # a period of one token, up to the end
             made["history"][slot, start - 3 : start + 1] = 1
     return made
