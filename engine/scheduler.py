@@ -20,7 +20,7 @@ from makeready.engine.batch import Batch, Chunk, asked_kind
 from makeready.engine.errors import BusyError, RequestError
 from makeready.engine.kv.pools import Pools
 from makeready.engine.kv.radix import PrefixCache
-from makeready.engine.options import PRIORITY, SchedulerOptions
+from makeready.engine.options import ALWAYS, NEVER, PRIORITY, SchedulerOptions
 from makeready.engine.policy import WaitingQueue
 from makeready.engine.seats import Seats
 from makeready.engine.sequence import ABORT, TokenSequence
@@ -74,7 +74,9 @@ class Scheduler:
         self.cache = PrefixCache(pools, limits.page_size, options.eviction) if options.prefix_cache else None
         self.waiting = WaitingQueue(options, self.cache, limits.page_size)
         self.running: dict[TokenSequence, bool] = {}
-        self._kinds = step_kinds(steps)
+        self._kinds = step_kinds(steps, always=options.speculation == ALWAYS)
+        if options.speculation == NEVER:
+            self._kinds = [kind for kind in self._kinds if kind.most == 1]
         self._steps = steps
         self._gain = max(kind.most for kind in self._kinds)
         self.seats = Seats(limits, rows or limits.max_rows, pools, self.cache, self._gain)
@@ -142,7 +144,7 @@ class Scheduler:
         self._collect()
         if not self._decoding and not chunks:
             return None
-        kind = asked_kind(chunks) or next(kind for kind in self._kinds if kind.takes(chunks))
+        kind = asked_kind(chunks) or next(k for k in self._kinds if k.takes(self._decoding, chunks))
         return Batch(self._decoding, self._slots, chunks, admitted, self._retractions, kind)
 
     def launched(self, batch: Batch) -> None:
@@ -180,9 +182,14 @@ class Scheduler:
             seats.share(chunk.sequence, chunk.start + chunk.count)
 
     @property
+    def reads_history(self) -> bool:
+        """Whether any step looks at all tokens of its sequences."""
+        return any(kind.reads_history for kind in self._kinds)
+
+    @property
     def forces(self) -> bool:
         """Whether generating rows may go on with tokens that nobody sampled for them."""
-        return self.options.forced_tokens and self._gain == 1
+        return self.options.forced_tokens and all(kind.forces for kind in self._kinds)
 
     def forced(self, sequence: TokenSequence) -> None:
         """A sequence has tokens that nobody sampled; what is being sampled for it counts for nothing."""
@@ -203,6 +210,7 @@ class Scheduler:
             [s.slot == slot for s, slot in zip(batch.decoding, batch.slots.tolist(), strict=True)], bool
         )
         self.seats.learn(batch.slots[stay], counts[stay], batch.kind.least, batch.kind.most)
+        batch.kind.learned(batch.decoding, counts)
 
     def retire(self, sequence: TokenSequence) -> None:
         """Let go of a sequence, wherever it is."""

@@ -36,7 +36,14 @@ MOST_ROTARY = 2**16  # columns of a generated table, far above any head
 # Integers say where memory is read and written, so an operand takes the field of its own name, what the
 # launches before call so, or this one; of the cache group whose tensors the launch names.
 _OF_GROUPS = ("state_in", "state_out", "grow_page", "pages")
-INDICES = {"row_slot": ("sample_slot", "target_slot"), "tokens": ("target_ids",)}
+INDICES = {
+    "row_slot": ("sample_slot", "target_slot", "draft_slot"),
+    "tokens": ("target_ids",),
+    "token_ids": ("draft_ids",),
+    "query_start": ("draft_start",),
+    "query_len": ("draft_len",),
+    "context_len": ("draft_context",),
+}
 
 
 def check_plan(plan: Plan) -> Plan:
@@ -74,6 +81,7 @@ def _limits(plan: Plan) -> None:
     for name in ("max_stop_ids", "max_logit_bias", "max_top_logprobs"):
         value = getattr(limits, name)
         need(0 <= value <= MOST, f"limits.{name} is {value}")
+    need(1 <= limits.max_gain <= limits.context_len, f"limits.max_gain is {limits.max_gain}")
     need(limits.slots * limits.context_len <= 2**62, f"limits.context_len is {limits.context_len}")
 
 
@@ -90,6 +98,11 @@ def _steps(plan: Plan) -> None:
         need(
             step.each is None or step.tokens == step.rows * step.each,
             f"rows of {kind} steps have {step.each} tokens",
+        )
+        need(
+            all(0 < ratio < math.inf for ratio in step.ratios.values())
+            and max(step.ratios, default=step.rows) == step.rows,
+            f"{kind} steps take {dict(step.ratios)} of others",
         )
         for field in (*step.staged, *step.results):
             shape = field.spec.shape

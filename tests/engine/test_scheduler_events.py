@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
+from drafting import DraftingExecutable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulation import Simulation
@@ -33,6 +35,34 @@ def test_random_events(seed: int) -> None:
 @given(st.integers(0, 2**32))
 def test_lengths_that_only_the_device_knows(seed: int) -> None:
     Simulation(random.Random(seed), bursts=True).run(60)
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 2**32), st.sampled_from([1, 3, 8]), st.booleans())
+def test_drafts_that_are_right_or_wrong(seed: int, drafts: int, groups: bool) -> None:
+    Simulation(random.Random(seed), {"speculation": "always"}, drafts=drafts, groups=groups).run(60)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_every_number_of_drafts_is_right_at_times(overlap: bool) -> None:
+    """With pages that run out, too: nobody's tokens are others for it, which the simulation sees to."""
+    accepted, retractions = Counter[int](), 0
+    for seed in range(12):
+        options = {
+            "speculation": "always",
+            "overlap": overlap,
+            "new_token_ratio": 0.0,
+            "min_new_token_ratio": 0.0,
+        }
+        simulation = Simulation(random.Random(seed), options, drafts=3)
+        simulation.run(60)
+        assert isinstance(simulation.executable, DraftingExecutable)
+        accepted += Counter(
+            {right: n for (right, guessed), n in simulation.executable.accepted.items() if guessed == 3}
+        )
+        retractions += simulation.retractions
+    assert set(accepted) == {0, 1, 2, 3}
+    assert retractions
 
 
 @settings(max_examples=80)

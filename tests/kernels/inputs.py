@@ -29,7 +29,7 @@ from attention_inputs import (
 )
 from case import FLOATS, Case, Random, in_columns, int32
 from sample_inputs import sample, token_logprobs
-from step_inputs import find_pages, locate
+from step_inputs import accept_drafts, draft_ngram, find_pages, locate
 
 
 def _pointwise(op: str, *names: str, even: bool = False) -> Iterator[Case]:
@@ -329,6 +329,8 @@ BUILDERS: Mapping[str, Callable[[str], Iterator[Case]]] = {
     "gather_last": gather_last,
     "locate": locate,
     "find_pages": find_pages,
+    "draft_ngram": draft_ngram,
+    "accept_drafts": accept_drafts,
     "embedding": embedding,
     "linear": linear,
     "linear_gguf": gguf_inputs.linear_gguf,
