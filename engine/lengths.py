@@ -1,28 +1,24 @@
 """How many tokens sequences generate that may end before their limit, learned from those that ended.
 
-    R running rows
+R running rows
 """
 
 from __future__ import annotations
 
-from collections import deque
-
 import numpy as np
 
-from makeready.engine.sampling import SamplingParams
 from makeready.engine.sequence import TokenSequence
 
 # What is remembered, the last that ended; and how many of them say more than an assumption does.
 REMEMBERED, ENOUGH = 1024, 32
+ROUNDING = 1e-6  # of a token, by which products of shares and limits may be off
 _GOLDEN = 0.6180339887498949
 
 
 def may_end_early(sequence: TokenSequence) -> bool:
     """Whether anything but its limit can end a sequence."""
-    sampling: SamplingParams = sequence.sampling
-    return bool(
-        sequence.end_ids or sequence.constraint is not None or sampling.stop or sampling.stop_regex
-    )
+    sampling = sequence.sampling
+    return bool(sequence.end_ids or sequence.constraint is not None or sampling.stop or sampling.stop_regex)
 
 
 def lot(ticket: int) -> float:
@@ -44,12 +40,13 @@ class OutputLengths:
 
     def __init__(self, assumed: float, least: float) -> None:
         self._assumed, self._least = assumed, least
-        self._shares: deque[float] = deque(maxlen=REMEMBERED)
+        self._shares_N, self._learned = np.ones(REMEMBERED), 0
         self._sorted_N: np.ndarray | None = None
 
     def learn(self, sequence: TokenSequence) -> None:
         """A sequence that might have ended early came to its end."""
-        self._shares.append(len(sequence.output) / sequence.most)
+        self._shares_N[self._learned % REMEMBERED] = len(sequence.output) / sequence.most
+        self._learned += 1
         self._sorted_N = None
 
     def expected(self, left_R: np.ndarray, most_R: np.ndarray, lots_R: np.ndarray) -> np.ndarray:
@@ -60,15 +57,16 @@ class OutputLengths:
             most_R: that they might generate when they came.
             lots_R: what is drawn for each, see :func:`lot`.
         """
-        if len(self._shares) < ENOUGH:
+        if self._learned < ENOUGH:
             expected = self._assumed * left_R
         else:
             if self._sorted_N is None:
                 # Nobody uses more than all of it, and somebody may be about to.
-                self._sorted_N = np.sort(np.append(np.array(self._shares), 1.0))
+                self._sorted_N = np.append(np.sort(self._shares_N[: self._learned]), 1.0)
             shares_N, count = self._sorted_N, len(self._sorted_N)
-            longer = np.searchsorted(shares_N, 1.0 - left_R / most_R, side="right")
+            longer = shares_N.searchsorted(1.0 - left_R / most_R, side="right")
             picked = longer + (lots_R * (count - longer)).astype(np.int64)
             expected = shares_N[np.minimum(picked, count - 1)] * most_R - (most_R - left_R)
             expected = np.maximum(expected, self._least * left_R)
-        return np.clip(np.ceil(expected - 1e-6).astype(np.int64), np.minimum(left_R, 1), left_R)
+        whole = np.ceil(expected - ROUNDING).astype(np.int64)
+        return np.minimum(np.maximum(whole, 1), left_R)

@@ -75,7 +75,7 @@ class Scheduler:
         self._steps = steps
         self._gain = max(kind.most for kind in self._kinds)
         self.seats = Seats(limits, rows or limits.max_rows, pools, self.cache, self._gain)
-        self._admission = Admission(self.seats, limits.page_size, options)
+        self._admission = Admission(self.seats, limits, options)
         self._table = BucketTable(buckets)
         self._any = self._kinds[-1].name  # what takes any chunks
         self._sizes = [(bucket.rows, bucket.tokens) for bucket in buckets if bucket.phase == self._any]
@@ -147,6 +147,7 @@ class Scheduler:
         seats.advance(batch.slots, batch.kind.least, batch.kind.most)
         # Whose last token is being sampled has nothing left to run: the next sequence can have the seat.
         ended = [batch.decoding[row] for row in np.flatnonzero(seats.left_S[batch.slots] == 0).tolist()]
+        self._admission.launched(bool(batch.chunks))
         if batch.chunks:
             self._ran(batch.chunks)
         for chunk in batch.chunks:
@@ -349,6 +350,7 @@ class Scheduler:
             if sequence in listed:
                 listed.remove(sequence)
         del self.running[sequence]
+        self._admission.changed()
         self._slots = _STALE
 
     def _seated(self) -> list[TokenSequence]:

@@ -131,7 +131,6 @@ class Seats:
             )
         for g, rows in enumerate(self.states):
             rows.enter(slot, prefix.states[g] if prefix else 0)
-        return True
 
     def could_enter(self, sequence: TokenSequence, leaving: Collection[TokenSequence]) -> bool:
         """Whether a sequence could be admitted, once those that are ``leaving`` are gone."""
