@@ -1,7 +1,7 @@
 """Products of tokens with their experts' weights in MXFP4 on Hopper in CUDA C++ (csrc/grouped_few_mx.cu).
 
-For few entries an expert, as the first of grouped_cuda.py; weights are widened in registers. Emulated and compiled, not
-run on a GPU: its costs are reasoned, and only tuning takes it.
+For few entries an expert, as the first of grouped_cuda.py; weights are widened in registers. Emulated and compiled,
+not run on a GPU: its costs are reasoned, and only tuning takes it.
 
 # M entries, E experts, N outputs of an expert, K inputs
 """

@@ -1,7 +1,8 @@
 """Products with experts' weights in MXFP4 in CUDA C++, emulated on the CPU, against the contracts in float64.
 
-Rows of x of no entry, the scales of experts that nobody goes to, columns between rows of a wider buffer, and results are
-NaN, and what fills words up to whole spans is random. Whatever was read without being an entry's, or not written, shows.
+Rows of x of no entry, the scales of experts that nobody goes to, columns between rows of a wider buffer, and results
+are NaN, and what fills words up to whole spans is random. Whatever was read without being an entry's, or not written,
+shows.
 """
 
 from __future__ import annotations
