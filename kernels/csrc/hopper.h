@@ -8,6 +8,7 @@
 #include "emulator.h"
 #else
 typedef unsigned char uint8_t;
+typedef short int16_t;
 typedef unsigned short uint16_t;
 typedef unsigned int uint32_t;
 typedef unsigned long long uint64_t;
@@ -278,6 +279,11 @@ __device__ __forceinline__ uint32_t half2_of_bf16(uint32_t x) {  // to nearest; 
 __device__ __forceinline__ uint32_t minus2(uint32_t a, uint32_t b) {  // of two 16-bit elements each
   uint32_t r;
   asm("sub.rn." ELEMENT "x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+__device__ __forceinline__ uint32_t times2(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("mul.rn." ELEMENT "x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
   return r;
 }
 __device__ __forceinline__ float half_as_float(uint16_t x) {  // of a float16
