@@ -29,7 +29,7 @@ _EXACT = Tolerance(exact=True)
 
 def pairs(scale: torch.Tensor) -> torch.Tensor:
     """Bytes of e4m3 ``[N, G]`` as tiles of pairs, int16; what fills the last pair up is zero."""
-    filled = functional.pad(scale.view(torch.uint8), (0, len(scale[0]) % 2))
+    filled = functional.pad(scale.view(torch.uint8), (0, scale.shape[1] % 2))
     return tiles(filled.contiguous().view(torch.int16))
 
 

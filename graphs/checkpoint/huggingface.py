@@ -30,9 +30,7 @@ from makeready.graphs.models.family import family_of_type
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-QUANTIZATION = (
-    "hf_quant_config.json"  # of modelopt, which writes it beside or in the place of config.json's part
-)
+QUANTIZATION = "hf_quant_config.json"  # modelopt's, beside config.json's part or in its place
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 COMPARED = 2**20  # elements of two tensors that are compared at once
 TOKENIZER_FILES = (

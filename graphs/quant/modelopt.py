@@ -54,7 +54,7 @@ def _modelopt(said: Mapping[str, Any]) -> Quantization:
         f"NVFP4 in groups of {size} is not supported; use a checkpoint with groups of {BLOCK}",
     )
     if algorithm == _NVFP4:
-        tell_wide_activations(4)
+        tell_wide_activations()
     layout = Halves("weight", "weight_scale", "weight_scale_2", divides=False)
     return WeightOnly(layout, FORM, ignored=ignored, kind=NV)
 

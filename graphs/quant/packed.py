@@ -109,7 +109,7 @@ def _weights(group: Mapping[str, Any], name: str, floats: bool) -> Mapping[str, 
             f"{field} beside {name} weights are not supported; use a checkpoint without them",
         )
     if narrow:
-        tell_wide_activations(4)
+        tell_wide_activations()
     weights = group.get("weights")
     refused_unless(isinstance(weights, Mapping), "weights must be an object; correct config.json")
     assert isinstance(weights, Mapping)

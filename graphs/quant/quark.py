@@ -45,7 +45,7 @@ def _quark(said: Mapping[str, Any]) -> Quantization:
     _check_rotations(said.get("algo_config"))
     cache = names_of(export, "kv_cache_group")
     usual = _read(_object(said, "global_quant_config"), False)
-    layers = {}
+    layers: dict[str, Form | Scheme | None] = {}
     for pattern, entry in _object(said, "layer_quant_config").items():
         refused_unless(
             isinstance(entry, Mapping),
@@ -53,13 +53,13 @@ def _quark(said: Mapping[str, Any]) -> Quantization:
         )
         layers[pattern] = _read(entry, any(fnmatch.fnmatchcase(pattern, name) for name in cache))
     ignored = patterns(names_of(said, "exclude"))
-    found = [read for read in (usual, *layers.values()) if read is not None]
-    refused_unless(bool(found), "quark quantizes no weights; correct config.json")
-    if all(isinstance(read, Form) for read in found):
-        rules = tuple((fnmatch.translate(pattern), form) for pattern, form in layers.items())
-        return WeightOnly(Blocks("weight", "weight_scale"), usual, rules, ignored, kind=MX)  # type: ignore[arg-type]
+    refused_unless(any((usual, *layers.values())), "quark quantizes no weights; correct config.json")
+    forms = {pattern: read for pattern, read in layers.items() if not isinstance(read, Scheme)}
+    if not isinstance(usual, Scheme) and len(forms) == len(layers):
+        rules = tuple((fnmatch.translate(pattern), form) for pattern, form in forms.items())
+        return WeightOnly(Blocks("weight", "weight_scale"), usual, rules, ignored, kind=MX)
     refused_unless(
-        usual is not None and all(read == usual for read in layers.values()),
+        all(read == usual for read in layers.values()),
         "quark's FP8 must be the same in all layers but those of exclude; use another checkpoint",
     )
     assert isinstance(usual, Scheme)
@@ -124,7 +124,7 @@ def _mxfp4(weight: Mapping[str, Any], inputs: Mapping[str, Any] | None) -> Form:
             inputs.get("dtype") == _FP4 and _blocks(inputs) and flag(inputs, "is_dynamic", False),
             "quark's input_tensors beside fp4 weights must be absent, or fp4 and dynamic; use another checkpoint",
         )
-        tell_wide_activations(4)
+        tell_wide_activations()
     return FORM
 
 
@@ -135,7 +135,7 @@ def _blocks(part: Mapping[str, Any]) -> bool:
 
 
 def _fp8(weight: Mapping[str, Any], inputs: Mapping[str, Any]) -> Scheme:
-    shares = _SHARES.get(weight.get("qscheme", ""))
+    shares = _SHARES.get(str(weight.get("qscheme")))
     refused_unless(
         shares is not None and (shares == TENSOR or weight.get("ch_axis") in (None, 0)),
         "quark's fp8_e4m3 weights must be per_tensor, or per_channel with ch_axis 0; use another checkpoint",
@@ -149,7 +149,7 @@ def _fp8(weight: Mapping[str, Any], inputs: Mapping[str, Any]) -> Scheme:
     )
     for part in (weight, inputs):
         refused_unless(
-            part.get("scale_format") in (None, "float32"),
+            part.get("scale_format") in (None, "float", "float32"),
             f"scale_format {part.get('scale_format')!r:.80} of fp8_e4m3 is not supported; use another checkpoint",
         )
     return Scheme(shares, static=not dynamic, stored=True)

@@ -69,10 +69,10 @@ def patterns(names: Iterable[str]) -> tuple[str, ...]:
     )
 
 
-def tell_wide_activations(bits: int) -> None:
-    """Warn, once a process, that activations which a config quantizes are not: weights alone have few bits here."""
+def tell_wide_activations() -> None:
+    """Warn, once a process, that activations which a config has in 4 bits are not: weights alone have few bits."""
     _tell(
-        f"activations of {bits} bits are not computed here, they stay as wide as the plan has them (W4A16); scales "
+        "activations of 4 bits are not computed here, they stay as wide as the plan has them (W4A16); scales "
         "of activations in the file are not read"
     )
 

@@ -9,8 +9,8 @@
 #pragma once
 #include "wgmma.h"
 
-// TOKENS: columns of a product. SPLIT: blocks of a cluster. SCALES: 1: sums are scaled by token and output at the end. WIDE:
-// y is float32. INT8: sums are integers, exact until they are scaled.
+// TOKENS: columns of a product. SPLIT: blocks of a cluster. SCALES: 1: sums are scaled by token and output at the end, 3: by
+// output alone. WIDE: y is float32. INT8: sums are integers, exact until they are scaled.
 #ifndef INT8
 #define INT8 0
 #endif
@@ -66,6 +66,9 @@ __device__ __forceinline__ void store(Float4 sum, const Call& call, int token, i
 #if SCALES == 1
   float of_token = load_written_one(call.x_scale + token);
   UNROLL for (int j = 0; j < 4; ++j) v[j] *= of_token * call.weight_scale[column + j];
+#endif
+#if SCALES == 3
+  UNROLL for (int j = 0; j < 4; ++j) v[j] *= call.weight_scale[column + j];
 #endif
   if (call.bias != nullptr) UNROLL for (int j = 0; j < 4; ++j) v[j] += low2(call.bias[column + j]);
   int64_t place = (int64_t)token * call.y_stride + column;

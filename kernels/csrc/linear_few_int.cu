@@ -3,34 +3,69 @@
 // register that the matrix instruction reads: |1|q| is 128 + q as bfloat16, 1024 + q as float16, of which the zero is
 // subtracted. A step is two spans of 128 inputs, one for each of two warpgroups, whose sums are scaled in fp32.
 //
+// Numbers of 4-bit floats (kernels/mx.py) are put into a float's sign, exponent and mantissa, and multiplied with a power of
+// two and with their scale, as in mx_values_triton.py; their sums need no scale but NVFP4's global one.
+//
 // Instructions of a warp (mma), since wgmma with weights in registers takes some 58 cycles however few tokens there are:
 // 28 us for a product of 50 MB, whose reading takes 11 on one H200.
 #include "few.h"
 
-// ZEROS: weights have zeros of their own, else all have 8. GROUP: inputs that share a scale.
-static_assert(GROUP % 128 == 0 && SCALES == 0, "macros");
+// ZEROS: weights have zeros of their own, else all have 8. GROUP: inputs that share a scale. FLOATS: weights are 4-bit floats,
+// whose fields of 32 inputs have scales of 1: e8m0 or 2: a pair of e4m3.
+#ifndef FLOATS
+#define FLOATS 0
+#endif
+static_assert(FLOATS ? GROUP == 32 && !ZEROS && SCALES == (FLOATS == 2 ? 3 : 0) : GROUP % 128 == 0 && SCALES == 0, "macros");
 constexpr int BLOCKS = TOKENS <= 32 ? 2 : 1;  // that a multiprocessor has room for
-constexpr uint32_t LIFT = FP16 ? 0x64006400 : 0x43004300;  // what a field is put on top of
 
 // d[16 x 8] += a[16 x 16] b[16 x 8] of a warp; d of floats as wgmma has them.
 __device__ __forceinline__ void multiply(float* d, const uint32_t (&a)[4], const uint32_t* b) { mma_16x8x16(d, a, b[0], b[1]); }
 
+#if !FLOATS
+constexpr uint32_t LIFT = FP16 ? 0x64006400 : 0x43004300;  // what a field is put on top of
+#else
+// Two neighbouring numbers, in the lowest 4 bits of each half.
+__device__ __forceinline__ uint32_t numbers(uint32_t words) {
+  uint32_t bits = (words & 0x00070007) << (FP16 ? 9 : 6) | (words & 0x00080008) << 12;
+  return times2(bits, FP16 ? 0x74007400 : 0x7e807e80);  // 2^14, 2^126
+}
+__device__ __forceinline__ uint32_t twice(float x) { return pack2(x, x); }
+__device__ __forceinline__ uint32_t from_e4m3(int s) { return twice(__int_as_float((s & 0x7f) << 20) * 0x1p120f); }
+// Scales of a field's first and last 16 inputs, each in both halves of a register; at: field and output.
+__device__ __forceinline__ void scales_of(uint32_t (&scale)[2], const uint8_t* tile, int at) {
+  if (FLOATS == 1) {
+    int e = tile[at];
+    scale[0] = scale[1] = twice(__int_as_float(e == 255 ? 0x7fc00000 : e == 0 ? 0x00400000 : e << 23));
+  } else {
+    int pair = ((const uint16_t*)tile)[at];
+    scale[0] = from_e4m3(pair);
+    scale[1] = from_e4m3(pair >> 8);
+  }
+}
+#endif
+
 struct Form {
   static constexpr int WAYS = 2, DEPTH = 256, CHAINS = TOKENS > 16 ? 1 : 2;  // sums of a span that do not wait for each other
-  static constexpr int W_BYTES = BN * 128, X_BOX = TOKENS * 128, SCALE_BYTES = 256, ZERO_BYTES = 128;
+  static constexpr int W_BYTES = BN * 128, X_BOX = TOKENS * 128, ZERO_BYTES = 128;
+  static constexpr int FIELD_BYTES = 64 * (FLOATS == 1 ? 1 : 2), SCALE_BYTES = (FLOATS ? 8 : 2) * FIELD_BYTES;
   static constexpr int OFF_X = W_BYTES, OFF_SCALES = OFF_X + 4 * X_BOX, OFF_ZEROS = OFF_SCALES + SCALE_BYTES;
-  static constexpr int STAGE = OFF_SCALES + 1024, COPIED = OFF_SCALES + SCALE_BYTES + (ZEROS ? ZERO_BYTES : 0);
+  static constexpr int STAGE = OFF_SCALES + 1024;
   static constexpr int FED = BLOCKS == 2 ? HALF : 2 * HALF;
   static constexpr int ROOM = (FED - WAYS * SUM_BYTES - BAR_BYTES - 1024) / STAGE;
   static constexpr int STAGES = ROOM < MOST_STAGES ? ROOM : MOST_STAGES;
   static constexpr int OFF_SUMS = STAGES * STAGE, OFF_BARS = OFF_SUMS + WAYS * SUM_BYTES, SHARED = OFF_BARS + BAR_BYTES + 1024;
-  const TensorMap* x_map; const TensorMap* w_map; const uint16_t* scale; const uint8_t* zero;
+  const TensorMap* x_map; const TensorMap* w_map; const void* scale; const uint8_t* zero;
 
   __device__ __forceinline__ void copy_weights(uint8_t* to, uint64_t* full, Place place, const Call& call) const {
     int step = place.step, groups = ceil_div(call.inputs, GROUP);
-    mbar_expect(full, COPIED);
+    int bytes = FLOATS ? min(8, groups - 8 * step) * FIELD_BYTES : SCALE_BYTES + (ZEROS ? ZERO_BYTES : 0);
+    mbar_expect(full, OFF_SCALES + bytes);
     tma_2d(to, w_map, full, step * 64, place.column);
     int64_t tile = (int64_t)(place.column / 64) * groups;
+#if FLOATS
+    bulk_load(to + OFF_SCALES, (const uint8_t*)scale + (tile + 8 * step) * FIELD_BYTES, full, bytes);
+#else
+    const uint16_t* scale = (const uint16_t*)this->scale;
     if (GROUP == 128 && 2 * step + 1 < groups) {  // both spans' at once: what one thread can ask for sets the pace
       bulk_load(to + OFF_SCALES, scale + (tile + 2 * step) * 64, full, 256);
       if (ZEROS) bulk_load(to + OFF_ZEROS, zero + (tile + 2 * step) * 64, full, 128);
@@ -41,6 +76,7 @@ struct Form {
         if (ZEROS) bulk_load(to + OFF_ZEROS + span * 64, zero + at, full, 64);
       }
     }
+#endif
   }
   __device__ __forceinline__ void copy_tokens(uint8_t* to, uint64_t* full, Place place) const {
     tma_3d(to + OFF_X, x_map, full, 0, 0, place.step * (DEPTH / 64));  // four boxes of 64 inputs
@@ -51,28 +87,46 @@ struct Form {
   // tokens 8 * (j / 4) + 2 * (lane % 4) + (j & 1).
   __device__ __forceinline__ void sum_up(float (&acc)[PER], uint8_t* smem, Bars& bars, const Call& call, const Work& work, int column, int& step) const {
     int lane = threadIdx.x % 32, span = threadIdx.x / 128, row = threadIdx.x % 128 / 32 * 16 + lane / 4;
+#if FLOATS
+    int last = ceil_div(call.inputs, 32) - 1 - 8 * work.first;  // of the fields of a step, that has a scale
+#else
     const uint32_t lift = from_here(LIFT);  // in a register, so that one instruction masks and lifts
+#endif
     UNROLL for (int j = 0; j < PER; ++j) acc[j] = 0.f;
     for (int i = 0; i < work.each; ++i, ++step) {
       int s = step % STAGES;
       uint8_t* here = smem + s * STAGE;
       mbar_wait(&bars.full[s], (step / STAGES) & 1, "multiply: full");
-      uint32_t middle[2], words[2][4];
+      uint32_t words[2][4];
+#if !FLOATS
+      uint32_t middle[2];
       float scales[2];
+#endif
       UNROLL for (int high = 0; high < 2; ++high) {
         int r = row + 8 * high;
+#if !FLOATS
         scales[high] = half_as_float(((const uint16_t*)(here + OFF_SCALES))[span * 64 + r]);
         uint32_t zeros = ZEROS ? (here + OFF_ZEROS)[span * 64 + r] : 8;
         middle[high] = LIFT | zeros * 0x10001;
+#endif
         UNROLL for (int m = 0; m < 4; ++m) words[high][m] = *(const uint32_t*)(here + r * 128 + ((4 * span + m ^ r & 7) * 16) + lane % 4 * 4);
       }
       const uint8_t* x = here + OFF_X + 2 * span * X_BOX + lane % 8 * 128;
       float part[CHAINS][PER] = {};
       UNROLL for (int pair = 0; pair < 4; ++pair) {  // of chunks of 16 inputs: field `pair` of all words
         uint32_t a[2][4], b[4];
+#if FLOATS
+        uint32_t own[2][2];
+        UNROLL for (int high = 0; high < 2; ++high)
+          scales_of(own[high], here + OFF_SCALES, min(4 * span + pair, last - 8 * i) * 64 + row + 8 * high);
+#endif
         UNROLL for (int j = 0; j < 8; ++j) {
           uint32_t two = words[j & 1][j >> 1] >> (4 * pair);
+#if FLOATS
+          a[j >> 2][j & 3] = times2(numbers(two), own[j & 1][j >> 2]);
+#else
           a[j >> 2][j & 3] = minus2(keep_field(two, lift), middle[j & 1]);
+#endif
         }
         UNROLL for (int token = 0; token < TOKENS; token += 8) {
           load_blocks(b, x + pair / 2 * X_BOX + token * 128 + (pair % 2 * 4 + lane / 8 ^ lane & 7) * 16);
@@ -83,14 +137,36 @@ struct Form {
       fence_async_proxy();  // reads of this stage come before the copies that fill it again; scales came late without
       __syncwarp();
       if (lane == 0) mbar_arrive(&bars.free[s]);
-      UNROLL for (int j = 0; j < PER; ++j) acc[j] += (CHAINS > 1 ? part[0][j] + part[CHAINS - 1][j] : part[0][j]) * scales[(j >> 1) & 1];
+      UNROLL for (int j = 0; j < PER; ++j) {
+        float sum = CHAINS > 1 ? part[0][j] + part[CHAINS - 1][j] : part[0][j];
+#if FLOATS
+        acc[j] += sum;
+#else
+        acc[j] += sum * scales[(j >> 1) & 1];
+#endif
+      }
     }
   }
 };
 
 LAUNCH_FACTS(128 * Form::WAYS + 32, Form::SHARED, SPLIT);
 
-#if ZEROS
+#if FLOATS == 1
+extern "C" __global__ void __launch_bounds__(288, BLOCKS) __cluster_dims__(SPLIT, 1, 1)
+linear_few_mxfp4(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap w_map, const uint8_t* weight_scale,
+                 const uint16_t* bias, uint16_t* y, int tokens, int outputs, int inputs, int y_stride) {
+  run(Form{&x_map, &w_map, weight_scale, nullptr},
+      Call{nullptr, nullptr, BIAS ? bias : nullptr, y, tokens, outputs, inputs, y_stride});
+}
+#elif FLOATS == 2
+extern "C" __global__ void __launch_bounds__(288, BLOCKS) __cluster_dims__(SPLIT, 1, 1)
+linear_few_nvfp4(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap w_map, const int16_t* weight_scale,
+                 const float* weight_global_scale, const uint16_t* bias, uint16_t* y, int tokens, int outputs, int inputs,
+                 int y_stride) {
+  run(Form{&x_map, &w_map, weight_scale, nullptr},
+      Call{nullptr, weight_global_scale, BIAS ? bias : nullptr, y, tokens, outputs, inputs, y_stride});
+}
+#elif ZEROS
 extern "C" __global__ void __launch_bounds__(288, BLOCKS) __cluster_dims__(SPLIT, 1, 1)
 linear_few_int_zeros(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap w_map, const uint16_t* weight_scale,
                      const uint8_t* weight_zero, const uint16_t* bias, uint16_t* y, int tokens, int outputs, int inputs,

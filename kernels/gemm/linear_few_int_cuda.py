@@ -1,6 +1,7 @@
-"""Products of few tokens with weights of 4 bits on Hopper in CUDA C++ (csrc/linear_few_int.cu).
+"""Products of few tokens with weights of 4 bits on Hopper in CUDA C++ (csrc/linear_few_int.cu): integers and floats.
 
-As linear_few_cuda.py; words are widened in the registers that the matrix instructions read, and sums are scaled.
+As linear_few_cuda.py; words are widened in the registers that the matrix instructions read. Sums of integers are
+scaled, 4-bit floats before they are multiplied.
 
 # T tokens, N outputs, K inputs
 """
@@ -8,6 +9,7 @@ As linear_few_cuda.py; words are widened in the registers that the matrix instru
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from makeready.kernels.contract import Contract
 from makeready.kernels.device import (
@@ -22,8 +24,11 @@ from makeready.kernels.device import (
 from makeready.kernels.gemm import few
 from makeready.kernels.gemm.few import Costs, Way
 from makeready.kernels.gemm.linear_int import linear_int
+from makeready.kernels.gemm.linear_int_triton import form_of
+from makeready.kernels.gemm.linear_mx import linear_mx
 from makeready.kernels.gemm.ways import addressable, best_of_each
 from makeready.kernels.registry import cuda_kernel
+from makeready.kernels.spec import DTYPE_BYTES
 
 _MOST = 64  # tokens
 _ALONE = 64  # columns of a product with which a block has a multiprocessor to itself
@@ -39,17 +44,22 @@ _COSTS = Costs(
     memory=1.1,
     from_l2=6.8e12,
 )
+_COSTS_FLOATS = replace(
+    _COSTS, step=0.45
+)  # by analogy: a number takes twice as many instructions; nobody timed it
+_OPTIONAL = ("weight_zero", "weight_global_scale")
 
 
 def applies(call: OpCall) -> bool:
     """Whether it has few tokens, words of 4 bits, and groups that no span of 128 inputs is cut by."""
     x, weight, y = (call.tensors[name] for name in ("x", "weight", "y"))
     inputs = int(x.shape[1])
+    bits, group, floats = form_of(call)
     return (
         not call.invariant
         and int(x.shape[0]) <= _MOST
-        and call.attrs["bits"] == 4
-        and (call.attrs["group"] % 128 == 0 or call.attrs["group"] >= inputs)
+        and bits == 4
+        and (floats or group % 128 == 0)
         and x.dtype in _WIDE
         and inputs % 64 == 0
         and y.dtype == x.dtype
@@ -60,10 +70,13 @@ def applies(call: OpCall) -> bool:
         and addressable(weight)
         and y.alignment % 8 == 0
         and y.row_stride % 4 == 0
-        and all(
-            call.tensors[n].alignment % 16 == 0 for n in ("weight_scale", "weight_zero") if n in call.tensors
-        )
+        and all(call.tensors[n].alignment % 16 == 0 for n in _fixed(call))
     )
+
+
+def _fixed(call: OpCall) -> tuple[str, ...]:
+    """What comes with the words."""
+    return ("weight_scale", *(name for name in _OPTIONAL if name in call.tensors))
 
 
 def _steps(call: OpCall) -> int:
@@ -78,9 +91,10 @@ def ways(call: OpCall) -> list[Way]:
 
 
 def _microseconds(call: OpCall, way: Way) -> float:
-    zeros = "weight_zero" in call.tensors
-    weights = few.OUTPUTS * (_DEPTH // 2 + 4 + 2 * zeros)
-    return few.microseconds(call, way, _steps(call), _COSTS, weights=weights, tokens=2 * _DEPTH)
+    zeros, (_, _, floats) = "weight_zero" in call.tensors, form_of(call)
+    scales = 8 * DTYPE_BYTES[call.tensors["weight_scale"].dtype] if floats else 4 + 2 * zeros
+    weights, costs = few.OUTPUTS * (_DEPTH // 2 + scales), _COSTS_FLOATS if floats else _COSTS
+    return few.microseconds(call, way, _steps(call), costs, weights=weights, tokens=2 * _DEPTH)
 
 
 def candidate(call: OpCall, way: Way, *, give_up: int = 0) -> Candidate:
@@ -90,21 +104,24 @@ def candidate(call: OpCall, way: Way, *, give_up: int = 0) -> Candidate:
         give_up: as in :func:`makeready.kernels.attention.extend_cuda.candidate`.
     """
     x, weight, y = (call.tensors[name] for name in ("x", "weight", "y"))
-    zeros = "weight_zero" in call.tensors
+    zeros, (_, group, floats) = "weight_zero" in call.tensors, form_of(call)
+    paired = "weight_global_scale" in call.tensors
     inputs = int(x.shape[1])
     constants = {
         "TOKENS": way.tokens,
         "SPLIT": way.split,
-        "SCALES": 0,
-        "GROUP": min(call.attrs["group"], -(-inputs // 128) * 128),
+        "SCALES": 3 if paired else 0,
+        "GROUP": group,
         "ZEROS": zeros,
+        **({"FLOATS": 1 + paired} if floats else {}),
         "BIAS": "bias" in call.tensors,
         "WIDE": False,
         "FP16": x.dtype == "float16",
     }
     outputs, words = (int(n) for n in weight.shape)
     rows = way.tokens if x.spare else int(x.shape[0])
-    fixed = ("weight_scale", *(("weight_zero",) if zeros else ()))
+    fixed = _fixed(call)
+    entry = ("nvfp4" if paired else "mxfp4") if floats else f"int{'_zeros' if zeros else ''}"
     arguments: dict[str, Argument] = {
         "x_map": Descriptor(
             "x", (inputs // 64, rows, 64), (64, x.row_stride, 1), (_DEPTH // 64, way.tokens, 64), swizzle=128
@@ -121,7 +138,7 @@ def candidate(call: OpCall, way: Way, *, give_up: int = 0) -> Candidate:
         "y_stride": Scalar(y.row_stride, "int32"),
     }
     launch = DeviceLaunch(
-        function=f"csrc/linear_few_int.cu:linear_few_int{'_zeros' if zeros else ''}",
+        function=f"csrc/linear_few_int.cu:linear_few_{entry}",
         constants=constants | ({"GIVE_UP": give_up} if give_up else {}),
         arguments=arguments,
         grid=(way.blocks, 1, 1),
@@ -132,9 +149,16 @@ def candidate(call: OpCall, way: Way, *, give_up: int = 0) -> Candidate:
 
 
 assert isinstance(linear_int, Contract)
+assert isinstance(linear_mx, Contract)
 
 
 @cuda_kernel(linear_int, "few", features=("tma", "wgmma", "pdl"), applies=applies)
 def linear_few_int(call: OpCall) -> Sequence[Candidate]:
     """The best few, the cheapest first."""
+    return [candidate(call, way) for way in best_of_each(ways(call), lambda way: way)]
+
+
+@cuda_kernel(linear_mx, "few", features=("tma", "wgmma", "pdl"), applies=applies, tuned_only=True)
+def linear_few_mx(call: OpCall) -> Sequence[Candidate]:
+    """The same with 4-bit floats, which was never timed."""
     return [candidate(call, way) for way in best_of_each(ways(call), lambda way: way)]

@@ -1,4 +1,4 @@
-"""Products of few tokens with 4-bit weights in CUDA C++, emulated on the CPU, against the contract in float64.
+"""Products of few tokens with 4-bit weights in CUDA C++, emulated on the CPU, against contracts in float64.
 
 Rows beyond the last token are NaN, what fills words up to whole spans is random.
 """
@@ -9,7 +9,9 @@ import math
 
 import pytest
 import torch
+from case import Random
 from emulated import Emulator, needs_compiler, op_call
+from mx_inputs import WEIGHTS
 
 from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.gemm import linear_few_int_cuda
@@ -68,16 +70,36 @@ def test_against_float64(
 ) -> None:
     for dtype, zeros, bias in ((B16, True, False), (F16, False, True)):
         tensors = make(T, N, K, group, dtype, zeros=zeros, bias=bias)
-        attrs = {"bits": 4, "group": group}
-        call = op_call("linear_int", tensors, attrs, multiprocessors=4)
-        assert linear_few_int_cuda.applies(call)
-        way = Way(columns(T), split, blocks)
-        y = torch.full((T + _GUARD, N), math.nan, dtype=dtype)
-        full = {**tensors, "y": y[:T]}
-        for seed in (0, 1):
-            y.fill_(math.nan)
-            got = emulator.run(linear_few_int_cuda.candidate(call, way), call, full, seed=seed)["y"]
-            assert bool(y[T:].isnan().all()), "rows of no token were written"
-            wide = {k: v.double() if k in ("x", "bias") else v for k, v in tensors.items()}
-            want = CONTRACTS["linear_int"].reference(**wide, **attrs, out_dtype="float64")
-            assert float((got.double() - want).norm() / want.norm()) < ERROR[dtype]
+        check(emulator, "linear_int", tensors, {"bits": 4, "group": group}, Way(columns(T), split, blocks))
+
+
+@pytest.mark.parametrize("form", WEIGHTS)
+@pytest.mark.parametrize(("T", "N", "K", "split", "blocks"), [(*case[:3], *case[4:]) for case in CASES])
+def test_floats_against_float64(
+    emulator: Emulator, form: str, T: int, N: int, K: int, split: int, blocks: int
+) -> None:
+    """What a span lacks has no scale in the last step's copy; there are spans with half of their fields."""
+    random = Random(T + N + K)
+    for dtype, bias in ((B16, False), (F16, True)):
+        x = torch.cat((random.normal(T, K), torch.full((_GUARD, K), math.nan))).to(dtype)[:T]
+        tensors = {"x": x, **WEIGHTS[form](random, N, K)}
+        tensors |= {"bias": random.normal(N).to(dtype)} if bias else {}
+        check(emulator, "linear_mx", tensors, {}, Way(columns(T), split, blocks))
+
+
+def check(
+    emulator: Emulator, op: str, tensors: dict[str, torch.Tensor], attrs: dict[str, int], way: Way
+) -> None:
+    """Hold one way to the contract, with threads in two orders; rows of no token stay as they are."""
+    dtype, (T, _), N = tensors["x"].dtype, tensors["x"].shape, len(tensors["weight"])
+    call = op_call(op, tensors, attrs, multiprocessors=4)
+    assert linear_few_int_cuda.applies(call)
+    y = torch.full((T + _GUARD, N), math.nan, dtype=dtype)
+    full = {**tensors, "y": y[:T]}
+    wide = {k: v.double() if k in ("x", "bias") else v for k, v in tensors.items()}
+    want = CONTRACTS[op].reference(**wide, **attrs, out_dtype="float64")
+    for seed in (0, 1):
+        y.fill_(math.nan)
+        got = emulator.run(linear_few_int_cuda.candidate(call, way), call, full, seed=seed)["y"]
+        assert bool(y[T:].isnan().all()), "rows of no token were written"
+        assert float((got.double() - want).norm() / want.norm()) < ERROR[dtype]

@@ -16,15 +16,17 @@ if torch.cuda.get_device_capability()[0] != 9:
 
 from benchmarks.gpu import gemm_int4, launcher
 from benchmarks.gpu.shapes import SPARE
+from case import Random
+from mx_inputs import WEIGHTS
 
 from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.gemm import linear_few_cuda, linear_few_int_cuda
 
 GIVE_UP = 200_000  # polls: a fault in the ring gives wrong numbers instead of a hang
-OPS = ("linear", "linear_fp8", "linear_fp8_block")
+OPS = ("linear", "linear_fp8", "linear_fp8_block", "linear_int8")
 # Tokens, outputs, inputs.
 SHAPES = (
-    (1, 64, 128),
+    (1, 64, 256),
     (7, 200, 1152),
     (16, 2048, 4096),
     (13, 5120, 2048),
@@ -43,18 +45,19 @@ def make(op: str, T: int, N: int, K: int, dtype: torch.dtype, *, bias: bool, see
         return torch.randn(*shape, device="cuda", generator=random)
 
     def followed(x: torch.Tensor) -> torch.Tensor:
-        nan = torch.full((SPARE, *x.shape[1:]), math.nan, device="cuda")
-        return torch.cat((x, nan)).to(kind)[: len(x)]
+        nobodys = torch.full((SPARE, *x.shape[1:]), 99.0 if kind == torch.int8 else math.nan, device="cuda")
+        return torch.cat((x, nobodys)).to(kind)[: len(x)]
 
-    kind = dtype if op == "linear" else torch.float8_e4m3fn
+    kind = {"linear": dtype, "linear_int8": torch.int8}.get(op, torch.float8_e4m3fn)
     made = {"bias": normal(N).to(dtype)} if bias else {}
     if op == "linear":
         return {"x": followed(normal(T, K)), "weight": (normal(N, K) / math.sqrt(K)).to(dtype), **made}
-    shapes = ((T, 1), (N,)) if op == "linear_fp8" else ((T, K // 128), (-(-N // 128), K // 128))
+    shapes = ((T, K // 128), (-(-N // 128), K // 128)) if op == "linear_fp8_block" else ((T, 1), (N,))
     scales = [1e-3 + 1e-2 * torch.rand(*shape, device="cuda", generator=random) for shape in shapes]
+    size, most = (40, 127) if kind == torch.int8 else (60, 448)
     return {
-        "x": followed((60 * normal(T, K)).clamp(-448, 448)),
-        "weight": (60 * normal(N, K)).clamp(-448, 448).to(kind),
+        "x": followed((size * normal(T, K)).clamp(-most, most)),
+        "weight": (size * normal(N, K)).clamp(-most, most).to(kind),
         "x_scale": scales[0],
         "weight_scale": scales[1],
         **made,
@@ -142,5 +145,25 @@ def test_four_bits(T: int, N: int, K: int, zeros: bool) -> None:
             assert torch.equal(y.view(torch.uint8), again.view(torch.uint8)), (
                 f"{way.name} differs between two runs"
             )
+            error = float((y.double() - want).norm() / want.norm())
+            assert error <= ERROR[torch.bfloat16], f"{way.name} of {call.dims} is off by {error:.1e}"
+
+
+@pytest.mark.parametrize("form", WEIGHTS)
+@pytest.mark.parametrize(
+    ("T", "N", "K"), [(1, 64, 512), (7, 200, 1216), (16, 4096, 4096), (31, 6148, 12288), (64, 6144, 4096)]
+)
+def test_four_bit_floats(form: str, T: int, N: int, K: int) -> None:
+    weights = {name: tensor.cuda() for name, tensor in WEIGHTS[form](Random(T + N), N, K).items()}
+    tensors = {"x": gemm_int4.activations(T, K), **weights}
+    call = launcher.op_call(CONTRACTS["linear_mx"], tensors, {"out_dtype": ""}, spare=True)
+    assert linear_few_int_cuda.applies(call)
+    wide = {name: tensor.cpu() for name, tensor in tensors.items()}
+    want = CONTRACTS["linear_mx"].reference(**{**wide, "x": wide["x"].double()}, out_dtype="float64").cuda()
+    for way in linear_few_int_cuda.ways(call):
+        for give_up in (GIVE_UP, 0):
+            candidate = linear_few_int_cuda.candidate(call, way, give_up=give_up)
+            y, again = (launcher.run(candidate, call, tensors)["y"] for _ in range(2))
+            assert torch.equal(y.view(torch.uint8), again.view(torch.uint8)), way.name
             error = float((y.double() - want).norm() / want.norm())
             assert error <= ERROR[torch.bfloat16], f"{way.name} of {call.dims} is off by {error:.1e}"

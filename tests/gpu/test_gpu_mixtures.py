@@ -89,6 +89,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "deepseek_v2-int8": (LATENT, {"quant": "int8"}),
     "qwen3-int4": (QWEN3, {"quant": "int4"}),
     "qwen3-mxfp4": (QWEN3, {"quant": "mxfp4"}),
+    "qwen3-nvfp4": (QWEN3, {"quant": "nvfp4"}),
     "qwen3-fp8-block": (QWEN3, {"quant": "fp8_block"}),
     "qwen3-deterministic": (QWEN3, {"deterministic": True}),
     "qwen2": (QWEN2, {}),

@@ -88,6 +88,7 @@ MXFP4 = {
         }
     },
 }
+NVFP4 = {"quant_method": "modelopt", "quant_algo": "W4A16_NVFP4", "ignore": ["lm_head"]}
 STATIC = {"quant_method": "fp8", "activation_scheme": "static"}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "fp8": ({}, {"quant": "fp8"}),
@@ -106,6 +107,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "stored-int8": ({"quantization_config": INT8}, {}),
     "int4": ({}, {"quant": "int4"}),
     "mxfp4": ({}, {"quant": "mxfp4"}),
+    "nvfp4": ({}, {"quant": "nvfp4"}),
+    "stored-nvfp4": ({"quantization_config": NVFP4, "intermediate_size": 464}, {}),
     "stored-mxfp4": ({"quantization_config": MXFP4, "intermediate_size": 480}, {}),
     "awq": ({"quantization_config": AWQ}, {}),
     "awq-beyond": ({"quantization_config": {**AWQ, "group_size": 32}, "intermediate_size": 480}, {}),

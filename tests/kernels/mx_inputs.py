@@ -14,8 +14,8 @@ from makeready.kernels.nvfp4 import pairs
 
 
 def mx_weights(random: Random, outputs: int, inputs: int) -> dict[str, torch.Tensor]:
-    """Words and scales of 2^-12 to 2^4; what fills spans up is anything."""
-    scale = random.integers(17, outputs, -(-inputs // 32)) + 115
+    """Words and scales of 2^-18 to 2^-2; what fills spans up is anything."""
+    scale = random.integers(17, outputs, -(-inputs // 32)) + 109
     return {
         "weight": pack_words(random.integers(16, outputs, -(-inputs // 128) * 128), 4),
         "weight_scale": tiles(scale.to(torch.uint8)),
@@ -51,8 +51,8 @@ def linear_mx(op: str) -> Iterator[Case]:
         ("bfloat16", "bfloat16", ""),
         ("float16", None, "float32"),
     ]
-    cases = itertools.product(shapes, dtypes, WEIGHTS)
-    for seed, ((tokens, inputs, outputs), (act, bias, out), form) in enumerate(cases):
+    cases = itertools.product(WEIGHTS, shapes, dtypes)
+    for seed, (form, (tokens, inputs, outputs), (act, bias, out)) in enumerate(cases):
         random = Random(seed)
         operands = {"x": random.normal(tokens, inputs, dtype=act), **WEIGHTS[form](random, outputs, inputs)}
         if bias:

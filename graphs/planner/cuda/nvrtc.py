@@ -31,6 +31,7 @@ _POINTERS: Mapping[str, frozenset[str]] = {
     "float": frozenset({"float32"}),
     "int": frozenset({"int32"}),
     "int64_t": frozenset({"int64"}),
+    "int16_t": frozenset({"int16"}),
     "uint16_t": frozenset({"bfloat16", "float16"}),
     "uint8_t": frozenset({"float8_e4m3fn", "int8", "uint8"}),
 }
