@@ -145,3 +145,56 @@ void delta_rule(const DeltaRule *a) {
     const int64_t slices = (a->value_dim + WIDTH - 1) / WIDTH, items = a->rows * a->value_heads * slices;
     share_out(delta_items, a, items, a->tokens * a->value_heads * a->key_dim * a->value_dim > FEW ? a->threads : 1);
 }
+
+typedef struct {
+    const float *x;
+    int64_t x_stride;
+    const float *gate;
+    int64_t gate_stride;
+    const float *weight;
+    float *y;
+    int64_t y_stride, tokens, heads, head_dim;
+    double eps;
+    int64_t threads;
+} GatedNorm;
+
+INLINE float silu(float x) { return x * sigmoid(x); }
+
+DISPATCHED static void gated_norm_tokens(const void *job, int64_t first, int64_t stop) {
+    const GatedNorm *a = job;
+    const int64_t size = a->head_dim;
+    for (int64_t item = first * a->heads; item < stop * a->heads; item++) {
+        const int64_t t = item / a->heads, from = item % a->heads * size;
+        const float *x = a->x + t * a->x_stride + from, *gate = a->gate + t * a->gate_stride + from;
+        float *restrict y = a->y + t * a->y_stride + from;
+        const float scale = 1.0f / sqrtf(dot(x, x, size) / (float)size + (float)a->eps);
+        for (int64_t i = 0; i < size; i++)
+            y[i] = x[i] * scale * a->weight[i] * silu(gate[i]);
+    }
+}
+
+void gated_head_rms_norm(const GatedNorm *a) {
+    share(gated_norm_tokens, a, a->tokens, a->heads * a->head_dim, a->threads);
+}
+
+typedef struct {
+    const float *x;
+    int64_t x_stride;
+    const float *gate;
+    int64_t gate_stride;
+    float *y;
+    int64_t y_stride, tokens, width;
+    int64_t threads;
+} SigmoidMul;
+
+DISPATCHED static void sigmoid_mul_tokens(const void *job, int64_t first, int64_t stop) {
+    const SigmoidMul *a = job;
+    for (int64_t t = first; t < stop; t++) {
+        const float *x = a->x + t * a->x_stride, *gate = a->gate + t * a->gate_stride;
+        float *restrict y = a->y + t * a->y_stride;
+        for (int64_t i = 0; i < a->width; i++)
+            y[i] = x[i] * sigmoid(gate[i]);
+    }
+}
+
+void sigmoid_mul(const SigmoidMul *a) { share(sigmoid_mul_tokens, a, a->tokens, a->width, a->threads); }
