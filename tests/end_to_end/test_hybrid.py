@@ -281,6 +281,15 @@ def test_the_text_model_of_one_that_sees(name: str, tmp_path: Path) -> None:
     model.save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
     assert any(name.startswith("model.visual.") for name in tensors)
+    stacked = [key for key in tensors if key.endswith("experts.0.gate_proj.weight")]
+    for key in stacked:  # as published checkpoints have them
+        layer, experts = key.removesuffix("0.gate_proj.weight"), range(MOE["num_experts"])
+        gate, up, down = (
+            torch.stack([tensors.pop(f"{layer}{e}.{part}_proj.weight") for e in experts])
+            for part in ("gate", "up", "down")
+        )
+        tensors |= {f"{layer}gate_up_proj": torch.cat((gate, up), 1), f"{layer}down_proj": down}
+    assert (len(stacked) == 4) == (name == "3.5-moe")
     further = {"mtp.norm.weight": torch.ones(64), "mtp.layers.0.mlp.gate.weight": torch.ones(2, 64)}
     save_file({**tensors, **further}, folder / "model.safetensors", {"format": "pt"})
     with warnings.catch_warnings(record=True) as told:
