@@ -21,6 +21,7 @@ from makeready.engine.llm import LLM, SchedulerOptions
 from makeready.engine.loop import Engine
 from makeready.engine.sequence import TokenSequence
 from makeready.graphs.checkpoint.base import CheckpointError, CheckpointWarning, open_checkpoint
+from makeready.graphs.checkpoint.config import normalise_config
 from makeready.graphs.executable.cpu.weights import assemble
 from makeready.graphs.models.family import UnsupportedModelError, build
 from makeready.graphs.passes import REWRITES
@@ -321,6 +322,32 @@ def test_names_within_a_quantization_config_are_those_of_the_text_model(tmp_path
     assert found["architectures"] == ["Qwen3_5ForCausalLM"]
     assert "partial_rotary_factor" not in found
     assert found["rope_parameters"]["partial_rotary_factor"] == 0.25
+
+
+@pytest.mark.parametrize("partial", [1.0, 0.5, None])
+def test_a_normalised_config_is_normal(partial: float | None) -> None:
+    """As plans keep it, and check it when they are read."""
+    rope = {
+        "rope_type": "mrope",
+        "mrope_section": [1, 1, 0],
+        "rope_theta": 1e6,
+        "partial_rotary_factor": partial,
+    }
+    text = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, **NET}
+    text |= {"rope_scaling": rope, "full_attention_interval": 3, "model_type": "qwen3_5_text"}
+    made = normalise_config({"model_type": "qwen3_5", "text_config": text})
+    assert made["rope_parameters"] == {
+        "rope_type": "default",
+        "rope_theta": 1e6,
+        "partial_rotary_factor": partial or 0.25,
+    }
+    assert made["layer_types"] == [
+        "linear_attention",
+        "linear_attention",
+        "full_attention",
+        "linear_attention",
+    ]
+    assert normalise_config(made) == made
 
 
 @pytest.mark.parametrize(
