@@ -108,13 +108,18 @@ def _text_config(raw: dict[str, Any], source: str) -> dict[str, Any]:
     """
     model_type, text = raw.get("model_type"), raw["text_config"]
     family = family_within(model_type) if isinstance(model_type, str) else None
-    if family is None or not isinstance(text, dict) or text.get("model_type", "") != family.model_type:
+    if (
+        family is None
+        or not isinstance(text, dict)
+        or (text.get("model_type", family.model_type) != family.model_type)
+    ):
         known = [f.within for f in families().values() if f.within]
         raise CheckpointError(
             f"{source}: multimodal configs (field text_config) are not supported but for the text models of "
             f"{', '.join(known)}; use a text model"
         )
-    config = {k: v for k, v in text.items() if k != "architectures"}
+    config = {**text, "model_type": family.model_type}
+    config.pop("architectures", None)
     for field in ("dtype", "torch_dtype", "tie_word_embeddings", "quantization_config", "eos_token_id"):
         if raw.get(field) is not None:
             config[field] = raw[field]

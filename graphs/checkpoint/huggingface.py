@@ -124,14 +124,18 @@ class HuggingFaceCheckpoint(Checkpoint):
         family = family_of_type(self.config["model_type"])
         if family is None or family.experts is None:
             return
-        self._parts, routers = split_experts(self._tensors, family.experts, str(self.path))
-        if not self._parts:
+        parts, routers = split_experts(self._tensors, family.experts, str(self.path))
+        if not parts:
             return
-        self._stored_names |= routers
-        gone = {part.stored for part in self._parts.values()} | set(routers.values())
+        gone = {part.stored for part in parts.values()} | set(routers.values())
+        stored = self._stored_names  # of the text model within another
+        self._parts = {
+            n: replace(part, stored=stored.get(part.stored, part.stored)) for n, part in parts.items()
+        }
+        self._stored_names = stored | {name: stored.get(old, old) for name, old in routers.items()}
         kept = {name: info for name, info in self._tensors.items() if name not in gone}
         made = {name: part.info for name, part in self._parts.items()}
-        named = {name: replace(self._tensors[stored], name=name) for name, stored in routers.items()}
+        named = {name: replace(self._tensors[old], name=name) for name, old in routers.items()}
         self._tensors = dict(sorted({**kept, **made, **named}.items()))
 
     def _tie_head(self) -> None:

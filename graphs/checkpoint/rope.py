@@ -44,7 +44,7 @@ def normalise_rope(config: dict[str, Any], source: str, *, partial: float = 1.0)
         `{"rope_type": one of ROPE_TYPES, "rope_theta": float, ...}` with exactly the fields of that type:
         `factor`; for llama3 `low_freq_factor`, `high_freq_factor`; for llama3 and yarn
         `original_max_position_embeddings`; for yarn, where stated, `attention_factor`, `beta_fast`,
-        `beta_slow`, `mscale`, `mscale_all_dim`, `truncate`; `partial_rotary_factor` where it is not 1.
+        `beta_slow`, `mscale`, `mscale_all_dim`, `truncate`; `partial_rotary_factor` where ``partial`` is not 1.
 
     Raises:
         CheckpointError: an unsupported type, a missing or unknown field, or contradicting spellings.
@@ -114,9 +114,7 @@ def _normalise(
             rope[field] = values[field] if field == "truncate" else _number(values[field], field, source)
     _check(rope, source)
     if partial != 1.0:
-        rotated = _partial(values, config, source, partial)
-        if rotated != 1.0:
-            rope["partial_rotary_factor"] = rotated
+        rope["partial_rotary_factor"] = _partial(values, config, source, partial)
     return rope
 
 

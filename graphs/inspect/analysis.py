@@ -200,7 +200,7 @@ def memory_analysis(plan: Plan) -> dict[str, Any]:
     """Where the plan's bytes are.
 
     Returns:
-        ``regions``: bytes of every field of :class:`~makeready.graphs.plan.plan.Memory`. ``fixed``: their sum.
+        ``regions``: bytes of every region of :class:`~makeready.graphs.plan.plan.Memory`. ``fixed``: their sum.
         ``weights_by_dtype``: bytes of parameters by the dtype they are stored in, padding between them
         left out. ``parameters``: numbers of the checkpoint that the plan reads, each counted once.
         ``stored_twice``: bytes of rows that are stored again, in another layout or for another use.
@@ -213,7 +213,7 @@ def memory_analysis(plan: Plan) -> dict[str, Any]:
         ``capacity``: by GiB of memory, the ``pages`` and ``tokens`` of KV (the null page left out) beside
         the fixed regions, and how many ``rows`` of full context they hold.
     """
-    regions = asdict(plan.memory)
+    regions = {name: size for name, size in asdict(plan.memory).items() if name != "side_scratch"}
     parameters, again = _distinct(plan.weights)
     full_pages = plan.limits.max_rows * plan.limits.pages_per_row + 1
     bounded = _bounded(plan, full_pages)

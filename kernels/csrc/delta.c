@@ -94,12 +94,48 @@ INLINE void unit(const float *x, int64_t count, float eps, float scale, float *y
         y[i] = x[i] * by;
 }
 
+typedef float Wide __attribute__((vector_size(64), aligned(64), may_alias));
+#define PARTS (WIDTH / 16)
+
+/* k S of `keys` rows of a slice: two sums, so that a row need not wait for the one before. */
+INLINE void product(const Wide s[][PARTS], const float *k, int64_t keys, Wide *y) {
+    Wide one[PARTS] = {0}, other[PARTS] = {0};
+    int64_t i = 0;
+    for (; i + 2 <= keys; i += 2)
+#pragma GCC unroll 2
+        for (int j = 0; j < PARTS; j++) {
+            one[j] += k[i] * s[i][j];
+            other[j] += k[i + 1] * s[i + 1][j];
+        }
+    for (int j = 0; j < PARTS; j++) {
+        y[j] = one[j] + other[j];
+        if (i < keys)
+            y[j] += k[i] * s[i][j];
+    }
+}
+
+/* S = decay S + k correction; y = q S */
+INLINE void correct(
+    Wide s[][PARTS], float decay, const float *k, const Wide *correction, const float *q, int64_t keys, Wide *y
+) {
+    Wide sum[PARTS] = {0};
+    for (int64_t i = 0; i < keys; i++)
+#pragma GCC unroll 2
+        for (int j = 0; j < PARTS; j++) {
+            s[i][j] = decay * s[i][j] + k[i] * correction[j];
+            sum[j] += q[i] * s[i][j];
+        }
+    for (int j = 0; j < PARTS; j++)
+        y[j] = sum[j];
+}
+
 /* Items are slices of the values of a row's heads: a slice of the state stays in the first cache meanwhile. */
 DISPATCHED static void delta_items(const void *job, int64_t first, int64_t stop) {
     const DeltaRule *a = job;
     const int64_t keys = a->key_dim, values = a->value_dim, slices = (values + WIDTH - 1) / WIDTH;
     const float scale = 1.0f / sqrtf((float)keys);
-    float s[MAX_KEY][WIDTH], q[MAX_KEY], k[MAX_KEY];
+    Wide s[MAX_KEY][PARTS], correction[PARTS], out[PARTS];
+    float q[MAX_KEY], k[MAX_KEY];
     for (int64_t item = first; item < stop; item++) {
         const int64_t r = item / (a->value_heads * slices), h = item / slices % a->value_heads;
         const int64_t from = item % slices * WIDTH, width = values - from < WIDTH ? values - from : WIDTH;
@@ -108,7 +144,7 @@ DISPATCHED static void delta_items(const void *job, int64_t first, int64_t stop)
             continue;
         const float *old = a->state + (a->state_in[r] * a->value_heads + h) * keys * values + from;
         float *left = a->state + (a->state_out[r] * a->value_heads + h) * keys * values + from;
-        memset(s, 0, (size_t)keys * sizeof(s[0]));
+        memset(s, 0, (size_t)keys * sizeof(s[0])); /* what is beyond the values stays zero */
         for (int64_t i = 0; i < keys; i++)
             memcpy(s[i], old + i * values, (size_t)width * sizeof(float));
         const float rate = -exponential(a->a_log[h]);
@@ -119,20 +155,11 @@ DISPATCHED static void delta_items(const void *job, int64_t first, int64_t stop)
             const float beta = sigmoid(ba[h]);
             unit(x, keys, (float)a->eps, scale, q);
             unit(x + a->key_heads * keys, keys, (float)a->eps, 1.0f, k);
-            float known[WIDTH] = {0}, out[WIDTH] = {0};
-            for (int64_t i = 0; i < keys; i++)
-                for (int64_t j = 0; j < WIDTH; j++) {
-                    s[i][j] *= decay;
-                    known[j] += k[i] * s[i][j];
-                }
-            float correction[WIDTH] = {0};
+            product((const Wide(*)[PARTS])s, k, keys, correction); /* of the state before it decays */
+            float *known = (float *)correction;
             for (int64_t j = 0; j < width; j++)
-                correction[j] = (value[j] - known[j]) * beta;
-            for (int64_t i = 0; i < keys; i++)
-                for (int64_t j = 0; j < WIDTH; j++) {
-                    s[i][j] += k[i] * correction[j];
-                    out[j] += q[i] * s[i][j];
-                }
+                known[j] = (value[j] - decay * known[j]) * beta;
+            correct(s, decay, k, correction, q, keys, out);
             memcpy(a->y + t * a->y_stride + h * values + from, out, (size_t)width * sizeof(float));
         }
         for (int64_t i = 0; i < keys; i++)
@@ -145,3 +172,56 @@ void delta_rule(const DeltaRule *a) {
     const int64_t slices = (a->value_dim + WIDTH - 1) / WIDTH, items = a->rows * a->value_heads * slices;
     share_out(delta_items, a, items, a->tokens * a->value_heads * a->key_dim * a->value_dim > FEW ? a->threads : 1);
 }
+
+typedef struct {
+    const float *x;
+    int64_t x_stride;
+    const float *gate;
+    int64_t gate_stride;
+    const float *weight;
+    float *y;
+    int64_t y_stride, tokens, heads, head_dim;
+    double eps;
+    int64_t threads;
+} GatedNorm;
+
+INLINE float silu(float x) { return x * sigmoid(x); }
+
+DISPATCHED static void gated_norm_tokens(const void *job, int64_t first, int64_t stop) {
+    const GatedNorm *a = job;
+    const int64_t size = a->head_dim;
+    for (int64_t item = first * a->heads; item < stop * a->heads; item++) {
+        const int64_t t = item / a->heads, from = item % a->heads * size;
+        const float *x = a->x + t * a->x_stride + from, *gate = a->gate + t * a->gate_stride + from;
+        float *restrict y = a->y + t * a->y_stride + from;
+        const float scale = 1.0f / sqrtf(dot(x, x, size) / (float)size + (float)a->eps);
+        for (int64_t i = 0; i < size; i++)
+            y[i] = x[i] * scale * a->weight[i] * silu(gate[i]);
+    }
+}
+
+void gated_head_rms_norm(const GatedNorm *a) {
+    share(gated_norm_tokens, a, a->tokens, a->heads * a->head_dim, a->threads);
+}
+
+typedef struct {
+    const float *x;
+    int64_t x_stride;
+    const float *gate;
+    int64_t gate_stride;
+    float *y;
+    int64_t y_stride, tokens, width;
+    int64_t threads;
+} SigmoidMul;
+
+DISPATCHED static void sigmoid_mul_tokens(const void *job, int64_t first, int64_t stop) {
+    const SigmoidMul *a = job;
+    for (int64_t t = first; t < stop; t++) {
+        const float *x = a->x + t * a->x_stride, *gate = a->gate + t * a->gate_stride;
+        float *restrict y = a->y + t * a->y_stride;
+        for (int64_t i = 0; i < a->width; i++)
+            y[i] = x[i] * sigmoid(gate[i]);
+    }
+}
+
+void sigmoid_mul(const SigmoidMul *a) { share(sigmoid_mul_tokens, a, a->tokens, a->width, a->threads); }

@@ -77,6 +77,7 @@ def _leave(x, before, after, count, c, inside, X_STRIDE: tl.constexpr, C: tl.con
         for j in tl.static_range(J - 1):
             at = tl.zeros_like(c) + (count - (J - 1) + j)
             kept = _input(x, before, at, c, inside, X_STRIDE, C, J)
+            tl.debug_barrier()  # whichever threads load it
             tl.store(after + j * C + c, kept.to(after.dtype.element_ty), mask=inside)
 
 

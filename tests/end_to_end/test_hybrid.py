@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,13 @@ from makeready.engine.llm import LLM, SchedulerOptions
 from makeready.engine.loop import Engine
 from makeready.engine.sequence import TokenSequence
 from makeready.graphs.checkpoint.base import CheckpointError, CheckpointWarning, open_checkpoint
+from makeready.graphs.checkpoint.config import normalise_config
+from makeready.graphs.executable.cpu.weights import assemble
 from makeready.graphs.models.family import UnsupportedModelError, build
 from makeready.graphs.passes import REWRITES
 from makeready.graphs.plan.artifact import load as load_plan
 from makeready.graphs.plan.artifact import save as save_plan
+from makeready.graphs.plan.check import check_plan
 from makeready.graphs.plan.plan import PlanError
 
 PLAN: dict[str, Any] = {"max_rows": 4, "max_tokens": 80, "page_size": 8, "weight_dtype": "float32"}
@@ -193,15 +197,49 @@ SMALL = "linear_attn.in_proj_ba"  # which published checkpoints leave wide
     ids=lambda form: f"{form.number}-{form.weights}",
 )
 def test_stored_in_8_bits(form: Format, tmp_path: Path) -> None:
-    """Rows of queries, keys, values and gates are taken apart, and so are their scales."""
-    model, wide = (model_of(tmp_path, "next-dense", **WHOLE) for _ in range(2))
-
-    def chosen(name: str) -> bool:
-        return SMALL not in name
-
+    """Rows of queries, keys, values and gates are taken apart, and so are their scales: no number is off."""
+    model, config = model_of(tmp_path, "next-dense", **WHOLE), WHOLE | NET | WHOLE
     said = {"ignore" if form.tool != "fp8" else "modules_to_not_convert": ["lm_head", f"re:.*{SMALL}"]}
-    save_quantized(tmp_path, quantize_model(model, form, chosen), form, **said)
-    test_quantized.check(tmp_path, model, wide)
+    save_quantized(tmp_path, quantize_model(model, form, lambda name: SMALL not in name), form, **said)
+    llm = LLM(tmp_path, **PLAN)
+    checkpoint = open_checkpoint(tmp_path)
+    params = {weight.param.name.partition("@")[0]: weight.param for weight in llm.plan.weights}
+    found = 0
+    for name in [name for name in params if f"{name}_scale" in params]:
+        sources = {piece.source.removesuffix(".weight") for piece in params[name].pieces}
+        modules = {source.rpartition(".")[2]: model.get_submodule(source) for source in sources}
+        if not {"in_proj_qkvz", "q_proj"} & modules.keys():
+            continue
+        weight, scale = (loaded(params[n], checkpoint) for n in (name, f"{name}_scale"))
+        if form.block:
+            scale = scale.repeat_interleave(form.block, 0).repeat_interleave(form.block, 1)
+        made = weight * (scale if form.block else scale[:, None])
+        if "in_proj_qkvz" in modules:
+            keys, own = config["linear_key_head_dim"], 2 * config["linear_value_head_dim"]
+            parts = modules["in_proj_qkvz"].wide.view(2, -1, 64).split((keys, keys, own, own), dim=1)
+            wanted = torch.cat([part.reshape(-1, 64) for part in parts])
+        else:
+            queries, gates = modules["q_proj"].wide.view(4, 2, -1, 64).unbind(1)
+            others = [modules[f"{n}_proj"].wide for n in "kv"]
+            wanted = torch.cat([queries.reshape(-1, 64), *others, gates.reshape(-1, 64)])
+        assert torch.equal(made, wanted)
+        found += 1
+    assert found == 4
+    near(Recorder(llm), model)
+
+
+def loaded(param: Any, checkpoint: Any) -> torch.Tensor:
+    """A parameter as its recipe says."""
+    made = torch.empty(param.spec.shape, dtype=getattr(torch, param.spec.dtype))
+    assemble(param.operands[0], checkpoint, made)
+    return made.double()
+
+
+def near(recorder: Recorder, model: Any) -> None:
+    """Where a sum differs in its last bit, an activation may be another 8-bit number: logits are as near as that."""
+    prompt = prompt_of(30, 131)
+    (ours,), theirs = recorder.generate([prompt], 1), expected(model, prompt, 1)
+    assert abs(ours.logits[0] - theirs.logits[0]).max() <= 0.12 * abs(theirs.logits[0]).max()
 
 
 @pytest.mark.parametrize(("quant", "form"), test_quantized.ON_LOAD)
@@ -210,9 +248,11 @@ def test_quantized_when_loaded(quant: str, form: Format, tmp_path: Path) -> None
     sizes = WHOLE | {"hidden_size": 128, "intermediate_size": 256, "linear_value_head_dim": 64}
     sizes |= {"linear_key_head_dim": 128, "head_dim": 128, "num_hidden_layers": 2}
     sizes |= {"layer_types": ["linear_attention", "full_attention"]}
-    model, wide = (model_of(tmp_path, "next-dense", **sizes) for _ in range(2))
-    quantize_model(model, form, lambda name: SMALL not in name and name != "lm_head")
-    test_quantized.check(tmp_path, model, wide, quant=quant)
+    model = model_of(tmp_path, "next-dense", **sizes)
+    quantize_model(model, form, lambda name: SMALL not in name)
+    recorder = Recorder(LLM(tmp_path, **PLAN, quant=quant))
+    assert any("_scale" in weight.param.name for weight in recorder.llm.plan.weights)
+    near(recorder, model)
 
 
 def test_a_head_that_ends_within_a_block_is_refused(tmp_path: Path) -> None:
@@ -242,6 +282,15 @@ def test_the_text_model_of_one_that_sees(name: str, tmp_path: Path) -> None:
     model.save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
     assert any(name.startswith("model.visual.") for name in tensors)
+    stacked = [key for key in tensors if key.endswith("experts.0.gate_proj.weight")]
+    for key in stacked:  # as published checkpoints have them
+        layer, experts = key.removesuffix("0.gate_proj.weight"), range(MOE["num_experts"])
+        gate, up, down = (
+            torch.stack([tensors.pop(f"{layer}{e}.{part}_proj.weight") for e in experts])
+            for part in ("gate", "up", "down")
+        )
+        tensors |= {f"{layer}gate_up_proj": torch.cat((gate, up), 1), f"{layer}down_proj": down}
+    assert (len(stacked) == 4) == (name == "3.5-moe")
     further = {"mtp.norm.weight": torch.ones(64), "mtp.layers.0.mlp.gate.weight": torch.ones(2, 64)}
     save_file({**tensors, **further}, folder / "model.safetensors", {"format": "pt"})
     with warnings.catch_warnings(record=True) as told:
@@ -273,6 +322,32 @@ def test_names_within_a_quantization_config_are_those_of_the_text_model(tmp_path
     assert found["architectures"] == ["Qwen3_5ForCausalLM"]
     assert "partial_rotary_factor" not in found
     assert found["rope_parameters"]["partial_rotary_factor"] == 0.25
+
+
+@pytest.mark.parametrize("partial", [1.0, 0.5, None])
+def test_a_normalised_config_is_normal(partial: float | None) -> None:
+    """As plans keep it, and check it when they are read."""
+    rope = {
+        "rope_type": "mrope",
+        "mrope_section": [1, 1, 0],
+        "rope_theta": 1e6,
+        "partial_rotary_factor": partial,
+    }
+    text = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, **NET}
+    text |= {"rope_scaling": rope, "full_attention_interval": 3, "model_type": "qwen3_5_text"}
+    made = normalise_config({"model_type": "qwen3_5", "text_config": text})
+    assert made["rope_parameters"] == {
+        "rope_type": "default",
+        "rope_theta": 1e6,
+        "partial_rotary_factor": partial or 0.25,
+    }
+    assert made["layer_types"] == [
+        "linear_attention",
+        "linear_attention",
+        "full_attention",
+        "linear_attention",
+    ]
+    assert normalise_config(made) == made
 
 
 @pytest.mark.parametrize(
@@ -324,3 +399,18 @@ def test_a_plan_says_what_states_take(tiny: tuple[Path, Any], tmp_path: Path) ->
     assert f"state: {blocks} blocks of" in plan.as_text()
     pages = plan.pages_in(2**30)
     assert pages == (2**30 - plan.memory.fixed - bounded["state"]["bytes"]) // plan.kv.page_bytes
+
+
+@pytest.mark.parametrize("field", ["row_slot", "query_len", "grow_at"])
+def test_a_plan_that_finds_states_elsewhere_is_refused(field: str, tiny: tuple[Path, Any]) -> None:
+    """Blocks of states are named by the fields of their own group alone, which have their numbers."""
+    plan = LLM(tiny[0], **PLAN).plan
+    decode = plan.programs["decode"]
+    at = next(i for i, launch in enumerate(decode.launches) if launch.op == "recurrent_delta_rule")
+    launches = [*decode.launches]
+    assert launches[at].operands["state_in"] == "state_in.state"
+    launches[at] = replace(launches[at], operands={**launches[at].operands, "state_in": field})
+    changed = replace(plan, programs={**plan.programs, "decode": replace(decode, launches=tuple(launches))})
+    assert check_plan(plan) is plan
+    with pytest.raises(PlanError, match=f"recurrent_delta_rule reads '{field}' as state_in"):
+        check_plan(changed)

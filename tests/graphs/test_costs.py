@@ -113,10 +113,31 @@ def test_a_dtype_without_a_rate_is_an_error(toys, name):
 def test_every_product_names_what_decides_its_rate():
     registry.discover()
     for name, op in CONTRACTS.items():
-        products = ("linear", "paged_", "extend_", "decode_", "grouped_")
+        products = ("linear", "paged_", "extend_", "decode_", "grouped_", "chunk_")
         products += ("mla_absorb", "mla_values", "mla_own_", "mla_extend_", "mla_decode_", "mla_attention")
         chains = op.chains and any(CONTRACTS[part].rate is not None for part in op.chains)
         assert (op.rate is not None) == (name.startswith(products) or bool(chains)), name
+
+
+def test_a_step_reads_and_writes_every_states_block_once():
+    """By hand, at Qwen3-Next's sizes in bfloat16: whatever blocks there are, and however long the row is."""
+    registry.discover()
+    sizes = {"key_heads": 16, "key_dim": 128, "value_heads": 32, "value_dim": 128}
+    rows = TensorSpec(("R",), "int32")
+    operands = {
+        "qkv": TensorSpec(("T", 8192), "bfloat16"),
+        "ba": TensorSpec(("T", 64), "float32"),
+        "a_log": TensorSpec((32,), "float32"),
+        "dt_bias": TensorSpec((32,), "float32"),
+        "state": TensorSpec(("P", 32, 128, 128), "float32"),
+        **dict.fromkeys(("state_in", "state_out", "query_start", "query_len"), rows),
+    }
+    results = [TensorSpec(("T", 4096), "bfloat16")]
+    for op, flops in (("recurrent_delta_rule", 7), ("chunk_delta_rule", 6 + 128 * 5 / 128 + 0.5)):
+        nbytes, counted = op_work(CONTRACTS[op], operands, results, sizes, {"R": 3, "T": 700}, 1024)
+        states = 2 * 3 * 32 * 128 * 128 * 4
+        assert nbytes == states + 700 * (2 * 8192 + 4 * 64 + 2 * 4096) + 2 * 32 * 4 + 4 * 3 * 4
+        assert counted == 700 * 32 * 128 * 128 * flops
 
 
 def test_places_are_large_enough_in_all_buckets():

@@ -272,6 +272,13 @@ def test_what_leads_to_attention_becomes_one():
     assert ops(fuse_qkv(projection(q_norm=False, k_norm=False))) == ["linear", "norm_rope_kv_write"]
 
 
+def test_what_else_the_projection_gives_stays_beside_it():
+    after = verify(fuse_qkv(projection(width=20)), after="fuse_qkv")
+    assert ops(after) == ["linear", "columns", "norm_rope_kv_write"]
+    (view,) = (call for call in after.calls if call.op == "columns")
+    assert (view.operands["x"], view.attrs) == ("qkv", {"start": 0, "stop": 16})
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -281,7 +288,6 @@ def test_what_leads_to_attention_becomes_one():
         {"k_offset": 0.0},
         {"k_rows": "rows_too"},
         {"v_rope": True},
-        {"width": 20},
     ],
     ids=lambda c: "-".join(c),
 )
