@@ -65,8 +65,8 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all rows."""
-        return len(self.decoding) + self.chunk_tokens
+        """Tokens of all rows, drafts among them."""
+        return len(self.decoding) * self.kind.each + self.chunk_tokens
 
     @property
     def sampled(self) -> list[TokenSequence]:

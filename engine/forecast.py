@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from makeready.engine.errors import RequestError
 from makeready.engine.loop import Engine
-from makeready.engine.options import SchedulerOptions
+from makeready.engine.options import NEVER, SchedulerOptions
 from makeready.engine.planned import shareable
 from makeready.engine.sampling import SamplingParams
 from makeready.engine.sequence import TokenSequence
@@ -97,7 +97,9 @@ class Forecast:
     ) -> None:
         self.plan = plan
         self.times = times or StepTimes(plan)
-        self.options = shareable(plan, options or SchedulerOptions(), report)
+        # How many drafts are right depends on texts, of which nothing is known here.
+        options = replace(options or SchedulerOptions(), speculation=NEVER)
+        self.options = shareable(plan, options, report)
         self.options.check(plan)
         target = target_of(plan)
         self._reserved = 0

@@ -22,6 +22,7 @@ from makeready.engine.scheduler import Scheduler
 from makeready.engine.sequence import ABORT, ERROR, TokenSequence
 from makeready.engine.staging import Stage, slot_values
 from makeready.engine.step_record import StepRecord
+from makeready.engine.steps.base import Drafts
 from makeready.graphs.executable.base import Executable, Pending
 from makeready.graphs.plan.buckets import BucketTable
 from makeready.graphs.plan.spec import Bucket
@@ -31,7 +32,8 @@ from makeready.graphs.plan.spec import Bucket
 class _Flight:
     """A step that was launched and not read, and when it was planned, staged, and launched.
 
-    ``void`` are sequences for which its results count for nothing.
+    ``void`` are sequences for which its results count for nothing, ``drafts`` for how many rows tokens were
+    guessed, how many, and how many were right.
     """
 
     batch: Batch
@@ -41,6 +43,7 @@ class _Flight:
     staged: float
     launched: float
     void: set[TokenSequence] = field(default_factory=set)
+    drafts: list[int] = field(default_factory=lambda: [0, 0, 0])
 
 
 class Engine:
@@ -74,6 +77,7 @@ class Engine:
         self.pools = Pools(plan.kv, blocks, self.options.eviction)
         self.pool = self.pools.first
         self.scheduler = Scheduler(plan.limits, plan.steps, plan.buckets, self.pools, self.options)
+        self._reads_history = self.scheduler.reads_history
         self.observer: Callable[[StepRecord], None] | None = None
         self.on_chunk: Callable[[Reply, int, int], None] | None = None
         self._stage = Stage(plan.steps, plan.limits.null_slot)
@@ -218,7 +222,8 @@ class Engine:
         pages = seats.page_lists(sequence.slot)
         seats.told_S[sequence.slot] = seats.held_S[sequence.slot]  # those that it grew by are among them
         self.executable.write_slot(
-            sequence.slot, slot_values(sequence, computed, pages, self.executable.plan)
+            sequence.slot,
+            slot_values(sequence, computed, pages, self.executable.plan, history=self._reads_history),
         )
 
     def _read(self, ahead: int) -> list[TokenSequence]:
@@ -238,9 +243,11 @@ class Engine:
     def _commit(self, flight: _Flight, results: Mapping[str, np.ndarray]) -> tuple[int, list[TokenSequence]]:
         """Give tokens to their sequences, then to replies; how many were kept, and who is ended by them."""
         batch, ended = flight.batch, list[TokenSequence]()
-        counts = batch.kind.counts(batch, results)
+        counts, drafts = batch.kind.counts(batch, results), batch.kind.drafts(batch, results)
         if counts is not None:
             self.scheduler.learned(batch, counts)
+        if drafts is not None:
+            self._note_drafts(flight, drafts)
         if self._following:  # log-probabilities of output are of tokens that are not taken in yet
             self._report(flight, results, ended)
         kept = self._take(flight, results, ended)
@@ -280,6 +287,16 @@ class Engine:
             for later in self._flights:  # samples a token that is known now
                 later.void.add(sequence)
         return count
+
+    def _note_drafts(self, flight: _Flight, drafts: Drafts) -> None:
+        """Count what was guessed, and what of it was right."""
+        for sequence, drafted, accepted in zip(flight.batch.decoding, *drafts, strict=True):
+            if not sequence.done and sequence not in flight.void:
+                sequence.verify_steps += 1
+                sequence.drafted += drafted
+                sequence.accepted += accepted
+        guessed = sum(drafted > 0 for drafted in drafts.drafted)
+        flight.drafts[:] = guessed, sum(drafts.drafted), sum(drafts.accepted)
 
     def _note_chunks(self, batch: Batch) -> None:
         """Chunks were run; first tokens come with the last one of a prompt."""
@@ -354,6 +371,9 @@ class Engine:
             prompt_tokens=batch.chunk_tokens,
             cached_tokens=sum(chunk.start for chunk in batch.chunks if chunk.sequence in admitted),
             new_tokens=kept,
+            drafts=flight.drafts[0],
+            drafted=flight.drafts[1],
+            accepted=flight.drafts[2],
             retractions=batch.retractions,
             waiting=len(self.scheduler.waiting),
             running=len(self.scheduler.running),

@@ -49,6 +49,11 @@ class Metrics:
         self._cached = Counter(
             "makeready_cached_tokens_total", "Tokens of prompts found in the prefix cache."
         )
+        self._drafts = Counter("makeready_drafts_total", "Rows of steps for which tokens were guessed.")
+        self._drafted = Counter(
+            "makeready_drafted_tokens_total", "Tokens that were guessed before they were sampled."
+        )
+        self._accepted = Counter("makeready_accepted_tokens_total", "Of these, those that were right.")
         self._retractions = Counter(
             "makeready_retractions_total", "Requests that went back to the queue because pages ran out."
         )
@@ -88,6 +93,9 @@ class Metrics:
         self._generated.add(record.new_tokens)
         self._prompt.add(record.prompt_tokens)
         self._cached.add(record.cached_tokens)
+        self._drafts.add(record.drafts)
+        self._drafted.add(record.drafted)
+        self._accepted.add(record.accepted)
         self._retractions.add(record.retractions)
         self._steps.add(1, bucket)
         self._live.add(record.tokens, bucket)
@@ -156,6 +164,9 @@ class Metrics:
             ("prompt_tokens_total", prompts),
             ("generation_tokens_total", self._generated),
             ("num_preemptions_total", self._retractions),
+            ("spec_decode_num_drafts_total", self._drafts),
+            ("spec_decode_num_draft_tokens_total", self._drafted),
+            ("spec_decode_num_accepted_tokens_total", self._accepted),
             ("prefix_cache_queries_total", prompts),
             ("prefix_cache_hits_total", self._cached),
             ("time_to_first_token_seconds", self._first),

@@ -11,6 +11,7 @@ from makeready.engine.ranking import RANKINGS
 from makeready.graphs.plan.plan import Plan
 
 FCFS, LPM, DFS_WEIGHT, PRIORITY = "fcfs", "lpm", "dfs-weight", "priority"
+AUTO, ALWAYS, NEVER = "auto", "always", "never"
 POLICIES = (FCFS, LPM, DFS_WEIGHT, *RANKINGS)
 
 
@@ -42,6 +43,9 @@ class SchedulerOptions:
         forced_tokens: where a grammar leaves one way to go on, its tokens are taken without a choice, as the
             tokenizer cuts their text, and run in one step; they have no log-probabilities, so that requests for
             these run them one by one. Else the model chooses among all tokens that spell that text.
+        speculation: whether generating rows guess tokens and check several in a step, with a plan that was
+            compiled for it (``speculative.method``); the tokens are the same. ``auto``: where it should be faster by
+            the plan's costs and by how many guesses were right of late. ``always``, ``never``.
         new_token_ratio: the share of what running requests may still generate for which pages are kept free
             when one is admitted; 1 never takes pages from a running request again. The share falls by and
             by to ``min_new_token_ratio`` as long as pages suffice, and rises when they did not.
@@ -64,11 +68,13 @@ class SchedulerOptions:
     eviction: str = "lru"
     deterministic: bool = False
     forced_tokens: bool = True
+    speculation: str = AUTO
     new_token_ratio: float = 0.7
     min_new_token_ratio: float = 0.1
 
     def __post_init__(self) -> None:
         _check_choice("policy", self.policy, (FCFS, LPM, DFS_WEIGHT, *RANKINGS))
+        _check_choice("speculation", self.speculation, (AUTO, ALWAYS, NEVER))
         _check_choice("eviction", self.eviction, tuple(EVICTIONS))
         for name, least in _WHOLE.items():
             value = getattr(self, name)

@@ -40,7 +40,10 @@ class Output:
         prompt_tokens, completion_tokens: how many.
         error: why it was refused, or could not go on, where it was so.
         meta_info: the same figures under SGLang's names, the seed that was used, and times in seconds; there is
-            no ``time_to_first_token`` where no token came. Its reason is ``stop`` where tools are called.
+            no ``time_to_first_token`` where no token came. Its reason is ``stop`` where tools are called. Where
+            drafts were verified, ``spec_verify_ct`` says in how many steps, ``spec_accept_length`` how many tokens
+            these brought on average, ``spec_draft_token_num`` how many were guessed and ``spec_accept_token_num``
+            how many of them were right.
         message: what the text says, reasoning and calls apart; None for what is no chat, or of a model whose chat
             template tells of neither.
     """

@@ -190,6 +190,14 @@ class Reply:
             "time_to_first_token": self.first_token - self.arrived if output else None,
             "e2e_latency": self.finished - self.arrived,
         }
+        if steps := sequence.verify_steps:
+            meta |= {
+                "spec_verify_ct": steps,
+                "spec_draft_token_num": sequence.drafted,
+                "spec_accept_token_num": sequence.accepted,
+                "spec_accept_rate": sequence.accepted / max(1, sequence.drafted),
+                "spec_accept_length": 1 + sequence.accepted / steps,
+            }
         return Output(
             text=text,
             token_ids=tuple(output),

@@ -16,21 +16,18 @@ from dataclasses import replace
 
 import numpy as np
 
+from makeready.engine.admission import Admission
 from makeready.engine.batch import Batch, Chunk, asked_kind
 from makeready.engine.errors import BusyError, RequestError
 from makeready.engine.kv.pools import Pools
 from makeready.engine.kv.radix import PrefixCache
-from makeready.engine.options import PRIORITY, SchedulerOptions
+from makeready.engine.options import ALWAYS, NEVER, PRIORITY, SchedulerOptions
 from makeready.engine.policy import WaitingQueue
 from makeready.engine.seats import Seats
 from makeready.engine.sequence import ABORT, TokenSequence
 from makeready.engine.steps.base import StepKind, step_kinds
 from makeready.graphs.plan.buckets import BucketTable
 from makeready.graphs.plan.spec import Bucket, Limits, StepSpec
-
-# As SGLang has them: steps in which new_token_ratio falls from 1 to its least, and tokens that each running
-# sequence is given before pages may run out again.
-DECAY_STEPS, AHEAD = 600, 20
 
 
 class Scheduler:
@@ -74,10 +71,13 @@ class Scheduler:
         self.cache = PrefixCache(pools, limits.page_size, options.eviction) if options.prefix_cache else None
         self.waiting = WaitingQueue(options, self.cache, limits.page_size)
         self.running: dict[TokenSequence, bool] = {}
-        self._kinds = step_kinds(steps)
+        self._kinds = step_kinds(steps, always=options.speculation == ALWAYS)
+        if options.speculation == NEVER:
+            self._kinds = [kind for kind in self._kinds if kind.most == 1]
         self._steps = steps
         self._gain = max(kind.most for kind in self._kinds)
         self.seats = Seats(limits, rows or limits.max_rows, pools, self.cache, self._gain)
+        self._admission = Admission(self.seats, limits, options)
         self._table = BucketTable(buckets)
         self._any = self._kinds[-1].name  # what takes any chunks
         self._sizes = [(bucket.rows, bucket.tokens) for bucket in buckets if bucket.phase == self._any]
@@ -85,7 +85,6 @@ class Scheduler:
         self._slots = np.zeros(0, np.int64)  # of _decoding
         self._prefilling: list[TokenSequence] = []
         self._forced: list[TokenSequence] = []  # generating, with tokens that are known and not run
-        self._ratio = options.new_token_ratio
         self._retractions = 0  # for the step that is being chosen
         self._steps_without_prompts = options.decode_interval
 
@@ -128,7 +127,6 @@ class Scheduler:
         self._retractions = 0
         if self._gain > 1:
             self._slots = _STALE  # which rows may have come to their end changes with every result
-        self._relax()
         self._grow()
         chunks = self._force()
         admitted: list[TokenSequence] = []
@@ -142,7 +140,7 @@ class Scheduler:
         self._collect()
         if not self._decoding and not chunks:
             return None
-        kind = asked_kind(chunks) or next(kind for kind in self._kinds if kind.takes(chunks))
+        kind = asked_kind(chunks) or next(k for k in self._kinds if k.takes(self._decoding, chunks))
         return Batch(self._decoding, self._slots, chunks, admitted, self._retractions, kind)
 
     def launched(self, batch: Batch) -> None:
@@ -151,6 +149,7 @@ class Scheduler:
         seats.advance(batch.slots, batch.kind.least, batch.kind.most)
         # Whose last token is being sampled has nothing left to run: the next sequence can have the seat.
         ended = [batch.decoding[row] for row in np.flatnonzero(seats.left_S[batch.slots] == 0).tolist()]
+        self._admission.launched(bool(batch.chunks))
         if batch.chunks:
             self._ran(batch.chunks)
         for chunk in batch.chunks:
@@ -180,9 +179,14 @@ class Scheduler:
             seats.share(chunk.sequence, chunk.start + chunk.count)
 
     @property
+    def reads_history(self) -> bool:
+        """Whether any step looks at all tokens of its sequences."""
+        return any(kind.reads_history for kind in self._kinds)
+
+    @property
     def forces(self) -> bool:
         """Whether generating rows may go on with tokens that nobody sampled for them."""
-        return self.options.forced_tokens and self._gain == 1
+        return self.options.forced_tokens and all(kind.forces for kind in self._kinds)
 
     def forced(self, sequence: TokenSequence) -> None:
         """A sequence has tokens that nobody sampled; what is being sampled for it counts for nothing."""
@@ -203,6 +207,7 @@ class Scheduler:
             [s.slot == slot for s, slot in zip(batch.decoding, batch.slots.tolist(), strict=True)], bool
         )
         self.seats.learn(batch.slots[stay], counts[stay], batch.kind.least, batch.kind.most)
+        batch.kind.learned(batch.decoding, counts)
 
     def retire(self, sequence: TokenSequence) -> None:
         """Let go of a sequence, wherever it is."""
@@ -210,6 +215,7 @@ class Scheduler:
             self._unseat(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
+        self._admission.ended(sequence)
 
     def spoiled(self, sequence: TokenSequence) -> bool:
         """Numbers that a sequence computed are not finite: nobody else may rely on its keys and values.
@@ -253,11 +259,6 @@ class Scheduler:
                 going = self.seats.most_S[slots] < self.seats.limit_S[slots] - 1
                 rows, slots = [s for s, g in zip(rows, going.tolist(), strict=True) if g], slots[going]
             self._decoding, self._slots = rows, slots
-
-    def _relax(self) -> None:
-        """Let the share of further tokens that pages are kept for fall."""
-        first, least = self.options.new_token_ratio, self.options.min_new_token_ratio
-        self._ratio = max(least, self._ratio - (1 - least) / DECAY_STEPS) if self.running else first
 
     def _grow(self) -> None:
         while True:
@@ -316,7 +317,7 @@ class Scheduler:
         """Give a waiting sequence its slot and pages, if need be those of others; False if it has to wait."""
         seats = self.seats
         while True:
-            if seats.free and seats.enter(sequence, self._ratio):
+            if seats.free and self._admission.enter(sequence):
                 break
             if not self._preempt(sequence, chunks):
                 return False
@@ -335,7 +336,7 @@ class Scheduler:
         # Others may rely on pages that a chunk of this step is about to fill.
         stay = {chunk.sequence for chunk in chunks}
         lower = [s for s in self._seated() if s.priority <= highest and not s.urgent and s not in stay]
-        if not lower or not self.seats.could_enter(sequence, lower):
+        if not lower or not self._admission.could_enter(sequence, lower):
             return False
         self._retract(min(lower, key=self._worth))
         return True
@@ -349,10 +350,6 @@ class Scheduler:
         sequence.retractions += 1
         self._retractions += 1
         self.waiting.add(sequence)
-        # Keep pages for what those who run turned out to need so far, and a little more.
-        made = sum(len(s.output) + AHEAD for s in self.running)
-        most = sum(s.most for s in self.running)
-        self._ratio = min(1.0, max(self._ratio, made / max(1, most)))
 
     def _unseat(self, sequence: TokenSequence) -> None:
         if sequence.slot >= 0:
@@ -361,6 +358,7 @@ class Scheduler:
             if sequence in listed:
                 listed.remove(sequence)
         del self.running[sequence]
+        self._admission.changed()
         self._slots = _STALE
 
     def _seated(self) -> list[TokenSequence]:

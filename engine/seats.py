@@ -27,7 +27,7 @@ import numpy as np
 from makeready.engine.errors import RequestError
 from makeready.engine.kv.pool import PagePool
 from makeready.engine.kv.pools import Pools
-from makeready.engine.kv.radix import PrefixCache
+from makeready.engine.kv.radix import Prefix, PrefixCache
 from makeready.engine.kv.rows import StateRows, WindowRows
 from makeready.engine.sequence import TokenSequence
 from makeready.graphs.plan.spec import Limits
@@ -99,42 +99,20 @@ class Seats:
         """Pages that ``tokens`` take."""
         return -(-tokens // self._size)
 
-    def wanted(self, share: float) -> int:
-        """Further pages that sequences will hold if they still generate a ``share`` of what they may."""
-        slots = np.flatnonzero(self.held_S)
-        left = self.left_S[slots]
-        # The token that ends a sequence is never run: it needs no place.
-        tokens = self.limit_S[slots] - 1 - left + (share * left).astype(np.int64)
-        return int(np.maximum(-(-tokens // self._size) - self.held_S[slots], 0).sum())
+    def fits(self, sequence: TokenSequence) -> bool:
+        """Whether windows and states have room for a sequence."""
+        return not self._counted or self._fits(self.pages_for(sequence.most_tokens - 1))
 
-    def enter(self, sequence: TokenSequence, share: float) -> bool:
-        """Give a sequence a slot, what is cached of it, and pages of its own for the rest of its tokens.
+    def enter(self, sequence: TokenSequence, prefix: Prefix | None, known: int = 0) -> None:
+        """Give a sequence a slot, and pages for the tokens that are known of it.
 
         Args:
-            sequence: waits; a slot is free.
-            share: of the tokens that it and all others may still generate, how many pages are kept for.
-
-        Returns:
-            Whether pages suffice; nothing has changed otherwise.
+            sequence: waits; a slot is free, and so are as many pages as it takes beside its prefix.
+            prefix: what it holds of the prefix cache.
+            known: tokens of it that the cache knows, be they valid or not; with states.
         """
-        if self._counted and not self._fits(self.pages_for(sequence.most_tokens - 1)):
-            return False
-        ids = sequence.ids()
-        now = self.pages_for(len(ids))
-        later = self.pages_for(len(ids) - 1 + int(share * sequence.left))
-        need = max(now, later) + self.wanted(share)
-        reusable = ids[: sequence.reusable]
-        if need > self.available:  # cached pages may make up for the difference
-            found = self.cache.match(reusable, sequence.salt) // self._size if self.cache else 0
-            if need - found > self.available:
-                return False
-        known = self.cache.known(reusable, sequence.salt) if self.cache and self.states else 0
-        prefix = self.cache.acquire(reusable, sequence.salt, sequence.priority) if self.cache else None
+        now = self.pages_for(sequence.length)
         cached = prefix.tokens // self._size if prefix else 0
-        if need - cached > self.available:
-            if prefix is not None and self.cache is not None:
-                self.cache.abandon(prefix)
-            return False
         slot = sequence.slot = self._free.pop()
         sequence.prefix = prefix
         sequence.borrowed |= bool(cached)
@@ -153,7 +131,6 @@ class Seats:
             )
         for g, rows in enumerate(self.states):
             rows.enter(slot, prefix.states[g] if prefix else 0)
-        return True
 
     def could_enter(self, sequence: TokenSequence, leaving: Collection[TokenSequence]) -> bool:
         """Whether a sequence could be admitted, once those that are ``leaving`` are gone."""

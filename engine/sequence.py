@@ -42,6 +42,10 @@ class TokenSequence:
         urgent: it has waited for so long that it goes before all others.
         borrowed: it used pages that another sequence computed.
         isolated: it shares pages with no other.
+        gain: tokens that steps which verified its drafts brought lately, on average; None before the first.
+        verify_steps: those steps.
+        drafted: tokens that were guessed for it in them.
+        accepted: of these, those that were right.
     """
 
     prompt: list[int]
@@ -64,6 +68,10 @@ class TokenSequence:
     urgent: bool = field(default=False, init=False)
     borrowed: bool = field(default=False, init=False)
     isolated: bool = field(default=False, init=False)
+    gain: float | None = field(default=None, init=False)
+    verify_steps: int = field(default=0, init=False)
+    drafted: int = field(default=0, init=False)
+    accepted: int = field(default=0, init=False)
     _ids: np.ndarray | None = field(default=None, init=False, repr=False)
     _page_keys: list[int] = field(default_factory=list, init=False, repr=False)
 

@@ -71,7 +71,12 @@ class Stage:
 
 
 def slot_values(
-    sequence: TokenSequence, computed: int, pages: Mapping[str, np.ndarray], plan: Plan
+    sequence: TokenSequence,
+    computed: int,
+    pages: Mapping[str, np.ndarray],
+    plan: Plan,
+    *,
+    history: bool = False,
 ) -> dict[str, object]:
     """What the device's slot table is told of a sequence when it is admitted.
 
@@ -81,6 +86,7 @@ def slot_values(
         computed: how many of its tokens are in the prefix cache. No step records these in the slot's
             history, which penalties look at.
         pages: its page lists, by field.
+        history: steps look at it, whatever the sampling parameters are.
     """
     sampling = sequence.sampling
     stop_ids = sorted(sequence.end_ids)[: plan.limits.max_stop_ids] if sampling.min_new_tokens else []
@@ -95,8 +101,7 @@ def slot_values(
         "masked": sequence.constraint is not None,
         "top_logprobs": sampling.top_logprobs_num if sampling.return_logprob else -1,
     }
-    if computed and (
-        sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1
-    ):
+    penalties = sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1
+    if computed and (history or penalties):
         values["history"] = sequence.ids()[:computed]
     return values

@@ -20,6 +20,9 @@ class StepRecord:
         prompt_tokens: of these tokens, how many were of prompts (or recomputed), not sampled ones.
         cached_tokens: prompt tokens that sequences admitted with this step did not have to run.
         new_tokens: sampled and kept.
+        drafts: rows for which tokens were guessed before they were sampled.
+        drafted: these tokens.
+        accepted: of these, those that were right.
         retractions: sequences that went back to the queue before this step because pages ran out.
         waiting, running: sequences after it.
         free, cached, held: pages after it.
@@ -35,6 +38,9 @@ class StepRecord:
     prompt_tokens: int
     cached_tokens: int
     new_tokens: int
+    drafts: int
+    drafted: int
+    accepted: int
     retractions: int
     waiting: int
     running: int

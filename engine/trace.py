@@ -83,6 +83,8 @@ class StepTrace:
             "retractions": record.retractions,
             "waited_us": round(1e6 * (record.results_read - record.wait_start), 3),
         }
+        if record.drafted:
+            facts |= {"drafted": record.drafted, "accepted": record.accepted}
         self._slice("plan", HOST, record.plan_start, record.launch_start)
         self._slice(f"launch {name}", HOST, record.launch_start, record.launch_end)
         self._slice("wait", HOST, record.wait_start, record.results_read)

@@ -50,6 +50,12 @@ def sigmoid_gate(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     return (widen(x) * torch.sigmoid(widen(gate))).to(x.dtype)
 
 
+@contract("x[T,C]:A gate[T,C]:A -> y[T,C]:A", rowwise="T", flops="5*T*C")
+def sigmoid_mul(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """``x * sigmoid(gate)``, element by element."""
+    return (widen(x) * torch.sigmoid(widen(gate))).to(x.dtype)
+
+
 @contract("gate_up[T,J]:A -> y[T,J//2]:A", rowwise="T", flops="5*T*J/2", gates="silu")
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """``silu(gate) * up`` where ``gate_up`` holds the gate's columns, then up's."""

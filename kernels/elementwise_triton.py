@@ -24,6 +24,7 @@ from makeready.kernels.elementwise import (
     pad_columns,
     scale,
     sigmoid_gate,
+    sigmoid_mul,
     silu,
     silu_mul,
 )
@@ -96,6 +97,8 @@ def pointwise(
         a *= BY
     elif OP == "sigmoid_gate":
         a *= tl.sigmoid(tl.load(y + row * Y_STRIDE, mask=row < rows, other=0.0))
+    elif OP == "sigmoid_mul":
+        a *= tl.sigmoid(tl.load(y + row * Y_STRIDE + c, mask=inside, other=0.0).to(tl.float32))
     elif OP != "pad_columns":
         b = tl.load(y + row * Y_STRIDE + c, mask=inside, other=0.0).to(tl.float32)
         a = a + b if OP == "add" else a * b
@@ -189,6 +192,12 @@ def scale_launches(call: OpCall) -> Sequence[Candidate]:
 
 @cuda_kernel(sigmoid_gate, "tiles", invariant=True)
 def sigmoid_gate_launches(call: OpCall) -> Sequence[Candidate]:
+    """See :func:`pointwise`."""
+    return _launch(call, "x", "gate", "y")
+
+
+@cuda_kernel(sigmoid_mul, "tiles", invariant=True)
+def sigmoid_mul_launches(call: OpCall) -> Sequence[Candidate]:
     """See :func:`pointwise`."""
     return _launch(call, "x", "gate", "y")
 

@@ -1,6 +1,6 @@
-"""MXFP4 made of wide weights, and made wide again, on the GPU while weights are loaded; see kernels/mx.py.
+"""MXFP4 made of wide weights, 4-bit floats made wide again, on the GPU while weights are loaded; see kernels/mx.py.
 
-A block of threads has the words of one span of 64 outputs, whose fields are blocks of 32 inputs.
+A block of threads has the words of one span of 64 outputs, whose fields are 32 inputs.
 
 # N outputs, K inputs
 """
@@ -19,8 +19,15 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from makeready.kernels.device import Candidate, DeviceLaunch, OpCall, Pointer, Scalar
 from makeready.kernels.integers import SPAN, TILE
 from makeready.kernels.mx import dequantize_mx, quantize_mx
-from makeready.kernels.mx_values_triton import power_of
+from makeready.kernels.mx_values_triton import e4m3_of, power_of
 from makeready.kernels.registry import cuda_kernel
+
+
+@triton.jit
+def nearest_number(v):
+    """Numbers of 4 bits nearest to magnitudes, ties to the even code, those beyond 6 that of 6: int32."""
+    q = (v > 0.25).to(tl.int32) + (v > 1.25).to(tl.int32) + (v > 2.5).to(tl.int32) + (v > 5.0).to(tl.int32)
+    return q + (v >= 0.75).to(tl.int32) + (v >= 1.75).to(tl.int32) + (v >= 3.5).to(tl.int32)
 
 
 @triton.jit
@@ -47,21 +54,15 @@ def quantize_blocks(x, weight, scale, N, K: tl.constexpr, X_STRIDE: tl.constexpr
         tl.store(scale + at, own.to(tl.uint8), mask=block < blocks)
         inverse = (tl.minimum(254 - own, 254) << 23).to(tl.float32, bitcast=True)  # 2^(127 - own)
         v = size.to(tl.float32, bitcast=True) * inverse[:, None]
-        q = (
-            (v > 0.25).to(tl.int32)
-            + (v > 1.25).to(tl.int32)
-            + (v > 2.5).to(tl.int32)
-            + (v > 5.0).to(tl.int32)
-        )
-        q += (v >= 0.75).to(tl.int32) + (v >= 1.75).to(tl.int32) + (v >= 3.5).to(tl.int32)
+        q = nearest_number(v)
         q |= (bits >> 28) & 8
         made |= tl.where(own[:, None] == 255, 0, q) << (4 * field)
     tl.store(weight + n * (spans * 32) + span * 32 + j, made.to(tl.int16), mask=n < N)
 
 
 @triton.jit
-def dequantize_blocks(weight, scale, x, N, K: tl.constexpr, PDL: tl.constexpr):
-    """What one span of 64 outputs stands for."""
+def dequantize_blocks(weight, scale, global_scale, x, N, K: tl.constexpr, PDL: tl.constexpr):
+    """What one span of 64 outputs stands for; ``global_scale`` None: 1."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -79,8 +80,14 @@ def dequantize_blocks(weight, scale, x, N, K: tl.constexpr, PDL: tl.constexpr):
         half = (q & 1).to(tl.float32) * 0.5
         size = tl.where(exponent == 0, half, (1.0 + half) * tl.exp2(exponent.to(tl.float32) - 1.0))
         signed = (size.to(tl.int32, bitcast=True) | ((q & 8) << 28)).to(tl.float32, bitcast=True)
-        own = tl.load(scale + (tile * blocks + block) * 64 + i, mask=block < blocks, other=0).to(tl.int32)
-        wide = signed * power_of(own)
+        found = tl.load(scale + (tile * blocks + block) * 64 + i, mask=block < blocks, other=0)
+        if found.dtype == tl.uint8:
+            own = power_of(found.to(tl.int32))
+        else:
+            own = e4m3_of(tl.where(j < 16, found.to(tl.int32), found.to(tl.int32) >> 8))
+        if global_scale is not None:
+            own *= tl.load(global_scale + n, mask=n < N, other=0.0)
+        wide = signed * own
         tl.store(x + n * K + k, wide.to(x.dtype.element_ty), mask=(n < N) & (k < K))
 
 
@@ -88,11 +95,12 @@ def _launch(
     call: OpCall, function: str, names: tuple[str, ...], inputs: int, **constants: Any
 ) -> tuple[Candidate, ...]:
     outputs, dependent = call.dims["N"], "pdl" in call.features
+    absent = {name: None for name in names if name not in call.tensors}
     launch = DeviceLaunch(
         function=f"makeready.kernels.mx_triton:{function}",
-        constants={"K": inputs, **constants, "PDL": dependent},
+        constants={"K": inputs, **constants, **absent, "PDL": dependent},
         arguments={
-            **{name: Pointer(name) for name in names},
+            **{name: Pointer(name) for name in names if name in call.tensors},
             "N": Scalar(outputs, "int32", specialize=False),
         },
         grid=(-(-inputs // SPAN), -(-outputs // TILE), 1),
@@ -112,4 +120,4 @@ def quantize_mx_launches(call: OpCall) -> Sequence[Candidate]:
 @cuda_kernel(dequantize_mx, "blocks", invariant=True)
 def dequantize_mx_launches(call: OpCall) -> Sequence[Candidate]:
     """See :func:`dequantize_blocks`."""
-    return _launch(call, "dequantize_blocks", ("weight", "scale", "x"), call.attrs["inputs"])
+    return _launch(call, "dequantize_blocks", ("weight", "scale", "global_scale", "x"), call.attrs["inputs"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.nn import functional
 
 from makeready.kernels.contract import contract
 from makeready.kernels.numeric import widen
@@ -43,3 +44,16 @@ def head_rms_norm(
 ) -> torch.Tensor:
     """:func:`rms_norm` of every head by itself, as Qwen3 applies to queries and keys."""
     return _normalise(x.unflatten(-1, (heads, head_dim)), weight, eps, offset).flatten(-2)
+
+
+@contract(
+    "x[T,heads*head_dim]:A gate[T,heads*head_dim]:A weight[head_dim]:W -> y[T,heads*head_dim]:A",
+    rowwise="T",
+    flops="9*T*heads*head_dim",
+)
+def gated_head_rms_norm(
+    x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, *, eps: float, heads: int, head_dim: int
+) -> torch.Tensor:
+    """:func:`rms_norm` of every head by itself, times ``silu(gate)``."""
+    normed = _normalise(widen(x).unflatten(-1, (heads, head_dim)), weight, eps, 0.0).flatten(-2)
+    return (normed * functional.silu(widen(gate))).to(x.dtype)

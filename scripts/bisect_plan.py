@@ -82,7 +82,7 @@ def _device(plan: Plan, checkpoint: Checkpoint, pages: int) -> Walking:
         return CpuExecutable(plan, checkpoint, pages=pages)
     from makeready.graphs.executable.cuda.executable import CudaExecutable
 
-    return CudaExecutable(plan, checkpoint, kv_bytes=pages * plan.kv.page_bytes)
+    return CudaExecutable(plan, checkpoint, kv_bytes=plan.kv.nbytes(pages, plan.limits))
 
 
 def main(arguments: list[str] | None = None) -> int:

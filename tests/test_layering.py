@@ -199,7 +199,11 @@ def test_the_engines_process_knows_no_server_and_no_http():
 
 def test_a_protocol_on_the_way_through_the_server_is_named_by_its_own_files():
     """Adding one touches its folder of bodies and answers, and its file of routes."""
-    own = ("makeready.engine.protocol.sglang", "makeready.engine.server.routes.sglang")
+    own = (
+        "makeready.engine.protocol.sglang",
+        "makeready.engine.server.routes.sglang",
+        "makeready.engine.server.rpc",  # SGLang's service
+    )
     engine = [name for name in MODULES if name.startswith("makeready.engine.")]
     named = {name for name in engine if any(".sglang" in other for other in imports_of(name))}
     assert named

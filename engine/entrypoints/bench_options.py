@@ -33,8 +33,8 @@ SUITES: dict[str, tuple[str, ...]] = {
     "gemm_int4": (),
     "gemm_int4_sweep": (),
     "gemm_few": (),
-    "attention": (),
-    "attention_sweep": (),
+    "attention": ("attention.",),
+    "attention_sweep": ("attention.",),
     "small_ops": (),
     "quantize_fp8": (),
     "sample": (),
@@ -44,6 +44,7 @@ _SHARING = {name for name, options in SUITES.items() if set(_LLM) <= set(options
 _MODEL = {"decode", "startup", "llama_cpp", "latency", "throughput", "replay", "prefix", "buckets", "load"}
 FP8_SCALES = ("rows", "groups", "integers")
 FP8_MATRICES = ("qkv", "o", "gate_up", "down")
+ATTENTION_PARTS = ("decode", "extend", "write", "latent")
 
 
 @dataclass
@@ -179,6 +180,18 @@ class GemmFp8Options:
 
 
 @dataclass
+class AttentionOptions:
+    """Which attention.
+
+    Attributes:
+        parts: some of decode and extend (steps over the paged cache), write (what fills it; not swept) and latent
+            (DeepSeek's; not swept).
+    """
+
+    parts: list[str] = MISSING
+
+
+@dataclass
 class BenchJob(Job):
     """Options of scripts/bench.py.
 
@@ -211,6 +224,7 @@ class BenchJob(Job):
     buckets: BucketsOptions = field(default_factory=BucketsOptions)
     load_steps: LoadStepsOptions = field(default_factory=LoadStepsOptions)
     gemm_fp8: GemmFp8Options = field(default_factory=GemmFp8Options)
+    attention: AttentionOptions = field(default_factory=AttentionOptions)
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)  # type: ignore[valid-type]
     trace: str | None = literal()
     output: str | None = literal()
@@ -253,13 +267,17 @@ class BenchJob(Job):
 
     def _check_names(self) -> None:
         """Whether there is what lists name."""
-        options = self.gemm_fp8
         for name, given, known in (
-            ("scales", options.scales, FP8_SCALES),
-            ("matrices", options.matrices, FP8_MATRICES),
+            ("gemm_fp8.scales", self.gemm_fp8.scales, FP8_SCALES),
+            ("gemm_fp8.matrices", self.gemm_fp8.matrices, FP8_MATRICES),
+            ("attention.parts", self.attention.parts, ATTENTION_PARTS),
         ):
             if not given or not set(given) <= set(known):
-                raise UsageError(f"gemm_fp8.{name}={given} must list some of {', '.join(known)}")
+                raise UsageError(f"{name}={given} must list some of {', '.join(known)}")
+        if "attention_sweep" in self.suite and not {"decode", "extend"}.intersection(self.attention.parts):
+            raise UsageError(
+                "suite attention_sweep has no cases but decode and extend; add one to attention.parts"
+            )
 
     def _check_figures(self) -> None:
         """Whether all counts are counts."""

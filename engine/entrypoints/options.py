@@ -17,6 +17,7 @@ from omegaconf import MISSING
 from makeready.graphs.checkpoint.base import Checkpoint, open_checkpoint
 from makeready.graphs.plan.buckets import Traffic
 from makeready.graphs.plan.plan import PlanError
+from makeready.graphs.plan.speculative import Speculative
 from makeready.graphs.plan.targets import TARGETS, find_target
 from makeready.graphs.planner.request import Request
 
@@ -48,7 +49,13 @@ class TrafficOptions:
     context: int = MISSING
 
 
-OF_THEIR_OWN = ("target", "device", "quant", "kv_dtype")  # fields of Request that are no plan.* options
+OF_THEIR_OWN = (
+    "target",
+    "device",
+    "quant",
+    "kv_dtype",
+    "speculative",
+)  # fields of Request that are no plan.* options
 
 
 def _plan_options() -> Any:
@@ -63,6 +70,18 @@ def _plan_options() -> Any:
 
 
 PlanOptions: Any = _plan_options()
+
+
+def _speculative_options() -> Any:
+    """A structured config of the fields of Speculative; conf/ states the defaults."""
+    hints = typing.get_type_hints(Speculative)
+    names = [(f.name, hints[f.name], field(default=MISSING)) for f in dataclasses.fields(Speculative)]
+    made = dataclasses.make_dataclass("SpeculativeOptions", names)
+    made.__doc__ = Speculative.__doc__
+    return made
+
+
+SpeculativeOptions: Any = _speculative_options()
 
 
 @dataclass
@@ -107,8 +126,9 @@ class Job:
             runs on the others, too. null: the target's usual one.
         quant: fp8 (8-bit floats with a scale for each output and token) or fp8_block (for each 128 x 128
             weights) quantizes linears when a 16-bit or wider checkpoint is loaded, int8 to integers (scales as
-            fp8's), int4 and mxfp4 their weights alone (for each output and 128 or 32 inputs); stored multiplies
-            GGUF's blocks as the file has them, on the CPU. null: as the checkpoint stores them, GGUF widened.
+            fp8's), int4, mxfp4 and nvfp4 their weights alone (for each output and 128, 32 or 16 inputs); stored
+            multiplies GGUF's blocks as the file has them, on the CPU. null: as the checkpoint stores them, GGUF
+            widened.
     """
 
     checkpoint: str = literal(MISSING)
@@ -118,6 +138,7 @@ class Job:
     quant: str | None = None
     plan: PlanOptions = field(default_factory=PlanOptions)  # type: ignore[valid-type]
     kv: KVOptions = field(default_factory=KVOptions)
+    speculative: SpeculativeOptions = field(default_factory=SpeculativeOptions)  # type: ignore[valid-type]
 
     def check(self, given: Collection[str]) -> None:
         """Find what contradicts itself before anything is loaded.
@@ -166,6 +187,7 @@ class Job:
             "device": self.device,
             "quant": self.quant,
             "kv_dtype": self.kv.dtype,
+            "speculative": dataclasses.asdict(self.speculative),
         }
 
     @property
@@ -199,7 +221,14 @@ class CompileJob(Job):
     golden: bool = False
 
 
-SETTLED = ("plan.", "target.", "device.", "quant.", "kv.dtype.")  # options that a compiled plan has answered
+SETTLED = (
+    "plan.",
+    "target.",
+    "device.",
+    "quant.",
+    "kv.dtype.",
+    "speculative.",
+)  # options that a compiled plan has answered
 
 
 def check_compiled(plan: PlanOrPath, given: Collection[str]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from makeready.engine.conversation import Parsers
@@ -13,25 +15,31 @@ from makeready.engine.entrypoints.serve_options import ServeJob
 from makeready.engine.entrypoints.status import Stages
 
 
+@contextmanager
+def _extra(asked: str, name: str) -> Iterator[None]:
+    """What is asked for is imported here, and said to be missing where it is."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f'{asked} needs {error.name}; install it with: pip install "makeready[{name}]"'
+        ) from None
+
+
 def serve_job(job: ServeJob) -> None:
     """Serve; all that is said goes to stderr."""
-    try:
+    with _extra("serve", "serve"):
         from makeready.engine.remote.messages import Load
         from makeready.engine.server import run
         from makeready.engine.server.settings import ServerSettings
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f'serve needs {error.name}; install it with: pip install "makeready[serve]"'
-        ) from None
     if job.otel:
-        try:
+        with _extra("otel=true", "otel"):
             from makeready.engine.server import tracing
 
             tracing.exporter()
-        except ModuleNotFoundError as error:
-            raise UsageError(
-                f'otel=true needs {error.name}; install it with: pip install "makeready[otel]"'
-            ) from None
+    if job.grpc_port is not None:
+        with _extra(f"grpc_port={job.grpc_port}", "grpc"):
+            from makeready.engine.server.rpc import server as _  # noqa: F401
     load = Load(
         job.checkpoint if job.model else str(Path(job.checkpoint).expanduser()),
         job.model,
@@ -54,7 +62,7 @@ def serve_job(job: ServeJob) -> None:
         job.otel,
         job.chat_template_kwargs,
     )
-    at = run.Listening(job.host, job.port, job.ssl_certfile, job.ssl_keyfile, job.access_log)
+    at = run.Listening(job.host, job.port, job.ssl_certfile, job.ssl_keyfile, job.access_log, job.grpc_port)
     parsers = Parsers(job.tool_call_parser, job.reasoning_parser)
     model = run.ModelOptions(parsers, job.chat_template, job.generation_config)
     with Stages() as stages:

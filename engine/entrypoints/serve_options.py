@@ -30,6 +30,8 @@ class ServeJob(Job):
     Attributes:
         host: address to listen at; 0.0.0.0 for all of this machine's.
         port: 0 takes one that is free, and says which.
+        grpc_port: port at the same host for SGLang's scheduler over gRPC (docs/server.md); needs the extra grpc. 0 as
+            above, null: no gRPC.
         served_model_name: what requests may call the model, the first of which is told; none: the name of its folder
             or file, or its path.
         api_keys: a request has to show one of these (Authorization: Bearer KEY, or x-api-key). Also read from
@@ -50,7 +52,7 @@ class ServeJob(Job):
             the environment, say; needs the extra otel.
         ssl_certfile: file of the certificate for https, with the chain.
         ssl_keyfile: file of its key.
-        access_log: a line a request on stderr.
+        access_log: a line a request of HTTP on stderr.
         chat_template: jinja template to use in place of the model's: a file, the text itself, or the name of one of
             several that the model has.
         tool_call_parser: how the model writes tool calls: deepseekv3, gpt-oss, llama3, mistral, qwen and others, as
@@ -66,6 +68,7 @@ class ServeJob(Job):
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)  # type: ignore[valid-type]
     host: str = MISSING
     port: int = MISSING
+    grpc_port: int | None = None
     served_model_name: list[str] = field(default_factory=list, metadata=_TEXTS)
     api_keys: list[str] = field(default_factory=list, metadata=_TEXTS)
     admin_key: str | None = literal()
@@ -89,10 +92,14 @@ class ServeJob(Job):
     def check(self, given: Collection[str]) -> None:
         super().check(given)
         check_compiled(self.plan, given)
-        if not 0 <= self.port < 2**16:
-            raise UsageError(
-                f"port={self.port} is no port; give one from 1 to 65535, or 0 for any that is free"
-            )
+        for name in ("port", "grpc_port"):
+            port = getattr(self, name)
+            if port is not None and not 0 <= port < 2**16:
+                raise UsageError(
+                    f"{name}={port} is no port; give one from 1 to 65535, or 0 for any that is free"
+                )
+        if self.port and self.port == self.grpc_port:
+            raise UsageError(f"port and grpc_port are both {self.port}; give one of them another")
         for name in ("max_body_mib", "drain_seconds", "health_seconds"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UsageError(f"{name}={getattr(self, name)} must be a number of at least 0")

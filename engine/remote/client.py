@@ -160,6 +160,7 @@ class Call:
         sequence = reply.sequence
         reply.admitted = reply.arrived + end.queue_seconds
         sequence.cached_tokens, sequence.retractions = end.cached_tokens, end.retractions
+        sequence.verify_steps, sequence.drafted, sequence.accepted = end.drafts
         sequence.finish(end.reason)
         reply.error = end.error
         return True
@@ -290,7 +291,8 @@ class EngineClient(asyncio.Protocol):
             return
         self._send(Abort(key))
         for index, reply in enumerate(call.replies):
-            end = End(ABORT, None, False, reply.sequence.cached_tokens, reply.sequence.retractions, 0.0)
+            sequence = reply.sequence
+            end = End(ABORT, None, False, sequence.cached_tokens, sequence.retractions, 0.0, (0, 0, 0))
             call.take(Update(key, index, [], [], [], end))
 
     async def flush(self) -> int:

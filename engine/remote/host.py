@@ -104,6 +104,7 @@ class Relay(Reply):
             sequence.cached_tokens,
             sequence.retractions,
             (self.admitted or self.finished) - self.arrived,
+            (sequence.verify_steps, sequence.drafted, sequence.accepted),
         )
 
 

@@ -121,6 +121,7 @@ class End(Message, frozen=True):
         own: whether that is the request's own fault, and not the model's.
         cached_tokens, retractions: as for a sequence.
         queue_seconds: from arrival at the host until it ran.
+        drafts: steps that verified drafts, drafts, and those that were right.
     """
 
     reason: str
@@ -129,6 +130,7 @@ class End(Message, frozen=True):
     cached_tokens: int
     retractions: int
     queue_seconds: float
+    drafts: tuple[int, int, int]
 
 
 class Update(Message, frozen=True):

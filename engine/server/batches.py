@@ -26,8 +26,9 @@ from makeready.engine.errors import reason_of
 from makeready.engine.protocol.asked import AskError
 from makeready.engine.remote.client import EngineGoneError, UnavailableError
 from makeready.engine.server.files import Store, new_identity
-from makeready.engine.server.problem import ServeError
+from makeready.engine.server.problem import ServeError, problem_of
 from makeready.engine.server.service import Service
+from makeready.engine.server.work import Work
 
 _LOG = logging.getLogger("makeready.server")
 _FORMAT = OpenAIFormat()
@@ -184,6 +185,7 @@ class Batches:
         """Answer a row; what is wrong with it is its answer."""
         fields: Mapping[str, Any] = {}
         service = self._service
+        work = Work(service, f"{batch.id}-{number}", {})
         try:
             assert isinstance(given, bytes)
             fields = parse(given)
@@ -193,14 +195,11 @@ class Batches:
             service.check_model(fields["body"]["model"])
             while True:
                 try:
-                    running = await service.start(ask, f"{batch.id}-{number}")
+                    running = await work.start(ask)
                     break
                 except UnavailableError as error:  # clients go first
                     await asyncio.sleep(error.retry_seconds)
-            try:
-                outputs = await running.all()
-            finally:
-                service.end(running)
+            outputs = await running.all()
             tokenizer = service.front.tokenizer
             made = encode(_FORMAT.answer(fields, outputs, running.params, tokenizer, number))
         except (EngineGoneError, asyncio.CancelledError):
@@ -208,9 +207,12 @@ class Batches:
         except BaseException as error:
             if isinstance(error, ServeError) and error.status == 503:
                 raise asyncio.CancelledError from None
+            work.problem = problem_of(error)
             field = error.field if isinstance(error, AskError | ServeError) else None
             said = str(error) if isinstance(error, ServeError) else reason_of(error, "the row cannot be read")
             return Done(number, encode(_FORMAT.refusal(fields, said, field, number)), failed=True)
+        finally:
+            work.close({"makeready.batch": batch.id, "makeready.batch.row": number}, served=False)
         tokens = sum(output.completion_tokens for output in outputs)
         return Done(number, made, failed=False, output_tokens=tokens)
 

@@ -72,6 +72,8 @@ class Live:
                 "prompt_tokens": record.prompt_tokens,
                 "cached_tokens": record.cached_tokens,
                 "new_tokens": record.new_tokens,
+                "drafted_tokens": record.drafted,
+                "accepted_tokens": record.accepted,
                 "retractions": record.retractions,
                 "waiting": record.waiting,
                 "running": record.running,

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import re
-import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any
 
 import msgspec
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope, Send
 
-from makeready.engine.protocol.asked import Ask
+from makeready.engine.server.access import Access, check_access
 from makeready.engine.server.problem import ServeError, problem_of
-from makeready.engine.server.service import Running, Service, check_samples
+from makeready.engine.server.service import Service
+from makeready.engine.server.work import Work
 
 JSON = "application/json"
 IGNORED = "x-makeready-ignored-fields"
@@ -27,14 +25,6 @@ REQUEST_ID = "x-request-id"
 
 _LOG = logging.getLogger("makeready.server")
 _IDENTITY = re.compile(r"[\x21-\x7e]{1,128}")
-
-
-class Access(Enum):
-    """Who may ask: anyone, who has an API key, or who has the admin's."""
-
-    FREE = "free"
-    USER = "user"
-    ADMIN = "admin"
 
 
 @dataclass(frozen=True)
@@ -77,34 +67,22 @@ Shape = Callable[[ServeError], Any]
 
 
 @dataclass
-class Exchange:
+class Exchange(Work):
     """A request and its answer.
 
     Attributes:
         id: the client's name for it, or ours; the answer repeats it.
         path: parameters of the path.
-        headers: of the request, then of the answer.
+        headers: of the request.
         body: of the request.
-        running: what the engine does for it; ended when the exchange is.
-        asks: what the engine was asked for, refused or not.
-        streams: whether the answer is one.
-        problem: what went wrong with it.
-        began: seconds of ``time.perf_counter``.
+        answer_headers: of the answer.
         words: how errors are written from now on, where the route can say it better.
     """
 
-    service: Service
-    id: str
     path: Mapping[str, str]
-    headers: Headers
     query: bytes = b""
     body: bytes = b""
     answer_headers: dict[str, str] = field(default_factory=dict)
-    running: list[Running] = field(default_factory=list)
-    asks: list[Ask] = field(default_factory=list)
-    streams: bool = False
-    problem: ServeError | None = None
-    began: float = field(default_factory=time.perf_counter)
     words: Shape | None = None
 
     def json(self) -> dict[str, Any]:
@@ -140,23 +118,6 @@ class Exchange:
             )
         shown = [name for name in names if re.fullmatch(r"[\w.-]{1,64}", name, re.ASCII)]
         self.answer_headers[IGNORED] = ", ".join(shown[:32]) or "?"
-
-    async def start(self, ask: Ask, identity: str | None = None) -> Running:
-        """Have the engine run what is asked for, as long as the client stays."""
-        self.asks.append(ask)
-        running = await self.service.start(ask, identity or self.id)
-        self.running.append(running)
-        return running
-
-    async def start_all(self, asks: Sequence[Ask], identities: Sequence[str]) -> list[Running]:
-        """The same for several at once; where one is refused none runs on."""
-        check_samples(len(asks))
-        started = (self.start(ask, identity) for ask, identity in zip(asks, identities, strict=True))
-        made = await asyncio.gather(*started, return_exceptions=True)
-        for each in made:
-            if isinstance(each, BaseException):
-                raise each
-        return [each for each in made if isinstance(each, Running)]
 
 
 Endpoint = Callable[[Exchange], Awaitable["Answer | Stream"]]
@@ -195,12 +156,12 @@ class Served:
         exchange = Exchange(
             self._service,
             scope["state"]["request_id"],
-            scope.get("path_params", {}),
             headers,
+            scope.get("path_params", {}),
             scope.get("query_string", b""),
         )
         try:
-            check_access(self._route.access, headers, self._service)
+            check_access(self._route.access, headers, self._service.settings)
             exchange.body = await _body(receive, headers, self._service.settings.max_body_bytes)
         except _LeftError:
             return
@@ -218,10 +179,14 @@ class Served:
             for task in (work, watch):
                 task.cancel()
             await asyncio.gather(work, watch, return_exceptions=True)
-            if exchange.asks and self._service.tracing is not None:
-                self._service.tracing.ended(exchange, scope["method"], self._route.path)  # pyright: ignore[reportArgumentType]
-            for running in exchange.running:
-                self._service.end(running)
+            status = 200 if exchange.problem is None else exchange.problem.status
+            exchange.close(
+                {
+                    "http.request.method": scope["method"],
+                    "http.route": self._route.path,
+                    "http.response.status_code": status,
+                }
+            )
 
     async def _work(self, exchange: Exchange, send: Send) -> None:
         try:
@@ -251,22 +216,6 @@ class Served:
         body = msgspec.json.encode(self._shape(exchange)(problem))
         headers = exchange.answer_headers | problem.headers
         await _whole(send, problem.status, JSON, body, headers)
-
-
-def check_access(access: Access, headers: Headers, service: Service) -> None:
-    """Raise :class:`ServeError` where a key is asked for and not shown."""
-    settings = service.settings
-    admin = () if settings.admin_key is None else (settings.admin_key,)
-    wanted = admin or settings.api_keys if access is Access.ADMIN else (*settings.api_keys, *admin)
-    if access is Access.FREE or not (settings.api_keys if access is Access.USER else wanted):
-        return
-    scheme, _, token = headers.get("authorization", "").partition(" ")
-    shown = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-    # All are compared, each in constant time: how long it takes says nothing of any.
-    if not sum(hmac.compare_digest(key.encode(), shown.encode()) for key in wanted):
-        what = "the admin's key" if access is Access.ADMIN and admin else "an API key"
-        message = f"{what} is needed; send it as Authorization: Bearer KEY"
-        raise ServeError(401, message, code="invalid_api_key")
 
 
 def identity_of(headers: Headers) -> str:

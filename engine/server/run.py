@@ -14,7 +14,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
@@ -31,6 +31,9 @@ from makeready.engine.server.predicted import predicted
 from makeready.engine.server.service import Service
 from makeready.engine.server.settings import ServerSettings
 from makeready.graphs.checkpoint.base import open_checkpoint
+
+if TYPE_CHECKING:
+    from makeready.engine.server.rpc.server import RpcServer
 
 _LOG = logging.getLogger("makeready.server")
 LAST_SECONDS = 0.5  # for answers to be sent once nothing runs any more
@@ -49,7 +52,8 @@ class Listening:
     Attributes:
         port: 0 for one that is free.
         certificate, key: files of TLS; None for none.
-        access_log: a line a request.
+        access_log: a line a request of HTTP.
+        grpc_port: of gRPC, 0 for one that is free; None for no gRPC.
     """
 
     host: str
@@ -57,6 +61,7 @@ class Listening:
     certificate: str | None = None
     key: str | None = None
     access_log: bool = False
+    grpc_port: int | None = None
 
 
 @dataclass(frozen=True)
@@ -170,7 +175,10 @@ async def serve(
     """See :func:`run`."""
     signals = Signals()
     _allow_files()
+    rpc: RpcServer | None = None
     with bind(at) as sock:
+        if at.grpc_port is not None:
+            rpc = listen_rpc(at, at.grpc_port, settings.max_body_bytes)
         loading = asyncio.ensure_future(EngineClient.start(load, note))
         stopped = asyncio.ensure_future(signals.next())
         await asyncio.wait((loading, stopped), return_when=asyncio.FIRST_COMPLETED)
@@ -196,10 +204,16 @@ async def serve(
             while not (server.started or serving.done()):
                 await asyncio.sleep(0.01)
             if server.started:
-                ready(f"http{'s' if at.certificate else ''}://{at.host}:{sock.getsockname()[1]}")
+                address = f"http{'s' if at.certificate else ''}://{at.host}:{sock.getsockname()[1]}"
+                if rpc is not None:
+                    await rpc.start(service)
+                    address += f" and grpc://{at.host}:{rpc.port}"
+                ready(address)
             await _until_end(service, server, serving, stopped, signals)
         finally:
             stopped.cancel()
+            if rpc is not None:
+                await rpc.stop(LAST_SECONDS)
             if service is not None:
                 await service.live.close()
                 if service.tracing is not None:
@@ -208,6 +222,22 @@ async def serve(
                     await service.batches.close()
             await client.close()
     return 0
+
+
+def listen_rpc(at: Listening, port: int, most_bytes: int) -> RpcServer:
+    """Take an address for gRPC; needs the extra ``grpc``.
+
+    Raises:
+        ServeFailedError: it cannot be had.
+    """
+    from makeready.engine.server.rpc.server import RpcServer
+
+    try:
+        return RpcServer(at.host, port, most_bytes, at.certificate, at.key)
+    except OSError as error:
+        raise ServeFailedError(
+            f"{at.host}:{port} cannot be listened at for gRPC: {error}; choose another grpc_port or host"
+        ) from None
 
 
 def keep_files(service: Service, folder: Path) -> None:

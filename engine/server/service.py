@@ -211,6 +211,13 @@ class Service:
             running.close()
             self.live.ended(running)  # pyright: ignore[reportArgumentType]
 
+    def abort(self, identity: str | None) -> int:
+        """End requests of an id, or all for None, where they stand; returns how many that were."""
+        found = [running for running in self.running if identity in (None, running.id)]
+        for running in found:
+            running.abort()
+        return len(found)
+
     async def drained(self) -> None:
         """Wait until no request is under way, as long as the settings allow."""
         until = time.monotonic() + self.settings.drain_seconds

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -22,8 +22,8 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from makeready.engine.reply import Reply
 from makeready.engine.sequence import ABORT
-from makeready.engine.server.route import Exchange
 from makeready.engine.server.service import Running
+from makeready.engine.server.work import Work
 
 SERVICE = "makeready"
 REQUEST, QUEUE, PREFILL, DECODE = "llm_request", "queue", "prefill", "decode"
@@ -75,26 +75,24 @@ class Tracing:
         self._tracer = self._provider.get_tracer("makeready.server")
         self._context = TraceContextTextMapPropagator()
 
-    def ended(self, exchange: Exchange, method: str, route: str) -> None:
-        """Make the spans of an exchange that asked the engine for something, or was refused by it."""
+    def ended(self, work: Work, told: Mapping[str, Any], *, served: bool) -> None:
+        """Make the spans of what asked the engine for something, or was refused by it; see :meth:`Work.close`."""
         now, clock = time.time_ns(), time.perf_counter()
-        parent = self._context.extract(exchange.headers)
-        span = self._tracer.start_span(
-            REQUEST, parent, SpanKind.SERVER, start_time=_nanoseconds(exchange.began, clock, now)
-        )
+        parent = self._context.extract(work.headers)
+        kind = SpanKind.SERVER if served else SpanKind.INTERNAL
+        span = self._tracer.start_span(REQUEST, parent, kind, start_time=_nanoseconds(work.began, clock, now))
         if span.is_recording():
-            span.set_attributes({"http.request.method": method, "http.route": route})
-            span.set_attributes(dict(_asked(exchange)))
-            problem = exchange.problem
-            span.set_attribute("http.response.status_code", 200 if problem is None else problem.status)
+            span.set_attributes(dict(told))
+            span.set_attributes(dict(_asked(work)))
+            problem = work.problem
             if problem is not None:
                 span.set_attribute("error.type", str(problem.status))
                 if problem.status >= 500:
                     span.set_status(StatusCode.ERROR, problem.message)
-            if exchange.running:
-                span.set_attributes(dict(_answered(exchange, clock)))
+            if work.running:
+                span.set_attributes(dict(_answered(work, clock)))
             below = set_span_in_context(span)
-            for number, reply in enumerate(_replies(exchange)):
+            for number, reply in enumerate(_replies(work)):
                 self._sample(number, reply, below, clock, now)
         span.end(now)
 
@@ -131,16 +129,16 @@ def _phases(reply: Reply, clock: float) -> Iterator[tuple[str, float, float]]:
         yield DECODE, first, end
 
 
-def _asked(exchange: Exchange) -> Iterator[tuple[str, Any]]:
+def _asked(work: Work) -> Iterator[tuple[str, Any]]:
     yield "gen_ai.provider.name", SERVICE
-    yield "gen_ai.request.model", exchange.service.name
-    yield "gen_ai.request.id", exchange.id
-    yield "gen_ai.request.stream", exchange.streams
-    yield "gen_ai.operation.name", "chat" if exchange.asks[0].kind == "messages" else "text_completion"
+    yield "gen_ai.request.model", work.service.name
+    yield "gen_ai.request.id", work.id
+    yield "gen_ai.request.stream", work.streams
+    yield "gen_ai.operation.name", "chat" if work.asks[0].kind == "messages" else "text_completion"
 
 
-def _answered(exchange: Exchange, clock: float) -> Iterator[tuple[str, Any]]:
-    params, replies = exchange.running[0].params, _replies(exchange)
+def _answered(work: Work, clock: float) -> Iterator[tuple[str, Any]]:
+    params, replies = work.running[0].params, _replies(work)
     stops = (params.stop,) if isinstance(params.stop, str) and params.stop else params.stop
     for name, value in (
         ("temperature", params.temperature),
@@ -156,10 +154,10 @@ def _answered(exchange: Exchange, clock: float) -> Iterator[tuple[str, Any]]:
     ):
         if value is not None:
             yield f"gen_ai.request.{name}", value
-    yield "gen_ai.response.model", exchange.service.name
-    yield "gen_ai.response.id", exchange.running[0].id
+    yield "gen_ai.response.model", work.service.name
+    yield "gen_ai.response.id", work.running[0].id
     yield "gen_ai.response.finish_reasons", [reply.finish_reason or ABORT for reply in replies]
-    prompts = [reply for run in exchange.running for reply in run.replies[:: run.params.n]]
+    prompts = [reply for run in work.running for reply in run.replies[:: run.params.n]]
     read = sum(len(reply.sequence.prompt) for reply in prompts)
     made = sum(len(reply.sequence.output) for reply in replies)
     cached = sum(reply.sequence.cached_tokens for reply in prompts)
@@ -177,11 +175,11 @@ def _answered(exchange: Exchange, clock: float) -> Iterator[tuple[str, Any]]:
         for phase, name in ((QUEUE, "queue"), (PREFILL, "model_prefill"), (DECODE, "model_decode")):
             if phase in took:
                 yield f"gen_ai.latency.time_in_{name}", took[phase]
-    yield "gen_ai.latency.e2e", clock - exchange.began
+    yield "gen_ai.latency.e2e", clock - work.began
 
 
-def _replies(exchange: Exchange) -> list[Reply]:
-    running: list[Running] = exchange.running
+def _replies(work: Work) -> list[Reply]:
+    running: list[Running] = work.running
     return [reply for run in running for reply in run.replies]
 
 

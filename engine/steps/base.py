@@ -18,6 +18,7 @@ from makeready.engine.batch import Batch, Chunk
 from makeready.engine.output import TokenLogprob
 from makeready.engine.seats import Seats
 from makeready.engine.sequence import TokenSequence
+from makeready.graphs.plan.spec import StepSpec
 
 if TYPE_CHECKING:
     from makeready.engine.staging import Stage
@@ -29,6 +30,13 @@ class Report(NamedTuple):
     sequence: TokenSequence
     place: int
     logprob: TokenLogprob
+
+
+class Drafts(NamedTuple):
+    """For each generating row of a step, tokens that were guessed, and how many of the first of them were right."""
+
+    drafted: list[int]
+    accepted: list[int]
 
 
 class StepKind(Protocol):
@@ -58,6 +66,29 @@ class StepKind(Protocol):
         """Tokens by which a step lengthens a generating row, at most."""
         ...
 
+    @property
+    def each(self) -> int:
+        """Tokens that the step has room for in each generating row."""
+        ...
+
+    @property
+    def reads_history(self) -> bool:
+        """Whether such steps look at all tokens of a sequence, those found in the prefix cache among them."""
+        ...
+
+    @property
+    def forces(self) -> bool:
+        """Whether such a step lengthens rows under a constraint by one token, so that they can be forced others."""
+        ...
+
+    def of(self, step: StepSpec, *, always: bool = False) -> StepKind:
+        """The kind as a plan declares it, for one scheduler.
+
+        Args:
+            always: take every batch that can be taken, also where another kind should be faster.
+        """
+        ...
+
     def claims(self, sequence: TokenSequence) -> int | None:
         """The first of a sequence's tokens that has to run in such a step; None if none has."""
         ...
@@ -66,7 +97,7 @@ class StepKind(Protocol):
         """Such a step runs a chunk that it claimed, or is sure to."""
         ...
 
-    def takes(self, chunks: list[Chunk]) -> bool:
+    def takes(self, decoding: list[TokenSequence], chunks: list[Chunk]) -> bool:
         """Whether such a step can run these chunks, which no kind claims, beside generating rows."""
         ...
 
@@ -76,6 +107,14 @@ class StepKind(Protocol):
 
     def counts(self, batch: Batch, results: Mapping[str, np.ndarray]) -> np.ndarray | None:
         """Tokens by which each generating row was lengthened; None where ``least`` and ``most`` say it."""
+        ...
+
+    def learned(self, decoding: list[TokenSequence], counts: np.ndarray) -> None:
+        """What :meth:`counts` said of a step's generating rows."""
+        ...
+
+    def drafts(self, batch: Batch, results: Mapping[str, np.ndarray]) -> Drafts | None:
+        """What was guessed; None where nothing ever is."""
         ...
 
     def tokens(self, batch: Batch, results: Mapping[str, np.ndarray]) -> Iterable[tuple[TokenSequence, int]]:
@@ -103,8 +142,10 @@ def step_kind(kind: Kind) -> Kind:
     return kind
 
 
-def step_kinds(names: Collection[str]) -> list[StepKind]:
-    """The kinds of these names, in the order in which they are asked to take a batch."""
+def step_kinds(declared: Mapping[str, StepSpec], *, always: bool = False) -> list[StepKind]:
+    """The kinds of a plan, in the order in which they are asked to take a batch; see :meth:`StepKind.of`."""
     for module in pkgutil.iter_modules(steps.__path__):
         importlib.import_module(f"{steps.__name__}.{module.name}")
-    return sorted((_KINDS[name] for name in names), key=lambda kind: kind.order)
+    return sorted(
+        (_KINDS[name].of(step, always=always) for name, step in declared.items()), key=lambda kind: kind.order
+    )

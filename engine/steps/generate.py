@@ -12,8 +12,8 @@ from makeready.engine.batch import Batch, Chunk
 from makeready.engine.output import TokenLogprob
 from makeready.engine.seats import Seats
 from makeready.engine.sequence import TokenSequence
-from makeready.engine.steps.base import Report, step_kind
-from makeready.graphs.plan.spec import DECODE, EXTEND
+from makeready.engine.steps.base import Drafts, Report, step_kind
+from makeready.graphs.plan.spec import DECODE, EXTEND, StepSpec
 
 if TYPE_CHECKING:
     from makeready.engine.staging import Stage
@@ -30,19 +30,30 @@ class Generate:
     order: int
     least: int = 1
     most: int = 1
+    each: int = 1
+    reads_history: bool = False
+    forces: bool = True
+
+    def of(self, step: StepSpec, *, always: bool = False) -> Generate:
+        return self
 
     def claims(self, sequence: TokenSequence) -> int | None:
         return None
 
     def launched(self, chunk: Chunk) -> None: ...
 
-    def takes(self, chunks: list[Chunk]) -> bool:
+    def takes(self, decoding: list[TokenSequence], chunks: list[Chunk]) -> bool:
         return self.name == EXTEND or all(chunk.last and chunk.count == 1 for chunk in chunks)
 
     def stage(self, batch: Batch, seats: Seats, stage: Stage) -> None:
         stage_sequences(batch, seats, stage)
 
     def counts(self, batch: Batch, results: Mapping[str, np.ndarray]) -> np.ndarray | None:
+        return None
+
+    def learned(self, decoding: list[TokenSequence], counts: np.ndarray) -> None: ...
+
+    def drafts(self, batch: Batch, results: Mapping[str, np.ndarray]) -> Drafts | None:
         return None
 
     def tokens(self, batch: Batch, results: Mapping[str, np.ndarray]) -> Iterable[tuple[TokenSequence, int]]:
@@ -54,16 +65,19 @@ class Generate:
         return output_reports(batch, results, wanted)
 
 
-def stage_sequences(batch: Batch, seats: Seats, stage: Stage) -> None:
+def stage_sequences(batch: Batch, seats: Seats, stage: Stage, runs: np.ndarray | None = None) -> None:
     """Write the fields of ``graphs.steps.generate.sequence_fields``.
 
     Generating rows run what the device sampled for them, behind as many tokens as the device has.
+
+    Args:
+        runs: tokens of each generating row; None where each runs one.
     """
     slots = batch.slots
     # While the same rows generate, all that is said of them here stays as it is.
-    if batch.chunks or slots is not stage.generating:
-        slots = _stage_rows(batch, stage)
-        stage.generating = None if batch.chunks else slots
+    if batch.chunks or runs is not None or slots is not stage.generating:
+        slots = _stage_rows(batch, stage, runs)
+        stage.generating = None if batch.chunks or runs is not None else slots
     if grows := seats.pools.grows:
         grown = seats.news(slots, stage.width(grows[0]))
         if grown is None:
@@ -78,11 +92,12 @@ def stage_sequences(batch: Batch, seats: Seats, stage: Stage) -> None:
             stage.write(written, states.out_S[slots])
 
 
-def _stage_rows(batch: Batch, stage: Stage) -> np.ndarray:
+def _stage_rows(batch: Batch, stage: Stage, runs: np.ndarray | None) -> np.ndarray:
     """Write which tokens each row runs; returns the rows' slots."""
     rows, chunks = len(batch.decoding), batch.chunks
     slots, samples = batch.slots, batch.slots
-    ids, starts, counts = np.full(rows, DEVICE), np.full(rows, DEVICE), np.ones(rows, np.int64)
+    counts = np.ones(rows, np.int64) if runs is None else runs
+    ids, starts = np.full(counts.sum(), DEVICE), np.full(rows, DEVICE)
     if chunks:
         own = [chunk.sequence.slot for chunk in chunks]
         # What is sampled behind a chunk that is not the last is nobody's: it is left to the null slot.

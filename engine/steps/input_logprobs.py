@@ -11,9 +11,9 @@ import numpy as np
 from makeready.engine.batch import Batch, Chunk
 from makeready.engine.seats import Seats
 from makeready.engine.sequence import TokenSequence
-from makeready.engine.steps.base import Report, step_kind
+from makeready.engine.steps.base import Drafts, Report, step_kind
 from makeready.engine.steps.generate import output_reports, stage_sequences, token_logprob
-from makeready.graphs.plan.spec import INPUT_LOGPROBS
+from makeready.graphs.plan.spec import INPUT_LOGPROBS, StepSpec
 
 if TYPE_CHECKING:
     from makeready.engine.staging import Stage
@@ -29,6 +29,12 @@ class InputLogprobs:
     order: int = 1
     least: int = 1
     most: int = 1
+    each: int = 1
+    reads_history: bool = False
+    forces: bool = True
+
+    def of(self, step: StepSpec, *, always: bool = False) -> InputLogprobs:
+        return self
 
     def claims(self, sequence: TokenSequence) -> int | None:
         return sequence.scored - 1 if sequence.scoring else None
@@ -36,7 +42,7 @@ class InputLogprobs:
     def launched(self, chunk: Chunk) -> None:
         chunk.sequence.scored += _scored(chunk)
 
-    def takes(self, chunks: list[Chunk]) -> bool:
+    def takes(self, decoding: list[TokenSequence], chunks: list[Chunk]) -> bool:
         return False  # it runs what it claims, no more
 
     def stage(self, batch: Batch, seats: Seats, stage: Stage) -> None:
@@ -52,6 +58,11 @@ class InputLogprobs:
         stage.write("target_slot", slots)
 
     def counts(self, batch: Batch, results: Mapping[str, np.ndarray]) -> np.ndarray | None:
+        return None
+
+    def learned(self, decoding: list[TokenSequence], counts: np.ndarray) -> None: ...
+
+    def drafts(self, batch: Batch, results: Mapping[str, np.ndarray]) -> Drafts | None:
         return None
 
     def tokens(self, batch: Batch, results: Mapping[str, np.ndarray]) -> Iterable[tuple[TokenSequence, int]]:

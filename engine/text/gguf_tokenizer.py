@@ -74,9 +74,10 @@ def read_gguf_tokenizer(metadata: Mapping[str, Any]) -> TokenizerParts | None:
         )
     tokens = _tokens(metadata)
     build = _byte_level if kind == "gpt2" else _sentencepiece
-    backend, add_bos, ids = build(metadata, tokens)
+    vocabulary = _vocabulary(tokens)
+    backend, add_bos, ids = build(metadata, tokens, vocabulary)
     ids = {**ids, **_special_ids(metadata, len(tokens))}
-    ends = tuple(dict.fromkeys((*(ids[key] for key in _END_IDS if key in ids), *_ends_by_text(tokens))))
+    ends = tuple(dict.fromkeys((*(ids[key] for key in _END_IDS if key in ids), *_ends_by_text(vocabulary))))
     backend.add_tokens(_added_tokens(metadata, tokens, {*ids.values(), *ends}))
     backend.post_processor = _template(metadata, tokens, ids, add_bos)
     return TokenizerParts(
@@ -116,7 +117,7 @@ def _vocabulary(tokens: Sequence[str]) -> dict[str, int]:
 
 
 def _byte_level(
-    metadata: Mapping[str, Any], tokens: Sequence[str]
+    metadata: Mapping[str, Any], tokens: Sequence[str], vocabulary: dict[str, int]
 ) -> tuple[tokenizers.Tokenizer, bool, dict[str, int]]:
     """The tokenizer, whether it adds bos by default, and ids of special tokens that go without saying."""
     name = metadata.get("tokenizer.ggml.pre") or DEFAULT
@@ -129,11 +130,8 @@ def _byte_level(
     merges = metadata.get("tokenizer.ggml.merges")
     if merges is None:
         raise TextError("GGUF metadata tokenizer.ggml.merges is missing; convert the model again")
-    # A merge is "left right"; only a space after the first character can be the border.
-    borders = ((merge, merge.find(" ", 1)) for merge in merges)
-    pairs = [(merge[:border], merge[border + 1 :]) for merge, border in borders]
     try:
-        model = models.BPE(_vocabulary(tokens), pairs, ignore_merges=kind.ignore_merges)
+        model = models.BPE(vocabulary, [_pair(merge) for merge in merges], ignore_merges=kind.ignore_merges)
     except Exception as error:  # tokenizers raises bare Exception
         raise TextError(f"GGUF metadata tokenizer.ggml.merges are broken ({error}); convert again") from None
     backend = tokenizers.Tokenizer(model)
@@ -144,8 +142,17 @@ def _byte_level(
     return backend, kind.add_bos, {}
 
 
+def _pair(merge: str) -> tuple[str, str]:
+    """A merge is "left right"; only a space after the first character can be the border."""
+    left, *right = merge.split(" ")
+    if left and len(right) == 1:
+        return left, right[0]
+    border = merge.find(" ", 1)
+    return merge[:border], merge[border + 1 :]
+
+
 def _sentencepiece(
-    metadata: Mapping[str, Any], tokens: Sequence[str]
+    metadata: Mapping[str, Any], tokens: Sequence[str], vocabulary: dict[str, int]
 ) -> tuple[tokenizers.Tokenizer, bool, dict[str, int]]:
     """As `_byte_level`, for pieces with scores."""
     scores = _array(metadata, "scores", len(tokens))
@@ -153,7 +160,7 @@ def _sentencepiece(
     defaults = {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}
     unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
     model = models.BPE(
-        _vocabulary(tokens),
+        vocabulary,
         _merges_of_scores(tokens, scores, types),
         unk_token=tokens[unknown] if unknown < len(tokens) else None,
         fuse_unk=True,
@@ -211,12 +218,12 @@ def _special_ids(metadata: Mapping[str, Any], length: int) -> dict[str, int]:
     return ids
 
 
-def _ends_by_text(tokens: Sequence[str]) -> list[int]:
+def _ends_by_text(vocabulary: Mapping[str, int]) -> list[int]:
     """Ids of the tokens that end a turn by what they are called.
 
     Files often name the end of the text as eos where a chat ends its turns with another token.
     """
-    places = {text: token for token, text in reversed(list(enumerate(tokens))) if text in _END_TEXTS}
+    places = {text: vocabulary[text] for text in _END_TEXTS if text in vocabulary}
     # A harmony vocabulary ends a message, not a turn, with this one.
     if "<|end|>" in places and {"<|return|>", "<|flush|>"} & places.keys():
         del places["<|end|>"]

@@ -14,11 +14,11 @@ from typing import Any
 
 from makeready.graphs.checkpoint.base import CheckpointError
 from makeready.graphs.checkpoint.rope import normalise_rope
-from makeready.graphs.models.family import Family, families, family_of_type
+from makeready.graphs.models.family import FULL, SLIDING, Family, families, family_of_type, family_within
 
 DTYPES = ("float32", "float16", "bfloat16")  # what a model's weights are computed in
 MAX_LAYERS = 10_000  # far above any model; a damaged file that says 2**31 must not become a list as long
-LAYER_TYPES = ("full_attention", "sliding_attention")
+LANGUAGE = "model.language_model."  # how tensors of the text model begin in models that also see
 
 REQUIRED_SIZES = (
     "vocab_size",
@@ -63,11 +63,7 @@ def normalise_config(
     Raises:
         CheckpointError: a field is missing, malformed or contradicts another.
     """
-    if raw.get("text_config") is not None:
-        raise CheckpointError(
-            f"{source}: multimodal configs (field text_config) are not supported; use a text model"
-        )
-    config = dict(raw)
+    config = dict(raw) if raw.get("text_config") is None else _text_config(raw, source)
     model_type = _model_type(config, source)
     family = family_of_type(model_type)
     if family is not None:
@@ -102,6 +98,41 @@ def normalise_config(
                 f"{source}: {field} is {value!r:.80}, which is no number in JSON; correct the config"
             )
     return config
+
+
+def _text_config(raw: dict[str, Any], source: str) -> dict[str, Any]:
+    """The config of the text model within a multimodal one, with what that says of the weights of all.
+
+    Raises:
+        CheckpointError: its text model is none of those that are known to be in another model.
+    """
+    model_type, text = raw.get("model_type"), raw["text_config"]
+    family = family_within(model_type) if isinstance(model_type, str) else None
+    if family is None or not isinstance(text, dict) or text.get("model_type", "") != family.model_type:
+        known = [f.within for f in families().values() if f.within]
+        raise CheckpointError(
+            f"{source}: multimodal configs (field text_config) are not supported but for the text models of "
+            f"{', '.join(known)}; use a text model"
+        )
+    config = {k: v for k, v in text.items() if k != "architectures"}
+    for field in ("dtype", "torch_dtype", "tie_word_embeddings", "quantization_config", "eos_token_id"):
+        if raw.get(field) is not None:
+            config[field] = raw[field]
+    if config.get("quantization_config") is not None:
+        config["quantization_config"] = without_language(config["quantization_config"])
+    return config
+
+
+def without_language(value: Any) -> Any:
+    """A JSON value whose texts name tensors of the text model as it calls them by itself; patterns, too."""
+    if isinstance(value, dict):
+        return {key: without_language(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_language(item) for item in value]
+    if isinstance(value, str):
+        pattern = LANGUAGE.replace(".", "\\.")
+        return value.replace(LANGUAGE, "model.").replace(pattern, "model\\.")
+    return value
 
 
 def positive_int(config: dict[str, Any], field: str, source: str) -> int:
@@ -222,17 +253,17 @@ def _fill_windows(config: dict[str, Any], family: Family, source: str) -> None:
     family.windows(config, source)
     window = config["sliding_window"]
     if config.get("layer_types") is None:
-        config["layer_types"] = [LAYER_TYPES[0]] * layers
+        config["layer_types"] = [FULL] * layers
     types = config["layer_types"]
-    if not isinstance(types, list) or len(types) != layers or any(kind not in LAYER_TYPES for kind in types):
+    if not isinstance(types, list) or len(types) != layers or any(kind not in family.kinds for kind in types):
         raise CheckpointError(
-            f"{source}: layer_types must name one of {', '.join(LAYER_TYPES)} for each of the "
+            f"{source}: layer_types must name one of {', '.join(family.kinds)} for each of the "
             f"{layers} layers; correct it"
         )
-    slides = LAYER_TYPES[1] in types
+    slides = SLIDING in types
     if slides and window is None:
         raise CheckpointError(
-            f"{source}: layer_types has {LAYER_TYPES[1]} but no sliding_window is in use; "
+            f"{source}: layer_types has {SLIDING} but no sliding_window is in use; "
             "set sliding_window (and use_sliding_window for Qwen) or change layer_types"
         )
     if not slides:

@@ -30,6 +30,8 @@ SCALES = {
     "weight_scale": SCALE / FLOAT8_SPREAD,
     "weight_scale_inv": SCALE / FLOAT8_SPREAD,
     "input_scale": 8 / 448,
+    "weight_scale_2": SCALE / 2.9 / FLOAT8_SPREAD,  # of NVFP4: scales fill most of e4m3's range
+    "weight_global_scale": 2.9 * FLOAT8_SPREAD / SCALE,  # which divides
     "scales": SCALE / 6.5,  # of 4 bits less a zero of 4 bits
 }
 PACKED = ("qweight", "qzeros", "weight_packed", "weight_zero_point")  # random bits: weights of 4 or 8 bits
@@ -161,7 +163,10 @@ def _numbers(values: np.ndarray, info: TensorInfo) -> np.ndarray:
     ):  # half, once and twice as large as usual
         return (EXPONENT + np.rint(np.tanh(values))).astype(np.uint8)
     if kind in SCALES:  # between a half and one and a half of the usual
-        return ((np.abs(np.tanh(values)) + np.float32(0.5)) * np.float32(SCALES[kind])).astype(np.float32)
+        spread = np.abs(np.tanh(values)) + np.float32(0.5)
+        if info.dtype == "float8_e4m3fn":
+            return to_float8(spread * np.float32(FLOAT8_SPREAD))
+        return (spread * np.float32(SCALES[kind])).astype(np.float32)
     if info.dtype in ("int32", "uint8"):
         bits = values.view(np.int32) * np.int32(0x9E3779B1 - 2**32)
         return bits if info.dtype == "int32" else bits.view(np.uint8)[: len(values)]

@@ -22,7 +22,7 @@ from makeready.graphs.checkpoint.base import (
     ranges,
     read_json,
 )
-from makeready.graphs.checkpoint.config import DTYPES, normalise_config
+from makeready.graphs.checkpoint.config import DTYPES, LANGUAGE, normalise_config
 from makeready.graphs.checkpoint.generation_config import check_generation_config
 from makeready.graphs.checkpoint.safetensors_file import SafetensorsFile
 from makeready.graphs.checkpoint.stacked import Part, split_experts
@@ -30,6 +30,9 @@ from makeready.graphs.models.family import family_of_type
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+QUANTIZATION = (
+    "hf_quant_config.json"  # of modelopt, which writes it beside or in the place of config.json's part
+)
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 COMPARED = 2**20  # elements of two tensors that are compared at once
 TOKENIZER_FILES = (
@@ -49,7 +52,8 @@ class HuggingFaceCheckpoint(Checkpoint):
     """A folder as `save_pretrained` of transformers 4 or 5 writes it.
 
     Args:
-        path: folder that holds `config.json` and the weights.
+        path: folder that holds `config.json` and the weights; `hf_quant_config.json` where `config.json` has no
+            quantization_config.
 
     Raises:
         CheckpointError: a file is missing, truncated or contradicts another one.
@@ -63,6 +67,8 @@ class HuggingFaceCheckpoint(Checkpoint):
         if not config_path.is_file():
             raise CheckpointError(_without_config(path))
         raw = read_json(config_path)
+        if not raw.get("quantization_config") and (path / QUANTIZATION).is_file():
+            raw["quantization_config"] = {**read_json(path / QUANTIZATION), "quant_method": "modelopt"}
         self._sources = _open_weights(path)
         self._tensors = {name: file.infos[name] for name, file in sorted(self._sources.items())}
         self._stored_names: dict[str, str] = {}  # where a tensor is another one
@@ -70,6 +76,8 @@ class HuggingFaceCheckpoint(Checkpoint):
             raw, source=str(config_path), default_dtype=_stored_dtype(self._tensors)
         )
         self._parts: dict[str, Part] = {}  # where a tensor is some rows of another one
+        if raw.get("text_config") is not None:
+            self._unwrap()
         self._split_experts()
         if self.config["tie_word_embeddings"]:
             self._tie_head()
@@ -102,6 +110,16 @@ class HuggingFaceCheckpoint(Checkpoint):
         """The safetensors files that a tensor is read from."""
         files = {file.path: file for file in self._sources.values()}
         return {path.name: (path, files[path].data_start) for path in sorted(files)}
+
+    def _unwrap(self) -> None:
+        """Call tensors of the text model as they are called where it is by itself."""
+        stored = {
+            name.replace(LANGUAGE, "model.", 1): name for name in self._tensors if name.startswith(LANGUAGE)
+        }
+        kept = {name: info for name, info in self._tensors.items() if not name.startswith(LANGUAGE)}
+        named = {name: replace(self._tensors[old], name=name) for name, old in stored.items()}
+        self._stored_names |= stored
+        self._tensors = dict(sorted({**kept, **named}.items()))
 
     def _split_experts(self) -> None:
         """Present stacked experts one by one, in the spelling of the family."""

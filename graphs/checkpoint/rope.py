@@ -31,18 +31,20 @@ _UNUSED = {"type", "rope_type", "rope_theta", "finetuned"}
 _UNUSED_BY_TYPE = {kind: {"original_max_position_embeddings"} for kind in ("default", "linear", "dynamic")}
 
 
-def normalise_rope(config: dict[str, Any], source: str) -> dict[str, Any]:
+def normalise_rope(config: dict[str, Any], source: str, *, partial: float = 1.0) -> dict[str, Any]:
     """Return the rotary settings of a config.
 
     Args:
         config: a Hugging Face config in either spelling, with `max_position_embeddings` checked.
         source: what to call it in errors.
+        partial: the part of a head's features that is rotated where nothing is said; a family with another one than
+            1 takes what the config says, others refuse it.
 
     Returns:
         `{"rope_type": one of ROPE_TYPES, "rope_theta": float, ...}` with exactly the fields of that type:
         `factor`; for llama3 `low_freq_factor`, `high_freq_factor`; for llama3 and yarn
         `original_max_position_embeddings`; for yarn, where stated, `attention_factor`, `beta_fast`,
-        `beta_slow`, `mscale`, `mscale_all_dim`, `truncate`.
+        `beta_slow`, `mscale`, `mscale_all_dim`, `truncate`; `partial_rotary_factor` where it is not 1.
 
     Raises:
         CheckpointError: an unsupported type, a missing or unknown field, or contradicting spellings.
@@ -52,7 +54,7 @@ def normalise_rope(config: dict[str, Any], source: str) -> dict[str, Any]:
         for field in ("rope_parameters", "rope_scaling")
         if config.get(field) is not None
     ]
-    readings = [_normalise(values, config, source) for values in stated] or [_normalise({}, config, source)]
+    readings = [_normalise(values, config, source, partial) for values in stated or [{}]]
     if any(reading != readings[0] for reading in readings):
         raise CheckpointError(f"{source}: rope_parameters and rope_scaling contradict each other; keep one")
     return readings[0]
@@ -73,14 +75,16 @@ def _flatten(value: Any, field: str, source: str) -> dict[str, Any]:
     return nested[0]
 
 
-def _normalise(values: dict[str, Any], config: dict[str, Any], source: str) -> dict[str, Any]:
+def _normalise(
+    values: dict[str, Any], config: dict[str, Any], source: str, partial: float = 1.0
+) -> dict[str, Any]:
     values = {key: value for key, value in values.items() if value is not None}
     kind = values.get("rope_type", values.get("type", "default"))
     if not isinstance(kind, str) or kind not in _NEEDS:
         raise CheckpointError(
             f"{source}: rope_type {kind!r} is not supported; use a model with one of {', '.join(ROPE_TYPES)}"
         )
-    for holder in (values, config):
+    for holder in (values, config) if partial == 1.0 else ():
         if holder.get("partial_rotary_factor", 1.0) != 1.0:
             raise CheckpointError(
                 f"{source}: partial_rotary_factor {holder['partial_rotary_factor']!r} is not supported; "
@@ -109,7 +113,29 @@ def _normalise(values: dict[str, Any], config: dict[str, Any], source: str) -> d
         if field in values:
             rope[field] = values[field] if field == "truncate" else _number(values[field], field, source)
     _check(rope, source)
+    if partial != 1.0:
+        rotated = _partial(values, config, source, partial)
+        if rotated != 1.0:
+            rope["partial_rotary_factor"] = rotated
     return rope
+
+
+def _partial(values: dict[str, Any], config: dict[str, Any], source: str, usual: float) -> float:
+    """The part of a head that is rotated, an even number of its features.
+
+    What the rotary settings say comes before what the config says beside them, as in transformers, which writes its
+    default there.
+    """
+    field = "partial_rotary_factor"
+    stated = [h[field] for h in (values, config) if h.get(field) is not None]
+    rotated = float(_number(stated[0], field, source)) if stated else usual
+    features = int(config["head_dim"] * rotated)
+    if rotated > 1 or features < 2 or features % 2:
+        raise CheckpointError(
+            f"{source}: {field} {rotated} rotates {features} of {config['head_dim']} features; it must be an even "
+            "number of them"
+        )
+    return rotated
 
 
 def _fill_original_length(values: dict[str, Any], kind: str, config: dict[str, Any]) -> None:

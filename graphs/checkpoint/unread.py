@@ -9,14 +9,20 @@ from collections.abc import Collection
 import numpy as np
 
 from makeready.graphs.checkpoint.base import Checkpoint, CheckpointError, CheckpointWarning, tensor_of
+from makeready.graphs.models.family import family_of_type
 
 NAMED = 5  # tensors that a warning names
 
 # Buffers that older transformers saved, computed from the config; masks of attention.
 _HARMLESS = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attn\.bias|masked_bias)$")
+# Further parts of models that are published whole: modules that predict further tokens, and those that see.
+_FURTHER, _SEES = re.compile(r"(model\.)?mtp\."), re.compile(r"(model\.)?visual\.")
 _LAYER = re.compile(r"(?:model\.layers|transformer\.h)\.(\d+)\.")
 _SCALES = ("weight_scale", "weight_scale_inv", "weight_scale_2", "scale")
 _SHIFTS = ("bias", "weight_zero_point", "zero_point")
+# Of activations beside 4-bit floats a quantization's reader says that they are not used.
+_CACHE = re.compile(r"\.(k_proj\.(k|output)_scale|v_proj\.(v|output)_scale|self_attn\.(attn\.)?[kv]_scale)$")
+_ACTIVATIONS, _WHOLE = ("input_scale", "input_global_scale"), ("weight_scale_2", "weight_global_scale")
 # Beside weights of few bits: read only where their config says that they are anything but usual.
 _PACKED = ("qweight", "weight_packed")
 _ORDERS, _ZEROS, _SHAPES = ("g_idx", "weight_g_idx"), ("qzeros", "weight_zero_point"), ("weight_shape",)
@@ -30,7 +36,7 @@ _MIDDLES = (
 
 def check_unread(checkpoint: Checkpoint, read: Collection[str]) -> None:
     """Warn of tensors that nothing reads; once, with their number and the first of them. Layers that predict further
-    tokens are told apart from others.
+    tokens, and scales of a cache, are told apart from others.
 
     Args:
         checkpoint: whose tensors.
@@ -55,7 +61,13 @@ def check_unread(checkpoint: Checkpoint, read: Collection[str]) -> None:
             raise CheckpointError(f"{checkpoint.path} has the tensor {name}, {reason}")
     ahead = [name for name in unread if _predicts_further(checkpoint, name)]
     _tell(checkpoint, ahead, "they predict further tokens, which is not done here")
-    others = [name for name in unread if name not in set(ahead) and not _belongs(name, read)]
+    cache = [name for name in unread if _CACHE.search(name) and name not in ahead]
+    _tell(checkpoint, cache, "they scale a quantized cache; kv.dtype says what the cache is here")
+    family = family_of_type(checkpoint.config["model_type"])
+    seeing = [name for name in unread if family is not None and family.within and _SEES.match(name)]
+    _tell(checkpoint, seeing, "they see images and videos, which is not done here")
+    told = {*ahead, *cache, *seeing}
+    others = [name for name in unread if name not in told and not _belongs(name, read)]
     _tell(checkpoint, others, "if they belong to it, config.json is another checkpoint's")
 
 
@@ -72,7 +84,9 @@ def _tell(checkpoint: Checkpoint, unread: Collection[str], meaning: str) -> None
 
 
 def _predicts_further(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether the tensor is of a layer behind the last, of which the config says how many there are."""
+    """Whether the tensor is of a layer behind the last, of which the config says how many there are, or ``mtp``."""
+    if _FURTHER.match(name):
+        return True
     layers, layer = checkpoint.config["num_hidden_layers"], _LAYER.match(name)
     predicting = checkpoint.config.get("num_nextn_predict_layers")
     return layer is not None and type(predicting) is int and layers <= int(layer[1]) < layers + predicting
@@ -115,6 +129,8 @@ def _reason(checkpoint: Checkpoint, name: str, read: Collection[str]) -> str | N
 def _belongs(name: str, read: Collection[str]) -> bool:
     """Whether the tensor comes with weights of few bits that are read."""
     module, _, kind = name.rpartition(".")
+    if kind in _ACTIVATIONS:
+        return any(f"{module}.{whole}" in read for whole in _WHOLE)
     return kind in (*_ORDERS, *_ZEROS, *_SHAPES) and any(f"{module}.{packed}" in read for packed in _PACKED)
 
 

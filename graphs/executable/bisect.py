@@ -229,6 +229,7 @@ class _Pair:
     def compare(self, progress: Progress) -> Difference | None:
         count, stops = len(self._program.launches), [call.stop for call in self._calls]
         walks = [each.walk(self._bucket, self._step, stops) for each in (self._device, self._reference)]
+        states = self._states()
         for call in self._calls:
             at, launch = call.first, call.launch
             progress(f"step {self._number + 1} ({self._bucket}), launch {at + 1} of {count}: {launch.op}")
@@ -241,11 +242,18 @@ class _Pair:
             if found is not None:
                 return found
         alone = self._results()
+        for name, bits in states.items():  # which the step has written over
+            self._device.poke(self._bucket, name, bits)
         self._device.launch(self._bucket, self._step).wait()
         together = self._results()
         if all(np.array_equal(alone[name], together[name]) for name in alone):
             return None
         return self._order()
+
+    def _states(self) -> dict[str, np.ndarray]:
+        """Copies of the device's states, which a step may leave where it read them."""
+        parts = [part for group in self._plan.kv.states for part in group.parts]
+        return {part.name: self._device.peek(self._bucket, part.name) for part in parts}
 
     def _written(self, launch: Launch) -> dict[str, str]:
         return {

@@ -22,22 +22,24 @@ class Held:
         slot: where it lives.
         pages: its page list, pages that the next step fills included.
         tokens: how many lie in the cache.
+        state: block of each state group that holds what these tokens left; 0 where there is none.
     """
 
     slot: int
     pages: Sequence[int]
     tokens: int
+    state: int = 0
 
 
-def unowned(plan: Plan, pages: int, held: Iterable[Held]) -> Iterator[tuple[str, int, int]]:
+def unowned(plan: Plan, blocks: Mapping[str, int], held: Iterable[Held]) -> Iterator[tuple[str, int, int]]:
     """Byte ranges ``start:stop`` of slot fields and cache tensors, by name, that are nobody's.
 
     These are: every entry of slots that no sequence lives in (the null slot among them), page lists and
     histories beyond what sequences have, pages that nobody holds, and places of a page that no token was
-    written to.
+    written to; states that nobody holds, but for block 0, with which sequences begin.
 
     Args:
-        pages: of the cache, page 0 included.
+        blocks: of every cache group by its name, block 0 included.
     """
     held = tuple(held)
     kept = {one.slot: {"pages": len(one.pages), "history": one.tokens + 1} for one in held}
@@ -50,12 +52,14 @@ def unowned(plan: Plan, pages: int, held: Iterable[Held]) -> Iterator[tuple[str,
                 yield field.name, slot * row, (slot + 1) * row
             elif field.keeper == DEVICE and field.name in kept[slot]:
                 yield field.name, slot * row + kept[slot][field.name] * entry, (slot + 1) * row
-    for part in plan.kv.parts:
-        token = part.page_bytes // part.page_shape[0]
-        yield from (
-            (part.name, *span)
-            for span in _free(_filled(held, plan.kv.page_size), pages, part.page_bytes, token)
-        )
+    filled = _filled(held, plan.kv.page_size)
+    states = {0: 1, **{one.state: 1 for one in held}}  # whole blocks
+    for group in plan.kv.groups:
+        for part in group.parts:
+            paged = group.unit is not None
+            token = part.page_bytes // part.page_shape[0] if paged else part.page_bytes
+            free = _free(filled if paged else states, blocks[group.name], part.page_bytes, token)
+            yield from ((part.name, *span) for span in free)
 
 
 def _filled(held: Iterable[Held], page_size: int) -> Mapping[int, int]:

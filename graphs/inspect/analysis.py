@@ -208,13 +208,16 @@ def memory_analysis(plan: Plan) -> dict[str, Any]:
         ``arena_by_phase``: bytes of the arena that a phase's buffers reach to, at its largest bucket.
         ``kv``: ``dtypes`` (bytes of a page by dtype), ``page_size`` (tokens), ``page_bytes``,
         ``token_bytes``, and what ``max_rows`` rows of full context need: ``full_pages`` (the null page
-        included) and ``full_bytes``.
+        included) and ``full_bytes``. ``bounded``: cache groups (windows, states) whose number of blocks does not
+        depend on memory, by name: ``blocks``, ``block_bytes`` and ``bytes``, which ``full_bytes`` includes.
         ``capacity``: by GiB of memory, the ``pages`` and ``tokens`` of KV (the null page left out) beside
         the fixed regions, and how many ``rows`` of full context they hold.
     """
     regions = asdict(plan.memory)
     parameters, again = _distinct(plan.weights)
     full_pages = plan.limits.max_rows * plan.limits.pages_per_row + 1
+    bounded = _bounded(plan, full_pages)
+    paged = [part for group in plan.kv.groups if group.name not in bounded for part in group.parts]
     return {
         "regions": regions,
         "fixed": plan.memory.fixed,
@@ -224,14 +227,29 @@ def memory_analysis(plan: Plan) -> dict[str, Any]:
         "generated": sum(w.nbytes for w in plan.weights if w.param.generated),
         "arena_by_phase": {phase: _reach(plan, phase) for phase in plan.programs},
         "kv": {
-            "dtypes": _sums((part.dtype, part.page_bytes) for part in plan.kv.parts),
+            "dtypes": _sums((part.dtype, part.page_bytes) for part in paged),
             "page_size": plan.kv.page_size,
             "page_bytes": plan.kv.page_bytes,
             "token_bytes": plan.kv.token_bytes,
             "full_pages": full_pages,
-            "full_bytes": full_pages * plan.kv.page_bytes,
+            "full_bytes": full_pages * plan.kv.page_bytes + sum(some["bytes"] for some in bounded.values()),
+            "bounded": bounded,
         },
         "capacity": {gib: _capacity(plan, gib * 2**30) for gib in CAPACITY_GIB},
+    }
+
+
+def _bounded(plan: Plan, pages: int) -> dict[str, dict[str, int]]:
+    """Groups that have as many blocks where memory holds more pages."""
+    less, more = (plan.kv.blocks(n, plan.limits) for n in (pages, pages + 1))
+    return {
+        group.name: {
+            "blocks": less[group.name],
+            "block_bytes": group.block_bytes,
+            "bytes": less[group.name] * group.block_bytes,
+        }
+        for group in plan.kv.groups
+        if less[group.name] == more[group.name]
     }
 
 

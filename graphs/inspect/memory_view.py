@@ -62,7 +62,8 @@ def _notes(plan: Plan, memory: Mapping[str, Any]) -> dict[str, str]:
         "slot": f"what the device keeps for each of {rows} running requests, and for padding",
         "result": "what the host reads after every step",
         "scratch": "what kernels share among their blocks",
-        "KV": f"{kv['full_pages']:,} pages: {rows} rows of {plan.limits.context_len:,} tokens, and the null page",
+        "KV": f"{kv['full_pages']:,} pages: {rows} rows of {plan.limits.context_len:,} tokens, and the null page"
+        + "".join(f"; {some['blocks']:,} blocks of {name}" for name, some in kv["bounded"].items()),
     }
 
 
@@ -92,4 +93,8 @@ def page_facts(memory: Mapping[str, Any]) -> str:
     return (
         f"A token takes {units.nbytes(kv['token_bytes'])} over all layers, a page of {kv['page_size']} tokens "
         f"{units.nbytes(kv['page_bytes'])} ({made})."
+        + "".join(
+            f" There are {some['blocks']:,} blocks of {name}, {units.nbytes(some['block_bytes'])} each."
+            for name, some in kv["bounded"].items()
+        )
     )

@@ -100,6 +100,7 @@ class StepTimes:
         )
         self._kinds: dict[Bucket, list[_Kind]] = {}
         self._still: dict[Bucket, float] = {}
+        self._full: dict[tuple[Bucket, str, int], float] = {}
 
     def seconds(self, bucket: Bucket, rows: Sequence[Row]) -> float:
         """Of a step of ``bucket`` with these live rows, from its start to that of the next."""
@@ -151,15 +152,36 @@ class StepTimes:
         """Of one launch that goes by what rows have.
 
         A model speaks of full buckets at the context of the plan's traffic. What it says beyond a launch's start is
-        scaled by the floor, which the live rows have beside that of those that it speaks of. Models of attention over
-        what was cached before the step speak of many such tokens, and a prompt's first chunk has none: there the
-        floor counts.
+        scaled by the floor, which the live rows have beside that of those that it speaks of. Where they have more,
+        the rest takes what it takes in the largest bucket: a small one is further from its floor since it does not
+        fill the device, and more work does. Models of attention over what was cached before the step speak of many
+        such tokens, and a prompt's first chunk has none: there the floor counts.
         """
         live, start = self._rows_floor(kind, bucket, rows), self._start(kind)
         if not kind.modelled or (kind.reads == CACHE and self._apart(bucket)):
             return live / self.calibration.cache_share + max(start, self.calibration.cache_seconds)
         usual = self._rows_floor(kind, bucket, self._usual(bucket))
-        return start + max(0.0, kind.modelled - start) * live / usual
+        share = max(0.0, kind.modelled - start) / usual
+        if live <= usual:
+            return start + share * live
+        return start + share * usual + min(share, self._filled(kind, bucket)) * (live - usual)
+
+    def _filled(self, kind: _Kind, bucket: Bucket) -> float:
+        """Times its floor that a launch takes behind its start in the largest bucket, if it has a model there."""
+        largest = max(
+            (b for b in self.plan.buckets if b.phase == bucket.phase), key=lambda b: (b.tokens, b.rows)
+        )
+        at = (largest, kind.launch.op, kind.launch.op_class)
+        if at not in self._full:
+            same = (k for k in self._of(largest) if (k.launch.op, k.launch.op_class) == at[1:] and k.modelled)
+            found = next(same, None)
+            self._full[at] = (
+                math.inf
+                if found is None
+                else max(0.0, found.modelled - self._start(found))
+                / self._rows_floor(found, largest, self._usual(largest))
+            )
+        return self._full[at]
 
     def _apart(self, bucket: Bucket) -> bool:
         """Whether tokens of the step are seen by other launches than what was cached before."""

@@ -78,6 +78,11 @@ def _capacity(plan: Plan, memory: Mapping[str, Any]) -> Iterator[str]:
         f"  {plan.limits.max_rows} rows of {plan.limits.context_len:,} tokens: "
         f"{units.nbytes(kv['full_bytes'])} in {kv['full_pages']:,} pages, the null page included"
     )
+    for name, some in kv["bounded"].items():
+        yield (
+            f"  {name}: {some['blocks']:,} blocks of {units.nbytes(some['block_bytes'])}, "
+            f"{units.nbytes(some['bytes'])}, whatever memory there is"
+        )
     rows = [
         (f"{gib} GiB", f"{c['pages']:,}", f"{c['tokens']:,}", f"{c['rows']:,}")
         for gib, c in memory["capacity"].items()

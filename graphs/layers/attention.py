@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from makeready.graphs.layers.dense import BY_INPUTS, BY_OUTPUTS, Linear
+from makeready.graphs.layers.dense import BY_INPUTS, BY_OUTPUTS, Linear, Rows
 from makeready.graphs.layers.inputs import Inputs
 from makeready.graphs.layers.parameter import parameter
 from makeready.graphs.plan.spec import KVPart
-from makeready.kernels import norm, rope
+from makeready.kernels import elementwise, norm, rope
 from makeready.kernels.attention import paged, scaled
 from makeready.kernels.attention.formats import PER_TOKEN_HEAD
 
@@ -103,6 +103,8 @@ class Attention(nn.Module):
         norm_offset: added to the weights of these norms.
         scale: of the scores; None is ``head_dim ** -0.5``.
         sinks: whether each head has a learned logit that joins the denominators of its softmaxes.
+        output_gate: whether what heads give is multiplied by the sigmoid of a projection, whose rows the checkpoint
+            has behind those of each head's query.
     """
 
     def __init__(
@@ -122,15 +124,25 @@ class Attention(nn.Module):
         scale: float | None = None,
         group: str = "",
         sinks: bool = False,
+        output_gate: bool = False,
     ) -> None:
         super().__init__()
         self.group = group
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.cache = PagedCache(name, heads, kv_heads, head_dim, window=window, scale=scale)
         self.norm_eps, self.norm_offset = norm_eps, norm_offset
-        self.q = Linear(f"{source}.q_proj", heads * head_dim, hidden, bias=qkv_bias, shard=BY_OUTPUTS)
+        q = f"{source}.q_proj"
+        per_head = [Rows(q, head_dim, first, heads, 2 * head_dim) for first in (0, head_dim)]
+        self.q = Linear(
+            per_head[:1] if output_gate else q, heads * head_dim, hidden, bias=qkv_bias, shard=BY_OUTPUTS
+        )
         self.k = Linear(f"{source}.k_proj", kv_heads * head_dim, hidden, bias=qkv_bias, shard=BY_OUTPUTS)
         self.v = Linear(f"{source}.v_proj", kv_heads * head_dim, hidden, bias=qkv_bias, shard=BY_OUTPUTS)
+        self.gate = (
+            Linear(per_head[1:], heads * head_dim, hidden, bias=qkv_bias, shard=BY_OUTPUTS)
+            if output_gate
+            else None
+        )
         self.o = Linear(f"{source}.o_proj", hidden, heads * head_dim, bias=output_bias, shard=BY_INPUTS)
         self.sinks = (
             parameter((heads,), f"{source}.sinks", shard=BY_OUTPUTS[:1], dtype="float32") if sinks else None
@@ -146,10 +158,12 @@ class Attention(nn.Module):
     def forward(self, x_TC: torch.Tensor, rows_TQ: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         inputs = inputs.of(self.group)
         q, k, v = self.q(x_TC), self.k(x_TC), self.v(x_TC)
+        gate = self.gate(x_TC) if self.gate is not None else None
         if self.norm_eps is not None:
             by = {"eps": self.norm_eps, "offset": self.norm_offset, "head_dim": self.head_dim}
             q = norm.head_rms_norm(q, self.q_norm, heads=self.heads, **by)
             k = norm.head_rms_norm(k, self.k_norm, heads=self.kv_heads, **by)
         q = rope.rope(q, rows_TQ, heads=self.heads, head_dim=self.head_dim)
         k = rope.rope(k, rows_TQ, heads=self.kv_heads, head_dim=self.head_dim)
-        return self.o(self.cache.attend(q, k, v, inputs, self.sinks))
+        y = self.cache.attend(q, k, v, inputs, self.sinks)
+        return self.o(y if gate is None else elementwise.sigmoid_mul(y, gate))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from makeready.graphs.layers.attention import Attention
+from makeready.graphs.layers.delta_net import STATE
 from makeready.graphs.layers.dense import BY_OUTPUTS, GatedMLP, RMSNorm
 from makeready.graphs.layers.inputs import Inputs
 from makeready.graphs.layers.parameter import parameter
@@ -34,6 +36,8 @@ class DecoderConfig:
         windows: tokens that a token of each layer sees, itself included; 0 for all.
         qk_norm: whether queries and keys are normalised per head before rotation.
         sinks: whether heads have a logit that joins the denominators of their softmaxes.
+        output_gate: whether what heads give is gated; see :class:`~makeready.graphs.layers.attention.Attention`.
+        norm_offset: what all norms add to their weights as they are stored.
         rope: normalised ``rope_parameters``, complete with what the type needs.
         activation: what the MLP's gate goes through.
     """
@@ -53,6 +57,8 @@ class DecoderConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     sinks: bool = False
+    output_gate: bool = False
+    norm_offset: float = 0.0
     tied_embeddings: bool = False
     activation: Callable[[torch.Tensor], torch.Tensor] = elementwise.silu
 
@@ -79,7 +85,8 @@ class DecoderLayer(nn.Module):
     ) -> None:
         super().__init__()
         source = f"model.layers.{index}"
-        self.input_norm = RMSNorm(f"{source}.input_layernorm", config.hidden, config.norm_eps)
+        norm = functools.partial(RMSNorm, width=config.hidden, eps=config.norm_eps, offset=config.norm_offset)
+        self.input_norm = norm(f"{source}.input_layernorm")
         self.attention = attention or Attention(
             f"{source}.self_attn",
             f"layers.{index}",
@@ -91,9 +98,11 @@ class DecoderLayer(nn.Module):
             output_bias=config.output_bias,
             window=config.windows[index],
             norm_eps=config.norm_eps if config.qk_norm else None,
+            norm_offset=config.norm_offset,
             sinks=config.sinks,
+            output_gate=config.output_gate,
         )
-        self.mlp_norm = RMSNorm(f"{source}.post_attention_layernorm", config.hidden, config.norm_eps)
+        self.mlp_norm = norm(f"{source}.post_attention_layernorm")
         self.mlp = mlp or GatedMLP(
             f"{source}.mlp",
             config.hidden,
@@ -114,9 +123,9 @@ class Decoder(nn.Module):
         context_len: the plan's, which rotary tables are as long as.
         activation: dtype of everything between the embedding and the logits.
         layer: makes the layer of an index. Called with the residual stream, what ``rope`` gives, and the inputs;
-            has ``attention`` with ``kv_parts``.
+            has ``attention`` with ``kv_parts``, and its ``group`` where that is not the first.
         rope: of the inputs, what layers turn queries and keys by; None is one table or base for all.
-        norm: makes the norm of a checkpoint prefix and a width.
+        norm: makes the last norm, of a checkpoint prefix and a width; None is that of the layers.
         embedding_scale: what embeddings are multiplied by, rounded to ``activation`` as transformers rounds it;
             None leaves them as they are.
         embedding, last_norm, head: their names in the checkpoint.
@@ -130,7 +139,7 @@ class Decoder(nn.Module):
         activation: str,
         layer: Callable[[DecoderConfig, int], nn.Module] = DecoderLayer,
         rope: nn.Module | None = None,
-        norm: Callable[[str, int, float], nn.Module] = RMSNorm,
+        norm: Callable[[str, int, float], nn.Module] | None = None,
         embedding_scale: float | None = None,
         embedding: str = "model.embed_tokens.weight",
         last_norm: str = "model.norm",
@@ -146,21 +155,19 @@ class Decoder(nn.Module):
         self.embedding = parameter(shape, embedding, shard=BY_OUTPUTS)
         self.rope = rope or RotaryRows(config.rope, config.rotary_dim, context_len)
         self.layers = nn.ModuleList(layer(config, i) for i in range(config.layers))
-        self.norm = norm(last_norm, config.hidden, config.norm_eps)
+        make = norm or functools.partial(RMSNorm, offset=config.norm_offset)
+        self.norm = make(last_norm, config.hidden, config.norm_eps)
         source = embedding if config.tied_embeddings else head
         self.head = parameter(shape, source, shard=BY_OUTPUTS, quantizable=True)
 
-    def kv_parts(self, page_size: int, dtype: str) -> tuple[KVPart, ...]:
-        """Cache tensors of all layers, in layer order."""
-        return tuple(
-            part
-            for layer in self.layers
-            for part in layer.attention.kv_parts(page_size, dtype)  # type: ignore[union-attr]
-        )
-
     def cache_groups(self, page_size: int, dtype: str) -> tuple[CacheGroup, ...]:
-        """All layers in one group, which keeps everything."""
-        return (CacheGroup("kv", self.kv_parts(page_size, dtype), page_size),)
+        """Keys and values of all layers in one group, which keeps everything; states of others in one behind it."""
+        parts: dict[str, list[KVPart]] = {"kv": [], STATE: []}
+        for layer in self.layers:
+            attention: Any = layer.attention
+            parts[getattr(attention, "group", "") or "kv"] += attention.kv_parts(page_size, dtype)
+        units = {"kv": page_size, STATE: None}
+        return tuple(CacheGroup(name, tuple(some), units[name]) for name, some in parts.items() if some)
 
     def forward(self, ids_T: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         x_TC = embeddings.embedding(ids_T, self.embedding, out_dtype=self.activation)

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from makeready.graphs.plan.spec import CacheGroup
 
 
+FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"  # kinds of layers
+
+
 class UnsupportedModelError(ValueError):
     """The checkpoint asks for something that no model here computes."""
 
@@ -171,10 +174,13 @@ class Family:
         defaults: of config fields, as transformers' config class has them where the common ones differ.
         rename: brings the config's fields, as the file states them, into the common spelling.
         windows: fills ``layer_types`` where the config lacks it; ``sliding_window`` is None where none is used.
+        kinds: of layers that ``layer_types`` may name.
         rope: reads the rotary settings; see :func:`~makeready.graphs.checkpoint.rope.normalise_rope`.
         longest: tokens of context that the model was made for, of a normalised config.
         experts: what its checkpoints call the parts of mixtures of experts; None where it has none.
         gguf: how its GGUF files are read; None where they are not, or as another family's.
+        within: ``model_type`` of configs that hold one of this family as ``text_config``, for models that also see;
+            empty for none. Their tensors begin with ``model.language_model``.
     """
 
     architecture: str
@@ -183,10 +189,12 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     rename: Rewrite = nothing
     windows: Rewrite = no_windows
+    kinds: tuple[str, ...] = (FULL, SLIDING)
     rope: Callable[[dict[str, Any], str], dict[str, Any]] = normalise_rope
     longest: Callable[[Mapping[str, Any]], int] = longest_context
     experts: ExpertNames | None = None
     gguf: GGUF | None = None
+    within: str = ""
 
 
 _FAMILIES: dict[str, Family] = {}
@@ -217,6 +225,11 @@ def family_of_type(model_type: str) -> Family | None:
     return next((f for f in families().values() if f.model_type == model_type), None)
 
 
+def family_within(model_type: str) -> Family | None:
+    """The architecture whose configs those of ``model_type`` hold as ``text_config``."""
+    return next((f for f in families().values() if f.within and f.within == model_type), None)
+
+
 def family_of(config: Mapping[str, Any]) -> Family:
     """The architecture of a normalised config.
 
@@ -245,4 +258,4 @@ def build(config: Mapping[str, Any], *, context_len: int, activation: str) -> Mo
 def windows(config: Mapping[str, Any]) -> tuple[int, ...]:
     """Tokens that a token of each layer sees, itself included; 0 for all."""
     window = config["sliding_window"] or 0
-    return tuple(window if kind == "sliding_attention" else 0 for kind in config["layer_types"])
+    return tuple(window if kind == SLIDING else 0 for kind in config["layer_types"])

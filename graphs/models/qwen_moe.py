@@ -17,7 +17,7 @@ _NAMES = ExpertNames()
 _DEFAULTS = {**DEFAULTS, "decoder_sparse_step": 1, "norm_topk_prob": False}
 
 
-def _rename(config: dict[str, Any], source: str) -> None:
+def rename(config: dict[str, Any], source: str) -> None:
     """transformers 5 may write ``num_local_experts``, and a window of 0 for none; no ``mlp_only_layers`` is []."""
     one_spelling(config, "num_experts", "num_local_experts", source)
     if config.get("mlp_only_layers") is None:
@@ -26,7 +26,7 @@ def _rename(config: dict[str, Any], source: str) -> None:
         config["sliding_window"] = None
 
 
-def _sparse(config: Mapping[str, Any]) -> Callable[[int], bool]:
+def sparse_layers(config: Mapping[str, Any]) -> Callable[[int], bool]:
     """Which layers are mixtures: every ``decoder_sparse_step``-th, but those of ``mlp_only_layers``."""
     step, dense = config["decoder_sparse_step"], config["mlp_only_layers"]
     if type(step) is not int or step < 1:
@@ -62,7 +62,7 @@ def _of_gguf(fields: Fields, config: dict[str, Any], source: str) -> None:
     "Qwen2MoeForCausalLM",
     model_type="qwen2_moe",
     defaults={**_DEFAULTS, "attention_bias": True, "num_key_value_heads": 16},
-    rename=_rename,
+    rename=rename,
     windows=windows,
     experts=_NAMES,
     gguf=GGUF(
@@ -97,7 +97,7 @@ def qwen2_moe(config: Mapping[str, Any], *, context_len: int, activation: str) -
             shared_intermediate=config[shared],
             shared_gate="shared_expert_gate",
         ),
-        _sparse(config),
+        sparse_layers(config),
         context_len=context_len,
         activation=activation,
     )
@@ -107,7 +107,7 @@ def qwen2_moe(config: Mapping[str, Any], *, context_len: int, activation: str) -
     "Qwen3MoeForCausalLM",
     model_type="qwen3_moe",
     defaults={**_DEFAULTS, "num_key_value_heads": 4},
-    rename=_rename,
+    rename=rename,
     windows=windows,
     experts=_NAMES,
     gguf=GGUF("qwen3moe", names=_NAMES.gguf(), experts=True, complete=_of_gguf),
@@ -127,7 +127,7 @@ def qwen3_moe(config: Mapping[str, Any], *, context_len: int, activation: str) -
             Routing(config["num_experts_per_tok"], renormalise=bool(config["norm_topk_prob"])),
             _NAMES,
         ),
-        _sparse(config),
+        sparse_layers(config),
         context_len=context_len,
         activation=activation,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from makeready.graphs.planner.ir import Call, Columns, Program
+from makeready.kernels.elementwise import columns
 
 FUSED = {"kv_write": "norm_rope_kv_write", "kv_write_scaled": "norm_rope_kv_write_scaled"}
 
@@ -21,37 +22,36 @@ class _Head:
 def fuse_qkv(program: Program) -> Program:
     """Head norms, rotation and cache write of one layer → ``norm_rope_kv_write``, or its like with scales.
 
-    Applies where q, k and v are neighbouring columns of one value (see ``merge_linears``), q and k are
+    Applies where q, k and v are the first columns of one value (see ``merge_linears``), side by side, q and k are
     rotated by the same rows, and either both or neither are normalised. One launch instead of up to five,
-    and k and v go straight to their pages.
+    and k and v go straight to their pages. What else the projection gives (a gate) stays beside it.
     """
     producers = program.producers()
     rotated = {c.operands["rows"]: [] for c in program.calls if c.op == "rope"}
     for call in program.calls:
         if call.op == "rope":
             rotated[call.operands["rows"]].append(call)
-    fused: dict[int, Call] = {}  # position of the cache write → what takes its place
+    fused: dict[int, list[Call]] = {}  # position of the cache write → what takes its place
     gone: set[str] = set()
     for at, call in enumerate(program.calls):
         if call.op in FUSED:
             found = _match(program, call, producers, rotated)
-            if found is not None:
+            if found:
                 fused[at] = found
-                gone.add(found.result)
-    calls = [
-        fused.get(at, call)
-        for at, call in enumerate(program.calls)
-        if not (call.op == "rope" and call.result in gone)
-    ]
+                gone.add(found[-1].result)
+    calls: list[Call] = []
+    for at, call in enumerate(program.calls):
+        if not (call.op == "rope" and call.result in gone):
+            calls += fused.get(at, [call])
     return program.with_calls(calls)
 
 
 def _match(
     program: Program, write: Call, producers: dict[str, Call], rotated: dict[str, list[Call]]
-) -> Call | None:
+) -> list[Call]:
     k, v = (_head(program, write.operands[name], producers) for name in ("k", "v"))
     if k is None or v is None or k.rope is None or v.rope or v.norm:
-        return None
+        return []
     qkv, rows = k.columns.base, k.rope.operands["rows"]
     for rope in rotated[rows]:
         q = _head(program, rope.result, producers)
@@ -59,9 +59,15 @@ def _match(
             continue
         stops = [h.columns.stop for h in (q, k, v)]
         starts = [h.columns.start for h in (k, v)]
-        if starts == stops[:2] and stops[2] == program.spec(qkv).shape[-1]:
-            return _fused(write, q, k, qkv, rope)
-    return None
+        if starts == stops[:2]:
+            before = []
+            if stops[2] != program.spec(qkv).shape[-1]:
+                attrs = {"start": 0, "stop": stops[2]}
+                before = [Call(columns.__name__, {"x": qkv}, {"y": f"{qkv}.qkv"}, attrs)]
+                qkv = f"{qkv}.qkv"
+            made = _fused(write, q, k, qkv, rope)
+            return [*before, made] if made is not None else []
+    return []
 
 
 def _head(program: Program, value: str, producers: dict[str, Call]) -> _Head | None:

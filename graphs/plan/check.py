@@ -34,8 +34,16 @@ MOST_ROTARY = 2**16  # columns of a generated table, far above any head
 
 
 # Integers say where memory is read and written, so an operand takes the field of its own name, what the
-# launches before call so, or this one.
-INDICES = {"row_slot": ("sample_slot", "target_slot"), "tokens": ("target_ids",)}
+# launches before call so, or this one; of the cache group whose tensors the launch names.
+_OF_GROUPS = ("state_in", "state_out", "grow_page", "pages")
+INDICES = {
+    "row_slot": ("sample_slot", "target_slot", "draft_slot"),
+    "tokens": ("target_ids",),
+    "token_ids": ("draft_ids",),
+    "query_start": ("draft_start",),
+    "query_len": ("draft_len",),
+    "context_len": ("draft_context",),
+}
 
 
 def check_plan(plan: Plan) -> Plan:
@@ -73,6 +81,7 @@ def _limits(plan: Plan) -> None:
     for name in ("max_stop_ids", "max_logit_bias", "max_top_logprobs"):
         value = getattr(limits, name)
         need(0 <= value <= MOST, f"limits.{name} is {value}")
+    need(1 <= limits.max_gain <= limits.context_len, f"limits.max_gain is {limits.max_gain}")
     need(limits.slots * limits.context_len <= 2**62, f"limits.context_len is {limits.context_len}")
 
 
@@ -89,6 +98,11 @@ def _steps(plan: Plan) -> None:
         need(
             step.each is None or step.tokens == step.rows * step.each,
             f"rows of {kind} steps have {step.each} tokens",
+        )
+        need(
+            all(0 < ratio < math.inf for ratio in step.ratios.values())
+            and max(step.ratios, default=step.rows) == step.rows,
+            f"{kind} steps take {dict(step.ratios)} of others",
         )
         for field in (*step.staged, *step.results):
             shape = field.spec.shape
@@ -124,7 +138,7 @@ def _cache(plan: Plan) -> None:
         f"kv.page_size is {kv.page_size}, limits.page_size {plan.limits.page_size}",
     )
     need(bool(kv.parts), "kv.parts has none")
-    for part in kv.parts:
+    for group, part in ((g, part) for g in kv.groups for part in g.parts):
         need(part.dtype in DTYPE_BYTES, f"KV part {part.name} has the dtype {part.dtype!r}")
         shape = list(part.page_shape)
         need(
@@ -132,7 +146,7 @@ def _cache(plan: Plan) -> None:
             f"a page of KV part {part.name} has the shape {shape}",
         )
         need(
-            shape[0] == kv.page_size,
+            group.unit is None or shape[0] == kv.page_size,
             f"a page of KV part {part.name} holds {shape[0]} tokens, kv.page_size is {kv.page_size}",
         )
     fields = [f.name for fields in _all_fields(plan).values() for f in fields]
@@ -299,6 +313,9 @@ def _order(plan: Plan, program: LoweredProgram, names: set[str]) -> None:
     results = {f.name for f in _all_fields(plan)["result", phase]}
     views = {name for name, buffer in program.buffers.items() if buffer.row_stride is not None}
     for launch in program.launches:
+        named = set(launch.operands.values())
+        of_groups = [g.name for g in plan.kv.groups if any(part.name in named for part in g.parts)]
+        groups = of_groups or [g.name for g in plan.kv.groups]
         for operand, value in launch.operands.items():
             where = f"{phase}: {launch.op} reads {value!r}"
             need(value in names or value in program.buffers, f"{where}, which is nothing")
@@ -308,7 +325,9 @@ def _order(plan: Plan, program: LoweredProgram, names: set[str]) -> None:
             )
             if plan.spec(phase, value).dtype in ("int32", "int64"):
                 index = {operand, *INDICES.get(operand, ())}
-                need(value in index or made.get(value) in index, f"{where} as {operand}")
+                fields = {plan.kv.field(group, name) for group in groups for name in index}
+                own = fields if operand in _OF_GROUPS else fields | index
+                need(value in own or made.get(value) in index, f"{where} as {operand}")
         for result, value in launch.results.items():
             need(
                 (value in results or value in program.buffers) and value not in made,

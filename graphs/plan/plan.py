@@ -25,6 +25,7 @@ from typing import Any
 from makeready.graphs.plan.program import Binary, Loading, LoweredProgram
 from makeready.graphs.plan.recipe import Param
 from makeready.graphs.plan.spec import LATE, Bucket, CacheSpec, Field, Limits, StepSpec
+from makeready.graphs.plan.speculative import Speculative
 from makeready.kernels.spec import TensorSpec
 
 SCHEMA = 5
@@ -86,6 +87,7 @@ class Options:
         candidates: at most so many ways to run a call are kept for tuning.
         lanes: whether independent branches of a layer run beside each other on a GPU.
         traffic: expected batches; see graphs/plan/buckets.py.
+        speculative: how tokens are guessed before they are sampled.
     """
 
     weight_dtype: str
@@ -99,6 +101,7 @@ class Options:
     candidates: int = 1
     lanes: bool = False
     traffic: Mapping[str, Any] = field(default_factory=dict)
+    speculative: Speculative = field(default_factory=Speculative)
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,13 @@ Imports neither torch nor triton: the runtime reads this module without them.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from makeready.kernels.spec import DTYPE_BYTES, PAGES, ROWS, TOKENS, Dim, TensorSpec
 
-DECODE, EXTEND, INPUT_LOGPROBS = "decode", "extend", "input_logprobs"  # kinds of step that the engine knows
+# Kinds of step that the engine knows.
+DECODE, EXTEND, INPUT_LOGPROBS, VERIFY = "decode", "extend", "input_logprobs", "verify"
 HOST, DEVICE, LATE = "host", "device", "late"  # who keeps a slot field up to date, and when
 
 
@@ -52,6 +54,7 @@ class Limits:
         max_logit_bias: entries of a request's logit bias.
         max_top_logprobs: alternatives reported a token.
         vocabulary: tokens that have a logit.
+        max_gain: tokens that a generating row gains in a step, at most.
     """
 
     max_rows: int
@@ -62,6 +65,7 @@ class Limits:
     max_logit_bias: int = 300
     max_top_logprobs: int = 20
     vocabulary: int = 0
+    max_gain: int = 1
 
     @property
     def mask_words(self) -> int:
@@ -121,6 +125,8 @@ class StepSpec:
         each: tokens that every row has; None where rows differ in length, each with at least one.
         staged: what the host writes for every step; defaults are what padding rows and tokens hold.
         results: what every step leaves for the host to read.
+        ratios: of steps that verify drafts, by the rows of their buckets: by how much longer than a decode step of as
+            many rows they are predicted to take.
     """
 
     rows: int
@@ -128,6 +134,7 @@ class StepSpec:
     each: int | None
     staged: tuple[Field, ...]
     results: tuple[Field, ...]
+    ratios: Mapping[int, float] = field(default_factory=dict)
 
     def legal(self, rows: int, tokens: int) -> bool:
         """Whether the runtime may ask for a batch of this size."""
@@ -259,6 +266,10 @@ class CacheSpec:
             if group not in self._scaling
         )
 
+    def nbytes(self, pages: int, limits: Limits) -> int:
+        """Bytes of all groups where memory holds ``pages``, the null page included."""
+        return pages * self.page_bytes + self.bounded_bytes(limits)
+
     @property
     def _scaling(self) -> tuple[CacheGroup, ...]:
         everything = tuple(group for group in self.paged if not group.window)
@@ -267,5 +278,7 @@ class CacheSpec:
     def _bounded(self, group: CacheGroup, limits: Limits) -> int:
         if group.unit is None:
             return 4 * limits.max_rows + 1  # a row holds two where it leaves a state behind
-        row = min(limits.pages_per_row, group.tail + 2)
+        # As kv/rows.py of the engine counts them: what a step adds before the one before it is read.
+        ahead = max(0, (2 * limits.max_gain - 3) // group.unit)
+        row = min(limits.pages_per_row, group.tail + 2 + ahead)
         return 2 * limits.max_rows * row + -(-limits.max_tokens // group.unit) + 1

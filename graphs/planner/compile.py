@@ -30,6 +30,7 @@ from makeready.graphs.plan.recipe import Param
 from makeready.graphs.plan.spec import Bucket, CacheSpec, Field, Limits, StepSpec
 from makeready.graphs.plan.targets import Target, find_target
 from makeready.graphs.plan.tokenizer_reference import tokenizer_reference
+from makeready.graphs.planner.compared import compared
 from makeready.graphs.planner.cost import Cost, StepTime, program_cost
 from makeready.graphs.planner.ir import Program
 from makeready.graphs.planner.lower import lower, place_weights
@@ -148,20 +149,17 @@ class Lowered:
             device=t.target.device.name,
             loading=loading,
         )
-        return _with_kernels(plan, t.target, context, progress) if t.target.is_cuda else plan
+        return compared(_with_kernels(plan, t.target, context, progress) if t.target.is_cuda else plan)
 
     def _buckets(self, context: int) -> tuple[Bucket, ...]:
         t, kinds = self.traced, step_kinds()
-        sizing = Sizing(
-            t.limits,
-            t.options.max_decode_buckets,
-            t.options.max_extend_buckets,
-            t.target.row_counts,
-            t.traffic,
-        )
+        counts = t.options.max_decode_buckets, t.options.max_extend_buckets, t.target.row_counts
         chosen = (
             choose_buckets(
-                kind, step, kinds[kind].shapes(sizing), StepTime(self.programs[kind], t.target, context)
+                kind,
+                step,
+                kinds[kind].shapes(Sizing(t.limits, *counts, t.traffic, step)),
+                StepTime(self.programs[kind], t.target, context),
             )
             for kind, step in t.steps.items()
         )
@@ -274,6 +272,7 @@ def trace_checkpoint(checkpoint: Checkpoint | str | Path, request: Request) -> T
             kinds[name],
             step,
             limits,
+            request,
             slots=slots,
             kv=kv,
             weight_dtype=weights,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from makeready.graphs.checkpoint.base import NUMPY_DTYPES, Checkpoint
 from makeready.graphs.plan.buckets import Traffic
 from makeready.graphs.plan.plan import PlanError
 from makeready.graphs.plan.spec import Limits
+from makeready.graphs.plan.speculative import Speculative
 from makeready.graphs.plan.targets import Target
 from makeready.graphs.quant.scheme import ON_LOAD, Quantization
 from makeready.kernels.attention.formats import ALIASES, PER_TOKEN_HEAD
@@ -43,9 +44,9 @@ class Request:
         quant: ``fp8`` (a scale for each output and each token) or ``fp8_block`` (for each 128 by 128 weights
             and each token's 128 inputs) quantizes the linears of a wide checkpoint when it is loaded, to 8-bit
             floats; ``int8`` to integers with scales as ``fp8``'s; ``int4`` their weights alone (symmetric, for each
-            output and 128 inputs), ``mxfp4`` to 4-bit floats (for each output and 32 inputs); ``stored`` multiplies
-            GGUF's blocks as the file has them, on the CPU; None computes as the checkpoint stores them, and widens
-            GGUF's.
+            output and 128 inputs), ``mxfp4`` to 4-bit floats (for each output and 32 inputs), ``nvfp4`` to such
+            with finer scales (for each output and 16 inputs); ``stored`` multiplies GGUF's blocks as the file has
+            them, on the CPU; None computes as the checkpoint stores them, and widens GGUF's.
         kv_dtype: how keys and values are kept: float32, bfloat16, float16; ``float8_e4m3fn`` (or ``fp8_e4m3``), 8-bit
             floats as they are, which saturate at 448; ``int8_per_token_head`` (or ``int8``), ``fp8_per_token_head``
             and ``int4_per_token_head`` (or ``int4``) with a scale for each token and head. None takes the
@@ -59,6 +60,8 @@ class Request:
         lanes: on a GPU, independent branches of a layer, such as a shared expert and the routed ones, run beside each
             other: the same numbers, and more memory for activations. A CPU runs one launch after the other.
         traffic: batches to expect; they decide where buckets are dense, never what is legal.
+        speculative: how tokens are guessed before they are sampled, and fields of it by name. The command line has
+            them as ``speculative.*``.
     """
 
     target: str = "cpu"
@@ -79,6 +82,11 @@ class Request:
     candidates: int = 1
     lanes: bool = True
     traffic: Traffic = field(default_factory=Traffic)
+    speculative: Speculative = field(default_factory=Speculative)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.speculative, Mapping):
+            object.__setattr__(self, "speculative", Speculative(**self.speculative))
 
 
 def limits_of(request: Request, target: Target, longest: int, vocabulary: int) -> Limits:
@@ -117,6 +125,7 @@ def limits_of(request: Request, target: Target, longest: int, vocabulary: int) -
         context_len=context,
         page_size=request.page_size or target.page_size,
         vocabulary=vocabulary,
+        max_gain=1 + request.speculative.num_draft_tokens if request.speculative.method else 1,
     )
 
 

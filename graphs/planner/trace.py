@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -25,6 +25,9 @@ from makeready.kernels.contract import Contract
 from makeready.kernels.signature import ContractError
 from makeready.kernels.spec import TensorSpec
 
+if TYPE_CHECKING:
+    from makeready.graphs.planner.request import Request
+
 
 class TraceError(TypeError):
     """The model's code does something that a program cannot hold."""
@@ -35,6 +38,7 @@ def trace(
     kind: StepKind,
     step: StepSpec,
     limits: Limits,
+    request: Request,
     *,
     slots: tuple[Field, ...],
     kv: CacheSpec,
@@ -46,6 +50,7 @@ def trace(
     Args:
         model: on the meta device.
         step: the kind's declaration.
+        request: what the plan is asked for.
         slots: the slot table.
         kv: the model's cache.
         weight_dtype: dtype that matrices are stored in.
@@ -69,7 +74,7 @@ def trace(
         {part.name: tracer.input(part.name) for part in kv.parts},
         kv,
     )
-    results = kind.trace(model, inputs, limits)
+    results = kind.trace(model, inputs, limits, request)
     named = {name: proxy.node.name for name, proxy in results.items()}  # type: ignore[attr-defined]
     program = _program(kind.name, tracer, values, params, named)
     made = {name: program.spec(value) for name, value in program.results.items()}

@@ -7,7 +7,7 @@ from itertools import zip_longest
 from typing import Any
 
 from makeready.graphs.planner.derivation import complaints
-from makeready.graphs.planner.ir import KV, PARAM, SLOT, STEP, TEMP, Program, live
+from makeready.graphs.planner.ir import KV, PARAM, SLOT, STEP, TEMP, Call, Program, live
 from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.signature import ContractError
 
@@ -31,7 +31,8 @@ def verify(program: Program, *, after: str) -> Program:
 def verify_alike(programs: Mapping[str, Program]) -> None:
     """Check that the programs of all phases make a token's results by the same calls in the same order.
 
-    They may differ in which rows they select, in views, and in results that only some of them have.
+    They may differ in which tokens they run, which rows they select, in views, and in results that only some of
+    them have.
 
     Raises:
         VerificationError: naming the first call in which two phases differ.
@@ -53,10 +54,16 @@ def _calls_of_a_token(
     """Op, parameters and attributes of the calls that these ``results`` come from."""
     for call in live(list(program.calls), {v for k, v in program.results.items() if k in results}):
         op = call.contract
-        if op.view is not None or op.selects_rows is not None:
+        if op.view is not None or op.selects_rows is not None or _says_what_runs(program, call):
             continue
         params = {k: v for k, v in call.operands.items() if program.values[v].kind == PARAM}
         yield call.op, params, dict(call.attrs)
+
+
+def _says_what_runs(program: Program, call: Call) -> bool:
+    """Whether a call makes integers of integers alone: such ops are exact, whatever a step is."""
+    named = (*call.operands.values(), *call.results.values())
+    return all(program.spec(value).dtype in ("int32", "int64") for value in named)
 
 
 def every_op_has_a_contract(program: Program) -> Iterator[str]:

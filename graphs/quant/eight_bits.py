@@ -165,27 +165,33 @@ class _Rewrite:
             PlanError: the box is no matrix of its own, or begins within a block.
         """
         source = f"{module_of(piece.source)}.{self.scheme.scale}"
-        within = any(any(each.source) or any(each.place[-2:]) for each in piece.each)
+        within = any(any((each.source or (0, 0))[1:]) or any(each.place[-1:]) for each in piece.each)
         if within or piece.axes or len(piece.box) != 2:
             raise PlanError(
                 f"{piece.source} is stored in another form than it is used in, and its scales are not known then; "
                 "use a checkpoint with 16-bit weights"
             )
         (first, stop), _ = piece.box
-        by_row = tuple(replace(each, source=(), place=each.place[:-1]) for each in piece.each)
+        by_row = tuple(replace(each, source=each.source[:1], place=each.place[:-1]) for each in piece.each)
         if self.scheme.weights == TENSOR:
-            return Piece(source, (), piece.at[:-1], each=by_row, fills=(stop - first,))
+            of_one = tuple(replace(each, source=()) for each in by_row)
+            return Piece(source, (), piece.at[:-1], each=of_one, fills=(stop - first,))
         if self.scheme.weights == CHANNEL:
             return Piece(source, piece.box[:1], piece.at[:-1], each=by_row)
         size = self.scheme.block
         *stacked, row, column = piece.at
-        if any(start % size for start in (*(start for start, _ in piece.box), row, column)):
+        moves = [n for each in piece.each for n in (*each.source[:1], *each.place[-2:-1])]
+        repeated = any(any(each.source) for each in piece.each) and stop % size
+        if repeated or any(n % size for n in (*(start for start, _ in piece.box), row, column, *moves)):
             raise PlanError(
                 f"a part of {piece.source} begins within a block of {size}, whose scale it would share; "
                 "use a checkpoint with 16-bit weights"
             )
         box = tuple((start // size, -(-end // size)) for start, end in piece.box)
-        return Piece(source, box, (*stacked, row // size, column // size), each=piece.each)
+        each = tuple(
+            replace(one, source=_by(one.source, size), place=_by(one.place, size)) for one in piece.each
+        )
+        return Piece(source, box, (*stacked, row // size, column // size), each=each)
 
     def _made(self, made: Param, wide: Param, result: str) -> Param:
         """``made`` as a result of quantizing ``wide``, unless the checkpoint has it."""
@@ -229,6 +235,11 @@ class _Rewrite:
         self.params[param.name] = param
         operands = {"x": x, "scale": param.name}
         return [Call(f"quantize_{number}_static", operands, {"q": q, "row_scale": scale})]
+
+
+def _by(moves: tuple[int, ...], size: int) -> tuple[int, ...]:
+    """How far an index moves in blocks of rows and columns; axes before them have a matrix each."""
+    return (*moves[:-2], *(n // size for n in moves[-2:]))
 
 
 def _static_scale(weights: Sequence[Param]) -> Param:

@@ -3,7 +3,7 @@
 Of a projection ``[N, K / 2]`` are bytes of two neighbouring inputs, the first in the lower bits, and ``[N, K / 32]``
 scales, e8m0. gpt-oss, whose experts alone are stored so, calls them ``weight_blocks`` and ``weight_scales`` (see
 graphs/checkpoint/stacked.py for how files stack them); compressed-tensors (``mxfp4-pack-quantized``) has
-``weight_packed`` and ``weight_scale``.
+``weight_packed`` and ``weight_scale``; quark.py reads AMD's files.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from makeready.kernels.mx import BITS, BLOCK
 
 FORMAT = "mxfp4-pack-quantized"
 _EXPERTS = r".+\.experts\."
-_FORM = Form(bits=BITS, group=BLOCK)
+FORM = Form(bits=BITS, group=BLOCK)
 
 
 @dataclass(frozen=True)
@@ -89,12 +89,12 @@ def _mxfp4(said: Mapping[str, Any]) -> WeightOnly:
     """Experts are MXFP4 but those of ``modules_to_not_convert``, whose names may hold ``*``."""
     named = (re.escape(name).replace(r"\*", "[^.]*") for name in names_of(said, "modules_to_not_convert"))
     ignored = tuple(rf"re:(?:.*\.)?{pattern}(?:\.|$)" for pattern in named)
-    rules = ((_EXPERTS, _FORM),)
+    rules = ((_EXPERTS, FORM),)
     return WeightOnly(Blocks(), None, rules, ignored=ignored, kind=MX)
 
 
 def _compressed(said: Mapping[str, Any]) -> WeightOnly:
-    usual, rules = forms_of(said, _form, FORMAT)
+    usual, rules = forms_of(said, _form, FORMAT, floats=True)
     layout = Blocks("weight_packed", "weight_scale")
     return WeightOnly(layout, usual, rules=rules, ignored=names_of(said, "ignore"), kind=MX)
 
@@ -105,7 +105,7 @@ def _form(weights: Mapping[str, Any]) -> Form:
     expect(weights, "scale_dtype", ("torch.uint8",))
     form = Form(integer(weights, "num_bits"), integer(weights, "group_size"))
     refused_unless(
-        form == _FORM and flag(weights, "symmetric", True),
+        form == FORM and flag(weights, "symmetric", True),
         f"{FORMAT} weights must be symmetric, of {BITS} bits in groups of {BLOCK}; use another checkpoint",
     )
     refused_unless(
@@ -116,4 +116,4 @@ def _form(weights: Mapping[str, Any]) -> Form:
 
 STORED["mxfp4"] = _mxfp4
 COMPRESSED[FORMAT] = _compressed
-ON_LOAD["mxfp4"] = WeightOnly(Rounded(), _FORM, kind=MX)
+ON_LOAD["mxfp4"] = WeightOnly(Rounded(), FORM, kind=MX)

@@ -15,7 +15,14 @@ from typing import Any
 
 from makeready.graphs.plan.recipe import Derivation, LoadCall, Operand, Piece
 from makeready.graphs.quant.linears import module_of
-from makeready.graphs.quant.reading import expect, flag, integer, names_of, refused_unless
+from makeready.graphs.quant.reading import (
+    expect,
+    flag,
+    integer,
+    names_of,
+    refused_unless,
+    tell_wide_activations,
+)
 from makeready.graphs.quant.stored import COMPRESSED
 from makeready.graphs.quant.weight_only import Form, WeightOnly, groups_of, ordered, stored_rows
 from makeready.kernels.spec import TensorSpec
@@ -59,12 +66,13 @@ class Packed:
 
 
 def forms_of(
-    said: Mapping[str, Any], form_of: Callable[[Mapping[str, Any]], Form], name: str
+    said: Mapping[str, Any], form_of: Callable[[Mapping[str, Any]], Form], name: str, *, floats: bool = False
 ) -> tuple[Form | None, tuple[tuple[str, Form | None], ...]]:
     """What a config of the format ``name`` says of all linears, and of some by patterns; see :class:`WeightOnly`.
 
     Args:
         form_of: the form that the ``weights`` of one of ``config_groups`` have.
+        floats: weights are 4-bit floats, and it may say that activations are, too, which are left as they are.
 
     Raises:
         UnsupportedModelError: what nothing here computes.
@@ -73,7 +81,7 @@ def forms_of(
     usual: Form | None = None
     for group in (said.get("config_groups") or {}).values():
         expect(group, "format", (name,))
-        form = form_of(_weights(group, name))
+        form = form_of(_weights(group, name, floats))
         for target in names_of(group, "targets"):
             if target == "Linear":
                 refused_unless(
@@ -90,12 +98,18 @@ def forms_of(
     return usual, tuple(rules)
 
 
-def _weights(group: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def _weights(group: Mapping[str, Any], name: str, floats: bool) -> Mapping[str, Any]:
+    given = group.get("input_activations")
+    narrow = (
+        floats and isinstance(given, Mapping) and (given.get("num_bits"), given.get("type")) == (4, "float")
+    )
     for field in ("input_activations", "output_activations"):
         refused_unless(
-            not group.get(field),
+            not group.get(field) or (field == "input_activations" and narrow),
             f"{field} beside {name} weights are not supported; use a checkpoint without them",
         )
+    if narrow:
+        tell_wide_activations(4)
     weights = group.get("weights")
     refused_unless(isinstance(weights, Mapping), "weights must be an object; correct config.json")
     assert isinstance(weights, Mapping)

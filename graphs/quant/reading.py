@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import fnmatch
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from makeready.graphs.checkpoint.base import CheckpointWarning
 from makeready.graphs.models.family import UnsupportedModelError
 
 
@@ -53,3 +56,34 @@ def names_of(said: Mapping[str, Any], field: str) -> tuple[str, ...]:
     sound = isinstance(value, list) and all(isinstance(item, str) for item in value)
     refused_unless(sound, f"{field} must be a list of names, not {value!r:.80}; correct config.json")
     return tuple(value)
+
+
+def patterns(names: Iterable[str]) -> tuple[str, ...]:
+    """Names in which ``*``, ``?`` and ``[]`` may stand for parts, as lists of modules have them
+    (:func:`makeready.graphs.quant.scheme.matches`).
+    """
+    wild = (name if name.startswith("re:") or not set("*?[") & set(name) else None for name in names)
+    return tuple(
+        own if own is not None else f"re:{fnmatch.translate(name)}"
+        for name, own in zip(names, wild, strict=True)
+    )
+
+
+def tell_wide_activations(bits: int) -> None:
+    """Warn, once a process, that activations which a config quantizes are not: weights alone have few bits here."""
+    _tell(
+        f"activations of {bits} bits are not computed here, they stay as wide as the plan has them (W4A16); scales "
+        "of activations in the file are not read"
+    )
+
+
+def tell_cache() -> None:
+    """Warn, once a process, that a config's dtype of the cache is not taken over."""
+    _tell(
+        "the cache has the dtype that kv.dtype says, whatever the file does; its scales of a cache are not read"
+    )
+
+
+def _tell(what: str) -> None:
+    # From here, so that a process is told once.
+    warnings.warn(f"quantization_config: {what}", CheckpointWarning, stacklevel=1)

@@ -15,7 +15,7 @@ from typing import Any
 
 from makeready.graphs import quant
 from makeready.graphs.models.family import UnsupportedModelError
-from makeready.graphs.quant.reading import expect, flag, names_of, refused_unless
+from makeready.graphs.quant.reading import expect, flag, names_of, refused_unless, tell_cache
 from makeready.graphs.quant.scheme import BLOCK, CHANNEL, FP8, INT8, TENSOR, Quantization, Scheme
 
 
@@ -35,11 +35,13 @@ def stored_scheme(config: Mapping[str, Any]) -> Quantization | None:
     method = said.get("quant_method", "unnamed")
     _check_types(said, "quantization_config")
     discover()
+    if said.get("kv_cache_scheme"):
+        tell_cache()
     if method in STORED:
         return STORED[method](said)
     raise UnsupportedModelError(
         f"checkpoints quantized with {method} are not supported; "
-        "use the model's bf16, fp16, GGUF, fp8, AWQ or GPTQ files"
+        "use the model's bf16, fp16, GGUF, fp8, AWQ, GPTQ, MXFP4 or NVFP4 files"
     )
 
 

@@ -1,4 +1,4 @@
-"""Linears whose weights are integers of 4 or 8 bits, or MXFP4, and whose activations stay as they are.
+"""Linears whose weights are integers of 4 or 8 bits, or 4-bit floats, and whose activations stay as they are.
 
 One rewrite for all file formats. A format, in a module of its own, says with which load program its tensors become
 what kernels want (kernels/integers.py): the plan holds one layout, whatever the file's.
@@ -22,7 +22,6 @@ from makeready.graphs.quant.linears import (
     quantized_operands,
     quantized_ops,
     refuse_lost,
-    scale_of,
     wide_sources,
 )
 from makeready.graphs.quant.scheme import matches
@@ -32,13 +31,18 @@ from makeready.kernels.gemm.linear_mx import linear_mx
 from makeready.kernels.integers import BITS, SPAN, TILE
 from makeready.kernels.moe.experts_int import grouped_linear_int
 from makeready.kernels.moe.experts_mx import grouped_linear_mx
+from makeready.kernels.mx import BLOCK
 from makeready.kernels.spec import TensorSpec
 
 for op in (linear_int, linear_mx, grouped_linear_int, grouped_linear_mx):
     assert isinstance(op, Contract)
 
-KIND, MX = "int", "mxfp4"  # of scheme, in contracts' traits: integers, and what kernels/mx.py says
-_SCALES = {KIND: "float16", MX: "uint8"}  # dtypes of their scales
+KIND, MX, NV = (
+    "int",
+    "mxfp4",
+    "nvfp4",
+)  # of scheme, in contracts' traits: integers, and what kernels/mx.py says
+_SCALES = {KIND: "float16", MX: "uint8", NV: "int16"}  # dtypes of their scales
 GROUPS = (32, 64)  # sizes below a span that kernels take, beside its multiples and whole rows
 
 
@@ -83,7 +87,9 @@ class Layout(Protocol):
         ...
 
     def derivation(self, matrix: Operand, form: Form) -> Derivation:
-        """What makes ``weight``, ``scale`` and, where the form has them, ``zero`` and ``order`` of a matrix."""
+        """What makes ``weight``, ``scale`` and, where there are such, ``zero``, ``order`` and ``global_scale`` of a
+        matrix.
+        """
         ...
 
     def order(self, matrix: Operand) -> Operand:
@@ -234,7 +240,9 @@ class _Rewrite:
         if form is None:
             return None
         name, (*stacked, rows, width) = module_of(param.pieces[0].source), (int(n) for n in param.spec.shape)
-        refusal = form.refusal()
+        refusal = (
+            form.refusal() if self.scheme.kind == KIND else ""
+        )  # those of floats are said by their readers
         if stacked and rows % TILE:
             refusal = (
                 f"{rows} outputs of an expert are no multiple of {TILE}; use a checkpoint with 16-bit weights"
@@ -277,22 +285,26 @@ class _Rewrite:
     def _made(self, operand: str, param: Param, form: Form) -> dict[str, str]:
         """Parameters of the quantized weight, by the operand that they are."""
         *stacked, rows, width = (int(n) for n in param.spec.shape)
-        tiled = (*stacked, -(-rows // TILE), -(-width // form.inputs(width)), TILE)
+        kind = self.scheme.kind
+        group = form.inputs(width) if kind == KIND else BLOCK
+        tiled = (*stacked, -(-rows // TILE), -(-width // group), TILE)
         words = (*stacked, rows, -(-width // SPAN) * form.bits * SPAN // 16)
-        by = self.scheme.layout.derivation(as_matrix(param), form)
+        shard = (*param.shard, None) if param.shard else ()
         made = {
-            "weight": (operand, param.name, TensorSpec(words, "int16")),
-            "scale": (scale_of(operand), f"{param.name}_scale", TensorSpec(tiled, _SCALES[self.scheme.kind])),
-            "zero": (f"{operand}_zero", f"{param.name}_zero", TensorSpec(tiled, "uint8")),
+            "weight": (TensorSpec(words, "int16"), param.shard),
+            "scale": (TensorSpec(tiled, _SCALES[kind]), shard),
         }
-        found = {}
-        for result in [*made][: 3 if form.zeros else 2]:
-            name, called, spec = made[result]
-            shard = param.shard if result == "weight" or not param.shard else (*param.shard, None)
+        if form.zeros:
+            made["zero"] = (TensorSpec(tiled, "uint8"), shard)
+        if kind == NV:
+            made["global_scale"] = (TensorSpec((*stacked, rows), "float32"), param.shard[:-1])
+        by, found = self.scheme.layout.derivation(as_matrix(param), form), {}
+        for result, (spec, shard) in made.items():
+            suffix = "" if result == "weight" else f"_{result}"
+            called = found[f"{operand}{suffix}"] = f"{param.name}{suffix}"
             self.params[called] = replace(
                 param, name=called, spec=spec, pieces=(), shard=shard, derived=Derived(by, result)
             )
-            found[name] = called
         return found
 
     def _order(self, param: Param) -> Param:
@@ -307,13 +319,35 @@ class _Rewrite:
     def _wide(self, param: Param, form: Form) -> Param:
         """``param`` as what its words, scales and zeros stand for."""
         by, width = self.scheme.layout.derivation(as_matrix(param), form), int(param.spec.shape[-1])
-        there = ["weight", "scale", *(["zero"] if form.zeros else []), *(["order"] if form.ordered else [])]
+        kind = self.scheme.kind
+        has = {"zero": form.zeros, "order": form.ordered, "global_scale": kind == NV}
+        there = ["weight", "scale", *(name for name, there in has.items() if there)]
         attrs: dict[str, Any] = {"inputs": width, "out_dtype": param.spec.dtype}
-        if self.scheme.kind == KIND:
+        if kind == KIND:
             attrs |= {"bits": form.bits, "group": form.inputs(width)}
-        op = "dequantize_int" if self.scheme.kind == KIND else "dequantize_mx"
+        op = "dequantize_int" if kind == KIND else "dequantize_mx"
         call = LoadCall(op, {name: name for name in there}, {"x": "x"}, attrs)
         return replace(param, pieces=(), derived=Derived(replace(by, calls=(*by.calls, call)), "x"))
+
+
+def stored_number(matrix: Operand, suffix: str) -> Operand:
+    """One number of the checkpoint's for each of its tensors that make up ``matrix[N, K]``, for every output: fp32
+    ``[N]``.
+
+    Args:
+        suffix: in the place of ``weight``.
+    """
+    pieces = tuple(
+        Piece(
+            f"{module_of(piece.source)}.{suffix}",
+            (),
+            piece.at[:1],
+            each=tuple(replace(e, source=(), place=e.place[:1]) for e in piece.each),
+            fills=(piece.box[0][1] - piece.box[0][0],),
+        )
+        for piece in matrix.pieces
+    )
+    return Operand(TensorSpec(matrix.spec.shape[:1], "float32"), pieces, unit=TILE)
 
 
 def ordered(by: Derivation, group: Operand) -> Derivation:

@@ -26,13 +26,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sizing:
-    """What bounds a plan's steps and their number."""
+    """What bounds a plan's steps of a kind, which is declared as ``step``, and their number."""
 
     limits: Limits
     max_decode_buckets: int
     max_extend_buckets: int
     row_counts: int
     traffic: Traffic
+    step: StepSpec
 
 
 class StepKind(Protocol):
@@ -58,7 +59,9 @@ class StepKind(Protocol):
         """What a slot has to hold for steps of this kind; kinds share fields of a name."""
         ...
 
-    def trace(self, model: Model, inputs: Inputs, limits: Limits) -> Mapping[str, torch.Tensor]:
+    def trace(
+        self, model: Model, inputs: Inputs, limits: Limits, request: Request
+    ) -> Mapping[str, torch.Tensor]:
         """Run the step on proxies, as contracts; the values of ``spec.results`` by name."""
         ...
 

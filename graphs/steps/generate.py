@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 def sequence_fields(limits: Limits, cache: CacheSpec, tokens: str = TOKENS) -> tuple[Field, ...]:
     """What steps stage that run known tokens; padding rows point at the null slot, ``tokens`` is their axis."""
     paged = [cache.field(group.name, "grow_page") for group in cache.paged]
+    width = -(-limits.max_gain // limits.page_size)
     states = [cache.field(g.name, name) for g in cache.states for name in ("state_in", "state_out")]
     return fields(
         ("token_ids", (tokens,), "int32", 0),  # negative: the token that the step before sampled
@@ -48,7 +49,7 @@ def sequence_fields(limits: Limits, cache: CacheSpec, tokens: str = TOKENS) -> t
         ("query_start", (ROWS,), "int32", 0),
         ("query_len", (ROWS,), "int32", 0),
         *((("grow_at", (ROWS,), "int32", 0),) if paged else ()),  # entry of the slot's page lists
-        *((name, (ROWS, 1), "int32", 0) for name in paged),  # page that comes there; 0 is none
+        *((name, (ROWS, width), "int32", 0) for name in paged),  # pages that come there; 0 is none
         *(
             (name, (ROWS,), "int32", 0) for name in states
         ),  # block that a row's state is read from, written to
@@ -90,14 +91,14 @@ def sampling_slot(limits: Limits) -> tuple[Field, ...]:
     ) + fields(("allowed", (slots, limits.mask_words), "int32", 0), keeper=LATE)
 
 
-def token_results(limits: Limits) -> tuple[Field, ...]:
-    """The sampled tokens, and the model's own log-probabilities of them and of their rivals."""
+def token_results(limits: Limits, axis: str = ROWS) -> tuple[Field, ...]:
+    """The sampled tokens, and the model's own log-probabilities of them and of their rivals, one of each ``axis``."""
     top = limits.max_top_logprobs
     return fields(
-        ("tokens", (ROWS,), "int32", -1),
-        ("logprob", (ROWS,), "float32", 0.0),
-        ("top_ids", (ROWS, top), "int32", -1),
-        ("top_values", (ROWS, top), "float32", 0.0),
+        ("tokens", (axis,), "int32", -1),
+        ("logprob", (axis,), "float32", 0.0),
+        ("top_ids", (axis, top), "int32", -1),
+        ("top_values", (axis, top), "float32", 0.0),
     )
 
 
@@ -122,7 +123,7 @@ def run(model: Model, i: Inputs, limits: Limits) -> tuple[torch.Tensor, Inputs]:
 
 
 def sample(logits_RV: torch.Tensor, i: Inputs, limits: Limits) -> dict[str, torch.Tensor]:
-    """The next token of every row, and what is reported of it: :func:`token_results`."""
+    """The next token of every row of logits, and what is reported of it: :func:`token_results`."""
     tokens = sampling.sample(
         logits_RV, i.sample_slot, i.context_len, i.history, i.prompt_len,
         i.temperature, i.top_k, i.top_p, i.min_p,
@@ -148,7 +149,9 @@ class Decode:
     def slot(self, limits: Limits, cache: CacheSpec) -> tuple[Field, ...]:
         return sequence_slot(limits, cache) + sampling_slot(limits)
 
-    def trace(self, model: Model, inputs: Inputs, limits: Limits) -> Mapping[str, torch.Tensor]:
+    def trace(
+        self, model: Model, inputs: Inputs, limits: Limits, request: Request
+    ) -> Mapping[str, torch.Tensor]:
         logits, i = run(model, inputs, limits)
         return sample(logits, i, limits)
 
@@ -170,7 +173,9 @@ class Extend:
     def slot(self, limits: Limits, cache: CacheSpec) -> tuple[Field, ...]:
         return sequence_slot(limits, cache) + sampling_slot(limits)
 
-    def trace(self, model: Model, inputs: Inputs, limits: Limits) -> Mapping[str, torch.Tensor]:
+    def trace(
+        self, model: Model, inputs: Inputs, limits: Limits, request: Request
+    ) -> Mapping[str, torch.Tensor]:
         logits, i = run(model, inputs, limits)
         return sample(elementwise.gather_last(logits, i.query_start, i.query_len), i, limits)
 

@@ -62,7 +62,9 @@ class InputLogprobs:
     def slot(self, limits: Limits, cache: CacheSpec) -> tuple[Field, ...]:
         return sequence_slot(limits, cache) + sampling_slot(limits)
 
-    def trace(self, model: Model, inputs: Inputs, limits: Limits) -> Mapping[str, torch.Tensor]:
+    def trace(
+        self, model: Model, inputs: Inputs, limits: Limits, request: Request
+    ) -> Mapping[str, torch.Tensor]:
         logits, i = run(model, inputs, limits)
         made = sample(elementwise.gather_last(logits, i.query_start, i.query_len), i, limits)
         logprob, top_ids, top_values = logprobs.token_logprobs(

@@ -127,6 +127,83 @@ void find_pages(const FindPages *a) {
     }
 }
 
+/* Where the last of the places behind which the most of the last tokens stand ends, up to the longest; 0 for none. */
+static int64_t repeated(const int32_t *known, int64_t count, int64_t shortest, int64_t longest) {
+    int64_t end = 0, best = shortest - 1;
+    for (int64_t e = count - 1; e >= 1 && best < longest; e--) {
+        int64_t same = 0;
+        while (same < longest && same < e && known[e - 1 - same] == known[count - 1 - same])
+            same++;
+        if (same > best) {
+            best = same;
+            end = e;
+        }
+    }
+    return end;
+}
+
+typedef struct {
+    const int32_t *token_ids, *row_slot, *row_start, *query_start, *query_len, *sample_slot, *limit;
+    const int32_t *length, *history;
+    int32_t *ids, *start, *count, *slot, *context;
+    int64_t tokens, rows, null_slot, history_stride, shortest, longest;
+} DraftNgram;
+
+void draft_ngram(const DraftNgram *a) {
+    int64_t t = 0;
+    for (int64_t r = 0; r < a->rows; r++) {
+        const int32_t slot = a->row_slot[r];
+        int64_t count = slot == a->null_slot ? 0 : a->query_len[r];
+        a->start[r] = (int32_t)t;
+        a->count[r] = 0;
+        if (count == 0)
+            continue;
+        const int32_t *staged = a->token_ids + a->query_start[r];
+        const int32_t *known = a->history + slot * a->history_stride;
+        const int64_t start = a->row_start[r] >= 0 ? a->row_start[r] : a->length[slot];
+        const int guess = staged[count - 1] < 0;
+        int64_t end = 0;
+        if (guess) {
+            const int64_t most = a->limit[r] - 1 - start;
+            count = most < count ? most : count;
+            end = count > 1 ? repeated(known, start + 1, a->shortest, a->longest) : 0;
+            count = end ? count : 1;
+        }
+        for (int64_t i = 0; i < count; i++, t++) {
+            a->ids[t] = !guess ? staged[i] : i == 0 ? -1 : known[end + (i - 1) % (start + 1 - end)];
+            a->slot[t] = a->sample_slot[r];
+            a->context[t] = (int32_t)(start + 1 + i);
+        }
+        a->count[r] = (int32_t)count;
+    }
+    for (; t < a->tokens; t++) {
+        a->ids[t] = a->context[t] = 0;
+        a->slot[t] = (int32_t)a->null_slot;
+    }
+}
+
+typedef struct {
+    const int32_t *token_ids, *tokens, *row_slot, *query_start, *query_len, *context_len;
+    int32_t *length, *drafted, *accepted;
+    int64_t rows, null_slot;
+} AcceptDrafts;
+
+void accept_drafts(const AcceptDrafts *a) {
+    for (int64_t r = 0; r < a->rows; r++) {
+        const int32_t slot = a->row_slot[r], count = a->query_len[r];
+        a->drafted[r] = a->accepted[r] = 0;
+        if (slot == a->null_slot || count == 0)
+            continue;
+        const int32_t *ids = a->token_ids + a->query_start[r], *sampled = a->tokens + a->query_start[r];
+        int32_t right = 0;
+        while (right + 1 < count && ids[right + 1] == sampled[right])
+            right++;
+        a->drafted[r] = count - 1;
+        a->accepted[r] = right;
+        a->length[slot] = a->context_len[r] - (count - 1 - right);
+    }
+}
+
 typedef struct {
     const float *gate_up;
     int64_t gate_up_stride;

@@ -10,7 +10,15 @@
 #include "wgmma.h"
 
 // TOKENS: columns of a product. SPLIT: blocks of a cluster. SCALES: 1: sums are scaled by token and output at the end. WIDE:
-// y is float32.
+// y is float32. INT8: sums are integers, exact until they are scaled.
+#ifndef INT8
+#define INT8 0
+#endif
+#if INT8
+typedef int Sum;
+#else
+typedef float Sum;
+#endif
 constexpr int BN = 64, PER = TOKENS / 2, HALF = 111 * 1024;  // outputs of a tile; a thread's sums; half of the shared memory
 constexpr int PITCH = BN + 4, SUM_BYTES = TOKENS * PITCH * 4;  // numbers of a token's sums in shared memory; of all
 constexpr int MINE = BN / SPLIT, FOURS = MINE / 4;  // outputs that a block of a cluster finishes
@@ -43,9 +51,18 @@ struct Work {
   __device__ __forceinline__ int all() const { return cluster < tiles ? ceil_div(tiles - cluster, clusters) * each : 0; }
 };
 
+// Sums as they come from shared memory, where a register of floats may hold the bits of integers.
+__device__ __forceinline__ float widened(float sum) { return INT8 ? (float)__float_as_int(sum) : sum; }
+__device__ __forceinline__ float plus(float a, float b) {
+  return INT8 ? __int_as_float(__float_as_int(a) + __float_as_int(b)) : a + b;
+}
+__device__ __forceinline__ Float4 plus(Float4 a, Float4 b) {
+  return Float4{plus(a.x, b.x), plus(a.y, b.y), plus(a.z, b.z), plus(a.w, b.w)};
+}
+
 // Four outputs of a token from four sums: scaled, the bias added, rounded.
 __device__ __forceinline__ void store(Float4 sum, const Call& call, int token, int column) {
-  float v[4] = {sum.x, sum.y, sum.z, sum.w};
+  float v[4] = {widened(sum.x), widened(sum.y), widened(sum.z), widened(sum.w)};
 #if SCALES == 1
   float of_token = load_written_one(call.x_scale + token);
   UNROLL for (int j = 0; j < 4; ++j) v[j] *= of_token * call.weight_scale[column + j];
@@ -59,14 +76,12 @@ __device__ __forceinline__ void store(Float4 sum, const Call& call, int token, i
 #endif
 }
 
-__device__ __forceinline__ Float4 plus(Float4 a, Float4 b) { return Float4{a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w}; }
-
 // Adds up what the WAYS warpgroups of a block, and the blocks of a cluster, have of a tile, each its part of the outputs.
 // sums: [way][token][output].
 template <int WAYS>
-__device__ __forceinline__ void finish(const float (&acc)[PER], float* sums, Bars& bars, const Call& call, int column, int turn) {
+__device__ __forceinline__ void finish(const Sum (&acc)[PER], Sum* sums, Bars& bars, const Call& call, int column, int turn) {
   int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane / 4, t = threadIdx.x;
-  float* own = sums + t / 128 * (TOKENS * PITCH);
+  Sum* own = sums + t / 128 * (TOKENS * PITCH);
   if (SPLIT > 1 && turn > 0) mbar_wait_cluster(&bars.taken, (turn - 1) & 1, "finish: taken");
   UNROLL for (int j = 0; j < PER; ++j) own[(8 * (j / 4) + 2 * (lane % 4) + (j & 1)) * PITCH + row + (j & 2) * 4] = acc[j];
   named_sync(1, 128 * WAYS);
@@ -79,7 +94,7 @@ __device__ __forceinline__ void finish(const float (&acc)[PER], float* sums, Bar
   for (int c = t; c < call.tokens * FOURS; c += 128 * WAYS) {
     int token = c / FOURS, inside = rank * MINE + c % FOURS * 4;
     if (column + inside >= call.outputs) continue;
-    const float* from = sums + token * PITCH + inside;
+    const float* from = (const float*)sums + token * PITCH + inside;
     Float4 sum;
     UNROLL for (int r = 0; r < SPLIT; ++r) {
       UNROLL for (int way = 0; way < WAYS; ++way) {
@@ -129,9 +144,9 @@ template <class Form> __device__ __forceinline__ void run(const Form& form, cons
     int step = 0, turn = 0;
     form.ready(smem, call, work);
     for (int tile = work.cluster; tile < work.tiles; tile += work.clusters, ++turn) {
-      float acc[PER];
+      Sum acc[PER];
       form.sum_up(acc, smem, bars, call, work, tile * BN, step);
-      finish<Form::WAYS>(acc, (float*)(smem + Form::OFF_SUMS), bars, call, tile * BN, turn);
+      finish<Form::WAYS>(acc, (Sum*)(smem + Form::OFF_SUMS), bars, call, tile * BN, turn);
     }
   }
   if (SPLIT > 1) {

@@ -280,6 +280,11 @@ __device__ __forceinline__ uint32_t minus2(uint32_t a, uint32_t b) {  // of two 
   asm("sub.rn." ELEMENT "x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
   return r;
 }
+__device__ __forceinline__ uint32_t times2(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("mul.rn." ELEMENT "x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
 __device__ __forceinline__ float half_as_float(uint16_t x) {  // of a float16
   float r;
   asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(x));

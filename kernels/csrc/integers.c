@@ -12,6 +12,8 @@ typedef struct {
     const uint16_t *weight;   /* words of kernels/integers.py */
     const uint16_t *scale;    /* fp16 tiles of 64 outputs */
     const uint8_t *exponent;  /* e8m0 tiles in the place of scale: weights are e2m1, in blocks of 32 */
+    const uint16_t *pair;     /* the same with two numbers of e4m3, each for 16 inputs, */
+    const float *global;      /* and a factor of every output, or NULL for 1 */
     const uint8_t *zero;      /* NULL: symmetric */
     const float *bias;
     float *y;
@@ -37,25 +39,45 @@ INLINE void widen_output(const LinearInt *a, int64_t n, const int64_t bits, floa
             }
 }
 
-/* The same of MXFP4: a field is one block. */
-INLINE void widen_floats(const LinearInt *a, int64_t n, float *restrict w) {
+/* One number of e4m3 without a sign. */
+INLINE float from_e4m3(uint32_t bits) {
+    const uint32_t wide = (bits & 0x7F) << 20; /* its exponent and mantissa where fp32 has them: 2^-120 times it */
+    float x;
+    memcpy(&x, &wide, sizeof(x));
+    return x * 0x1p120f;
+}
+
+INLINE float from_e8m0(uint32_t e) {
+    const uint32_t bits = e == 255 ? 0x7FC00000u : e ? e << 23 : 0x00400000u;
+    float x;
+    memcpy(&x, &bits, sizeof(x));
+    return x;
+}
+
+/* 32 numbers of e2m1 times the scales of their halves. Twice a number is its mantissa, with a leading one unless the
+ * exponent is 0, moved up by one less than the exponent. Arithmetic, as tables are no vectors. */
+INLINE void widen_field(const uint16_t *words, int64_t shift, float first, float second, float *restrict w) {
+    first *= 0.5f;
+    second *= 0.5f;
+    for (int64_t j = 0; j < 32; j++) {
+        const int32_t q = words[j] >> shift, e = q >> 1 & 3;
+        const int32_t twice = ((q & 1) | (e ? 2 : 0)) << (e ? e - 1 : 0);
+        w[j] = (float)(q & 8 ? -twice : twice) * (j < 16 ? first : second);
+    }
+}
+
+/* The same of 4-bit floats: a field is one block of MXFP4, or two of NVFP4. */
+INLINE void widen_floats(const LinearInt *a, int64_t n, const int paired, float *restrict w) {
     const int64_t spans = (a->inputs + 127) / 128, blocks = (a->inputs + 31) / 32;
     const uint16_t *words = a->weight + n * spans * 32;
+    const float global = a->global ? a->global[n] : 1.0f;
     for (int64_t s = 0; s < spans; s++, words += 32)
         for (int64_t field = 0; field < 4; field++) {
             const int64_t k = 128 * s + 32 * field, g = k / 32 < blocks ? k / 32 : blocks - 1;
-            const uint32_t e = a->exponent[(n / 64 * blocks + g) * 64 + n % 64];
-            const uint32_t bits = e == 255 ? 0x7FC00000u : e ? e << 23 : 0x00400000u;
-            float scale;
-            memcpy(&scale, &bits, sizeof(scale));
-            /* Twice the number is its mantissa, with a leading one unless the exponent is 0, moved up by one less than
-             * the exponent. Arithmetic, as tables are no vectors. */
-            const float half = 0.5f * scale;
-            for (int64_t j = 0; j < 32; j++) {
-                const int32_t q = words[j] >> (4 * field), e = q >> 1 & 3;
-                const int32_t twice = ((q & 1) | (e ? 2 : 0)) << (e ? e - 1 : 0);
-                w[k + j] = (float)(q & 8 ? -twice : twice) * half;
-            }
+            const int64_t at = (n / 64 * blocks + g) * 64 + n % 64;
+            const float first = paired ? from_e4m3(a->pair[at]) : from_e8m0(a->exponent[at]);
+            const float second = paired ? from_e4m3(a->pair[at] >> 8) : first;
+            widen_field(words, 4 * field, first * global, second * global, w + k);
         }
 }
 
@@ -64,7 +86,9 @@ DISPATCHED void linear_int(const LinearInt *a) {
     for (int64_t n = a->first; n < a->stop; n++) {
         float *w = a->space + (a->x ? 0 : (n - a->first) * whole);
         if (a->exponent)
-            widen_floats(a, n, w);
+            widen_floats(a, n, 0, w);
+        else if (a->pair)
+            widen_floats(a, n, 1, w);
         else if (a->bits == 4)
             widen_output(a, n, 4, w);
         else

@@ -1,9 +1,9 @@
 // Products of few tokens with dense weights of 16 bits, and of 8 with scales, for Hopper; see few.h.
 #include "few.h"
 
-// FP8: operands are e4m3, else 16-bit floats. SCALES: of e4m3; 1: of tokens and of outputs, 2: of tokens and groups of 128
-// inputs, and of squares of 128; SHARE is then the most groups that a block has of a row.
-static_assert(FP8 ? SCALES == 1 || SCALES == 2 : SCALES == 0, "macros");
+// FP8: operands are e4m3; INT8: integers; else 16-bit floats. SCALES: of those of 8 bits; 1: of tokens and of outputs, 2: of
+// tokens and groups of 128 inputs, and of squares of 128; SHARE is then the most groups that a block has of a row.
+static_assert((FP8 ? SCALES == 1 || SCALES == 2 : SCALES == INT8) && !(FP8 && INT8), "macros");
 #if SCALES == 2
 constexpr int GROUPS = SHARE;
 #else
@@ -45,8 +45,16 @@ struct GroupScales {
 };
 #endif
 
+#if INT8
+__device__ __forceinline__ void multiply(int (&d)[PER], uint64_t a, uint64_t b, int accumulate) { wgmma_ss_s8(d, a, b, accumulate); }
+#elif FP8
+__device__ __forceinline__ void multiply(float (&d)[PER], uint64_t a, uint64_t b, int accumulate) { wgmma_ss_e4m3(d, a, b, accumulate); }
+#else
+__device__ __forceinline__ void multiply(float (&d)[PER], uint64_t a, uint64_t b, int accumulate) { wgmma_ss_16bit(d, a, b, accumulate); }
+#endif
+
 struct Form {
-  static constexpr int WAYS = 1, DEPTH = FP8 ? 128 : 64;  // 128 bytes of a row
+  static constexpr int WAYS = 1, DEPTH = FP8 || INT8 ? 128 : 64;  // 128 bytes of a row
   static constexpr int W_BYTES = BN * 128, STAGE = W_BYTES + TOKENS * 128, SCALE_BYTES = TOKENS * GROUPS * 4;
   static constexpr int ROOM = (HALF - SUM_BYTES - SCALE_BYTES - BAR_BYTES - 1024) / STAGE;
   static constexpr int STAGES = ROOM < MOST_STAGES ? ROOM : MOST_STAGES;
@@ -69,7 +77,7 @@ struct Form {
 
   // This block's sums of a tile. A thread has rows 16 * warp + lane / 4 (and that + 8) of the weights for tokens
   // 8 * (j / 4) + 2 * (lane % 4) + (j & 1).
-  __device__ __forceinline__ void sum_up(float (&acc)[PER], uint8_t* smem, Bars& bars, const Call& call, const Work& work, int column, int& step) const {
+  __device__ __forceinline__ void sum_up(Sum (&acc)[PER], uint8_t* smem, Bars& bars, const Call& call, const Work& work, int column, int& step) const {
     int lane = threadIdx.x % 32;
     uint32_t base = smem_u32(smem);
     const uint64_t operand = operand_128b(16, 1024);
@@ -86,7 +94,7 @@ struct Form {
       wgmma_fence();
 #if FP8  // sums of 8-bit products keep 14 bits: those of 128 inputs are added in fp32
       float part[PER];
-      UNROLL for (int j = 0; j < 4; ++j) wgmma_ss_e4m3(part, at(operand, a + j * 32), at(operand, b + j * 32), j != 0);
+      UNROLL for (int j = 0; j < 4; ++j) multiply(part, at(operand, a + j * 32), at(operand, b + j * 32), j != 0);
       wgmma_commit();
 #if SCALES == 2
       float scale[TOKENS / 4];
@@ -101,7 +109,7 @@ struct Form {
       UNROLL for (int j = 0; j < PER; ++j) acc[j] += part[j];
 #endif
 #else
-      UNROLL for (int j = 0; j < 4; ++j) wgmma_ss_16bit(acc, at(operand, a + j * 32), at(operand, b + j * 32), j != 0 ? 1 : i != 0);
+      UNROLL for (int j = 0; j < 4; ++j) multiply(acc, at(operand, a + j * 32), at(operand, b + j * 32), j != 0 ? 1 : i != 0);
       wgmma_commit();
       wgmma_wait<1>();  // the product before this one is done
       if (i > 0 && lane == 0) mbar_arrive(&bars.free[(step - 1) % STAGES]);
@@ -117,9 +125,9 @@ struct Form {
 
 LAUNCH_FACTS(128 * Form::WAYS + 32, Form::SHARED, SPLIT);
 
-#if FP8
+#if FP8 || INT8
 extern "C" __global__ void __launch_bounds__(160, 2) __cluster_dims__(SPLIT, 1, 1)
-linear_few_fp8(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap w_map, const float* x_scale, const float* weight_scale,
+linear_few_eight(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap w_map, const float* x_scale, const float* weight_scale,
                const uint16_t* bias, uint16_t* y, int tokens, int outputs, int inputs, int y_stride) {
   run(Form{&x_map, &w_map}, Call{x_scale, weight_scale, BIAS ? bias : nullptr, y, tokens, outputs, inputs, y_stride});
 }

@@ -1,4 +1,4 @@
-"""Products of few tokens on Hopper in CUDA C++ (csrc/linear_few.cu): 16 bits, and 8 with any scales.
+"""Products of few tokens on Hopper in CUDA C++ (csrc/linear_few.cu): 16 bits, and 8 with any scales, INT8 too.
 
 Weights are the long side of the matrix instructions and are asked for before the kernels ahead have ended. Where a
 matrix has few outputs the blocks of a cluster share the inputs of a tile.
@@ -24,6 +24,7 @@ from makeready.kernels.gemm import few
 from makeready.kernels.gemm.few import Costs, Way
 from makeready.kernels.gemm.linear import linear
 from makeready.kernels.gemm.linear_fp8 import linear_fp8, linear_fp8_block
+from makeready.kernels.gemm.linear_int8 import MOST_INPUTS, linear_int8
 from makeready.kernels.gemm.ways import addressable, best_of_each
 from makeready.kernels.registry import cuda_kernel
 from makeready.kernels.spec import DTYPE_BYTES
@@ -31,7 +32,9 @@ from makeready.kernels.spec import DTYPE_BYTES
 _MOST = 64  # tokens
 _BOX = 128  # bytes of a row that a step copies
 _WIDE = ("bfloat16", "float16")
+_EIGHT = ("float8_e4m3fn", "int8")
 
+# Those of integers are taken to be those of e4m3, whose bytes and instructions they have: nobody has timed them.
 # Fitted to one H200 with the projections of Qwen3-8B and DeepSeek-V2-Lite at 2 to 64 tokens, 16 bits and 8 with
 # scales of rows (``scripts/bench.py suite=[gemm_few]``): predictions are off by 10 %, the way that is predicted to be
 # fastest takes 0.3 % longer than the one that was.
@@ -50,7 +53,7 @@ _COSTS = Costs(
 def applies(call: OpCall) -> bool:
     """Whether it has few tokens, and rows that tensor maps and copies of four results can address."""
     x, weight, y = (call.tensors[name] for name in ("x", "weight", "y"))
-    eight = weight.dtype == "float8_e4m3fn"
+    eight = weight.dtype in _EIGHT
     four = 4 * DTYPE_BYTES[y.dtype]
     alike = y.dtype if eight else x.dtype
     return (
@@ -62,6 +65,7 @@ def applies(call: OpCall) -> bool:
         and ("bias" not in call.tensors or call.tensors["bias"].dtype == alike)
         and int(weight.shape[0]) % 4 == 0
         and _steps(call) >= 2
+        and (weight.dtype != "int8" or int(weight.shape[1]) <= MOST_INPUTS)
         and addressable(x)
         and addressable(weight)
         and y.alignment % four == 0
@@ -101,12 +105,13 @@ def candidate(call: OpCall, way: Way, *, give_up: int = 0) -> Candidate:
         give_up: as in :func:`makeready.kernels.attention.extend_cuda.candidate`.
     """
     x, weight, y = (call.tensors[name] for name in ("x", "weight", "y"))
-    eight, wide = weight.dtype == "float8_e4m3fn", y.dtype == "float32"
+    eight, wide = weight.dtype in _EIGHT, y.dtype == "float32"
     scales = (2 if "block" in call.attrs else 1) if eight else 0
     constants = {
         "TOKENS": way.tokens,
         "SPLIT": way.split,
-        "FP8": eight,
+        "FP8": weight.dtype == "float8_e4m3fn",
+        **({"INT8": True} if weight.dtype == "int8" else {}),
         "SCALES": scales,
         **({"SHARE": -(-_steps(call) // way.split)} if scales == 2 else {}),
         "BIAS": "bias" in call.tensors,
@@ -131,7 +136,7 @@ def candidate(call: OpCall, way: Way, *, give_up: int = 0) -> Candidate:
         "inputs": Scalar(inputs, "int32"),
         "y_stride": Scalar(y.row_stride, "int32"),
     }
-    entry = "linear_few_fp8" if eight else "linear_few_wide" if wide else "linear_few"
+    entry = "linear_few_eight" if eight else "linear_few_wide" if wide else "linear_few"
     launch = DeviceLaunch(
         function=f"csrc/linear_few.cu:{entry}",
         constants=constants | ({"GIVE_UP": give_up} if give_up else {}),
@@ -148,6 +153,7 @@ def _few(call: OpCall) -> Sequence[Candidate]:
     return [candidate(call, way) for way in best_of_each(ways(call), lambda way: way)]
 
 
-for _op in (linear, linear_fp8, linear_fp8_block):
+for _op in (linear, linear_fp8, linear_fp8_block, linear_int8):
     assert isinstance(_op, Contract)
-    cuda_kernel(_op, "few", features=("tma", "wgmma", "pdl"), applies=applies)(_few)
+    untimed = _op is linear_int8
+    cuda_kernel(_op, "few", features=("tma", "wgmma", "pdl"), applies=applies, tuned_only=untimed)(_few)

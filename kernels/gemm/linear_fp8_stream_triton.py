@@ -38,13 +38,15 @@ def _scales(x_scale, weight_scale, unit, steps, tiles_t, T, BT: tl.constexpr, BN
 
 @triton.jit
 def _write(acc_TN, x_scale, weight_scale, bias, y, t, n, T, N, y_stride, GROUPED: tl.constexpr):
-    """Store finished sums of tokens ``t`` and outputs ``n``, scaled here unless every group was."""
+    """Store finished sums of tokens ``t`` and outputs ``n``, scaled here unless every group was; ``x_scale`` None: by
+    outputs alone.
+    """
     inside_t, inside_n = t < T, n < N
     acc_TN = acc_TN.to(tl.float32)
     if not GROUPED:
-        rows = tl.load(x_scale + t, mask=inside_t, other=0.0)
-        columns = tl.load(weight_scale + n, mask=inside_n, other=0.0)
-        acc_TN = acc_TN * rows[:, None] * columns[None, :]
+        if x_scale is not None:
+            acc_TN *= tl.load(x_scale + t, mask=inside_t, other=0.0)[:, None]
+        acc_TN *= tl.load(weight_scale + n, mask=inside_n, other=0.0)[None, :]
     if bias is not None:
         acc_TN += tl.load(bias + n, mask=inside_n, other=0.0).to(tl.float32)[None, :]
     out = y + t.to(tl.int64)[:, None] * y_stride + n[None, :]

@@ -22,7 +22,7 @@ from makeready.kernels.device import (
 )
 from makeready.kernels.gemm.linear_fp8 import linear_fp8, linear_fp8_block
 from makeready.kernels.gemm.linear_fp8_tiling import GROUP, PERSISTENT, Product, Tiling, seconds, tilings
-from makeready.kernels.gemm.linear_int8 import linear_int8
+from makeready.kernels.gemm.linear_int8 import MOST_INPUTS, linear_int8
 from makeready.kernels.gemm.ways import addressable, best_of_each
 from makeready.kernels.registry import cuda_kernel
 from makeready.kernels.spec import DTYPE_BYTES
@@ -31,7 +31,6 @@ assert isinstance(linear_fp8, Contract)
 assert isinstance(linear_fp8_block, Contract)
 assert isinstance(linear_int8, Contract)
 
-_MOST_INPUTS = 1 << 17  # whose products of 8-bit integers an int32 holds the sum of
 _WAVE = 8  # tiles along the tokens that share a wave's weights; 8 x 128 rows of K = 4096 are 4 MB of L2
 
 
@@ -41,7 +40,7 @@ def _by_rows(call: OpCall) -> bool:
 
 
 def _sums_fit(call: OpCall) -> bool:
-    return _by_rows(call) and call.dims["K"] <= _MOST_INPUTS
+    return _by_rows(call) and call.dims["K"] <= MOST_INPUTS
 
 
 def _by_groups(call: OpCall) -> bool:

@@ -7,6 +7,8 @@ import torch
 from makeready.kernels.contract import Quantizes, contract
 from makeready.kernels.numeric import to_dtype, widen
 
+MOST_INPUTS = 1 << 17  # whose products an int32 holds the sum of
+
 
 @contract(
     "x[T,K]:int8 x_scale[T,1]:float32 weight[N,K]:int8 weight_scale[N]:float32 bias?[N]:B"

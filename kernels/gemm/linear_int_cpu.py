@@ -24,6 +24,7 @@ assert isinstance(linear_int, Contract)
 
 _FEW = 8  # rows up to which the compiled op multiplies
 _PART = 512  # outputs that are widened at once, whole tiles
+_SCALES = (torch.float16, torch.uint8, torch.int16)  # in the order of the compiled op's fields
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,9 @@ class IntMatrix:
 
     Attributes:
         weight, scale, zero: ``[N, W]`` int16, ``[ceil(N / 64), G, 64]`` fp16, the same of uint8 or None. Scales of
-            MXFP4 are uint8.
+            MXFP4 are uint8, those of NVFP4 int16.
         inputs: K.
+        global_scale: fp32 ``[N]`` of NVFP4, else None.
     """
 
     weight: torch.Tensor
@@ -42,6 +44,7 @@ class IntMatrix:
     bits: int
     group: int
     inputs: int
+    global_scale: torch.Tensor | None = None
 
     @property
     def compiled(self) -> bool:
@@ -61,15 +64,12 @@ class IntMatrix:
             widen()
             yield first, stop, space[: stop - first, : self.inputs]
 
-    @property
-    def _floats(self) -> bool:
-        return self.scale.dtype == torch.uint8
-
     def _values(self, rows: slice, tiles: slice) -> torch.Tensor:
         """fp32 weights of some outputs, whose tiles are these."""
         weight, scale = self.weight[rows], self.scale[tiles]
-        if self._floats:
-            return mx.values(weight, scale, inputs=self.inputs, dtype=torch.float32)
+        if scale.dtype != torch.float16:
+            whole = None if self.global_scale is None else self.global_scale[rows]
+            return mx.values(weight, scale, whole, inputs=self.inputs, dtype=torch.float32)
         zero = None if self.zero is None else self.zero[tiles]
         form = {"bits": self.bits, "group": self.group, "inputs": self.inputs}
         return values(weight, scale, zero, **form, dtype=torch.float32)
@@ -88,10 +88,10 @@ class IntMatrix:
             return None
         strides = (0 if one is None else one.stride(0) for one in (x, y))
         x_stride, y_stride = strides
+        scales = (self.scale if self.scale.dtype == dtype else None for dtype in _SCALES)
         return native.prepare(
-            "linear_int", x, x_stride, self.weight, None if self._floats else self.scale,
-            self.scale if self._floats else None, self.zero, bias, y, y_stride, 0 if x is None else len(x),
-            first, stop, self.inputs, self.bits, self.group, space,
+            "linear_int", x, x_stride, self.weight, *scales, self.global_scale, self.zero, bias, y, y_stride,
+            0 if x is None else len(x), first, stop, self.inputs, self.bits, self.group, space,
         )  # fmt: skip
 
     def few(self, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None) -> Callable[[], None] | None:

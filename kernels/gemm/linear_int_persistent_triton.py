@@ -1,4 +1,4 @@
-"""Projection with weights of 4 or 8 bits, or in MXFP4, for many rows: blocks walk over output tiles, fed by TMA.
+"""Projection with packed weights (integers, 4-bit floats) for many rows: blocks walk over tiles, fed by TMA.
 
 Words are widened and scaled in registers, once for ``BT`` tokens, and are the left side of the product, of which
 seven instructions may be under way while the next words are widened. Tiles go in groups of ``TILES`` along the tokens
@@ -26,6 +26,7 @@ def linear_int_persistent(
     weight,
     weight_scale,
     weight_zero,
+    weight_global_scale,
     bias,
     y,
     T,
@@ -44,8 +45,8 @@ def linear_int_persistent(
     Args:
         x, weight, y: TMA descriptors with blocks ``[BT, 128]``, ``[BN, 8 * BITS]`` and ``[BT, BN]``.
         weight_scale, weight_zero: pointers to tiles of fp16 and uint8; zeros None where weights are symmetric.
-        bias: pointer or None.
-        MX: weights are e2m1 and scales e8m0, of 32 inputs each; BITS is 4, GROUP 32.
+        weight_global_scale, bias: pointers or None; the first to one fp32 an output.
+        MX: weights are e2m1 and scales e8m0 or pairs of e4m3, of 32 inputs each; BITS is 4, GROUP 32.
         GROUP: inputs that share a scale: 32, 64, a multiple of 128, or what is at least K.
         TILES: of tokens that are gone through before the next outputs.
         PDL: this launch may start before the one ahead of it ends.
@@ -72,6 +73,8 @@ def linear_int_persistent(
                 w_NK = centred(w, weight_zero, n, k, groups, BITS, GROUP, x.dtype)
                 w_NK = scaled(w_NK, weight_scale, n, k, groups, GROUP, x.dtype)
             acc_NT = tl.dot(w_NK, x.load([t0, k]).T, acc_NT)
+        if weight_global_scale is not None:
+            acc_NT *= tl.load(weight_global_scale + n)[:, None]
         if bias is not None:
             acc_NT += tl.load(bias + n).to(tl.float32)[:, None]
         y.store([t0, n0], acc_NT.T.to(y.dtype))

@@ -1,9 +1,9 @@
-"""Projection with weights of 4 or 8 bits, or in MXFP4, for few rows: multiprocessors stream equal shares of them.
+"""Projection with packed weights (integers, 4-bit floats) for few rows: multiprocessors stream equal shares.
 
 As linear_fp8_stream_triton.py: units of one span of inputs for one output tile, runs of them that may end inside a
 tile, and parts that the last block of a tile adds up. Words are copied by TMA, widened in registers, and are the left
 side of the product, which Hopper's matrix instructions take from registers. Of few rows, where a span lies in one
-group, its sums are scaled, in fp32; else the weights are.
+group, its sums are scaled, in fp32; else the weights are. NVFP4's global scales are multiplied with finished sums.
 
 # T tokens, N outputs, K inputs
 """
@@ -29,6 +29,7 @@ def linear_int_stream(
     weight_start,
     weight_scale,
     weight_zero,
+    weight_global_scale,
     bias,
     y,
     partial,
@@ -57,10 +58,10 @@ def linear_int_stream(
             ``TMA``, else pointers.
         weight_start: pointer to the words.
         weight_scale, weight_zero: pointers to tiles of fp16 and uint8; zeros None where weights are symmetric.
-        bias: pointer or None.
+        weight_global_scale, bias: pointers or None; the first to one fp32 an output.
         partial, arrived: scratch as in ``linear_fp8_stream``, or None.
         share: units of a block.
-        MX: weights are e2m1 and scales e8m0, of 32 inputs each; BITS is 4, GROUP 32.
+        MX: weights are e2m1 and scales e8m0 or pairs of e4m3, of 32 inputs each; BITS is 4, GROUP 32.
         GROUP: inputs that share a scale: 32, 64, a multiple of 128, or what is at least K.
         AHEAD: words of each row to bring to L2 while the kernel before still runs.
         PDL: this launch may start before the one ahead of it ends.
@@ -120,25 +121,13 @@ def linear_int_stream(
             begun = unit - step >= begin
             whole = begun and step == steps - 1
             slot = 2 * pid + begun.to(tl.int32)
-            put_tile(acc_NT, whole, slot, None, None, bias, y, partial, t0, n0, T, N, y_stride, BT, BN, True)
+            put_tile(
+                acc_NT, whole, slot, None, weight_global_scale, bias, y, partial, t0, n0, T, N, y_stride,
+                BT, BN, weight_global_scale is None,
+            )  # fmt: skip
             acc_NT = tl.zeros((BN, BT), tl.float32)
     if partial is not None:
         finish_tiles(
-            begin,
-            end,
-            share,
-            steps,
-            tiles_t,
-            None,
-            None,
-            bias,
-            y,
-            partial,
-            arrived,
-            T,
-            N,
-            y_stride,
-            BT,
-            BN,
-            True,
-        )
+            begin, end, share, steps, tiles_t, None, weight_global_scale, bias, y, partial, arrived, T, N, y_stride,
+            BT, BN, weight_global_scale is None,
+        )  # fmt: skip

@@ -38,7 +38,7 @@ _WIDEN = {
     4: 1.9,
     8: 2.4,
 }  # instructions of a thread for one weight: fields, zeros, scales, and a share of the loop's
-_WIDEN_MX = 2.9  # of one of MXFP4, reasoned: sign and size are masked apart
+_WIDEN_MX = 2.9  # of a 4-bit float, reasoned: sign and size are masked apart
 _CLOCK = 1.7e9
 _LANES = 128  # threads of a multiprocessor that issue at once
 _SHARPNESS = 3.2  # of the maximum over what goes on at once
@@ -74,7 +74,8 @@ class Product:
         wgmma: the target has Hopper's matrix instructions.
         bandwidth: bytes/s from memory.
         rate: operations/s of all multiprocessors at 16 bits.
-        floats: weights are MXFP4, whose scales have 8 bits.
+        scale_bytes: of what inputs of a group share.
+        floats: weights are 4-bit floats.
         invariant: the same ways whatever T is, and no tile is cut: where, would depend on T.
     """
 
@@ -92,6 +93,7 @@ class Product:
     shared_bytes: int
     bandwidth: float = H100_BANDWIDTH
     rate: float = H100_FLOPS["bfloat16"]
+    scale_bytes: int = 2
     floats: bool = False
     invariant: bool = False
 
@@ -103,7 +105,7 @@ class Product:
     @property
     def weight_bytes(self) -> float:
         """Words, scales and zeros."""
-        shared = (1 if self.floats else 2) + (1 if self.zeros else 0)
+        shared = self.scale_bytes + (1 if self.zeros else 0)
         scales = self.N * _cdiv(self.K, self.group) * shared
         return self.N * self.steps * SPAN * self.bits / 8 + scales
 

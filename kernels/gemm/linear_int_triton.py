@@ -1,6 +1,6 @@
-"""Projections with weights of 4 or 8 bits, or in MXFP4, on the GPU: from a call to launches of the kernels beside it.
+"""Projections with packed weights (integers, 4-bit floats) on the GPU: from a call to launches.
 
-``linear_int_stream`` takes any call; the persistent one those whose operands TMA can address.
+``linear_int_stream``, beside this file, takes any call; the persistent one those whose operands TMA can address.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from makeready.kernels.spec import DTYPE_BYTES
 assert isinstance(linear_int, Contract)
 assert isinstance(linear_mx, Contract)
 
+_OPTIONAL = ("weight_zero", "weight_global_scale", "bias")
 _WAVE_ROWS = 4096  # of tokens whose tiles blocks go through before they move on, as in linear_triton.py
 
 
@@ -46,7 +47,7 @@ def sixteen_bits(call: OpCall) -> bool:
 
 
 def form_of(call: OpCall) -> tuple[int, int, bool]:
-    """Bits of a weight, inputs that share a scale, and whether they are MXFP4."""
+    """Bits of a weight, inputs that share an element of scales, and whether they are 4-bit floats."""
     if "bits" in call.attrs:
         return call.attrs["bits"], group_of(call), False
     return mx.BITS, mx.BLOCK, True
@@ -69,7 +70,7 @@ def linear_int_cuda(call: OpCall) -> Sequence[Candidate]:
 
 @cuda_kernel(linear_mx, "tiled", applies=sixteen_bits, invariant=True)
 def linear_mx_cuda(call: OpCall) -> Sequence[Candidate]:
-    """The same with MXFP4."""
+    """The same with MXFP4 and NVFP4."""
     return _best(call)
 
 
@@ -107,6 +108,7 @@ def describe(call: OpCall) -> Product:
         K=call.dims["K"],
         bits=bits,
         group=group,
+        scale_bytes=DTYPE_BYTES[call.tensors["weight_scale"].dtype],
         floats=floats,
         zeros="weight_zero" in call.tensors,
         out_bytes=DTYPE_BYTES[y.dtype],
@@ -177,7 +179,7 @@ def _persistent(call: OpCall, way: Tiling, product: Product) -> Candidate:
 
 def _constants(call: OpCall, way: Tiling) -> dict[str, Any]:
     """Parameters that both kernels are compiled for."""
-    absent = {name: None for name in ("bias", "weight_zero") if name not in call.tensors}
+    absent = {name: None for name in _OPTIONAL if name not in call.tensors}
     bits, group, floats = form_of(call)
     sizes = {"MX": floats, "BITS": bits, "GROUP": group, "BT": way.t, "BN": way.n}
     return {**sizes, "PDL": "pdl" in call.features, **absent}
@@ -185,7 +187,7 @@ def _constants(call: OpCall, way: Tiling) -> dict[str, Any]:
 
 def _common(call: OpCall, *pointers: str) -> dict[str, Argument]:
     """Scales, zeros, bias, sizes, and other operands as pointers."""
-    named = ("weight_scale", *pointers, *(n for n in ("weight_zero", "bias") if n in call.tensors))
+    named = ("weight_scale", *pointers, *(n for n in _OPTIONAL if n in call.tensors))
     return {
         **{name: Pointer(name) for name in named},
         "T": Scalar(call.dims["T"], "int32", specialize=False),

@@ -20,10 +20,12 @@ from makeready.kernels.moe.experts_triton import gate_constants
 from makeready.kernels.moe.grouped_tiling import Grouped, Tiling, describe, mismatched, predicted
 from makeready.kernels.registry import cuda_kernel
 from makeready.kernels.row_tiles import power_of_two
+from makeready.kernels.spec import DTYPE_BYTES
 
 assert isinstance(grouped_linear_int, Contract)
 assert isinstance(grouped_silu_mul_int, Contract)
 
+_OPTIONAL = ("weight_zero", "weight_global_scale", "bias")
 _A_MULTIPROCESSOR = 2  # blocks
 # Tokens, outputs and warps of a tile, and whether it may hold a gate as well: from cross-compiled kernels.
 _SIDES = (
@@ -46,13 +48,13 @@ def grouped_silu_mul_int_tiles(call: OpCall) -> Sequence[Candidate]:
 
 @cuda_kernel(grouped_linear_mx, "tiles", applies=sixteen_bits, invariant=True)
 def grouped_linear_mx_tiles(call: OpCall) -> Sequence[Candidate]:
-    """The same with MXFP4."""
+    """The same with MXFP4 and NVFP4."""
     return _best(call)
 
 
 @cuda_kernel(grouped_silu_mul_mx, "tiles", applies=sixteen_bits, invariant=True)
 def grouped_silu_mul_mx_tiles(call: OpCall) -> Sequence[Candidate]:
-    """Tiles of a gate and what it multiplies, with MXFP4."""
+    """Tiles of a gate and what it multiplies, with MXFP4 and NVFP4."""
     return _best(call)
 
 
@@ -80,8 +82,9 @@ def candidates(call: OpCall) -> list[Candidate]:
 
 def product_of(call: OpCall) -> Grouped:
     """What cost models need to know of the call: weights are of fewer bits than words, with scales beside them."""
-    bits, group, mx = form_of(call)
-    shared = (8 if mx else 24 if "weight_zero" in call.tensors else 16) / group
+    bits, group, _ = form_of(call)
+    scales = 8 * DTYPE_BYTES[call.tensors["weight_scale"].dtype]
+    shared = (scales + (8 if "weight_zero" in call.tensors else 0)) / group
     return replace(describe(call), weight_bytes=(bits + shared) / 8)
 
 
@@ -109,7 +112,7 @@ def emit(call: OpCall, way: Tiling) -> Candidate:
     outputs = int(y.shape[1])
     dependent = "pdl" in call.features
     names = ["x", "weight", "weight_scale", "start", "y", *(("order",) if top_k else ())]
-    names += [name for name in ("weight_zero", "bias") if name in call.tensors]
+    names += [name for name in _OPTIONAL if name in call.tensors]
     bits, group, is_mx = form_of(call)
     arguments: dict[str, Argument] = {name: Pointer(name) for name in names}
     arguments |= {
@@ -131,7 +134,7 @@ def emit(call: OpCall, way: Tiling) -> Candidate:
         **gate_constants(call),
         "PDL": dependent,
         **({} if top_k else {"order": None}),
-        **{name: None for name in ("weight_zero", "bias") if name not in call.tensors},
+        **{name: None for name in _OPTIONAL if name not in call.tensors},
     }
     tiles = -(-entries // way.t) + min(entries, experts)
     launch = DeviceLaunch(

@@ -1,4 +1,4 @@
-"""Products of tokens with experts' weights in MXFP4 (see kernels/mx.py), and the gate behind the first.
+"""Products of tokens with experts' weights in MXFP4 or NVFP4 (see kernels/mx.py), and the gate behind the first.
 
 X rows of tokens, M entries (kernels/moe/route.py), E experts, N outputs (J where half of them are gates), K inputs
 """
@@ -20,17 +20,18 @@ _TRAFFIC = {  # of a router that gives each expert the same chance; others are n
 
 
 @contract(
-    "x[X,K]:A weight[E,N,cdiv(K,128)*32]:int16 weight_scale[E,cdiv(N,64),cdiv(K,32),64]:uint8 "
-    "order[M]:int32 start[E+1]:int32 bias?[E,N]:B -> y[M,N]:out_dtype|A",
+    "x[X,K]:A weight[E,N,cdiv(K,128)*32]:int16 weight_scale[E,cdiv(N,64),cdiv(K,32),64]:S "
+    "weight_global_scale?[E,N]:float32 order[M]:int32 start[E+1]:int32 bias?[E,N]:B -> y[M,N]:out_dtype|A",
     flops="2*M*N*K",
     traffic={name: text.format("N") for name, text in _TRAFFIC.items()},
     rate="x",
-    quantizes=Quantizes("grouped_linear", ("mxfp4",)),
+    quantizes=Quantizes("grouped_linear", ("mxfp4", "nvfp4")),
 )
 def grouped_linear_mx(
     x: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
+    weight_global_scale: torch.Tensor | None,
     order: torch.Tensor,
     start: torch.Tensor,
     bias: torch.Tensor | None = None,
@@ -40,13 +41,13 @@ def grouped_linear_mx(
 ) -> torch.Tensor:
     """:func:`~.experts.grouped_linear` with weights of 4 bits."""
     wide = widen(x)
-    weights = values(weight, weight_scale, inputs=x.shape[1], dtype=wide.dtype)
+    weights = values(weight, weight_scale, weight_global_scale, inputs=x.shape[1], dtype=wide.dtype)
     return to_dtype(add_bias(of_experts(wide, weights, order, start, top_k), bias, start), out_dtype, like=x)
 
 
 @contract(
-    "x[X,K]:A weight[E,J,cdiv(K,128)*32]:int16 weight_scale[E,cdiv(J,64),cdiv(K,32),64]:uint8 "
-    "order[M]:int32 start[E+1]:int32 bias?[E,J]:B -> y[M,J//2]:out_dtype|A",
+    "x[X,K]:A weight[E,J,cdiv(K,128)*32]:int16 weight_scale[E,cdiv(J,64),cdiv(K,32),64]:S "
+    "weight_global_scale?[E,J]:float32 order[M]:int32 start[E+1]:int32 bias?[E,J]:B -> y[M,J//2]:out_dtype|A",
     flops="2*M*J*K",
     traffic={name: text.format("J") for name, text in _TRAFFIC.items()},
     rate="x",
@@ -56,6 +57,7 @@ def grouped_clamped_swiglu_mx(
     x: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
+    weight_global_scale: torch.Tensor | None,
     order: torch.Tensor,
     start: torch.Tensor,
     bias: torch.Tensor | None = None,
@@ -66,13 +68,14 @@ def grouped_clamped_swiglu_mx(
     out_dtype: str = "",
 ) -> torch.Tensor:
     """``clamped_swiglu`` of :func:`grouped_linear_mx`, what is between rounded to its dtype."""
-    y = grouped_linear_mx(x, weight, weight_scale, order, start, bias, top_k=top_k, out_dtype=out_dtype)
+    given = (x, weight, weight_scale, weight_global_scale, order, start, bias)
+    y = grouped_linear_mx(*given, top_k=top_k, out_dtype=out_dtype)
     return clamped_swiglu(y, alpha=alpha, limit=limit)
 
 
 @contract(
-    "x[X,K]:A weight[E,J,cdiv(K,128)*32]:int16 weight_scale[E,cdiv(J,64),cdiv(K,32),64]:uint8 "
-    "order[M]:int32 start[E+1]:int32 -> y[M,J//2]:out_dtype|A",
+    "x[X,K]:A weight[E,J,cdiv(K,128)*32]:int16 weight_scale[E,cdiv(J,64),cdiv(K,32),64]:S "
+    "weight_global_scale?[E,J]:float32 order[M]:int32 start[E+1]:int32 -> y[M,J//2]:out_dtype|A",
     flops="2*M*J*K",
     traffic={name: text.format("J") for name, text in _TRAFFIC.items()},
     rate="x",
@@ -82,6 +85,7 @@ def grouped_silu_mul_mx(
     x: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
+    weight_global_scale: torch.Tensor | None,
     order: torch.Tensor,
     start: torch.Tensor,
     *,
@@ -89,6 +93,5 @@ def grouped_silu_mul_mx(
     out_dtype: str = "",
 ) -> torch.Tensor:
     """``silu_mul`` of :func:`grouped_linear_mx`."""
-    return silu_mul(
-        grouped_linear_mx(x, weight, weight_scale, order, start, top_k=top_k, out_dtype=out_dtype)
-    )
+    given = (x, weight, weight_scale, weight_global_scale, order, start)
+    return silu_mul(grouped_linear_mx(*given, top_k=top_k, out_dtype=out_dtype))

@@ -1,4 +1,4 @@
-"""Products with experts' weights in MXFP4 on the CPU: they stay packed, as in experts_int_cpu.py."""
+"""Products with experts' weights in MXFP4 or NVFP4 on the CPU: they stay packed, as in experts_int_cpu.py."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ def _applies(specs: Mapping[str, TensorSpec], attrs: Mapping[str, Any]) -> bool:
 
 
 def _expert(operands: Operands, expert: int) -> IntMatrix:
-    x, weight, scale, *_ = operands
-    return IntMatrix(weight[expert], scale[expert], None, BITS, BLOCK, x.shape[1])
+    x, weight, scale, whole, *_ = operands
+    own = None if whole is None else whole[expert]
+    return IntMatrix(weight[expert], scale[expert], None, BITS, BLOCK, x.shape[1], own)
 
 
 def _linear(product: Product, gate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -43,6 +44,7 @@ def _linear(product: Product, gate: Callable[..., torch.Tensor]) -> Callable[...
         x: torch.Tensor,
         weight: torch.Tensor,
         weight_scale: torch.Tensor,
+        weight_global_scale: torch.Tensor | None,
         order: torch.Tensor,
         start: torch.Tensor,
         bias: torch.Tensor | None = None,
@@ -52,7 +54,7 @@ def _linear(product: Product, gate: Callable[..., torch.Tensor]) -> Callable[...
         **of_gate: float,
     ) -> torch.Tensor:
         def of(expert: int) -> Callable[[torch.Tensor], torch.Tensor]:
-            return product(_expert((x, weight, weight_scale), expert))
+            return product(_expert((x, weight, weight_scale, weight_global_scale), expert))
 
         y = by_expert(x, order, start, top_k, weight.shape[1], of)
         return gate(add_bias(y, bias, start), **of_gate)

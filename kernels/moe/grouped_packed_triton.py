@@ -1,4 +1,4 @@
-"""Products of tokens with experts' weights of 4 or 8 bits, or in MXFP4, in Triton: tiles found on the device.
+"""Products of tokens with experts' packed weights (integers, 4-bit floats): tiles found on the device.
 
 As grouped_tiles_triton.py; words are widened in registers as in gemm/linear_int_stream_triton.py.
 
@@ -46,6 +46,7 @@ def grouped_packed(
     weight,
     weight_scale,
     weight_zero,
+    weight_global_scale,
     order,
     start,
     bias,
@@ -73,11 +74,12 @@ def grouped_packed(
     Args:
         weight: int16 words of kernels/integers.py.
         weight_scale, weight_zero: tiles of fp16 and uint8 of every expert; zeros None where weights are symmetric.
+        weight_global_scale: fp32 of every expert's outputs, or None.
         bias: of every expert's outputs, or None.
         order: None where ``TOP_K`` is 0 and rows of x are the entries.
         N: columns of y; experts have as many outputs, or twice as many where there is a gate.
         EP: E rounded up to a power of two.
-        MX: weights are e2m1 and scales e8m0, of 32 inputs each; BITS is 4, GROUP 32.
+        MX: weights are e2m1 and scales e8m0 or pairs of e4m3, of 32 inputs each; BITS is 4, GROUP 32.
         GROUP: inputs that share a scale: 32, 64, a multiple of 128, or what is at least K.
         GATE, ALPHA, LIMIT: as in grouped_tiles_triton.py.
         PDL: this launch may start before the one ahead of it ends.
@@ -123,6 +125,11 @@ def grouped_packed(
                 up_NT = multiply_span(
                     up_NT, up_rows, scale, zero, x_TK, N + n, k, groups, MX, BITS, GROUP, SUMS, KIND
                 )
+        if weight_global_scale is not None:
+            whole = weight_global_scale + expert * (HALVES * N)
+            acc_NT *= tl.load(whole + n)[:, None]
+            if GATED:
+                up_NT *= tl.load(whole + N + n)[:, None]
         of_expert = bias
         if bias is not None:
             of_expert += expert * (HALVES * N)

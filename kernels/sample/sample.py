@@ -87,8 +87,9 @@ def sample(
     Row r belongs to slot ``s = row_slot[r]``. Its tokens so far are ``history[s, :context_len[r]]``, the
     first ``prompt_len[s]`` of them the prompt, the others output. The sampled token is also written to
     ``history[s, context_len[r]]``, unless the context is full (``context_len[r] == L``). ``logits`` stay
-    as they are. No two rows share a slot, but for the last slot, the null slot of padding rows: their
-    token is 0, nothing of them is read, nothing is written for them.
+    as they are. Rows that share a slot have different ``context_len``, and all of them see the history as it was
+    before. The last slot is the null slot of padding rows: their token is 0, nothing of them is read, nothing is
+    written for them.
 
     In this order:
 

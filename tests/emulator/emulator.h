@@ -570,6 +570,9 @@ inline uint32_t half2_of_bf16(uint32_t x) {
   return emulator::narrow<true>(bound(low)) | (uint32_t)emulator::narrow<true>(bound(high)) << 16;
 }
 inline uint32_t minus2(uint32_t a, uint32_t b) { return pack2(low2(a) - low2(b), high2(a) - high2(b)); }
+inline uint32_t times2(uint32_t a, uint32_t b) { return pack2(low2(a) * low2(b), high2(a) * high2(b)); }
+inline int __float_as_int(float x) { int r; memcpy(&r, &x, sizeof r); return r; }
+inline float __int_as_float(int x) { float r; memcpy(&r, &x, sizeof r); return r; }
 inline float half_as_float(uint16_t h) {
   int exponent = h >> 10 & 31, mantissa = h & 1023;
   float sign = h & 0x8000 ? -1.f : 1.f;

@@ -180,6 +180,7 @@ def fp8_error(op: str, tensors: Tensors, attrs: Mapping[str, Any], got: Tensors)
     return max(float((got[n].double() - w.double()).norm() / w.double().norm()) for n, w in wants.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", FP8_CHAINS)
 @pytest.mark.parametrize(("N", "K"), [(1, 64), (74, 880), (61, 4112), (38, 4096), (9, 12288)])
 def test_chains_of_8_bits(emulator: Emulator, op: str, N: int, K: int) -> None:
@@ -203,6 +204,7 @@ def block_operands(N: int, K: int, *, bias: bool) -> Tensors:
     return tensors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("N", "K"), [(1, 128), (130, 640), (300, 2048), (61, 4096), (257, 4224), (9, 12288)])
 def test_squares_of_scales(emulator: Emulator, N: int, K: int) -> None:
     """Blocks of the launch begin, and squares end, anywhere."""

@@ -31,12 +31,13 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
 
 
 def guarded(x: torch.Tensor) -> torch.Tensor:
-    """A copy of ``x`` with rows of NaN behind it."""
+    """A copy of ``x`` with rows of NaN behind it, or of what no operand has."""
     if x.dtype == torch.float8_e4m3fn:
         room = torch.full((len(x) + _GUARD, *x.shape[1:]), 127, dtype=torch.uint8)
         room[: len(x)] = x.view(torch.uint8)
         return room.view(x.dtype)[: len(x)]
-    room = torch.full((len(x) + _GUARD, *x.shape[1:]), math.nan, dtype=x.dtype)
+    nobodys = math.nan if x.is_floating_point() else 99
+    room = torch.full((len(x) + _GUARD, *x.shape[1:]), nobodys, dtype=x.dtype)
     room[: len(x)] = x
     return room[: len(x)]
 
@@ -50,6 +51,10 @@ def make(
     made = {"bias": torch.randn(N, generator=random).to(dtype)} if bias else {}
     if op == "linear":
         return {"x": guarded(x.to(dtype)), "weight": guarded((weight / math.sqrt(K)).to(dtype)), **made}
+    if op == "linear_int8":
+        integers = [guarded((40 * y).round().clamp(-128, 127).to(torch.int8)) for y in (x, weight)]
+        scales = [guarded(1e-3 + 1e-2 * torch.rand(*shape, generator=random)) for shape in ((T, 1), (N,))]
+        return dict(zip(("x", "weight", "x_scale", "weight_scale"), (*integers, *scales), strict=True)) | made
     eight = {
         "x": guarded((60 * x).clamp(-448, 448).to(torch.float8_e4m3fn)),
         "weight": guarded((60 * weight).clamp(-448, 448).to(torch.float8_e4m3fn)),
@@ -88,7 +93,7 @@ def check(
 # early, turns over several tiles, ranks with unequal shares.
 CASES = [
     (1, 64, 128, 1, 1),
-    (7, 200, 64, 1, 2),
+    (7, 200, 128, 1, 2),
     (8, 260, 1000, 2, 4),
     (16, 128, 2048, 1, 1),
     (13, 516, 640, 4, 8),
@@ -115,7 +120,7 @@ def test_sixteen_bits(emulator: Emulator, T: int, N: int, K: int, split: int, bl
             assert check(emulator, "linear", tensors, way, out=out, seed=seed) < ERROR[out]
 
 
-@pytest.mark.parametrize("op", ["linear_fp8", "linear_fp8_block"])
+@pytest.mark.parametrize("op", ["linear_fp8", "linear_fp8_block", "linear_int8"])
 @pytest.mark.parametrize(
     ("T", "N", "K", "split", "blocks"),
     [
@@ -130,6 +135,24 @@ def test_eight_bits(emulator: Emulator, op: str, T: int, N: int, K: int, split: 
     for bias, out in ((False, B16), (True, F16)):
         tensors = make(op, T, N, K, out, bias=bias)
         assert check(emulator, op, tensors, way, out=out) < ERROR[out]
+
+
+def test_sums_of_integers_are_exact(emulator: Emulator) -> None:
+    """However they are cut, though fp32 does not hold them: what is scaled is rounded once from int32."""
+    T, N, K = 16, 128, 2048
+    tensors = make("linear_int8", T, N, K)
+    tensors["x"].copy_(torch.where(tensors["x"] < 0, -127, 126).to(torch.int8))
+    tensors["weight"].copy_(torch.where(tensors["weight"] < 0, -128, 127).to(torch.int8))
+    tensors["weight"][0], tensors["x"][0] = 127, 127  # 33 million: beyond 24 bits
+    call = op_call("linear_int8", tensors, {"out_dtype": "bfloat16"}, multiprocessors=4)
+    sums = (tensors["x"].double() @ tensors["weight"].double().T).float()
+    assert float(sums.abs().max()) > 2**24
+    scale = tensors["x_scale"] * tensors["weight_scale"]
+    for split, blocks in ((1, 1), (2, 4), (8, 8)):
+        y = torch.full((T, N), 7.0, dtype=B16)
+        made = linear_few_cuda.candidate(call, _way(T, split, blocks))
+        got = emulator.run(made, call, {**tensors, "y": y}, seed=split)["y"]
+        assert got.equal((sums * scale).bfloat16()), split
 
 
 def test_a_way_for_every_call() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from gate import Gate, until
 from smollm2 import smollm2
 
 from makeready.engine.async_llm import AsyncLLM, Piece
@@ -44,12 +45,27 @@ def test_many_at_once_give_what_each_gives_alone(llm: LLM) -> None:
 
     for prompt, pieces in zip(PROMPTS, asyncio.run(main()), strict=True):
         (expected,) = llm.generate([prompt], GREEDY)
-        assert len(pieces) > 3
         assert "".join(piece.text for piece in pieces) == expected.text
         assert sum((piece.token_ids for piece in pieces), ()) == expected.token_ids
         assert [piece.output is None for piece in pieces] == [True] * (len(pieces) - 1) + [False]
         assert pieces[-1].output is not None
         assert (pieces[-1].output.text, pieces[-1].output.token_ids) == (expected.text, expected.token_ids)
+
+
+def test_pieces_come_while_others_are_still_to_be_made(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(llm, monkeypatch)
+
+    async def main() -> int:
+        async with AsyncLLM(llm) as served:
+            gate.allow(4)  # of the ten and more that it needs
+            count = 0
+            async for _ in served.generate(PROMPTS[0], GREEDY):
+                gate.allow()
+                count += 1
+            gate.open()
+            return count
+
+    assert asyncio.run(main()) >= 6
 
 
 def test_samples_come_under_their_numbers(llm: LLM) -> None:
@@ -80,12 +96,16 @@ def test_a_stop_string_is_never_shown(llm: LLM) -> None:
     assert pieces[-1].output.meta_info["finish_reason"] == {"type": "stop", "matched": stop}
 
 
-def test_leaving_and_cancelling_abort_and_leave_the_others_alone(llm: LLM) -> None:
+def test_leaving_and_cancelling_abort_and_leave_the_others_alone(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(llm, monkeypatch)
     long = SamplingParams(temperature=0, max_new_tokens=200, ignore_eos=True)
 
     async def leave(served: AsyncLLM) -> int:
         seen, pieces = 0, served.generate(PROMPTS[1], long)
         async for _ in pieces:
+            gate.allow()
             seen += 1
             if seen == 3:
                 break
@@ -95,18 +115,17 @@ def test_leaving_and_cancelling_abort_and_leave_the_others_alone(llm: LLM) -> No
     async def main() -> Any:
         async with AsyncLLM(llm) as served:
             cancelled = asyncio.create_task(read(served, PROMPTS[2], long))
+            gate.allow(100)  # enough for the others
             stays, left = await asyncio.gather(read(served, PROMPTS[0]), leave(served))
             cancelled.cancel()
+            gate.open()
             with pytest.raises(asyncio.CancelledError):
                 await cancelled
-            for _ in range(60_000):  # ten minutes: something hangs
-                if not llm.engine.busy:
-                    break
-                await asyncio.sleep(0.01)
-            return stays, left, llm.engine.busy
+            await until(lambda: not llm.engine.busy)
+            return stays, left
 
-    stays, left, busy = asyncio.run(main())
-    assert (left, busy) == (3, False)
+    stays, left = asyncio.run(main())
+    assert left == 3
     assert stays[-1].output.text == llm.generate([PROMPTS[0]], GREEDY)[0].text
 
 

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+from gate import Gate, until
 
 from makeready.engine.async_llm import AsyncLLM, _Call
 from makeready.engine.errors import RequestError
@@ -79,15 +80,6 @@ async def read(
     return tokens
 
 
-async def idle(llm: LLM) -> None:
-    """Wait until nothing runs any more."""
-    for _ in range(60_000):  # ten minutes: something hangs
-        if not llm.engine.busy:
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("something runs on")
-
-
 @pytest.mark.parametrize("pages", [None, 14])
 def test_many_streams_of_which_some_are_cancelled_are_those_of_generate(pages: int | None) -> None:
     """With few pages, requests are sent back to wait all the time."""
@@ -117,7 +109,7 @@ def test_many_streams_of_which_some_are_cancelled_are_those_of_generate(pages: i
             ]
             await asyncio.gather(*cancels)
             made = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 600)
-            await idle(llm)
+            await until(lambda: not llm.engine.busy)
             assert not served._calls
             assert not served._feed.busy
             return made
@@ -152,13 +144,17 @@ def test_what_nobody_foresaw_reaches_every_reader(where: str, monkeypatch: pytes
         raise ZeroDivisionError("nobody foresaw it")
 
     async def main() -> list[Any]:
+        gate = Gate(llm, monkeypatch)
         served = AsyncLLM(llm)
         tasks = [asyncio.create_task(read(served, [i + 1], LONG)) for i in range(20)]
-        await asyncio.sleep(0.01)
+        gate.allow(3)  # of the 40 that each needs
+        await until(lambda: len(llm.engine.scheduler.running) == 8)
         monkeypatch.setattr(llm.engine, where, broken)
         tasks += [asyncio.create_task(read(served, [i + 1], LONG)) for i in range(20)]
         if where == "abort":
             tasks[0].cancel()
+        await asyncio.sleep(0)
+        gate.open()
         made = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 600)
         served.close()
         with pytest.raises(RequestError, match="the engine is closed"):

@@ -118,7 +118,13 @@ def run(folder: Path) -> None:
     llm.generate(["hello"], SamplingParams(max_new_tokens=1))
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if "special" in name or "_config" in name else name
+        for name in FILES
+    ],
+)
 def test_confused_types_are_said_in_a_sentence(name, model, tmp_path, monkeypatch):
     monkeypatch.setenv("MAKEREADY_CACHE", str(tmp_path / "cache"))
     pick, refused = random.Random(f"{name} {SEED}"), 0

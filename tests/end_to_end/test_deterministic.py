@@ -59,6 +59,21 @@ LATENT = {
     "topk_group": 2,
     "first_k_dense_replace": 0,
 }
+HYBRID = {
+    **CONFIG,
+    "model_type": "qwen3_next",
+    "architectures": ["Qwen3NextForCausalLM"],
+    "layer_types": ["linear_attention", "full_attention"],
+    "partial_rotary_factor": 0.5,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 10,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 20,
+}
 LIMITS = {
     "max_rows": 7,
     "max_tokens": 48,
@@ -78,6 +93,7 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "int4_cache": (WINDOWED, {"kv_dtype": "int4_per_token_head"}),
     "int8": (CONFIG, {"quant": "int8"}),
     "latent": (LATENT, {}),
+    "hybrid": (HYBRID, {}),
 }
 
 
@@ -129,7 +145,7 @@ def large_weights() -> Iterator[None]:
 
 
 # References of latent attention are slow: one busy batch is enough of them.
-BUSY = [name for name in MODELS if name not in ("latent", "int8", "int8_cache")]
+BUSY = [name for name in MODELS if name not in ("latent", "int8", "int8_cache", "hybrid")]
 BUSY_TOO = [pytest.param(name, marks=pytest.mark.slow) for name in ("int8", "int8_cache")]
 
 
@@ -219,7 +235,7 @@ def busy() -> list[tuple[list[int], SamplingParams, int]]:
 TIGHT = {"policy": "priority", "preemption_threshold": 1, "new_token_ratio": 0.0, "min_new_token_ratio": 0.0}
 
 
-@pytest.mark.parametrize("pair", ["bfloat16", "window", "int4_cache", "latent"], indirect=True)
+@pytest.mark.parametrize("pair", ["bfloat16", "window", "int4_cache", "latent", "hybrid"], indirect=True)
 def test_retraction_eviction_and_sharing_change_no_bit(pair: Pair) -> None:
     asked = busy()
     made = pair.together(asked, 14, **TIGHT, chunked_prefill_size=11)

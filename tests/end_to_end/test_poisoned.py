@@ -19,6 +19,7 @@ from makeready.graphs.planner.compile import compile_plan
 from makeready.kernels import registry
 from makeready.kernels.contract import CONTRACTS
 
+registry.discover()
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -53,6 +54,21 @@ LATENT = {
     "moe_intermediate_size": 24,
     "first_k_dense_replace": 1,
 }
+HYBRID = {
+    **QWEN3,
+    "model_type": "qwen3_next",
+    "architectures": ["Qwen3NextForCausalLM"],
+    "layer_types": ["linear_attention", "full_attention"],
+    "partial_rotary_factor": 0.5,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 10,
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 20,
+}
 LIMITS: dict[str, Any] = {
     "max_rows": 5,
     "max_tokens": 40,
@@ -76,6 +92,8 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "int4_cache": (WINDOWED, {"kv_dtype": "int4_per_token_head"}),
     "int8": (QWEN3, {"quant": "int8"}),
     "latent": (LATENT, {"quant": "fp8", "kv_dtype": "float8_e4m3fn"}),
+    "hybrid": (HYBRID, {}),
+    "deterministic_hybrid": (HYBRID, {"deterministic": True}),
     "deterministic": (QWEN3, {"deterministic": True}),
     "deterministic_fp8": (QWEN2, {"deterministic": True, "quant": "fp8", "kv_dtype": "float8_e4m3fn"}),
     "deterministic_int4": (WINDOWED, {"deterministic": True, "kv_dtype": "int4_per_token_head"}),
@@ -122,12 +140,14 @@ def leaking(op: str, operand: str) -> Any:
         ("decode_attention", "q"),  # padding rows
         ("silu_mul", "gate_up"),  # padding tokens
         ("extend_attention", "v_cache"),  # unowned pages
+        ("recurrent_delta_rule", "state"),  # unowned states
+        ("causal_conv_silu", "x"),  # padding tokens
         ("token_logprobs", "logits"),  # padding rows, at the end of a program
     ],
 )
 def test_a_kernel_that_looks_at_them_is_found(op: str, operand: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "find", leaking(op, operand))
-    executable = load("llama")
+    executable = load("hybrid" if op in ("recurrent_delta_rule", "causal_conv_silu") else "llama")
     differ = set()
     for case in poisoned_cases(executable.plan):
         clean, poisoned = answers(executable, case), answers(executable, case, poison_memory)

@@ -17,7 +17,7 @@ from makeready.engine.batch import Batch, Chunk
 from makeready.engine.seats import Seats
 from makeready.engine.sequence import TokenSequence
 from makeready.engine.staging import Stage
-from makeready.engine.steps.base import Report, step_kind
+from makeready.engine.steps.base import Drafts, Report, step_kind
 from makeready.engine.steps.generate import stage_sequences
 from makeready.graphs.plan.spec import DECODE, Bucket, CacheSpec, Limits, StepSpec, fields
 from makeready.kernels.spec import ROWS
@@ -33,13 +33,19 @@ class Burst:
     order: int = -1
     least: int = 1
     most: int = MOST
+    each: int = 1
+    reads_history: bool = False
+    forces: bool = False
+
+    def of(self, step: StepSpec, *, always: bool = False) -> Burst:
+        return self
 
     def claims(self, sequence: TokenSequence) -> int | None:
         return None
 
     def launched(self, chunk: Chunk) -> None: ...
 
-    def takes(self, chunks: list[Chunk]) -> bool:
+    def takes(self, decoding: list[TokenSequence], chunks: list[Chunk]) -> bool:
         return not chunks
 
     def stage(self, batch: Batch, seats: Seats, stage: Stage) -> None:
@@ -48,6 +54,11 @@ class Burst:
 
     def counts(self, batch: Batch, results: Mapping[str, np.ndarray]) -> np.ndarray:
         return results["count"][: len(batch.decoding)].astype(np.int64)
+
+    def learned(self, decoding: list[TokenSequence], counts: np.ndarray) -> None: ...
+
+    def drafts(self, batch: Batch, results: Mapping[str, np.ndarray]) -> Drafts | None:
+        return None
 
     def tokens(self, batch: Batch, results: Mapping[str, np.ndarray]) -> Iterator[tuple[TokenSequence, int]]:
         for row, sequence in enumerate(batch.decoding):

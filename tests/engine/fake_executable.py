@@ -17,6 +17,7 @@ import numpy as np
 from fake_cache import MASK, FakePages, FakeStates, fold
 
 from makeready.graphs.plan.spec import DECODE, EXTEND, INPUT_LOGPROBS, Bucket, CacheGroup, CacheSpec, Limits
+from makeready.graphs.plan.speculative import Speculative
 from makeready.graphs.planner.request import Request
 from makeready.graphs.steps.base import declare
 
@@ -84,10 +85,13 @@ class FakeExecutable:
         asynchronous: bool = True,
         cache: CacheSpec | None = None,
         blocks: Mapping[str, int] | None = None,
+        speculative: Speculative | None = None,
     ) -> None:
         scored = max((b.tokens for b in buckets if b.phase == INPUT_LOGPROBS), default=0)
         kv = cache or CacheSpec(limits.page_size, (CacheGroup("kv", (), limits.page_size),))
-        steps, slots = declare(limits, Request(max_logprob_tokens=scored), kv)
+        steps, slots = declare(
+            limits, Request(max_logprob_tokens=scored, speculative=speculative or Speculative()), kv
+        )
         self.plan: Any = SimpleNamespace(
             limits=limits, buckets=tuple(buckets), steps=steps, slots=slots, kv=kv
         )

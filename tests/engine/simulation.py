@@ -7,10 +7,11 @@ and cached ones are evicted all the time.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from burst import MOST, BurstExecutable
+from drafting import DraftingExecutable
 from fake_executable import VOCABULARY, FakeExecutable, alone, buckets_of, scores
 
 from makeready.engine.loop import Engine
@@ -73,12 +74,13 @@ def random_options(rng: random.Random) -> dict[str, Any]:
 
 
 def random_cache(
-    rng: random.Random, limits: Limits, pages: int, gain: int, shares: bool
+    rng: random.Random, limits: Limits, pages: int, gain: int, shares: bool, states: bool = True
 ) -> tuple[CacheSpec, dict[str, int]]:
     """Any groups, and how many blocks of each: for one row at least, mostly for fewer than there may be."""
     size, rows = limits.page_size, limits.max_rows
     groups, blocks = [], {}
-    for name in rng.sample(["kv", "kv2", "near", "far", "state", "state2"], rng.randint(1, 4)):
+    names = ["kv", "kv2", "near", "far", *(["state", "state2"] if states else [])]
+    for name in rng.sample(names, rng.randint(1, 4)):
         if name.startswith("kv"):
             groups.append(CacheGroup(name, (), size))
             blocks[name] = pages + rng.randint(0, 2)
@@ -98,13 +100,15 @@ def random_cache(
 class Simulation:
     """An engine under random events; ``events`` counts submissions, aborts, steps and tokens.
 
-    With ``bursts`` the device decides how many tokens a step gives; None leaves that to chance. With ``groups``
-    the cache has any groups of pages, windows and states, else one that keeps everything.
+    With ``bursts`` the device decides how many tokens a step gives; None leaves that to chance. With ``drafts`` it
+    guesses up to so many, and verifies them. With ``groups`` the cache has any groups of pages, windows and states,
+    else one that keeps everything.
     """
 
     rng: random.Random
     options: dict[str, Any] = field(default_factory=dict)
     bursts: bool | None = None
+    drafts: int = 0
     groups: bool = False
     events: int = 0
     retractions: int = 0
@@ -115,6 +119,10 @@ class Simulation:
     def __post_init__(self) -> None:
         rng = self.rng
         self.limits = limits = random_limits(rng)
+        if self.drafts:
+            self.bursts, least = False, 1 + self.drafts
+            tokens = max(limits.max_tokens, least)
+            self.limits = limits = replace(limits, max_tokens=tokens, max_gain=least)
         pages = 1 + rng.randint(limits.pages_per_row, 2 * limits.pages_per_row + 1)
         rows, tokens = limits.max_rows, limits.max_tokens
         self.scoring = rng.choice([0, rows, rng.randint(rows, tokens)])
@@ -125,11 +133,17 @@ class Simulation:
         options = {**random_options(rng), **self.options}
         cache, blocks = None, None
         if self.groups:
-            gain = MOST if self.bursts else 1
-            cache, blocks = random_cache(rng, limits, pages, gain, options["prefix_cache"])
+            gain = MOST if self.bursts else limits.max_gain
+            cache, blocks = random_cache(
+                rng, limits, pages, gain, options["prefix_cache"], states=not self.drafts
+            )
             pages = blocks[cache.groups[0].name]
         if self.bursts:
             self.executable = BurstExecutable(
+                limits, buckets, pages, asynchronous, rng.randrange(99), cache, blocks
+            )
+        elif self.drafts:
+            self.executable = DraftingExecutable(
                 limits, buckets, pages, asynchronous, rng.randrange(99), cache, blocks
             )
         else:

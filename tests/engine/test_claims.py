@@ -32,13 +32,13 @@ class Claimed(Generate):
     def claims(self, sequence: TokenSequence) -> int | None:
         return FIRST if sequence.priority == ASKED and sequence.length > FIRST else None
 
-    def takes(self, chunks: list[Chunk]) -> bool:
+    def takes(self, decoding: list[TokenSequence], chunks: list[Chunk]) -> bool:
         return False
 
 
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine_steps.step_kinds(())  # what registers itself has done so
+    engine_steps.step_kinds({})  # what registers itself has done so
     monkeypatch.setattr(engine_steps, "_KINDS", dict(engine_steps._KINDS))
     engine_steps.step_kind(Claimed())
 

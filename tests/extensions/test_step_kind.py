@@ -48,7 +48,7 @@ class PlannersHalf:
     def slot(self, limits: Limits, cache: Any) -> tuple[Any, ...]:
         return Decode().slot(limits, cache)
 
-    def trace(self, model: Any, inputs: Inputs, limits: Limits) -> Mapping[str, torch.Tensor]:
+    def trace(self, model: Any, inputs: Inputs, limits: Limits, request: Any) -> Mapping[str, torch.Tensor]:
         logits, i = run(model, inputs, limits)
         return sample(logits, i, limits) | {"entropy": CONTRACTS[NAME](logits)}
 
@@ -64,7 +64,7 @@ class EnginesHalf(Generate):
     order: int = -1
     heard: dict[TokenSequence, list[float]] = field(default_factory=dict)
 
-    def takes(self, chunks: list[Any]) -> bool:
+    def takes(self, decoding: list[Any], chunks: list[Any]) -> bool:
         return not chunks
 
     def tokens(self, batch: Any, results: Mapping[str, np.ndarray]) -> Iterable[tuple[TokenSequence, int]]:
@@ -77,7 +77,7 @@ class EnginesHalf(Generate):
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[EnginesHalf]:
     """Both halves and the op, for as long as a test lasts."""
-    graphs_steps.step_kinds(), engine_steps.step_kinds(())  # what registers itself has done so
+    graphs_steps.step_kinds(), engine_steps.step_kinds({})  # what registers itself has done so
     for module in (graphs_steps, engine_steps):
         monkeypatch.setattr(module, "_KINDS", dict(module._KINDS))
 

@@ -83,7 +83,7 @@ def answers(
         pages = owners.pages(row.slot, row.start + len(row.ids))
         values = {"pages": pages, "prompt_len": row.start, **SAMPLING[row.slot % len(SAMPLING)]}
         executable.write_slot(row.slot, values)
-        held.append(Held(row.slot, pages, row.start))
+        held.append(Held(row.slot, pages, row.start, row.slot + 1 if row.start else 0))
     for step in case.before:
         executable.launch(step.bucket, step.arrays).wait()
     if poison is None:
@@ -99,11 +99,15 @@ def answers(
         for row in rows:
             end = row.start + len(row.ids)
             made[f"{name}.{row.slot}"] = bits[row.slot] if name == "length" else bits[row.slot, : end + 1]
-    for part in plan.kv.parts:
-        bits = executable.peek(bucket, part.name)
-        for one, row in zip(held, rows, strict=True):
-            cached = bits[one.pages].reshape(-1, *bits.shape[2:])[: row.start + len(row.ids)]
-            made[f"{part.name}.{row.slot}"] = cached
+    for group in plan.kv.groups:
+        for part in group.parts:
+            bits = executable.peek(bucket, part.name)
+            for one, row in zip(held, rows, strict=True):
+                if group.unit is None:
+                    cached = bits[row.slot + 1]
+                else:
+                    cached = bits[one.pages].reshape(-1, *bits.shape[2:])[: row.start + len(row.ids)]
+                made[f"{part.name}.{row.slot}"] = cached
     return {name: array.copy() for name, array in made.items()}
 
 

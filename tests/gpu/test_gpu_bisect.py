@@ -36,7 +36,7 @@ def load(tmp_path, kind: type[CudaExecutable] = CudaExecutable, **fields: Any) -
     plan = compile_plan(checkpoint, target=target(), **LIMITS, **fields)
     pages = pages_needed(plan, len(PROMPT), TOKENS, ROWS)
     reference = CpuExecutable(as_references(plan), checkpoint, pages=pages, interpret=True)
-    return kind(plan, checkpoint, kv_bytes=pages * plan.kv.page_bytes), reference
+    return kind(plan, checkpoint, kv_bytes=plan.kv.nbytes(pages, plan.limits)), reference
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -34,6 +34,17 @@ LLAMA = {**SMALL, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 WINDOWED = {**LLAMA, "model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 50}
 DYNAMIC = {**SMALL, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}}
 QWEN2 = {**SMALL, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+HYBRID = {
+    **SMALL,
+    "model_type": "qwen3_next",
+    "architectures": ["Qwen3NextForCausalLM"],
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "mlp_only_layers": [0, 1, 2],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+}
 MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "llama": (LLAMA, {}),
     "qwen2": (QWEN2, {"activation_dtype": "float16"}),
@@ -48,6 +59,8 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "int8_cache": (WINDOWED, {"kv_dtype": "int8_per_token_head"}),
     "int4_cache": (SMALL, {"kv_dtype": "int4_per_token_head"}),
     "deterministic_int4": (WINDOWED, {"deterministic": True, "kv_dtype": "int4_per_token_head"}),
+    "hybrid": (HYBRID, {}),
+    "deterministic_hybrid": (HYBRID, {"deterministic": True}),
     "deterministic": (SMALL, {"deterministic": True}),
     "deterministic_fp8": (SMALL, {"deterministic": True, "quant": "fp8", "kv_dtype": "float8_e4m3fn"}),
 }
@@ -66,7 +79,8 @@ def test_what_belongs_to_nobody_changes_no_bit(name: str, tmp_path) -> None:
     config, fields = MODELS[name]
     checkpoint = write_checkpoint(tmp_path, config)
     plan = compile_plan(checkpoint, target=target(), **LIMITS, **fields)
-    executable = CudaExecutable(plan, checkpoint, kv_bytes=Sequences(plan).needed * plan.kv.page_bytes)
+    kv_bytes = plan.kv.nbytes(Sequences(plan).needed, plan.limits)
+    executable = CudaExecutable(plan, checkpoint, kv_bytes=kv_bytes)
     bucket = plan.buckets[0]
     launches = plan.programs[bucket.phase].launches
     (table,) = {launch.operands["weight"] for launch in launches if launch.op == "embedding"}

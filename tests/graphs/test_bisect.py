@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from makeready.graphs.checkpoint.dummy import DummyCheckpoint
+from makeready.graphs.executable import bisect as bisection
 from makeready.graphs.executable.bisect import Found, as_references, bisect, pages_needed
 from makeready.graphs.executable.cpu.executable import CpuExecutable
 from makeready.graphs.plan.plan import Plan, PlanError
@@ -210,3 +211,38 @@ def test_what_does_not_fit_is_refused(count: int, rows: int, sentence: str) -> N
     plan = compile_plan(DummyCheckpoint(dict(CONFIG)), **LIMITS)
     with pytest.raises(PlanError, match=sentence):
         pages_needed(plan, len(PROMPT), count, rows)
+
+
+HYBRID = {
+    **CONFIG,
+    "model_type": "qwen3_next",
+    "architectures": ["Qwen3NextForCausalLM"],
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "mlp_only_layers": [0, 1, 2],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 10,
+}
+
+
+def test_states_that_a_step_writes_over_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step is run twice, launch by launch and at once: the second time from the states that it began with."""
+    checkpoint = DummyCheckpoint(dict(HYBRID))
+    plan = compile_plan(checkpoint, **LIMITS)
+    assert compare(plan, checkpoint, rows=2).difference is None
+    monkeypatch.setattr(bisection._Pair, "_states", lambda self: {})
+    assert compare(plan, checkpoint, rows=2).difference is not None
+
+
+def test_a_fault_in_a_recurrence_is_found() -> None:
+    checkpoint = DummyCheckpoint(dict(HYBRID))
+    plan = compile_plan(checkpoint, **LIMITS)
+    at = place(plan, "decode", "recurrent_delta_rule", 1)
+
+    def forgets(named: dict[str, Any], results: tuple[Any, ...]) -> None:
+        named["state"][int(named["state_out"][0])] *= 0.9
+
+    found = compare(plan, checkpoint, at={"decode": at}, change=forgets).difference
+    assert found is not None
+    assert (found.what, found.at, found.name) == ("result", at, "state")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tiny_programs import LIMITS, LLAMA, dummy, ops, traced
 
+from makeready.graphs.checkpoint.base import CheckpointWarning
 from makeready.graphs.models.family import UnsupportedModelError
 from makeready.graphs.plan.plan import PlanError
 from makeready.graphs.plan.spec import DECODE, EXTEND
@@ -168,20 +169,24 @@ def test_configs_of_compressed_tensors_are_read(said: dict[str, Any], module: st
         (compressed({"strategy": "tensor_group"}), "strategy 'tensor_group' is not supported"),
         (compressed({"actorder": "group"}), "actorder of mxfp4-pack-quantized is not supported"),
         (
-            compressed(group={"input_activations": {"num_bits": 4, "type": "float"}}),
+            compressed(group={"input_activations": {"num_bits": 8, "type": "float"}}),
             "input_activations beside mxfp4-pack-quantized weights are not supported",
         ),
-        (
-            compressed(format="nvfp4-pack-quantized"),
-            "format 'nvfp4-pack-quantized' is not supported; use a checkpoint with float",
-        ),
-        ({"quant_method": "quark"}, "checkpoints quantized with quark are not supported"),
     ],
 )
 def test_other_configs_are_refused(said: dict[str, Any], message: str) -> None:
     with pytest.raises(UnsupportedModelError, match=message) as caught:
         compile_plan(dummy(DENSE | {"quantization_config": said}), **LIMITS)
     assert "\n" not in str(caught.value)
+
+
+def test_activations_of_4_bits_stay_wide_and_it_is_told() -> None:
+    said = compressed(group={"input_activations": {"num_bits": 4, "type": "float", "dynamic": True}})
+    with pytest.warns(
+        CheckpointWarning, match=r"activations of 4 bits are not computed here, they stay .*W4A16"
+    ):
+        scheme = stored_scheme({"quantization_config": said})
+    assert scheme == stored_scheme({"quantization_config": compressed()})
 
 
 @pytest.mark.parametrize("said", [None, compressed()], ids=["mxfp4", "compressed"])

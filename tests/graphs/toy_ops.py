@@ -17,7 +17,7 @@ from makeready.graphs.layers.inputs import Inputs
 from makeready.graphs.layers.parameter import parameter
 from makeready.graphs.plan.reads import needs
 from makeready.graphs.plan.spec import EXTEND
-from makeready.graphs.planner.compile import Traced
+from makeready.graphs.planner.compile import Request, Traced
 from makeready.graphs.planner.trace import trace
 from makeready.graphs.planner.verify import verify
 from makeready.graphs.quant.eight_bits import quantize_linears
@@ -161,6 +161,7 @@ def toy_traced(toys: Any, quant: str | None, **request: Any) -> Traced:
             step_kinds()[name],
             step,
             made.limits,
+            Request(**request),
             slots=made.slots,
             kv=made.kv,
             weight_dtype="float32",

@@ -94,6 +94,20 @@ def test_models_of_prompts_speak_of_one_that_fills_the_bucket(bucket):
     assert times.seconds(bucket, [Row(bucket.tokens, bucket.tokens)]) == pytest.approx(7e-3)
 
 
+def test_more_rows_than_a_small_bucket_is_modelled_for_take_what_they_take_in_the_largest():
+    """A small bucket's kernel starts and ends for little; further rows fill the device that it left idle."""
+    plan = two_launches((2_000_000, 5_000_000), 1, EXTEND)
+    buckets = sorted((b for b in plan.buckets if b.phase == EXTEND), key=lambda b: (b.tokens, b.rows))
+    small, largest = next(b for b in buckets if 3 <= b.tokens < buckets[-1].tokens), buckets[-1]
+    usual = {b: attention_seconds([Row(b.tokens, b.tokens)]) for b in (small, largest)}
+    rows = [Row(2, m.CONTEXT), *[Row(1, m.CONTEXT)] * min(small.rows - 1, small.tokens - 2)]
+    more = attention_seconds(rows) - usual[small]
+    assert more > 0
+    wanted = 7e-3 + 5e-3 / usual[largest] * more
+    assert 5e-3 / usual[largest] < 5e-3 / usual[small]
+    assert StepTimes(plan, calibration=Calibration()).seconds(small, rows) == pytest.approx(wanted, rel=1e-9)
+
+
 def test_more_takes_longer():
     times = StepTimes(tiny())
     contexts = [times.alike(BUCKET, BUCKET.rows, context) for context in (1, 9, 50, 96)]

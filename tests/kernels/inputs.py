@@ -11,11 +11,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 
+import delta_inputs
 import gguf_inputs
 import int_inputs
 import mla_inputs
 import moe_inputs
 import mx_inputs
+import nvfp4_inputs
 import scaled_inputs
 import torch
 from attention_inputs import (
@@ -27,7 +29,7 @@ from attention_inputs import (
 )
 from case import FLOATS, Case, Random, in_columns, int32
 from sample_inputs import sample, token_logprobs
-from step_inputs import find_pages, locate
+from step_inputs import accept_drafts, draft_ngram, find_pages, locate
 
 
 def _pointwise(op: str, *names: str, even: bool = False) -> Iterator[Case]:
@@ -327,6 +329,8 @@ BUILDERS: Mapping[str, Callable[[str], Iterator[Case]]] = {
     "gather_last": gather_last,
     "locate": locate,
     "find_pages": find_pages,
+    "draft_ngram": draft_ngram,
+    "accept_drafts": accept_drafts,
     "embedding": embedding,
     "linear": linear,
     "linear_gguf": gguf_inputs.linear_gguf,
@@ -417,6 +421,10 @@ BUILDERS: Mapping[str, Callable[[str], Iterator[Case]]] = {
     "quantize_mx": mx_inputs.quantize_mx,
     "dequantize_mx": mx_inputs.dequantize_mx,
     "repack_bytes": mx_inputs.repack_bytes,
+    "pair_scales": nvfp4_inputs.pair_scales,
+    "check_global_scales": nvfp4_inputs.check_global_scales,
+    "make_global_scales": nvfp4_inputs.make_global_scales,
+    "quantize_nvfp4": nvfp4_inputs.quantize_nvfp4,
     "linear_int": int_inputs.linear_int,
     "grouped_linear_int": int_inputs.grouped_linear_int,
     "repack_rows": int_inputs.repack_rows,
@@ -428,6 +436,12 @@ BUILDERS: Mapping[str, Callable[[str], Iterator[Case]]] = {
     "dequantize_int": int_inputs.dequantize_int,
     "gather_columns": int_inputs.gather_columns,
     "grouped_silu_mul_int": int_inputs.grouped_linear_int,
+    "sigmoid_mul": lambda op: _pointwise(op, "x", "gate"),
+    "gated_head_rms_norm": delta_inputs.gated_head_rms_norm,
+    "causal_conv_silu": delta_inputs.causal_conv_silu,
+    "gated_delta_rule": delta_inputs.delta_rule,
+    "recurrent_delta_rule": delta_inputs.delta_rule,
+    "chunk_delta_rule": delta_inputs.delta_rule,
     "sample": sample,
     "token_logprobs": token_logprobs,
 }

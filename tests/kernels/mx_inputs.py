@@ -1,4 +1,4 @@
-"""Inputs of the ops of MXFP4: blocks and spans that are not full, scales over many orders of magnitude."""
+"""Inputs of the ops of 4-bit floats: blocks and spans that are not full, scales over many orders of magnitude."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from case import NAN, Case, Random, in_columns
 from moe_inputs import entries, used
 
 from makeready.kernels.integers import pack_words, tiles
+from makeready.kernels.nvfp4 import pairs
 
 
 def mx_weights(random: Random, outputs: int, inputs: int) -> dict[str, torch.Tensor]:
@@ -19,6 +20,19 @@ def mx_weights(random: Random, outputs: int, inputs: int) -> dict[str, torch.Ten
         "weight": pack_words(random.integers(16, outputs, -(-inputs // 128) * 128), 4),
         "weight_scale": tiles(scale.to(torch.uint8)),
     }
+
+
+def nv_weights(random: Random, outputs: int, inputs: int) -> dict[str, torch.Tensor]:
+    """Words, all scales that there are, and a global scale for each output."""
+    scale = random.integers(127, outputs, -(-inputs // 16)).to(torch.uint8)
+    return {
+        "weight": pack_words(random.integers(16, outputs, -(-inputs // 128) * 128), 4),
+        "weight_scale": pairs(scale),
+        "weight_global_scale": random.uniform(outputs) / 20000,
+    }
+
+
+WEIGHTS = {"mxfp4": mx_weights, "nvfp4": nv_weights}
 
 
 def linear_mx(op: str) -> Iterator[Case]:
@@ -37,13 +51,14 @@ def linear_mx(op: str) -> Iterator[Case]:
         ("bfloat16", "bfloat16", ""),
         ("float16", None, "float32"),
     ]
-    for seed, ((tokens, inputs, outputs), (act, bias, out)) in enumerate(itertools.product(shapes, dtypes)):
+    cases = itertools.product(shapes, dtypes, WEIGHTS)
+    for seed, ((tokens, inputs, outputs), (act, bias, out), form) in enumerate(cases):
         random = Random(seed)
-        operands = {"x": random.normal(tokens, inputs, dtype=act), **mx_weights(random, outputs, inputs)}
+        operands = {"x": random.normal(tokens, inputs, dtype=act), **WEIGHTS[form](random, outputs, inputs)}
         if bias:
             operands["bias"] = random.normal(outputs, dtype=bias)
         attrs = {"out_dtype": out}
-        yield Case(op, f"{tokens}x{inputs}x{outputs}-{act}-{bias}-{out}", operands, attrs)
+        yield Case(op, f"{form}-{tokens}x{inputs}x{outputs}-{act}-{bias}-{out}", operands, attrs)
         if not seed % 5:
             yield Case(op, "columns", operands | {"x": in_columns(operands["x"])}, attrs)
 
@@ -70,30 +85,33 @@ def awkward() -> torch.Tensor:
 
 
 def dequantize_mx(op: str) -> Iterator[Case]:
-    for seed, ((outputs, inputs), out) in enumerate(
-        itertools.product(((70, 256), (1, 32), (131, 1000), (5, 7)), ("bfloat16", "float32", "float16"))
-    ):
-        made = mx_weights(Random(seed), outputs, inputs)
-        operands = {"weight": made["weight"], "scale": made["weight_scale"]}
-        yield Case(op, f"{outputs}x{inputs}-{out}", operands, {"inputs": inputs, "out_dtype": out})
+    shapes, dtypes = ((70, 256), (1, 32), (131, 1000), (5, 7)), ("bfloat16", "float32", "float16")
+    for seed, ((outputs, inputs), out, form) in enumerate(itertools.product(shapes, dtypes, WEIGHTS)):
+        made = WEIGHTS[form](Random(seed), outputs, inputs)
+        operands = {name.removeprefix("weight_"): tensor for name, tensor in made.items()}
+        yield Case(op, f"{form}-{outputs}x{inputs}-{out}", operands, {"inputs": inputs, "out_dtype": out})
 
 
 def grouped_linear_mx(op: str) -> Iterator[Case]:
     shapes = [(7, 8, 2, 128, 64), (1, 5, 1, 32, 128), (21, 12, 3, 160, 64), (40, 6, 3, 64, 192)]
-    for seed, ((tokens, experts, k, inputs, outputs), act) in enumerate(
-        itertools.product(shapes, ("float32", "bfloat16"))
+    forms = (("float32", "mxfp4"), ("bfloat16", "mxfp4"), ("float32", "nvfp4"), ("bfloat16", "nvfp4"))
+    for seed, ((tokens, experts, k, inputs, outputs), (act, form)) in enumerate(
+        itertools.product(shapes, forms)
     ):
         for label, where, rows, top_k in entries(tokens, experts, k):
             random = Random(seed)
             x = random.normal(rows, inputs, dtype=act)
             x[used(where, rows, top_k) :] = NAN
-            made = [mx_weights(random, outputs, inputs) for _ in range(experts)]
+            made = [WEIGHTS[form](random, outputs, inputs) for _ in range(experts)]
             stacked = {name: torch.stack([one[name] for one in made]) for name in made[0]}
             unused = where["start"][1:] == where["start"][:-1]
             unused[0] = False  # plans that are deterministic try the machine's products with the first one
-            stacked["weight_scale"][unused] = 255  # NaN
+            if form == "mxfp4":
+                stacked["weight_scale"][unused] = 255  # NaN
+            else:
+                stacked["weight_global_scale"][unused] = NAN
             attrs = {"top_k": top_k, "out_dtype": ""}
-            label = f"{tokens}x{experts}x{inputs}x{outputs}-{label}-{act}"
+            label = f"{form}-{tokens}x{experts}x{inputs}x{outputs}-{label}-{act}"
             yield Case(op, label, {"x": x, **stacked, **where}, attrs)
 
 

@@ -81,6 +81,77 @@ BATCHES = (
     ("padding", [], {"tokens": 5, "rows": 2, "page_size": 4, "context": 9}),
     ("several-pages", [1, 4, 2], {"tokens": 9, "rows": 3, "page_size": 1, "context": 30, "gain": 4}),
 )
+DRAFTS = (  # label, tokens of each row (negative: staged), most n-gram, sizes
+    ("one", [1], (1, 1), {"tokens": 1, "rows": 1, "context": 1}),
+    ("a-repetition", [5], (1, 4), {"tokens": 5, "rows": 1, "context": 40}),
+    ("many", [4] * 9, (1, 3), {"tokens": 44, "rows": 11, "context": 150}),
+    ("pairs-at-least", [9, 9, -3, 1, 9], (2, 5), {"tokens": 45, "rows": 6, "context": 90}),
+    ("staged", [-2, 4, -140, 2, 3], (1, 2), {"tokens": 170, "rows": 5, "context": 300}),
+    ("long", [9, 9], (3, 8), {"tokens": 18, "rows": 2, "context": 2600}),
+    ("padding", [], (1, 4), {"tokens": 5, "rows": 2, "context": 9}),
+)
+DRAFT = (
+    "token_ids",
+    "row_slot",
+    "row_start",
+    "query_start",
+    "query_len",
+    "sample_slot",
+    "limit",
+    "length",
+    "history",
+)
+
+
+def drafting(
+    seed: int, counts: Sequence[int], *, tokens: int, rows: int, context: int
+) -> dict[str, torch.Tensor]:
+    """Operands of ``draft_ngram``: rows that may run so many tokens, in an alphabet of few. What they run ends within
+    the context, or would not but for their limit; rows of negative counts are staged whole."""
+    random = np.random.default_rng(seed)
+    made = batch(seed, [abs(n) for n in counts], tokens=tokens, rows=rows, page_size=1, context=context)
+    made["history"] = torch.from_numpy(random.integers(0, 3, made["history"].shape).astype(np.int32))
+    made["limit"], made["sample_slot"] = torch.zeros_like(made["row_slot"]), made["row_slot"].clone()
+    for r, count in enumerate(counts):
+        first, slot = int(made["query_start"][r]), int(made["row_slot"][r])
+        if count < 0:
+            staged = random.integers(0, 3, -count)
+            staged[: -count - 1 : 2] = -1
+            made["token_ids"][first : first - count] = torch.from_numpy(staged)
+            made["sample_slot"][r] = made["length"].shape[0] - 1
+            continue
+        made["token_ids"][first : first + count] = -1
+        start = int(random.integers(0, context))
+        made["starts"][r] = start
+        if made["row_start"][r] >= 0:
+            made["row_start"][r] = start
+        else:
+            made["length"][slot] = start
+        made["limit"][r] = min(context, start + int(random.integers(1, count + 4)))
+        if start > 3 and random.random() < 0.3:  # a period of one token, up to the end
+            made["history"][slot, start - 3 : start + 1] = 1
+    return made
+
+
+def draft_ngram(op: str) -> Iterator[Case]:
+    for seed, (label, counts, (least, most), sizes) in enumerate(DRAFTS):
+        made = drafting(seed, counts, **sizes)
+        yield Case(op, label, {n: made[n] for n in DRAFT}, {"ngram_min": least, "ngram_max": most})
+
+
+def accept_drafts(op: str) -> Iterator[Case]:
+    for seed, (label, counts, _, sizes) in enumerate(DRAFTS):
+        random = np.random.default_rng(seed)
+        made = batch(seed, [abs(n) for n in counts], page_size=1, **sizes)
+        _, made["context_len"] = positions_of(made)
+        sampled = torch.from_numpy(random.integers(0, 2, sizes["tokens"]).astype(np.int32))
+        made["tokens"], made["token_ids"] = sampled, torch.roll(sampled, 1)
+        wrong = torch.from_numpy(random.random(sizes["tokens"]) < 0.2)
+        made["token_ids"][wrong] ^= 1
+        names = ("token_ids", "tokens", "row_slot", "query_start", "query_len", "context_len", "length")
+        yield Case(op, label, {n: made[n] for n in names})
+
+
 LOCATE = ("token_ids", "row_slot", "row_start", "query_start", "query_len", "length", "history")
 FIND_PAGES = ("positions", "row_slot", "query_start", "query_len", "context_len")
 FIND_PAGES += ("grow_at", "grow_page", "pages")

@@ -281,6 +281,7 @@ def test_kv_write() -> None:
         ((32, 8, 128, 64, 0), 64, F8, "cp.async.bulk.tensor"),
     ],
 )
+@pytest.mark.slow
 def test_machine_code(geometry: Geometry, rows: int, dtype: torch.dtype, wanted: str) -> None:
     """No spills, shared memory within a block's, tensor cores and asynchronous copies, the wait for a launch."""
     aot = pytest.importorskip("makeready.graphs.planner.cuda.aot")

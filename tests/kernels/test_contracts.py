@@ -165,7 +165,9 @@ def test_rowwise_ops_commute_with_selecting_rows(op):
         made = replace(case, operands=selected).run()
         for name, whole in case.run().items():
             some, same = (x.float() if x.itemsize == 1 else x for x in (made[name], whole[chosen]))
-            torch.testing.assert_close(some, same, rtol=1e-5, atol=1e-5, equal_nan=True)
+            # Sums of large products that nearly cancel differ by what is small beside their neighbours.
+            largest = float(same.nan_to_num(posinf=0, neginf=0).abs().max()) if same.numel() else 0.0
+            torch.testing.assert_close(some, same, rtol=1e-5, atol=1e-5 * max(1.0, largest), equal_nan=True)
 
 
 def test_signatures_that_say_something_else_than_the_code_are_refused(monkeypatch):

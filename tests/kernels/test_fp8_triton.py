@@ -380,6 +380,7 @@ def test_first_choices_cross_compile_without_spilling(grouped):
 
 
 @compiled
+@pytest.mark.slow
 def test_wide_accesses():
     """Rows of 4,096 are read and written 8 bytes a thread or wider, and nothing spills."""
     assert aot

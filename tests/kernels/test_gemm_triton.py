@@ -268,6 +268,7 @@ def test_cross_compiled_kernels_use_the_units_they_should(call: OpCall, arch: in
     [_call(16, 4096, 4096), _call(256, 24576, 4096), _call(1024, 6144, 4096)],
     ids=lambda call: f"{call.op}_T{call.dims['T']}",
 )
+@pytest.mark.slow
 def test_matrix_instructions_do_not_wait_for_each_other(call: OpCall):
     """The assembler waits behind each where it cannot follow the accumulators, and says so nowhere."""
     pytest.importorskip("triton")

@@ -232,6 +232,7 @@ def real_call(
 @compiled
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(("sizes", "tokens"), [(V2_LITE, 64), (V3, 8)], ids=["v2_lite", "v3"])
+@pytest.mark.slow
 def test_machine_code(op: str, sizes: Sizes, tokens: int) -> None:
     """The best way: no spills but those announced, shared memory of a block, matrix instructions, the wait."""
     aot = pytest.importorskip("makeready.graphs.planner.cuda.aot")

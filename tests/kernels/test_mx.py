@@ -1,4 +1,7 @@
-"""MXFP4: what its bits stand for, and its Triton kernels without a GPU, interpreted and cross-compiled."""
+"""4-bit floats: what MXFP4's bits stand for, and Triton kernels without a GPU, interpreted and cross-compiled.
+
+NVFP4's own are in test_nvfp4.py.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from compressed_tensors.compressors.mxfp4 import MXFP4PackedCompressor
 from compressed_tensors.compressors.nvfp4.helpers import quantize_and_pack_fp4
 from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
 from inputs import cases
-from mx_inputs import awkward, mx_weights
+from mx_inputs import WEIGHTS, awkward
 from test_fp8_triton import launch
 from test_small_triton import INTERPRETED, aot, launch_interpreted, op_call
 
@@ -164,15 +167,16 @@ def test_experts(op: str) -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("form", WEIGHTS)
 @pytest.mark.parametrize("kind", [torch.float16, torch.float32])
-def test_dense_products(kind: torch.dtype) -> None:
+def test_dense_products(kind: torch.dtype, form: str) -> None:
     """Every kernel that pointers can feed, blocks so many that tiles are shared; what lies beside x is NaN."""
     sharers = set()
     for T, N, K, bias in ((1, 131, 96, False), (17, 70, 1160, True), (34, 65, 320, False), (3, 64, 7, True)):
         random, tried = Random(T * N), set()
         operands = {
             "x": in_columns(random.normal(T, K, dtype="float32").to(kind)),
-            **mx_weights(random, N, K),
+            **WEIGHTS[form](random, N, K),
         }
         operands |= {"bias": random.normal(N, dtype="float32").to(kind)} if bias else {}
         wide = {k: v.double() if v.is_floating_point() else v for k, v in operands.items()}
@@ -195,11 +199,19 @@ def test_dense_products(kind: torch.dtype) -> None:
     assert {1, 2} <= sharers
 
 
-def dense_call(T: int, N: int, K: int, dtype: str = "bfloat16") -> OpCall:
+def scales(form: str, stacked: tuple[int, ...], outputs: int, inputs: int) -> dict[str, TensorSpec]:
+    """Scales of a matrix, or of several."""
+    tiled = (*stacked, -(-outputs // 64), -(-inputs // 32), 64)
+    found = {"weight_scale": TensorSpec(tiled, "uint8" if form == "mxfp4" else "int16")}
+    whole = {"weight_global_scale": TensorSpec((*stacked, outputs), "float32")}
+    return found if form == "mxfp4" else found | whole
+
+
+def dense_call(T: int, N: int, K: int, dtype: str = "bfloat16", form: str = "mxfp4") -> OpCall:
     specs = {
         "x": TensorSpec((T, K), dtype),
         "weight": TensorSpec((N, -(-K // 128) * 32), "int16"),
-        "weight_scale": TensorSpec((-(-N // 64), -(-K // 32), 64), "uint8"),
+        **scales(form, (), N, K),
     }
     attrs = {"out_dtype": ""}
     dims = CONTRACTS["linear_mx"].dims(specs, attrs)
@@ -213,12 +225,13 @@ def dense_call(T: int, N: int, K: int, dtype: str = "bfloat16") -> OpCall:
 
 @pytest.mark.slow
 @compiled
-def test_dense_products_cross_compile_without_spilling() -> None:
+@pytest.mark.parametrize("form", WEIGHTS)
+def test_dense_products_cross_compile_without_spilling(form: str) -> None:
     """The first choice for few and for many rows; all that Qwen3-8B's shapes ask for where MX_COMPILE_ALL is set."""
     every, found = bool(os.environ.get("MX_COMPILE_ALL")), {}
     for T in (1, 16, 24, 33, 64, 96, 200, 256, 1000, 8192) if every else (16, 8192):
         for N, K in ((6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288))[: None if every else 1]:
-            call = dense_call(T, N, K)
+            call = dense_call(T, N, K, form=form)
             product = linear_int_triton.describe(call)
             for way in linear_int_tiling.tilings(product)[: None if every else 1]:
                 key = (way.kind, way.t, way.n, way.warps, way.stages, way.sharers(product) > 1)
@@ -251,14 +264,14 @@ def test_what_makes_weights_cross_compiles(op: str) -> None:
 
 
 def gpt_oss_call(
-    entries: int, gated: bool, dtype: str = "bfloat16", features: frozenset[str] = HOPPER
+    entries: int, gated: bool, dtype: str = "bfloat16", features: frozenset[str] = HOPPER, form: str = "mxfp4"
 ) -> OpCall:
     """A product of gpt-oss-20b: no whole spans of inputs, no whole tiles of 128 outputs."""
     rows = 5760 if gated else 2880
     specs = {
         "x": TensorSpec((entries // 4 if gated else entries, 2880), dtype),
         "weight": TensorSpec((32, rows, 23 * 32), "int16"),
-        "weight_scale": TensorSpec((32, rows // 64, 90, 64), "uint8"),
+        **scales(form, (32,), rows, 2880),
         "order": TensorSpec((entries,), "int32"),
         "start": TensorSpec((33,), "int32"),
         "bias": TensorSpec((32, rows), dtype),
@@ -275,10 +288,11 @@ def gpt_oss_call(
 
 @pytest.mark.slow
 @compiled
-def test_the_gate_of_other_experts_cross_compiles_without_spilling() -> None:
+@pytest.mark.parametrize("form", WEIGHTS)
+def test_the_gate_of_other_experts_cross_compiles_without_spilling(form: str) -> None:
     """The first choice for 64 entries, or for all numbers of them where MX_COMPILE_ALL is set; no biases."""
     for entries in (4, 64, 1024, 32768) if os.environ.get("MX_COMPILE_ALL") else (64,):
-        made = gpt_oss_call(entries, gated=True)
+        made = gpt_oss_call(entries, gated=True, form=form)
         tensors = {name: tensor for name, tensor in made.tensors.items() if name != "bias"}
         attrs = {name: made.attrs[name] for name in ("out_dtype", "top_k")}
         call = replace(made, op="grouped_silu_mul_mx", tensors=tensors, attrs=attrs)
@@ -291,14 +305,15 @@ def test_the_gate_of_other_experts_cross_compiles_without_spilling() -> None:
 
 @pytest.mark.slow
 @compiled
-def test_experts_cross_compile_without_spilling() -> None:
+@pytest.mark.parametrize("form", WEIGHTS)
+def test_experts_cross_compile_without_spilling(form: str) -> None:
     """The first choice for few tokens; all where MX_COMPILE_ALL is set."""
     every = bool(os.environ.get("MX_COMPILE_ALL"))
     for gated, entries in itertools.product(
         (True, False)[: 2 if every else 1], (4, 64, 1024, 32768) if every else (64,)
     ):
         found = {}
-        call = gpt_oss_call(entries, gated)
+        call = gpt_oss_call(entries, gated, form=form)
         for way in experts_int_triton.tilings(call)[: None if every else 1]:
             found.setdefault(way.name, way)
         for way in found.values():

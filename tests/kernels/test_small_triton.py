@@ -49,6 +49,7 @@ if INTERPRETED or aot:
         "sample.sample",
         "sample.logprobs",
         "step.locate",
+        "step.draft",
     ):
         importlib.import_module(f"makeready.kernels.{module}_triton")
 
@@ -203,7 +204,7 @@ def test_gathers():
 
 
 @interpreted
-@pytest.mark.parametrize("op", ["locate", "find_pages"])
+@pytest.mark.parametrize("op", ["locate", "find_pages", "draft_ngram", "accept_drafts"])
 def test_steps_find_their_places(op):
     for case in BUILDERS[op](op):
         check_interpreted(op, case.operands, **case.attrs)
@@ -367,7 +368,7 @@ def _compile(name, operands, attrs):
 
 
 @compiled
-@pytest.mark.parametrize("tokens", [1, 8192])
+@pytest.mark.parametrize("tokens", [1, pytest.param(8192, marks=pytest.mark.slow)])
 def test_cross_compiles_with_wide_accesses(tokens):
     for name, operands, attrs in _qwen3_calls(tokens):
         for made in _compile(name, operands, attrs):
@@ -389,7 +390,7 @@ def test_cross_compiles_sampling():
     }
     list(_compile("token_logprobs", {"logits": operands["logits"], **slots}, {"max_top": 20}))
     ints = torch.zeros(9, dtype=torch.int32)
-    for op in ("locate", "find_pages"):
+    for op in ("locate", "find_pages", "draft_ngram", "accept_drafts"):
         case = next(iter(BUILDERS[op](op)))
         list(_compile(op, case.operands, case.attrs))
     scaling = {"rotary_dim": 128, "theta": 1e4, "factor": 4.0, "original_context": 4096}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -44,8 +45,8 @@ SUITES: dict[str, Callable[[], Calls]] = {
     "gemm_sweep": lambda: gemm.calls(sweep=True),
     "gemm_fp8": lambda: gemm_fp8.calls(gemm_fp8.wanted(*map(list, EVERY), sweep=False)),
     "gemm_fp8_sweep": lambda: gemm_fp8.calls(gemm_fp8.wanted(*map(list, EVERY), sweep=True)),
-    "attention": lambda: attention.calls(sweep=False),
-    "attention_sweep": lambda: attention.calls(sweep=True),
+    "attention": lambda: attention.calls(attention.PARTS, sweep=False),
+    "attention_sweep": lambda: attention.calls(attention.PARTS, sweep=True),
     "small_ops": lambda: ops.calls(small_ops.cases("meta", small_ops.TOKENS)),
     "quantize_fp8": lambda: ops.calls(quantize_fp8.cases("meta")),
     "sample": lambda: ops.calls(sample.cases("meta", [1, 64])),
@@ -75,6 +76,18 @@ def test_what_a_suite_launches_can_be_built(name: str):
 def test_options_name_what_there_is():
     assert tuple(gemm_fp8.KINDS) == bench_options.FP8_SCALES
     assert tuple(shapes.MATRICES) == bench_options.FP8_MATRICES
+    assert attention.PARTS == bench_options.ATTENTION_PARTS
+
+
+def test_parts_of_attention_are_all_of_it_once():
+    def run(parts: Iterable[str]) -> list[OpCall]:
+        return [call for call, _ in attention.calls(tuple(parts), sweep=False)]
+
+    alone = [run([part]) for part in attention.PARTS]
+    assert all(alone)
+    assert sum(map(len, alone)) == len(run(attention.PARTS))
+    ops = [{call.op for call in calls} for calls in alone]
+    assert not any(a & b for a, b in itertools.combinations(ops, 2))
 
 
 def test_copies_rotate_through_more_than_l2():
@@ -138,6 +151,8 @@ def test_without_a_gpu_a_sentence_says_so(suite: str, capsys):
         (["suite=[load_steps]"], "suite load_steps reads a compiled plan in every process; give plan=FOLDER"),
         (["suite=[gemm_fp8]", "gemm_fp8.scales=[tensor]"], "must list some of rows, groups, integers"),
         (["suite=[gemm_fp8_sweep]", "gemm_fp8.matrices=[]"], "must list some of qkv, o, gate_up, down"),
+        (["suite=[attention]", "attention.parts=[mla]"], "must list some of decode, extend, write, latent"),
+        (["suite=[attention_sweep]", "attention.parts=[write]"], "no cases but decode and extend"),
         (["suite=[gemm]", "gemm_fp8.scales=[rows]"], "it is for gemm_fp8, gemm_fp8_sweep"),
         (["suite=[gemm]", "load_steps.weights=x"], "it is for load_steps"),
     ],

@@ -101,7 +101,13 @@ def cut_off(monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
         assert script("generate")(*JOB, *options) == 130
 
 
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("config.json", "model.safetensors") else pytest.param(name, marks=pytest.mark.slow)
+        for name in CHANGES
+    ],
+)
 def test_a_job_does_not_go_on_with_another_model_at_the_same_path(name, model, monkeypatch, capsys):
     cut_off(monkeypatch)
     CHANGES[name]()

@@ -178,7 +178,7 @@ def test_defaults_are_those_of_the_python_interface(capsys):
         "device": config["device"],
         "quant": config["quant"],
     }
-    stated |= {"kv_dtype": config["kv"]["dtype"]}
+    stated |= {"kv_dtype": config["kv"]["dtype"], "speculative": config["speculative"]}
     assert {k: tuple(v) if isinstance(v, list) else v for k, v in stated.items()} == request
 
 

@@ -36,6 +36,9 @@ PARAMETERS = {
     "gpt_oss_20b": 20_914_757_184,
     "gpt_oss_120b": 116_829_156_672,
     "deepseek_v3": 671_026_419_200,  # without the layer that predicts further tokens
+    "qwen3_next_80b_a3b": 79_674_391_296,  # and so; 81,324,862,720 with it
+    "qwen3_5_9b": 8_953_803_264,  # without what sees
+    "qwen3_5_35b_a3b": 34_660_610_688,
 }
 CONTEXT = {
     "smollm2_135m": 8192,
@@ -55,6 +58,9 @@ CONTEXT = {
     "gpt_oss_20b": 131072,
     "gpt_oss_120b": 131072,
     "deepseek_v3": 163840,
+    "qwen3_next_80b_a3b": 262144,
+    "qwen3_5_9b": 262144,
+    "qwen3_5_35b_a3b": 262144,
 }
 
 
@@ -73,11 +79,16 @@ def parameters(traced: Traced) -> int:
     )
 
 
+LARGE = {"deepseek_v2", "deepseek_v3", "gpt_oss_120b", "qwen3_next_80b_a3b"}  # seconds each
+
+
 def test_every_preset_is_checked_here():
     assert {path.stem for path in (CONF / "model").glob("*.yaml")} == set(PARAMETERS)
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in PARAMETERS]
+)
 def test_presets_have_the_size_that_their_makers_give(name):
     config = yaml.safe_load((CONF / "model" / f"{name}.yaml").read_text())
     traced = trace_checkpoint(open_checkpoint("dummy", config=config), Request(max_rows=2))

@@ -19,6 +19,7 @@ from scripts_in_process import CONF, ROOT, TINY
 from makeready.engine.entrypoints import cli
 from makeready.graphs.plan import artifact
 
+pytestmark = pytest.mark.slow
 SOURCES = ("engine", "graphs", "kernels", "scripts", "conf")
 IGNORED = shutil.ignore_patterns("__pycache__", "_cpu_ops*", "node_modules")
 FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE")

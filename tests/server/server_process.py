@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 ROOT = Path(__file__).parents[2]
-START_SECONDS = 300
+WAIT_SECONDS = 300  # for what is sure to come, on a machine that does much else
 
 
 class ServerProcess:
@@ -33,11 +35,19 @@ class ServerProcess:
     @property
     def url(self) -> str:
         """Where it listens, once it does."""
-        assert self._address.wait(START_SECONDS), "".join(self.said)
-        found = [re.search(r"serving .* at (http\S+);", line) for line in self.said]
-        addresses = [match[1] for match in found if match]
-        assert addresses, "".join(self.said)
-        return addresses[0]
+        return self._found()[1]
+
+    @property
+    def grpc(self) -> str:
+        """Host and port of its gRPC."""
+        return self._found()[2]
+
+    def _found(self) -> re.Match[str]:
+        assert self._address.wait(WAIT_SECONDS), "".join(self.said)
+        for line in self.said:
+            if match := re.search(r"serving .* at (http[^\s;]+)(?: and grpc://(\S+))?;", line):
+                return match
+        raise AssertionError("".join(self.said))
 
     @property
     def host(self) -> int:
@@ -58,7 +68,7 @@ class ServerProcess:
     def __exit__(self, *error: object) -> None:
         self.process.terminate()
         try:
-            self.process.wait(60)
+            self.process.wait(WAIT_SECONDS)
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise
@@ -73,12 +83,20 @@ class ServerProcess:
         self._address.set()
 
 
-def until(true: Any, seconds: float = 60) -> None:
-    """Wait until a condition holds."""
-    end = time.monotonic() + seconds
+def until(true: Callable[[], Any]) -> None:
+    """Wait until a condition holds; a slow machine takes long, and what never comes is told in the end."""
+    end = time.monotonic() + WAIT_SECONDS
     while not true():
         assert time.monotonic() < end, "it does not come to that"
         time.sleep(0.01)
+
+
+async def until_async(true: Callable[[], Any]) -> None:
+    """The same in an event loop, whose other tasks go on."""
+    end = time.monotonic() + WAIT_SECONDS
+    while not true():
+        assert time.monotonic() < end, "it does not come to that"
+        await asyncio.sleep(0.01)
 
 
 def events(text: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from typing import Any
 
@@ -9,7 +10,7 @@ import httpx
 import openai
 import pytest
 from in_process import served
-from server_process import until
+from server_process import WAIT_SECONDS, until
 
 from makeready.engine.server.settings import ServerSettings
 
@@ -59,31 +60,39 @@ def test_strict_fields_and_origins() -> None:
         assert other.status_code == 403
 
 
-def test_an_engine_that_breaks_is_told_to_everybody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_breaks_is_told_to_everybody() -> None:
+    """A stream that has begun ends with the error; a plain request, which has not been answered, has its status."""
     with served() as server:
-        server.executable.seconds = 0.01
-
-        def broken(*_: Any, **cut: Any) -> None:
-            raise RuntimeError("the device is gone")
-
-        answers: list[httpx.Response] = []
+        server.executable.shut()
+        answers: dict[bool, tuple[int, str]] = {}
+        begun = threading.Event()
 
         def ask(stream: bool) -> None:
             body = {"prompt": [1], "max_tokens": 200, "stream": stream}
-            answers.append(httpx.post(server.url + "/v1/completions", json=body, timeout=60))
+            url = server.url + "/v1/completions"
+            with httpx.stream("POST", url, json=body, timeout=WAIT_SECONDS) as answer:
+                text = ""
+                for part in answer.iter_text():
+                    text += part
+                    if stream and text.startswith("data: "):
+                        begun.set()
+                answers[stream] = answer.status_code, text
 
         threads = [threading.Thread(target=ask, args=(stream,)) for stream in (True, False)]
         for thread in threads:
             thread.start()
+        until(lambda: len(server.service.running) == 2)
+        server.executable.allow(20)  # of the 200 that they need
+        assert begun.wait(WAIT_SECONDS)
         until(lambda: len(server.engine.scheduler.running) == 2)
-        monkeypatch.setattr(server.executable, "launch", broken)
+        server.executable.failure = RuntimeError("the device is gone")
+        server.executable.open()
         for thread in threads:
-            thread.join(60)
-        plain, streamed = sorted(answers, key=lambda answer: answer.status_code, reverse=True)
-        assert (plain.status_code, streamed.status_code) == (503, 200)
-        assert "has ended" in plain.json()["error"]["message"]
-        assert '{"error":' in streamed.text
-        assert streamed.text.endswith("data: [DONE]\n\n")
+            thread.join(WAIT_SECONDS)
+        assert {stream: status for stream, (status, _) in answers.items()} == {True: 200, False: 503}
+        assert "has ended" in json.loads(answers[False][1])["error"]["message"]
+        assert '{"error":' in answers[True][1]
+        assert answers[True][1].endswith("data: [DONE]\n\n")
         assert (
             code("GET", server.url + "/health")
             == code("POST", server.url + "/v1/completions", json=BODY)

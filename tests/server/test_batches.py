@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 from in_process import InProcess, served
-from server_process import ServerProcess, until
+from server_process import WAIT_SECONDS, ServerProcess, until
 from test_ends import TINY
 
 from makeready.engine.server.settings import ServerSettings
@@ -35,21 +35,23 @@ def rows(count: int = ROWS, tokens: int = 60) -> bytes:
 
 
 def client_of(server: ServerProcess | InProcess) -> openai.OpenAI:
-    return openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=60)
+    return openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=WAIT_SECONDS)
 
 
 def test_a_batch_goes_on_when_its_server_is_started_again(tmp_path: Path) -> None:
     settings = ServerSettings(["tiny"], files_dir=tmp_path)
     data = rows(tokens=40)
     with served(settings) as server:
-        server.executable.seconds = 0.01
+        server.executable.shut()
         client = client_of(server)
         file = client.files.create(file=("in.jsonl", io.BytesIO(data)), purpose="batch")
         assert client.files.content(file.id).read() == data
         batch = client.batches.create(
             input_file_id=file.id, endpoint="/v1/completions", completion_window="24h"
         )
+        server.executable.allow(60)  # more than some rows need, and fewer than all
         until(lambda: client.batches.retrieve(batch.id).request_counts.completed >= 4)
+        assert client.batches.retrieve(batch.id).status == "in_progress"
     with served(settings) as server:
         client = client_of(server)
         until(lambda: client.batches.retrieve(batch.id).status == "completed")
@@ -102,7 +104,7 @@ def test_a_batch_goes_on_after_its_server_was_killed(tmp_path: Path) -> None:
         server.process.wait(10)
     with ServerProcess(*options) as server:
         client = client_of(server)
-        until(lambda: client.batches.retrieve(batch.id).status == "completed", 120)
+        until(lambda: client.batches.retrieve(batch.id).status == "completed")
         done = client.batches.retrieve(batch.id)
         assert (done.request_counts.total, done.request_counts.completed) == (ROWS, ROWS - 1)
         assert done.request_counts.failed == 1

@@ -11,7 +11,7 @@ from server_process import until
 
 def test_gauges_fall_when_the_last_client_leaves() -> None:
     with served() as server:
-        server.executable.seconds = 0.005
+        server.executable.shut()
 
         def figures() -> tuple[float, float]:
             text = httpx.get(server.url + "/metrics").text
@@ -21,8 +21,11 @@ def test_gauges_fall_when_the_last_client_leaves() -> None:
             return running, held
 
         body = {"prompt": [1] * 20, "max_tokens": 200, "ignore_eos": True, "stream": True}
+        server.executable.allow(10)  # of the 200 that it needs
         with httpx.stream("POST", server.url + "/v1/completions", json=body) as answer:
             next(answer.iter_bytes())
             until(lambda: figures()[0] == 1 and figures()[1] >= 5)
-        until(lambda: figures() == (0, 0), 5)
+        until(lambda: not server.service.running)
+        server.executable.open()
+        until(lambda: figures() == (0, 0))
         assert httpx.get(server.url + "/v1/loads").json()["loads"][0]["num_used_tokens"] == 0

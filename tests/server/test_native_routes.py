@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from server_process import ServerProcess, events
+from server_process import ServerProcess, events, until
 
 GREEDY = {"temperature": 0, "max_new_tokens": 6}
 PROMPT = "The capital of France is"
@@ -153,6 +153,9 @@ def test_metrics_are_read_by_the_formats_own_parser(http: httpx.Client) -> None:
         families = text_string_to_metric_families(answer.text)
         return {sample.name: sample.value for family in families for sample in family.samples}
 
+    until(
+        lambda: not http.get("/v1/loads").json()["loads"][0]["num_total_reqs"]
+    )  # whose clients left just now
     before = generated()
     http.post("/generate", json={"text": "x", "sampling_params": GREEDY})
     after = generated()

@@ -58,7 +58,7 @@ def check_end(last: Any, reason: str, tokens: int | None = None) -> None:
     assert tokens in (None, last.eval_count)
     assert last.total_duration >= last.prompt_eval_duration + last.eval_duration > 0
     age = datetime.now(timezone.utc) - datetime.fromisoformat(last.created_at.replace("Z", "+00:00"))
-    assert abs(age.total_seconds()) < 60
+    assert abs(age.total_seconds()) < 900  # a wrong time zone is further off
 
 
 def test_a_streamed_chat_is_the_plain_one(client: ollama.Client, chats: openai.OpenAI) -> None:

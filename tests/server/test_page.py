@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 from in_process import InProcess, served
-from server_process import until
+from server_process import WAIT_SECONDS, until
 
 from makeready.engine.server.settings import ServerSettings
 
@@ -72,12 +72,12 @@ def test_it_can_be_left_out_and_needs_no_key_itself() -> None:
 @contextmanager
 def watched(server: InProcess) -> Iterator[Callable[[Callable[[list[Any]], bool]], list[Any]]]:
     """Reads the live stream; call what it gives to wait until its events fulfil a condition."""
-    with httpx.stream("GET", server.url + "/live", timeout=30) as answer:
+    with httpx.stream("GET", server.url + "/live", timeout=WAIT_SECONDS) as answer:
         lines = (line for line in answer.iter_lines() if line.startswith("data: "))
         seen: list[Any] = []
 
         def read(enough: Callable[[list[Any]], bool]) -> list[Any]:
-            end = time.monotonic() + 12
+            end = time.monotonic() + WAIT_SECONDS
             while not enough(seen):
                 assert time.monotonic() < end, seen[-1]
                 seen.append(json.loads(next(lines)[6:]))
@@ -156,14 +156,17 @@ def test_what_is_told_is_what_the_engine_did() -> None:
 
 def test_a_request_whose_client_leaves_is_told() -> None:
     with served() as server:
-        server.executable.seconds = 0.005
+        server.executable.shut()
         with watched(server) as read:
             read(lambda events: len(events) >= 2)
+            server.executable.allow(10)  # of the 200 that it needs
             body = {"prompt": [9], "max_tokens": 200, "ignore_eos": True, "stream": True}
             with httpx.stream(
                 "POST", server.url + "/v1/completions", json=body, headers={"x-request-id": "mine"}
             ) as answer:
                 next(answer.iter_bytes())
+            until(lambda: not server.service.running)
+            server.executable.open()
             events = read(lambda events: any(row["state"] == "done" for row in lives(events).values()))
             (row,) = lives(events).values()
             assert (row["id"], row["reason"]) == ("mine", "abort")

@@ -2,7 +2,7 @@
 
 ``MAKEREADY_SGLANG`` names a folder into which the wheel was unpacked (``pip download sglang --no-deps``, unzip). Of
 SGLang nothing else is needed: what its kits import beside themselves is stood in for, and tests that use it are among
-:data:`EXCEPT`. A test there has to fail, or the list is out of date.
+:data:`EXCEPT`. A test there has to fail, or the list is out of date; of :data:`BY_CHANCE` it may.
 """
 
 from __future__ import annotations
@@ -44,12 +44,19 @@ EXCEPT: dict[str, str] = {
     "test_basic_math": _FACTS,
     "test_color_completion": _FACTS,
     "test_concurrent_requests": _FACTS,
-    "test_ebnf_generate_custom_log_format": "its grammar has no end, which a model of 135M does not find",
     "test_json_generate": _LLAMA,
     "test_mix_json_and_other": _LLAMA,
     "test_count_tokens_with_system": "the template of SmolLM2 has a system prompt of its own, which is longer",
     "test_finish_stop_str": "its chat wants a line to end within 1,000 tokens, which this model's does not",
     "test_tool_result_image_content_conversion": "it asks no server, but SGLang's own classes",
+}
+
+
+# Tests that pass or do not by chance, and why.
+_ENDLESS = "three samples at temperature 0.5 have to end a word that the grammar lets go on"
+BY_CHANCE: dict[str, str] = {
+    "test_ebnf_generate_custom_log_format": _ENDLESS,
+    "test_regex_generate_custom_log_format": _ENDLESS,
 }
 
 
@@ -100,8 +107,8 @@ def kits() -> Iterator[tuple[type, str]]:
 
 def marked() -> Iterator[Any]:
     for kind, test in kits():
-        reason = EXCEPT.get(test)
-        marks = () if reason is None else (pytest.mark.xfail(reason=reason, strict=True),)
+        reason = EXCEPT.get(test) or BY_CHANCE.get(test)
+        marks = () if reason is None else (pytest.mark.xfail(reason=reason, strict=test in EXCEPT),)
         yield pytest.param(kind, test, id=test, marks=marks)
 
 

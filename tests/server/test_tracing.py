@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import subprocess
 import sys
 import threading
@@ -9,8 +11,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import httpx
+import openai
 import pytest
 from in_process import InProcess, served
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
@@ -97,7 +101,7 @@ def test_a_request_continues_its_clients_trace() -> None:
 
 def test_what_is_refused_and_who_leaves_is_told_and_what_asks_nothing_is_not() -> None:
     with traced() as (server, spans):
-        server.executable.seconds = 0.005
+        server.executable.shut()
         httpx.get(server.url + "/health")
         httpx.post(server.url + "/tokenize", json={"prompt": "x"})
         assert (
@@ -108,10 +112,12 @@ def test_what_is_refused_and_who_leaves_is_told_and_what_asks_nothing_is_not() -
         assert (refused.attributes or {})["error.type"] == "400"
         assert refused.status.status_code is StatusCode.UNSET  # as the conventions have it for servers
         spans.clear()
+        server.executable.allow(10)  # of the 200 that it needs
         stream = GENERATE | {"max_tokens": 200, "stream": True}
         with httpx.stream("POST", server.url + "/v1/completions", json=stream) as answer:
             next(answer.iter_bytes())
         left = finished(spans)
+        server.executable.open()
         said = {span.name: span.attributes or {} for span in left}
         assert said["llm_request"]["gen_ai.response.finish_reasons"] == ("abort",)
         assert said["llm_request"]["gen_ai.request.stream"] is True
@@ -126,6 +132,55 @@ def test_a_client_that_does_not_sample_is_not_traced() -> None:
             httpx.post(server.url + "/v1/completions", json=GENERATE, headers=headers).raise_for_status()
         (request,) = [span for span in finished(spans) if span.name == "llm_request"]
         assert request.context.trace_id == 0x0AF7651916CD43DD8448EB211C80319C
+
+
+def test_rows_of_a_batch_have_spans_as_requests_do(tmp_path: Path) -> None:
+    given = {"a": [1, 2, 3], "b": [4, 5], "wrong": [9999]}
+    rows = "\n".join(
+        json.dumps(
+            {
+                "custom_id": name,
+                "method": "POST",
+                "url": "/v1/completions",
+                "body": GENERATE | {"model": "fake", "prompt": prompt},
+            }
+        )
+        for name, prompt in given.items()
+    )
+    with traced(ServerSettings(["fake"], files_dir=tmp_path)) as (server, spans):
+        client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
+        file = client.files.create(file=("in.jsonl", io.BytesIO(rows.encode())), purpose="batch")
+        batch = client.batches.create(
+            input_file_id=file.id, endpoint="/v1/completions", completion_window="24h"
+        )
+        until(lambda: client.batches.retrieve(batch.id).status == "completed")
+        ended = finished(spans, requests=3)
+        requests = {
+            (span.attributes or {})["makeready.batch.row"]: span
+            for span in ended
+            if span.name == "llm_request"
+        }
+        assert sorted(requests) == [1, 2, 3]
+        for number, prompt in enumerate(given.values(), start=1):
+            span = requests[number]
+            said = dict(span.attributes or {})
+            assert span.kind is SpanKind.INTERNAL
+            assert span.parent is None
+            assert said["makeready.batch"] == batch.id
+            assert said["gen_ai.request.id"] == f"{batch.id}-{number}"
+            below = [each for each in ended if each.parent and each.parent.span_id == span.context.span_id]
+            if prompt == [9999]:
+                assert said["error.type"] == "400"
+                assert not below
+                continue
+            assert (said["gen_ai.usage.input_tokens"], said["gen_ai.usage.output_tokens"]) == (len(prompt), 5)
+            assert [each.name for each in sorted(below, key=lambda each: each.start_time)] == [
+                "queue",
+                "prefill",
+                "decode",
+            ]
+            assert all(span.start_time <= each.start_time <= each.end_time <= span.end_time for each in below)
+        assert len({span.context.trace_id for span in requests.values()}) == 3
 
 
 def test_spans_arrive_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:

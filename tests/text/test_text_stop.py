@@ -179,7 +179,7 @@ def test_what_needs_more_than_linear_time_or_little_memory_is_refused(pattern, w
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024  # KiB
 
 
-@pytest.mark.parametrize("name", list("wWdDsS"))
+@pytest.mark.parametrize("name", ["w", "D", *(pytest.param(name, marks=pytest.mark.slow) for name in "WdsS")])
 def test_classes_are_those_of_python_for_every_character(name):
     """Of every script; but for what one of the two tables of Unicode does not know yet."""
     import re2

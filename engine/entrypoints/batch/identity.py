@@ -31,6 +31,7 @@ EXEMPT = frozenset(
         "device",
         "scale",
         "scheduler",
+        "speculative",
         "kv.memory_gib",
         "plan.path",  # by what the plan says of numbers
         "plan.max_rows",
@@ -40,6 +41,7 @@ EXEMPT = frozenset(
         "plan.max_extend_buckets",
         "plan.candidates",
         "plan.traffic",
+        "plan.speculative",
     }
 )
 

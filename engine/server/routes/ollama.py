@@ -22,8 +22,9 @@ from makeready.engine.protocol.ollama.model import (
     shown_of,
 )
 from makeready.engine.protocol.schema import BOOLEAN, STRING, body_schema
+from makeready.engine.server.access import Access
 from makeready.engine.server.problem import ServeError
-from makeready.engine.server.route import Access, Answer, Exchange, Route, Stream, answer
+from makeready.engine.server.route import Answer, Exchange, Route, Stream, answer
 from makeready.engine.server.routes.openai import check_template_text
 from makeready.engine.server.service import Running, Service
 from makeready.engine.text.formats.scan import Reading

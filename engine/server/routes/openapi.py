@@ -8,7 +8,8 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any
 
-from makeready.engine.server.route import IGNORED, JSON, REQUEST_ID, Access, Answer, Exchange, Route, answer
+from makeready.engine.server.access import Access
+from makeready.engine.server.route import IGNORED, JSON, REQUEST_ID, Answer, Exchange, Route, answer
 from makeready.engine.server.routes.openai import shape
 
 VERSION = "3.1.0"

@@ -10,8 +10,9 @@ from contextlib import aclosing
 from functools import cache
 from pathlib import Path
 
+from makeready.engine.server.access import Access
 from makeready.engine.server.problem import ServeError
-from makeready.engine.server.route import Access, Answer, Exchange, Route, Stream, event
+from makeready.engine.server.route import Answer, Exchange, Route, Stream, event
 from makeready.engine.server.routes.openai import shape
 
 BUILT = Path(__file__).parents[1] / "page" / "built"

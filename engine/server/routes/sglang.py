@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from collections.abc import AsyncIterator, Sequence
-from importlib.metadata import version
 
 from makeready.engine.pieces import Piece
 from makeready.engine.protocol.schema import BOOLEAN, STRING, body_schema
 from makeready.engine.protocol.sglang.answer import Answers
 from makeready.engine.protocol.sglang.body import read, schema
+from makeready.engine.server.access import Access
+from makeready.engine.server.facts import model_info, server_info
 from makeready.engine.server.problem import ServeError
-from makeready.engine.server.route import ALIVE, DONE, Access, Answer, Exchange, Route, Stream, answer, event
+from makeready.engine.server.route import ALIVE, DONE, Answer, Exchange, Route, Stream, answer, event
 from makeready.engine.server.routes.openai import shape
-from makeready.engine.server.routes.state import load_of
 from makeready.engine.server.service import QUIET_SECONDS, Running
 
 
@@ -77,9 +76,7 @@ async def _abort(exchange: Exchange) -> Answer:
     rid, every = body.get("rid"), body.get("abort_all") is True
     if not every and not (isinstance(rid, str) and rid):
         raise ServeError(400, 'name the request: {"rid": ...}, or {"abort_all": true}', "rid")
-    for running in list(exchange.service.running):
-        if every or running.id == rid:
-            running.abort()
+    exchange.service.abort(None if every else rid)
     return Answer(b"", type="text/plain")
 
 
@@ -90,37 +87,11 @@ async def _flush(exchange: Exchange) -> Answer:
 
 
 async def _model_info(exchange: Exchange) -> Answer:
-    service, loaded = exchange.service, exchange.service.loaded
-    path = str(service.front.checkpoint.path)
-    return answer(
-        {
-            "model_path": path,
-            "tokenizer_path": path,
-            "is_generation": True,
-            "served_model_name": service.name,
-            "architecture": loaded.facts["architecture"],
-            "context_length": loaded.limits.context_len,
-            "vocab_size": loaded.vocabulary,
-            "preferred_sampling_params": dict(service.front.generation_defaults) or None,
-            "weight_version": "default",
-        }
-    )
+    return answer(model_info(exchange.service))
 
 
 async def _server_info(exchange: Exchange) -> Answer:
-    service, loaded = exchange.service, exchange.service.loaded
-    return answer(
-        {
-            "version": version("makeready"),
-            "status": "ready" if service.ready else "not ready",
-            "served_model_name": service.name,
-            "plan": loaded.plan,
-            "steps": loaded.steps,
-            **loaded.facts,
-            **dataclasses.asdict(loaded.limits),
-            "internal_states": [load_of(exchange)],
-        }
-    )
+    return answer(server_info(exchange.service))
 
 
 _GET = ("GET",)

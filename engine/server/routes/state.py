@@ -9,8 +9,10 @@ from makeready.engine.errors import RequestError
 from makeready.engine.given import ids_of
 from makeready.engine.protocol.asked import Ask, check_template, tools_of
 from makeready.engine.protocol.schema import IDS, body_schema
+from makeready.engine.server.access import Access
+from makeready.engine.server.facts import load_of
 from makeready.engine.server.problem import STARTING_SECONDS, ServeError
-from makeready.engine.server.route import Access, Answer, Exchange, Route, answer
+from makeready.engine.server.route import Answer, Exchange, Route, answer
 from makeready.engine.server.routes.openai import shape
 from makeready.engine.tools import FIELDS as TOOLS
 
@@ -54,23 +56,7 @@ async def _metrics(exchange: Exchange) -> Answer:
 
 
 async def _loads(exchange: Exchange) -> Answer:
-    return answer({"loads": [load_of(exchange)]})
-
-
-def load_of(exchange: Exchange) -> dict[str, Any]:
-    """What there is to do, for routers that spread requests; names are SGLang's."""
-    client, limits = exchange.service.client, exchange.service.loaded.limits
-    pages, held = exchange.service.loaded.facts["kv_pages"], client.pages[2]
-    return {
-        "dp_rank": 0,
-        "num_running_reqs": client.running,
-        "num_waiting_reqs": client.waiting,
-        "num_total_reqs": client.running + client.waiting,
-        "num_used_tokens": held * limits.page_size,
-        "max_total_num_tokens": pages * limits.page_size,
-        "token_usage": held / max(pages, 1),
-        "max_running_requests": limits.max_rows,
-    }
+    return answer({"loads": [load_of(exchange.service)]})
 
 
 async def _tokenize(exchange: Exchange) -> Answer:

@@ -134,6 +134,9 @@ def _check_attributes(contract: Contract, attrs: Mapping[str, Any]) -> None:
     heads, kv_heads = attrs.get("heads"), attrs.get("kv_heads")
     if heads is not None and kv_heads is not None and heads % kv_heads:
         raise ValueError(f"{heads} heads do not share {kv_heads} KV heads")
+    keys, values = attrs.get("key_heads"), attrs.get("value_heads")
+    if keys is not None and values is not None and values % keys:
+        raise ValueError(f"{values} value heads do not share {keys} key heads")
 
 
 def _is_text(value: Any) -> bool:
@@ -141,6 +144,7 @@ def _is_text(value: Any) -> bool:
 
 
 _COUNTS = {"heads", "kv_heads", "head_dim", "block", "group", "rotary_dim"}
+_COUNTS |= {"key_heads", "key_dim", "value_heads", "value_dim"}
 _KINDS: Mapping[str, Callable[[Any], bool]] = {
     "int": lambda value: type(value) is int and 0 <= value <= MOST,
     "float": lambda value: type(value) in (int, float) and math.isfinite(value),

@@ -211,7 +211,7 @@ class CpuExecutable:
         for group in self.plan.kv.paged:
             for part in group.parts:
                 self._tensors[part.name][0].view(torch.uint8).fill_(0xFF)
-        for name, start, stop in () if held is None else unowned(self.plan, self.pages, held):
+        for name, start, stop in () if held is None else unowned(self.plan, self.blocks, held):
             self._tensors[name].view(torch.uint8).flatten()[start:stop] = 0xFF
 
     def operand(self, bucket: Bucket, op: str, operand: str) -> np.ndarray:

@@ -220,7 +220,7 @@ class CudaExecutable:
         for part in (part for group in self.plan.kv.paged for part in group.parts):
             driver.fill(self._lasting[part.name], 0xFF, part.page_bytes, self._stream)
         if held is not None:
-            for name, start, stop in unowned(self.plan, self.pages, held):
+            for name, start, stop in unowned(self.plan, self.blocks, held):
                 driver.fill(self._lasting[name] + start, 0xFF, stop - start, self._stream)
             self._slots.forget(set(range(self.plan.limits.slots)) - {one.slot for one in held})
 

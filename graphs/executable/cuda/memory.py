@@ -101,8 +101,9 @@ def kv_memory(plan: Plan, free: int, kv_bytes: int | None) -> KVMemory:
     if free < fixed + reserved + wanted * page:
         raise PlanError(
             f"the GPU has {_gib(free)} GiB free, and {_gib(fixed + reserved + wanted * page)} GiB are needed: "
-            f"{_gib(fixed)} for weights and buffers, {_gib(reserved)} for the driver and {_gib(wanted * page)} "
-            "for KV pages; free memory, lower kv.memory_gib or compile with fewer tokens or smaller weights"
+            f"{_gib(plan.memory.fixed)} for weights and buffers, {_gib(reserved)} for the driver, "
+            f"{_states(others)}and {_gib(wanted * page)} for KV pages; free memory, lower kv.memory_gib or compile "
+            f"with fewer {'rows, fewer ' if others else ''}tokens or smaller weights"
         )
     pages = wanted if kv_bytes is not None else plan.pages_in(free - reserved)
     return KVMemory(pages, free, fixed, reserved, page, kv_bytes)
@@ -177,6 +178,10 @@ def bucket_addresses(
     return named | {name: regions.arena + buffer.offset for name, buffer in buffers.items()}
 
 
+def _states(nbytes: int) -> str:
+    return f"{_gib(nbytes)} for windows and states of all rows, " if nbytes else ""
+
+
 def _gib(nbytes: int) -> str:
     return f"{nbytes / 2**30:.2f}"
 
@@ -196,11 +201,15 @@ _RANDOM_BITS = {
 def fill_random(
     driver: Driver, device: Device, plan: Plan, addresses: Mapping[str, int], pages: int, seed: int
 ) -> None:
-    """Random numbers of magnitude 0.5 to 2 in all pages of the cache; waits until they are there."""
+    """Random numbers of magnitude 0.5 to 2 in all of the cache; waits until they are there. Sequences go on to begin
+    with zeros, where they have states."""
     driver.use(device)
     stream = driver.stream()
     for part, nbytes in part_bytes(plan, pages):
         random_numbers(driver, addresses[part.name], nbytes, part.spec.dtype, stream, seed)
+    for part in (part for group in plan.kv.states for part in group.parts):
+        driver.fill(addresses[part.name], 0, part.page_bytes, stream)
+    driver.synchronize(stream)
     driver.destroy_stream(stream)
 
 

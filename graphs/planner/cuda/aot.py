@@ -198,6 +198,8 @@ def _type(launch: DeviceLaunch, name: str, call: OpCall) -> str:
     if argument.operand not in call.tensors:
         raise PlanError(f"{launch.function}: {call.op} has no operand {argument.operand!r} for {name}")
     element = TRITON_TYPES[call.tensors[argument.operand].dtype]
+    if element == "fp8e4nv" and "fp8" not in call.features:
+        element = "u8"  # Triton does not know them there; kernels that only move them see bytes
     if isinstance(argument, Descriptor):
         return f"tensordesc<{element}[{', '.join(map(str, argument.block))}]>"
     return "*" + element

@@ -9,7 +9,7 @@ attention is in :mod:`benchmarks.gpu.attention_mla`.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -37,6 +37,7 @@ QKV_ATTRS = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "eps": 
 Emit = Callable[[OpCall], Sequence[Candidate]]
 
 TOKENS = (1, 16, 64, 256, 1024, 8192)  # of writing to the cache
+PARTS = ("decode", "extend", "write", "latent")
 
 
 def ways_of(call: OpCall, *, sweep: bool) -> Sequence[Candidate]:
@@ -51,24 +52,24 @@ def ways_of(call: OpCall, *, sweep: bool) -> Sequence[Candidate]:
     return [*ways, *(way for way in prefill if way.name not in {known.name for known in ways})]
 
 
-def calls(*, sweep: bool) -> Iterator[tuple[OpCall, Sequence[Candidate]]]:
-    """What is going to run, without operands."""
-    for batch in (*checked(), *batches(sweep=sweep)):
+def calls(parts: Collection[str], *, sweep: bool) -> Iterator[tuple[OpCall, Sequence[Candidate]]]:
+    """What is going to run of these of :data:`PARTS`, without operands."""
+    for batch in (*_of(parts, checked()), *_of(parts, batches(sweep=sweep))):
         call = launcher.op_call(batch.contract, batch.operands("meta"), batch.heads.attrs)
         yield call, ways_of(call, sweep=sweep)
-    for kind, tokens in [] if sweep else itertools.product((B16, F8), TOKENS):
+    for kind, tokens in _written(parts, sweep=sweep):
         call = launcher.op_call(paged.norm_rope_kv_write, _qkv_operands(tokens, kind, "meta"), QKV_ATTRS)
         yield call, norm_rope_kv_write_cuda(call)
-    if not sweep:
+    if "latent" in parts and not sweep:
         yield from attention_mla.calls()
 
 
-def measure(note: Callable[[str], None], *, sweep: bool) -> list[dict[str, Any]]:
-    """Of each batch: bytes, operations, floor, PyTorch's seconds where it has any, and those of each way, the
-    planner's first one first.
+def measure(note: Callable[[str], None], parts: Collection[str], *, sweep: bool) -> list[dict[str, Any]]:
+    """Of each batch of these of :data:`PARTS`: bytes, operations, floor, PyTorch's seconds where it has any, and
+    those of each way, the planner's first one first. A sweep has no writing and no latents.
     """
-    launcher.prepare(calls(sweep=sweep))
-    for batch in checked():
+    launcher.prepare(calls(parts, sweep=sweep))
+    for batch in _of(parts, checked()):
         launcher.check(
             batch.contract,
             lambda call: _fitting(call, sweep=sweep),
@@ -76,11 +77,11 @@ def measure(note: Callable[[str], None], *, sweep: bool) -> list[dict[str, Any]]
             batch.heads.attrs,
         )
     found = []
-    for batch in batches(sweep=sweep):
+    for batch in _of(parts, batches(sweep=sweep)):
         note(batch.label)
         found.append(_time_batch(batch, sweep=sweep))
-    if not sweep:
-        found += [_time_qkv(tokens, kind) for kind, tokens in itertools.product((B16, F8), TOKENS)]
+    found += [_time_qkv(tokens, kind) for kind, tokens in _written(parts, sweep=sweep)]
+    if "latent" in parts and not sweep:
         attention_mla.check()
         for latents in attention_mla.batches():
             note(latents.label)
@@ -111,6 +112,15 @@ def table(found: Sequence[Mapping[str, Any]]) -> list[str]:
             + "  ".join(f"{times[name] * 1e6:.1f} {name}" for name in others[:3] if name != chosen)
         )
     return lines
+
+
+def _of(parts: Collection[str], made: Iterable[Batch]) -> list[Batch]:
+    return [batch for batch in made if ("decode" if batch.decode else "extend") in parts]
+
+
+def _written(parts: Collection[str], *, sweep: bool) -> list[tuple[torch.dtype, int]]:
+    """Caches and numbers of tokens that are written to them."""
+    return [] if sweep or "write" not in parts else list(itertools.product((B16, F8), TOKENS))
 
 
 def _qkv_operands(tokens: int, kind: torch.dtype, device: str) -> Tensors:

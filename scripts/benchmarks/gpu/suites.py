@@ -131,7 +131,7 @@ def _attention(bench: Bench, name: str, *, sweep: bool) -> Measured:
     _need_gpu(name)
     from benchmarks.gpu import attention
 
-    found = attention.measure(bench.stages.note, sweep=sweep)
+    found = attention.measure(bench.stages.note, bench.job.attention.parts, sweep=sweep)
     return _with_rates({name: found}, attention.table(found))
 
 

@@ -1,0 +1,147 @@
+"""Steps that check guesses: generating rows run their last token and drafts behind it.
+
+What they gain is known on the device alone until results are read. They take no chunks: while prompts are
+computed, rows beside them generate token by token.
+
+Such a step takes longer than one that decodes, by what the plan predicts, and brings more tokens where drafts are
+right. Whether it pays is seen in what the rows' last ones brought; where it does not, one of many steps tries again.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from makeready.engine.batch import Batch, Chunk
+from makeready.engine.seats import Seats
+from makeready.engine.sequence import TokenSequence
+from makeready.engine.steps.base import Drafts, Report, step_kind
+from makeready.engine.steps.generate import stage_sequences, token_logprob
+from makeready.graphs.plan.spec import VERIFY, StepSpec
+
+if TYPE_CHECKING:
+    from makeready.engine.staging import Stage
+
+# Of the mean of what steps brought, the share of the last one: of a sequence, and of all, where new ones begin.
+LATELY, USUALLY = 1 / 8, 1 / 64
+RETRY = 32  # steps that decode before one of those that do not pay tries again
+_OUTPUT = ("logprob", "top_ids", "top_values")
+
+
+@dataclass
+class Verify:
+    """A step that samples behind each token of its rows, and tells how many drafts were right.
+
+    Attributes:
+        most, each: tokens that a row gains, and runs, at most.
+        rows: of the largest such step.
+        always: whether it is taken where it does not pay.
+        ratios: see :class:`~makeready.graphs.plan.spec.StepSpec`.
+        usual: tokens that a row's step brought, on average.
+    """
+
+    name: str = VERIFY
+    order: int = -1
+    least: int = 1
+    most: int = 1
+    each: int = 1
+    reads_history: bool = True
+    forces: bool = True
+    rows: int = 0
+    always: bool = False
+    ratios: Mapping[int, float] = field(default_factory=dict)
+    usual: float = 0.0
+    _passed: int = 0  # steps that decoded since it was last tried
+
+    def of(self, step: StepSpec, *, always: bool = False) -> Verify:
+        assert step.each is not None
+        # Half of the first drafts are taken to be right.
+        usual = 1 + (step.each - 1) / 2
+        return Verify(
+            most=step.each, each=step.each, rows=step.rows, always=always, ratios=step.ratios, usual=usual
+        )
+
+    def claims(self, sequence: TokenSequence) -> int | None:
+        return None
+
+    def launched(self, chunk: Chunk) -> None: ...
+
+    def takes(self, decoding: list[TokenSequence], chunks: list[Chunk]) -> bool:
+        if chunks or not 0 < len(decoding) <= self.rows:
+            return False
+        if all(sequence.constraint is not None for sequence in decoding):
+            return False
+        if not self.always and not self._pays(decoding) and self._passed < RETRY:
+            self._passed += 1
+            return False
+        self._passed = 0
+        return True
+
+    def _pays(self, decoding: list[TokenSequence]) -> bool:
+        """Whether the rows should gain more by it than by the decode steps that would take as long.
+
+        Where the plan predicts nothing, they always should.
+        """
+        sizes = sorted(self.ratios)
+        if not sizes:
+            return True
+        expected = sum(map(self._expected, decoding)) / len(decoding)
+        return expected > self.ratios[sizes[bisect_left(sizes, len(decoding))]]
+
+    def _expected(self, sequence: TokenSequence) -> float:
+        if sequence.constraint is not None:
+            return 1.0
+        return self.usual if sequence.gain is None else sequence.gain
+
+    def learned(self, decoding: list[TokenSequence], counts: np.ndarray) -> None:
+        for sequence, count in zip(decoding, counts.tolist(), strict=True):
+            if sequence.constraint is None:
+                before = self._expected(sequence)
+                sequence.gain = before + LATELY * (count - before)
+                self.usual += USUALLY * (count - self.usual)
+
+    def stage(self, batch: Batch, seats: Seats, stage: Stage) -> None:
+        # A mask is of one place: behind the last token, not behind drafts.
+        runs = np.array([1 if s.constraint is not None else self.most for s in batch.decoding], np.int64)
+        stage_sequences(batch, seats, stage, runs)
+        stage.write("limit", seats.limit_S[batch.slots])
+
+    def counts(self, batch: Batch, results: Mapping[str, np.ndarray]) -> np.ndarray:
+        return results["accepted"][: batch.rows].astype(np.int64) + 1
+
+    def drafts(self, batch: Batch, results: Mapping[str, np.ndarray]) -> Drafts:
+        return Drafts(*(results[name][: batch.rows].tolist() for name in ("drafted", "accepted")))
+
+    def tokens(self, batch: Batch, results: Mapping[str, np.ndarray]) -> Iterator[tuple[TokenSequence, int]]:
+        tokens = results["tokens"].tolist()
+        for sequence, first, stop in self._sampled(batch, results):
+            for token in tokens[first:stop]:
+                yield sequence, token
+
+    def reports(
+        self, batch: Batch, results: Mapping[str, np.ndarray], wanted: Collection[TokenSequence]
+    ) -> Iterator[Report]:
+        tokens = results["tokens"].tolist()
+        for sequence, first, stop in self._sampled(batch, results):
+            for at in range(first, stop if sequence in wanted else first):
+                if tokens[at] >= 0:
+                    of = (results[name][at] for name in _OUTPUT)
+                    place = sequence.length + at - first
+                    yield Report(sequence, place, token_logprob(sequence, tokens[at], of))
+
+    def _sampled(
+        self, batch: Batch, results: Mapping[str, np.ndarray]
+    ) -> Iterator[tuple[TokenSequence, int, int]]:
+        """Where the tokens lie that each row gains: rows are packed, each with its token and its drafts."""
+        drafted, accepted = self.drafts(batch, results)
+        first = 0
+        for sequence, guesses, right in zip(batch.decoding, drafted, accepted, strict=True):
+            yield sequence, first, first + 1 + right
+            first += 1 + guesses
+
+
+step_kind(Verify())

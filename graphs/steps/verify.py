@@ -1,0 +1,131 @@
+"""Steps that check guesses: every row runs its last token and drafts behind it, and samples behind each of them.
+
+Nothing of it waits for the host. Drafts come from the sequences on the device, what is right is counted there, and
+the sequences end there behind it. Keys and values of wrong drafts stay in their places until the next step writes
+over them: nobody reads beyond a sequence's length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from makeready.graphs.layers.inputs import Inputs
+from makeready.graphs.plan.buckets import Shapes
+from makeready.graphs.plan.plan import PlanError
+from makeready.graphs.plan.spec import VERIFY, CacheSpec, Field, Limits, StepSpec, fields
+from makeready.graphs.plan.speculative import METHODS, Speculative
+from makeready.graphs.steps.base import Sizing, step_kind
+from makeready.graphs.steps.generate import (
+    run,
+    sample,
+    sampling_slot,
+    sequence_fields,
+    sequence_slot,
+    token_results,
+)
+from makeready.kernels.spec import ROWS, TOKENS
+from makeready.kernels.step import draft
+
+if TYPE_CHECKING:
+    from makeready.graphs.models.family import Model
+    from makeready.graphs.planner.request import Request
+
+MOST_NGRAM = 32  # every place of a context is compared with so many tokens at most
+_WHOLE = ("num_draft_tokens", "ngram_min", "ngram_max", "max_rows")
+
+
+@dataclass(frozen=True)
+class Verify:
+    """One token and its drafts a row."""
+
+    name: str = VERIFY
+
+    def spec(self, limits: Limits, request: Request, cache: CacheSpec) -> StepSpec | None:
+        asked = request.speculative
+        _check(asked, limits, cache)
+        if asked.method is None:
+            return None
+        each = 1 + asked.num_draft_tokens
+        rows = min(limits.max_rows, asked.max_rows, limits.max_tokens // each)
+        staged = sequence_fields(limits, cache) + fields(
+            ("limit", (ROWS,), "int32", 0),  # tokens that the sequence may come to
+        )
+        counted = fields(
+            ("drafted", (ROWS,), "int32", 0),  # drafts that were run
+            ("accepted", (ROWS,), "int32", 0),  # of these, the first ones that were right
+        )
+        return StepSpec(rows, rows * each, each, staged, token_results(limits, TOKENS) + counted)
+
+    def slot(self, limits: Limits, cache: CacheSpec) -> tuple[Field, ...]:
+        return sequence_slot(limits, cache) + sampling_slot(limits)
+
+    def trace(
+        self, model: Model, inputs: Inputs, limits: Limits, request: Request
+    ) -> Mapping[str, torch.Tensor]:
+        i, asked = inputs, request.speculative
+        ids, start, count, slots, context = draft.draft_ngram(
+            i.token_ids, i.row_slot, i.row_start, i.query_start, i.query_len, i.sample_slot, i.limit,
+            i.length, i.history, ngram_min=asked.ngram_min, ngram_max=asked.ngram_max,
+        )  # fmt: skip
+        logits, i = run(model, i.adding(token_ids=ids, query_start=start, query_len=count), limits)
+        reach = i.context_len
+        made = sample(logits, i.adding(sample_slot=slots, context_len=context), limits)
+        drafted, accepted = draft.accept_drafts(
+            ids, made["tokens"], i.row_slot, start, count, reach, i.length
+        )
+        return made | {"drafted": drafted, "accepted": accepted}
+
+    def shapes(self, sizing: Sizing) -> Shapes:
+        most = sizing.step.rows
+        expected = {rows: weight for rows, weight in sizing.traffic.decode_rows.items() if rows <= most}
+        return Shapes(rows=expected, count=sizing.max_decode_buckets)
+
+
+def _check(asked: Speculative, limits: Limits, cache: CacheSpec) -> None:
+    """Raise :class:`PlanError` for what cannot be."""
+    if asked.method is None:
+        changed = [name for name in _WHOLE if getattr(asked, name) != getattr(Speculative(), name)]
+        if changed:
+            raise PlanError(
+                f"speculative.{changed[0]}={getattr(asked, changed[0])} is of no use without a method; "
+                f"add speculative.method={METHODS[0]}"
+            )
+        return
+    if asked.method not in METHODS:
+        raise PlanError(
+            f"speculative.method={asked.method} is not built; choose {', '.join(METHODS)}, or null for none"
+        )
+    for name in _WHOLE:
+        value = getattr(asked, name)
+        if type(value) is not int or value < 1:
+            raise PlanError(f"speculative.{name}={value} must be a whole number of at least 1")
+    if asked.ngram_min > asked.ngram_max:
+        raise PlanError(
+            f"speculative.ngram_min={asked.ngram_min} is above ngram_max={asked.ngram_max}; lower it"
+        )
+    if asked.ngram_max > MOST_NGRAM:
+        raise PlanError(
+            f"speculative.ngram_max={asked.ngram_max} is above {MOST_NGRAM}, the most that are compared; lower it"
+        )
+    if 1 + asked.num_draft_tokens > limits.max_tokens:
+        raise PlanError(
+            f"speculative.num_draft_tokens={asked.num_draft_tokens} and the token before them do not fit into steps "
+            f"of plan.max_tokens={limits.max_tokens}; lower the one or raise the other"
+        )
+    if cache.states:
+        raise PlanError(
+            f"speculative.method={asked.method} takes wrong drafts back, and the model's state "
+            f"{cache.states[0].name} cannot be taken back; leave speculative.method out"
+        )
+    if 1 + asked.num_draft_tokens > limits.context_len:
+        raise PlanError(
+            f"speculative.num_draft_tokens={asked.num_draft_tokens} is beyond plan.context_len="
+            f"{limits.context_len}; lower it"
+        )
+
+
+step_kind(Verify())

@@ -1,0 +1,308 @@
+"""Speculative decoding: whatever is guessed, requests get the tokens that they get without, one by one.
+
+Requests run alone under an ordinary plan, then together under plans that guess, with few pages, cut prompts and
+cached prefixes. A deterministic plan gives the same log-probabilities to the last bit.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from makeready.engine.llm import LLM, Output, SamplingParams, SchedulerOptions
+from makeready.engine.loop import Engine
+from makeready.graphs.checkpoint.dummy import DummyCheckpoint
+from makeready.graphs.plan.plan import PlanError
+from makeready.graphs.plan.spec import VERIFY
+from makeready.graphs.planner.compile import compile_plan
+
+VOCABULARY, CONTEXT = 96, 96
+QWEN3: dict[str, Any] = {
+    "model_type": "qwen3",
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": VOCABULARY,
+    "hidden_size": 40,  # no multiple of a vector or a panel
+    "intermediate_size": 100,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 20,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+}
+WINDOWED = {
+    **{k: v for k, v in QWEN3.items() if k not in ("rope_theta", "head_dim")},
+    "model_type": "mistral",
+    "architectures": ["MistralForCausalLM"],
+    "sliding_window": 11,
+}
+LATENT = {
+    **{k: v for k, v in QWEN3.items() if k not in ("head_dim", "num_key_value_heads")},
+    "model_type": "deepseek_v3",
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "num_hidden_layers": 1,
+    "q_lora_rank": 28,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 14,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 0,
+}
+LIMITS: dict[str, Any] = {"max_rows": 4, "max_tokens": 40, "context_len": CONTEXT, "max_logprob_tokens": 20}
+STEMS = [[(7 * i * i + 3 * s) % VOCABULARY for i in range(50)] for s in range(2)]
+# Few tokens are likely, so that they come in the same order again.
+LIKELY = {"logit_bias": {3: 40.0, 8: 40.0, 21: 40.0}}
+ASKED: list[dict[str, Any]] = [
+    {"temperature": 0},
+    {"temperature": 0, **LIKELY},
+    {"temperature": 0, "repetition_penalty": 1.3, "presence_penalty": 0.5},
+    {"temperature": 0, "frequency_penalty": -2.0},
+    {"temperature": 0.9, "frequency_penalty": -2.0},
+    {"temperature": 0.8, "top_k": 20, "top_p": 0.8, **LIKELY},
+    {"temperature": 1.2, "min_p": 0.1, "presence_penalty": -1.0, "repetition_penalty": 0.8},
+    {"temperature": 1.0, "stop_token_ids": [3], "ignore_eos": False, **LIKELY},
+    {"temperature": 1.0, "stop_token_ids": [3, 8], "min_new_tokens": 11, "ignore_eos": False, **LIKELY},
+    {"temperature": 0, "max_new_tokens": 1},
+    {"temperature": 0, "max_new_tokens": 2, **LIKELY},
+    {"temperature": 0.5, "max_new_tokens": 3, **LIKELY},
+    *({"temperature": 1.0, "max_new_tokens": most, "logit_bias": {3: 90.0}} for most in range(14, 20)),
+]
+
+
+def requests() -> list[tuple[list[int], SamplingParams]]:
+    """Prompts of any length, some of which fill the context with their output, and some that are asked of twice."""
+    made = []
+    for i, fields in enumerate(ASKED):
+        prompt = [*STEMS[i % 2][: 4 * (i % 7)], *([5, 6, 7] * (i % 3)), i]
+        room = CONTEXT - len(prompt)
+        params = {"max_new_tokens": room if i % 3 == 0 else 30 + i, "ignore_eos": True, **fields}
+        scored = {"return_logprob": i % 2 == 0, "top_logprobs_num": 3 * (i % 4 == 0)}
+        made.append((prompt, SamplingParams(sampling_seed=i, **scored, **params)))
+    return made
+
+
+@pytest.fixture(scope="module", autouse=True)
+def large_weights() -> Iterator[None]:
+    """Weights of the usual size leave the logits so small that all tokens are alike."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("makeready.graphs.checkpoint.dummy.SCALE", 0.3)
+        yield
+
+
+def load(config: dict[str, Any], drafts: int = 0, **options: Any) -> LLM:
+    checkpoint = DummyCheckpoint(dict(config))
+    if drafts:
+        options |= {"speculative": {"method": "ngram", "num_draft_tokens": drafts}}
+    return LLM(checkpoint, compile_plan(checkpoint, **LIMITS, **options))
+
+
+@pytest.fixture(scope="module")
+def alone(large_weights: None) -> dict[str, list[Output]]:
+    """What requests get one by one and without drafts, by model."""
+    made = {}
+    for name, config, options in (("qwen3", QWEN3, {}), ("exact", QWEN3, {"deterministic": True})):
+        llm = load(config, **options)
+        made[name] = [llm.generate(token_ids=[p], sampling=s)[0] for p, s in requests()]
+    return made
+
+
+def together(
+    llm: LLM, pages: int | None = None, **options: Any
+) -> tuple[list[Output], Counter[tuple[int, int]]]:
+    """All requests at once, under steps that count as under way until the next is launched where they overlap.
+
+    Also how often so many drafts were right of so many.
+    """
+    executable: Any = llm.engine.executable
+    executable.pages, executable.asynchronous = pages or executable.pages, True
+    llm.engine = Engine(executable, SchedulerOptions(**{"speculation": "always", **options}))
+    found, launch = Counter[tuple[int, int]](), type(executable).launch
+
+    def watched(bucket: Any, step: Any, **more: Any) -> Any:
+        pending = launch(executable, bucket, step, **more)
+        if bucket.phase == VERIFY:
+            live, results = step["query_len"] > 0, pending.wait()
+            found.update(
+                zip(results["accepted"][live].tolist(), results["drafted"][live].tolist(), strict=True)
+            )
+        return pending
+
+    executable.launch = watched
+    prompts, sampling = zip(*requests(), strict=True)
+    made = llm.generate(token_ids=list(prompts), sampling=list(sampling))
+    llm.engine.pools.check()
+    assert llm.engine.pool.held == 0
+    return made, found
+
+
+def assert_alike(made: list[Output], expected: list[Output], exact: bool = False) -> None:
+    for output, wanted in zip(made, expected, strict=True):
+        assert output.error is None
+        assert output.token_ids == wanted.token_ids
+        assert output.finish_reason == wanted.finish_reason
+        assert (output.logprobs is None) == (wanted.logprobs is None)
+        if exact:
+            assert output.logprobs == wanted.logprobs
+        elif output.logprobs is not None and wanted.logprobs is not None:
+            for one, other in zip(output.logprobs, wanted.logprobs, strict=True):
+                assert one.token_id == other.token_id
+                assert one.logprob == pytest.approx(other.logprob, abs=1e-3)
+                assert [i for i, _ in one.top] == [i for i, _ in other.top]
+
+
+@pytest.mark.parametrize(("page_size", "drafts"), [(1, 3), (7, 1), (7, 8), (64, 3)])
+def test_tokens_are_those_without_drafts(alone: dict[str, list[Output]], page_size: int, drafts: int) -> None:
+    llm = load(QWEN3, drafts, page_size=page_size)
+    tight = {"new_token_ratio": 0.0, "min_new_token_ratio": 0.0}
+    found, retractions, cached = Counter[tuple[int, int]](), 0, 0
+    row = -(-CONTEXT // page_size)
+    for overlap, chunk, pages in ((True, None, None), (True, 5, 1 + 2 * row), (False, 11, 1 + 2 * row)):
+        made, accepted = together(
+            llm, pages, overlap=overlap, chunked_prefill_size=chunk, **(tight if pages else {})
+        )
+        assert_alike(made, alone["qwen3"])
+        found += accepted
+        retractions += sum(output.meta_info["num_retractions"] for output in made)
+        cached += sum(output.meta_info["cached_tokens"] for output in made)
+    assert {right for right, _ in found} == set(range(drafts + 1))
+    assert retractions
+    assert cached or page_size == 64
+    assert len([1 for _, guessed in found if guessed == 0]), "no row was without drafts"
+
+
+def test_a_deterministic_plan_gives_the_same_bits(alone: dict[str, list[Output]]) -> None:
+    llm = load(QWEN3, 3, page_size=8, deterministic=True)
+    for pages in (None, 27):
+        made, found = together(
+            llm, pages, new_token_ratio=0.0, min_new_token_ratio=0.0, chunked_prefill_size=9
+        )
+        assert_alike(made, alone["exact"], exact=True)
+        assert sum(right for right, _ in found.elements()) > 50
+
+
+@pytest.mark.parametrize(("config", "options"), [(WINDOWED, {}), (LATENT, {"deterministic": True})])
+def test_windows_and_latents(config: dict[str, Any], options: dict[str, Any]) -> None:
+    plain, llm = load(config, page_size=4, **options), load(config, 4, page_size=4, **options)
+    expected = [plain.generate(token_ids=[p], sampling=s)[0] for p, s in requests()]
+    made, found = together(llm)
+    assert_alike(made, expected, exact=bool(options))
+    assert sum(right for right, _ in found.elements()) > 50
+
+
+def test_a_second_round_finds_prefixes_and_guesses_from_them(alone: dict[str, list[Output]]) -> None:
+    """Tokens that no step ran, since they were cached, are in the history that drafts come from."""
+    llm = load(QWEN3, 3, page_size=4)
+    prompt = [5, 6, 7, 8, 9, 10, 11, 12] * 4
+    heard: list[tuple[int, int]] = []
+    for _ in range(2):
+        llm.engine.observer = lambda record: heard.append((record.cached_tokens, record.drafted))
+        params = SamplingParams(temperature=0, max_new_tokens=2, ignore_eos=True, logit_bias={5: 90.0})
+        (output,) = llm.generate(token_ids=[prompt], sampling=params)
+        assert output.token_ids == (5, 5)
+    assert [cached for cached, _ in heard if cached] == [28]
+    # One token is left to be sampled then, which nothing is guessed for; with three there is.
+    more = SamplingParams(temperature=0, max_new_tokens=4, ignore_eos=True, logit_bias={5: 90.0})
+    heard.clear()
+    (output,) = llm.generate(token_ids=[prompt], sampling=more)
+    assert [cached for cached, _ in heard if cached] == [28]
+    assert sum(drafted for _, drafted in heard) >= 2
+
+
+def test_requests_that_leave_change_nothing_for_others(alone: dict[str, list[Output]]) -> None:
+    """Every second request is ended while it runs: its pages, with drafts in them, become others'."""
+    llm = load(QWEN3, 3, page_size=4)
+    executable: Any = llm.engine.executable
+    executable.pages, executable.asynchronous = 60, True
+    llm.engine = Engine(executable, SchedulerOptions(speculation="always"))
+    replies = [llm.replies(prompt, sampling)[0] for prompt, sampling in requests()]
+    for reply in replies:
+        llm.engine.submit(reply.sequence, reply)
+    left = replies[1::2]
+    while llm.engine.busy:
+        llm.engine.step()
+        for reply in left:
+            if len(reply.sequence.output) > 4 and not reply.done:
+                llm.engine.abort(reply.sequence)
+    for reply, wanted in zip(replies, alone["qwen3"], strict=True):
+        made = tuple(reply.sequence.output)
+        assert made == (wanted.token_ids[: len(made)] if reply in left else wanted.token_ids)
+    assert sum(reply.finish_reason == "abort" for reply in left) >= 3
+
+
+def test_what_was_guessed_is_told(alone: dict[str, list[Output]]) -> None:
+    llm = load(QWEN3, 4, page_size=8)
+    made, found = together(llm)
+    metas = [output.meta_info for output in made if "spec_verify_ct" in output.meta_info]
+    assert len(metas) >= 8
+    for meta in metas:
+        steps, right = meta["spec_verify_ct"], meta["spec_accept_token_num"]
+        assert 0 <= right <= meta["spec_draft_token_num"] <= 4 * steps
+        assert meta["spec_accept_length"] == pytest.approx(1 + right / steps)
+    # Steps that were under way when a request ended count for none.
+    assert sum(meta["spec_accept_token_num"] for meta in metas) <= sum(r for r, _ in found.elements())
+    (plain,) = llm.generate(token_ids=[[1, 2]], sampling=SamplingParams(max_new_tokens=1))
+    assert not any(name.startswith("spec_") for name in plain.meta_info)
+
+
+def test_the_scheduler_may_do_without(alone: dict[str, list[Output]]) -> None:
+    llm = load(QWEN3, 4, page_size=8)
+    made, found = together(llm, speculation="never")
+    assert_alike(made, alone["qwen3"])
+    assert not found
+
+
+def test_steps_are_tried_now_and_then_where_they_do_not_pay() -> None:
+    """A model that never repeats itself is run token by token, but for a try in some dozens of steps."""
+    llm = load(QWEN3, 4, page_size=8)
+    records: list[Any] = []
+    llm.engine.observer = records.append
+    # An alphabet that is used up: no token comes twice, so that no draft is right.
+    params = SamplingParams(temperature=1.0, presence_penalty=2.0, repetition_penalty=9.0, max_new_tokens=90)
+    llm.generate(token_ids=[[1]] * 2, sampling=params)
+    kinds = [record.bucket.phase for record in records if not record.prompt_tokens]
+    assert kinds[0] == VERIFY
+    last = kinds[len(kinds) // 2 :]
+    assert 0 < last.count(VERIFY) <= 1 + len(last) // 20
+    llm.generate(
+        token_ids=[[1]], sampling=SamplingParams(max_new_tokens=90, ignore_eos=True, logit_bias={5: 90.0})
+    )
+    kinds = [record.bucket.phase for record in records if not record.prompt_tokens]
+    assert kinds[-3:] == [VERIFY] * 3, "a sequence that repeats itself is not noticed"
+
+
+STATED: list[tuple[dict[str, Any], str]] = [
+    ({"method": "medusa"}, r"speculative\.method=medusa is not built; choose ngram"),
+    ({"num_draft_tokens": 8}, r"speculative\.num_draft_tokens=8 is of no use without a method"),
+    ({"method": "ngram", "num_draft_tokens": 0}, r"num_draft_tokens=0 must be a whole number of at least 1"),
+    ({"method": "ngram", "ngram_min": 5}, r"ngram_min=5 is above ngram_max=4"),
+    ({"method": "ngram", "ngram_max": 99}, r"ngram_max=99 is above 32"),
+    ({"method": "ngram", "num_draft_tokens": 40}, r"do not fit into steps of plan\.max_tokens=40"),
+]
+
+
+@pytest.mark.parametrize(("speculative", "message"), STATED)
+def test_what_cannot_be_is_refused(speculative: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        compile_plan(DummyCheckpoint(dict(QWEN3)), **LIMITS, speculative=speculative)
+
+
+def test_a_plan_remembers_it_and_keeps_few_rows() -> None:
+    checkpoint = DummyCheckpoint(dict(QWEN3))
+    asked = {"method": "ngram", "num_draft_tokens": 9, "max_rows": 2}
+    plan = compile_plan(checkpoint, **LIMITS, speculative=asked)
+    step = plan.steps[VERIFY]
+    assert (step.rows, step.tokens, step.each, plan.options.speculative.max_rows) == (2, 20, 10, 2)
+    assert set(step.ratios) == {b.rows for b in plan.buckets if b.phase == VERIFY}
+    assert all(ratio > 0.5 for ratio in step.ratios.values())
+    assert VERIFY not in compile_plan(checkpoint, **LIMITS).steps
