@@ -8,7 +8,6 @@ from torch import nn
 from makeready.graphs.layers.dense import BY_INPUTS, BY_OUTPUTS, Linear, Rows
 from makeready.graphs.layers.inputs import Inputs
 from makeready.graphs.layers.parameter import parameter
-from makeready.graphs.models.family import UnsupportedModelError
 from makeready.graphs.plan.spec import KVPart
 from makeready.kernels import elementwise, norm, rope
 from makeready.kernels.attention import paged, scaled
@@ -43,20 +42,11 @@ class PagedCache:
         self.scale = head_dim**-0.5 if scale is None else scale
 
     def parts(self, page_size: int, dtype: str) -> tuple[KVPart, ...]:
-        """The cache tensors.
-
-        Raises:
-            UnsupportedModelError: numbers of 4 bits lie in pairs, and heads have an odd number of features.
-        """
+        """The cache tensors."""
         found = PER_TOKEN_HEAD.get(dtype)
         if found is None:
             shape = (page_size, self.kv_heads, self.head_dim)
             return KVPart(f"{self.name}.k", shape, dtype), KVPart(f"{self.name}.v", shape, dtype)
-        if self.head_dim * found.bits % 8:
-            raise UnsupportedModelError(
-                f"kv.dtype={dtype} keeps two features in a byte, and heads of this model have {self.head_dim}; "
-                "choose kv.dtype=int8_per_token_head"
-            )
         shape = (page_size, self.kv_heads, found.row_bytes(self.head_dim))
         scales = (page_size, self.kv_heads, found.scales)
         return (

@@ -278,6 +278,8 @@ def decode_attention_cuda(call: OpCall) -> Sequence[Candidate]:
     element = DTYPE_BYTES[call.tensors["k_cache"].dtype]
     if element == 1:
         ways = ((tile, 4, 4, 2), (tile, 4, 6, 2), (half, 4, 6, 2), (2 * tile, 8, 3, 1))
+        if "scales" in call.tensors:  # small heads leave no registers for more
+            ways = (*ways, (max(16, tile // 4), 4, 4, 2))
     else:
         ways = ((tile, 4, 3, 2), (tile, 4, 4, 2), (half, 4, 6, 2), (half, 4, 4, 2), (half, 4, 3, 2))
     room = call.shared_bytes - 4096

@@ -132,21 +132,24 @@ def tilings(call: OpCall) -> list[Tiling]:
     head_dim, page, group = call.attrs["head_dim"], int(call.tensors["k_cache"].shape[1]), _group(call)
     D = power_of_two(max(head_dim, 16))
     tma, scaled = _addressable(call, D) and page % 32 == 0, "scales" in call.tensors
-    keys = min(64, 8192 // D)
+    keys, short = min(64, 8192 // D), 32
+    if call.attrs.get("bits") == 4:  # unpacking takes registers
+        keys //= 2
+        short = min(keys, short)
     if tma:
         keys = max(n for n in (32, 64) if n <= keys and page % n == 0)
     m = max(128 if D <= 128 else 64, power_of_two(group))
     element = DTYPE_BYTES[call.tensors["k_cache"].dtype]
     made = [
         Tiling(m, keys, False, tma, 4, 2, 2, False),
-        Tiling(m, 32, False, tma, 4, 3, 2, False),
+        Tiling(m, short, False, tma, 4, 3, 2, False),
         Tiling(m, keys, tma and not scaled, tma, 8, 2, 1),
         Tiling(m, keys, False, tma, 8, 3, 1),
         Tiling(64, keys, False, tma, 4, 2, 2),
     ]
     if call.invariant:
         tma = False
-        sides = ((m, keys, 8, 1), (m, 32, 8, 1), (64, keys, 4, 2), (64, 32, 4, 2))
+        sides = ((m, keys, 8, 1), (m, short, 8, 1), (64, keys, 4, 2), (64, short, 4, 2))
         made = [Tiling(t, n, False, tma, warps, 3, resident, masked=True) for t, n, warps, resident in sides]
     # What leaves registers for 192 sums and scores, else 144.
     plain = tma and call.attrs["window"] == 0 and not scaled

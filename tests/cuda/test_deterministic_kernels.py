@@ -141,6 +141,7 @@ def test_an_ordinary_plan_does_not(monkeypatch):
     "options",
     [
         {"quant": "fp8", "kv_dtype": "float8_e4m3fn"},
+        {"kv_dtype": "int4_per_token_head"},
         {"quant": "fp8_block"},
         {"disabled_passes": ("fuse_qkv", "fuse_silu_mul", "fuse_add_norm", "hoist_gather", "fuse_quantize")},
         {"quant": "fp8", "target": "sm_120a"},

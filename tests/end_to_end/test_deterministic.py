@@ -235,7 +235,7 @@ def busy() -> list[tuple[list[int], SamplingParams, int]]:
 TIGHT = {"policy": "priority", "preemption_threshold": 1, "new_token_ratio": 0.0, "min_new_token_ratio": 0.0}
 
 
-@pytest.mark.parametrize("pair", ["bfloat16", "window", "latent", "hybrid"], indirect=True)
+@pytest.mark.parametrize("pair", ["bfloat16", "window", "int4_cache", "latent", "hybrid"], indirect=True)
 def test_retraction_eviction_and_sharing_change_no_bit(pair: Pair) -> None:
     asked = busy()
     made = pair.together(asked, 14, **TIGHT, chunked_prefill_size=11)

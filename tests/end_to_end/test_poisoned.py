@@ -93,6 +93,7 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "int8": (QWEN3, {"quant": "int8"}),
     "latent": (LATENT, {"quant": "fp8", "kv_dtype": "float8_e4m3fn"}),
     "hybrid": (HYBRID, {}),
+    "hybrid_int4": (HYBRID, {"kv_dtype": "int4_per_token_head"}),
     "deterministic_hybrid": (HYBRID, {"deterministic": True}),
     "deterministic": (QWEN3, {"deterministic": True}),
     "deterministic_fp8": (QWEN2, {"deterministic": True, "quant": "fp8", "kv_dtype": "float8_e4m3fn"}),

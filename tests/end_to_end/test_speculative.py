@@ -191,7 +191,14 @@ def test_a_deterministic_plan_gives_the_same_bits(alone: dict[str, list[Output]]
         assert sum(right for right, _ in found.elements()) > 50
 
 
-@pytest.mark.parametrize(("config", "options"), [(WINDOWED, {}), (LATENT, {"deterministic": True})])
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        (WINDOWED, {}),
+        (WINDOWED, {"deterministic": True, "kv_dtype": "int4_per_token_head"}),
+        (LATENT, {"deterministic": True}),
+    ],
+)
 def test_windows_and_latents(config: dict[str, Any], options: dict[str, Any]) -> None:
     plain, llm = load(config, page_size=4, **options), load(config, 4, page_size=4, **options)
     expected = [plain.generate(token_ids=[p], sampling=s)[0] for p, s in requests()]

@@ -89,7 +89,13 @@ def place(plan: Plan, phase: str, op: str, nth: int) -> int:
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"weight_dtype": "float32"}, {"quant": "fp8", "kv_dtype": "float8_e4m3fn"}]
+    "fields",
+    [
+        {},
+        {"weight_dtype": "float32"},
+        {"quant": "fp8", "kv_dtype": "float8_e4m3fn"},
+        {"kv_dtype": "int4_per_token_head"},
+    ],
 )
 def test_sound_kernels_agree_with_the_references(fields: dict[str, Any]) -> None:
     checkpoint = DummyCheckpoint(dict(CONFIG))

@@ -121,7 +121,7 @@ def test_every_op_of_a_decoder_has_an_invariant_kernel():
     latent = {"mla_decode_attention", "mla_own_attention"}
     loading = {"quantize_fp8_block", "dequantize_fp8", "dequantize_fp8_block", "dequantize_int"}
     loading |= {"dequantize_int8", "dequantize_mx"}
-    assert without <= {"decode_attention", *loading, *latent}
+    assert without <= {"decode_attention", "decode_attention_scaled", *loading, *latent}
 
 
 @pytest.mark.parametrize(

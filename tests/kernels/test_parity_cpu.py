@@ -49,8 +49,8 @@ def compare(made: torch.Tensor, wanted: torch.Tensor, tolerance: Tolerance, labe
     """NaN in the same places, and the rest within the contract's tolerance."""
     assert made.shape == wanted.shape, label
     if made.dtype == torch.uint8 and tolerance.uint8:
-        pairs = (torch.stack((x & 15, x >> 4)).float() for x in (made, wanted))
-        compare(*pairs, Tolerance(tolerance.uint8), label)
+        mine, other = (torch.stack((x & 15, x >> 4)).float() for x in (made, wanted))
+        compare(mine, other, Tolerance(tolerance.uint8), label)
         return
     inexact = made.is_floating_point() or made.dtype == torch.int8  # which is a number with a scale
     if tolerance.exact or not inexact:

@@ -29,6 +29,7 @@ from test_attention_triton import (
     compiled,
     interpreted,
 )
+from test_invariant_triton import places_of_a_product_are_alike
 
 from makeready.kernels.attention.formats import CacheFormat
 from makeready.kernels.attention.scaled import (
@@ -44,7 +45,8 @@ assert isinstance(decode_attention_scaled, Contract)
 assert isinstance(extend_attention_scaled, Contract)
 assert isinstance(kv_write_scaled, Contract)
 assert isinstance(norm_rope_kv_write_scaled, Contract)
-assert _numpy_2_4  # a fixture for all tests here
+assert _numpy_2_4  # fixtures for all tests here
+assert places_of_a_product_are_alike
 
 formats = pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.dtype)
 
@@ -149,13 +151,8 @@ CHUNKS = ((0, 110), (0, 1), (0, 40), (33, 34), (63, 66), (70, 109), (109, 110))
 @interpreted
 @formats
 @pytest.mark.parametrize("window", [0, 37])
-def test_a_token_gets_the_same_bits_in_every_step(
-    window: int, kind: CacheFormat, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_token_gets_the_same_bits_in_every_step(window: int, kind: CacheFormat) -> None:
     """By the ways of deterministic plans."""
-    from test_invariant_triton import places_of_a_product_are_alike
-
-    places_of_a_product_are_alike.__wrapped__(monkeypatch)
     geometry = (4, 2, 32, 16, window)
     one = paged((110,), geometry, kind)
     q = torch.randn(110, 4 * 32).half()
