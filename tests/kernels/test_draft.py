@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import pytest
 import torch
 from step_inputs import DRAFT, DRAFTS, drafting
@@ -61,8 +63,8 @@ def test_a_sequence_ends_behind_the_last_right_draft():
     int32 = lambda values: torch.tensor(values, dtype=torch.int32)  # noqa: E731
     length = int32([0, 13, 23, 33, 41, 7])
     drafted, accepted = ops.accept_drafts(
-        int32([*sum(drafts, []), 0, 0]),
-        int32([*sum(sampled, []), 0, 0]),
+        int32([*chain(*drafts), 0, 0]),
+        int32([*chain(*sampled), 0, 0]),
         int32([1, 2, 3, 4, 5]),
         int32([0, 3, 6, 9, 10]),
         int32([*counts, 0]),

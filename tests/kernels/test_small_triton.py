@@ -277,15 +277,11 @@ def test_rows_of_one_slot_see_the_history_as_it_was(asked):
     operands["logits"], operands["row_slot"] = operands["logits"][:rows], torch.full((rows,), slot).int()
     operands["context_len"] = torch.arange(first, first + rows, dtype=torch.int32)
     operands["prompt_len"][slot] = first - 3
-    want, last = [], None
+    want = []
     for r in range(rows):
-        one = {**operands, "logits": operands["logits"][r : r + 1], "row_slot": operands["row_slot"][:1]}
-        last = {
-            **one,
-            "context_len": operands["context_len"][r : r + 1],
-            "history": operands["history"].clone(),
-        }
-        want.append(int(CONTRACTS["sample"].reference(**last)))
+        alone = {name: operands[name][r : r + 1] for name in ("logits", "row_slot", "context_len")}
+        alone |= {"history": operands["history"].clone()}
+        want.append(int(CONTRACTS["sample"].reference(**{**operands, **alone})))
     history = operands["history"].clone()
     history[slot, first : first + rows] = torch.tensor(want, dtype=torch.int32)
     clear = [r for r in range(rows) if margin(operands, r) > MARGIN]
