@@ -65,7 +65,7 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all rows, drafts among them."""
+        """Tokens of all rows, as many drafts among them as the step has room for."""
         return len(self.decoding) * self.kind.each + self.chunk_tokens
 
     @property

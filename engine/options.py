@@ -117,6 +117,11 @@ class SchedulerOptions:
                 "scheduler.deterministic=true needs a plan whose tokens depend on no batch; "
                 "recompile it with plan.deterministic=true"
             )
+        if self.speculation == ALWAYS and plan.limits.max_gain == 1:
+            raise RequestError(
+                "scheduler.speculation=always needs a plan whose steps verify drafts; "
+                "recompile it with speculative.method=ngram"
+            )
 
 
 _WHOLE = {

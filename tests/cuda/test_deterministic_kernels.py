@@ -89,11 +89,12 @@ def check(plan: Any, chosen: Mapping[Any, list[offers.Offer]]) -> None:
         phase: [
             launch
             for launch in program.launches
-            if launch.op != "gather_last" and not of_input & set(launch.results.values())
+            if launch.op not in ("gather_last", "draft_ngram", "accept_drafts")
+            and not of_input & set(launch.results.values())
         ]
         for phase, program in plan.programs.items()
     }
-    assert set(lists) == {"decode", "extend", "input_logprobs"}
+    assert set(lists) == set(plan.steps) >= {"decode", "extend", "input_logprobs"}
     assert len({len(launches) for launches in lists.values()}) == 1
     for step in zip(*lists.values(), strict=True):
         assert len({launch.op for launch in step}) == 1
@@ -144,6 +145,7 @@ def test_an_ordinary_plan_does_not(monkeypatch):
         {"kv_dtype": "int4_per_token_head"},
         {"quant": "fp8_block"},
         {"disabled_passes": ("fuse_qkv", "fuse_silu_mul", "fuse_add_norm", "hoist_gather", "fuse_quantize")},
+        {"speculative": {"method": "ngram", "num_draft_tokens": 3}},
         {"quant": "fp8", "target": "sm_120a"},
         {"target": "sm_80"},
     ],

@@ -98,6 +98,7 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "deterministic": (QWEN3, {"deterministic": True}),
     "deterministic_fp8": (QWEN2, {"deterministic": True, "quant": "fp8", "kv_dtype": "float8_e4m3fn"}),
     "deterministic_int4": (WINDOWED, {"deterministic": True, "kv_dtype": "int4_per_token_head"}),
+    "drafts": (QWEN3, {"speculative": {"method": "ngram", "num_draft_tokens": 3}}),
     "plain": (QWEN3, {"disabled_passes": ("merge_linears", "fuse_add_norm", "fuse_qkv", "hoist_gather")}),
 }
 
@@ -169,4 +170,5 @@ def test_what_belongs_to_nobody_changes_no_bit(name: str) -> None:
         if case.bucket.phase == INPUT_LOGPROBS:
             assert (clean["target_logprob"] < 0).all(), "nobody asked for log-probabilities"
     assert seen == set(executable.plan.buckets)
-    assert len(kinds) == 3
+    assert kinds == set(executable.plan.steps)
+    assert len(kinds) == 3 + (name == "drafts")

@@ -12,12 +12,16 @@ from typing import Any
 
 import pytest
 
+from makeready.engine.errors import RequestError
 from makeready.engine.llm import LLM, Output, SamplingParams, SchedulerOptions
 from makeready.engine.loop import Engine
 from makeready.graphs.checkpoint.dummy import DummyCheckpoint
 from makeready.graphs.plan.plan import PlanError
-from makeready.graphs.plan.spec import VERIFY
+from makeready.graphs.plan.spec import VERIFY, CacheGroup, CacheSpec, Limits
+from makeready.graphs.plan.speculative import Speculative
 from makeready.graphs.planner.compile import compile_plan
+from makeready.graphs.planner.request import Request
+from makeready.graphs.steps.base import declare
 
 VOCABULARY, CONTEXT = 96, 96
 QWEN3: dict[str, Any] = {
@@ -292,6 +296,7 @@ STATED: list[tuple[dict[str, Any], str]] = [
     ({"method": "medusa"}, r"speculative\.method=medusa is not built; choose ngram"),
     ({"num_draft_tokens": 8}, r"speculative\.num_draft_tokens=8 is of no use without a method"),
     ({"method": "ngram", "num_draft_tokens": 0}, r"num_draft_tokens=0 must be a whole number of at least 1"),
+    ({"method": "ngram", "num_draft_tokens": "4"}, r"num_draft_tokens=4 must be a whole number"),
     ({"method": "ngram", "ngram_min": 5}, r"ngram_min=5 is above ngram_max=4"),
     ({"method": "ngram", "ngram_max": 99}, r"ngram_max=99 is above 32"),
     ({"method": "ngram", "num_draft_tokens": 40}, r"do not fit into steps of plan\.max_tokens=40"),
@@ -302,6 +307,24 @@ STATED: list[tuple[dict[str, Any], str]] = [
 def test_what_cannot_be_is_refused(speculative: dict[str, Any], message: str) -> None:
     with pytest.raises(PlanError, match=message):
         compile_plan(DummyCheckpoint(dict(QWEN3)), **LIMITS, speculative=speculative)
+
+
+def test_states_are_refused_by_name() -> None:
+    cache = CacheSpec(8, (CacheGroup("kv", (), 8), CacheGroup("conv", (), None)))
+    limits = Limits(max_rows=2, max_tokens=16, context_len=32, page_size=8, max_gain=5)
+    with pytest.raises(PlanError, match="the model's state conv cannot be taken back"):
+        declare(limits, Request(speculative=Speculative("ngram")), cache)
+
+
+def test_a_plan_that_verifies_nothing_cannot_always() -> None:
+    checkpoint = DummyCheckpoint(dict(QWEN3))
+    plan = compile_plan(checkpoint, **LIMITS)
+    with pytest.raises(RequestError, match=r"recompile it with speculative\.method=ngram"):
+        LLM(checkpoint, plan, scheduler=SchedulerOptions(speculation="always"))
+    with pytest.raises(RequestError, match=r"there is no scheduler\.speculation='on'"):
+        SchedulerOptions(speculation="on")
+    with pytest.raises(RequestError, match="there is no such plan option"):
+        LLM(checkpoint, speculative={"method": "ngram", "depth": 3})
 
 
 def test_a_plan_remembers_it_and_keeps_few_rows() -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from fake_executable import VOCABULARY, FakeExecutable, Step, sample
+from fake_executable import VOCABULARY, FakeExecutable, Step, allowed_of, sample
 
 from makeready.graphs.plan.spec import VERIFY, Bucket, CacheSpec, Limits
 from makeready.graphs.plan.speculative import NGRAM, Speculative
@@ -43,7 +43,7 @@ class DraftingExecutable(FakeExecutable):
     def launch(self, bucket: Bucket, step: Mapping[str, np.ndarray], *, cut: bool = False) -> Step:
         if bucket.phase != VERIFY:
             return super().launch(bucket, step, cut=cut)
-        assert not cut, "nobody here has a mask"
+        assert self._at_cut is None, "a step stands at its cut while another is launched"
         kind = self.plan.steps[VERIFY]
         assert bucket in self.plan.buckets
         assert set(step) == {field.name for field in kind.staged}
@@ -55,19 +55,30 @@ class DraftingExecutable(FakeExecutable):
         }
         self._begin(step, rows)
         runs = [self._guess(row, step) for row in range(rows)]
-        at = 0
-        for row, (slot, start, ids, sampled) in enumerate(runs):
+        for slot, start, _, _ in runs:
             self._read_row(slot, start)
-            right = 0
-            while right + 1 < len(ids) and ids[right + 1] == sampled[right]:
-                right += 1
-            self._history[slot, start + 1 : start + 1 + len(ids)] = sampled
-            self._length[slot] = start + 1 + right
-            results["tokens"][at : at + len(ids)] = sampled
-            results["drafted"][row], results["accepted"][row] = len(ids) - 1, right
-            self.accepted[right, len(ids) - 1] += 1
-            at += len(ids)
         self._end()
+
+        def draw() -> None:
+            at = 0
+            for row, (slot, start, ids, sampled) in enumerate(runs):
+                if self._slots[slot]["masked"]:  # what may come is known by now
+                    assert cut
+                    sampled = [allowed_of(self._allowed[slot], token) for token in sampled]
+                right = 0
+                while right + 1 < len(ids) and ids[right + 1] == sampled[right]:
+                    right += 1
+                self._history[slot, start + 1 : start + 1 + len(ids)] = sampled
+                self._length[slot] = start + 1 + right
+                results["tokens"][at : at + len(ids)] = sampled
+                results["drafted"][row], results["accepted"][row] = len(ids) - 1, right
+                self.accepted[right, len(ids) - 1] += 1
+                at += len(ids)
+
+        if cut:
+            self._at_cut = draw
+        else:
+            draw()
         self.steps.append((bucket, rows, tokens))
         return Step(results)
 
@@ -78,6 +89,9 @@ class DraftingExecutable(FakeExecutable):
         start = int(self._length[slot])
         most = min(int(step["query_len"][row]), limit - 1 - start)
         assert most >= 1, "a row runs that has come to its end"
+        assert most == 1 or not self._slots[slot]["masked"], (
+            "drafts behind which one mask would count for all"
+        )
         skill, ids, sampled = rng.choice([0.0, 0.7, 1.0]), [int(self._history[slot, start])], list[int]()
         for n in range(rng.choice([1, most, most])):
             if n:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from drafting import DraftingExecutable
 from fake_executable import VOCABULARY, FakeExecutable, allowed_of, buckets_of, fold, sample
 from test_overlap import Diary
 
@@ -80,11 +82,22 @@ def alone(prompt: Sequence[int], seed: int, count: int, *, ruled: bool) -> list[
 @pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("pages", [15, 60])  # few: sequences are sent back to wait
-def test_what_comes_is_what_brute_force_says(pages: int, seed: int, overlap: bool, forced: bool) -> None:
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_what_comes_is_what_brute_force_says(
+    drafts: int, pages: int, seed: int, overlap: bool, forced: bool
+) -> None:
     rng = random.Random(seed)
-    executable = FakeExecutable(LIMITS, buckets_of(LIMITS), pages, asynchronous=overlap)
+    if drafts:
+        limits = replace(LIMITS, max_gain=1 + drafts)
+        executable: FakeExecutable = DraftingExecutable(limits, buckets_of(limits), pages, overlap, seed)
+    else:
+        executable = FakeExecutable(LIMITS, buckets_of(LIMITS), pages, asynchronous=overlap)
     options = SchedulerOptions(
-        new_token_ratio=0.3, min_new_token_ratio=0.1, forced_tokens=forced, decode_interval=seed % 3
+        new_token_ratio=0.3,
+        min_new_token_ratio=0.1,
+        forced_tokens=forced,
+        decode_interval=seed % 3,
+        speculation="always" if drafts else "auto",
     )
     engine = Engine(executable, options)
     shared = [rng.randrange(VOCABULARY) for _ in range(9)]
@@ -109,6 +122,8 @@ def test_what_comes_is_what_brute_force_says(pages: int, seed: int, overlap: boo
         assert one.output == alone(one.prompt, one.seed, one.sampling.max_new_tokens, ruled=ruled)
         complete = ruled and one.output[-1] % 11 == 3
         assert one.finish_reason == (STOP if complete else LENGTH)
+    if isinstance(executable, DraftingExecutable):
+        assert any(right for right, _ in executable.accepted)
     assert pages > 15 or any(one.retractions for one, _ in sequences)
 
 

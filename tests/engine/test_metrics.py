@@ -80,6 +80,9 @@ def test_steps_are_counted() -> None:
             retractions=1,
             launch_start=9.0,
             results_read=9.5,
+            drafts=4,
+            drafted=12,
+            accepted=7,
         )
     )
     found = {
@@ -88,6 +91,8 @@ def test_steps_are_counted() -> None:
     }
     assert (found["generated_tokens_total",], found["prompt_tokens_total",]) == (3 * 6 + 5, 45)
     assert (found["cached_tokens_total",], found["retractions_total",]) == (16, 1)
+    guessed = [found[f"{name}_total",] for name in ("drafts", "drafted_tokens", "accepted_tokens")]
+    assert guessed == [4, 12, 7]
     assert (found["waiting_requests",], found["running_requests",]) == (2, 6)
     assert [found["kv_pages", state] for state in ("free", "cached", "held")] == [5, 4, 3]
     assert (found["steps_total", "decode-8"], found["padding_tokens_total", "decode-8"]) == (3, 6)

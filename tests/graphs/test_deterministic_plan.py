@@ -52,11 +52,21 @@ def test_all_phases_run_the_same_calls():
     assert {"query_start", "query_len"} <= set(attention.operands)
 
 
+def test_steps_that_verify_drafts_run_them_too_and_say_otherwise_what_they_run():
+    made = programs(deterministic=True, speculative={"method": "ngram"})
+    assert set(made) == {"decode", "extend", "input_logprobs", "verify"}
+    ops = {name: [call.op for call in program.calls] for name, program in made.items()}
+    assert [op for op in ops["verify"] if op not in ("draft_ngram", "accept_drafts")] == ops["decode"]
+
+
 def test_phases_that_differ_are_found():
     with pytest.raises(VerificationError, match=r"decode and extend compute tokens differently: .*attention"):
         verify_alike(programs())
     made = programs(deterministic=True)
-    shorter = replace(made["input_logprobs"], calls=made["input_logprobs"].calls[1:])
+    calls = made["input_logprobs"].calls
+    left = tuple(call for call in calls if call.op != "embedding")
+    assert len(left) == len(calls) - 1
+    shorter = replace(made["input_logprobs"], calls=left)
     with pytest.raises(VerificationError, match="decode and input_logprobs"):
         verify_alike({**made, "input_logprobs": shorter})
 

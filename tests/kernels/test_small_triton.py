@@ -268,6 +268,37 @@ def test_sample(rows, vocabulary, spread):
 
 
 @interpreted
+@pytest.mark.parametrize("asked", [1, 4, 7, 10])
+def test_rows_of_one_slot_see_the_history_as_it_was(asked):
+    """As drafts are sampled behind: every row at the place behind the one before it, written by none but it."""
+    rows = 6
+    operands = requests(24, 331)
+    slot, first = int(operands["row_slot"][asked]), 200
+    operands["logits"], operands["row_slot"] = operands["logits"][:rows], torch.full((rows,), slot).int()
+    operands["context_len"] = torch.arange(first, first + rows, dtype=torch.int32)
+    operands["prompt_len"][slot] = first - 3
+    want = []
+    for r in range(rows):
+        alone = {name: operands[name][r : r + 1] for name in ("logits", "row_slot", "context_len")}
+        alone |= {"history": operands["history"].clone()}
+        want.append(int(CONTRACTS["sample"].reference(**{**operands, **alone})))
+    history = operands["history"].clone()
+    history[slot, first : first + rows] = torch.tensor(want, dtype=torch.int32)
+    clear = [r for r in range(rows) if margin(operands, r) > MARGIN]
+    assert len(clear) >= rows - 1
+    made = {"history": operands["history"].clone()}
+    assert CONTRACTS["sample"].reference(**{**operands, **made}).tolist() == want
+    assert made["history"].equal(history)
+    for kernel in registry.cuda_kernels("sample"):
+        for candidate in kernel.candidates(op_call("sample", operands, {})):
+            own = {**operands, "history": operands["history"].clone()}
+            got = launch_interpreted(candidate, op_call("sample", operands, {}), own)
+            assert [int(got["tokens"][r]) for r in clear] == [want[r] for r in clear]
+            assert all(own["history"][slot, first + r] == want[r] for r in clear)
+            assert own["history"][:, :first].equal(history[:, :first])
+
+
+@interpreted
 @pytest.mark.parametrize("vocabulary", [131, 4200])
 @pytest.mark.parametrize("greedy", [True, False])
 def test_sample_refuses_rows_that_are_not_finite(vocabulary, greedy):

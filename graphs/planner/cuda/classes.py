@@ -17,6 +17,8 @@ from makeready.kernels.device import OpCall, Tensor
 from makeready.kernels.size import Dim
 from makeready.kernels.spec import ROWS, TOKENS, TensorSpec
 
+INTEGERS = ("int32", "int64")
+
 
 @dataclass(frozen=True)
 class _Value:
@@ -39,9 +41,20 @@ class CallClass:
 
     @property
     def alike(self) -> tuple[object, ...]:
-        """What the class has in common with those of the same calls in other phases, where T may be R."""
-        values = tuple(replace(v, spec=v.spec.renamed({TOKENS: ROWS})) for v in self.values)
+        """What the class has in common with those of the same calls in other phases, where T may be R.
+
+        Integers may be staged in one phase and made by a launch in another; no tensor map reaches behind them.
+        """
+        values = tuple(
+            replace(v, spec=v.spec.renamed({TOKENS: ROWS}), spare=v.spare and v.spec.dtype not in INTEGERS)
+            for v in self.values
+        )
         return self.op, values, self.attrs
+
+    @property
+    def says_what_runs(self) -> bool:
+        """Whether it makes integers of integers alone: such ops are exact, whatever a step is."""
+        return all(v.spec.dtype in INTEGERS for v in self.values)
 
     def call(self, bucket: Bucket, context: int, target: Target, *, most_rows: int = 0) -> OpCall:
         """The call in ``bucket``, as implementations see it.

@@ -194,7 +194,9 @@ def _check_alike(
         phase: [
             (classes[phase][launch.op_class].alike, launch)
             for launch in program.launches
-            if CONTRACTS[launch.op].selects_rows is None and not set(reports) & set(launch.results.values())
+            if CONTRACTS[launch.op].selects_rows is None
+            and not classes[phase][launch.op_class].says_what_runs
+            and not set(reports) & set(launch.results.values())
         ]
         for phase, program in programs.items()
     }
