@@ -81,8 +81,9 @@ def _sampling(params: Any) -> dict[str, Any]:
         )
     made: dict[str, Any] = {}
     for field in params.DESCRIPTOR.fields:
-        name, value = RENAMED.get(field.name, field.name), _plain(getattr(params, field.name))
-        if field.has_presence and not params.HasField(field.name):
+        theirs = str(field.name)
+        name, value = RENAMED.get(theirs, theirs), _plain(getattr(params, theirs))
+        if field.has_presence and not params.HasField(theirs):
             continue
         if name in CHECKS:
             made[name] = value or NEUTRAL.get(name, value)
