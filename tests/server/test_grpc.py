@@ -96,7 +96,7 @@ def test_tokens_are_those_of_the_engine_and_end_where_they_are_told_to(
         assert stopped.complete.matched_token_id == tokens[-1]
 
 
-def test_a_client_that_leaves_ends_its_request() -> None:
+def test_a_client_that_leaves_ends_its_request(caplog: pytest.LogCaptureFixture) -> None:
     with connected() as (server, stub):
         server.executable.shut()
         calls = [stub.Generate(asked([1, each], 200, stream=each == 1)) for each in (1, 2)]
@@ -116,6 +116,7 @@ def test_a_client_that_leaves_ends_its_request() -> None:
         server.executable.open()
         assert error.code() is Code.DEADLINE_EXCEEDED
         until(lambda: not server.service.running and not server.engine.busy)
+    assert not caplog.records
 
 
 def test_abort_ends_a_request_by_its_id() -> None:
