@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from fake_executable import alone
 from in_process import InProcess, served
 from server_process import ROOT, WAIT_SECONDS, until
 
+from makeready.engine.sampling import SamplingParams
 from makeready.engine.server.settings import ServerSettings
 
 grpc = pytest.importorskip("grpc")
@@ -23,6 +25,7 @@ from smg_grpc_proto.generated import common_pb2  # noqa: E402
 from smg_grpc_proto.generated import sglang_scheduler_pb2 as pb  # noqa: E402
 from smg_grpc_proto.generated.sglang_scheduler_pb2_grpc import SglangSchedulerStub  # noqa: E402
 
+from makeready.engine.protocol.sglang_grpc.body import OTHERS, RENAMED, read  # noqa: E402
 from makeready.engine.server.rpc.scheduler import UNSERVED, Scheduler  # noqa: E402
 
 Code = grpc.StatusCode
@@ -93,7 +96,7 @@ def test_tokens_are_those_of_the_engine_and_end_where_they_are_told_to(
         assert stopped.complete.matched_token_id == tokens[-1]
 
 
-def test_a_client_that_leaves_ends_its_request() -> None:
+def test_a_client_that_leaves_ends_its_request(caplog: pytest.LogCaptureFixture) -> None:
     with connected() as (server, stub):
         server.executable.shut()
         calls = [stub.Generate(asked([1, each], 200, stream=each == 1)) for each in (1, 2)]
@@ -113,6 +116,7 @@ def test_a_client_that_leaves_ends_its_request() -> None:
         server.executable.open()
         assert error.code() is Code.DEADLINE_EXCEEDED
         until(lambda: not server.service.running and not server.engine.busy)
+    assert not caplog.records
 
 
 def test_abort_ends_a_request_by_its_id() -> None:
@@ -233,6 +237,31 @@ def test_fields_that_were_not_set_change_nothing() -> None:
         assert whole.complete.prompt_tokens == 2
         assert whole.complete.completion_tokens == 254
         assert whole.complete.finish_reason == "length"
+
+
+def test_every_parameter_is_read_under_its_name() -> None:
+    """And none is left to what the model's generation_config.json would like, but for the limit."""
+    plain = read(pb.GenerateRequest(tokenized=pb.TokenizedInput(input_ids=[1]))).ask.sampling
+    ours = {field.name for field in dataclasses.fields(SamplingParams)}
+    theirs = {RENAMED.get(field.name, field.name) for field in pb.SamplingParams.DESCRIPTOR.fields}
+    assert theirs - ours == set(OTHERS)
+    given = SamplingParams(temperature=0, skip_special_tokens=False)
+    assert SamplingParams(**plain) == given
+    assert theirs & ours - set(plain) == {"max_new_tokens", "regex", "json_schema", "structural_tag", "ebnf"}
+    params = pb.SamplingParams(
+        temperature=0.5, top_p=0.25, top_k=7, min_p=0.125, frequency_penalty=1, presence_penalty=-1,
+        repetition_penalty=1.5, max_new_tokens=0, stop=["a"], stop_token_ids=[3], skip_special_tokens=True,
+        n=2, min_new_tokens=1, ignore_eos=True, no_stop_trim=True, logit_bias={"5": -2.0}, ebnf_grammar="x",
+    )  # fmt: skip
+    request = pb.GenerateRequest(tokenized=pb.TokenizedInput(input_ids=[1]), sampling_params=params)
+    request.return_logprob, request.logprob_start_len, request.top_logprobs_num = True, -1, 3
+    assert read(request).ask.sampling == {
+        "temperature": 0.5, "top_p": 0.25, "top_k": 7, "min_p": 0.125, "frequency_penalty": 1,
+        "presence_penalty": -1, "repetition_penalty": 1.5, "max_new_tokens": 0, "stop": ["a"],
+        "stop_token_ids": [3], "skip_special_tokens": True, "n": 2, "min_new_tokens": 1, "ignore_eos": True,
+        "no_stop_trim": True, "logit_bias": {"5": -2.0}, "ebnf": "x", "return_logprob": True,
+        "logprob_start_len": -1, "top_logprobs_num": 3,
+    }  # fmt: skip
 
 
 def test_keys() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
+import signal
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,14 +15,17 @@ from typing import Any
 import httpx
 import pytest
 import tokenizers
+from in_process import served
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind
-from server_process import ServerProcess, until
+from server_process import WAIT_SECONDS, ServerProcess, until
 from small_model import small_model
+from test_ends import TINY
 from transformers import AutoTokenizer
 
 from makeready.engine.server.settings import ServerSettings
+from makeready.engine.server.tracing import Tracing
 from makeready.engine.text.bundle import bundle
 from makeready.engine.text.tokenizer import load_tokenizer
 from makeready.graphs.checkpoint.base import open_checkpoint
@@ -184,10 +189,6 @@ def test_files_of_a_folder_are_sent_as_they_are(tmp_path: Path) -> None:
 
 
 def test_a_call_continues_its_clients_trace() -> None:
-    from in_process import served
-
-    from makeready.engine.server.tracing import Tracing
-
     spans = InMemorySpanExporter()
     trace = "0af7651916cd43dd8448eb211c80319c"
     metadata = (("traceparent", f"00-{trace}-b7ad6b7169203331-01"),)
@@ -209,3 +210,25 @@ def test_a_call_continues_its_clients_trace() -> None:
     assert (bad.attributes or {})["rpc.grpc.status_code"] == grpc.StatusCode.INVALID_ARGUMENT.value[0]
     below = [span.name for span in spans.get_finished_spans() if span.name != "llm_request"]
     assert sorted(below) == ["decode", "prefill", "queue"]
+
+
+@pytest.mark.slow
+def test_sigterm_lets_calls_end() -> None:
+    options = (*TINY, "grpc_port=0", "drain_seconds=900", "health_seconds=900")
+    with ServerProcess(*options) as server, grpc.insecure_channel(server.grpc) as channel:
+        stub, host = SglangSchedulerStub(channel), server.host
+        call = stub.Generate(asked([1, 2, 3], stream=True, max_new_tokens=1500, ignore_eos=True))
+        made = list(next(call).chunk.token_ids)
+        os.kill(host, signal.SIGSTOP)  # so that it does not end before all is seen
+        server.process.send_signal(signal.SIGTERM)
+        until(lambda: not stub.HealthCheck(pb.HealthCheckRequest()).healthy)
+        with pytest.raises(grpc.RpcError) as refused:
+            list(stub.Generate(asked([1, 2, 3])))
+        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert dict(refused.value.trailing_metadata())["retry-after"]
+        os.kill(host, signal.SIGCONT)
+        *chunks, last = call
+        made += [token for each in chunks for token in each.chunk.token_ids]
+        assert list(last.complete.output_ids) == made
+        assert len(made) == 1500
+        assert server.process.wait(WAIT_SECONDS) == 0, "".join(server.said)

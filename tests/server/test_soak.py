@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -23,10 +24,12 @@ from server_process import ServerProcess, events, until
 
 BLOCK, SCALE, SPEED = 512, 32, 20
 CONTEXT = 4352  # 126,195 tokens and 2,000 of an answer, by 32, and some
-TINY = (
+SMALL = (
     *("checkpoint=dummy", "model=smollm2_135m", "model.num_hidden_layers=2", "model.hidden_size=64"),
     *("model.intermediate_size=64", "model.num_attention_heads=2", "model.num_key_value_heads=1"),
-    *("plan.max_rows=64", f"plan.context_len={CONTEXT}", "plan.max_tokens=512", "kv.memory_gib=0.03"),
+)
+TINY = (
+    *(*SMALL, "plan.max_rows=64", f"plan.context_len={CONTEXT}", "plan.max_tokens=512", "kv.memory_gib=0.03"),
     *("scheduler.max_queued_requests=20000", "model.max_position_embeddings=8192"),
 )
 GROWTH_MIB = 64  # of a process behind the first third; allocators keep some of what they had
@@ -72,6 +75,82 @@ async def posted(url: str, path: str, body: dict[str, Any]) -> str:
         return b"".join(parts).decode()
     finally:
         writer.close()
+
+
+STREAMS, SECONDS = 256, 30.0
+WIDE = (*SMALL, "model.vocab_size=4096", "plan.max_rows=256", "plan.context_len=1024", "plan.max_tokens=512")
+
+
+def seconds_of(process: int) -> float:
+    """Processor time of a process."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+# Asks for /health twenty times a second, in a process of its own, and prints how many ms each took.
+HEALTH = """
+import http.client, sys, time
+host, port, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+connection, end = http.client.HTTPConnection(host, port), time.monotonic() + seconds
+while time.monotonic() < end:
+    began = time.perf_counter()
+    connection.request("GET", "/health")
+    answer = connection.getresponse()
+    answer.read()
+    assert answer.status == 200
+    print(1000 * (time.perf_counter() - began))
+    time.sleep(0.05)
+"""
+
+
+async def health(url: str, seconds: float) -> list[float]:
+    """Milliseconds that /health took, in order of size."""
+    at = urlsplit(url)
+    command = (sys.executable, "-c", HEALTH, str(at.hostname), str(at.port), str(seconds))
+    asks = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    said, _ = await asks.communicate()
+    assert asks.returncode == 0
+    return sorted(map(float, said.split()))
+
+
+@pytest.mark.soak
+def test_health_while_256_stream(capsys: pytest.CaptureFixture[str]) -> None:
+    """It is answered all the time; how fast is printed, beside the same with no streams, for machines differ."""
+    with ServerProcess(*WIDE) as server:
+        url, processes = server.url, (server.process.pid, server.host)
+        tokens = 0
+
+        async def stream() -> None:
+            nonlocal tokens
+            body = {"input_ids": [1, 2], "sampling_params": {"max_new_tokens": 64, "ignore_eos": True}}
+            while True:
+                await posted(url, "/generate", body | {"stream": True})
+                tokens += 64
+
+        async def main() -> None:
+            for count in (0, STREAMS):
+                streams = [asyncio.ensure_future(stream()) for _ in range(count)]
+                began, before = time.monotonic(), [seconds_of(process) for process in processes]
+                took = await health(url, SECONDS)
+                wall = time.monotonic() - began
+                shares = [
+                    (seconds_of(process) - at) / wall for process, at in zip(processes, before, strict=True)
+                ]
+                assert all(not each.done() for each in streams)
+                for each in streams:
+                    each.cancel()
+                await asyncio.gather(*streams, return_exceptions=True)
+                p50, p99 = (took[int(len(took) * share)] for share in (0.5, 0.99))
+                with capsys.disabled():
+                    print(
+                        f"{count} streams: /health p50 {p50:.1f}, p99 {p99:.1f}, most {took[-1]:.1f} ms of "
+                        f"{len(took)}; {tokens / wall:.0f} tokens/s; processors of server and engine: "
+                        f"{shares[0]:.2f} {shares[1]:.2f}; load {os.getloadavg()[0]:.1f}",
+                        flush=True,
+                    )
+            assert tokens
+
+        asyncio.run(main())
 
 
 def held(process: int) -> tuple[float, int]:

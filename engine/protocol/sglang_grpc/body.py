@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from google.protobuf.message import Message
-from smg_grpc_proto.generated.sglang_scheduler_pb2 import GenerateRequest, SamplingParams
+from smg_grpc_proto.generated.sglang_scheduler_pb2 import GenerateRequest
 
 from makeready.engine.protocol.asked import Ask, AskError
+from makeready.engine.sampling import CHECKS
 
 # Fields that ask for what is not served, and what to do.
 UNSERVED: Mapping[str, str] = {
@@ -22,26 +23,11 @@ UNSERVED: Mapping[str, str] = {
     "lora_id": "there are no adapters",
     "require_reasoning": "reasoning is not told apart in tokens; the chat routes of HTTP do",
 }
-# Taken as they stand, but where proto3 cannot tell 0 from what was not said: 0 would leave no token to choose.
-SCALARS = (
-    *(
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "frequency_penalty",
-        "presence_penalty",
-        "repetition_penalty",
-    ),
-    *("skip_special_tokens", "n", "min_new_tokens", "ignore_eos", "no_stop_trim"),
-)
-UNSAID = ("top_p", "top_k", "repetition_penalty", "n")
-CONSTRAINTS = {
-    "regex": "regex",
-    "json_schema": "json_schema",
-    "ebnf_grammar": "ebnf",
-    "structural_tag": "structural_tag",
-}
+# proto3 cannot tell 0 from what was not said; a 0 of these leaves no token to choose, so they mean nothing then.
+NEUTRAL: Mapping[str, Any] = {"top_p": 1.0, "top_k": -1, "repetition_penalty": 1.0, "n": 1}
+RENAMED = {"ebnf_grammar": "ebnf"}
+# No parameters of sampling: about messages, about text of which there is none, and for a custom_logit_processor.
+OTHERS = ("stream_interval", "spaces_between_special_tokens", "custom_params")
 
 
 @dataclass(frozen=True)
@@ -86,22 +72,30 @@ def read(request: GenerateRequest) -> Asked:
     return Asked(ask, request.stream, interval)
 
 
-def _sampling(params: SamplingParams) -> dict[str, Any]:
+def _sampling(params: Any) -> dict[str, Any]:
+    """All that ``SamplingParams`` has, under our names: what the model would like counts for none of it."""
     if params.custom_params.fields:
         raise AskError(
             "custom_params are for custom_logit_processor, which is not served; leave them out",
             "custom_params",
         )
-    made = {name: getattr(params, name) for name in SCALARS if name not in UNSAID or getattr(params, name)}
-    if params.HasField("max_new_tokens"):
-        made["max_new_tokens"] = params.max_new_tokens
-    for name in ("stop", "stop_token_ids"):
-        made[name] = list(getattr(params, name))
-    made["logit_bias"] = dict(params.logit_bias)
-    constraint = params.WhichOneof("constraint")
-    if constraint is not None:
-        made[CONSTRAINTS[constraint]] = getattr(params, constraint)
+    made: dict[str, Any] = {}
+    for field in params.DESCRIPTOR.fields:
+        theirs = str(field.name)
+        name, value = RENAMED.get(theirs, theirs), _plain(getattr(params, theirs))
+        if field.has_presence and not params.HasField(theirs):
+            continue
+        if name in CHECKS:
+            made[name] = value or NEUTRAL.get(name, value)
+        elif value and name not in OTHERS:
+            raise AskError(f"{name} is not served; leave it out", name)
     return made
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
 def _logprobs(request: GenerateRequest) -> dict[str, Any]:
