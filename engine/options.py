@@ -10,8 +10,9 @@ from makeready.engine.kv.eviction import POLICIES as EVICTIONS
 from makeready.engine.ranking import RANKINGS
 from makeready.graphs.plan.plan import Plan
 
+AUTO, OFFLINE = "auto", "offline"
 FCFS, LPM, DFS_WEIGHT, PRIORITY = "fcfs", "lpm", "dfs-weight", "priority"
-POLICIES = (FCFS, LPM, DFS_WEIGHT, *RANKINGS)
+POLICIES = (AUTO, OFFLINE, FCFS, LPM, DFS_WEIGHT, *RANKINGS)
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,9 @@ class SchedulerOptions:
     """How requests share the device. Names are SGLang's where it has the same thing.
 
     Attributes:
-        policy: whom to admit first. ``fcfs``: who came first. ``lpm``: who has the longest prefix in the
+        policy: whom to admit first. ``auto``: ``offline`` for batch jobs and ``LLM.generate``, ``fcfs`` for all
+            else. ``offline``: prompts that begin alike one after the other, and towards the end of the work the
+            longest outputs first. ``fcfs``: who came first. ``lpm``: who has the longest prefix in the
             cache. ``dfs-weight``: depth first through the cache, where most wait. ``lof``: who may generate
             most. ``random``. ``priority``: the highest ``Request.priority``, which also takes the place of
             running ones that are lower by ``preemption_threshold``.
@@ -42,16 +45,17 @@ class SchedulerOptions:
         forced_tokens: where a grammar leaves one way to go on, its tokens are taken without a choice, as the
             tokenizer cuts their text, and run in one step; they have no log-probabilities, so that requests for
             these run them one by one. Else the model chooses among all tokens that spell that text.
-        new_token_ratio: the share of what running requests may still generate for which pages are kept free
-            when one is admitted; 1 never takes pages from a running request again. The share falls by and
-            by to ``min_new_token_ratio`` as long as pages suffice, and rises when they did not.
-        min_new_token_ratio: see ``new_token_ratio``.
+        new_token_ratio: a request is admitted if pages last until all that run have ended. Of what those may
+            still generate that can end before their limit, this share is expected at first; later it is learned
+            from those that ended.
+        min_new_token_ratio: the least share that is expected, whatever was learned; 1 for both never takes pages
+            from a running request again.
 
     Raises:
         RequestError: a value is out of range.
     """
 
-    policy: str = FCFS
+    policy: str = AUTO
     max_wait: int = 256
     preemption_threshold: int = 10
     random_seed: int = 0
@@ -68,7 +72,7 @@ class SchedulerOptions:
     min_new_token_ratio: float = 0.1
 
     def __post_init__(self) -> None:
-        _check_choice("policy", self.policy, (FCFS, LPM, DFS_WEIGHT, *RANKINGS))
+        _check_choice("policy", self.policy, POLICIES)
         _check_choice("eviction", self.eviction, tuple(EVICTIONS))
         for name, least in _WHOLE.items():
             value = getattr(self, name)

@@ -69,7 +69,7 @@ class Scheduler:
         self.limits = limits
         self.options = options
         self.cache = PrefixCache(pools, limits.page_size, options.eviction) if options.prefix_cache else None
-        self.waiting = WaitingQueue(options, self.cache, limits.page_size)
+        self.waiting = WaitingQueue(options, self.cache, limits.page_size, self._running_tokens)
         self.running: dict[TokenSequence, bool] = {}
         self._kinds = step_kinds(steps)
         self._steps = steps
@@ -352,6 +352,11 @@ class Scheduler:
         del self.running[sequence]
         self._admission.changed()
         self._slots = _STALE
+
+    def _running_tokens(self) -> tuple[int, int]:
+        """Rows that run, and tokens that they may still generate."""
+        held = self.seats.held_S > 0
+        return int(np.count_nonzero(held)), int(self.seats.left_S @ held)
 
     def _seated(self) -> list[TokenSequence]:
         return [sequence for sequence in self.running if sequence.slot >= 0]
