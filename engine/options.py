@@ -9,6 +9,7 @@ from makeready.engine.errors import RequestError
 from makeready.engine.kv.eviction import POLICIES as EVICTIONS
 from makeready.engine.ranking import RANKINGS
 from makeready.graphs.plan.plan import Plan
+from makeready.graphs.plan.spec import Limits
 
 AUTO, OFFLINE = "auto", "offline"
 FCFS, LPM, DFS_WEIGHT, PRIORITY = "fcfs", "lpm", "dfs-weight", "priority"
@@ -72,7 +73,7 @@ class SchedulerOptions:
     min_new_token_ratio: float = 0.1
 
     def __post_init__(self) -> None:
-        _check_choice("policy", self.policy, POLICIES)
+        _check_choice("policy", self.policy, (AUTO, OFFLINE, FCFS, LPM, DFS_WEIGHT, *RANKINGS))
         _check_choice("eviction", self.eviction, tuple(EVICTIONS))
         for name, least in _WHOLE.items():
             value = getattr(self, name)
@@ -114,6 +115,24 @@ class SchedulerOptions:
             raise RequestError(
                 "scheduler.deterministic=true needs a plan whose tokens depend on no batch; "
                 "recompile it with plan.deterministic=true"
+            )
+
+    def check_limits(self, limits: Limits) -> None:
+        """Hold the options against a plan's limits.
+
+        Raises:
+            RequestError: its programs cannot take so much.
+        """
+        chunk, rows = self.chunked_prefill_size, self.max_running_requests
+        if chunk is not None and chunk > limits.max_tokens:
+            raise RequestError(
+                f"scheduler.chunked_prefill_size={chunk} exceeds the plan's steps of {limits.max_tokens} tokens; "
+                f"lower it, or recompile with plan.max_tokens={chunk}"
+            )
+        if rows is not None and rows > limits.max_rows:
+            raise RequestError(
+                f"scheduler.max_running_requests={rows} exceeds the plan's {limits.max_rows} rows; "
+                f"lower it, or recompile with plan.max_rows={rows}"
             )
 
 
