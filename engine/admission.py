@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from makeready.engine.errors import RequestError
 from makeready.engine.lengths import OutputLengths, lot, may_end_early
 from makeready.engine.options import SchedulerOptions
 from makeready.engine.seats import Seats
@@ -73,7 +74,7 @@ class Admission:
     """
 
     def __init__(self, seats: Seats, limits: Limits, options: SchedulerOptions) -> None:
-        self._seats, self._size = seats, limits.page_size
+        self._seats, self._size, self._context_len = seats, limits.page_size, limits.context_len
         self._chunk = options.chunked_prefill_size or limits.max_tokens
         self._interval = options.decode_interval + 1
         self._lengths = OutputLengths(options.new_token_ratio, options.min_new_token_ratio)
@@ -82,6 +83,26 @@ class Admission:
         self._early_S, self._lot_S = np.zeros(slots, bool), np.zeros(slots)
         self._steps = 0  # that were launched
         self._refused, self._until = -1, 0  # whom, and up to which step for sure
+
+    def check(self, sequence: TokenSequence) -> None:
+        """Whether a sequence could ever run.
+
+        Raises:
+            RequestError: it is too long for the context, or for all pages together.
+        """
+        # Without tokens of its own a prompt may fill the context: what is sampled behind it is dropped.
+        if len(sequence.prompt) + sequence.sampling.max_new_tokens > self._context_len:
+            raise RequestError(
+                f"{len(sequence.prompt)} prompt tokens and max_new_tokens={sequence.sampling.max_new_tokens} exceed "
+                f"the context of {self._context_len} tokens; shorten the prompt or lower max_new_tokens"
+            )
+        # The last token is sampled but never run, so it needs no place in the cache.
+        pages = self._seats.pages_for(sequence.most_tokens - 1)
+        if pages > self._seats.usable:
+            raise RequestError(
+                f"the request may need {pages} KV pages, there are {self._seats.usable}; "
+                "lower max_new_tokens or raise kv.memory_gib"
+            )
 
     def launched(self, chunks: bool) -> None:
         """A step runs, with chunks of prompts or without. Rows that end by their limits are no news."""

@@ -77,6 +77,8 @@ class Feed(Generic[Key]):
 
     def __init__(self, engine: Engine, *, patient: bool = True) -> None:
         self._engine, self._patient = engine, patient
+        if patient:  # nobody waits for one answer more than for another
+            engine.scheduler.waiting.batch(True)
         # One thread: texts that are long enough for it take memory, 300 bytes a byte of text.
         self._reader = ThreadPoolExecutor(1, "makeready reader")
         self._compiler = ThreadPoolExecutor(COMPILERS, "makeready grammars")
@@ -158,6 +160,8 @@ class Feed(Generic[Key]):
 
     def close(self) -> None:
         """End all that is under way."""
+        if self._patient:
+            self._engine.scheduler.waiting.batch(False)
         for future in self._reading:
             future.cancel()
         self._reader.shutdown(wait=False)

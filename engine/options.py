@@ -9,10 +9,12 @@ from makeready.engine.errors import RequestError
 from makeready.engine.kv.eviction import POLICIES as EVICTIONS
 from makeready.engine.ranking import RANKINGS
 from makeready.graphs.plan.plan import Plan
+from makeready.graphs.plan.spec import Limits
 
+AUTO, OFFLINE = "auto", "offline"
 FCFS, LPM, DFS_WEIGHT, PRIORITY = "fcfs", "lpm", "dfs-weight", "priority"
-AUTO, ALWAYS, NEVER = "auto", "always", "never"
-POLICIES = (FCFS, LPM, DFS_WEIGHT, *RANKINGS)
+ALWAYS, NEVER = "always", "never"
+POLICIES = (AUTO, OFFLINE, FCFS, LPM, DFS_WEIGHT, *RANKINGS)
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,9 @@ class SchedulerOptions:
     """How requests share the device. Names are SGLang's where it has the same thing.
 
     Attributes:
-        policy: whom to admit first. ``fcfs``: who came first. ``lpm``: who has the longest prefix in the
+        policy: whom to admit first. ``auto``: ``offline`` for batch jobs and ``LLM.generate``, ``fcfs`` for all
+            else. ``offline``: prompts that begin alike one after the other, and towards the end of the work the
+            longest outputs first. ``fcfs``: who came first. ``lpm``: who has the longest prefix in the
             cache. ``dfs-weight``: depth first through the cache, where most wait. ``lof``: who may generate
             most. ``random``. ``priority``: the highest ``Request.priority``, which also takes the place of
             running ones that are lower by ``preemption_threshold``.
@@ -46,16 +50,17 @@ class SchedulerOptions:
         speculation: whether generating rows guess tokens and check several in a step, with a plan that was
             compiled for it (``speculative.method``); the tokens are the same. ``auto``: where it should be faster by
             the plan's costs and by how many guesses were right of late. ``always``, ``never``.
-        new_token_ratio: the share of what running requests may still generate for which pages are kept free
-            when one is admitted; 1 never takes pages from a running request again. The share falls by and
-            by to ``min_new_token_ratio`` as long as pages suffice, and rises when they did not.
-        min_new_token_ratio: see ``new_token_ratio``.
+        new_token_ratio: a request is admitted if pages last until all that run have ended. Of what those may
+            still generate that can end before their limit, this share is expected at first; later it is learned
+            from those that ended.
+        min_new_token_ratio: the least share that is expected, whatever was learned; 1 for both never takes pages
+            from a running request again.
 
     Raises:
         RequestError: a value is out of range.
     """
 
-    policy: str = FCFS
+    policy: str = AUTO
     max_wait: int = 256
     preemption_threshold: int = 10
     random_seed: int = 0
@@ -73,7 +78,7 @@ class SchedulerOptions:
     min_new_token_ratio: float = 0.1
 
     def __post_init__(self) -> None:
-        _check_choice("policy", self.policy, (FCFS, LPM, DFS_WEIGHT, *RANKINGS))
+        _check_choice("policy", self.policy, POLICIES)
         _check_choice("speculation", self.speculation, (AUTO, ALWAYS, NEVER))
         _check_choice("eviction", self.eviction, tuple(EVICTIONS))
         for name, least in _WHOLE.items():
@@ -121,6 +126,24 @@ class SchedulerOptions:
             raise RequestError(
                 "scheduler.speculation=always needs a plan whose steps verify drafts; "
                 "recompile it with speculative.method=ngram"
+            )
+
+    def check_limits(self, limits: Limits) -> None:
+        """Hold the options against a plan's limits.
+
+        Raises:
+            RequestError: its programs cannot take so much.
+        """
+        chunk, rows = self.chunked_prefill_size, self.max_running_requests
+        if chunk is not None and chunk > limits.max_tokens:
+            raise RequestError(
+                f"scheduler.chunked_prefill_size={chunk} exceeds the plan's steps of {limits.max_tokens} tokens; "
+                f"lower it, or recompile with plan.max_tokens={chunk}"
+            )
+        if rows is not None and rows > limits.max_rows:
+            raise RequestError(
+                f"scheduler.max_running_requests={rows} exceeds the plan's {limits.max_rows} rows; "
+                f"lower it, or recompile with plan.max_rows={rows}"
             )
 
 

@@ -18,15 +18,15 @@ import numpy as np
 
 from makeready.engine.admission import Admission
 from makeready.engine.batch import Batch, Chunk, asked_kind
-from makeready.engine.errors import BusyError, RequestError
+from makeready.engine.errors import BusyError
 from makeready.engine.kv.pools import Pools
 from makeready.engine.kv.radix import PrefixCache
 from makeready.engine.options import ALWAYS, NEVER, PRIORITY, SchedulerOptions
+from makeready.engine.padding import Padding
 from makeready.engine.policy import WaitingQueue
 from makeready.engine.seats import Seats
 from makeready.engine.sequence import ABORT, TokenSequence
 from makeready.engine.steps.base import StepKind, step_kinds
-from makeready.graphs.plan.buckets import BucketTable
 from makeready.graphs.plan.spec import Bucket, Limits, StepSpec
 
 
@@ -55,32 +55,23 @@ class Scheduler:
         pools: Pools,
         options: SchedulerOptions,
     ) -> None:
-        chunk, rows = options.chunked_prefill_size, options.max_running_requests
-        if chunk is not None and chunk > limits.max_tokens:
-            raise RequestError(
-                f"scheduler.chunked_prefill_size={chunk} exceeds the plan's steps of {limits.max_tokens} tokens; "
-                f"lower it, or recompile with plan.max_tokens={chunk}"
-            )
-        if rows is not None and rows > limits.max_rows:
-            raise RequestError(
-                f"scheduler.max_running_requests={rows} exceeds the plan's {limits.max_rows} rows; "
-                f"lower it, or recompile with plan.max_rows={rows}"
-            )
+        options.check_limits(limits)
         self.limits = limits
         self.options = options
         self.cache = PrefixCache(pools, limits.page_size, options.eviction) if options.prefix_cache else None
-        self.waiting = WaitingQueue(options, self.cache, limits.page_size)
         self.running: dict[TokenSequence, bool] = {}
         self._kinds = step_kinds(steps, always=options.speculation == ALWAYS)
         if options.speculation == NEVER:
             self._kinds = [kind for kind in self._kinds if kind.most == 1]
         self._steps = steps
         self._gain = max(kind.most for kind in self._kinds)
-        self.seats = Seats(limits, rows or limits.max_rows, pools, self.cache, self._gain)
+        self.seats = Seats(
+            limits, options.max_running_requests or limits.max_rows, pools, self.cache, self._gain
+        )
+        self.waiting = WaitingQueue(options, self.cache, limits.page_size, self.seats.running)
         self._admission = Admission(self.seats, limits, options)
-        self._table = BucketTable(buckets)
         self._any = self._kinds[-1].name  # what takes any chunks
-        self._sizes = [(bucket.rows, bucket.tokens) for bucket in buckets if bucket.phase == self._any]
+        self._padding = Padding(buckets, self._any, limits.max_rows)
         self._decoding: list[TokenSequence] = []
         self._slots = np.zeros(0, np.int64)  # of _decoding
         self._prefilling: list[TokenSequence] = []
@@ -94,19 +85,7 @@ class Scheduler:
         Raises:
             RequestError: it is too long for the context, or for all pages together.
         """
-        # Without tokens of its own a prompt may fill the context: what is sampled behind it is dropped.
-        if len(sequence.prompt) + sequence.sampling.max_new_tokens > self.limits.context_len:
-            raise RequestError(
-                f"{len(sequence.prompt)} prompt tokens and max_new_tokens={sequence.sampling.max_new_tokens} exceed "
-                f"the context of {self.limits.context_len} tokens; shorten the prompt or lower max_new_tokens"
-            )
-        # The last token is sampled but never run, so it needs no place in the cache.
-        pages = self.seats.pages_for(sequence.most_tokens - 1)
-        if pages > self.seats.usable:
-            raise RequestError(
-                f"the request may need {pages} KV pages, there are {self.seats.usable}; "
-                "lower max_new_tokens or raise kv.memory_gib"
-            )
+        self._admission.check(sequence)
 
     def submit(self, sequence: TokenSequence) -> None:
         """Queue a sequence.
@@ -127,6 +106,7 @@ class Scheduler:
         self._retractions = 0
         if self._gain > 1:
             self._slots = _STALE  # which rows may have come to their end changes with every result
+            self._admission.changed()
         self._grow()
         chunks = self._force()
         admitted: list[TokenSequence] = []
@@ -403,23 +383,13 @@ class Scheduler:
         return Chunk(sequence, start, count, count == left, kind)
 
     def _trim(self, chunks: list[Chunk]) -> None:
-        """Cut the last chunk where two steps in smaller buckets are cheaper than one that is mostly padding.
-
-        A step costs about as much as its bucket has tokens, and at least as much as ``max_rows`` of them.
-        The generating rows run in the next step anyway.
-        """
+        """Cut the last chunk where two steps in smaller buckets are cheaper than one that is mostly padding."""
         if not chunks or asked_kind(chunks) or chunks[-1].sequence in self._forced:
             return
         self._collect()
         last, decoding = chunks[-1], len(self._decoding)
-        rows, tokens = decoding + len(chunks), decoding + sum(chunk.count for chunk in chunks)
-        smaller = max((size for most, size in self._sizes if most >= rows and size < tokens), default=0)
-        rest = tokens - smaller
-        if rest >= last.count:
-            return
-        after = self._table.covering(self._any, decoding + 1, decoding + rest).tokens
-        after = after - decoding if decoding else max(after, self.limits.max_rows)
-        if smaller + after < self._table.covering(self._any, rows, tokens).tokens:
+        rest = self._padding.left_over(decoding, chunks)
+        if rest:
             count = self.seats.cut(last.sequence.slot, last.start, last.count - rest)
             chunks[-1] = Chunk(last.sequence, last.start, count, last=False)
 

@@ -85,6 +85,11 @@ class Seats:
         """Slots for further sequences."""
         return len(self._free)
 
+    def running(self) -> tuple[int, int]:
+        """Rows that run, and tokens that they may still generate together."""
+        held = self.held_S > 0
+        return int(np.count_nonzero(held)), int(self.left_S @ held)
+
     @property
     def available(self) -> int:
         """Pages that can be had, those that the prefix cache would give up included."""

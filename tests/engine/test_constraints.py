@@ -93,8 +93,8 @@ def test_what_comes_is_what_brute_force_says(
     else:
         executable = FakeExecutable(LIMITS, buckets_of(LIMITS), pages, asynchronous=overlap)
     options = SchedulerOptions(
-        new_token_ratio=0.3,
-        min_new_token_ratio=0.1,
+        new_token_ratio=0.0,
+        min_new_token_ratio=0.0,
         forced_tokens=forced,
         decode_interval=seed % 3,
         speculation="always" if drafts else "auto",

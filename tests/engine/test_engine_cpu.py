@@ -66,6 +66,7 @@ def workload(count: int) -> tuple[list[list[int]], list[SamplingParams]]:
                 sampling_seed=i,
                 n=1 + i % 2,
                 ignore_eos=True,
+                stop_token_ids=[95],  # so that nobody knows how long they will be
             )
         )
     return prompts, sampling

@@ -87,7 +87,7 @@ def test_every_policy_with_pages_that_run_out(
         simulation.run(80)
         retractions += simulation.retractions
         cached += simulation.cached
-    assert retractions > 5
+    assert retractions > 2
     assert cached > 100
 
 

@@ -21,7 +21,7 @@ CONF = Path(__file__).parents[2] / "conf" / "scheduler" / "default.yaml"
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"policy": "fifo"}, "there is no scheduler.policy='fifo'; take one of fcfs, lpm"),
+        ({"policy": "fifo"}, "there is no scheduler.policy='fifo'; take one of auto, offline, fcfs, lpm"),
         ({"eviction": "mru"}, "scheduler.eviction='mru'; take one of lru"),
         ({"max_wait": -1}, "scheduler.max_wait=-1 is out of range; give a whole number of at least 0"),
         ({"max_wait": True}, "max_wait=True"),

@@ -270,7 +270,7 @@ REFUSED = [
     ("generate", ["checkpoint=x", "chat=a", "tool_call_parser=qwen"], 2, "is for the answers to prompts="),
     ("generate", [*ROWS, "tool_call_parser=hermes"], 2, "it is one of auto, none, deepseekv3"),
     ("generate", [*ROWS, "tool_call_parser=qwen", "reasoning_parser=gpt-oss"], 2, "leave one of them out"),
-    ("generate", ["checkpoint=x", "prompt=a", "scheduler.policy=sjf"], 2, "take one of fcfs"),
+    ("generate", ["checkpoint=x", "prompt=a", "scheduler.policy=sjf"], 2, "take one of auto, offline, fcfs"),
     ("generate", ["checkpoint=x", "prompt=a", "scheduler.policies=lpm"], 2, "did you mean scheduler.policy"),
     (
         "generate",

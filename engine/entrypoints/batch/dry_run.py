@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from makeready.engine.conversation import Parsers
@@ -16,6 +16,7 @@ from makeready.engine.entrypoints.predicted_text import memory_lines
 from makeready.engine.entrypoints.status import duration
 from makeready.engine.forecast import Arrival, Forecast, sequence
 from makeready.engine.front import Bounds, Defaults, Front
+from makeready.engine.options import AUTO, OFFLINE
 from makeready.graphs.plan.plan import Plan
 from makeready.graphs.plan.targets import target_of
 
@@ -91,7 +92,10 @@ def dry_run(job: GenerateJob, plan: Plan, given: Input, say: Callable[[str], Non
         job.fits(stated),
     )
     rows = FORMATS[given.format] if job.carry or given.format != RowFormat.name else RowFormat(carry=False)
-    forecast = Forecast(plan, job.scheduling(), job.kv_bytes, report=say)
+    scheduling = job.scheduling()
+    if scheduling.policy == AUTO:  # as the job's feed has it
+        scheduling = replace(scheduling, policy=OFFLINE)
+    forecast = Forecast(plan, scheduling, job.kv_bytes, report=say)
     load: list[Arrival] = []
     refused = requests = prompt_tokens = output_tokens = 0
     for _, row in given.source.rows():
