@@ -78,7 +78,7 @@ class SchedulerOptions:
     min_new_token_ratio: float = 0.1
 
     def __post_init__(self) -> None:
-        _check_choice("policy", self.policy, POLICIES)
+        _check_choice("policy", self.policy, (AUTO, OFFLINE, FCFS, LPM, DFS_WEIGHT, *RANKINGS))
         _check_choice("speculation", self.speculation, (AUTO, ALWAYS, NEVER))
         _check_choice("eviction", self.eviction, tuple(EVICTIONS))
         for name, least in _WHOLE.items():
