@@ -13,7 +13,7 @@ from gate import Gate, until
 
 from makeready.engine.async_llm import AsyncLLM, _Call
 from makeready.engine.errors import RequestError
-from makeready.engine.llm import LLM, SamplingParams
+from makeready.engine.llm import LLM, SamplingParams, SchedulerOptions
 from makeready.graphs.checkpoint.base import open_checkpoint
 
 STREAMS = 200
@@ -47,7 +47,8 @@ def make(pages: int | None = None) -> LLM:
     checkpoint = open_checkpoint("dummy", config=CONFIG)
     plan = LLM(checkpoint, max_rows=8, max_tokens=32).plan
     gib = None if pages is None else pages * plan.kv.page_bytes / 2**30
-    made = LLM(checkpoint, plan, kv_memory_gib=gib)
+    options = SchedulerOptions(new_token_ratio=0.0, min_new_token_ratio=0.0)
+    made = LLM(checkpoint, plan, kv_memory_gib=gib, scheduler=options)
     made.engine._ahead = 1  # as if steps were under way after their launch
     return made
 
@@ -62,6 +63,7 @@ def asked(pick: random.Random) -> tuple[list[int], SamplingParams]:
         n=pick.choice((1, 1, 3)),
         max_new_tokens=pick.randrange(1, 30),
         ignore_eos=True,
+        stop_token_ids=[96],  # so that nobody knows how long they will be
     )
 
 

@@ -225,6 +225,7 @@ def busy() -> list[tuple[list[int], SamplingParams, int]]:
                 return_logprob=True,
                 top_logprobs_num=4,
                 ignore_eos=True,
+                stop_token_ids=[VOCABULARY - 1],  # so that nobody knows how long they will be
             ),
             i % 4,
         )

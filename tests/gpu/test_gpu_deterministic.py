@@ -79,6 +79,7 @@ def requests() -> tuple[list[list[int]], list[SamplingParams]]:
                 top_logprobs_num=8,
                 logprob_start_len=0 if filters == 9 else -1,
                 ignore_eos=True,
+                stop_token_ids=[3],  # so that nobody knows how long they will be, and pages run out
             )
         )
     return prompts, sampling

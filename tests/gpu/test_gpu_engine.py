@@ -151,7 +151,10 @@ def test_pages_that_run_out_lose_nothing(llm: LLM) -> None:
     pages, executable.pages = executable.pages, 18
     try:
         engine = with_options(llm, new_token_ratio=0.0, min_new_token_ratio=0.0).engine
-        params = SamplingParams(temperature=0, max_new_tokens=300, return_logprob=True, ignore_eos=True)
+        # One that might end early, for all that the scheduler knows: else pages would not run out.
+        params = SamplingParams(
+            temperature=0, max_new_tokens=300, min_new_tokens=300, return_logprob=True, stop_token_ids=[3]
+        )
         made = llm.generate(token_ids=[prompt_of(60, seed=s) for s in range(8)], sampling=params)
     finally:
         executable.pages = pages
