@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from makeready.engine.step_record import StepRecord
-from makeready.graphs.plan.spec import DECODE
+from makeready.graphs.plan.spec import DECODE, VERIFY
 
 BLOCKED = 20e-6  # seconds; a wait shorter than this found the results there
-LAST = 40  # decode steps whose throughput is the last one reported; SGLang logs as often
+LAST = 40  # steps that only generate, whose throughput is the last one reported; SGLang logs as often
 
 
 def step_figures(records: Sequence[StepRecord]) -> dict[str, Any]:
@@ -26,8 +26,8 @@ def step_figures(records: Sequence[StepRecord]) -> dict[str, Any]:
 
 
 def last_throughput(records: Sequence[StepRecord]) -> float:
-    """Generated tokens a second over the last decode steps; 0 if there were fewer than two."""
-    last = [record for record in records if record.bucket.phase == DECODE][-LAST - 1 :]
+    """Generated tokens a second over the last steps that only generate; 0 if there were fewer than two."""
+    last = [record for record in records if record.bucket.phase in (DECODE, VERIFY)][-LAST - 1 :]
     if len(last) < 2:
         return 0.0
     return sum(record.new_tokens for record in last[1:]) / (last[-1].results_read - last[0].results_read)

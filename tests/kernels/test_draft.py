@@ -46,7 +46,7 @@ def test_drafts_are_what_came_before(label, counts, ngram, sizes, seed):
         if counts[r] > 0:
             room = min(counts[r], int(made["limit"][r]) - 1 - start) - 1
             known = made["history"][slot, : start + 1].tolist()
-            row = [-1, *(guesses(known, *ngram, room) if room > 0 else [])]
+            row = [-1, *(guesses(known, ngram[0], ngram[1], room) if room > 0 else [])]
         lengths[r] = len(row)
         for i, token in enumerate(row):
             ids[t], slots[t], places[t] = token, int(made["sample_slot"][r]), start + 1 + i
