@@ -11,8 +11,6 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
-import msgspec
-
 from makeready.engine.docstrings import attributes_of
 from makeready.engine.sampling import SamplingParams
 
@@ -93,6 +91,8 @@ def body_schema(
 @cache
 def sampling_schemas() -> dict[str, Any]:
     """The schema of every sampling field, by name."""
+    import msgspec  # which only servers have
+
     made = msgspec.json.schema(SamplingParams)["$defs"][SamplingParams.__name__]["properties"]
     said = attributes_of(SamplingParams.__doc__ or "")
     return {
