@@ -91,6 +91,7 @@ def requests() -> list[tuple[list[int], SamplingParams]]:
         prompt = [*STEMS[i % 2][: 4 * (i % 7)], *([5, 6, 7] * (i % 3)), i]
         room = CONTEXT - len(prompt)
         params = {"max_new_tokens": room if i % 3 == 0 else 30 + i, "ignore_eos": True, **fields}
+        params.setdefault("stop_token_ids", [VOCABULARY - 1])  # so that nobody knows how long outputs will be
         scored = {"return_logprob": i % 2 == 0, "top_logprobs_num": 3 * (i % 4 == 0)}
         made.append((prompt, SamplingParams(sampling_seed=i, **scored, **params)))
     return made
