@@ -42,7 +42,7 @@ def hold(
     call = launcher.op_call(CONTRACTS[op], tensors, attrs)
     assert applies(call)
     wide = {name: x.double() if x.is_floating_point() else x for name, x in tensors.items()}
-    want = CONTRACTS[op].reference(**wide, **attrs | {"out_dtype": "float64"})
+    want = CONTRACTS[op].reference(**{"weight_global_scale": None} | wide, **attrs | {"out_dtype": "float64"})
     entries = int(made["start"][-1])
     every = [candidate(call, tile, give_up=give_up) for tile in TILES]
     prepare([(call, every)])
