@@ -68,7 +68,7 @@ def test_awkward_routings(op: str, kind: str) -> None:
             hold(op, kind, shape, gathered=gathered)
 
 
-@pytest.mark.parametrize("least", [-115, 20, 100])
+@pytest.mark.parametrize("least", [-109, 26, 106])
 def test_scales_far_from_one(least: int) -> None:
     hold("grouped_linear_mx", "spread", (9, 5, 2, 192, 320), gathered=False, least=least)
 
