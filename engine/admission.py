@@ -44,7 +44,7 @@ def peak_of(
         elsewhere_R: leading pages of each that are counted with another, one that stays for as long.
     """
     order = np.argsort(-left_R)
-    # A row of t tokens has (t + size - 1) // size pages, and k steps later so many of (t + k).
+    # A row of t tokens has (t + size - 1) // size pages; k steps later it has (t + k + size - 1) // size.
     pages, part = np.divmod(tokens_R[order] + (size - 1), size)
     left = left_R[order]
     more, rest = np.divmod(left, size)

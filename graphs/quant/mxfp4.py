@@ -13,14 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from makeready.graphs.plan.plan import PlanError
 from makeready.graphs.plan.recipe import Derivation, LoadCall, Operand
-from makeready.graphs.quant.linears import module_of
 from makeready.graphs.quant.packed import forms_of
 from makeready.graphs.quant.reading import expect, flag, integer, names_of, refused_unless
 from makeready.graphs.quant.scheme import ON_LOAD
 from makeready.graphs.quant.stored import COMPRESSED, STORED
-from makeready.graphs.quant.weight_only import MX, Form, WeightOnly, stored_rows
+from makeready.graphs.quant.weight_only import MX, Form, WeightOnly, stored_rows, width_of
 from makeready.kernels.integers import TILE
 from makeready.kernels.mx import BITS, BLOCK
 
@@ -48,12 +46,7 @@ class Blocks:
         Raises:
             PlanError: inputs are no whole blocks.
         """
-        width = int(matrix.spec.shape[1])
-        if width % BLOCK:
-            raise PlanError(
-                f"{module_of(matrix.pieces[0].source)}: {width} inputs are no multiple of MXFP4's blocks of "
-                f"{BLOCK}; use a checkpoint with 16-bit weights"
-            )
+        width = width_of(matrix, BLOCK, "MXFP4")
         operands = {
             "q": stored_rows(matrix, self.numbers, width // 2, "uint8"),
             "s": stored_rows(matrix, self.scales, width // BLOCK, "uint8"),

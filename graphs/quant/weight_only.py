@@ -168,6 +168,21 @@ def stored_rows(
     )
 
 
+def width_of(matrix: Operand, block: int, name: str) -> int:
+    """Inputs of ``matrix``, which blocks of the format ``name`` divide.
+
+    Raises:
+        PlanError: they do not.
+    """
+    width = int(matrix.spec.shape[1])
+    if width % block:
+        raise PlanError(
+            f"{module_of(matrix.pieces[0].source)}: {width} inputs are no multiple of {name}'s blocks of {block}; "
+            "use a checkpoint with 16-bit weights"
+        )
+    return width
+
+
 def _stored(piece: Piece, matrix: Operand, suffix: str, width: int, per: int, transposed: bool) -> Piece:
     inputs = int(matrix.spec.shape[1])
     whole = len(piece.box) == 2 and not piece.axes and piece.box[-1] == (0, inputs) and piece.at[-1] == 0

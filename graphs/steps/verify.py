@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from makeready.graphs.models.family import Model
     from makeready.graphs.planner.request import Request
 
-MOST_NGRAM = 32  # every place of a context is compared with so many tokens at most
+MOST_NGRAM = 32  # tokens: the whole context is searched for an n-gram of this length at most
 _WHOLE = ("num_draft_tokens", "ngram_min", "ngram_max", "max_rows")
 
 

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import small_configs
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_configs import QWEN3, VOCABULARY
 
 from makeready.engine.errors import RequestError
 from makeready.engine.llm import LLM, Output, SamplingParams, SchedulerOptions
@@ -19,46 +21,11 @@ from makeready.engine.loop import Engine
 from makeready.graphs.checkpoint.dummy import DummyCheckpoint
 from makeready.graphs.planner.compile import compile_plan
 
-VOCABULARY, CONTEXT, PAGE = 96, 96, 8
-CONFIG = {
-    "model_type": "qwen3",
-    "architectures": ["Qwen3ForCausalLM"],
-    "vocab_size": VOCABULARY,
-    "hidden_size": 40,  # no multiple of a vector or a panel
-    "intermediate_size": 100,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 20,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
-WINDOWED = {
-    **{k: v for k, v in CONFIG.items() if k not in ("rope_theta", "head_dim")},
-    "model_type": "mistral",
-    "architectures": ["MistralForCausalLM"],
-    "sliding_window": 11,
-}
-LATENT = {
-    **{k: v for k, v in CONFIG.items() if k not in ("head_dim", "num_key_value_heads")},
-    "model_type": "deepseek_v3",
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "num_hidden_layers": 1,
-    "q_lora_rank": 28,
-    "kv_lora_rank": 24,
-    "qk_nope_head_dim": 12,
-    "qk_rope_head_dim": 6,
-    "v_head_dim": 14,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 3,
-    "moe_intermediate_size": 24,
-    "n_group": 4,
-    "topk_group": 2,
-    "first_k_dense_replace": 0,
-}
+CONTEXT, PAGE = 96, 8
+HALVES = {"torch_dtype": "bfloat16"}
+CONFIG, WINDOWED, LATENT = (
+    config | HALVES for config in (QWEN3, small_configs.WINDOWED, small_configs.LATENT)
+)
 HYBRID = {
     **CONFIG,
     "model_type": "qwen3_next",

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from small_configs import LATENT, QWEN3, VOCABULARY, WINDOWED
 
 from makeready.engine.errors import RequestError
 from makeready.engine.llm import LLM, Output, SamplingParams, SchedulerOptions
@@ -23,46 +24,7 @@ from makeready.graphs.planner.compile import compile_plan
 from makeready.graphs.planner.request import Request
 from makeready.graphs.steps.base import declare
 
-VOCABULARY, CONTEXT = 96, 96
-QWEN3: dict[str, Any] = {
-    "model_type": "qwen3",
-    "architectures": ["Qwen3ForCausalLM"],
-    "vocab_size": VOCABULARY,
-    "hidden_size": 40,  # no multiple of a vector or a panel
-    "intermediate_size": 100,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 20,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-    "torch_dtype": "float32",
-}
-WINDOWED = {
-    **{k: v for k, v in QWEN3.items() if k not in ("rope_theta", "head_dim")},
-    "model_type": "mistral",
-    "architectures": ["MistralForCausalLM"],
-    "sliding_window": 11,
-}
-LATENT = {
-    **{k: v for k, v in QWEN3.items() if k not in ("head_dim", "num_key_value_heads")},
-    "model_type": "deepseek_v3",
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "num_hidden_layers": 1,
-    "q_lora_rank": 28,
-    "kv_lora_rank": 24,
-    "qk_nope_head_dim": 12,
-    "qk_rope_head_dim": 6,
-    "v_head_dim": 14,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 3,
-    "moe_intermediate_size": 24,
-    "n_group": 4,
-    "topk_group": 2,
-    "first_k_dense_replace": 0,
-}
+CONTEXT = 96
 LIMITS: dict[str, Any] = {"max_rows": 4, "max_tokens": 40, "context_len": CONTEXT, "max_logprob_tokens": 20}
 STEMS = [[(7 * i * i + 3 * s) % VOCABULARY for i in range(50)] for s in range(2)]
 # Few tokens are likely, so that they come in the same order again.

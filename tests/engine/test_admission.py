@@ -97,7 +97,7 @@ class Watched:
         return entered
 
     def late(self, tokens: int) -> int:
-        """Steps by which a row may end later, with so many tokens to run before it generates."""
+        """Steps by which a row may end later where it has ``tokens`` to run before it generates."""
         return (1 + self.interval) * (1 + tokens // self.limits.max_tokens) if tokens else 0
 
     def submit(self) -> None:

@@ -106,8 +106,12 @@ DRAFT = (
 def drafting(
     seed: int, counts: Sequence[int], *, tokens: int, rows: int, context: int
 ) -> dict[str, torch.Tensor]:
-    """Operands of ``draft_ngram``: rows that may run so many tokens, in an alphabet of few. What they run ends within
-    the context, or would not but for their limit; rows of negative counts are staged whole."""
+    """Operands of ``draft_ngram``, of three different tokens, so that n-grams repeat.
+
+    Args:
+        counts: tokens that each row may run, which end within the context, or would not but for the row's limit;
+            a row of a negative count has them all staged.
+    """
     random = np.random.default_rng(seed)
     made = batch(seed, [abs(n) for n in counts], tokens=tokens, rows=rows, page_size=1, context=context)
     made["history"] = torch.from_numpy(random.integers(0, 3, made["history"].shape).astype(np.int32))
