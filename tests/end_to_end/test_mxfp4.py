@@ -25,6 +25,12 @@ from makeready.graphs.checkpoint.base import CheckpointWarning
 SCHEME = preset_name_to_scheme("MXFP4A16", ["Linear"])
 
 
+@pytest.fixture(autouse=True)
+def own_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Warnings are told while a plan is made, not where it is found in the cache."""
+    monkeypatch.setenv("MAKEREADY_CACHE", str(tmp_path / "plans"))
+
+
 def save_compressed(folder: Path, model: Any) -> None:
     """The checkpoint as compressed-tensors writes it, and the model as that library widens it."""
     assert SCHEME.weights is not None

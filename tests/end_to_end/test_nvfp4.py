@@ -28,6 +28,12 @@ E4M3 = np.array(
 )
 
 
+@pytest.fixture(autouse=True)
+def own_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Warnings are told while a plan is made, not where it is found in the cache."""
+    monkeypatch.setenv("MAKEREADY_CACHE", str(tmp_path / "plans"))
+
+
 def save_compressed(folder: Path, model: Any, preset: str) -> None:
     """The checkpoint as compressed-tensors writes it, and the model as that library widens it."""
     scheme = preset_name_to_scheme(preset, ["Linear"])
