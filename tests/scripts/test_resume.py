@@ -73,16 +73,23 @@ def job(own_cache: Path, whole: bytes, tmp_path_factory: pytest.TempPathFactory,
     write_rows(Path("in.jsonl"))
 
 
+def journal() -> bytes:
+    """What the journal holds: nothing before the job has begun, nor once it has ended and taken it away."""
+    try:
+        return JOURNAL.read_bytes()
+    except FileNotFoundError:
+        return b""
+
+
 def kept() -> list[int]:
     """Numbers of the rows in the journal, but for a line that is not whole."""
-    lines = JOURNAL.read_bytes().split(b"\n")[1:-1] if JOURNAL.exists() else []
-    return [json.loads(line)["row"] for line in lines]
+    return [json.loads(line)["row"] for line in journal().split(b"\n")[1:-1]]
 
 
 def run_until(rows: int, number: int, pause: float = 0) -> int:
     """Start the job and send a signal when the journal has ``rows`` rows; the exit code."""
     process = job_processes.start(Path.cwd(), JOB, most_rows=rows + 20)
-    while process.is_alive() and (not JOURNAL.exists() or JOURNAL.read_bytes().count(b"\n") <= rows):
+    while process.is_alive() and journal().count(b"\n") <= rows:
         time.sleep(0.001)
     time.sleep(pause)
     assert process.pid is not None
@@ -154,7 +161,7 @@ def test_ctrl_c_and_sigterm_say_what_is_kept_and_how_to_go_on(number, word, code
 def test_a_second_ctrl_c_does_not_cut_the_sentence_short(pause, job):
     """Launchers pass on what the terminal sent to all of its processes as well."""
     process = job_processes.start(Path.cwd(), JOB, most_rows=20)
-    while process.is_alive() and (not JOURNAL.exists() or JOURNAL.read_bytes().count(b"\n") < 9):
+    while process.is_alive() and journal().count(b"\n") < 9:
         time.sleep(0.001)
     assert process.pid is not None
     for _ in range(3):
