@@ -110,14 +110,39 @@ def figure(server: ServerProcess, name: str) -> float:
     return float(found[1]) if found else 0.0
 
 
+def shown_by_pieces(page: Any) -> None:
+    """Let answers reach the page event by event, each once the one before was drawn, and note what it shows.
+
+    What a busy machine reads at once would be drawn at once.
+    """
+    page.evaluate(
+        """() => {
+            const drawn = () => new Promise((then) => requestAnimationFrame(() => setTimeout(then)));
+            const text = () => document.querySelector('.assistant .text')?.innerText ?? '';
+            window.shown = new Set();
+            new MutationObserver(() => window.shown.add(text())).observe(document.body,
+                {subtree: true, childList: true, characterData: true});
+            const ask = window.fetch;
+            window.fetch = async (...what) => {
+                const answer = await ask(...what);
+                if (!answer.headers.get('content-type')?.startsWith('text/event-stream')) return answer;
+                const pieces = new TransformStream({async transform(text, to) {
+                    for (const event of text.split(/(?<=\\n\\n)/)) { to.enqueue(event); await drawn(); }
+                }});
+                const body = answer.body.pipeThrough(new TextDecoderStream()).pipeThrough(pieces)
+                    .pipeThrough(new TextEncoderStream());
+                return new Response(body, {status: answer.status, headers: answer.headers});
+            };
+        }"""
+    )
+
+
 def test_an_answer_streams_and_is_the_servers(page: Any, server: ServerProcess) -> None:
     question = "What is a compiler? Answer in two sentences."
+    shown_by_pieces(page)
     say(page, question, temperature=0, maxTokens=60)
-    seen = set[int]()
-    while page.locator(".facts").count() == 0:
-        seen.add(len(page.locator(".assistant").inner_text()))
-        page.wait_for_timeout(20)
-    assert len(seen) > 2  # a slow machine shows few of them
+    page.locator(".facts").wait_for()
+    assert len(page.evaluate("[...window.shown]")) > 10
     body = {"messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": 60}
     whole = httpx.post(server.url + "/v1/chat/completions", json=body, timeout=60).json()
     assert words(page.locator(".assistant .text").inner_text()) == words(
@@ -159,9 +184,14 @@ def test_a_schema_binds_the_answer(page: Any) -> None:
 def test_stop_ends_the_request(page: Any, server: ServerProcess) -> None:
     ended = 'makeready_requests_total{reason="abort"}'
     before = figure(server, ended)
+
+    def endless(route: Any) -> None:
+        route.continue_(post_data=json.dumps(route.request.post_data_json | {"ignore_eos": True}))
+
+    page.route("**/v1/chat/completions", endless)
     say(page, "Count from one to a thousand in words.", maxTokens=450)
     true(page, "document.querySelector('.assistant .text')?.innerText.length > 10")
-    page.click("text=Stop")
+    page.click(".stop")
     page.locator(".facts .reason").wait_for()
     assert page.locator(".facts .reason").inner_text() == "stopped"
     until(lambda: figure(server, ended) == before + 1)
