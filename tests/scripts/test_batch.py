@@ -190,7 +190,7 @@ def test_no_row_waits_while_a_long_one_is_tokenized(llm, monkeypatch):
 
     def slow(prompt: Any, *arguments: Any, **named: Any) -> Any:
         if len(prompt) > LONG:
-            assert answered.wait(60), "the other row was not answered meanwhile"
+            assert answered.wait(600), "the other row was not answered meanwhile"
         return replies([5], *arguments, **named)
 
     monkeypatch.setattr(llm.front, "replies", slow)

@@ -101,7 +101,7 @@ def test_a_batch_goes_on_after_its_server_was_killed(tmp_path: Path) -> None:
         before = client.batches.retrieve(batch.id)
         assert before.status == "in_progress"
         server.process.kill()
-        server.process.wait(10)
+        server.process.wait(WAIT_SECONDS)
     with ServerProcess(*options) as server:
         client = client_of(server)
         until(lambda: client.batches.retrieve(batch.id).status == "completed")
