@@ -9,8 +9,14 @@ import hypothesis
 import pytest
 import torch
 
-# Machines under load miss per-example deadlines; a fixed seed makes a failure repeat itself.
-hypothesis.settings.register_profile("makeready", deadline=None, derandomize=True, print_blob=True)
+# Machines under load miss deadlines, of an example and of making examples; a fixed seed makes a failure repeat itself.
+hypothesis.settings.register_profile(
+    "makeready",
+    deadline=None,
+    derandomize=True,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile("makeready")
 
 

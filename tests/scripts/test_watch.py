@@ -213,7 +213,7 @@ def test_requests_of_a_job_are_lines_of_its_trace():
     assert {each["reason"] for each in facts} == {"length"}
     last = max(event["ts"] for event in events if event["ph"] == "X")  # the last step's last slice begins
     ends = [event["ts"] for event in events if (event["name"], event["ph"]) == ("request", "e")]
-    assert 0 < min(ends)
+    assert min(ends) > 0
     assert last <= max(ends) <= took
 
 
