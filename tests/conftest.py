@@ -9,7 +9,7 @@ import hypothesis
 import pytest
 import torch
 
-# Machines under load miss deadlines, of an example and of making examples; a fixed seed makes a failure repeat itself.
+# Machines under load miss deadlines, of an example and of making examples; a fixed seed makes failures repeat.
 hypothesis.settings.register_profile(
     "makeready",
     deadline=None,

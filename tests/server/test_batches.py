@@ -98,7 +98,9 @@ def test_a_batch_goes_on_after_its_server_was_killed(tmp_path: Path) -> None:
             input_file_id=file.id, endpoint="/v1/completions", completion_window="24h", metadata={"a": "b"}
         )
         seen: list[Any] = []
-        until(lambda: seen.append(client.batches.retrieve(batch.id)) or seen[-1].request_counts.completed >= 4)
+        until(
+            lambda: seen.append(client.batches.retrieve(batch.id)) or seen[-1].request_counts.completed >= 4
+        )
         server.process.kill()
         assert seen[-1].status == "in_progress"
         server.process.wait(WAIT_SECONDS)
