@@ -17,6 +17,7 @@ from makeready.graphs.plan.spec import EXTEND
 from makeready.graphs.planner.ir import STEP, Call, Program, Value
 from makeready.graphs.quant.eight_bits import quantize_linears
 from makeready.graphs.quant.scheme import Scheme
+from makeready.kernels.gemm import linear_fp8  # noqa: F401 - whose contracts say what they quantize
 from makeready.kernels.spec import TensorSpec
 
 FUSED = "m.qkv.weight"
