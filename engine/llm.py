@@ -125,8 +125,13 @@ class LLM:
     def __enter__(self) -> LLM:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        try:
+            self.close()
+        except Exception:
+            # An interruption amid a change leaves sequences that cannot be ended in order; it is what counts.
+            if not isinstance(error, KeyboardInterrupt):
+                raise
 
     def close(self) -> None:
         """End what still runs and give all memory back; the model cannot be used any more.

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 from in_process import served
-from server_process import ServerProcess, until
+from server_process import WAIT_SECONDS, ServerProcess, until
 
 from makeready.engine.server.settings import ServerSettings
 
@@ -144,7 +144,7 @@ def test_an_answer_streams_and_is_the_servers(page: Any, server: ServerProcess) 
     page.locator(".facts").wait_for()
     assert len(page.evaluate("[...window.shown]")) > 10
     body = {"messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": 60}
-    whole = httpx.post(server.url + "/v1/chat/completions", json=body, timeout=60).json()
+    whole = httpx.post(server.url + "/v1/chat/completions", json=body).json()
     assert words(page.locator(".assistant .text").inner_text()) == words(
         whole["choices"][0]["message"]["content"]
     )
@@ -275,7 +275,7 @@ def test_it_draws_under_load(page: Any, server: ServerProcess) -> None:
                 "max_tokens": 40,
                 "ignore_eos": True,
             }
-            httpx.post(server.url + "/v1/completions", json=body, timeout=120).raise_for_status()
+            httpx.post(server.url + "/v1/completions", json=body, timeout=WAIT_SECONDS).raise_for_status()
 
     threads = [threading.Thread(target=client, args=(number,)) for number in range(12)]
     for thread in threads:
