@@ -301,8 +301,7 @@ class _Rewrite:
         if form.ordered:
             order = self._order(param)
             given[x] = f"{call.operands[x]}.of.{param.name}"
-            operands = {"x": call.operands[x], "order": order.name}
-            before = [Call("gather_columns", operands, {"y": given[x]})]
+            before = [Call("gather_columns", {"x": call.operands[x], "order": order.name}, {"y": given[x]})]
         operands = {o.name: given[o.name] for o in op.inputs if o.name in given}
         width = int(param.spec.shape[-1])
         said = {"bits": form.bits, "group": form.inputs(width)}

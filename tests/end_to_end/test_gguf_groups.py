@@ -1,6 +1,6 @@
 """GGUF's blocks as a GPU's plan has them, on the CPU: against transformers' model of the numbers they hold.
 
-The scheme of GPUs is put in the place of the CPU's and computed in fp32; a plan for sm_90a is interpreted as well, with
+The scheme of GPUs is put in the place of the CPU's and computed in fp32; a plan for sm_90a is interpreted, too, with
 fp16 between its launches.
 """
 
