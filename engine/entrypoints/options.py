@@ -127,8 +127,8 @@ class Job:
         quant: fp8 (8-bit floats with a scale for each output and token) or fp8_block (for each 128 x 128
             weights) quantizes linears when a 16-bit or wider checkpoint is loaded, int8 to integers (scales as
             fp8's), int4, mxfp4 and nvfp4 their weights alone (for each output and 128, 32 or 16 inputs); stored
-            multiplies GGUF's blocks as the file has them, on the CPU. null: as the checkpoint stores them, GGUF
-            widened.
+            multiplies GGUF's blocks as the file has them (on a GPU as integers with scales). null: as the checkpoint
+            stores them, GGUF widened.
     """
 
     checkpoint: str = literal(MISSING)

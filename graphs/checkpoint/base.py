@@ -128,6 +128,14 @@ class Checkpoint(ABC):
         """
         return self.tensors.get(name)
 
+    def dtype_of(self, name: str) -> str:
+        """Dtype of what `find` finds.
+
+        Raises:
+            CheckpointError: no such tensor.
+        """
+        return self._find(name).dtype
+
     @abstractmethod
     def read(self, name: str, box: Ranges | None = None) -> np.ndarray:
         """Read one tensor, or a box of it without touching the rest.
