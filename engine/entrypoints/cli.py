@@ -140,6 +140,8 @@ def arranged(
             name = name.lstrip("+")  # Hydra would take any name then, and nobody would read it
         if name == "plan" and presets is not None and not set(value.split(",")) <= presets:
             name = "plan.path"
+        if name == "speculative.model":  # a choice of the group ``model`` for another place
+            name = "model@speculative.model"
         if not equals or name.startswith("-"):
             made.append(argument)
         elif name in verbatim and not sweep:

@@ -47,6 +47,7 @@ def serve_job(job: ServeJob) -> None:
         job.plan_fields(),
         job.kv.memory_gib,
         job.scheduling(),
+        job.speculative.beside,
     )
     settings = ServerSettings(
         job.names,

@@ -30,7 +30,15 @@ from attention_inputs import (
 )
 from case import FLOATS, Case, Random, in_columns, int32
 from sample_inputs import sample, token_logprobs
-from step_inputs import accept_drafts, draft_ngram, find_pages, locate
+from step_inputs import (
+    accept_drafts,
+    count_drafts,
+    draft_ngram,
+    find_pages,
+    locate,
+    next_draft,
+    pack_drafts,
+)
 
 
 def _pointwise(op: str, *names: str, even: bool = False) -> Iterator[Case]:
@@ -260,6 +268,9 @@ BUILDERS: Mapping[str, Callable[[str], Iterator[Case]]] = {
     "find_pages": find_pages,
     "draft_ngram": draft_ngram,
     "accept_drafts": accept_drafts,
+    "count_drafts": count_drafts,
+    "next_draft": next_draft,
+    "pack_drafts": pack_drafts,
     "embedding": embedding,
     "linear": linear,
     "linear_gguf": gguf_inputs.linear_gguf,

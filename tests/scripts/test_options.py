@@ -173,6 +173,7 @@ def test_defaults_are_those_of_the_python_interface(capsys):
     assert config["scheduler"] == dataclasses.asdict(SchedulerOptions())
     request = dataclasses.asdict(Request())
     del config["plan"]["path"]
+    assert config["speculative"].pop("checkpoint") is config["speculative"].pop("model") is None
     stated = config["plan"] | {
         "target": config["target"],
         "device": config["device"],
