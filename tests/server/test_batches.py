@@ -49,6 +49,9 @@ def test_a_batch_goes_on_when_its_server_is_started_again(tmp_path: Path) -> Non
         batch = client.batches.create(
             input_file_id=file.id, endpoint="/v1/completions", completion_window="24h"
         )
+        until(
+            lambda: len(server.service.running) >= 16
+        )  # as many as run at once, or steps pass with few of them
         server.executable.allow(60)  # more than some rows need, and fewer than all
         until(lambda: client.batches.retrieve(batch.id).request_counts.completed >= 4)
         assert client.batches.retrieve(batch.id).status == "in_progress"
