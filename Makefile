@@ -3,6 +3,7 @@
 # make test   set everything up, check style and types, run the tests
 # make page   bundle the server's page anew, with node and npm; what it gives is committed
 # make test-slow   the tests that make test leaves out: long sweeps, faults planted in kernels
+# make test-gpu    the tests that need a GPU; those that take or measure all of its memory by themselves
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +13,7 @@ PROMPT ?= What is a compiler? Answer in two sentences.
 PORT ?= 30000
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: run serve test test-slow lint types page clean
+.PHONY: run serve test test-slow test-gpu lint types page clean
 
 run: $(VENV)/.run $(MODEL)
 	$(BIN)/python scripts/generate.py checkpoint=$(MODEL) chat="$(PROMPT)" \
@@ -26,6 +27,10 @@ test: $(VENV)/.dev $(MODEL) lint types
 
 test-slow: $(VENV)/.dev $(MODEL)
 	$(BIN)/python -m pytest -n 2 -m slow
+
+test-gpu: $(VENV)/.dev $(MODEL)
+	$(BIN)/python -m pytest tests/gpu -n 6
+	$(BIN)/python -m pytest tests/gpu -k "released or rates or given_back"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

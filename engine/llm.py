@@ -24,7 +24,7 @@ from makeready.engine.given import (
 from makeready.engine.loop import Engine
 from makeready.engine.options import SchedulerOptions
 from makeready.engine.output import Output, TokenLogprob
-from makeready.engine.planned import Report, plan_of, shareable
+from makeready.engine.planned import Report, plan_of, second_of, shareable
 from makeready.engine.reply import Reply
 from makeready.engine.sampling import SamplingParams
 from makeready.engine.text.formats.base import AUTO
@@ -63,7 +63,8 @@ class LLM:
             without it the latter goes to the logger ``makeready``.
         progress: told how many of how many parameters are loaded.
         options: fields of :class:`makeready.graphs.planner.compile.Request` for the plan to compile, such as
-            ``target``, ``max_rows`` or ``weight_dtype``; none may be given beside ``plan``.
+            ``target``, ``max_rows`` or ``weight_dtype``; none may be given beside ``plan``. ``speculative`` may
+            hold the ``checkpoint`` that drafts, which a plan does not: that may be given beside it.
 
     Raises:
         CheckpointError, PlanError, UnsupportedModelError, TextError: a sentence that says what is wrong.
@@ -84,7 +85,9 @@ class LLM:
         progress: Callable[[int, int], None] = lambda done, total: None,
         **options: Any,
     ) -> None:
-        self.checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+        opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+        options, beside = second_of(options)
+        self.checkpoint = beside.open(opened)
         parsers = Parsers(tool_call_parser, reasoning_parser)
         scheduler = scheduler or SchedulerOptions()
         self.warn: Report = report or _LOG.warning
@@ -125,8 +128,13 @@ class LLM:
     def __enter__(self) -> LLM:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        try:
+            self.close()
+        except Exception:
+            # An interruption amid a change leaves sequences that cannot be ended in order; it is what counts.
+            if not isinstance(error, KeyboardInterrupt):
+                raise
 
     def close(self) -> None:
         """End what still runs and give all memory back; the model cannot be used any more.

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from makeready.engine.errors import RequestError
 from makeready.engine.options import SchedulerOptions
 from makeready.graphs.checkpoint.base import Checkpoint
+from makeready.graphs.checkpoint.paired import Beside
 from makeready.graphs.plan import artifact
 from makeready.graphs.plan.plan import Plan
 
 Report = Callable[[str], None]
+
+
+def second_of(options: dict[str, Any]) -> tuple[dict[str, Any], Beside]:
+    """The planner's options, and where the checkpoint is that drafts: ``checkpoint`` of ``speculative``."""
+    given = options.get("speculative")
+    if not isinstance(given, Mapping) or not {"checkpoint", "model"} & given.keys():
+        return options, Beside()
+    asked = {name: value for name, value in given.items() if name not in ("checkpoint", "model")}
+    others = {name: value for name, value in options.items() if name != "speculative"}
+    path = given.get("checkpoint")
+    return others | ({"speculative": asked} if asked else {}), Beside(path and str(path), given.get("model"))
 
 
 def plan_of(

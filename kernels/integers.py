@@ -1,15 +1,16 @@
 """Weights of 4 or 8 bits with scales by groups: how kernels want them, and ops that make them so while loading.
 
 ``w[n, k] = (q[n, k] - zero[n, g]) * scale[n, g]`` with ``g = k // group`` and unsigned q. Without zeros q is
-symmetric: zero is ``2 ** (bits - 1)``.
+symmetric: zero is ``2 ** (bits - 1)``. In the place of zeros there may be offsets of fp16, which are added:
+``(q[n, k] - 2 ** (bits - 1)) * scale[n, g] + offset[n, g]``.
 
 **Words.** A span of 128 inputs of one output is ``8 * bits`` words of 16 bits. Field f of word j, ``bits`` wide and
 counted from the lowest bit, is input ``j + f * (8 * bits)`` of the span: each field of a span's words is a run of
 neighbouring inputs, so that a matrix unit's operand is made with a shift and a mask, two weights in a register at
 once, and no weight changes its thread. Inputs are filled up to whole spans with anything.
 
-**Tiles.** Scales and zeros are ``[ceil(N / 64), groups, 64]``: what 64 outputs have for one group lies together.
-Outputs are filled up with zeros.
+**Tiles.** Scales, zeros and offsets are ``[ceil(N / 64), groups, 64]``: what 64 outputs have for one group lies
+together. Outputs are filled up with zeros.
 
 N outputs, K inputs, G groups, W words
 """
@@ -74,13 +75,19 @@ def values(
     inputs: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """What words, scales and zeros stand for: ``[..., N, inputs]`` of ``dtype``."""
+    """What words, scales and zeros or offsets stand for: ``[..., N, inputs]`` of ``dtype``."""
     q, rows = unpack_words(weight, bits, inputs), weight.shape[-2]
-    if zero is None:
+
+    def spread(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return by_output(x, rows).to(dtype).repeat_interleave(group, -1)[..., :inputs]
+
+    offsets = zero is not None and zero.dtype != torch.uint8
+    if zero is None or offsets:
         q -= 2 ** (bits - 1)
     else:
-        q -= by_output(zero, rows).int().repeat_interleave(group, -1)[..., :inputs]
-    return q.to(dtype).mul_(by_output(scale, rows).to(dtype).repeat_interleave(group, -1)[..., :inputs])
+        q -= spread(zero, torch.int32)
+    wide = q.to(dtype).mul_(spread(scale, dtype))
+    return wide.add_(spread(zero, dtype)) if zero is not None and offsets else wide
 
 
 @contract(

@@ -146,10 +146,13 @@ class BucketsOptions:
 
     Attributes:
         only: buckets to measure, such as decode-64 and extend-256x1024. null: all.
+        seconds: for which a step is replayed in one measurement, at least. A GPU that comes to the limit of its power
+            lowers its clocks after some tens of milliseconds.
         svg: file for a picture of the steps, cut into their parts, above their floors.
     """
 
     only: list[str] | None = MISSING
+    seconds: float = MISSING
     svg: str | None = literal()
 
 
@@ -304,6 +307,8 @@ class BenchJob(Job):
             raise UsageError(f"throughput.ratio={self.throughput.ratio:g} must be from 0 to 1")
         if not 0 < self.replay.speed < float("inf"):
             raise UsageError(f"replay.speed={self.replay.speed:g} must be above 0")
+        if not 0 < self.buckets.seconds < float("inf"):
+            raise UsageError(f"buckets.seconds={self.buckets.seconds:g} must be above 0")
 
 
 def shares_model(suite: str) -> bool:

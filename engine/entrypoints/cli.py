@@ -9,13 +9,10 @@ a group of options.
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import re
 import signal
 import sys
-import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -41,6 +38,7 @@ from makeready.engine.entrypoints.describe import (
     switches,
     text_lists,
 )
+from makeready.engine.entrypoints.ending import Terminated, ending
 from makeready.engine.entrypoints.options import UsageError
 from makeready.engine.entrypoints.streams import open_streams, patient_stderr
 from makeready.engine.entrypoints.texts import texts
@@ -51,11 +49,6 @@ T = TypeVar("T")
 OK, FAILED, MISUSED, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 128 + signal.SIGINT, 128 + 13
 TERMINATED = 128 + signal.SIGTERM
 _QUESTION = "\N{NULL}???"  # no command line holds a zero byte
-ONCE_SECONDS = 1.0  # signals so close to each other are one: launchers pass on what the terminal sent as well
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM arrived, as it does before a cluster's queue or a container ends a job."""
 
 
 def launch(
@@ -105,7 +98,7 @@ def launch(
     sys.argv = [str(script), *(_by_name(argument, groups) for argument in made)]
     try:
         main = hydra.main(version_base="1.3", config_path=str(conf), config_name=name)(task)
-        with patient_stderr(), _ending(), _plain_warnings():
+        with patient_stderr(), ending(), _plain_warnings():
             codes.append(_reported(main, meanings))
     finally:
         sys.argv = before
@@ -147,6 +140,8 @@ def arranged(
             name = name.lstrip("+")  # Hydra would take any name then, and nobody would read it
         if name == "plan" and presets is not None and not set(value.split(",")) <= presets:
             name = "plan.path"
+        if name == "speculative.model":  # a choice of the group ``model`` for another place
+            name = "model@speculative.model"
         if not equals or name.startswith("-"):
             made.append(argument)
         elif name in verbatim and not sweep:
@@ -229,37 +224,6 @@ def _reported(run: Callable[[], Any], options: Sequence[str] | dict[str, str] = 
             raise
         return _say(f"{error}", FAILED)
     return OK
-
-
-@contextmanager
-def _ending() -> Iterator[None]:
-    """Let SIGTERM end a job as Ctrl-C does, with what it has to say; only the main thread may.
-
-    A second signal would cut that short, so none follows within a second of the first, be it while the
-    process ends.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    kinds = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
-    before = {number: signal.getsignal(number) for number in kinds}
-    last = -math.inf
-
-    def end(number: int, frame: Any) -> None:
-        nonlocal last
-        if time.monotonic() - last > ONCE_SECONDS:
-            last = time.monotonic()
-            raise kinds[signal.Signals(number)]
-
-    for number, handler in before.items():
-        if handler != signal.SIG_IGN:  # a shell's background job is not meant by Ctrl-C
-            signal.signal(number, end)
-    try:
-        yield
-    finally:
-        if last < 0:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 @contextmanager

@@ -174,6 +174,7 @@ def _run(job: GenerateJob, plan: Plan | None, format: str, rows: Rows) -> None:
         add_special_tokens=job.add_special_tokens,
         fit=job.fits(defaults),
         carry=job.carry,
+        beside=job.speculative.beside,
     )
     with Stages() as stages:
         stages.begin("load the model on every engine")

@@ -10,11 +10,13 @@ import dataclasses
 import typing
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
 
 from makeready.graphs.checkpoint.base import Checkpoint, open_checkpoint
+from makeready.graphs.checkpoint.paired import Beside
 from makeready.graphs.plan.buckets import Traffic
 from makeready.graphs.plan.plan import PlanError
 from makeready.graphs.plan.speculative import Speculative
@@ -72,16 +74,46 @@ def _plan_options() -> Any:
 PlanOptions: Any = _plan_options()
 
 
-def _speculative_options() -> Any:
+def _speculative_fields() -> Any:
     """A structured config of the fields of Speculative; conf/ states the defaults."""
     hints = typing.get_type_hints(Speculative)
     names = [(f.name, hints[f.name], field(default=MISSING)) for f in dataclasses.fields(Speculative)]
-    made = dataclasses.make_dataclass("SpeculativeOptions", names)
+    made = dataclasses.make_dataclass("SpeculativeFields", names)
     made.__doc__ = Speculative.__doc__
     return made
 
 
-SpeculativeOptions: Any = _speculative_options()
+SpeculativeFields: Any = _speculative_fields()
+
+
+@dataclass
+class BesideOptions:
+    """What drafts with methods that need a second model; a compiled plan does not hold it, it is named again.
+
+    Attributes:
+        checkpoint: a Hugging Face folder, a .gguf file, or dummy: random weights of the speculative.model= preset.
+        model: a preset of conf/model for speculative.checkpoint=dummy.
+    """
+
+    checkpoint: str | None = literal()
+    model: dict[str, Any] | None = None
+
+    @property
+    def beside(self) -> Beside:
+        """Where it is, absolutely."""
+        path = self.checkpoint
+        if path not in (None, "dummy"):
+            path = str(Path(path).expanduser().resolve())
+        return Beside(path, self.model)
+
+
+@dataclass
+class SpeculativeOptions(BesideOptions, SpeculativeFields):  # pyright: ignore[reportGeneralTypeIssues]
+    """How tokens are guessed before they are sampled, and by what."""
+
+    def fields(self) -> dict[str, Any]:
+        """Fields of :class:`Speculative`."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(Speculative)}
 
 
 @dataclass
@@ -127,8 +159,8 @@ class Job:
         quant: fp8 (8-bit floats with a scale for each output and token) or fp8_block (for each 128 x 128
             weights) quantizes linears when a 16-bit or wider checkpoint is loaded, int8 to integers (scales as
             fp8's), int4, mxfp4 and nvfp4 their weights alone (for each output and 128, 32 or 16 inputs); stored
-            multiplies GGUF's blocks as the file has them, on the CPU. null: as the checkpoint stores them, GGUF
-            widened.
+            multiplies GGUF's blocks as the file has them (on a GPU as integers with scales). null: as the checkpoint
+            stores them, GGUF widened.
     """
 
     checkpoint: str = literal(MISSING)
@@ -138,7 +170,7 @@ class Job:
     quant: str | None = None
     plan: PlanOptions = field(default_factory=PlanOptions)  # type: ignore[valid-type]
     kv: KVOptions = field(default_factory=KVOptions)
-    speculative: SpeculativeOptions = field(default_factory=SpeculativeOptions)  # type: ignore[valid-type]
+    speculative: SpeculativeOptions = field(default_factory=SpeculativeOptions)
 
     def check(self, given: Collection[str]) -> None:
         """Find what contradicts itself before anything is loaded.
@@ -173,9 +205,7 @@ class Job:
 
     def open(self) -> Checkpoint:
         """The checkpoint, opened."""
-        if self.checkpoint == "dummy":
-            return open_checkpoint("dummy", config=self.model)
-        return open_checkpoint(self.checkpoint)
+        return self.speculative.beside.open(open_checkpoint(self.checkpoint, config=self.model))
 
     def plan_fields(self) -> dict[str, Any]:
         """Fields of :class:`makeready.graphs.planner.compile.Request`."""
@@ -187,7 +217,7 @@ class Job:
             "device": self.device,
             "quant": self.quant,
             "kv_dtype": self.kv.dtype,
-            "speculative": dataclasses.asdict(self.speculative),
+            "speculative": self.speculative.fields(),
         }
 
     @property
@@ -233,7 +263,8 @@ SETTLED = (
 
 def check_compiled(plan: PlanOrPath, given: Collection[str]) -> None:
     """Refuse options, as named on the command line, that a plan which is already compiled has settled."""
-    fixed = [o for o in given if o != "plan.path" and (o + ".").startswith(SETTLED)]
+    named = ("plan.path", "speculative.checkpoint")
+    fixed = [o for o in given if o not in named and (o + ".").startswith(SETTLED)]
     if plan.path is not None and fixed:
         raise UsageError(
             f"{', '.join(sorted(fixed))} cannot be chosen beside plan={plan.path}, which is already "

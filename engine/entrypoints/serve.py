@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from makeready.engine.conversation import Parsers
-from makeready.engine.entrypoints.cli import Terminated
+from makeready.engine.entrypoints.ending import Terminated
 from makeready.engine.entrypoints.options import UsageError
 from makeready.engine.entrypoints.serve_options import ServeJob
 from makeready.engine.entrypoints.status import Stages
@@ -47,6 +47,7 @@ def serve_job(job: ServeJob) -> None:
         job.plan_fields(),
         job.kv.memory_gib,
         job.scheduling(),
+        job.speculative.beside,
     )
     settings = ServerSettings(
         job.names,

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from makeready.engine.entrypoints.options import PlanPath, UsageError, literal
+from makeready.engine.entrypoints.options import BesideOptions, PlanPath, UsageError, literal
 from makeready.graphs.checkpoint.base import Checkpoint, open_checkpoint
 
 
@@ -24,6 +24,7 @@ class PlanWithWeights:
     checkpoint: str = literal(MISSING)
     model: dict[str, Any] | None = None
     plan: PlanPath = field(default_factory=PlanPath)
+    speculative: BesideOptions = field(default_factory=BesideOptions)
 
     def check(self, given: Collection[str]) -> None:
         """See :meth:`Job.check`."""
@@ -36,7 +37,7 @@ class PlanWithWeights:
 
     def open(self) -> Checkpoint:
         """The checkpoint, opened."""
-        return open_checkpoint(self.checkpoint, config=self.model)
+        return self.speculative.beside.open(open_checkpoint(self.checkpoint, config=self.model))
 
 
 @dataclass

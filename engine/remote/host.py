@@ -284,7 +284,7 @@ def load(message: Load, note: Callable[[str, str], None]) -> LLM:
 
     options: dict[str, Any] = {}
     note("stage", "read the checkpoint")
-    checkpoint = open_checkpoint(message.checkpoint, config=message.model)
+    checkpoint = message.beside.open(open_checkpoint(message.checkpoint, config=message.model))
     if message.plan is None:
         passes = tuple(message.request["disabled_passes"])
         traffic = Traffic(**message.request["traffic"])

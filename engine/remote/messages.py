@@ -14,6 +14,7 @@ import msgspec
 
 from makeready.engine.options import SchedulerOptions
 from makeready.engine.step_record import StepRecord
+from makeready.graphs.checkpoint.paired import Beside
 from makeready.graphs.plan.spec import Limits
 
 Logprob: TypeAlias = tuple[int, float | None, list[tuple[int, float]]]
@@ -33,6 +34,7 @@ class Load(Message, frozen=True, tag="load"):
         plan: folder of a compiled plan; None for the plan that ``request`` asks for.
         request: fields of the planner's Request, ``traffic`` as a mapping.
         kv_memory_gib, scheduler: as for :class:`makeready.engine.llm.LLM`.
+        beside: the checkpoint that drafts.
     """
 
     checkpoint: str
@@ -41,6 +43,7 @@ class Load(Message, frozen=True, tag="load"):
     request: dict[str, Any]
     kv_memory_gib: float | None
     scheduler: SchedulerOptions
+    beside: Beside = Beside()
 
 
 class Submit(Message, frozen=True, tag="submit"):

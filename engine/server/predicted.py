@@ -49,7 +49,7 @@ def plan_of(load: Load) -> Plan:
 
     traffic, passes = Traffic(**load.request["traffic"]), tuple(load.request["disabled_passes"])
     request = Request(**{**load.request, "traffic": traffic, "disabled_passes": passes})
-    checkpoint = open_checkpoint(load.checkpoint, config=load.model)
+    checkpoint = load.beside.open(open_checkpoint(load.checkpoint, config=load.model))
     return artifact.load(cache_folder() / "plans" / plan_key(checkpoint, request))
 
 

@@ -11,7 +11,6 @@ back was made by the template.
 from __future__ import annotations
 
 import atexit
-import ctypes
 import json
 import os
 import pickle
@@ -26,6 +25,8 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
+
+from makeready.graphs.children import start
 
 SECONDS = 5.0  # of processor time a rendering may take: 10 MB of messages take half of one
 MEMORY = 2**30  # bytes that it may take
@@ -116,7 +117,8 @@ class Sandbox:
 
 def _start() -> subprocess.Popen[bytes]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    process = subprocess.Popen(
+    # It ends with this process. PR_SET_PDEATHSIG would end it with the thread that happened to start it.
+    process = start(
         [sys.executable, "-m", "makeready.engine.text.sandbox"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -171,8 +173,6 @@ def _serve() -> None:
     from makeready.engine.text.chat import render_forms
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not to outlive who asked
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY, taken + MEMORY))
     source, sink = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -117,6 +117,11 @@ class Checkpoint(ABC):
     generation_config: dict[str, Any]
 
     @property
+    def parts(self) -> Mapping[str, Checkpoint]:
+        """Checkpoints that it is put together of, by what the names of their tensors begin with here."""
+        return {"": self}
+
+    @property
     @abstractmethod
     def tensors(self) -> Mapping[str, TensorInfo]:
         """The tensor table, by Hugging Face name."""
@@ -127,6 +132,14 @@ class Checkpoint(ABC):
         ``NAME#KIND`` is what the file holds of a tensor of blocks of that type: uint8, its rows one after the other.
         """
         return self.tensors.get(name)
+
+    def dtype_of(self, name: str) -> str:
+        """Dtype of what `find` finds.
+
+        Raises:
+            CheckpointError: no such tensor.
+        """
+        return self._find(name).dtype
 
     @abstractmethod
     def read(self, name: str, box: Ranges | None = None) -> np.ndarray:
@@ -179,6 +192,20 @@ class Checkpoint(ABC):
                 f"{self.path} has no tensor {name!r}; check that the model definition fits the checkpoint"
             )
         return info
+
+
+def by_part(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, tuple[Checkpoint, dict[str, str]]]:
+    """Of every part of ``checkpoint``, by its prefix: the part, and those of ``names`` that are its own, by what it
+    calls them itself.
+    """
+    found: dict[str, tuple[Checkpoint, dict[str, str]]] = {
+        prefix: (part, {}) for prefix, part in checkpoint.parts.items()
+    }
+    longest = sorted(found, key=len, reverse=True)
+    for name in names:
+        prefix = next(p for p in longest if name.startswith(p))
+        found[prefix][1][name.removeprefix(prefix)] = name
+    return found
 
 
 def tensor_of(name: str) -> str:

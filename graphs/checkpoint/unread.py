@@ -8,7 +8,13 @@ from collections.abc import Collection
 
 import numpy as np
 
-from makeready.graphs.checkpoint.base import Checkpoint, CheckpointError, CheckpointWarning, tensor_of
+from makeready.graphs.checkpoint.base import (
+    Checkpoint,
+    CheckpointError,
+    CheckpointWarning,
+    by_part,
+    tensor_of,
+)
 from makeready.graphs.models.family import family_of_type
 
 NAMED = 5  # tensors that a warning names
@@ -46,6 +52,11 @@ def check_unread(checkpoint: Checkpoint, read: Collection[str]) -> None:
         CheckpointError: one of them is sure to change the result: a layer beyond the config's, a layer's
             weight of which the model knows nothing, or a bias or scale of a weight that is read.
     """
+    for part, names in by_part(checkpoint, read).values():
+        _check_unread(part, names)
+
+
+def _check_unread(checkpoint: Checkpoint, read: Collection[str]) -> None:
     read = {tensor_of(name) for name in read}
     tied = bool(checkpoint.config.get("tie_word_embeddings"))  # an equal copy, or it would not be tied
     unread = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from makeready.graphs.checkpoint.base import FINGERPRINT_EXEMPT, Checkpoint
+from makeready.graphs.checkpoint.paired import FIELD
 from makeready.graphs.checkpoint.unread import check_unread
 from makeready.graphs.plan.plan import Plan, PlanError
 from makeready.graphs.plan.reads import declare_needs, needs
@@ -21,6 +22,13 @@ def check_checkpoint(plan: Plan, checkpoint: Checkpoint) -> None:
     params = [weight.param for weight in plan.weights]
     wanted = needs(params)
     declare_needs(checkpoint, wanted)
+    if FIELD in plan.config and FIELD not in checkpoint.config:
+        raise PlanError(
+            f"the plan drafts with a second checkpoint (speculative.method={plan.options.speculative.method}); "
+            "add speculative.checkpoint=PATH"
+        )
+    if FIELD in checkpoint.config and FIELD not in plan.config:
+        raise PlanError("the plan drafts with no second checkpoint; leave speculative.checkpoint out")
     for name in sorted({*plan.config, *checkpoint.config} - FINGERPRINT_EXEMPT):
         made_for, given = plan.config.get(name), checkpoint.config.get(name)
         if made_for != given:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
-from makeready.graphs.plan.spec import CacheSpec
+from makeready.graphs.plan.spec import CacheGroup, CacheSpec
 
 
 class Inputs:
@@ -41,6 +42,20 @@ class Inputs:
     def of(self, group: str) -> Inputs:
         """These inputs as the cache group of that name sees them."""
         return Inputs(self._fields, self._kv, self.cache, group)
+
+    def beside(self, group: str, prefix: str) -> Inputs:
+        """These inputs as a second model sees them, whose cache is the tensors whose names begin with ``prefix``.
+
+        They are parts of ``group``. Its own names of them, and of the group's fields, are plain.
+        """
+        named = {p.name: replace(p, name=p.name.removeprefix(prefix)) for p in self.cache.parts}
+        own = {name: part for name, part in named.items() if name != part.name}
+        cache = CacheSpec(
+            self.cache.page_size, (CacheGroup(group, tuple(own.values()), self.cache.page_size),)
+        )
+        behind = self.cache.field(group, "")
+        plain = {n.removesuffix(behind): x for n, x in self._fields.items() if behind and n.endswith(behind)}
+        return Inputs({**self._fields, **plain}, {p.name: self._kv[n] for n, p in own.items()}, cache)
 
     def adding(self, **derived: torch.Tensor) -> Inputs:
         """These inputs and what was derived from them, for the cache group that they are of."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -70,9 +71,35 @@ def parameter(
     return _declare(shape, Declaration(said, shard, quantizable, dtype))
 
 
-def constant(shape: tuple[int, ...], function: str, arguments: Mapping[str, Any]) -> Parameter:
-    """A float32 tensor that ``graphs.constants.<function>(**arguments)`` computes when a plan is loaded."""
-    return _declare(shape, Declaration(Generated(function, dict(arguments)), (), False))
+def constant(
+    shape: tuple[int, ...], function: str, arguments: Mapping[str, Any], *, dtype: str = "float32"
+) -> Parameter:
+    """A tensor that ``graphs.constants.<function>(**arguments)`` computes when a plan is loaded."""
+    return _declare(shape, Declaration(Generated(function, dict(arguments)), (), False, dtype))
+
+
+def moved(said: Declaration, prefix: str, *, quantizable: bool) -> Declaration:
+    """What ``said`` says of a parameter of a model whose checkpoint's tensors have ``prefix`` before their names.
+
+    Args:
+        quantizable: whether quantizations may apply to it, if they would.
+    """
+    source = said.source
+    if isinstance(source, tuple):
+        source = _moved(source, prefix)
+    elif not isinstance(source, Generated):
+        source = partial(_derived, source, prefix)
+    return replace(said, source=source, quantizable=said.quantizable and quantizable)
+
+
+def _moved(pieces: tuple[Piece, ...], prefix: str) -> tuple[Piece, ...]:
+    return tuple(replace(piece, source=prefix + piece.source) for piece in pieces)
+
+
+def _derived(source: Callable[[str], Derived], prefix: str, dtype: str) -> Derived:
+    made = source(dtype)
+    operands = {n: replace(o, pieces=_moved(o.pieces, prefix)) for n, o in made.by.operands.items()}
+    return replace(made, by=replace(made.by, operands=operands))
 
 
 def sources(model: Model) -> set[str]:

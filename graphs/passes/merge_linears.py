@@ -16,33 +16,57 @@ def merge_linears(program: Program) -> Program:
 
     A linear is any op whose contract ``merges``. q, k and v (and gate and up) are read in one sweep by a matrix
     product with more rows, which fills a GPU better and costs one launch instead of three. Only parameters that
-    this program reads once are merged, so no weight is stored twice; and only those stored alike, in dtype and
-    mesh axes. Weights with block scales are merged where no block would hold rows of two.
+    whoever reads them reads merged are, so that none is stored by itself as well; and only those stored alike, in
+    dtype and mesh axes. A program that reads some of them without the others, as keys and values of tokens whose
+    queries nobody wants, has them merged once more. Weights with block scales are merged where no block would hold
+    rows of two.
     """
-    uses = program.uses()
     groups: dict[tuple, list[Call]] = {}
     for call in program.calls:
         op = call.contract
         if op.merges is None:
             continue
         operands = {k: program.params.get(v) for k, v in call.operands.items() if k not in op.shares}
-        if all(p is not None and not p.generated and len(uses[p.name]) == 1 for p in operands.values()):
+        if all(p is not None and not p.generated for p in operands.values()):
             stored = tuple((k, kind(p)) for k, p in operands.items() if p)
             inputs = tuple(call.operands.get(k) for k in op.shares)
             attrs = tuple((k, v) for k, v in call.attrs.items() if k not in op.adds)
             groups.setdefault((call.op, inputs, attrs, stored), []).append(call)
     params: dict[str, Param] = {}
     replaced: dict[str, list[Call]] = {}
-    for group in groups.values():
-        may_follow = all(_others_may_follow(program, call) for call in group[:-1])
-        if len(group) > 1 and may_follow and _concatenable(program, group):
-            first, *rest = (call.result for call in group)
-            replaced[first] = _merge(program, group, params)
-            replaced |= {result: [] for result in rest}
+    for group in _read_merged(program, [group for group in groups.values() if _mergeable(program, group)]):
+        first, *rest = (call.result for call in group)
+        replaced[first] = _merge(program, group, params)
+        replaced |= {result: [] for result in rest}
     calls = []
     for call in program.calls:
         calls += replaced.get(call.result, [call]) if call.contract.merges is not None else [call]
     return program.with_calls(calls, params)
+
+
+def _mergeable(program: Program, group: list[Call]) -> bool:
+    may_follow = all(_others_may_follow(program, call) for call in group[:-1])
+    read = [
+        value for call in group for name, value in call.operands.items() if name not in call.contract.shares
+    ]
+    return len(group) > 1 and len(set(read)) == len(read) and may_follow and _concatenable(program, group)
+
+
+def _read_merged(program: Program, groups: list[list[Call]]) -> list[list[Call]]:
+    """Those of ``groups`` whose parameters no call reads that is in none of them."""
+    uses = program.uses()
+    while True:
+        merged = {call.result for group in groups for call in group}
+        kept = [group for group in groups if all(_readers(uses, call) <= merged for call in group)]
+        if len(kept) == len(groups):
+            return groups
+        groups = kept
+
+
+def _readers(uses: dict[str, list[Call]], call: Call) -> set[str]:
+    """Results of the calls that read a parameter of ``call``."""
+    params = (value for name, value in call.operands.items() if name not in call.contract.shares)
+    return {value for param in params for reader in uses[param] for value in reader.results.values()}
 
 
 def _others_may_follow(program: Program, call: Call) -> bool:

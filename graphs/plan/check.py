@@ -18,7 +18,7 @@ from makeready.graphs.plan import memory
 from makeready.graphs.plan.buckets import prove_coverage
 from makeready.graphs.plan.check_cuda import check_chains, check_kernels, check_nodes
 from makeready.graphs.plan.check_lanes import check_lanes
-from makeready.graphs.plan.constants import GENERATORS
+from makeready.graphs.plan.constants import GENERATORS, zeros
 from makeready.graphs.plan.plan import Plan, PlanError, Weight
 from makeready.graphs.plan.program import Buffer, LoweredProgram
 from makeready.graphs.plan.reads import complaint
@@ -37,12 +37,12 @@ MOST_ROTARY = 2**16  # columns of a generated table, far above any head
 # launches before call so, or this one; of the cache group whose tensors the launch names.
 _OF_GROUPS = ("state_in", "state_out", "grow_page", "pages")
 INDICES = {
-    "row_slot": ("sample_slot", "target_slot", "draft_slot"),
+    "row_slot": ("sample_slot", "target_slot", "draft_slot", "chain_slot", "draw_slot"),
     "tokens": ("target_ids",),
     "token_ids": ("draft_ids",),
     "query_start": ("draft_start",),
     "query_len": ("draft_len",),
-    "context_len": ("draft_context",),
+    "context_len": ("draft_context", "draw_context"),
 }
 
 
@@ -267,6 +267,12 @@ def _generated(param: Param) -> None:
     )
     assert made is not None
     shape, dtype = param.spec.shape, param.spec.dtype
+    if made is zeros:
+        need(
+            said == {"shape": list(shape)} and dtype == "int32",
+            f"weight {param.name}, {param.spec}, is made as {said.get('shape')} zeros of int32",
+        )
+        return
     need(
         [said.get("context_len"), said.get("rotary_dim")] == list(shape)
         and 0 < int(shape[-1]) <= MOST_ROTARY,
@@ -314,6 +320,8 @@ def _order(plan: Plan, program: LoweredProgram, names: set[str]) -> None:
     phase, made = program.phase, dict[str, str]()
     results = {f.name for f in _all_fields(plan)["result", phase]}
     views = {name for name, buffer in program.buffers.items() if buffer.row_stride is not None}
+    constants = {w.param.name: w.param.generated for w in plan.weights}
+    nothing = {name for name, made_by in constants.items() if made_by and made_by.function == "zeros"}
     for launch in program.launches:
         named = set(launch.operands.values())
         of_groups = [g.name for g in plan.kv.groups if any(part.name in named for part in g.parts)]
@@ -329,7 +337,8 @@ def _order(plan: Plan, program: LoweredProgram, names: set[str]) -> None:
                 index = {operand, *INDICES.get(operand, ())}
                 fields = {plan.kv.field(group, name) for group in groups for name in index}
                 own = fields if operand in _OF_GROUPS else fields | index
-                need(value in own or made.get(value) in index, f"{where} as {operand}")
+                unmasked = operand in ("masked", "allowed") and value in nothing
+                need(value in own or made.get(value) in index or unmasked, f"{where} as {operand}")
         for result, value in launch.results.items():
             need(
                 (value in results or value in program.buffers) and value not in made,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,4 +77,10 @@ _FREQUENCIES: Mapping[str, Callable[[int, Mapping[str, Any]], tuple[np.ndarray, 
     "yarn": _yarn,
 }
 
-GENERATORS: Mapping[str, Callable[..., np.ndarray]] = {"rope_table": rope_table}
+
+def zeros(*, shape: Sequence[int]) -> np.ndarray:
+    """Zeros of int32."""
+    return np.zeros(shape, np.int32)
+
+
+GENERATORS: Mapping[str, Callable[..., np.ndarray]] = {"rope_table": rope_table, "zeros": zeros}

@@ -16,7 +16,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from makeready.graphs.checkpoint.base import BLOCKS, PLAIN, Checkpoint
+from makeready.graphs.checkpoint.base import BLOCKS, PLAIN, Checkpoint, by_part
 from makeready.graphs.plan.recipe import Box, Each, Operand, Param, Piece
 
 STORED_AS_THEY_ARE = ("float8_e4m3fn", "int8", "int32", "uint8")
@@ -196,10 +196,13 @@ def needs(params: Iterable[Param]) -> dict[str, Need]:
 
 def declare_needs(checkpoint: Checkpoint, wanted: Mapping[str, Need]) -> None:
     """Tell a dummy checkpoint, which has what it is asked for, what that is; others know."""
-    if checkpoint.format == "dummy":
-        exact = {source: need.kinds[0] for source, need in wanted.items()}
-        checkpoint.declare(  # type: ignore[attr-defined]
-            {source: need.shape for source, need in wanted.items()},
+    for part, names in by_part(checkpoint, wanted).values():
+        if part.format != "dummy":
+            continue
+        needed = {own: wanted[name] for own, name in names.items()}
+        exact = {source: need.kinds[0] for source, need in needed.items()}
+        part.declare(  # type: ignore[attr-defined]
+            {source: need.shape for source, need in needed.items()},
             {source: kind for source, kind in exact.items() if kind in STORED_AS_THEY_ARE},
         )
 

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-NGRAM = "ngram"
-METHODS = (NGRAM,)
-
 
 @dataclass(frozen=True)
 class Speculative:
@@ -18,7 +15,7 @@ class Speculative:
     Attributes:
         method: ``ngram`` guesses that what followed the last tokens where they came before, in the prompt or the
             output, follows them again: it needs no second model and pays where answers repeat what they were given.
-            null: no guesses.
+            ``draft``: a small model of the same vocabulary, ``speculative.checkpoint``, is asked. null: no guesses.
         num_draft_tokens: tokens that are guessed for a row in a step, at most.
         ngram_min: last tokens that have to be found again; without them nothing is guessed.
         ngram_max: last tokens that are looked for; the place where most of them are found counts.

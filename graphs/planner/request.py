@@ -46,7 +46,8 @@ class Request:
             floats; ``int8`` to integers with scales as ``fp8``'s; ``int4`` their weights alone (symmetric, for each
             output and 128 inputs), ``mxfp4`` to 4-bit floats (for each output and 32 inputs), ``nvfp4`` to such
             with finer scales (for each output and 16 inputs); ``stored`` multiplies GGUF's blocks as the file has
-            them, on the CPU; None computes as the checkpoint stores them, and widens GGUF's.
+            them, on a GPU as integers with scales by groups; None computes as the checkpoint stores them, and widens
+            GGUF's.
         kv_dtype: how keys and values are kept: float32, bfloat16, float16; ``float8_e4m3fn`` (or ``fp8_e4m3``), 8-bit
             floats as they are, which saturate at 448; ``int8_per_token_head`` (or ``int8``), ``fp8_per_token_head``
             and ``int4_per_token_head`` (or ``int4``) with a scale for each token and head. None takes the
@@ -185,6 +186,7 @@ def quantization(request: Request, target: Target, checkpoint: Checkpoint) -> Qu
     # Import torch: command lines do without.
     from makeready.graphs.quant.gguf import stored_blocks
     from makeready.graphs.quant.stored import discover, stored_scheme
+    from makeready.kernels.gguf import KINDS
 
     discover()
     stored = stored_scheme(checkpoint.config)
@@ -194,11 +196,11 @@ def quantization(request: Request, target: Target, checkpoint: Checkpoint) -> Qu
         return stored
     _known("quant", request.quant, sorted((*ON_LOAD, AS_BLOCKS)))
     if request.quant == AS_BLOCKS:
-        blocks = None if target.is_cuda else stored_blocks(checkpoint)
+        blocks = stored_blocks(checkpoint, packed=target.is_cuda)
         if blocks is None:
             raise PlanError(
-                f"quant={AS_BLOCKS} multiplies GGUF's blocks as they are, on the CPU, and "
-                f"{f'the target is {target.name}' if target.is_cuda else f'{checkpoint.path} has none'}; leave it out"
+                f"quant={AS_BLOCKS} multiplies GGUF's blocks as they are, and {checkpoint.path} has none of "
+                f"{', '.join(KINDS)}; leave it out"
             )
         return blocks
     if stored is not None:

@@ -113,7 +113,7 @@ def _param(name: str, tensor: torch.nn.Parameter, weight_dtype: str, vector_dtyp
     assert isinstance(tensor, Parameter)
     said, shape = tensor.declaration, tuple(tensor.shape)
     if isinstance(said.source, Generated):
-        return Param(name, TensorSpec(shape, "float32"), generated=said.source)
+        return Param(name, TensorSpec(shape, said.dtype), generated=said.source)
     spec = TensorSpec(shape, said.dtype or (weight_dtype if tensor.ndim > 1 else vector_dtype))
     if isinstance(said.source, tuple):
         return Param(name, spec, pieces=said.source, shard=said.shard, quantizable=said.quantizable)
@@ -160,6 +160,8 @@ def _call(node: fx.Node, op: Contract, names: Mapping[str, str], values: dict[st
         specs = op.infer({k: values[v].spec for k, v in bound.items()}, attrs)
     except ContractError as error:
         raise TraceError(f"{node.name}: {error}") from error
-    results = {k: node.name if len(specs) == 1 else f"{node.name}.{k}" for k in specs}
+    # A parameter that is read later may be called like the op that made this.
+    own = node.name if node.name not in values else f"{node.name}.made"
+    results = {k: own if len(specs) == 1 else f"{own}.{k}" for k in specs}
     values |= {results[k]: Value(results[k], spec, TEMP) for k, spec in specs.items()}
     return Call(op.name, bound, results, attrs)

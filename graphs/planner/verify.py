@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import zip_longest
 from typing import Any
 
+from makeready.graphs.checkpoint.paired import DRAFT
 from makeready.graphs.planner.derivation import complaints
 from makeready.graphs.planner.ir import KV, PARAM, SLOT, STEP, TEMP, Call, Program, live
 from makeready.kernels.contract import CONTRACTS
@@ -31,8 +32,8 @@ def verify(program: Program, *, after: str) -> Program:
 def verify_alike(programs: Mapping[str, Program]) -> None:
     """Check that the programs of all phases make a token's results by the same calls in the same order.
 
-    They may differ in which tokens they run, which rows they select, in views, and in results that only some of
-    them have.
+    They may differ in which tokens they run, which rows they select, in views, in results that only some of them
+    have, and in what a second model guesses.
 
     Raises:
         VerificationError: naming the first call in which two phases differ.
@@ -52,12 +53,29 @@ def _calls_of_a_token(
     program: Program, results: set[str]
 ) -> Iterator[tuple[str, dict[str, str], dict[str, Any]]]:
     """Op, parameters and attributes of the calls that these ``results`` come from."""
-    for call in live(list(program.calls), {v for k, v in program.results.items() if k in results}):
+    own = _without_drafting(program)
+    for call in live(own, {v for k, v in program.results.items() if k in results}):
         op = call.contract
         if op.view is not None or op.selects_rows is not None or _says_what_runs(program, call):
             continue
         params = {k: v for k, v in call.operands.items() if program.values[v].kind == PARAM}
         yield call.op, params, dict(call.attrs)
+
+
+def _without_drafting(program: Program) -> list[Call]:
+    """The calls that are no model's that drafts: those read its parameters, its cache, or numbers of one another.
+
+    All that others see of them is the integers that they leave behind, which say what runs.
+    """
+    numbers: set[str] = set()
+    kept = []
+    for call in program.calls:
+        if any(value.startswith(DRAFT) or value in numbers for value in call.operands.values()):
+            made = call.results.values()
+            numbers |= {value for value in made if program.spec(value).dtype not in ("int32", "int64")}
+        else:
+            kept.append(call)
+    return kept
 
 
 def _says_what_runs(program: Program, call: Call) -> bool:

@@ -1,8 +1,8 @@
 """Weights in GGUF's blocks, multiplied as the file stores them.
 
-A projection becomes an op over the bytes of its blocks, which the CPU maps and does not convert. Its activations
-are rounded to 8 bits in groups of 32, as llama.cpp does. Types without products, and weights that are used in another
-form than they are stored in, are widened when they are loaded.
+On a GPU: gguf_groups.py. On the CPU a projection becomes an op over the bytes of its blocks, which are mapped and not
+converted. Its activations are rounded to 8 bits in groups of 32, as llama.cpp does. Types without products, and
+weights that are used in another form than they are stored in, are widened when they are loaded.
 """
 
 from __future__ import annotations
@@ -14,12 +14,17 @@ from dataclasses import dataclass, replace
 from makeready.graphs.checkpoint.base import AS_STORED, BLOCKS, Checkpoint, CheckpointWarning
 from makeready.graphs.plan.recipe import Param, Piece
 from makeready.graphs.planner.ir import Call, Program
+from makeready.graphs.quant.gguf_groups import StoredGroups
 from makeready.kernels.gguf import KINDS, row_bytes, rows_text
 from makeready.kernels.spec import TensorSpec
 
 
-def stored_blocks(checkpoint: Checkpoint) -> StoredBlocks | None:
-    """The blocks of a checkpoint that there are products for; None where it has none. Warns of others."""
+def stored_blocks(checkpoint: Checkpoint, *, packed: bool) -> StoredBlocks | StoredGroups | None:
+    """The blocks of a checkpoint that there are products for; None where it has none. Warns of others.
+
+    Args:
+        packed: they become integers with scales by groups, for a GPU; else they stay as they are.
+    """
     kinds = {name: info.dtype for name, info in checkpoint.tensors.items() if info.kind == BLOCKS}
     others = sorted(set(kinds.values()) - set(KINDS))
     if others:
@@ -30,7 +35,9 @@ def stored_blocks(checkpoint: Checkpoint) -> StoredBlocks | None:
             stacklevel=1,
         )
     found = {name: kind for name, kind in kinds.items() if kind in KINDS}
-    return StoredBlocks(found) if found else None
+    if not found:
+        return None
+    return StoredGroups(found) if packed else StoredBlocks(found)
 
 
 @dataclass(frozen=True)

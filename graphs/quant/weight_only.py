@@ -37,12 +37,10 @@ from makeready.kernels.spec import TensorSpec
 for op in (linear_int, linear_mx, grouped_linear_int, grouped_linear_mx):
     assert isinstance(op, Contract)
 
-KIND, MX, NV = (
-    "int",
-    "mxfp4",
-    "nvfp4",
-)  # of scheme, in contracts' traits: integers, and what kernels/mx.py says
-_SCALES = {KIND: "float16", MX: "uint8", NV: "int16"}  # dtypes of their scales
+# Of scheme, in contracts' traits: integers, what kernels/mx.py says, integers of kernels/gguf_groups.py.
+KIND, MX, NV, GGUF = "int", "mxfp4", "nvfp4", "gguf"
+_SCALES = {KIND: "float16", MX: "uint8", NV: "int16", GGUF: "float16"}  # dtypes of their scales
+_ZEROS = {KIND: "uint8", GGUF: "float16"}  # of their zero points, or offsets
 GROUPS = (32, 64)  # sizes below a span that kernels take, beside its multiples and whole rows
 
 
@@ -55,12 +53,14 @@ class Form:
         group: inputs that share a scale; 0: all of them.
         zeros: whether each scale has a zero point; else weights are symmetric.
         ordered: whether inputs lie in groups by a table of the file (GPTQ's desc_act), not one after the other.
+        blocks: GGUF's type of blocks that it is made of; empty elsewhere.
     """
 
     bits: int
     group: int
     zeros: bool = False
     ordered: bool = False
+    blocks: str = ""
 
     def refusal(self) -> str:
         """What of it is not computed here; empty where all is."""
@@ -97,6 +97,28 @@ class Layout(Protocol):
         ...
 
 
+class Weights(Protocol):
+    """What the rewrite asks of a scheme."""
+
+    @property
+    def layout(self) -> Layout:
+        """The format of its files."""
+        ...
+
+    @property
+    def kind(self) -> str:
+        """Of numbers."""
+        ...
+
+    def form_of(self, param: Param) -> Form | None:
+        """The form that all of a parameter is stored in; None where it stays wide.
+
+        Raises:
+            PlanError: its parts have several, or one that kernels do not take.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class WeightOnly:
     """A scheme: a format, and which linears have which form.
@@ -127,16 +149,48 @@ class WeightOnly:
 
         What other ops read stays wide; where the checkpoint stores it in few bits, it is widened while it is loaded.
         """
-        rewrite = _Rewrite(program, self)
-        calls: list[Call] = []
-        for call in program.calls:
-            form = rewrite.covers(call)
-            calls += rewrite.linear(call, form) if form is not None else [rewrite.kept(call)]
-        return program.with_calls(calls, rewrite.params)
+        return quantize_weights(program, self)
 
     def of(self, module: str) -> Form | None:
         """The form of a module of the checkpoint; None where it stays wide."""
         return _form(self, module)
+
+    def form_of(self, param: Param) -> Form | None:
+        """See :class:`Weights`."""
+        if not param.quantizable or not param.pieces:
+            return None
+        modules = {module_of(read.source) for piece in param.pieces for read in unrolled(piece)}
+        forms = {self.of(module) for module in modules}
+        if len(forms) > 1:
+            raise PlanError(
+                f"{module_of(param.pieces[0].source)} and what is used with it are quantized differently; "
+                "use a checkpoint whose experts are quantized alike"
+            )
+        (form,) = forms
+        if form is None:
+            return None
+        name, (*stacked, rows, width) = module_of(param.pieces[0].source), (int(n) for n in param.spec.shape)
+        refusal = form.refusal() if self.kind == KIND else ""  # floats' readers say it
+        if stacked and rows % TILE:
+            refusal = (
+                f"{rows} outputs of an expert are no multiple of {TILE}; use a checkpoint with 16-bit weights"
+            )
+        if stacked and form.ordered and form.inputs(width) < width:
+            refusal = "desc_act of experts is not supported; use a checkpoint without it"
+        if refusal:
+            raise PlanError(f"{name}: {refusal}")
+        # One group holds all inputs: their order does not matter.
+        return replace(form, ordered=form.ordered and form.inputs(width) < width)
+
+
+def quantize_weights(program: Program, scheme: Weights) -> Program:
+    """See :meth:`WeightOnly.rewrite`."""
+    rewrite = _Rewrite(program, scheme)
+    calls: list[Call] = []
+    for call in program.calls:
+        form = rewrite.covers(call)
+        calls += rewrite.linear(call, form) if form is not None else [rewrite.kept(call)]
+    return program.with_calls(calls, rewrite.params)
 
 
 @lru_cache(maxsize=2**16)
@@ -216,7 +270,7 @@ class _Rewrite:
     """One run over a program; ``params`` are those made so far, ``ordered`` inputs put in another order."""
 
     program: Program
-    scheme: WeightOnly
+    scheme: Weights
     params: dict[str, Param] = field(default_factory=dict)
     ordered: dict[tuple[str, str], str] = field(default_factory=dict)
     ops: dict[str, Contract] = field(init=False)
@@ -234,40 +288,7 @@ class _Rewrite:
         param = self.program.params.get(call.operands[quantized_operands(call, op, self.program)[1]])
         if param is None or any(piece.source in self.wide for piece in param.pieces):
             return None
-        return self._form(param)
-
-    def _form(self, param: Param) -> Form | None:
-        """The form that all of a parameter is stored in.
-
-        Raises:
-            PlanError: its parts have several, or one that kernels do not take.
-        """
-        if not param.quantizable or not param.pieces:
-            return None
-        modules = {module_of(read.source) for piece in param.pieces for read in unrolled(piece)}
-        forms = {self.scheme.of(module) for module in modules}
-        if len(forms) > 1:
-            raise PlanError(
-                f"{module_of(param.pieces[0].source)} and what is used with it are quantized differently; "
-                "use a checkpoint whose experts are quantized alike"
-            )
-        (form,) = forms
-        if form is None:
-            return None
-        name, (*stacked, rows, width) = module_of(param.pieces[0].source), (int(n) for n in param.spec.shape)
-        refusal = (
-            form.refusal() if self.scheme.kind == KIND else ""
-        )  # those of floats are said by their readers
-        if stacked and rows % TILE:
-            refusal = (
-                f"{rows} outputs of an expert are no multiple of {TILE}; use a checkpoint with 16-bit weights"
-            )
-        if stacked and form.ordered and form.inputs(width) < width:
-            refusal = "desc_act of experts is not supported; use a checkpoint without it"
-        if refusal:
-            raise PlanError(f"{name}: {refusal}")
-        # One group holds all inputs: their order does not matter.
-        return replace(form, ordered=form.ordered and form.inputs(width) < width)
+        return self.scheme.form_of(param)
 
     def linear(self, call: Call, form: Form) -> list[Call]:
         """The calls that take the place of ``call``."""
@@ -280,10 +301,12 @@ class _Rewrite:
         if form.ordered:
             order = self._order(param)
             given[x] = f"{call.operands[x]}.of.{param.name}"
-            operands = {"x": call.operands[x], "order": order.name}
-            before = [Call("gather_columns", operands, {"y": given[x]})]
+            before = [Call("gather_columns", {"x": call.operands[x], "order": order.name}, {"y": given[x]})]
         operands = {o.name: given[o.name] for o in op.inputs if o.name in given}
-        said = {"bits": form.bits, "group": form.inputs(int(param.spec.shape[-1]))}
+        width = int(param.spec.shape[-1])
+        said = {"bits": form.bits, "group": form.inputs(width)}
+        if "width" in op.attrs:  # rows of the weight themselves
+            said |= {"width": width, "out_dtype": call.attrs["out_dtype"] or param.spec.dtype}
         attrs = {name: said.get(name, call.attrs.get(name, default)) for name, default in op.attrs.items()}
         return [*before, Call(op.name, operands, call.results, attrs)]
 
@@ -292,7 +315,7 @@ class _Rewrite:
         if self.scheme.layout.stored and call.op not in self.ops:
             read = (self.program.params.get(value) for value in call.operands.values())
             for param in (p for p in read if p is not None):
-                form = self._form(param)
+                form = self.scheme.form_of(param)
                 if form is not None:
                     self.params[param.name] = self._wide(param, form)
         return call
@@ -301,7 +324,7 @@ class _Rewrite:
         """Parameters of the quantized weight, by the operand that they are."""
         *stacked, rows, width = (int(n) for n in param.spec.shape)
         kind = self.scheme.kind
-        group = form.inputs(width) if kind == KIND else BLOCK
+        group = form.inputs(width) if kind in _ZEROS else BLOCK
         tiled = (*stacked, -(-rows // TILE), -(-width // group), TILE)
         words = (*stacked, rows, -(-width // SPAN) * form.bits * SPAN // 16)
         shard = (*param.shard, None) if param.shard else ()
@@ -310,7 +333,7 @@ class _Rewrite:
             "scale": (TensorSpec(tiled, _SCALES[kind]), shard),
         }
         if form.zeros:
-            made["zero"] = (TensorSpec(tiled, "uint8"), shard)
+            made["zero"] = (TensorSpec(tiled, _ZEROS[kind]), shard)
         if kind == NV:
             made["global_scale"] = (TensorSpec((*stacked, rows), "float32"), param.shard[:-1])
         by, found = self.scheme.layout.derivation(as_matrix(param), form), {}

@@ -112,24 +112,33 @@ def run(model: Model, i: Inputs, limits: Limits) -> tuple[torch.Tensor, Inputs]:
     )
     i = i.adding(positions=positions, token_slot=token_slot, context_len=context_len)
     for group in i.cache.paged:
-        own = i.of(group.name)
-        kv_slot, page_table = locate.find_pages(
-            positions, i.row_slot, i.query_start, i.query_len, context_len,
-            i.grow_at, own.grow_page, own.pages, page_size=limits.page_size,
-        )  # fmt: skip
-        i = own.adding(kv_slot=kv_slot, page_table=page_table)
+        i = paged(i.of(group.name), limits)
     i = i.of(i.cache.groups[0].name)
     return model(ids, i), i
 
 
-def sample(logits_RV: torch.Tensor, i: Inputs, limits: Limits) -> dict[str, torch.Tensor]:
-    """The next token of every row of logits, and what is reported of it: :func:`token_results`."""
-    tokens = sampling.sample(
+def paged(i: Inputs, limits: Limits) -> Inputs:
+    """The inputs, of a cache group with pages, and where the tokens lie that they have located."""
+    kv_slot, page_table = locate.find_pages(
+        i.positions, i.row_slot, i.query_start, i.query_len, i.context_len,
+        i.grow_at, i.grow_page, i.pages, page_size=limits.page_size,
+    )  # fmt: skip
+    return i.adding(kv_slot=kv_slot, page_table=page_table)
+
+
+def draw(logits_RV: torch.Tensor, i: Inputs) -> torch.Tensor:
+    """The next token of every row of logits, which is left in the history of ``i.sample_slot``, too."""
+    return sampling.sample(
         logits_RV, i.sample_slot, i.context_len, i.history, i.prompt_len,
         i.temperature, i.top_k, i.top_p, i.min_p,
         i.presence_penalty, i.frequency_penalty, i.repetition_penalty,
         i.seed, i.min_new_tokens, i.stop_ids, i.bias_ids, i.bias_values, i.masked, i.allowed,
     )  # fmt: skip
+
+
+def sample(logits_RV: torch.Tensor, i: Inputs, limits: Limits) -> dict[str, torch.Tensor]:
+    """The next token of every row of logits, and what is reported of it: :func:`token_results`."""
+    tokens = draw(logits_RV, i)
     logprob, top_ids, top_values = logprobs.token_logprobs(
         logits_RV, tokens, i.sample_slot, i.top_logprobs, max_top=limits.max_top_logprobs
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from dataclasses import fields as fields_of
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +18,8 @@ from makeready.graphs.layers.inputs import Inputs
 from makeready.graphs.plan.buckets import Shapes
 from makeready.graphs.plan.plan import PlanError
 from makeready.graphs.plan.spec import VERIFY, CacheSpec, Field, Limits, StepSpec, fields
-from makeready.graphs.plan.speculative import METHODS, Speculative
+from makeready.graphs.plan.speculative import Speculative
+from makeready.graphs.speculative.base import known
 from makeready.graphs.steps.base import Sizing, step_kind
 from makeready.graphs.steps.generate import (
     run,
@@ -34,8 +36,7 @@ if TYPE_CHECKING:
     from makeready.graphs.models.family import Model
     from makeready.graphs.planner.request import Request
 
-MOST_NGRAM = 32  # tokens: the whole context is searched for an n-gram of this length at most
-_WHOLE = ("num_draft_tokens", "ngram_min", "ngram_max", "max_rows")
+_ALL = ("num_draft_tokens", "max_rows")  # fields that every method reads
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,8 @@ class Verify:
         self, model: Model, inputs: Inputs, limits: Limits, request: Request
     ) -> Mapping[str, torch.Tensor]:
         i, asked = inputs, request.speculative
-        ids, start, count, slots, context = draft.draft_ngram(
-            i.token_ids, i.row_slot, i.row_start, i.query_start, i.query_len, i.sample_slot, i.limit,
-            i.length, i.history, ngram_min=asked.ngram_min, ngram_max=asked.ngram_max,
-        )  # fmt: skip
+        assert asked.method is not None
+        ids, start, count, slots, context = known(asked.method).guess(model, i, limits, asked)
         logits, i = run(model, i.adding(token_ids=ids, query_start=start, query_len=count), limits)
         reach = i.context_len
         made = sample(logits, i.adding(sample_slot=slots, context_len=context), limits)
@@ -91,30 +90,20 @@ class Verify:
 
 def _check(asked: Speculative, limits: Limits, cache: CacheSpec) -> None:
     """Raise :class:`PlanError` for what cannot be."""
-    if asked.method is None:
-        changed = [name for name in _WHOLE if getattr(asked, name) != getattr(Speculative(), name)]
-        if changed:
-            raise PlanError(
-                f"speculative.{changed[0]}={getattr(asked, changed[0])} is of no use without a method; "
-                f"add speculative.method={METHODS[0]}"
-            )
+    found = None if asked.method is None else known(asked.method)
+    of_use = () if found is None else (*_ALL, *found.own)
+    changed = [f.name for f in fields_of(asked) if getattr(asked, f.name) != f.default]
+    idle = [name for name in changed if name not in (*of_use, "method")]
+    if idle:
+        what = f"to {found.name}; leave it out" if found else "without a method; add speculative.method=ngram"
+        raise PlanError(f"speculative.{idle[0]}={getattr(asked, idle[0])} is of no use {what}")
+    if found is None:
         return
-    if asked.method not in METHODS:
-        raise PlanError(
-            f"speculative.method={asked.method} is not built; choose {', '.join(METHODS)}, or null for none"
-        )
-    for name in _WHOLE:
+    for name in of_use:
         value = getattr(asked, name)
         if type(value) is not int or value < 1:
             raise PlanError(f"speculative.{name}={value} must be a whole number of at least 1")
-    if asked.ngram_min > asked.ngram_max:
-        raise PlanError(
-            f"speculative.ngram_min={asked.ngram_min} is above ngram_max={asked.ngram_max}; lower it"
-        )
-    if asked.ngram_max > MOST_NGRAM:
-        raise PlanError(
-            f"speculative.ngram_max={asked.ngram_max} is above {MOST_NGRAM}, the most that are compared; lower it"
-        )
+    found.check(asked)
     if 1 + asked.num_draft_tokens > limits.max_tokens:
         raise PlanError(
             f"speculative.num_draft_tokens={asked.num_draft_tokens} and the token before them do not fit into steps "

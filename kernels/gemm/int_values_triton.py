@@ -108,14 +108,14 @@ def centred(w, zero, n, k, groups, BITS: tl.constexpr, GROUP: tl.constexpr, KIND
     """``q - zero`` of one span of words ``[N, 8 * BITS]``: ``[N, 128]``, exact.
 
     Args:
-        zero: tiles of zeros, or None where weights are symmetric.
+        zero: tiles of zeros; of offsets, which :func:`scaled` adds, or None where weights are symmetric.
         n, k: the outputs, ``[N]``, and the first input.
         groups: of a row.
     """
     N: tl.constexpr = w.shape[0]
     OFFSET: tl.constexpr = offset_of(BITS, KIND)
     wide = fields_of(w, BITS, KIND)
-    if zero is None:
+    if zero is None or zero.dtype.element_ty == tl.float16:
         if OFFSET + 2 ** (BITS - 1) != 0:
             wide = (wide - (OFFSET + 2 ** (BITS - 1))).to(KIND)
     elif GROUP % 128 == 0:
@@ -131,8 +131,10 @@ def centred(w, zero, n, k, groups, BITS: tl.constexpr, GROUP: tl.constexpr, KIND
 
 
 @triton.jit
-def scaled(wide, scale, n, k, groups, GROUP: tl.constexpr, KIND: tl.constexpr):
-    """``wide[N, 128]``, one span of weights, by their scales, rounded to ``KIND``."""
+def scaled(wide, scale, zero, n, k, groups, GROUP: tl.constexpr, KIND: tl.constexpr):
+    """``wide[N, 128]``, one span of weights, by their scales, rounded to ``KIND``; plus offsets where ``zero`` holds
+    such, of groups below a span.
+    """
     N: tl.constexpr = wide.shape[0]
     if GROUP % 128 == 0:
         own = tl.load(of_group(scale, n, k, groups, GROUP)).to(KIND)
@@ -141,5 +143,8 @@ def scaled(wide, scale, n, k, groups, GROUP: tl.constexpr, KIND: tl.constexpr):
         at = k + GROUP * tl.arange(0, 128 // GROUP)
         own = tl.load(of_group(scale, n[:, None], at[None, :], groups, GROUP)).to(KIND)
         parts = (tl.reshape(wide, (N, 128 // GROUP, GROUP)) * own[:, :, None]).to(KIND)
+        if zero is not None and zero.dtype.element_ty == tl.float16:
+            own = tl.load(of_group(zero, n[:, None], at[None, :], groups, GROUP)).to(KIND)
+            parts = (parts + own[:, :, None]).to(KIND)
         wide = tl.reshape(parts, (N, 128))
     return wide

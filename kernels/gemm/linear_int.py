@@ -11,13 +11,13 @@ from makeready.kernels.numeric import to_dtype, widen
 
 @contract(
     "x[T,K]:A weight[N,cdiv(K,128)*8*bits]:int16 weight_scale[cdiv(N,64),cdiv(K,group),64]:float16 "
-    "weight_zero?[cdiv(N,64),cdiv(K,group),64]:uint8 bias?[N]:B -> y[T,N]:out_dtype|A",
+    "weight_zero?[cdiv(N,64),cdiv(K,group),64]:Z bias?[N]:B -> y[T,N]:out_dtype|A",
     rowwise="T",
     flops="2*T*N*K",
     rate="x",
     merges="N",
     shares=("x",),
-    quantizes=Quantizes("linear", ("int",)),
+    quantizes=Quantizes("linear", ("int", "gguf")),
 )
 def linear_int(
     x: torch.Tensor,
@@ -32,7 +32,8 @@ def linear_int(
 ) -> torch.Tensor:
     """``x @ ((q - zero) * scale).T + bias``, accumulated in fp32 or wider.
 
-    Kernels may round weights to the dtype of ``x`` after they are scaled.
+    ``weight_zero`` may be offsets of fp16, added to ``(q - 2 ** (bits - 1)) * scale``. Kernels may round weights to
+    the dtype of ``x`` after they are scaled.
     """
     dtype = widen(x).dtype
     wide = values(weight, weight_scale, weight_zero, bits=bits, group=group, inputs=x.shape[1], dtype=dtype)

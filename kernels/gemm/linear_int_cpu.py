@@ -32,8 +32,8 @@ class IntMatrix:
     """One matrix as kernels/integers.py or kernels/mx.py says, with what its words mean.
 
     Attributes:
-        weight, scale, zero: ``[N, W]`` int16, ``[ceil(N / 64), G, 64]`` fp16, the same of uint8 or None. Scales of
-            MXFP4 are uint8, those of NVFP4 int16.
+        weight, scale, zero: ``[N, W]`` int16, ``[ceil(N / 64), G, 64]`` fp16, the same of uint8 (of fp16 where it is
+            offsets) or None. Scales of MXFP4 are uint8, those of NVFP4 int16.
         inputs: K.
         global_scale: fp32 ``[N]`` of NVFP4, else None.
     """
@@ -49,7 +49,8 @@ class IntMatrix:
     @property
     def compiled(self) -> bool:
         """Whether the compiled op takes it."""
-        return native.available() and (self.inputs <= self.group or self.group % 32 == 0)
+        offsets = self.zero is not None and self.zero.dtype != torch.uint8
+        return native.available() and not offsets and (self.inputs <= self.group or self.group % 32 == 0)
 
     def parts(self) -> Iterator[tuple[int, int, torch.Tensor]]:
         """First output, the one behind the last, and fp32 weights, part after part."""

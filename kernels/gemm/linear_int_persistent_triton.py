@@ -44,10 +44,11 @@ def linear_int_persistent(
 
     Args:
         x, weight, y: TMA descriptors with blocks ``[BT, 128]``, ``[BN, 8 * BITS]`` and ``[BT, BN]``.
-        weight_scale, weight_zero: pointers to tiles of fp16 and uint8; zeros None where weights are symmetric.
+        weight_scale, weight_zero: pointers to tiles of fp16 and uint8; zeros None where weights are symmetric, fp16
+            where they are offsets.
         weight_global_scale, bias: pointers or None; the first to one fp32 an output.
         MX: weights are e2m1 and scales e8m0 or pairs of e4m3, of 32 inputs each; BITS is 4, GROUP 32.
-        GROUP: inputs that share a scale: 32, 64, a multiple of 128, or what is at least K.
+        GROUP: inputs that share a scale: 16, 32, 64, a multiple of 128, or what is at least K.
         TILES: of tokens that are gone through before the next outputs.
         PDL: this launch may start before the one ahead of it ends.
     """
@@ -71,7 +72,7 @@ def linear_int_persistent(
                 w_NK = mx_values(w, weight_scale, n, k, groups, x.dtype)
             else:
                 w_NK = centred(w, weight_zero, n, k, groups, BITS, GROUP, x.dtype)
-                w_NK = scaled(w_NK, weight_scale, n, k, groups, GROUP, x.dtype)
+                w_NK = scaled(w_NK, weight_scale, weight_zero, n, k, groups, GROUP, x.dtype)
             acc_NT = tl.dot(w_NK, x.load([t0, k]).T, acc_NT)
         if weight_global_scale is not None:
             acc_NT *= tl.load(weight_global_scale + n)[:, None]

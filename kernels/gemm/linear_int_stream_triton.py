@@ -57,12 +57,13 @@ def linear_int_stream(
         x, weight: floats and int16 words; TMA descriptors with blocks ``[BT, 128]`` and ``[BN, 8 * BITS]`` where
             ``TMA``, else pointers.
         weight_start: pointer to the words.
-        weight_scale, weight_zero: pointers to tiles of fp16 and uint8; zeros None where weights are symmetric.
+        weight_scale, weight_zero: pointers to tiles of fp16 and uint8; zeros None where weights are symmetric, fp16
+            where they are offsets.
         weight_global_scale, bias: pointers or None; the first to one fp32 an output.
         partial, arrived: scratch as in ``linear_fp8_stream``, or None.
         share: units of a block.
         MX: weights are e2m1 and scales e8m0 or pairs of e4m3, of 32 inputs each; BITS is 4, GROUP 32.
-        GROUP: inputs that share a scale: 32, 64, a multiple of 128, or what is at least K.
+        GROUP: inputs that share a scale: 16, 32, 64, a multiple of 128, or what is at least K.
         AHEAD: words of each row to bring to L2 while the kernel before still runs.
         PDL: this launch may start before the one ahead of it ends.
     """
@@ -116,7 +117,9 @@ def linear_int_stream(
             own = tl.load(of_group(weight_scale, n, k, groups, GROUP)).to(tl.float32)
             acc_NT += tl.dot(w_NK, x_TK.T) * own[:, None]
         else:
-            acc_NT = tl.dot(scaled(w_NK, weight_scale, n, k, groups, GROUP, KIND), x_TK.T, acc_NT)
+            acc_NT = tl.dot(
+                scaled(w_NK, weight_scale, weight_zero, n, k, groups, GROUP, KIND), x_TK.T, acc_NT
+            )
         if step == steps - 1 or unit == end - 1:
             begun = unit - step >= begin
             whole = begun and step == steps - 1

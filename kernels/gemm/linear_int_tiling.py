@@ -38,6 +38,7 @@ _WIDEN = {
     4: 1.9,
     8: 2.4,
 }  # instructions of a thread for one weight: fields, zeros, scales, and a share of the loop's
+_OFFSET = 0.5  # of an offset, reasoned: one sum for two weights
 _WIDEN_MX = 2.9  # of a 4-bit float, reasoned: sign and size are masked apart
 _CLOCK = 1.7e9
 _LANES = 128  # threads of a multiprocessor that issue at once
@@ -74,7 +75,7 @@ class Product:
         wgmma: the target has Hopper's matrix instructions.
         bandwidth: bytes/s from memory.
         rate: operations/s of all multiprocessors at 16 bits.
-        scale_bytes: of what inputs of a group share.
+        scale_bytes, zero_bytes: of what inputs of a group share; two for an offset in the place of a zero.
         floats: weights are 4-bit floats.
         invariant: the same ways whatever T is, and no tile is cut: where, would depend on T.
     """
@@ -84,7 +85,7 @@ class Product:
     K: int
     bits: int
     group: int
-    zeros: bool
+    zero_bytes: int
     out_bytes: int
     tma: bool
     tma_out: bool
@@ -105,8 +106,7 @@ class Product:
     @property
     def weight_bytes(self) -> float:
         """Words, scales and zeros."""
-        shared = self.scale_bytes + (1 if self.zeros else 0)
-        scales = self.N * _cdiv(self.K, self.group) * shared
+        scales = self.N * _cdiv(self.K, self.group) * (self.scale_bytes + self.zero_bytes)
         return self.N * self.steps * SPAN * self.bits / 8 + scales
 
     @property
@@ -239,7 +239,9 @@ def seconds(product: Product, way: Tiling) -> float:
         * operations
         / (product.rate / product.multiprocessors * _MATRIX[way.kind, way.t, way.n])
     )
-    widen = _WIDEN_MX if product.floats else _WIDEN[product.bits]
+    widen = (
+        _WIDEN_MX if product.floats else _WIDEN[product.bits] + (_OFFSET if product.zero_bytes > 1 else 0.0)
+    )
     widening = on_one * share * way.n * SPAN * widen / (_LANES * _CLOCK)
     at_once = (
         _read(product, way) / (_MEMORY * product.bandwidth),

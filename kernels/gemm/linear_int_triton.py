@@ -36,14 +36,27 @@ _WAVE_ROWS = 4096  # of tokens whose tiles blocks go through before they move on
 
 
 def takes(call: OpCall) -> bool:
-    """Whether kernels take the call: 16-bit activations, whose weights' groups lie in spans or hold whole ones."""
+    """Whether kernels take the call: 16-bit activations, whose weights' groups lie in spans or hold whole ones. Where
+    there are offsets groups lie in spans.
+    """
     group, inputs = call.attrs["group"], int(call.tensors["x"].shape[1])
-    return sixteen_bits(call) and (group >= inputs or group in (32, 64) or group % SPAN == 0)
+    whole = (group >= inputs or group % SPAN == 0) and not offsets(call)
+    return sixteen_bits(call) and (whole or group in (16, 32, 64))
+
+
+def offsets(call: OpCall) -> bool:
+    """Whether offsets are in the place of zeros."""
+    return "weight_zero" in call.tensors and call.tensors["weight_zero"].dtype != "uint8"
 
 
 def sixteen_bits(call: OpCall) -> bool:
     """Whether activations are 16-bit floats."""
     return call.tensors["x"].dtype in ("bfloat16", "float16")
+
+
+def zero_bytes(call: OpCall) -> int:
+    """Of a group's zero or offset; 0 where weights are symmetric."""
+    return DTYPE_BYTES[call.tensors["weight_zero"].dtype] if "weight_zero" in call.tensors else 0
 
 
 def form_of(call: OpCall) -> tuple[int, int, bool]:
@@ -54,9 +67,9 @@ def form_of(call: OpCall) -> tuple[int, int, bool]:
 
 
 def group_of(call: OpCall) -> int:
-    """Inputs of a group as kernels take it: whole rows are a multiple of a span."""
+    """Inputs of a group as kernels take it: whole rows are a multiple of a span, unless there are offsets."""
     group, inputs = call.attrs["group"], int(call.tensors["x"].shape[1])
-    return -(-inputs // SPAN) * SPAN if group >= inputs else group
+    return -(-inputs // SPAN) * SPAN if group >= inputs and not offsets(call) else group
 
 
 @cuda_kernel(linear_int, "tiled", applies=takes, invariant=True)
@@ -110,7 +123,7 @@ def describe(call: OpCall) -> Product:
         group=group,
         scale_bytes=DTYPE_BYTES[call.tensors["weight_scale"].dtype],
         floats=floats,
-        zeros="weight_zero" in call.tensors,
+        zero_bytes=zero_bytes(call),
         out_bytes=DTYPE_BYTES[y.dtype],
         tma=tma and addressable(x) and addressable(weight),
         tma_out=tma and addressable(y),

@@ -22,11 +22,11 @@ _TRAFFIC = {  # of a router that gives each expert the same chance; others are n
 
 @contract(
     "x[X,K]:A weight[E,N,cdiv(K,128)*8*bits]:int16 weight_scale[E,cdiv(N,64),cdiv(K,group),64]:float16 "
-    "weight_zero?[E,cdiv(N,64),cdiv(K,group),64]:uint8 order[M]:int32 start[E+1]:int32 -> y[M,N]:out_dtype|A",
+    "weight_zero?[E,cdiv(N,64),cdiv(K,group),64]:Z order[M]:int32 start[E+1]:int32 -> y[M,N]:out_dtype|A",
     flops="2*M*N*K",
     traffic={name: text.format("N") for name, text in _TRAFFIC.items()},
     rate="x",
-    quantizes=Quantizes("grouped_linear", ("int",)),
+    quantizes=Quantizes("grouped_linear", ("int", "gguf")),
 )
 def grouped_linear_int(
     x: torch.Tensor,
@@ -41,7 +41,9 @@ def grouped_linear_int(
     group: int,
     out_dtype: str = "",
 ) -> torch.Tensor:
-    """:func:`~.experts.grouped_linear` with ``(q - zero) * scale`` as weights."""
+    """:func:`~.experts.grouped_linear` with ``(q - zero) * scale`` as weights, or with
+    ``weight_zero`` as offsets.
+    """
     wide = widen(x)
     weights = values(
         weight, weight_scale, weight_zero, bits=bits, group=group, inputs=x.shape[1], dtype=wide.dtype
@@ -51,7 +53,7 @@ def grouped_linear_int(
 
 @contract(
     "x[X,K]:A weight[E,J,cdiv(K,128)*8*bits]:int16 weight_scale[E,cdiv(J,64),cdiv(K,group),64]:float16 "
-    "weight_zero?[E,cdiv(J,64),cdiv(K,group),64]:uint8 order[M]:int32 start[E+1]:int32 -> y[M,J//2]:out_dtype|A",
+    "weight_zero?[E,cdiv(J,64),cdiv(K,group),64]:Z order[M]:int32 start[E+1]:int32 -> y[M,J//2]:out_dtype|A",
     flops="2*M*J*K",
     traffic={name: text.format("J") for name, text in _TRAFFIC.items()},
     rate="x",

@@ -9,7 +9,7 @@ from typing import Any
 from makeready.kernels.contract import Contract
 from makeready.kernels.device import Argument, Candidate, DeviceLaunch, OpCall, Pointer, Scalar
 from makeready.kernels.gemm.linear_int_tiling import SPAN
-from makeready.kernels.gemm.linear_int_triton import form_of, sixteen_bits, takes
+from makeready.kernels.gemm.linear_int_triton import form_of, sixteen_bits, takes, zero_bytes
 from makeready.kernels.moe.experts_int import grouped_linear_int, grouped_silu_mul_int
 from makeready.kernels.moe.experts_mx import (
     grouped_clamped_swiglu_mx,
@@ -84,7 +84,7 @@ def product_of(call: OpCall) -> Grouped:
     """What cost models need to know of the call: weights are of fewer bits than words, with scales beside them."""
     bits, group, _ = form_of(call)
     scales = 8 * DTYPE_BYTES[call.tensors["weight_scale"].dtype]
-    shared = (scales + (8 if "weight_zero" in call.tensors else 0)) / group
+    shared = (scales + 8 * zero_bytes(call)) / group
     return replace(describe(call), weight_bytes=(bits + shared) / 8)
 
 

@@ -36,7 +36,7 @@ def multiply_span(
         own = tl.load(of_group(scale, n, k, groups, GROUP)).to(tl.float32)
         acc_NT += tl.dot(w_NK, x_TK.T) * own[:, None]
     else:
-        acc_NT = tl.dot(scaled(w_NK, scale, n, k, groups, GROUP, KIND), x_TK.T, acc_NT)
+        acc_NT = tl.dot(scaled(w_NK, scale, zero, n, k, groups, GROUP, KIND), x_TK.T, acc_NT)
     return acc_NT
 
 
@@ -73,14 +73,15 @@ def grouped_packed(
 
     Args:
         weight: int16 words of kernels/integers.py.
-        weight_scale, weight_zero: tiles of fp16 and uint8 of every expert; zeros None where weights are symmetric.
+        weight_scale, weight_zero: tiles of fp16 and uint8 of every expert; zeros None where weights are symmetric,
+            fp16 where they are offsets.
         weight_global_scale: fp32 of every expert's outputs, or None.
         bias: of every expert's outputs, or None.
         order: None where ``TOP_K`` is 0 and rows of x are the entries.
         N: columns of y; experts have as many outputs, or twice as many where there is a gate.
         EP: E rounded up to a power of two.
         MX: weights are e2m1 and scales e8m0 or pairs of e4m3, of 32 inputs each; BITS is 4, GROUP 32.
-        GROUP: inputs that share a scale: 32, 64, a multiple of 128, or what is at least K.
+        GROUP: inputs that share a scale: 16, 32, 64, a multiple of 128, or what is at least K.
         GATE, ALPHA, LIMIT: as in grouped_tiles_triton.py.
         PDL: this launch may start before the one ahead of it ends.
     """

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.gpu.clocks import Clocks, words
 from benchmarks.record import summary
 from makeready.engine.llm import LLM, SamplingParams
 from makeready.graphs.inspect.analysis import launch_costs
@@ -30,6 +31,7 @@ def latency(
     prompts: Sequence[int],
     repeats: int,
     target: Target | None = None,
+    clocks: Clocks | None = None,
 ) -> dict[str, Any]:
     """Measure ``llm``, greedy, on random token ids.
 
@@ -40,6 +42,7 @@ def latency(
         prompts: lengths of single prompts for the time to the first token.
         repeats: measurements of each.
         target: whose figures floors are computed from; None takes those that the plan was chosen by.
+        clocks: of the GPU, while it is measured.
     """
     generator = np.random.default_rng(0)
     vocabulary = llm.plan.config["vocab_size"]
@@ -50,38 +53,38 @@ def latency(
     generate(llm, ids(max(rows), 2), 2)  # not counted: first calls allocate
     between = []
     for count in rows:
-        seconds = []
+        seconds, begin = [], time.perf_counter()
         for _ in range(repeats):
             # Other prompts each time, which the prefix cache has not seen.
             once, all_ = (generate(llm, ids(count, context), n) for n in (1, tokens + 1))
             seconds.append((all_ - once) / tokens)
         bound = floor(llm, DECODE, count, count, context + tokens // 2, target)
-        between.append(
-            {
-                "rows": count,
-                "milliseconds": summary([1e3 * s for s in seconds]),
-                "floor_milliseconds": 1e3 * bound,
-                "ratio_to_floor": summary([s / bound for s in seconds]),
-            }
-        )
+        between.append({"rows": count, **_measured(seconds, bound), **_clocks_since(begin, clocks)})
     first = []
     for length in prompts:
+        begin = time.perf_counter()
         seconds = [generate(llm, ids(1, length), 1) for _ in range(repeats)]
         bound = prompt_floor(llm, length, target)
-        first.append(
-            {
-                "prompt_tokens": length,
-                "milliseconds": summary([1e3 * s for s in seconds]),
-                "floor_milliseconds": 1e3 * bound,
-                "ratio_to_floor": summary([s / bound for s in seconds]),
-            }
-        )
+        first.append({"prompt_tokens": length, **_measured(seconds, bound), **_clocks_since(begin, clocks)})
     return {
         "context": context,
         "tokens": tokens,
         "time_between_tokens": between,
         "time_to_first_token": first,
     }
+
+
+def _measured(seconds: Sequence[float], bound: float) -> dict[str, Any]:
+    return {
+        "milliseconds": summary([1e3 * s for s in seconds]),
+        "floor_milliseconds": 1e3 * bound,
+        "ratio_to_floor": summary([s / bound for s in seconds]),
+    }
+
+
+def _clocks_since(begin: float, clocks: Clocks | None) -> dict[str, Any]:
+    found = None if clocks is None else clocks.between(begin, time.perf_counter())
+    return {} if found is None else {"clocks": found}
 
 
 def generate(llm: LLM, prompts: list[list[int]], count: int) -> float:
@@ -114,9 +117,13 @@ def table(result: dict[str, Any]) -> list[str]:
     """The figures as lines of text."""
     lines = []
     for row in result["time_between_tokens"]:
-        lines.append(f"{row['rows']:4d} rows of {result['context']}: {_figures(row)} a token")
+        lines.append(
+            f"{row['rows']:4d} rows of {result['context']}: {_figures(row)} a token{words(row.get('clocks'))}"
+        )
     for row in result["time_to_first_token"]:
-        lines.append(f"prompt of {row['prompt_tokens']} tokens: {_figures(row)} to the first token")
+        lines.append(
+            f"prompt of {row['prompt_tokens']} tokens: {_figures(row)} to the first token{words(row.get('clocks'))}"
+        )
     return lines
 
 

@@ -7,10 +7,12 @@ a plan on a GPU do without.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
 from benchmarks.bench import Bench, Measured
+from benchmarks.gpu.clocks import Clocks
 from benchmarks.gpu.suites import GPU_SUITES
 from makeready.engine.entrypoints.scheduler_options import scheduler_options
 
@@ -54,16 +56,18 @@ def latency(bench: Bench) -> Measured:
     """See :mod:`benchmarks.latency`."""
     from benchmarks import latency
 
-    job = bench.job
-    found = latency.latency(
-        bench.llm,
-        rows=job.rows,
-        context=job.latency.context,
-        tokens=job.tokens,
-        prompts=job.latency.prompts,
-        repeats=job.repeats,
-        target=bench.floors_by(bench.llm.plan),
-    )
+    job, llm = bench.job, bench.llm
+    with nullcontext() if llm.plan.target == "cpu" else Clocks() as clocks:
+        found = latency.latency(
+            llm,
+            rows=job.rows,
+            context=job.latency.context,
+            tokens=job.tokens,
+            prompts=job.latency.prompts,
+            repeats=job.repeats,
+            target=bench.floors_by(llm.plan),
+            clocks=clocks,
+        )
     measured = bench.rates
     if measured is None:
         return {"latency": found}, latency.table(found)

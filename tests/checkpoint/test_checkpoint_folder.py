@@ -19,7 +19,11 @@ from makeready.graphs.checkpoint import CheckpointError, open_checkpoint
 from makeready.graphs.checkpoint.base import CheckpointWarning
 from makeready.graphs.checkpoint.safetensors_file import SafetensorsFile
 
-MANY = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+MANY = settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 INDEX = "model.safetensors.index.json"
 
 

@@ -24,7 +24,11 @@ from makeready.graphs.checkpoint import CheckpointError, open_checkpoint
 
 QWEN2 = {**LLAMA, "model_type": "qwen2", "head_dim": 24, "num_attention_heads": 4}
 QWEN3 = {**LLAMA, "model_type": "qwen3"}
-MANY = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+MANY = settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 
 
 @pytest.fixture(scope="module")

@@ -76,7 +76,7 @@ def test_parts_of_a_step_end_where_the_next_begin():
         return [(max(0.0, i - 0.5) * 1e-3, (i + 1) * 1e-3) for i in range(recorded[-1])]
 
     names = [str(bucket) for bucket in plan.buckets]
-    found = buckets.buckets(executable, names, context=40, repeats=2, record=record)
+    found = buckets.buckets(executable, names, context=40, repeats=2, seconds=0.02, record=record)
     executable.close()
     bindings.check_released()
     target = find_target(plan.target)

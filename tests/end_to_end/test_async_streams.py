@@ -85,7 +85,7 @@ async def read(
 @pytest.mark.parametrize("pages", [None, 14])
 def test_many_streams_of_which_some_are_cancelled_are_those_of_generate(pages: int | None) -> None:
     """With few pages, requests are sent back to wait all the time."""
-    llm, pick = make(pages), random.Random(pages)
+    llm, pick = make(pages), random.Random(pages or 0)
     asks = [asked(pick) for _ in range(STREAMS)]
     fates = [pick.choice(("stays", "stays", "leaves", "cancelled", "never begins")) for _ in asks]
     retracted = 0

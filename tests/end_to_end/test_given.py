@@ -169,7 +169,7 @@ def test_no_prompt_waits_while_a_long_one_is_tokenized(llm: LLM, monkeypatch: py
 
     def slow(tokenizer: Tokenizer, text: str, **named: Any) -> list[int]:
         if len(text) > LONG:
-            assert answered.wait(60), "the other prompt was not answered meanwhile"
+            assert answered.wait(600), "the other prompt was not answered meanwhile"
             text = "long"
         return encode(tokenizer, text, **named)
 

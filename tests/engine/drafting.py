@@ -15,7 +15,7 @@ import numpy as np
 from fake_executable import VOCABULARY, FakeExecutable, Step, allowed_of, sample
 
 from makeready.graphs.plan.spec import VERIFY, Bucket, CacheSpec, Limits
-from makeready.graphs.plan.speculative import NGRAM, Speculative
+from makeready.graphs.plan.speculative import Speculative
 
 
 class DraftingExecutable(FakeExecutable):
@@ -34,7 +34,7 @@ class DraftingExecutable(FakeExecutable):
         blocks: Mapping[str, int] | None = None,
     ) -> None:
         drafts = limits.max_gain - 1
-        asked = Speculative(NGRAM, num_draft_tokens=drafts)
+        asked = Speculative("ngram", num_draft_tokens=drafts)
         super().__init__(limits, buckets, pages, asynchronous, cache, blocks, asked)
         most, each = self.plan.steps[VERIFY].rows, limits.max_gain
         own = {Bucket(VERIFY, rows, rows * each) for rows in (1, most)}

@@ -75,11 +75,10 @@ def test_who_asks_for_something_else_gets_it(asked, mixed):
     assert not launches(plan, "embedding_gguf")
 
 
-def test_where_there_are_no_blocks_it_is_refused(mixed, tmp_path):
-    with pytest.raises(PlanError, match=r"on the CPU, and the target is sm_90a"):
-        compile_plan(mixed, **STORED, target="sm_90a")
-    with pytest.raises(PlanError, match=r"on the CPU, and .* has none"):
-        compile_plan(quantized(tmp_path / "m.gguf", {}), **STORED)
+@pytest.mark.parametrize("target", ["cpu", "sm_90a"])
+def test_where_there_are_no_blocks_it_is_refused(target, tmp_path):
+    with pytest.raises(PlanError, match=r"multiplies GGUF's blocks as they are, and .* has none"):
+        compile_plan(quantized(tmp_path / "m.gguf", {}), **STORED, target=target)
 
 
 def test_types_without_products_are_widened(tmp_path):

@@ -17,6 +17,7 @@ from makeready.graphs.plan.spec import EXTEND
 from makeready.graphs.planner.ir import STEP, Call, Program, Value
 from makeready.graphs.quant.eight_bits import quantize_linears
 from makeready.graphs.quant.scheme import Scheme
+from makeready.kernels import registry
 from makeready.kernels.spec import TensorSpec
 
 FUSED = "m.qkv.weight"
@@ -26,6 +27,7 @@ KINDS |= {"block": Scheme("block", 8, stored=True)}
 
 def fused(scheme: Scheme, *boxes: tuple[int, int], at: int = 0) -> list[Param]:
     """Parameters of the program in which each of ``boxes`` (rows of one matrix of 32 by 16) is a linear's weight."""
+    registry.discover()  # as the planner does, else it depends on other tests which contracts there are
     calls, params = [], {}
     for i, (first, stop) in enumerate(boxes):
         spec = TensorSpec((stop - first, 16), "bfloat16")

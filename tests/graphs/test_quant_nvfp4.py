@@ -19,6 +19,7 @@ from makeready.graphs.models.family import UnsupportedModelError
 from makeready.graphs.plan.plan import PlanError
 from makeready.graphs.plan.spec import DECODE, EXTEND
 from makeready.graphs.planner.compile import compile_plan
+from makeready.graphs.quant.modelopt import Mixed
 from makeready.graphs.quant.scheme import Scheme
 from makeready.graphs.quant.stored import stored_scheme
 from makeready.graphs.quant.weight_only import Form, WeightOnly
@@ -62,6 +63,50 @@ def in_a_file(algorithm: str = "W4A16_NVFP4", **more: Any) -> dict[str, Any]:
     """As hf_quant_config.json has it."""
     said = {"quant_algo": algorithm, "group_size": 16, "exclude_modules": ["lm_head"], **more}
     return {"producer": {"name": "modelopt"}, "quantization": said}
+
+
+def mixed(layers: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """As config.json has it where formats differ."""
+    return modelopt("MIXED_PRECISION", quantized_layers=layers, **more)
+
+
+@pytest.mark.filterwarnings("ignore:.*activations of 4 bits are not computed here")
+def test_formats_by_module() -> None:
+    """Those that are not named stay wide, what is in a named one is as that is, and lists of others are followed."""
+    layers = {Q: {"quant_algo": "FP8"}, UP: {"quant_algo": "nvfp4", "group_size": 16}}
+    layers |= {
+        "model.layers.3.mlp.experts": {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"},
+        "lm_head": layers[UP],
+    }
+    found = stored_scheme({"quantization_config": mixed(layers)})
+    assert isinstance(found, Mixed)
+    eight, tokens, four = found.parts
+    assert isinstance(eight, Scheme)
+    assert isinstance(tokens, Scheme)
+    assert isinstance(four, WeightOnly)
+    assert ((eight.weights, eight.static), (tokens.weights, tokens.static)) == (
+        ("tensor", True),
+        ("channel", False),
+    )
+    modules = (Q, UP, f"{EXPERT}.up_proj", Q.replace("q_proj", "k_proj"), Q.replace("3", "33"), "lm_head")
+    assert [module for module in modules if eight.covers(module)] == [Q]
+    assert [module for module in modules if tokens.covers(module)] == [f"{EXPERT}.up_proj"]
+    assert [module for module in modules if four.of(module)] == [UP]
+    assert found.features == {"fp8"}
+
+
+@pytest.mark.filterwarnings("ignore:.*activations of 4 bits are not computed here")
+def test_experts_of_several_formats_are_refused() -> None:
+    layers = {
+        f"model.layers.{layer}.mlp.experts.{e}.{part}_proj": {"quant_algo": "FP8" if e == 1 else "NVFP4"}
+        for layer in range(2)
+        for e in range(4)
+        for part in ("gate", "up", "down")
+    }
+    with pytest.raises(
+        PlanError, match=r"experts\.0\.\w+_proj and what is used with it are quantized differently"
+    ):
+        traced(MIXTURE | {"quantization_config": mixed(layers)})
 
 
 @pytest.mark.parametrize(
@@ -143,7 +188,24 @@ def test_what_is_not_done_is_told(said: dict[str, Any], message: str) -> None:
         (compressed(group={"output_activations": NARROW}), "output_activations beside nvfp4"),
         (modelopt(None), "quant_algo None of modelopt is not supported; use a checkpoint with NVFP4 or"),
         (modelopt("NVFP4_AWQ"), "quant_algo 'NVFP4_AWQ' of modelopt is not supported"),
-        (modelopt("MIXED_PRECISION"), "quant_algo 'MIXED_PRECISION' of modelopt is not supported"),
+        (modelopt("MIXED_PRECISION"), "quantized_layers of modelopt's MIXED_PRECISION must be an object"),
+        (mixed({UP: "FP8"}), "must be an object of objects by module"),
+        (
+            mixed({UP: {"quant_algo": "W4A16_AWQ", "group_size": 128, "pre_quant_scale": True}}),
+            "quant_algo 'W4A16_AWQ' of model.layers.3.mlp.up_proj of modelopt is not supported",
+        ),
+        (
+            mixed({UP: {"quant_algo": "W8A8_SQ_PER_CHANNEL"}}),
+            "'W8A8_SQ_PER_CHANNEL' of model.layers.3.mlp.up_proj",
+        ),
+        (
+            mixed({Q: {"quant_algo": "MIXED_PRECISION"}}),
+            "'MIXED_PRECISION' of model.layers.3.self_attn.q_proj",
+        ),
+        (
+            mixed({Q: {"quant_algo": "NVFP4", "group_size": 32}}),
+            "groups of 32 of model.layers.3.self_attn.q_proj",
+        ),
         (modelopt(group_size=32), "NVFP4 in groups of 32 is not supported"),
         (modelopt(group_size="16"), "group_size must be a whole number"),
         ({"quant_method": "modelopt", "quantization": "NVFP4"}, "quantization must be an object"),

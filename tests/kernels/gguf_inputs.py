@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 from case import Case, Random, in_columns, int32
 
-from makeready.kernels.gguf import KINDS
+from makeready.kernels.gguf import KINDS, row_bytes
 from makeready.kernels.gguf_dequantize import BLOCK_TYPES
+from makeready.kernels.gguf_groups import GROUPS
 
 
 def random_blocks(kind: str, rows: int, width: int, seed: int = 0) -> np.ndarray:
@@ -64,3 +65,26 @@ def embedding_gguf(op: str) -> Iterator[Case]:
     blocks = _tensor(random_blocks("q4_1", 3, 32), random_blocks("q8_0", 2, 32))
     attrs = {"rows": "q4_1*3+q8_0*2", "width": 32, "out_dtype": "float32"}
     yield Case(op, "mixed", {"ids": int32([4, 1, 2]), "blocks": blocks}, attrs)
+
+
+def _made(op: str, kinds: Iterable[str], names: tuple[str, ...]) -> Iterator[Case]:
+    for kind in kinds:
+        elements, _ = BLOCK_TYPES[kind].sizes
+        for outputs, inputs in ((70, 768), (1, elements), (64, 3 * elements), (131, 1280)):
+            form = GROUPS[kind]
+            attrs = {"kind": kind, "row": row_bytes(kind, inputs), "inputs": inputs}
+            attrs |= {name: getattr(form, name) for name in names}
+            blocks = {"blocks": _tensor(random_blocks(kind, outputs, inputs, outputs))}
+            yield Case(op, f"{kind}-{outputs}x{inputs}", blocks, attrs)
+
+
+def repack_gguf(op: str) -> Iterator[Case]:
+    yield from _made(op, GROUPS, ("bits",))
+
+
+def scales_gguf(op: str) -> Iterator[Case]:
+    yield from _made(op, GROUPS, ("group",))
+
+
+def offsets_gguf(op: str) -> Iterator[Case]:
+    yield from _made(op, (kind for kind, form in GROUPS.items() if form.offsets), ("group",))

@@ -31,7 +31,15 @@ from attention_inputs import (
 )
 from case import FLOATS, Case, Random, in_columns, int32
 from sample_inputs import sample, token_logprobs
-from step_inputs import accept_drafts, draft_ngram, find_pages, locate
+from step_inputs import (
+    accept_drafts,
+    count_drafts,
+    draft_ngram,
+    find_pages,
+    locate,
+    next_draft,
+    pack_drafts,
+)
 
 
 def _pointwise(op: str, *names: str, even: bool = False) -> Iterator[Case]:
@@ -261,10 +269,16 @@ BUILDERS: Mapping[str, Callable[[str], Iterator[Case]]] = {
     "find_pages": find_pages,
     "draft_ngram": draft_ngram,
     "accept_drafts": accept_drafts,
+    "count_drafts": count_drafts,
+    "next_draft": next_draft,
+    "pack_drafts": pack_drafts,
     "embedding": embedding,
     "linear": linear,
     "linear_gguf": gguf_inputs.linear_gguf,
     "embedding_gguf": gguf_inputs.embedding_gguf,
+    "repack_gguf": gguf_inputs.repack_gguf,
+    "scales_gguf": gguf_inputs.scales_gguf,
+    "offsets_gguf": gguf_inputs.offsets_gguf,
     "rms_norm": lambda op: _norm(op, "x"),
     "add_rms_norm": lambda op: _norm(op, "x", "residual"),
     "rms_norm_linear": lambda op: _norm_linear(op, "x"),
@@ -358,6 +372,7 @@ BUILDERS: Mapping[str, Callable[[str], Iterator[Case]]] = {
     "make_global_scales": nvfp4_inputs.make_global_scales,
     "quantize_nvfp4": nvfp4_inputs.quantize_nvfp4,
     "linear_int": int_inputs.linear_int,
+    "embedding_int": int_inputs.embedding_int,
     "grouped_linear_int": int_inputs.grouped_linear_int,
     "repack_rows": int_inputs.repack_rows,
     "repack_awq": int_inputs.repack_awq,

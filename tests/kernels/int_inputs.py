@@ -24,6 +24,14 @@ SIZES = [
 ]
 
 
+OFFSETS = [(3, 256, 70, 4, 32), (1, 96, 1, 8, 16), (17, 544, 131, 8, 32), (9, 200, 64, 4, 64)]
+
+
+def offsets(random: Random, outputs: int, inputs: int, group: int) -> torch.Tensor:
+    """Tiles of them, as large as weights are."""
+    return tiles(random.normal(outputs, -(-inputs // group), dtype="float16"))
+
+
 def int_weights(random: Random, outputs: int, inputs: int, bits: int, group: int, zeros: bool) -> dict:
     """Words, scales that differ by orders of magnitude, and zeros; what fills spans and tiles up must not count."""
     groups, whole = -(-inputs // group), -(-inputs // 128) * 128
@@ -55,6 +63,13 @@ def linear_int(op: str) -> Iterator[Case]:
         yield Case(op, f"{tokens}x{inputs}x{outputs}-{bits}/{group}-{act}-{bias}-{out}", operands, attrs)
         if not seed % 5:
             yield Case(op, "columns", operands | {"x": in_columns(operands["x"])}, attrs)
+    for seed, (tokens, inputs, outputs, bits, group) in enumerate(OFFSETS):
+        random = Random(seed)
+        operands = {"x": random.normal(tokens, inputs), "bias": random.normal(outputs)}
+        operands |= int_weights(random, outputs, inputs, bits, group, zeros=False)
+        operands |= {"weight_zero": offsets(random, outputs, inputs, group)}
+        attrs = {"bits": bits, "group": group, "out_dtype": ""}
+        yield Case(op, f"{tokens}x{inputs}x{outputs}-{bits}/{group}-offsets", operands, attrs)
 
 
 def grouped_linear_int(op: str) -> Iterator[Case]:
@@ -81,6 +96,24 @@ def grouped_linear_int(op: str) -> Iterator[Case]:
             attrs = {"top_k": top_k, "bits": bits, "group": group, "out_dtype": ""}
             label = f"{tokens}x{experts}x{inputs}x{outputs}-{bits}/{group}-{label}-{act}"
             yield Case(op, label, {"x": x, **stacked, **where}, attrs)
+            if group < 128:
+                added = torch.stack([offsets(random, outputs, inputs, group) for _ in range(experts)])
+                yield Case(op, f"{label}-offsets", {"x": x, **stacked, "weight_zero": added, **where}, attrs)
+
+
+def embedding_int(op: str) -> Iterator[Case]:
+    for seed, (_, inputs, outputs, bits, group) in enumerate(OFFSETS):
+        random = Random(seed)
+        operands = {"ids": random.integers(outputs, 5).int()}
+        operands |= int_weights(random, outputs, inputs, bits, group, zeros=False)
+        operands |= {"weight_zero": offsets(random, outputs, inputs, group)} if seed % 2 else {}
+        attrs = {
+            "bits": bits,
+            "group": group,
+            "width": inputs,
+            "out_dtype": ("float32", "float16")[seed // 2],
+        }
+        yield Case(op, f"{outputs}x{inputs}-{bits}/{group}", operands, attrs)
 
 
 def repack_rows(op: str) -> Iterator[Case]:

@@ -156,6 +156,53 @@ def accept_drafts(op: str) -> Iterator[Case]:
         yield Case(op, label, {n: made[n] for n in names})
 
 
+COUNT_DRAFTS = ("token_ids", "row_slot", "row_start", "query_start", "query_len", "limit", "length")
+NEXT_DRAFT = ("row_slot", "sample_slot", "start", "drafts", "history")
+PACK_DRAFTS = (
+    "token_ids",
+    "row_slot",
+    "query_start",
+    "query_len",
+    "sample_slot",
+    "start",
+    "drafts",
+    "history",
+)
+
+
+def count_drafts(op: str) -> Iterator[Case]:
+    for seed, (label, counts, _, sizes) in enumerate(DRAFTS):
+        made = drafting(seed, counts, **sizes)
+        yield Case(op, label, {n: made[n] for n in COUNT_DRAFTS})
+
+
+def chained(seed: int, counts: Sequence[int], **sizes: int) -> dict[str, torch.Tensor]:
+    """A batch of :func:`drafting` whose rows have any number of the drafts that they may have, in their history."""
+    random = np.random.default_rng(seed)
+    made = drafting(seed, counts, **sizes)
+    made["start"], made["drafts"] = torch.zeros_like(made["row_slot"]), torch.zeros_like(made["row_slot"])
+    for r, count in enumerate(counts):
+        made["start"][r] = made["starts"][r]
+        room = min(count, int(made["limit"][r]) - 1 - int(made["starts"][r])) - 1
+        made["drafts"][r] = int(random.integers(0, room + 1)) if room > 0 else 0
+    return made
+
+
+def next_draft(op: str) -> Iterator[Case]:
+    for seed, (label, counts, _, sizes) in enumerate(DRAFTS):
+        made = chained(seed, counts, **sizes)
+        made["start"] = torch.where(made["drafts"] > 0, made["start"].clamp(min=1), made["start"])
+        for step, behind in ((0, 0), (0, 1), (2, 0), (3, 1)):
+            attrs = {"step": step, "behind": behind}
+            yield Case(op, f"{label}-{step}-{behind}", {n: made[n] for n in NEXT_DRAFT}, attrs)
+
+
+def pack_drafts(op: str) -> Iterator[Case]:
+    for seed, (label, counts, _, sizes) in enumerate(DRAFTS):
+        made = chained(seed, counts, **sizes)
+        yield Case(op, label, {n: made[n] for n in PACK_DRAFTS})
+
+
 LOCATE = ("token_ids", "row_slot", "row_start", "query_start", "query_len", "length", "history")
 FIND_PAGES = ("positions", "row_slot", "query_start", "query_len", "context_len")
 FIND_PAGES += ("grow_at", "grow_page", "pages")

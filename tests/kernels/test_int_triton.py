@@ -127,10 +127,10 @@ def test_products(T, N, K, bits, group, zeros, bias):
 
 
 def product_call(
-    T, N, K, bits=4, group=128, zeros=False, bias=False, features=HOPPER, dtype="bfloat16", **options
+    T, N, K, bits=4, group=128, zeros=None, bias=False, features=HOPPER, dtype="bfloat16", **options
 ):
-    """A call as the planner makes it, without operands."""
-    groups, dtypes = -(-K // group), {"weight": "int16", "weight_scale": "float16", "weight_zero": "uint8"}
+    """A call as the planner makes it, without operands; ``zeros`` is their dtype."""
+    groups, dtypes = -(-K // group), {"weight": "int16", "weight_scale": "float16", "weight_zero": zeros}
     shapes = {"x": (T, K), "weight": (N, -(-K // 128) * 8 * bits), "weight_scale": (-(-N // 64), groups, 64)}
     shapes |= {"weight_zero": shapes["weight_scale"]} if zeros else {}
     shapes |= {"bias": (N,)} if bias else {}
@@ -160,7 +160,9 @@ def verify(call, way):
     assert way.a_sm * 32 * made.warps * -(-made.registers // 8) * 8 <= 65536, (way.name, made.registers)
 
 
-FORMS = ((4, 128, False), (4, 128, True), (4, 32, True), (4, 64, False), (8, 128, False), (8, 32, True))
+FORMS = (
+    (4, 128, None), (4, 128, "uint8"), (4, 32, "uint8"), (4, 64, None), (8, 128, None), (8, 32, "uint8"),
+)  # fmt: skip
 
 
 def distinct(bits, group, zeros):
@@ -193,7 +195,7 @@ def test_first_choices_cross_compile_without_spilling():
 @compiled
 def test_ampere_goes_through_pointers():
     call = product_call(
-        16, 4096, 4096, zeros=True, features=frozenset(), shared_bytes=166912, multiprocessors=108
+        16, 4096, 4096, zeros="uint8", features=frozenset(), shared_bytes=166912, multiprocessors=108
     )
     candidate = linear_int_triton.candidates(call)[0]
     (node,) = candidate.launches
@@ -238,7 +240,7 @@ def experts_call(entries, bits, group, zeros, silu, E=128, N=768, K=2048):
         "x": TensorSpec((entries, K), "bfloat16"),
         "weight": TensorSpec((E, rows, K // 16 * bits), "int16"),
     }
-    specs |= {"weight_scale": tiled} | ({"weight_zero": TensorSpec(tiled.shape, "uint8")} if zeros else {})
+    specs |= {"weight_scale": tiled} | ({"weight_zero": TensorSpec(tiled.shape, zeros)} if zeros else {})
     specs |= {"order": TensorSpec((entries,), "int32"), "start": TensorSpec((E + 1,), "int32")}
     attrs = {"bits": bits, "group": group, "out_dtype": "", "top_k": 0}
     op = "grouped_silu_mul_int" if silu else "grouped_linear_int"

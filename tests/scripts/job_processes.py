@@ -21,7 +21,7 @@ CONTEXT.set_forkserver_preload(["torch", "scripts_in_process", "makeready.engine
 def start(
     folder: Path, arguments: Sequence[str], *, file_bytes: int | None = None, most_rows: int | None = None
 ) -> multiprocessing.Process:
-    """Start a job in ``folder``; its stderr is appended to ``folder/said``.
+    """Start a job in ``folder``; its stderr is appended to ``folder/said``, and all signals to it are one.
 
     Args:
         file_bytes: no file may become longer: to this process the disk is full then.
@@ -46,8 +46,10 @@ def _job(
     import torch
     from scripts_in_process import script
 
+    from makeready.engine.entrypoints import ending
     from makeready.engine.entrypoints.batch.journal import Journal
 
+    ending.ONCE_SECONDS = 1e9  # however long the machine keeps either side from running between two
     torch.set_num_threads(1)
     os.chdir(folder)
     os.environ |= environment

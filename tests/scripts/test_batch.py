@@ -17,6 +17,7 @@ from makeready.engine.errors import RequestError
 from makeready.engine.feed import MADE
 from makeready.engine.llm import LLM
 from makeready.engine.sampling import SamplingParams
+from makeready.engine.sequence import TokenSequence
 from makeready.engine.text.tokenizer import LONG
 from makeready.graphs.checkpoint.base import open_checkpoint
 
@@ -30,6 +31,20 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MAKEREADY_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield LLM(open_checkpoint("dummy", config=config), max_rows=4)
+
+
+def test_an_interruption_amid_a_change_is_what_a_model_that_closes_raises(llm, monkeypatch):
+    """Though the sequence that was being queued cannot be ended."""
+
+    def interrupted(sequence: TokenSequence) -> Any:
+        raise KeyboardInterrupt
+
+    with LLM(llm.checkpoint, llm.plan) as other, monkeypatch.context() as patch:
+        patch.setattr(TokenSequence, "ids", interrupted)
+        with pytest.raises(KeyboardInterrupt), other:
+            other.generate(token_ids=[[1, 2]], sampling=GREEDY)
+        with pytest.raises(RequestError, match="closed"):
+            other.generate(token_ids=[[1, 2]], sampling=GREEDY)
 
 
 def answers(llm: LLM, lines: list[bytes], **options: Any) -> list[dict[str, Any]]:
@@ -175,7 +190,7 @@ def test_no_row_waits_while_a_long_one_is_tokenized(llm, monkeypatch):
 
     def slow(prompt: Any, *arguments: Any, **named: Any) -> Any:
         if len(prompt) > LONG:
-            assert answered.wait(60), "the other row was not answered meanwhile"
+            assert answered.wait(600), "the other row was not answered meanwhile"
         return replies([5], *arguments, **named)
 
     monkeypatch.setattr(llm.front, "replies", slow)

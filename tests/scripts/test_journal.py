@@ -40,7 +40,9 @@ def begun(files: Files, count: int, **changed: Any) -> Any:
     cut=st.integers(0, 900),
     text=st.text(max_size=5),
 )
-@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.settings(
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow]
+)
 def test_whatever_is_left_of_the_file_its_whole_rows_count_and_the_rest_runs_again(
     rows, split, cut, text, files
 ):

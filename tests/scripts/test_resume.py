@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import job_processes
 import pytest
 from scripts_in_process import TINY, script
+
+from makeready.engine.sequence import TokenSequence
 
 ROWS, KILLS = 240, 6
 HANG = 600  # seconds: no machine is so busy
@@ -87,9 +90,10 @@ def kept() -> list[int]:
 
 
 def run_until(rows: int, number: int, pause: float = 0) -> int:
-    """Start the job and send a signal when the journal has ``rows`` rows; the exit code."""
-    process = job_processes.start(Path.cwd(), JOB, most_rows=rows + 20)
-    while process.is_alive() and journal().count(b"\n") <= rows:
+    """Start the job and send a signal when the journal has ``rows`` rows, or none if these are all; the exit code."""
+    last = ROWS - 1
+    process = job_processes.start(Path.cwd(), JOB, most_rows=min(rows + 20, last) if rows < last else None)
+    while process.is_alive() and (rows >= last or journal().count(b"\n") <= rows):
         time.sleep(0.001)
     time.sleep(pause)
     assert process.pid is not None
@@ -175,6 +179,38 @@ def test_a_second_ctrl_c_does_not_cut_the_sentence_short(pause, job):
         "the same command goes on from there"
     )
     assert "Traceback" not in Path("said").read_text()
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """A job that a signal ended leaves its handlers behind."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_ctrl_c_amid_a_change_of_the_queue_waits_until_it_is_done(job, whole, handlers, monkeypatch, capsys):
+    """Cut off there, the sequence could be neither run nor ended."""
+    ids, calls = TokenSequence.ids, 0
+
+    def interrupted(sequence: TokenSequence) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 30:
+            signal.raise_signal(signal.SIGINT)
+        return ids(sequence)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenSequence, "ids", interrupted)
+        assert script("generate")(*JOB) == 130
+    count = len(kept())
+    assert capsys.readouterr().err.endswith(
+        f"interrupted; {count} of {ROWS - 1} rows are kept in out.jsonl.partial; "
+        "the same command goes on from there\n"
+    )
+    assert script("generate")(*JOB) == 0
+    assert OUTPUT.read_bytes() == whole
 
 
 def test_a_full_disk_ends_a_job_with_what_it_has(job, whole):

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -202,16 +203,18 @@ def test_a_disk_that_is_full_to_begin_with_is_said_with_the_file(name, monkeypat
 
 
 def test_requests_of_a_job_are_lines_of_its_trace():
+    began = time.perf_counter()
     run([{"token_ids": [1, 2, 3]}, {"token_ids": []}, {"token_ids": [5], "n": 2}], *FILES)
+    took = 1e6 * (time.perf_counter() - began)
     events = json.loads(Path("t.json").read_text())
     facts = [event["args"] for event in events if (event["name"], event["ph"]) == ("request", "b")]
     lengths = sorted((each["prompt_tokens"], each["completion_tokens"]) for each in facts)
     assert lengths == [(1, 5), (1, 5), (3, 5)]
     assert {each["reason"] for each in facts} == {"length"}
-    last = max(event["ts"] for event in events if event["ph"] == "C")
+    last = max(event["ts"] for event in events if event["ph"] == "X")  # the last step's last slice begins
     ends = [event["ts"] for event in events if (event["name"], event["ph"]) == ("request", "e")]
-    assert 0 < min(ends) <= max(ends)
-    assert max(ends) == pytest.approx(last, abs=1e6)
+    assert min(ends) > 0
+    assert last <= max(ends) <= took
 
 
 def test_ray_engines_have_the_scheduler_that_was_asked_for(monkeypatch):

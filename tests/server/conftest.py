@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from importlib.util import find_spec
 
+import httpx
 import pytest
-from server_process import ServerProcess
+from server_process import WAIT_SECONDS, ServerProcess
 from smollm2 import smollm2
+
+
+@pytest.fixture(autouse=True, scope="session")
+def patience() -> Iterator[None]:
+    """httpx waits five seconds for an answer, and a busy machine may take longer for any."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("get", "head", "options", "post", "request", "stream"):
+            patch.setattr(httpx, name, partial(getattr(httpx, name), timeout=WAIT_SECONDS))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import jsonschema
 import openai
 import pytest
 from in_process import served
-from server_process import ServerProcess
+from server_process import WAIT_SECONDS, ServerProcess
 from test_openai_client import TEMPLATE
 
 from makeready.engine.protocol.anthropic.partial import beginning_of
@@ -32,7 +32,7 @@ NAMED: Any = {"type": "tool", "name": "get_weather"}
 
 @pytest.fixture(scope="module")
 def client(server: ServerProcess) -> anthropic.Anthropic:
-    return anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0, timeout=120)
+    return anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0, timeout=WAIT_SECONDS)
 
 
 def total(usage: Any) -> int:
@@ -108,7 +108,7 @@ def test_a_stream_is_the_plain_message(
 def test_published_events_have_their_names(server: ServerProcess) -> None:
     """Beneath the client, which skips pings."""
     body = {"model": "smol", "messages": USER, "stream": True, "max_tokens": 2}
-    made = httpx.post(server.url + "/v1/messages", json=body, timeout=60)
+    made = httpx.post(server.url + "/v1/messages", json=body)
     assert made.headers["content-type"].startswith("text/event-stream")
     assert made.headers["request-id"] == made.headers["x-request-id"]
     pairs = [block.split("\n") for block in made.text.strip().split("\n\n")]
@@ -173,7 +173,7 @@ def test_a_conversation_is_the_same_chat(client: anthropic.Anthropic, server: Se
         {"role": "tool", "tool_call_id": "toolu_2", "content": "no city"},
         {"role": "user", "content": "So?"},
     ]
-    chats = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=120)
+    chats = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=WAIT_SECONDS)
     chat = chats.chat.completions.create(
         model="smol", temperature=0, max_tokens=5, messages=messages, extra_body={"chat_template": template}
     )

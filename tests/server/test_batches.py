@@ -17,10 +17,10 @@ from test_ends import TINY
 
 from makeready.engine.server.settings import ServerSettings
 
-ROWS = 40
+ROWS, TOKENS = 40, 200  # so that a batch takes long enough to be seen under way
 
 
-def rows(count: int = ROWS, tokens: int = 60) -> bytes:
+def rows(count: int = ROWS, tokens: int = TOKENS) -> bytes:
     body = {"model": "tiny", "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
     lines = [
         {
@@ -97,11 +97,13 @@ def test_a_batch_goes_on_after_its_server_was_killed(tmp_path: Path) -> None:
         batch = client.batches.create(
             input_file_id=file.id, endpoint="/v1/completions", completion_window="24h", metadata={"a": "b"}
         )
-        until(lambda: client.batches.retrieve(batch.id).request_counts.completed >= 4)
-        before = client.batches.retrieve(batch.id)
-        assert before.status == "in_progress"
+        seen: list[Any] = []
+        until(
+            lambda: seen.append(client.batches.retrieve(batch.id)) or seen[-1].request_counts.completed >= 4
+        )
         server.process.kill()
-        server.process.wait(10)
+        assert seen[-1].status == "in_progress"
+        server.process.wait(WAIT_SECONDS)
     with ServerProcess(*options) as server:
         client = client_of(server)
         until(lambda: client.batches.retrieve(batch.id).status == "completed")
@@ -113,7 +115,7 @@ def test_a_batch_goes_on_after_its_server_was_killed(tmp_path: Path) -> None:
         assert [line["custom_id"] for line in lines] == [f"row-{i}" for i in range(1, ROWS)]
         for line in lines[::13]:  # what a client gets that asks for the same
             number = int(line["custom_id"].removeprefix("row-"))
-            asked: dict[str, Any] = {"prompt": [number + 1, 2, 3], "max_tokens": 60, "temperature": 0}
+            asked: dict[str, Any] = {"prompt": [number + 1, 2, 3], "max_tokens": TOKENS, "temperature": 0}
             answer = httpx.post(server.url + "/v1/completions", json=asked | {"ignore_eos": True}).json()
             assert line["response"]["body"]["choices"][0]["token_ids"] == answer["choices"][0]["token_ids"]
         (error,) = client.files.content(done.error_file_id).text.splitlines()

@@ -20,7 +20,7 @@ LONG = {"max_new_tokens": 200, "ignore_eos": True}
 
 def generate(server: InProcess, prompt: list[int], **more: Any) -> Any:
     body = {"input_ids": prompt, "sampling_params": {**LONG, "sampling_seed": 7, **more}}
-    return httpx.post(server.url + "/generate", json=body, timeout=60).json()
+    return httpx.post(server.url + "/generate", json=body).json()
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -82,7 +82,7 @@ def crowd(clients: int, twice: bool) -> None:
 
         async def main() -> None:
             limits = httpx.Limits(max_connections=None)
-            async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as http:
+            async with httpx.AsyncClient(base_url=server.url, timeout=WAIT_SECONDS, limits=limits) as http:
                 await asyncio.gather(*(one(http, place) for place in range(clients)))
 
         for _ in range(1 + twice):

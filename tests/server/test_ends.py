@@ -60,7 +60,7 @@ def servers() -> Iterator[list[ServerProcess]]:
     yield made
     for server in made:
         server.process.kill()
-        server.process.wait(10)
+        server.process.wait(WAIT_SECONDS)
 
 
 def gone(process: int) -> bool:
@@ -101,7 +101,7 @@ def test_a_killed_engine_ends_the_server(servers: list[ServerProcess]) -> None:
     code = server.process.wait(WAIT_SECONDS)
     streams.join()
     assert code == 1
-    assert "the engine's process has ended" in "".join(server.said)
+    until(lambda: "the engine's process has ended" in "".join(server.said))  # it is read by a thread
     assert not streams.broken  # they were told
     assert all('{"error":' in text and text.endswith("data: [DONE]\n\n") for text in streams.texts)
 

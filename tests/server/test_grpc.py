@@ -110,9 +110,8 @@ def test_a_client_that_leaves_ends_its_request(caplog: pytest.LogCaptureFixture)
         until(lambda: not server.engine.busy)
         assert server.engine.pool.held == 0
         assert server.steps < 200
-        late = stub.Generate(asked([1, 2], 200, stream=True), timeout=0.05)
         server.executable.shut()
-        error = refused(late)
+        error = refused(stub.Generate(asked([1, 2], 200, stream=True), timeout=0.05))
         server.executable.open()
         assert error.code() is Code.DEADLINE_EXCEEDED
         until(lambda: not server.service.running and not server.engine.busy)

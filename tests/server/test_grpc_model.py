@@ -46,12 +46,12 @@ def stub(server: ServerProcess) -> Any:
 
 
 def ids_of(server: ServerProcess, text: str = TEXT) -> list[int]:
-    return httpx.post(server.url + "/tokenize", json={"prompt": text}, timeout=60).json()["tokens"]
+    return httpx.post(server.url + "/tokenize", json={"prompt": text}).json()["tokens"]
 
 
 def text_of(server: ServerProcess, ids: list[int]) -> str:
     body = {"tokens": ids, "skip_special_tokens": True}
-    return httpx.post(server.url + "/detokenize", json=body, timeout=60).json()["text"]
+    return httpx.post(server.url + "/detokenize", json=body).json()["text"]
 
 
 def asked(ids: list[int], *, stream: bool = False, scored: bool = False, **sampling: Any) -> Any:
@@ -81,7 +81,7 @@ def test_tokens_and_log_probabilities_are_those_of_http(server: ServerProcess, s
         "logprob_start_len": 0,
         "top_logprobs_num": 2,
     }
-    wanted = httpx.post(server.url + "/generate", json=body, timeout=60).json()
+    wanted = httpx.post(server.url + "/generate", json=body).json()
     meta = wanted["meta_info"]
     for stream in (False, True):
         *chunks, last = stub.Generate(asked(ids, stream=stream, scored=True))
@@ -143,7 +143,7 @@ def test_an_output_follows_its_constraint(name: str, server: ServerProcess, stub
     (message,) = stub.Generate(asked(ids, max_new_tokens=100, **{name: grammar}))
     params = {"max_new_tokens": 100, "temperature": 0, field: grammar}
     body = {"input_ids": ids, "sampling_params": params}
-    wanted = httpx.post(server.url + "/generate", json=body, timeout=60).json()
+    wanted = httpx.post(server.url + "/generate", json=body).json()
     assert list(message.complete.output_ids) == wanted["output_ids"]
     assert message.complete.finish_reason == wanted["meta_info"]["finish_reason"]["type"]
     if name != "json_schema" or message.complete.finish_reason == "stop":
@@ -167,7 +167,7 @@ def test_a_tokenizer_that_is_sent_is_the_models(server: ServerProcess, stub: Any
     assert loaded.encode(TEXT) == ids_of(server)
     chat = [{"role": "user", "content": "Hello!"}]
     body = {"messages": chat}
-    wanted = httpx.post(server.url + "/tokenize", json=body, timeout=60).json()["tokens"]
+    wanted = httpx.post(server.url + "/tokenize", json=body).json()["tokens"]
     assert loaded.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) == wanted
     model = stub.GetModelInfo(pb.GetModelInfoRequest())
     assert loaded.eos_token_id in model.eos_token_ids

@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from server_process import ServerProcess
+from server_process import WAIT_SECONDS, ServerProcess
 from small_model import small_model
 
 pytestmark = pytest.mark.slow
@@ -81,7 +81,7 @@ def test_bodies_of_our_description_and_others_never_end_in_a_server_error(
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=3000, check=False)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert small.process.poll() is None
-    assert httpx.get(f"{small.url}/health_generate", timeout=60).status_code == 200
+    assert httpx.get(f"{small.url}/health_generate").status_code == 200
 
 
 def test_litellm(server: ServerProcess) -> None:
@@ -123,7 +123,7 @@ def test_the_clients_of_node(server: ServerProcess) -> None:
 
 def test_an_agent_with_two_tools(server: ServerProcess) -> None:
     """Calls and their results go to and fro until the model answers."""
-    client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=120)
+    client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=WAIT_SECONDS)
     does = {"add": lambda a, b: str(a + b), "today": lambda: "Monday"}
     messages: list[Any] = [{"role": "user", "content": "What is 2 + 3, and which day is it?"}]
     choices: list[Any] = [{"type": "function", "function": {"name": name}} for name in does] + ["none"]

@@ -11,7 +11,7 @@ import jsonschema
 import ollama
 import openai
 import pytest
-from server_process import ServerProcess
+from server_process import WAIT_SECONDS, ServerProcess
 from smollm2 import smollm2
 from test_openai_client import TEMPLATE, TOOLS
 
@@ -38,17 +38,17 @@ class Adding(httpx.HTTPTransport):
 
 @pytest.fixture(scope="module")
 def client(server: ServerProcess) -> ollama.Client:
-    return ollama.Client(server.url, timeout=120)
+    return ollama.Client(server.url, timeout=WAIT_SECONDS)
 
 
 @pytest.fixture(scope="module")
 def tools_client(server: ServerProcess) -> ollama.Client:
-    return ollama.Client(server.url, timeout=120, transport=Adding(chat_template=THINKS))
+    return ollama.Client(server.url, timeout=WAIT_SECONDS, transport=Adding(chat_template=THINKS))
 
 
 @pytest.fixture(scope="module")
 def chats(server: ServerProcess) -> openai.OpenAI:
-    return openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=120)
+    return openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=WAIT_SECONDS)
 
 
 def check_end(last: Any, reason: str, tokens: int | None = None) -> None:
@@ -131,7 +131,7 @@ def test_a_conversation_is_the_same_chat(server: ServerProcess, chats: openai.Op
         {"role": "tool", "tool_call_id": "call00000", "content": "Noon."},
         {"role": "user", "content": "So?"},
     ]
-    mine = ollama.Client(server.url, timeout=120, transport=Adding(chat_template=template))
+    mine = ollama.Client(server.url, timeout=WAIT_SECONDS, transport=Adding(chat_template=template))
     made = mine.chat(**FIXED, messages=messages)
     chat = chats.chat.completions.create(
         model="smol", temperature=0, max_tokens=5, messages=same, extra_body={"chat_template": template}
@@ -176,7 +176,7 @@ def test_options_reach_the_sampler_or_are_named(client: ollama.Client, server: S
     assert first == again != other
     body = FIXED | {"prompt": "x", "stream": False, "wish": 1, "keep_alive": "5m"}
     body["options"] = {"num_predict": 1, "num_ctx": 4096, "mirostat": 0, "seed": -1}
-    made = httpx.post(server.url + "/api/generate", json=body, timeout=60)
+    made = httpx.post(server.url + "/api/generate", json=body)
     assert made.headers["x-makeready-ignored-fields"] == "options.num_ctx, wish"
     made = httpx.post(
         server.url + "/api/generate", json={"model": "smol", "prompt": "x", "options": {"num_predict": 2}}
@@ -209,7 +209,7 @@ def test_options_reach_the_sampler_or_are_named(client: ollama.Client, server: S
 def test_what_is_not_served_is_refused_by_name(
     server: ServerProcess, path: str, more: Any, said: str
 ) -> None:
-    made = httpx.post(f"{server.url}/api/{path}", json={"model": "smol", **more}, timeout=60)
+    made = httpx.post(f"{server.url}/api/{path}", json={"model": "smol", **more})
     assert made.status_code == 400
     assert said in made.json()["error"]
 

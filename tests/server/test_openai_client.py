@@ -9,7 +9,7 @@ import httpx
 import jsonschema
 import openai
 import pytest
-from server_process import ServerProcess
+from server_process import WAIT_SECONDS, ServerProcess
 
 MESSAGES: Any = [{"role": "user", "content": "Name three colours."}]
 CALL = '<tool_call>\n{{"name": "get_weather", "arguments": {{"city": "{}"}}}}\n</tool_call>'
@@ -29,7 +29,7 @@ TOOLS: Any = [{"type": "function", "function": {"name": "get_weather", "paramete
 
 @pytest.fixture(scope="module")
 def client(server: ServerProcess) -> openai.OpenAI:
-    return openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=120)
+    return openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=WAIT_SECONDS)
 
 
 def test_a_streamed_chat_is_the_plain_one(client: openai.OpenAI) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 from in_process import served
-from server_process import ServerProcess, until
+from server_process import WAIT_SECONDS, ServerProcess, until
 
 from makeready.engine.server.settings import ServerSettings
 
@@ -110,16 +110,41 @@ def figure(server: ServerProcess, name: str) -> float:
     return float(found[1]) if found else 0.0
 
 
+def shown_by_pieces(page: Any) -> None:
+    """Let answers reach the page event by event, each once the one before was drawn, and note what it shows.
+
+    What a busy machine reads at once would be drawn at once.
+    """
+    page.evaluate(
+        """() => {
+            const drawn = () => new Promise((then) => requestAnimationFrame(() => setTimeout(then)));
+            const text = () => document.querySelector('.assistant .text')?.innerText ?? '';
+            window.shown = new Set();
+            new MutationObserver(() => window.shown.add(text())).observe(document.body,
+                {subtree: true, childList: true, characterData: true});
+            const ask = window.fetch;
+            window.fetch = async (...what) => {
+                const answer = await ask(...what);
+                if (!answer.headers.get('content-type')?.startsWith('text/event-stream')) return answer;
+                const pieces = new TransformStream({async transform(text, to) {
+                    for (const event of text.split(/(?<=\\n\\n)/)) { to.enqueue(event); await drawn(); }
+                }});
+                const body = answer.body.pipeThrough(new TextDecoderStream()).pipeThrough(pieces)
+                    .pipeThrough(new TextEncoderStream());
+                return new Response(body, {status: answer.status, headers: answer.headers});
+            };
+        }"""
+    )
+
+
 def test_an_answer_streams_and_is_the_servers(page: Any, server: ServerProcess) -> None:
     question = "What is a compiler? Answer in two sentences."
+    shown_by_pieces(page)
     say(page, question, temperature=0, maxTokens=60)
-    seen = set[int]()
-    while page.locator(".facts").count() == 0:
-        seen.add(len(page.locator(".assistant").inner_text()))
-        page.wait_for_timeout(20)
-    assert len(seen) > 2  # a slow machine shows few of them
+    page.locator(".facts").wait_for()
+    assert len(page.evaluate("[...window.shown]")) > 10
     body = {"messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": 60}
-    whole = httpx.post(server.url + "/v1/chat/completions", json=body, timeout=60).json()
+    whole = httpx.post(server.url + "/v1/chat/completions", json=body).json()
     assert words(page.locator(".assistant .text").inner_text()) == words(
         whole["choices"][0]["message"]["content"]
     )
@@ -159,9 +184,14 @@ def test_a_schema_binds_the_answer(page: Any) -> None:
 def test_stop_ends_the_request(page: Any, server: ServerProcess) -> None:
     ended = 'makeready_requests_total{reason="abort"}'
     before = figure(server, ended)
+
+    def endless(route: Any) -> None:
+        route.continue_(post_data=json.dumps(route.request.post_data_json | {"ignore_eos": True}))
+
+    page.route("**/v1/chat/completions", endless)
     say(page, "Count from one to a thousand in words.", maxTokens=450)
     true(page, "document.querySelector('.assistant .text')?.innerText.length > 10")
-    page.click("text=Stop")
+    page.click(".stop")
     page.locator(".facts .reason").wait_for()
     assert page.locator(".facts .reason").inner_text() == "stopped"
     until(lambda: figure(server, ended) == before + 1)
@@ -245,7 +275,7 @@ def test_it_draws_under_load(page: Any, server: ServerProcess) -> None:
                 "max_tokens": 40,
                 "ignore_eos": True,
             }
-            httpx.post(server.url + "/v1/completions", json=body, timeout=120).raise_for_status()
+            httpx.post(server.url + "/v1/completions", json=body, timeout=WAIT_SECONDS).raise_for_status()
 
     threads = [threading.Thread(target=client, args=(number,)) for number in range(12)]
     for thread in threads:

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 from fake_executable import alone, scores
 from in_process import InProcess, served
+from server_process import WAIT_SECONDS
 
 from makeready.engine.errors import RequestError
 from makeready.engine.options import SchedulerOptions
@@ -73,7 +74,7 @@ def collect(server: InProcess, prompt: list[int], sampling: dict[str, Any]) -> l
         await call.accepted()
         return [piece async for pieces in call.pieces() for piece in pieces]
 
-    return asyncio.run_coroutine_threadsafe(run(), server.loop).result(60)
+    return asyncio.run_coroutine_threadsafe(run(), server.loop).result(WAIT_SECONDS)
 
 
 def test_every_kind_of_request() -> None:

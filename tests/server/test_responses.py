@@ -8,7 +8,7 @@ from typing import Any
 import jsonschema
 import openai
 import pytest
-from server_process import ServerProcess
+from server_process import WAIT_SECONDS, ServerProcess
 from test_openai_client import TEMPLATE, TOOLS
 
 TOOL: Any = {"type": "function", **TOOLS[0]["function"], "strict": True}
@@ -17,7 +17,7 @@ FIXED: dict[str, Any] = {"model": "smol", "temperature": 0}
 
 @pytest.fixture(scope="module")
 def client(server: ServerProcess) -> openai.OpenAI:
-    return openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=120)
+    return openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=WAIT_SECONDS)
 
 
 def without_ids(items: Any) -> list[dict[str, Any]]:

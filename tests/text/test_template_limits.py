@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -55,6 +57,21 @@ def test_a_process_that_was_ended_is_started_again():
     process.kill()
     process.wait()
     assert render_chat(FINE, HELLO) == "hello"
+
+
+def test_the_process_outlives_the_thread_that_started_it():
+    """And is not found dead while the next text is rendered."""
+    for _ in range(3):
+        sandbox.SANDBOX.close()
+        thread = threading.Thread(target=render_chat, args=(FINE, HELLO))
+        thread.start()
+        thread.join()
+        process = sandbox.SANDBOX._process
+        assert process is not None
+        while thread.native_id is not None and Path(f"/proc/self/task/{thread.native_id}").exists():
+            time.sleep(0.001)  # Python counts it as ended sooner than the system
+        assert render_chat(FINE, HELLO) == "hello"
+        assert sandbox.SANDBOX._process is process
 
 
 def test_every_text_comes_back_as_it_was_and_threads_do_not_mix_answers():

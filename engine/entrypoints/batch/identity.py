@@ -68,7 +68,8 @@ def identity(
     if plan is not None:
         del fields["kv"]
         fields["plan"] = dataclasses.asdict(plan.options) | {"context_len": plan.limits.context_len}
-    files = checkpoint_identity(checkpoint, digest=job.weights_digest)
+    target = checkpoint.parts[""]  # what drafts changes no token
+    files = checkpoint_identity(target, digest=job.weights_digest)
     made = dict(given) | dict(_flat(fields)) | {f"checkpoint's {name}": held for name, held in files.items()}
     return json.loads(json.dumps(made))
 

@@ -16,6 +16,7 @@ from makeready.engine.entrypoints.batch.output import Files
 from makeready.engine.entrypoints.batch.parquet import arrow_module
 from makeready.engine.entrypoints.batch.source import Source, Survey, TableSource, is_parquet, open_source
 from makeready.engine.entrypoints.batch.worker import Worker
+from makeready.engine.entrypoints.ending import whole
 from makeready.engine.entrypoints.status import RowProgress, count_rows, duration
 
 TOLD_SECONDS = 0.1  # between two figures on a terminal
@@ -168,8 +169,10 @@ def run_local(worker: Worker, rows: Rows) -> None:
     """Answer every row on one engine."""
     with rows.shown():
         while True:
-            worker.put(rows.take(worker.room))
-            if not worker.busy:
-                return
-            rows.done(worker.step())
+            with whole():
+                worker.put(rows.take(worker.room))
+                if not worker.busy:
+                    return
+                done = worker.step()
+            rows.done(done)
             rows.tell(lambda: worker.output_tokens)

@@ -25,6 +25,7 @@ from makeready.engine.options import SchedulerOptions
 from makeready.engine.sampling import SamplingParams
 from makeready.engine.text.formats.base import AUTO
 from makeready.graphs.checkpoint.base import open_checkpoint
+from makeready.graphs.checkpoint.paired import Beside
 from makeready.graphs.children import Leader, follow, this_process
 from makeready.graphs.plan.plan import Plan
 from makeready.graphs.plan.targets import TARGETS
@@ -41,6 +42,7 @@ class EngineSpec:
     Attributes:
         checkpoint: path of the checkpoint, which every machine must see; or dummy.
         model: config of a dummy checkpoint.
+        beside: the checkpoint that drafts, which every machine must see, too.
         format, sampling, template, carry: as for :class:`Worker`.
         scheduler: how requests share each engine.
         chat_template: text of the chat template, or name of one of the model's; None for the model's own.
@@ -65,6 +67,7 @@ class EngineSpec:
     fit: bool = False
     leader: Leader = field(default_factory=this_process)
     carry: bool = True
+    beside: Beside = field(default_factory=Beside)
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class RayEngine:
     def __init__(self, spec: EngineSpec) -> None:
         follow(spec.leader)
         config = None if spec.model is None else dict(spec.model)
-        checkpoint = open_checkpoint(spec.checkpoint, config=config)
+        checkpoint = spec.beside.open(open_checkpoint(spec.checkpoint, config=config))
         llm = LLM(
             checkpoint,
             spec.plan,

@@ -201,7 +201,7 @@ def assemble(
 
 
 def _fetch(read: Read, checkpoint: Checkpoint) -> torch.Tensor:
-    return as_tensor(fetch(checkpoint, read), checkpoint.tensors[read.source].dtype)
+    return as_tensor(fetch(checkpoint, read), checkpoint.dtype_of(read.source))
 
 
 def as_tensor(array: np.ndarray, dtype: str) -> torch.Tensor:

@@ -99,7 +99,7 @@ def _put_together(checkpoint: Checkpoint, operand: Operand, rows: tuple[int, int
 def converted(checkpoint: Checkpoint, read: Read, wanted: str) -> np.ndarray:
     """What ``read`` says in the dtype ``wanted``, in the shape of its place."""
     array = fetch(checkpoint, read)
-    made = convert(array, stored_dtype(array, checkpoint.tensors[read.source].dtype), wanted)
+    made = convert(array, stored_dtype(array, checkpoint.dtype_of(read.source)), wanted)
     return np.broadcast_to(made, read.shape) if read.number else made
 
 

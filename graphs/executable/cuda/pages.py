@@ -135,7 +135,7 @@ def map_pages(start: int, nbytes: int, stop: Callable[[], bool] = lambda: False)
 
 def mapped(checkpoint: Checkpoint, read: Read, wanted: str) -> tuple[int, np.ndarray] | None:
     """What a read says as it lies in a mapped file, with the file's key; None where it does not."""
-    if read.number or checkpoint.tensors[read.source].dtype != wanted:
+    if read.number or checkpoint.dtype_of(read.source) != wanted:
         return None
     # A little first: what is not a view of the file is copied when it is read.
     for part in (next(read.cut(1)), read):

@@ -3,18 +3,22 @@
 A whole step is timed as graphs with nothing between them. Its parts come from one more step under the profiler: a
 launch's time is from the end of the one before it to its own, since kernels start early and wait. Leaving a kind of
 launch out of the graph instead says little of long steps: other numbers flow, and the GPU, which runs at the limit
-of its power, clocks higher. The floor is every byte once at the GPU's bandwidth, or every operation at its rate.
+of its power, clocks higher. For the same reason steps that are replayed for a moment may be faster than many in a
+row, so how long is an option, and clocks and power are told beside it. The floor is every byte once at the GPU's
+bandwidth, or every operation at its rate.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
+import time
 from collections.abc import Callable, Collection, Sequence
 from itertools import pairwise
 from typing import Any
 
 from benchmarks.gpu import timeline
+from benchmarks.gpu.clocks import Clocks, words
 from makeready.graphs.executable.cuda.executable import CudaExecutable
 from makeready.graphs.executable.example import typical_step
 from makeready.graphs.inspect.analysis import work
@@ -23,7 +27,6 @@ from makeready.graphs.plan.program import Launch
 from makeready.graphs.plan.spec import DECODE, Bucket
 from makeready.graphs.plan.targets import Target, target_of
 
-_SECONDS = 20e-3  # of one measurement at least
 _SHOWN = 0.01  # of a step, from which a part is worth a line
 
 Record = Callable[[Callable[[], object]], list[tuple[float, float]]]
@@ -35,6 +38,7 @@ def buckets(
     *,
     context: int,
     repeats: int,
+    seconds: float,
     target: Target | None = None,
     record: Record = timeline.kernels,
 ) -> list[dict[str, Any]]:
@@ -44,6 +48,7 @@ def buckets(
         only: names of buckets.
         context: tokens of context of a decoding row; an extend step is one prompt of all its tokens.
         repeats: measurements of each whole step; the median counts.
+        seconds: that each of them goes on for, at least.
         target: whose figures floors are computed from; None takes those that the plan was chosen by.
         record: gives start and end of every kernel of what it is given to run.
     """
@@ -54,8 +59,11 @@ def buckets(
         step = typical_step(executable, bucket, context)
         executable.launch(bucket, step).wait()
         graph = bench.graph(bucket)
-        replays = max(1, round(_SECONDS / bench.seconds(graph, 1) + 0.5))
-        whole = statistics.median(bench.seconds(graph, replays) for _ in range(repeats))
+        replays = max(1, round(seconds / bench.seconds(graph, 1) + 0.5))
+        with Clocks() as clocks:
+            begin = time.perf_counter()
+            whole = statistics.median(bench.seconds(graph, replays) for _ in range(repeats))
+            seen = clocks.between(begin, time.perf_counter())
         bench.clear()
         classes = _classes_of_nodes(plan, bucket, bench.device.name)
         parts = _parts(record(lambda b=bucket, s=step: executable.launch(b, s).wait()), classes)
@@ -68,6 +76,7 @@ def buckets(
                 "bucket": str(bucket),
                 "seconds": whole,
                 "floor": math.fsum(cost["floor"] for cost in costs.values()),
+                **({} if seen is None else {"clocks": seen}),
                 "parts": [
                     {"op": names[i].op, "class": i, "seconds": s, **costs[i]} for i, s in parts.items()
                 ],
@@ -133,6 +142,7 @@ def table(found: Sequence[dict[str, Any]]) -> list[str]:
         whole, floor = step["seconds"], step["floor"]
         lines.append(
             f"{step['bucket']:<20} {1e3 * whole:9.3f} ms  floor {1e3 * floor:8.3f}  {floor / whole:.2f}"
+            f"{words(step.get('clocks'))}"
         )
         for part in sorted(step["parts"], key=lambda part: -part["seconds"]):
             if part["seconds"] > _SHOWN * whole:

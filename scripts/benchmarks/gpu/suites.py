@@ -23,11 +23,18 @@ def buckets(bench: Bench) -> Measured:
     if not only or not set(only) <= set(known):
         raise UsageError(f"buckets.only={only} must list some of {', '.join(known)}")
     found = buckets.buckets(
-        executable, only, context=context, repeats=bench.job.repeats, target=bench.floors_by(executable.plan)
+        executable,
+        only,
+        context=context,
+        repeats=bench.job.repeats,
+        seconds=options.seconds,
+        target=bench.floors_by(executable.plan),
     )
     if options.svg is not None:
         Path(options.svg).expanduser().write_text(steps_svg.picture(found) + "\n")
-    return _with_rates({"buckets": {"context": context, "steps": found}}, buckets.table(found))
+    return _with_rates(
+        {"buckets": {"context": context, "seconds": options.seconds, "steps": found}}, buckets.table(found)
+    )
 
 
 def load(bench: Bench) -> Measured:
