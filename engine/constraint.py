@@ -50,6 +50,31 @@ class Constraint(Protocol):
         ...
 
 
+def allow_along(constraint: Constraint, drafts: Sequence[int], words: np.ndarray, *, forces: bool) -> int:
+    """Write the mask of what may come next, and of what may behind each draft as far as they may come.
+
+    Args:
+        words: int32 ``[1 + len(drafts), cdiv(vocabulary, 32)]``.
+        forces: tokens that are sure to come are asked for behind each.
+
+    Returns:
+        How many masks were written. ``constraint`` stays where it is.
+    """
+    constraint.allow(words[0])
+    ahead = constraint.copy() if drafts and constraint.error is None else None
+    for place, draft in enumerate(drafts, 1):
+        if ahead is None or not words[place - 1].view(np.uint32)[draft // 32] >> draft % 32 & 1:
+            return place
+        if ahead.take(draft) or ahead.error is not None:
+            return place
+        if forces:
+            ahead.forced()
+        ahead.allow(words[place])
+        if ahead.error is not None:
+            return place
+    return 1 + len(drafts)
+
+
 def allow_all(constraints: Sequence[Constraint], words: np.ndarray) -> None:
     """Write the mask of each constraint to the row of ``words`` in its place; see :meth:`Constraint.allow_all`."""
     for kind in dict.fromkeys(map(type, constraints)):

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from makeready.engine.batch import Batch
-from makeready.engine.constraint import allow_all
+from makeready.engine.constraint import Constraint
 from makeready.engine.errors import RequestError
 from makeready.engine.kv.pools import Pools
+from makeready.engine.masks import Masks
 from makeready.engine.options import SchedulerOptions
 from makeready.engine.reply import Reply
 from makeready.engine.scheduler import Scheduler
@@ -85,8 +86,7 @@ class Engine:
         self._replies: dict[TokenSequence, Reply] = {}
         self._following: dict[TokenSequence, Reply] = {}  # of those that ran, what follows the tokens
         self._constrained: set[TokenSequence] = set()  # in the queue or running
-        # Masks of a step's rows, and those that slots have.
-        self._masks, self._allowed = np.zeros((2, plan.limits.slots, plan.limits.mask_words), np.int32)
+        self._masks = Masks(plan.limits)
         self.closed = False
         self._ahead = 1 if self.options.overlap and executable.asynchronous else 0
 
@@ -190,20 +190,21 @@ class Engine:
         late: dict[int, Mapping[str, Any]] = {}
         try:
             finished = self._read(1)
-            void = self._flights[-1].void
+            flight = self._flights[-1]
             rows = [
-                (s, slot, s.constraint) for s, slot in masked if not (s.done or s in void) and s.constraint
+                (s, slot, s.constraint)
+                for s, slot in masked
+                if not (s.done or s in flight.void) and s.constraint
             ]
-            masks = self._masks[: len(rows)]
-            allow_all([constraint for _, _, constraint in rows], masks)
-            for (sequence, slot, constraint), mask in zip(rows, masks, strict=True):
+            pairs = [(s, constraint) for s, _, constraint in rows]
+            masks = self._masks.of(flight.batch, flight.pending, pairs, forces=self.scheduler.forces)
+            for (sequence, slot, constraint), of_row in zip(rows, masks, strict=True):
                 if constraint.error is not None:
                     sequence.finish(ERROR)
                     finished.append(sequence)
                     self._ended(sequence)
-                elif not np.array_equal(self._allowed[slot], mask):
-                    self._allowed[slot] = mask
-                    late[slot] = {"allowed": self._allowed[slot]}
+                elif (changed := self._masks.changed(slot, sequence.length, of_row)) is not None:
+                    late[slot] = {"allowed": changed}
         finally:
             self.executable.resume(late)
         return finished
@@ -245,7 +246,7 @@ class Engine:
         batch, ended = flight.batch, list[TokenSequence]()
         counts, drafts = batch.kind.counts(batch, results), batch.kind.drafts(batch, results)
         if counts is not None:
-            self.scheduler.learned(batch, counts)
+            self.scheduler.learned(batch, counts, flight.void)
         if drafts is not None:
             self._note_drafts(flight, drafts)
         if self._following:  # log-probabilities of output are of tokens that are not taken in yet
@@ -262,6 +263,7 @@ class Engine:
     def _take(self, flight: _Flight, results: Mapping[str, np.ndarray], ended: list[TokenSequence]) -> int:
         """Append tokens to their sequences; returns how many, and adds to ``ended`` whom they end."""
         batch, void, kept = flight.batch, flight.void, 0
+        forced: dict[TokenSequence, Constraint] = {}
         for sequence, token in batch.kind.tokens(batch, results):
             if sequence.finish_reason is not None or (void and sequence in void):
                 continue  # a token before this one ended it, or it was aborted or sent back
@@ -269,10 +271,15 @@ class Engine:
                 self._spoiled(sequence, f"output token {len(sequence.output)}", flight, ended)
                 continue
             kept += 1
+            if sequence in forced:  # it was asked for these before the token's mask was made
+                forced[sequence].forced()
             if sequence.append(token):
                 ended.append(sequence)
                 kept -= not sequence.output  # of a prompt alone, log-probabilities were asked for
             elif sequence.constraint is not None and self.scheduler.forces:
+                forced[sequence] = sequence.constraint
+        for sequence in forced:
+            if not sequence.done and sequence not in void:
                 kept += self._force(sequence, ended)
         return kept
 

@@ -11,7 +11,7 @@ get at most is known. Only whether it ends before that is learned later, when re
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -177,17 +177,19 @@ class Scheduler:
         self.seats.left_S[sequence.slot] = sequence.left
         self._slots = _STALE
 
-    def learned(self, batch: Batch, counts: np.ndarray) -> None:
+    def learned(self, batch: Batch, counts: np.ndarray, void: Collection[TokenSequence]) -> None:
         """By how much a step lengthened the generating rows, where only the device knew.
 
         Who has left its slot since then has nothing to learn. Nobody can have come back to it: who is sent back
-        to wait is not admitted before the step that was under way is read.
+        to wait is not admitted before the step that was under way is read. Of rows that are ``void`` the token that
+        they had counts, and others run behind it.
         """
-        stay = np.array(
-            [s.slot == slot for s, slot in zip(batch.decoding, batch.slots.tolist(), strict=True)], bool
-        )
-        self.seats.learn(batch.slots[stay], counts[stay], batch.kind.least, batch.kind.most)
-        batch.kind.learned(batch.decoding, counts)
+        rows = list(zip(batch.decoding, batch.slots.tolist(), strict=True))
+        stay = np.array([sequence.slot == slot for sequence, slot in rows], bool)
+        own = np.array([sequence not in void for sequence, _ in rows], bool)
+        gained = np.where(own, counts, batch.kind.least)
+        self.seats.learn(batch.slots[stay], gained[stay], batch.kind.least, batch.kind.most)
+        batch.kind.learned([s for s in batch.decoding if s not in void], counts[own])
 
     def retire(self, sequence: TokenSequence) -> None:
         """Let go of a sequence, wherever it is."""

@@ -78,7 +78,7 @@ class StepKind(Protocol):
 
     @property
     def forces(self) -> bool:
-        """Whether such a step lengthens rows under a constraint by one token, so that they can be forced others."""
+        """Whether rows under a constraint may go on with other tokens than those that such a step samples next."""
         ...
 
     def of(self, step: StepSpec, *, always: bool = False) -> StepKind:
@@ -115,6 +115,10 @@ class StepKind(Protocol):
 
     def drafts(self, batch: Batch, results: Mapping[str, np.ndarray]) -> Drafts | None:
         """What was guessed; None where nothing ever is."""
+        ...
+
+    def guesses(self, batch: Batch, early: Mapping[str, np.ndarray]) -> list[list[int]] | None:
+        """What was guessed for each generating row, by results that are there early; None where nothing ever is."""
         ...
 
     def tokens(self, batch: Batch, results: Mapping[str, np.ndarray]) -> Iterable[tuple[TokenSequence, int]]:

@@ -9,6 +9,7 @@ right. Whether it pays is seen in what the rows' last ones brought; where it doe
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_left
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -76,8 +77,6 @@ class Verify:
     def takes(self, decoding: list[TokenSequence], chunks: list[Chunk]) -> bool:
         if chunks or not 0 < len(decoding) <= self.rows:
             return False
-        if all(sequence.constraint is not None for sequence in decoding):
-            return False
         if not self.always and not self._pays(decoding) and self._passed < RETRY:
             self._passed += 1
             return False
@@ -96,21 +95,16 @@ class Verify:
         return expected > CAUTION * self.ratios[sizes[bisect_left(sizes, len(decoding))]]
 
     def _expected(self, sequence: TokenSequence) -> float:
-        if sequence.constraint is not None:
-            return 1.0
         return self.usual if sequence.gain is None else sequence.gain
 
     def learned(self, decoding: list[TokenSequence], counts: np.ndarray) -> None:
         for sequence, count in zip(decoding, counts.tolist(), strict=True):
-            if sequence.constraint is None:
-                before = self._expected(sequence)
-                sequence.gain = before + LATELY * (count - before)
-                self.usual += USUALLY * (count - self.usual)
+            before = self._expected(sequence)
+            sequence.gain = before + LATELY * (count - before)
+            self.usual += USUALLY * (count - self.usual)
 
     def stage(self, batch: Batch, seats: Seats, stage: Stage) -> None:
-        # A mask is of one place: behind the last token, not behind drafts.
-        runs = np.array([1 if s.constraint is not None else self.most for s in batch.decoding], np.int64)
-        stage_sequences(batch, seats, stage, runs)
+        stage_sequences(batch, seats, stage, np.full(len(batch.decoding), self.most))
         stage.write("limit", seats.limit_S[batch.slots])
 
     def counts(self, batch: Batch, results: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -118,6 +112,11 @@ class Verify:
 
     def drafts(self, batch: Batch, results: Mapping[str, np.ndarray]) -> Drafts:
         return Drafts(*(results[name][: batch.rows].tolist() for name in ("drafted", "accepted")))
+
+    def guesses(self, batch: Batch, early: Mapping[str, np.ndarray]) -> list[list[int]] | None:
+        ids, counts = early["draft_ids"].tolist(), early["draft_len"][: batch.rows].tolist()
+        ends = itertools.accumulate(counts)
+        return [ids[end - count + 1 : end] for end, count in zip(ends, counts, strict=True)]
 
     def tokens(self, batch: Batch, results: Mapping[str, np.ndarray]) -> Iterator[tuple[TokenSequence, int]]:
         tokens = results["tokens"].tolist()

@@ -18,6 +18,10 @@ class Pending(Protocol):
         """Arrays of the kind of step's results, of the bucket's shapes; blocks until written."""
         ...
 
+    def early(self) -> Mapping[str, np.ndarray]:
+        """Of a step that stands at its cut, those results that are early; blocks until they are written."""
+        ...
+
 
 class Executable(Protocol):
     """A loaded plan with its weights and its KV pages.

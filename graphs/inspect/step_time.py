@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from makeready.graphs.inspect.analysis import contracts, launch_key, work
-from makeready.graphs.inspect.segments import one_token
 from makeready.graphs.plan.devices import device_named
 from makeready.graphs.plan.plan import Plan
 from makeready.graphs.plan.program import Launch
@@ -188,10 +187,11 @@ class StepTimes:
         return any(kind.reads == OWN for kind in self._of(bucket))
 
     def _usual(self, bucket: Bucket) -> list[Row]:
-        """The rows that kernels' models speak of: one token a row, or else one prompt or a chunk of one."""
+        """The rows that kernels' models speak of: full ones where all are alike, else a prompt or a chunk of one."""
         context = min(int(self.plan.options.traffic.get("context", 1024)), self.plan.limits.context_len)
-        if one_token(self.plan, bucket.phase):
-            return [Row(1, context)] * bucket.tokens
+        each = self.plan.steps[bucket.phase].each
+        if each is not None:
+            return [Row(each, max(context, each))] * bucket.rows
         return [Row(bucket.tokens, max(context, bucket.tokens))]
 
     def _rows_floor(self, kind: _Kind, bucket: Bucket, rows: Sequence[Row]) -> float:

@@ -104,6 +104,8 @@ def _steps(plan: Plan) -> None:
             and max(step.ratios, default=step.rows) == step.rows,
             f"{kind} steps take {dict(step.ratios)} of others",
         )
+        names = {field.name for field in step.results}
+        need(names.issuperset(step.early), f"{kind} steps have no results {step.early}")
         for field in (*step.staged, *step.results):
             shape = field.spec.shape
             sane = shape[:1] in ((ROWS,), (TOKENS,)) and all(

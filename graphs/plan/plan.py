@@ -170,6 +170,14 @@ class Plan:
         reads = (at for at, launch in enumerate(launches) if not late.isdisjoint(launch.operands.values()))
         return next(reads, len(launches))
 
+    def early(self, phase: str) -> int:
+        """How many launches of ``phase`` come before all results are there that the host may read at the cut."""
+        names = set(self.steps[phase].early)
+        launches = self.programs[phase].launches
+        return max(
+            (at + 1 for at, one in enumerate(launches) if names & set(one.results.values())), default=0
+        )
+
     @property
     def digest(self) -> str:
         """SHA-256 of everything the plan says, as 64 hexadecimal digits."""

@@ -125,6 +125,7 @@ class StepSpec:
         each: tokens that every row has; None where rows differ in length, each with at least one.
         staged: what the host writes for every step; defaults are what padding rows and tokens hold.
         results: what every step leaves for the host to read.
+        early: results that the host may read at a step's cut: they do not wait for all launches before it.
         ratios: of steps that verify drafts, by the rows of their buckets: by how much longer than a decode step of as
             many rows they are predicted to take.
     """
@@ -134,6 +135,7 @@ class StepSpec:
     each: int | None
     staged: tuple[Field, ...]
     results: tuple[Field, ...]
+    early: tuple[str, ...] = ()
     ratios: Mapping[int, float] = field(default_factory=dict)
 
     def legal(self, rows: int, tokens: int) -> bool:

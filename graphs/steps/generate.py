@@ -88,7 +88,7 @@ def sampling_slot(limits: Limits) -> tuple[Field, ...]:
         ("bias_values", (slots, limits.max_logit_bias), "float32", 0.0),
         ("top_logprobs", (slots,), "int32", -1),
         ("masked", (slots,), "int32", 0),  # whether only tokens that are allowed are drawn
-    ) + fields(("allowed", (slots, limits.mask_words), "int32", 0), keeper=LATE)
+    ) + fields(("allowed", (slots, limits.max_gain * limits.mask_words), "int32", 0), keeper=LATE)
 
 
 def token_results(limits: Limits, axis: str = ROWS) -> tuple[Field, ...]:

@@ -59,7 +59,11 @@ class Verify:
             ("drafted", (ROWS,), "int32", 0),  # drafts that were run
             ("accepted", (ROWS,), "int32", 0),  # of these, the first ones that were right
         )
-        return StepSpec(rows, rows * each, each, staged, token_results(limits, TOKENS) + counted)
+        # Where rows follow a grammar, the host says what may come behind each draft.
+        guessed = fields(("draft_ids", (TOKENS,), "int32", 0), ("draft_len", (ROWS,), "int32", 0))
+        results = token_results(limits, TOKENS) + counted + guessed
+        early = tuple(field.name for field in guessed)
+        return StepSpec(rows, rows * each, each, staged, results, early)
 
     def slot(self, limits: Limits, cache: CacheSpec) -> tuple[Field, ...]:
         return sequence_slot(limits, cache) + sampling_slot(limits)
@@ -76,7 +80,7 @@ class Verify:
         drafted, accepted = draft.accept_drafts(
             ids, made["tokens"], i.row_slot, start, count, reach, i.length
         )
-        return made | {"drafted": drafted, "accepted": accepted}
+        return made | {"drafted": drafted, "accepted": accepted, "draft_ids": ids, "draft_len": count}
 
     def shapes(self, sizing: Sizing) -> Shapes:
         most = sizing.step.rows

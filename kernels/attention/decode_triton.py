@@ -110,7 +110,7 @@ def decode_attention_tiles(
     row, length, first, tiles, head, begin = _item(at, end_R, row_R, context_len, rows, KV_HEADS, WINDOW, L)
     if PDL:
         if AHEAD and at < stop:
-            _prefetch_tile(
+            prefetch_tile(
                 k_cache, v_cache, page_table + row.to(tl.int64) * table_stride, head, length, first + at - begin,
                 KV_HEADS, HEAD_DIM // 2 if BITS == 4 else HEAD_DIM, PAGE, L,
             )  # fmt: skip
@@ -124,8 +124,8 @@ def decode_attention_tiles(
         head_ND = (head * GROUP + n)[:, None] * HEAD_DIM + d[None, :]
         q_ND = tl.load(q + row.to(tl.int64) * q_stride + head_ND, mask=is_q, other=0.0)
         pages = page_table + row.to(tl.int64) * table_stride
-        max_N, sum_N, acc_ND = _attend(
-            as_queries(q_ND, k_cache), k_cache, v_cache, scales, pages, head, length, scale,
+        max_N, sum_N, acc_ND = attend_tiles(
+            as_queries(q_ND, k_cache), k_cache, v_cache, scales, pages, head, length, length - WINDOW, None, scale,
             first + at - begin, first + upto - begin, KV_HEADS, HEAD_DIM, BITS, PAGE, WINDOW, N, D, L,
         )  # fmt: skip
 
@@ -183,7 +183,7 @@ def _item(at, end_R, row_R, context_len, rows, KV_HEADS: tl.constexpr, WINDOW: t
 
 
 @triton.jit
-def _prefetch_tile(
+def prefetch_tile(
     k_cache, v_cache, pages, head, length, tile, KV_HEADS: tl.constexpr, ROW: tl.constexpr,
     PAGE: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
@@ -200,7 +200,7 @@ def _prefetch_tile(
 
 
 @triton.jit
-def _attend(
+def attend_tiles(
     q_ND,
     k_cache,
     v_cache,
@@ -208,6 +208,8 @@ def _attend(
     pages,
     head,
     length,
+    oldest,
+    position_N,
     scale,
     tile,
     last,
@@ -220,7 +222,12 @@ def _attend(
     D: tl.constexpr,
     L: tl.constexpr,
 ):
-    """Maxima, denominators and unscaled sums of the queries over tiles ``tile : last`` of one item."""
+    """Maxima, denominators and unscaled sums of the queries over tiles ``tile : last`` of one item.
+
+    Args:
+        oldest: first token that one of them sees, where there is a ``WINDOW``.
+        position_N: of each query in its row, or None where all see what is before ``length``.
+    """
     l = tl.arange(0, L)  # noqa: E741
     max_N = tl.full((N,), float("-inf"), tl.float32)
     # A thread adds up its own columns; the sum over all of them waits until the end.
@@ -235,7 +242,7 @@ def _attend(
         slot_L = slots_of(page, start, PAGE, L)
         seen_L = start + l < length
         if WINDOW > 0:
-            seen_L &= start + l >= length - WINDOW
+            seen_L &= start + l >= oldest
         # Slots that hold no token may hold NaN: they are not read.
         head_L = slot_L * KV_HEADS + head
         k_LD = load_numbers(k_cache, head_L, seen_L, HEAD_DIM, D, L, BITS)
@@ -246,7 +253,14 @@ def _attend(
         score_NL = tl.dot(q_ND, k_LD.to(q_ND.dtype).T)
         if BITS > 0:
             score_NL = scaled_scores(score_NL, q_ND, k_scale_L, k_offset_L, BITS)
-        score_NL = tl.where(seen_L[None, :], score_NL * scale, float("-inf"))
+        if position_N is None:
+            score_NL = tl.where(seen_L[None, :], score_NL * scale, float("-inf"))
+        else:
+            seen_NL = (start + l)[None, :] <= position_N[:, None]
+            if WINDOW > 0:
+                seen_NL &= (start + l)[None, :] > position_N[:, None] - WINDOW
+            # Finite, as in extend_steps_triton.py: a query may see nothing of a tile.
+            score_NL = tl.where(seen_NL, score_NL * scale, -1e30)
         higher_N = tl.maximum(max_N, tl.max(score_NL, 1))
         p_NL = tl.exp2(score_NL - higher_N[:, None])
         shrink_N = tl.exp2(max_N - higher_N)

@@ -32,6 +32,7 @@ _NARROW = (
 )
 _H100_COUNT = 132  # multiprocessors of it
 _SLOWEST = (1.5e12, 3.0e12)
+_STREAMED = 0.8  # share of the bandwidth at which rows read their keys and values, as in extend_cuda.py
 
 
 @dataclass(frozen=True)
@@ -98,11 +99,16 @@ class Tiling:
         return min(most, self.shares(call)) if self.rounds else most
 
     def microseconds(self, call: OpCall) -> float:
-        """What one prompt takes that fills the bucket, or is a chunk of the context that the plan expects."""
-        tokens, group = int(call.tensors["q"].shape[0]), _group(call)
+        """What one prompt takes that fills the bucket, or is a chunk of the context that the plan expects.
+
+        Of steps that verify drafts, what rows with that context take.
+        """
+        rows, tokens, group = 1, int(call.tensors["q"].shape[0]), _group(call)
+        if call.op.startswith("verify"):
+            rows, tokens = call.rows, -(-tokens // call.rows)
         a_tile, window = self.m // group, call.attrs["window"]
         before = max(0, call.context - tokens)
-        keys = [min(before + end, before + tokens) for end in range(a_tile, tokens + a_tile, a_tile)]
+        keys = [min(before + end, before + tokens) for end in range(a_tile, tokens + a_tile, a_tile)] * rows
         if self.masked and call.rows == tokens:  # a decode step
             keys = [call.context] * tokens
         if window:
@@ -117,6 +123,8 @@ class Tiling:
         if DTYPE_BYTES[call.tensors["k_cache"].dtype] == 1:
             a_key *= _NARROW
         ends = [0.0] * min(self.shares(call), call.attrs["kv_heads"] * len(items))
+        if rows > 1:  # no other tile has brought their keys to L2
+            a_key = max(a_key, 1e6 * key_bytes(call) * len(ends) / (_STREAMED * call.bandwidth))
         for n in items:
             for _ in range(call.attrs["kv_heads"]):
                 heapq.heapreplace(ends, ends[0] + _ITEM_US + n * a_key)
@@ -161,6 +169,12 @@ def tilings(call: OpCall) -> list[Tiling]:
         and _shared(tiling, D, element) <= call.shared_bytes
     ]
     return sorted(fitting, key=lambda tiling: tiling.microseconds(call))
+
+
+def key_bytes(call: OpCall) -> int:
+    """Of a token's key and value in a KV head, with their scales."""
+    stored = [call.tensors[name] for name in ("k_cache", "v_cache", "scales") if name in call.tensors]
+    return sum(int(x.shape[3]) * DTYPE_BYTES[x.dtype] for x in stored)
 
 
 def _group(call: OpCall) -> int:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from makeready.kernels.attention import extend_tiles_triton
 from makeready.kernels.attention.extend_tiling import Tiling, tilings
-from makeready.kernels.attention.paged import extend_attention
-from makeready.kernels.attention.scaled import extend_attention_scaled
+from makeready.kernels.attention.paged import extend_attention, verify_attention
+from makeready.kernels.attention.scaled import extend_attention_scaled, verify_attention_scaled
 from makeready.kernels.device import (
     Argument,
     Candidate,
@@ -28,6 +28,8 @@ def _sixteen_bits(call: OpCall) -> bool:
     return DTYPE_BYTES[call.tensors["q"].dtype] == 2 and call.attrs["scale"] > 0
 
 
+@cuda_kernel(verify_attention_scaled, "tiles", applies=_sixteen_bits)
+@cuda_kernel(verify_attention, "tiles", applies=_sixteen_bits)
 @cuda_kernel(extend_attention_scaled, "tiles", applies=_sixteen_bits, invariant=True)
 @cuda_kernel(extend_attention, "tiles", applies=_sixteen_bits, invariant=True)
 def extend_attention_cuda(call: OpCall) -> Sequence[Candidate]:

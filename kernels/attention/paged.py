@@ -199,8 +199,42 @@ def decode_attention(
     )  # fmt: skip
 
 
+@contract(
+    _EXTEND,
+    tolerance=Tolerance(bfloat16=1.5e-2),
+    flops="4*T*context*heads*head_dim",
+    rate="q",
+    traffic=_READ,
+)
+def verify_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    page_table: torch.Tensor,
+    query_start: torch.Tensor,
+    query_len: torch.Tensor,
+    context_len: torch.Tensor,
+    sinks: torch.Tensor | None = None,
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    scale: float,
+    window: int = 0,
+) -> torch.Tensor:
+    """:func:`extend_attention` where no row has more than ``cdiv(T, R)`` queries."""
+    return extend_attention.reference(
+        q, k_cache, v_cache, page_table, query_start, query_len, context_len, sinks,
+        heads=heads, kv_heads=kv_heads, head_dim=head_dim, scale=scale, window=window,
+    )  # fmt: skip
+
+
 def _extend(program: Any, call: Any) -> list[Any]:
     return [replace(call, op="extend_attention")]
+
+
+def _verify(program: Any, call: Any) -> list[Any]:
+    return [replace(call, op="verify_attention")]
 
 
 def _decode(program: Any, call: Any) -> list[Any]:
@@ -214,7 +248,7 @@ def _decode(program: Any, call: Any) -> list[Any]:
     flops="4*T*context*heads*head_dim",
     rate="q",
     traffic=_READ,
-    expands={"decode": _decode, ANY: _extend},
+    expands={"decode": _decode, "verify": _verify, ANY: _extend},
 )
 def paged_attention(
     q: torch.Tensor,
@@ -234,7 +268,7 @@ def paged_attention(
 ) -> torch.Tensor:
     """Attention as models call it: what :func:`extend_attention` says, in steps of every kind.
 
-    Decode steps run :func:`decode_attention`.
+    Decode steps run :func:`decode_attention`, those that verify drafts :func:`verify_attention`.
     """
     return extend_attention.reference(
         q, k_cache, v_cache, page_table, query_start, query_len, context_len, sinks,

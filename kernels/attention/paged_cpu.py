@@ -18,6 +18,7 @@ from makeready.kernels.attention.paged import (
     extend_attention,
     kv_write,
     norm_rope_kv_write,
+    verify_attention,
 )
 from makeready.kernels.contract import Contract
 from makeready.kernels.norm_cpu import normalise
@@ -212,6 +213,7 @@ def decode_attention_cpu(
     return y.flatten(1).masked_fill_((context_len == 0).unsqueeze(-1), 0.0)
 
 
+@kernel(verify_attention, "rowwise", target="cpu", applies=_activations_float32, bind=_bind_extend_attention)
 @kernel(extend_attention, "rowwise", target="cpu", applies=_activations_float32, bind=_bind_extend_attention)
 def extend_attention_cpu(
     q: torch.Tensor,

@@ -237,8 +237,44 @@ def decode_attention_scaled(
     )  # fmt: skip
 
 
+@contract(
+    _EXTEND,
+    tolerance=Tolerance(bfloat16=1.5e-2),
+    flops="4*T*context*heads*head_dim",
+    rate="q",
+    traffic=_READ,
+)
+def verify_attention_scaled(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    scales: torch.Tensor,
+    page_table: torch.Tensor,
+    query_start: torch.Tensor,
+    query_len: torch.Tensor,
+    context_len: torch.Tensor,
+    sinks: torch.Tensor | None = None,
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    bits: int,
+    scale: float,
+    window: int = 0,
+) -> torch.Tensor:
+    """:func:`~.paged.verify_attention` over a cache with scales."""
+    return extend_attention_scaled.reference(
+        q, k_cache, v_cache, scales, page_table, query_start, query_len, context_len, sinks,
+        heads=heads, kv_heads=kv_heads, head_dim=head_dim, bits=bits, scale=scale, window=window,
+    )  # fmt: skip
+
+
 def _extend(program: Any, call: Any) -> list[Any]:
     return [replace(call, op="extend_attention_scaled")]
+
+
+def _verify(program: Any, call: Any) -> list[Any]:
+    return [replace(call, op="verify_attention_scaled")]
 
 
 def _decode(program: Any, call: Any) -> list[Any]:
@@ -252,7 +288,7 @@ def _decode(program: Any, call: Any) -> list[Any]:
     flops="4*T*context*heads*head_dim",
     rate="q",
     traffic=_READ,
-    expands={"decode": _decode, ANY: _extend},
+    expands={"decode": _decode, "verify": _verify, ANY: _extend},
 )
 def paged_attention_scaled(
     q: torch.Tensor,

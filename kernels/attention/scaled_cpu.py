@@ -18,6 +18,7 @@ from makeready.kernels.attention.scaled import (
     extend_attention_scaled,
     kv_write_scaled,
     norm_rope_kv_write_scaled,
+    verify_attention_scaled,
     widen_pages,
 )
 from makeready.kernels.contract import Contract
@@ -140,6 +141,7 @@ def decode_attention_scaled_cpu(
     return decode_attention_cpu(q, k, v, table, context_len, sinks, **attrs)
 
 
+@kernel(verify_attention_scaled, "widened", target="cpu", applies=_activations_float32, bind=_bind_extend)
 @kernel(extend_attention_scaled, "widened", target="cpu", applies=_activations_float32, bind=_bind_extend)
 def extend_attention_scaled_cpu(
     q: torch.Tensor,

@@ -92,6 +92,7 @@ def look_at_chunks(
         slot, length, prompt_len, presence_penalty, frequency_penalty, repetition_penalty, min_new_tokens,
         bias_ids, masked, B, B_WIDTH,
     ):  # fmt: skip
+        WORDS: tl.constexpr = (V + 31) // 32
         own = adjusted + row.to(tl.int64) * (CHUNK * chunks)
         adjust_chunk(
             z_row, own, counts + row.to(tl.int64) * (CHUNK * chunks), start,
@@ -99,7 +100,8 @@ def look_at_chunks(
             tl.load(presence_penalty + slot), tl.load(frequency_penalty + slot),
             tl.load(repetition_penalty + slot), is_muted(slot, length, prompt_len, min_new_tokens),
             stop_ids + slot * E, bias_ids + slot * B, bias_values + slot * B,
-            tl.load(masked + slot) != 0, allowed + slot * W, E, B, V, CHUNK, PART, E_WIDTH, B_WIDTH,
+            tl.load(masked + slot) != 0, allowed + slot * W + length % (W // WORDS) * WORDS,
+            E, B, V, CHUNK, PART, E_WIDTH, B_WIDTH,
         )  # fmt: skip
         z_row = own
         z = tl.load(z_row + ids, mask=ids < V, other=float("-inf"), cache_modifier=".cg")

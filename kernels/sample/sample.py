@@ -43,6 +43,12 @@ class _Knobs(NamedTuple):
         )
 
 
+def _mask(allowed_W: torch.Tensor, place: int, vocabulary: int) -> torch.Tensor:
+    """The mask of a place, of those that a slot has."""
+    masks = allowed_W.unflatten(0, (-1, -(-vocabulary // 32)))
+    return masks[place % len(masks)]
+
+
 def _draw(z_V: torch.Tensor, row: _Knobs) -> int:
     """Draw from the filtered distribution by the Gumbel-max trick."""
     tokens = candidates(z_V, row.temperature)
@@ -93,8 +99,10 @@ def sample(
 
     In this order:
 
-    1. the logits are adjusted by bias, minimum length, penalties and, where ``masked[s]`` is not 0, by the mask
-       ``allowed[s]`` (bit i % 32 of word i // 32 is token i's): see :func:`~.filters.adjust`;
+    1. the logits are adjusted by bias, minimum length, penalties and, where ``masked[s]`` is not 0, by a mask of
+       ``cdiv(V, 32)`` words (bit i % 32 of word i // 32 is token i's): see :func:`~.filters.adjust`. ``allowed[s]``
+       has as many as it holds, for places in turn: that of place ``context_len[r]`` is number ``context_len[r]``
+       modulo their number;
     2. ``temperature[s] <= 0`` is greedy: the largest adjusted logit, the lowest id among equals. Else
        ``gap = (logit - largest logit) / temperature``, 0 for the largest;
     3. ``top_k``, ``top_p``, ``min_p`` choose the survivors: see :func:`~.filters.survivors`;
@@ -133,7 +141,9 @@ def sample(
                     stop_ids=stop_ids[row.slot],
                     bias_ids=bias_ids[row.slot],
                     bias_values=bias_values[row.slot],
-                    allowed=allowed[row.slot] if row.masked else None,
+                    allowed=_mask(allowed[row.slot], row.context_len, logits.shape[1])
+                    if row.masked
+                    else None,
                     min_new_tokens=row.min_new_tokens,
                     presence_penalty=row.presence_penalty,
                     frequency_penalty=row.frequency_penalty,

@@ -295,6 +295,49 @@ def test_a_step_that_is_cut_samples_when_masks_are_there(loaded, phase):
     assert not table[[1, 3]].any()
 
 
+def test_drafts_of_a_step_that_is_cut_come_before_the_model_has_run():
+    """They are copied behind the first of three graphs, and waited for by an event of their own."""
+    bindings, plan = FakeBindings(), make_plan(speculative={"method": "ngram", "num_draft_tokens": 3})
+    executable = CudaExecutable(plan, dummy(), driver=Driver(bindings))
+    bucket, step = Bucket("verify", 4, 16), plan.steps["verify"]
+    places = addresses(executable, step.results, executable._regions.result, bucket)
+    wanted = {"draft_ids": np.arange(16, dtype=np.int32), "draft_len": np.array([3, 1, 4, 1], np.int32)}
+    seen: list[int] = []
+
+    def run(nodes) -> None:
+        seen.append(len(list(nodes)))
+        for name, values in wanted.items():
+            own = values if len(seen) == 1 else values + 100  # what comes later must not be seen
+            ctypes.memmove(places[name], own.ctypes.data, own.nbytes)
+
+    bindings.on_launch = run
+    staged = {f.name: np.full(f.spec.at(bucket.sizes), f.default, f.spec.dtype) for f in step.staged}
+    bindings.calls.clear()
+    pending = executable.launch(bucket, staged, cut=True)
+    calls = [
+        call for call in bindings.calls if call in ("cuGraphLaunch", "cuMemcpyDtoHAsync", "cuEventRecord")
+    ]
+    assert calls == [
+        "cuGraphLaunch",
+        "cuMemcpyDtoHAsync",
+        "cuMemcpyDtoHAsync",
+        "cuEventRecord",
+        "cuGraphLaunch",
+    ]
+    early = pending.early()
+    assert set(early) == set(wanted)
+    for name, values in wanted.items():
+        assert np.array_equal(early[name], values)
+    executable.resume({})
+    assert np.array_equal(pending.wait()["draft_len"], wanted["draft_len"] + 100)
+    early_at, cut, launches = plan.early("verify"), plan.cut("verify"), plan.programs["verify"].launches
+    assert [launch.op for launch in launches[:early_at]] == ["draft_ngram"]
+    assert [launch.op for launch in launches[cut:]] == ["sample", "token_logprobs", "accept_drafts"]
+    assert len(seen) == 3
+    executable.close()
+    bindings.check_released()
+
+
 def test_a_step_that_was_left_at_its_cut_is_finished_by_the_next(loaded):
     executable, bindings = loaded
     bucket, nodes = bucket_of("decode"), []

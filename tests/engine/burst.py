@@ -60,6 +60,9 @@ class Burst:
     def drafts(self, batch: Batch, results: Mapping[str, np.ndarray]) -> Drafts | None:
         return None
 
+    def guesses(self, batch: Batch, early: Mapping[str, np.ndarray]) -> list[list[int]] | None:
+        return None
+
     def tokens(self, batch: Batch, results: Mapping[str, np.ndarray]) -> Iterator[tuple[TokenSequence, int]]:
         for row, sequence in enumerate(batch.decoding):
             for token in results["tokens"][row, : results["count"][row]].tolist():

@@ -19,7 +19,9 @@ from makeready.graphs.plan.speculative import Speculative
 
 
 class DraftingExecutable(FakeExecutable):
-    """``accepted`` counts how many drafts of how many were right, over all rows and steps."""
+    """``accepted`` counts how many drafts of how many were right, over all rows and steps; ``masked_accepted`` those
+    of rows under a constraint.
+    """
 
     def __init__(
         self,
@@ -38,6 +40,7 @@ class DraftingExecutable(FakeExecutable):
         own = {Bucket(VERIFY, rows, rows * each) for rows in (1, most)}
         self.plan.buckets = tuple(sorted({*buckets, *own}))
         self.accepted: Counter[tuple[int, int]] = Counter()
+        self.masked_accepted = 0
         self._random = random.Random(seed)
 
     def launch(self, bucket: Bucket, step: Mapping[str, np.ndarray], *, cut: bool = False) -> Step:
@@ -58,13 +61,18 @@ class DraftingExecutable(FakeExecutable):
         for slot, start, _, _ in runs:
             self._read_row(slot, start)
         self._end()
+        results["draft_len"][:rows] = [len(ids) for _, _, ids, _ in runs]
+        guessed = [token for _, _, ids, _ in runs for token in ids]
+        results["draft_ids"][:tokens] = 0
+        results["draft_ids"][: len(guessed)] = guessed
 
         def draw() -> None:
             at = 0
             for row, (slot, start, ids, sampled) in enumerate(runs):
                 if self._slots[slot]["masked"]:  # what may come is known by now
                     assert cut
-                    sampled = [allowed_of(self._allowed[slot], token) for token in sampled]
+                    places = enumerate(sampled, start + 1)
+                    sampled = [allowed_of(self.mask(slot, place), token) for place, token in places]
                 right = 0
                 while right + 1 < len(ids) and ids[right + 1] == sampled[right]:
                     right += 1
@@ -73,6 +81,7 @@ class DraftingExecutable(FakeExecutable):
                 results["tokens"][at : at + len(ids)] = sampled
                 results["drafted"][row], results["accepted"][row] = len(ids) - 1, right
                 self.accepted[right, len(ids) - 1] += 1
+                self.masked_accepted += right if self._slots[slot]["masked"] else 0
                 at += len(ids)
 
         if cut:
@@ -80,7 +89,11 @@ class DraftingExecutable(FakeExecutable):
         else:
             draw()
         self.steps.append((bucket, rows, tokens))
-        return Step(results)
+        return Step(results, kind.early)
+
+    def right(self, slot: int, place: int, sampled: int) -> int:
+        """The draft for a place that is surely right, where ``sampled`` comes there if all may."""
+        return sampled
 
     def _guess(self, row: int, step: Mapping[str, np.ndarray]) -> tuple[int, int, list[int], list[int]]:
         """Run a row's token and its drafts: slot, tokens before, tokens that were run, and what each samples."""
@@ -89,14 +102,12 @@ class DraftingExecutable(FakeExecutable):
         start = int(self._length[slot])
         most = min(int(step["query_len"][row]), limit - 1 - start)
         assert most >= 1, "a row runs that has come to its end"
-        assert most == 1 or not self._slots[slot]["masked"], (
-            "drafts behind which one mask would count for all"
-        )
         skill, ids, sampled = rng.choice([0.0, 0.7, 1.0]), [int(self._history[slot, start])], list[int]()
         for n in range(rng.choice([1, most, most])):
             if n:
-                wrong = (sampled[-1] + rng.randrange(1, VOCABULARY)) % VOCABULARY
-                ids.append(sampled[-1] if rng.random() < skill else wrong)
+                right = self.right(slot, start + n, sampled[-1])
+                wrong = (right + rng.randrange(1, VOCABULARY)) % VOCABULARY
+                ids.append(right if rng.random() < skill else wrong)
             (folded,) = self._run(slot, np.array([start + n]), np.array(ids[-1:]))
             self._history[slot, start + n] = ids[-1]
             sampled.append(sample(folded, self._slots[slot]["seed"]))

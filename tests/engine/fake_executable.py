@@ -67,11 +67,15 @@ def buckets_of(limits: Limits, logprob_tokens: int = 0) -> list[Bucket]:
 class Step:
     """What a launch returns: results of its own, as a real one's."""
 
-    def __init__(self, results: dict[str, np.ndarray]) -> None:
+    def __init__(self, results: dict[str, np.ndarray], early: Sequence[str] = ()) -> None:
         self._results = results
+        self._early = early
 
     def wait(self) -> Mapping[str, np.ndarray]:
         return self._results
+
+    def early(self) -> Mapping[str, np.ndarray]:
+        return {name: self._results[name] for name in self._early}
 
 
 class FakeExecutable:
@@ -102,7 +106,7 @@ class FakeExecutable:
         self._history = np.full((limits.slots, limits.context_len), -1)
         self._length = np.full(limits.slots, -1)
         self._slots: dict[int, dict[str, Any]] = {}
-        self._allowed = np.zeros((limits.slots, limits.mask_words), np.int32)
+        self._allowed = np.zeros((limits.slots, limits.max_gain * limits.mask_words), np.int32)
         self._at_cut: Callable[[], None] | None = None
         self.paged = {g.name: FakePages(kv, g, self.blocks[g.name], limits) for g in kv.paged}
         self.states = {g.name: FakeStates(kv, g, self.blocks[g.name]) for g in kv.states}
@@ -160,8 +164,14 @@ class FakeExecutable:
         assert self._at_cut is not None, "nothing stands at a cut"
         draw, self._at_cut = self._at_cut, None
         for slot, values in late.items():
-            (self._allowed[slot],) = values.values()
+            (words,) = values.values()
+            self._allowed[slot, : len(words)] = words
         draw()
+
+    def mask(self, slot: int, place: int) -> np.ndarray:
+        """Of the masks that a slot has, that of the token in this place of its sequence."""
+        masks = self._allowed[slot].reshape(-1, self.plan.limits.mask_words)
+        return masks[place % len(masks)]
 
     def _begin(self, step: Mapping[str, np.ndarray], rows: int) -> None:
         """Take the pages and read the states that a step names."""
@@ -184,7 +194,7 @@ class FakeExecutable:
         assert end >= self._slots[slot]["prompt_len"], "a token is sampled inside of a prompt"
         token = sample(folded, self._slots[slot]["seed"])
         if self._slots[slot]["masked"]:
-            token = allowed_of(self._allowed[slot], token)
+            token = allowed_of(self.mask(slot, end), token)
         if end < self.plan.limits.context_len:
             self._history[slot, end] = max(token, 0)
         return token

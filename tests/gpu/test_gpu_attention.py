@@ -24,12 +24,14 @@ from makeready.kernels.attention.extend_cuda import candidate as prefill
 from makeready.kernels.attention.extend_cuda import schedules
 from makeready.kernels.attention.extend_triton import extend_attention_cuda
 from makeready.kernels.attention.qkv_triton import kv_write_cuda, norm_rope_kv_write_cuda
+from makeready.kernels.attention.verify_triton import verify_attention_cuda
 from makeready.kernels.contract import Contract
 from makeready.kernels.device import Candidate, OpCall
 from makeready.kernels.registry import Emit
 
 assert isinstance(paged.decode_attention, Contract)
 assert isinstance(paged.extend_attention, Contract)
+assert isinstance(paged.verify_attention, Contract)
 assert isinstance(paged.norm_rope_kv_write, Contract)
 assert isinstance(paged.kv_write, Contract)
 
@@ -92,6 +94,11 @@ _LONG = (  # cut into parts, which are added up
     ((1, 5000), (300, 300), (1, 7), (33, 1500)),
     ((512, 4000), (1, 1)),
 )
+_DRAFTS = (  # what rows that verify drafts have
+    ((5, 1000),),
+    ((3, 5000), (5, 65), (1, 1), (0, 0), (5, 5), (4, 129), (2, 64)),
+    ((5, 700),) * 40,
+)
 F16, B16, F8 = torch.float16, torch.bfloat16, torch.float8_e4m3fn
 
 Case = tuple[Contract, Emit, Tensors, dict[str, float]]
@@ -126,6 +133,23 @@ def _extend_case(
     q[3 : 3 + total] = torch.randn(total, heads * head_dim, device="cuda").to(q.dtype)
     tensors |= {"q": q, "query_start": (3 + count.cumsum(0) - count).to(torch.int32), "query_len": count}
     return paged.extend_attention, extend_attention_cuda, tensors, _attrs(heads, kv_heads, head_dim, window)
+
+
+def _verify_case(
+    rows: Sequence[tuple[int, int]], each: int, dtype: torch.dtype, heads: int, *geometry: int
+) -> Case:
+    """Packed rows; the queries of tokens that no row has, behind them, are NaN."""
+    _, _, tensors, attrs = _extend_case(rows, dtype, heads, *geometry)
+    total = int(tensors["query_len"].sum())
+    q = torch.full_like(tensors["q"][:1], float("nan")).repeat(each * len(rows), 1)
+    q[:total] = tensors["q"][3 : 3 + total]
+    moved = {"q": q, "query_start": tensors["query_start"] - 3}
+    return paged.verify_attention, fitting, tensors | moved, attrs
+
+
+def fitting(call: OpCall) -> list[Candidate]:
+    """Ways that a plan may take: of the widest batches some spill."""
+    return [way for way in verify_attention_cuda(call) if launcher.fits(way, call)]
 
 
 def _guarded(call: OpCall) -> list[Candidate]:
@@ -267,6 +291,18 @@ for _g in _GEOMETRIES:
         _CASES[f"extend-{_kind}-{_g}"] = partial(_extend_case, _ROWS[0], _kind, *_g)
         _CASES[f"long-{_kind}-{_g}"] = partial(_extend_case, _LONG[1], _kind, *_g)
 _CASES |= {
+    f"verify-{kind}-{len(rows)}-{rows[0]}-{geometry}-": partial(_verify_case, rows, 5, kind, *geometry)
+    for kind in (B16, F16, F8)
+    for rows in _DRAFTS
+    for geometry in (_QWEN3_8B, (32, 4, 128, 64, 0), (64, 8, 64, 64, 128), (8, 4, 256, 64, 100))
+}
+_CASES |= {
+    f"verify 9-{kind}-{g}": partial(_verify_case, ((9, 700), (7, 7), (1, 64)), 9, kind, *g)
+    for kind in (B16, F8)
+    for g in _GEOMETRIES
+}
+_CASES["verify-wide"] = partial(_verify_case, _DRAFTS[1], 5, B16, 16, 1, 128, 128, 0)
+_CASES |= {
     f"sinks-{name}-{kind}-{window}": partial(with_sinks, partial(make, where, kind, 64, 8, 64, 64, window))
     for kind in (B16, F8)
     for window in (0, 128)
@@ -274,6 +310,7 @@ _CASES |= {
         ("prefill", partial(prefill_case, planned), _ROWS[0]),
         ("decode", _decode_case, _LENGTHS),
         ("long decode", _decode_case, (3000,)),
+        ("verify", lambda rows, *more: _verify_case(rows, 5, *more), _DRAFTS[1]),
         ("extend", _extend_case, _ROWS[0]),
         ("long extend", _extend_case, _LONG[1]),
     )

@@ -76,6 +76,16 @@ def test_greedy_large_vocabulary():
     check_sample(requests(256, 151936, seed=5, greedy=True), 256)
 
 
+@pytest.mark.parametrize("places", [2, 5])
+def test_a_slot_has_masks_of_several_places(places):
+    op = requests(64, 49152, seed=places, greedy=True)
+    words, slots = 49152 // 32, len(op["masked"])
+    masks = torch.randint(-(2**31), 2**31 - 1, (slots, places, words)).int()
+    masks[..., 0] |= 1  # a token is left
+    op["masked"][:], op["allowed"] = 1, masks.flatten(1)
+    check_sample(op, 64)
+
+
 def test_rows_do_not_depend_on_their_batch():
     rows = 40
     op = requests(rows, 151936, seed=9)

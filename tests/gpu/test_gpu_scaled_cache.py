@@ -17,7 +17,9 @@ from benchmarks.gpu import launcher
 from case import Case, Random
 from prepared import prepare
 from scaled_inputs import FORMATS, empty_caches
-from test_scaled_triton import DECODE, EXTEND, extend_step, paged
+from test_attention_triton import verify_step
+from test_gpu_attention import fitting
+from test_scaled_triton import DECODE, EXTEND, VERIFY, extend_step, paged
 
 from makeready.kernels.attention.decode_triton import decode_attention_cuda
 from makeready.kernels.attention.extend_triton import extend_attention_cuda
@@ -28,6 +30,7 @@ from makeready.kernels.attention.scaled import (
     extend_attention_scaled,
     kv_write_scaled,
     norm_rope_kv_write_scaled,
+    verify_attention_scaled,
     widen_heads,
 )
 from makeready.kernels.attention.write_scaled_triton import kv_write_scaled_cuda
@@ -38,6 +41,7 @@ assert isinstance(decode_attention_scaled, Contract)
 assert isinstance(extend_attention_scaled, Contract)
 assert isinstance(kv_write_scaled, Contract)
 assert isinstance(norm_rope_kv_write_scaled, Contract)
+assert isinstance(verify_attention_scaled, Contract)
 
 Call = tuple[Contract, Emit, dict[str, torch.Tensor], dict[str, Any]]
 QWEN3_8B = (32, 8, 128, 64, 0)
@@ -56,6 +60,10 @@ def _attention(geometry: Any, rows: Any, kind: CacheFormat) -> Call:
     heads, kv_heads, size, _, window = geometry
     attrs = {"heads": heads, "kv_heads": kv_heads, "head_dim": size, "scale": size**-0.5, "window": window}
     attrs |= {"bits": kind.bits}
+    if isinstance(rows, dict):  # tokens that rows have room for, and rows
+        ((each, rows),) = rows.items()
+        made = verify_step(paged(tuple(n for _, n in rows), geometry, kind), heads, size, each, rows)
+        return verify_attention_scaled, fitting, _on_gpu(made), attrs
     if isinstance(rows[0], tuple):
         made = extend_step(geometry, rows, kind)
         return extend_attention_scaled, extend_attention_cuda, _on_gpu(made), attrs
@@ -88,6 +96,9 @@ CASES = {
     for geometry, rows in (
         *DECODE,
         *EXTEND,
+        *((where, {each: rows}) for where, each, rows in VERIFY),
+        (QWEN3_8B, {5: ((5, 1000),)}),
+        (QWEN3_8B, {5: ((5, 3000), (1, 1), (0, 0), (4, 64))}),
         (QWEN3_8B, (3000, 1, 64)),
         (QWEN3_8B, LONG),
         (QWEN3_8B, (64,) * 70),

@@ -207,18 +207,47 @@ def extend_attention(op: str) -> Iterator[Case]:
         ]
         for at, batch in enumerate(batches):
             window, spare = ((0, 3), (4, 3), (0, 0), (4, 0))[(at + seed) % 4]
-            counts, lengths = [n for n, _ in batch], [length for _, length in batch]
-            starts = [sum(counts[:r]) if n else 0 for r, n in enumerate(counts)]
-            random = Random(seed)
-            tokens = max(1, sum(counts)) + spare
-            operands = {"q": random.normal(tokens, heads.heads * heads.size, dtype=act)}
-            operands["q"][sum(counts) :] = NAN
-            operands |= filled_cache(random, heads, lengths, cache)
-            operands |= {
-                "query_start": int32(starts),
-                "query_len": int32(counts),
-                "context_len": int32(lengths),
-                **_sinks(random, heads, at + seed // 4),
-            }
-            label = f"{heads.label}-{batch}-w{window}-{act}-{cache}".replace(" ", "")
-            yield Case(op, label, operands, _attention_attrs(heads, window))
+            tokens = max(1, sum(n for n, _ in batch)) + spare
+            yield _queries(op, Random(seed), heads, (act, cache), batch, tokens, window, at + seed // 4)
+
+
+def verify_attention(op: str) -> Iterator[Case]:
+    """Rows with at most as many tokens as each has room for; those that lack some are made up for behind all."""
+    for seed, (heads, (act, cache)) in enumerate(itertools.product(GEOMETRIES, ACT_AND_CACHE)):
+        page = heads.page
+        batches = [
+            (5, [(5, 2 * page + 3), (1, page), (3, page + 2), (0, 0)]),
+            (5, [(5, 5)]),
+            (4, [(2, 2), (0, 0), (4, page + 4)]),
+            (2, [(1, 1), (2, 40)]),
+            (3, [(0, 0)]),
+        ]
+        for at, (each, batch) in enumerate(batches):
+            window, tokens = (0, 4, 0, 3)[(at + seed) % 4], each * len(batch)
+            yield _queries(op, Random(seed), heads, (act, cache), batch, tokens, window, at + seed // 4)
+
+
+def _queries(
+    op: str,
+    random: Random,
+    heads: Heads,
+    dtypes: tuple[str, str],
+    batch: list[tuple[int, int]],
+    tokens: int,
+    window: int,
+    number: int,
+) -> Case:
+    """Rows of (queries, tokens of context with them), one behind the other, in a step of ``tokens``."""
+    act, cache = dtypes
+    counts, lengths = [n for n, _ in batch], [length for _, length in batch]
+    operands = {"q": random.normal(tokens, heads.heads * heads.size, dtype=act)}
+    operands["q"][sum(counts) :] = NAN
+    operands |= filled_cache(random, heads, lengths, cache)
+    operands |= {
+        "query_start": int32([sum(counts[:r]) if n else 0 for r, n in enumerate(counts)]),
+        "query_len": int32(counts),
+        "context_len": int32(lengths),
+        **_sinks(random, heads, number),
+    }
+    label = f"{heads.label}-{batch}-w{window}-{act}-{cache}".replace(" ", "")
+    return Case(op, label, operands, _attention_attrs(heads, window))

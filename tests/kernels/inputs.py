@@ -27,6 +27,7 @@ from attention_inputs import (
     kv_write,
     norm_rope_kv_write,
     norm_rope_kv_write_decode_attention,
+    verify_attention,
 )
 from case import FLOATS, Case, Random, in_columns, int32
 from sample_inputs import sample, token_logprobs
@@ -317,11 +318,13 @@ BUILDERS: Mapping[str, Callable[[str], Iterator[Case]]] = {
     "norm_rope_kv_write_decode_attention": norm_rope_kv_write_decode_attention,
     "decode_attention": decode_attention,
     "extend_attention": extend_attention,
+    "verify_attention": verify_attention,
     "paged_attention": extend_attention,
     "kv_write_scaled": scaled_inputs.kv_write_scaled,
     "norm_rope_kv_write_scaled": scaled_inputs.norm_rope_kv_write_scaled,
     "decode_attention_scaled": scaled_inputs.decode_attention_scaled,
     "extend_attention_scaled": scaled_inputs.extend_attention_scaled,
+    "verify_attention_scaled": scaled_inputs.verify_attention_scaled,
     "paged_attention_scaled": scaled_inputs.extend_attention_scaled,
     "mla_write": mla_inputs.mla_write,
     "mla_rope": mla_inputs.mla_rope,

@@ -8,7 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from attention_inputs import decode_attention, extend_attention, kv_write, norm_rope_kv_write
+from attention_inputs import (
+    decode_attention,
+    extend_attention,
+    kv_write,
+    norm_rope_kv_write,
+    verify_attention,
+)
 from case import Case, Random
 
 from makeready.kernels.attention.formats import PER_TOKEN_HEAD, CacheFormat
@@ -81,3 +87,7 @@ def decode_attention_scaled(op: str) -> Iterator[Case]:
 
 def extend_attention_scaled(op: str) -> Iterator[Case]:
     return _over(extend_attention("extend_attention"), op, written=False)
+
+
+def verify_attention_scaled(op: str) -> Iterator[Case]:
+    return _over(verify_attention("verify_attention"), op, written=False)

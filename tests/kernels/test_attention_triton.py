@@ -19,7 +19,13 @@ import torch
 
 pytest.importorskip("triton")
 from makeready.kernels import registry
-from makeready.kernels.attention.paged import decode_attention, extend_attention, kv_write, norm_rope_kv_write
+from makeready.kernels.attention.paged import (
+    decode_attention,
+    extend_attention,
+    kv_write,
+    norm_rope_kv_write,
+    verify_attention,
+)
 from makeready.kernels.contract import Contract
 from makeready.kernels.device import Candidate, OpCall, Pointer, Scalar, Scratch, Tensor
 from makeready.kernels.spec import TensorSpec
@@ -44,9 +50,15 @@ def _numpy_2_4(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _emit(contract: Contract, call: OpCall) -> Sequence[Candidate]:
-    for module in ("decode", "extend", "qkv", "write_scaled"):
+    for module in ("decode", "extend", "qkv", "verify", "write_scaled"):
         importlib.import_module(f"makeready.kernels.attention.{module}_triton")
     return [c for k in registry.cuda_kernels(contract.name) for c in k.candidates(call)]
+
+
+def own_ways(contract: Contract, call: OpCall) -> list[Candidate]:
+    """Those by the op's own kernel, without what stands in for it."""
+    own = contract.name.removesuffix("_scaled")
+    return [c for c in _emit(contract, call) if own in c.launches[0].function]
 
 
 def _call(
@@ -218,6 +230,60 @@ def test_extend(geometry: Geometry, dtype: torch.dtype, rows: tuple[tuple[int, i
     _check(extend_attention, tensors, _attrs(geometry))
 
 
+VERIFY: list[tuple[Geometry, torch.dtype, int, tuple[tuple[int, int], ...]]] = [
+    ((8, 2, 128, 64, 0), F16, 5, ((5, 200),)),
+    ((4, 4, 32, 16, 0), F16, 5, ((1, 1), (5, 17), (3, 90), (0, 0), (4, 64), (5, 5))),
+    ((9, 3, 64, 64, 0), F16, 5, ((5, 64), (2, 65), (4, 63))),
+    ((8, 1, 80, 1, 0), F16, 9, ((9, 40), (1, 129), (7, 7))),
+    ((8, 2, 128, 64, 70), F16, 3, ((3, 71), (0, 0), (2, 70), (3, 200), (1, 1))),
+    ((4, 2, 64, 24, 9), F16, 4, ((4, 100), (3, 9))),
+    ((2, 1, 256, 128, 0), F16, 5, ((5, 133), (2, 400))),
+    ((2, 1, 64, 64, 3), F16, 9, ((9, 134), (8, 133))),
+    ((4, 2, 64, 64, 0), F16, 2, ((2, 777),)),
+    ((4, 1, 64, 64, 0), F16, 3, ((0, 0), (0, 0))),
+    ((8, 1, 80, 1, 0), F8, 5, ((5, 5), (3, 129))),
+    ((4, 2, 64, 64, 60), F8, 5, ((1, 1), (5, 200))),
+]
+
+
+def verify_step(
+    tensors: dict[str, torch.Tensor], heads: int, head_dim: int, each: int, rows: Sequence[tuple[int, int]]
+) -> dict[str, torch.Tensor]:
+    """Rows of (queries, context), packed; tokens of no row, whose queries are NaN, behind them."""
+    count = torch.tensor([queries for queries, _ in rows], dtype=torch.int32)
+    q = torch.full((each * len(rows), heads * head_dim), float("nan"), dtype=torch.float16)
+    q[: int(count.sum())] = torch.randn(int(count.sum()), heads * head_dim).half()
+    return tensors | {"q": q, "query_start": (count.cumsum(0) - count).to(torch.int32), "query_len": count}
+
+
+@interpreted
+@pytest.mark.parametrize(("geometry", "dtype", "each", "rows"), VERIFY, ids=str)
+def test_verify(geometry: Geometry, dtype: torch.dtype, each: int, rows: tuple[tuple[int, int], ...]) -> None:
+    """Parts of which a query sees nothing, windows that begin in different tiles, rows of no query."""
+    heads, kv_heads, head_dim, page, _ = geometry
+    lengths = [context for _, context in rows]
+    tensors = _paged(lengths, page=page, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
+    tensors = verify_step(tensors, heads, head_dim, each, rows)
+    if heads % 4 == 0:
+        tensors["sinks"] = torch.arange(heads) - 2.0
+    _check(verify_attention, tensors, _attrs(geometry))
+
+
+@compiled
+def test_rows_with_too_many_vectors_are_left_to_tiles() -> None:
+    tensors = {"q": torch.empty(3 * 17, 16 * 128, dtype=torch.bfloat16, device="meta")}
+    shapes = {"k_cache": (9, 64, 1, 128), "v_cache": (9, 64, 1, 128)}
+    tensors |= {k: torch.empty(v, dtype=torch.bfloat16, device="meta") for k, v in shapes.items()}
+    tensors["page_table"] = torch.empty(3, 8, dtype=torch.int32, device="meta")
+    for name in ("query_start", "query_len", "context_len"):
+        tensors[name] = torch.empty(3, dtype=torch.int32, device="meta")
+    call = _call(verify_attention, tensors, _attrs((16, 1, 128, 64, 0)), "tma wgmma pdl fp8")
+    assert _emit(verify_attention, call)
+    assert not own_ways(verify_attention, call)
+    fewer = tensors | {"q": tensors["q"][: 3 * 8]}
+    assert own_ways(verify_attention, _call(verify_attention, fewer, call.attrs, "tma wgmma pdl fp8"))
+
+
 @interpreted
 def test_pages_before_a_window_may_be_anything() -> None:
     """Page 0 holds NaN, and is where freed pages were; one is less than a step."""
@@ -229,6 +295,7 @@ def test_pages_before_a_window_may_be_anything() -> None:
     _check(decode_attention, tensors | {"q": q[-1:]}, _attrs(geometry))
     tensors |= {"q": q, "query_start": 0 * count, "query_len": count}
     _check(extend_attention, tensors, _attrs(geometry))
+    _check(verify_attention, tensors, _attrs(geometry))
 
 
 @interpreted
@@ -297,12 +364,15 @@ def test_machine_code(geometry: Geometry, rows: int, dtype: torch.dtype, wanted:
         name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes.items()
     }
     extra = {n: torch.empty(rows, dtype=torch.int32, device="meta") for n in ("query_start", "query_len")}
+    five = torch.empty(5 * rows, heads * head_dim, dtype=torch.bfloat16, device="meta")
+    products = "wgmma.mma_async" if 5 * heads // kv_heads > 32 else "mma.sync"
     for contract, operands, instruction, copies in (
         (decode_attention, tensors, "mma.sync", "cp.async.cg"),
         (extend_attention, {**tensors, **extra}, "wgmma.mma_async", wanted),
+        (verify_attention, {**tensors, **extra, "q": five}, products, "cp.async.cg"),
     ):
         call = _call(contract, operands, _attrs(geometry), "tma wgmma pdl fp8")
-        (launch,) = _emit(contract, call)[0].launches
+        (launch,) = own_ways(contract, call)[0].launches
         made = aot.compile_launch(launch, call)
         assert made.spill_bytes <= launch.local_bytes
         assert made.shared <= call.shared_bytes

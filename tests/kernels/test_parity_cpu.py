@@ -30,7 +30,9 @@ IMPLEMENTATIONS = [
     for k in registry.kernels(op, "cpu")
     if not (k.name == REFERENCE and CONTRACTS[op].tolerance.exact)
 ]
-ATTENTION = ("decode_attention", "extend_attention", "decode_attention_scaled", "extend_attention_scaled")
+ATTENTION = tuple(
+    f"{kind}_attention{scaled}" for kind in ("decode", "extend", "verify") for scaled in ("", "_scaled")
+)
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:

@@ -329,6 +329,27 @@ def test_masks_are_no_reason_to_refuse_a_row():
         assert draw(logits, [{"repetition_penalty": 2.0, "prompt": [2], "bias": {0: -1e6}, **knobs}]) == [1]
 
 
+@pytest.mark.parametrize("places", [1, 2, 5])
+def test_a_slot_has_masks_of_several_places(places):
+    """Rows of one slot at places in turn: each draws what its own mask allows, of 70 tokens in 3 words."""
+    rows, vocabulary, first = 7, 70, 4
+    random = np.random.default_rng(places)
+    logits = random.normal(size=(rows, vocabulary)).astype(np.float32)
+    may = random.random((places, vocabulary)) < 0.1
+    may[:, 69] = True
+    op = operands(torch.from_numpy(logits), [{} for _ in range(rows)], context=20)
+    op["row_slot"][:] = 3
+    op["context_len"] = torch.arange(first, first + rows, dtype=torch.int32)
+    op["masked"][3] = 1
+    padded = np.zeros((places, 96), np.uint8)
+    padded[:, :vocabulary] = may
+    words = np.packbits(padded, bitorder="little").view(np.int32)
+    op["allowed"] = torch.zeros(rows + 1, 3 * places, dtype=torch.int32)
+    op["allowed"][3] = torch.from_numpy(words)
+    expected = [int(np.where(may[(first + r) % places], logits[r], -np.inf).argmax()) for r in range(rows)]
+    assert sample(**op).tolist() == expected
+
+
 @pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1e-6, 1e30])
 def test_extreme_temperatures(temperature):
     logits = torch.tensor([[1.0, -INF, 5.0, 4.999]]).expand(64, -1)

@@ -28,6 +28,8 @@ from test_attention_triton import (
     _paged,
     compiled,
     interpreted,
+    own_ways,
+    verify_step,
 )
 from test_invariant_triton import places_of_a_product_are_alike
 
@@ -37,6 +39,7 @@ from makeready.kernels.attention.scaled import (
     extend_attention_scaled,
     kv_write_scaled,
     norm_rope_kv_write_scaled,
+    verify_attention_scaled,
     widen_heads,
 )
 from makeready.kernels.contract import Contract
@@ -45,6 +48,7 @@ assert isinstance(decode_attention_scaled, Contract)
 assert isinstance(extend_attention_scaled, Contract)
 assert isinstance(kv_write_scaled, Contract)
 assert isinstance(norm_rope_kv_write_scaled, Contract)
+assert isinstance(verify_attention_scaled, Contract)
 assert _numpy_2_4  # fixtures for all tests here
 assert places_of_a_product_are_alike
 
@@ -126,6 +130,26 @@ def test_extend(geometry: Geometry, rows: tuple[tuple[int, int], ...], kind: Cac
     if geometry[0] % 4 == 0:
         tensors["sinks"] = torch.arange(geometry[0]) - 2.0
     _check(extend_attention_scaled, tensors, _attrs(geometry) | {"bits": kind.bits})
+
+
+VERIFY = [
+    ((4, 4, 32, 16, 0), 5, ((1, 1), (5, 17), (3, 90), (0, 0), (5, 5))),
+    ((9, 3, 64, 64, 0), 5, ((5, 64), (2, 65))),
+    ((8, 2, 128, 64, 70), 3, ((3, 71), (0, 0), (2, 70), (3, 200))),
+    ((2, 1, 64, 64, 3), 9, ((9, 134),)),
+]
+
+
+@interpreted
+@formats
+@pytest.mark.parametrize(("geometry", "each", "rows"), VERIFY, ids=str)
+def test_verify(geometry: Geometry, each: int, rows: tuple[tuple[int, int], ...], kind: CacheFormat) -> None:
+    heads, _, head_dim, _, _ = geometry
+    tensors = paged(tuple(context for _, context in rows), geometry, kind)
+    tensors = verify_step(tensors, heads, head_dim, each, rows)
+    if heads % 4 == 0:
+        tensors["sinks"] = torch.arange(heads) - 2.0
+    _check(verify_attention_scaled, tensors, _attrs(geometry) | {"bits": kind.bits})
 
 
 @interpreted
@@ -274,6 +298,7 @@ def test_machine_code(geometry: Geometry, rows: int, kind: CacheFormat) -> None:
     step = {"page_table": empty(rows, 64), "context_len": empty(rows)}
     queries = {"query_start": empty(rows), "query_len": empty(rows)}
     q = {"q": empty(rows, heads * head_dim, dtype=wide)}
+    five = {"q": empty(5 * rows, heads * head_dim, dtype=wide)}
     keys = {name: empty(rows, kv_heads * head_dim, dtype=wide) for name in "kv"} | {"kv_slot": empty(rows)}
     made = {
         "qkv": empty(rows, (heads + 2 * kv_heads) * head_dim, dtype=wide),
@@ -285,11 +310,12 @@ def test_machine_code(geometry: Geometry, rows: int, kind: CacheFormat) -> None:
     for contract, operands, attrs, found in (
         (decode_attention_scaled, q | caches | step, attend, ("mma.sync", "cp.async.c")),
         (extend_attention_scaled, q | caches | step | queries, attend, ("wgmma.mma_async", "cp.async.")),
+        (verify_attention_scaled, five | caches | step | queries, attend, ("mma", "cp.async.")),
         (kv_write_scaled, keys | caches, sizes, ()),
         (norm_rope_kv_write_scaled, made | caches, sizes | {"heads": heads, "eps": 1e-6}, ()),
     ):
         call = _call(contract, operands, attrs, "tma wgmma pdl fp8")
-        (launch,) = _emit(contract, call)[0].launches
+        (launch,) = (own_ways(contract, call) or _emit(contract, call))[0].launches
         code = aot.compile_launch(launch, call)
         assert code.spill_bytes <= launch.local_bytes
         assert code.shared <= call.shared_bytes

@@ -268,6 +268,25 @@ def test_sample(rows, vocabulary, spread):
 
 
 @interpreted
+@pytest.mark.parametrize("vocabulary", [131, 2100])
+def test_a_slot_has_masks_of_several_places(vocabulary):
+    rows = 12
+    operands = requests(rows, vocabulary, greedy=True)
+    words, slots = -(-vocabulary // 32), len(operands["masked"])
+    masks = torch.randint(-(2**31), 2**31 - 1, (slots, 3, words)).int()
+    masks[..., 0] |= 1  # a token is left
+    operands["masked"][:], operands["allowed"] = 1, masks.flatten(1)
+    own = {**operands, "history": operands["history"].clone()}
+    want = CONTRACTS["sample"].reference(**own)
+    assert len({int(place) % 3 for place in operands["context_len"][:rows]}) == 3
+    call = op_call("sample", operands, {})
+    for kernel in registry.cuda_kernels("sample"):
+        for candidate in kernel.candidates(call):
+            got = launch_interpreted(candidate, call, {**operands, "history": operands["history"].clone()})
+            assert got["tokens"].equal(want)
+
+
+@interpreted
 @pytest.mark.parametrize("asked", [1, 4, 7, 10])
 def test_rows_of_one_slot_see_the_history_as_it_was(asked):
     """As drafts are sampled behind: every row at the place behind the one before it, written by none but it."""

@@ -50,11 +50,12 @@ class _Program:
 
 
 class _Running:
-    """A step, whose results are there when its last launch has run."""
+    """A step, whose results are there when its last launch has run, those named ``early`` at its cut."""
 
-    def __init__(self, program: _Program) -> None:
+    def __init__(self, program: _Program, early: Sequence[str]) -> None:
         self._left = iter(program.launches)
         self._program = program
+        self._early = early
         self._results: Mapping[str, np.ndarray] = {}
 
     def run(self, count: int | None = None) -> None:
@@ -66,6 +67,9 @@ class _Running:
 
     def wait(self) -> Mapping[str, np.ndarray]:
         return self._results
+
+    def early(self) -> Mapping[str, np.ndarray]:
+        return {name: self._program.results[name].copy() for name in self._early}
 
 
 class CpuExecutable:
@@ -140,7 +144,7 @@ class CpuExecutable:
     @torch.inference_mode()
     def launch(self, bucket: Bucket, step: Mapping[str, np.ndarray], *, cut: bool = False) -> _Running:
         self.resume({})
-        running = _Running(self._staged(bucket, step))
+        running = _Running(self._staged(bucket, step), self.plan.steps[bucket.phase].early)
         running.run(self.plan.cut(bucket.phase) if cut else None)
         self._at_cut = running if cut else None
         return running

@@ -8,6 +8,7 @@ when it wants them.
 
 from __future__ import annotations
 
+import itertools
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -123,7 +124,7 @@ class CudaExecutable:
             upload.wait()
         with self._phase("graphs"):
             self._graphs = self._build_graphs(functions)
-        self._cut_graphs: dict[Bucket, tuple[Any, Any]] = {}
+        self._cut_graphs: dict[Bucket, tuple[list[Any], Any]] = {}
         self._at_cut: tuple[Any, Flight, int] | None = None
         self._turn = 0
         self._keep(partial(driver.synchronize, self._stream))
@@ -171,8 +172,11 @@ class CudaExecutable:
         step_bytes, result_bytes = flight.take(bucket, step)
         driver.to_device(regions.step, flight.step, step_bytes, stream)
         if cut:
-            head, tail = self._halves(bucket)
-            driver.launch(head, stream)
+            heads, tail = self._parts(bucket)
+            for number, head in enumerate(heads, 1):
+                driver.launch(head, stream)
+                if number < len(heads):
+                    flight.bring_early(bucket, regions.result, stream)
             self._at_cut = (tail, flight, result_bytes)
         else:
             driver.launch(self._graphs[bucket], stream)
@@ -194,17 +198,21 @@ class CudaExecutable:
         self._driver.to_host(flight.result, self._regions.result, result_bytes, self._stream)
         self._driver.record(flight.event, self._stream)
 
-    def _halves(self, bucket: Bucket) -> tuple[Any, Any]:
-        """Graphs of the launches before the cut of ``bucket`` and of the others, made when first asked for."""
+    def _parts(self, bucket: Bucket) -> tuple[list[Any], Any]:
+        """Graphs of the launches before the cut of ``bucket`` and of the others, made when first asked for.
+
+        Of those before, early results are there behind the first of two.
+        """
         found = self._cut_graphs.get(bucket)
         if found is None:
             addresses = cuda_memory.bucket_addresses(self.plan, self._regions, self._lasting, bucket)
-            at = self.plan.cut(bucket.phase)
+            early, at = self.plan.early(bucket.phase), self.plan.cut(bucket.phase)
             made = []
-            for part in (slice(at), slice(at, None)):
-                made.append(self._builder.build(bucket, addresses, self._stream, only=part))
+            for begin, end in itertools.pairwise((*((0, early) if early else (0,)), at, None)):
+                made.append(self._builder.build(bucket, addresses, self._stream, only=slice(begin, end)))
                 self._keep(partial(self._driver.destroy_executable, made[-1]))
-            found = self._cut_graphs[bucket] = (made[0], made[1])
+            *heads, tail = made
+            found = self._cut_graphs[bucket] = (heads, tail)
         return found
 
     def poison(self, held: Sequence[Held] | None = None) -> None:

@@ -29,6 +29,7 @@ class Flight:
         self.step = driver.allocate_host(self._step + plan.memory.result)
         self.result = self.step + self._step
         self.event = driver.event()
+        self.early_event = driver.event()
         self._views: dict[Bucket, tuple[Arrays, Arrays, int, int]] = {}
         self._pending: PendingStep | None = None
 
@@ -41,8 +42,23 @@ class Flight:
             given = step[name]
             assert given.shape == place.shape, f"{name} is {given.shape}, {bucket} has {place.shape}"
             place[...] = given
-        self._pending = PendingStep(self._driver, self.event, results)
+        early = {name: results[name] for name in self._steps[bucket.phase].early}
+        self._pending = PendingStep(self._driver, self.event, results, self.early_event, early)
         return step_bytes, result_bytes
+
+    def bring_early(self, bucket: Bucket, results: int, stream: Any) -> None:
+        """Behind the launches that write them, a step's early results go to the host.
+
+        Args:
+            results: address of the step's results on the device.
+        """
+        kind = self._steps[bucket.phase]
+        offsets, _ = memory.layout(kind.results, bucket.sizes)
+        for field in kind.results:
+            if field.name in kind.early:
+                at, nbytes = offsets[field.name], field.spec.nbytes(bucket.sizes)
+                self._driver.to_host(self.result + at, results + at, nbytes, stream)
+        self._driver.record(self.early_event, stream)
 
     @property
     def pending(self) -> PendingStep:
@@ -59,6 +75,7 @@ class Flight:
             self._driver.free_host(self.step)
         finally:
             self._driver.destroy_event(self.event)
+            self._driver.destroy_event(self.early_event)
 
     def _view(self, bucket: Bucket) -> tuple[Arrays, Arrays, int, int]:
         found = self._views.get(bucket)
@@ -73,9 +90,11 @@ class Flight:
 class PendingStep:
     """A launched step. See :class:`makeready.graphs.executable.base.Pending`."""
 
-    def __init__(self, driver: Driver, event: Any, results: Arrays) -> None:
+    def __init__(self, driver: Driver, event: Any, results: Arrays, early_event: Any, early: Arrays) -> None:
         self._driver = driver
         self._event = event
+        self._early_event = early_event
+        self._early = early
         self._pinned: Arrays | None = results
         self._copied: Arrays = {}
         self._dropped = False
@@ -85,6 +104,11 @@ class PendingStep:
         if self._dropped:
             raise PlanError("the model was closed before this step's results were read")
         return self._copied
+
+    def early(self) -> Arrays:
+        assert self._pinned is not None, "the step is behind its cut"
+        self._driver.wait(self._early_event)
+        return {name: array.copy() for name, array in self._early.items()}
 
     def collect(self) -> None:
         """Wait for the results and copy them out of the pinned buffer, which is used again."""
