@@ -19,8 +19,9 @@ from makeready.graphs.models.family import family_of_type
 
 NAMED = 5  # tensors that a warning names
 
-# Buffers that older transformers saved, computed from the config; masks of attention.
-_HARMLESS = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attn\.bias|masked_bias)$")
+# Buffers that older transformers saved, computed from the config; masks of attention; which tokens a head of a part
+# of the vocabulary has, as d2t says the other way round.
+_HARMLESS = re.compile(r"(^|\.)(t2d|rotary_emb\.(inv_freq|cos_cached|sin_cached)|attn\.bias|masked_bias)$")
 # Further parts of models that are published whole: modules that predict further tokens, and those that see.
 _FURTHER, _SEES = re.compile(r"(model\.)?mtp\."), re.compile(r"(model\.)?visual\.")
 _LAYER = re.compile(r"(?:model\.layers|transformer\.h)\.(\d+)\.")
