@@ -32,11 +32,12 @@ from makeready.graphs.plan.speculative import Speculative
 from makeready.graphs.speculative.base import Guesses, Setting, method
 from makeready.graphs.speculative.chain import Followed
 from makeready.graphs.speculative.second import check_second
+from makeready.graphs.speculative.states import found, leave, states
 from makeready.graphs.speculative.taps import Taps, decoder_of
 from makeready.kernels import elementwise
 from makeready.kernels import embedding as embeddings
 from makeready.kernels.gemm import linear as gemm
-from makeready.kernels.step import hidden
+from makeready.kernels.step.hidden import spread_logits
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 # Heads of other makes: what a config may say that is not computed here.
@@ -97,21 +98,15 @@ class Eagle3(nn.Module):
             )
 
     def parts(self, page_size: int, dtype: str) -> tuple[KVPart, ...]:
-        states = KVPart("hidden", (page_size, self.width), self.activation)
-        return (*self.attention.kv_parts(page_size, dtype), states)
+        return (*self.attention.kv_parts(page_size, dtype), states(page_size, self.width, self.activation))
 
     def follow(self, ids_T: torch.Tensor, inputs: Inputs) -> None:
         state = self.fc(functools.reduce(elementwise.concatenate, self.taps.heard()))
-        hidden.hidden_write(state, inputs.kv_slot, inputs.kv("hidden"))
-        page_size = inputs.cache.page_size
-        prior, kv_slot = hidden.place_before(
-            inputs.positions, inputs.token_slot, inputs.pages, page_size=page_size
-        )
-        at = inputs.adding(positions=prior, kv_slot=kv_slot)
+        at = leave(state, inputs)
         self._layer(ids_T, self.begin(at), at)
 
     def begin(self, inputs: Inputs) -> torch.Tensor:
-        return hidden.hidden_read(inputs.kv_slot, inputs.kv("hidden"))
+        return found(inputs)
 
     def step(
         self, ids_R: torch.Tensor, before_RC: torch.Tensor | None, inputs: Inputs
@@ -120,7 +115,7 @@ class Eagle3(nn.Module):
         y_RC = self._layer(ids_R, before_RC, inputs)
         logits = gemm.linear(self.norm(y_RC), self.head, out_dtype="float32")
         if self.d2t is not None:
-            logits = hidden.spread_logits(logits, self.d2t, vocabulary=self.vocabulary)
+            logits = spread_logits(logits, self.d2t, vocabulary=self.vocabulary)
         return logits, y_RC
 
     def _layer(self, ids_T: torch.Tensor, before_TC: torch.Tensor, inputs: Inputs) -> torch.Tensor:

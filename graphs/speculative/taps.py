@@ -13,17 +13,21 @@ from makeready.graphs.models.decoder import Decoder
 from makeready.graphs.models.family import Model
 from makeready.graphs.plan.plan import PlanError
 
+NORMED = -1
+
 
 class Taps:
-    """Hidden states before the layers ``places``, each from 0 to the number of layers, which is behind the last.
+    """Hidden states before the layers ``places``, each from 0 to the number of layers, which is behind the last;
+    :data:`NORMED` is behind the last norm.
 
     Raises:
         PlanError: there is no such layer, or the model is no decoder.
     """
 
     def __init__(self, target: Model, method: str, places: Sequence[int]) -> None:
-        layers = decoder_of(target, method).layers
-        if not all(type(place) is int and 0 <= place <= len(layers) for place in places):
+        model = decoder_of(target, method)
+        layers = model.layers
+        if not all(type(place) is int and NORMED <= place <= len(layers) for place in places):
             raise PlanError(
                 f"speculative.method={method} reads hidden states before the layers {list(places)}, and the model "
                 f"has {len(layers)}; choose a checkpoint that was made for it"
@@ -31,7 +35,9 @@ class Taps:
         self._places = tuple(places)
         self._heard: dict[int, torch.Tensor] = {}
         for place in set(places):
-            if place < len(layers):
+            if place == NORMED:
+                model.norm.register_forward_hook(partial(self._behind, place))
+            elif place < len(layers):
                 layers[place].register_forward_pre_hook(partial(self._before, place))
             else:
                 layers[-1].register_forward_hook(partial(self._behind, place))

@@ -112,7 +112,7 @@ def check_interpreted(name, operands, multiprocessors=132, **attrs):
     attrs = {**contract.attrs, **attrs}
     copies = {k: v.clone() for k, v in operands.items()}
     want = contract.reference(**copies, **attrs)
-    want = (want,) if len(contract.outputs) == 1 else want
+    want = (want,) if len(contract.outputs) == 1 else want or ()
     call = op_call(name, operands, attrs, multiprocessors=multiprocessors)
     for kernel in registry.cuda_kernels(name):
         for candidate in kernel.candidates(call):
