@@ -95,6 +95,7 @@ class Contract:
     chains: tuple[str, ...] = ()
     gates: str | None = None
     expands: Mapping[str, Expansion] = field(default_factory=dict, repr=False)
+    earlier: tuple[str, ...] = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         tracer = next((a.tracer for a in (*args, *kwargs.values()) if isinstance(a, fx.Proxy)), None)
@@ -216,6 +217,7 @@ def contract(
     chains: Sequence[str] = (),
     gates: str | None = None,
     expands: Mapping[str, Expansion] | None = None,
+    earlier: Sequence[str] = (),
 ) -> Callable[[Callable[..., Any]], Contract]:
     """Register the decorated reference as the contract of the op that it is named after.
 
@@ -252,6 +254,8 @@ def contract(
         expands: by kind of step, what the op becomes there; :data:`ANY` for all kinds without an entry,
             :data:`INVARIANT`, or else :data:`ANY`, for all kinds of a deterministic plan. Such an op is never
             lowered.
+        earlier: caches of which the op may read what earlier steps have left, before anything of its own step is
+            in them.
 
     Raises:
         TypeError: the signature line, the function and the traits do not fit together.
@@ -288,6 +292,7 @@ def contract(
             chains=tuple(chains),
             gates=gates,
             expands=expands or {},
+            earlier=tuple(earlier),
         )
         for complaint in _contradictions(made):
             raise TypeError(f"contract {name}: {complaint}")
@@ -311,6 +316,7 @@ def _contradictions(op: Contract) -> Iterator[str]:
         "rate": (op.rate,),
         "selects_rows": (op.selects_rows,),
         "shares": op.shares,
+        "earlier": op.earlier,
         "traffic": op.traffic,
     }
     for trait, names in named.items():

@@ -93,6 +93,12 @@ def pad_columns(x: torch.Tensor, *, width: int) -> torch.Tensor:
     return functional.pad(x, (0, width - x.shape[-1]))
 
 
+@contract("x[T,C]:A y[T,D]:A -> z[T,C+D]:A", rowwise="T", tolerance=Tolerance(exact=True))
+def concatenate(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Columns of ``x``, then those of ``y``."""
+    return torch.cat((x, y), dim=-1)
+
+
 @contract(
     "x[T,C]:A query_start[R]:int32 query_len[R]:int32 -> y[R,C]:A",
     tolerance=Tolerance(exact=True),

@@ -17,6 +17,7 @@ from makeready.kernels.device import Argument, Candidate, DeviceLaunch, OpCall, 
 from makeready.kernels.elementwise import (
     add,
     clamped_swiglu,
+    concatenate,
     gather_last,
     gelu_tanh,
     gelu_tanh_mul,
@@ -68,7 +69,7 @@ def pointwise(
 ):
     """``out = OP(x, y)``; ``y`` is None for activations, and for gates, whose other factor stands C behind x.
 
-    For pad_columns ``x`` has but ``X_COLUMNS``, and zeros follow.
+    For pad_columns ``x`` has but ``X_COLUMNS``, and zeros follow; for concatenate ``y`` does.
     """
     if PDL:
         gdc_launch_dependents()
@@ -78,7 +79,8 @@ def pointwise(
     c = (tile % COLUMNS) * WIDTH + tl.arange(0, WIDTH)[None, :]
     inside = (row < rows) & (c < C)
     row = row.to(tl.int64)
-    there = inside & (c < X_COLUMNS) if OP == "pad_columns" else inside
+    short: tl.constexpr = OP == "pad_columns" or OP == "concatenate"
+    there = inside & (c < X_COLUMNS) if short else inside
     a = tl.load(x + row * X_STRIDE + c, mask=there, other=0.0).to(tl.float32)
     if OP == "silu_mul":
         b = tl.load(x + row * X_STRIDE + (C + c), mask=inside, other=0.0).to(tl.float32)
@@ -99,6 +101,10 @@ def pointwise(
         a *= tl.sigmoid(tl.load(y + row * Y_STRIDE, mask=row < rows, other=0.0))
     elif OP == "sigmoid_mul":
         a *= tl.sigmoid(tl.load(y + row * Y_STRIDE + c, mask=inside, other=0.0).to(tl.float32))
+    elif OP == "concatenate":
+        behind = c >= X_COLUMNS
+        b = tl.load(y + row * Y_STRIDE + (c - X_COLUMNS), mask=inside & behind, other=0.0).to(tl.float32)
+        a = tl.where(behind, b, a)
     elif OP != "pad_columns":
         b = tl.load(y + row * Y_STRIDE + c, mask=inside, other=0.0).to(tl.float32)
         a = a + b if OP == "add" else a * b
@@ -144,6 +150,12 @@ def _launch(call: OpCall, x: str, y: str | None, out: str) -> Sequence[Candidate
 
 @cuda_kernel(add, "tiles", invariant=True)
 def add_launches(call: OpCall) -> Sequence[Candidate]:
+    """See :func:`pointwise`."""
+    return _launch(call, "x", "y", "z")
+
+
+@cuda_kernel(concatenate, "tiles", invariant=True)
+def concatenate_launches(call: OpCall) -> Sequence[Candidate]:
     """See :func:`pointwise`."""
     return _launch(call, "x", "y", "z")
 

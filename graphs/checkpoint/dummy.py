@@ -158,6 +158,8 @@ def _normals(key: int, count: int) -> np.ndarray:
 def _numbers(values: np.ndarray, info: TensorInfo) -> np.ndarray:
     """A tensor's elements, as its file would hold them, of normal ``values``, which are overwritten."""
     kind = info.name.rpartition(".")[2]
+    if info.dtype == "int64":  # by how much ids of a smaller vocabulary are off: its tokens are the first
+        return np.zeros(len(values), np.int64)
     if kind == EXPONENTS or (
         kind in SCALES and info.dtype == "uint8"
     ):  # half, once and twice as large as usual

@@ -19,10 +19,12 @@ from makeready.graphs.models.family import family_of_type
 
 NAMED = 5  # tensors that a warning names
 
-# Buffers that older transformers saved, computed from the config; masks of attention.
-_HARMLESS = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attn\.bias|masked_bias)$")
+# Buffers that older transformers saved, computed from the config; masks of attention; which tokens a head of a part
+# of the vocabulary has, as d2t says the other way round.
+_HARMLESS = re.compile(r"(^|\.)(t2d|rotary_emb\.(inv_freq|cos_cached|sin_cached)|attn\.bias|masked_bias)$")
 # Further parts of models that are published whole: modules that predict further tokens, and those that see.
 _FURTHER, _SEES = re.compile(r"(model\.)?mtp\."), re.compile(r"(model\.)?visual\.")
+_SHARED = (".embed_tokens.weight", ".shared_head.head.weight")
 _LAYER = re.compile(r"(?:model\.layers|transformer\.h)\.(\d+)\.")
 _SCALES = ("weight_scale", "weight_scale_inv", "weight_scale_2", "scale")
 _SHIFTS = ("bias", "weight_zero_point", "zero_point")
@@ -71,6 +73,13 @@ def _check_unread(checkpoint: Checkpoint, read: Collection[str]) -> None:
         if reason is not None:
             raise CheckpointError(f"{checkpoint.path} has the tensor {name}, {reason}")
     ahead = [name for name in unread if _predicts_further(checkpoint, name)]
+    if any(
+        _predicts_further(checkpoint, name) for name in read
+    ):  # such a layer's copies of what the model has
+        ahead = [name for name in ahead if not name.endswith(_SHARED)]
+        unread = [
+            name for name in unread if not (_predicts_further(checkpoint, name) and name.endswith(_SHARED))
+        ]
     _tell(checkpoint, ahead, "they predict further tokens, which is not done here")
     cache = [name for name in unread if _CACHE.search(name) and name not in ahead]
     _tell(checkpoint, cache, "they scale a quantized cache; kv.dtype says what the cache is here")

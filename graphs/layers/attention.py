@@ -105,6 +105,7 @@ class Attention(nn.Module):
         sinks: whether each head has a learned logit that joins the denominators of its softmaxes.
         output_gate: whether what heads give is multiplied by the sigmoid of a projection, whose rows the checkpoint
             has behind those of each head's query.
+        inputs: features that queries, keys and values are made of; None for ``hidden``.
     """
 
     def __init__(
@@ -125,8 +126,10 @@ class Attention(nn.Module):
         group: str = "",
         sinks: bool = False,
         output_gate: bool = False,
+        inputs: int | None = None,
     ) -> None:
         super().__init__()
+        inputs = hidden if inputs is None else inputs
         self.group = group
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.cache = PagedCache(name, heads, kv_heads, head_dim, window=window, scale=scale)
@@ -134,12 +137,12 @@ class Attention(nn.Module):
         q = f"{source}.q_proj"
         per_head = [Rows(q, head_dim, first, heads, 2 * head_dim) for first in (0, head_dim)]
         self.q = Linear(
-            per_head[:1] if output_gate else q, heads * head_dim, hidden, bias=qkv_bias, shard=BY_OUTPUTS
+            per_head[:1] if output_gate else q, heads * head_dim, inputs, bias=qkv_bias, shard=BY_OUTPUTS
         )
-        self.k = Linear(f"{source}.k_proj", kv_heads * head_dim, hidden, bias=qkv_bias, shard=BY_OUTPUTS)
-        self.v = Linear(f"{source}.v_proj", kv_heads * head_dim, hidden, bias=qkv_bias, shard=BY_OUTPUTS)
+        self.k = Linear(f"{source}.k_proj", kv_heads * head_dim, inputs, bias=qkv_bias, shard=BY_OUTPUTS)
+        self.v = Linear(f"{source}.v_proj", kv_heads * head_dim, inputs, bias=qkv_bias, shard=BY_OUTPUTS)
         self.gate = (
-            Linear(per_head[1:], heads * head_dim, hidden, bias=qkv_bias, shard=BY_OUTPUTS)
+            Linear(per_head[1:], heads * head_dim, inputs, bias=qkv_bias, shard=BY_OUTPUTS)
             if output_gate
             else None
         )

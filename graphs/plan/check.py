@@ -43,6 +43,9 @@ INDICES = {
     "query_start": ("draft_start",),
     "query_len": ("draft_len",),
     "context_len": ("draft_context", "draw_context"),
+    "positions": ("prior",),
+    "token_slot": ("chain_slot",),
+    "d2t": ("draft.d2t",),
 }
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from makeready.graphs.checkpoint.base import BLOCKS, PLAIN, Checkpoint, by_part
 from makeready.graphs.plan.recipe import Box, Each, Operand, Param, Piece
 
-STORED_AS_THEY_ARE = ("float8_e4m3fn", "int8", "int32", "uint8")
+STORED_AS_THEY_ARE = ("float8_e4m3fn", "int8", "int32", "int64", "uint8")
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ def caches_are_written_before_they_are_read(program: Program) -> Iterator[str]:
                 continue
             if operand in call.contract.writes:
                 written.add(value)
-            elif value not in written:
+            elif value not in written and operand not in call.contract.earlier:
                 yield f"{call.op} reads {value} before this step's keys and values are in it"
 
 

@@ -75,7 +75,7 @@ def next_draft(
     place = torch.where(live, start + step, 0)
     chain_slot = torch.where(live, row_slot, null)
     ids = torch.where(live, history[chain_slot.long(), place.long()], 0)
-    positions = torch.where(live, place - behind, 0)
+    positions = torch.where(live, (place - behind).clamp_min(0), 0)
     context = torch.where(live, positions + 1, 0)
     draw_slot = torch.where(live, sample_slot, null)
     draw_context = torch.where(live, place + 1, 0)

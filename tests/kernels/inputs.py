@@ -36,9 +36,13 @@ from step_inputs import (
     count_drafts,
     draft_ngram,
     find_pages,
+    hidden_read,
+    hidden_write,
     locate,
     next_draft,
     pack_drafts,
+    place_before,
+    spread_logits,
 )
 
 
@@ -61,6 +65,16 @@ def pad_columns(op: str) -> Iterator[Case]:
             x = Random(width).normal(tokens, width, dtype=dtype)
             yield Case(op, f"{tokens}x{width}-{dtype}", {"x": x}, {"width": whole})
             yield Case(op, f"{tokens}x{width}-{dtype}-columns", {"x": in_columns(x)}, {"width": whole})
+
+
+def concatenate(op: str) -> Iterator[Case]:
+    for tokens, left, right in ((3, 10, 12), (1, 1, 2), (7, 64, 64), (33, 1500, 36)):
+        for dtype in FLOATS:
+            x, y = (Random(width).normal(tokens, width, dtype=dtype) for width in (left, right))
+            yield Case(op, f"{tokens}x{left}+{right}-{dtype}", {"x": x, "y": y})
+            yield Case(
+                op, f"{tokens}x{left}+{right}-{dtype}-columns", {"x": in_columns(x), "y": in_columns(y)}
+            )
 
 
 def columns(op: str) -> Iterator[Case]:
@@ -272,6 +286,11 @@ BUILDERS: Mapping[str, Callable[[str], Iterator[Case]]] = {
     "count_drafts": count_drafts,
     "next_draft": next_draft,
     "pack_drafts": pack_drafts,
+    "hidden_write": hidden_write,
+    "hidden_read": hidden_read,
+    "place_before": place_before,
+    "spread_logits": spread_logits,
+    "concatenate": concatenate,
     "embedding": embedding,
     "linear": linear,
     "linear_gguf": gguf_inputs.linear_gguf,

@@ -203,6 +203,49 @@ def pack_drafts(op: str) -> Iterator[Case]:
         yield Case(op, label, {n: made[n] for n in PACK_DRAFTS})
 
 
+def place_before(op: str) -> Iterator[Case]:
+    for seed, (label, counts, sizes) in enumerate(BATCHES):
+        made = batch(seed, counts, **sizes)
+        made["positions"], _ = positions_of(made)
+        made["token_slot"] = torch.full_like(made["token_ids"], len(made["length"]) - 1)
+        for r in range(len(counts)):
+            first, count = int(made["query_start"][r]), int(made["query_len"][r])
+            made["token_slot"][first : first + count] = made["row_slot"][r]
+        operands = {n: made[n] for n in ("positions", "token_slot", "pages")}
+        yield Case(op, label, operands, {"page_size": sizes["page_size"]})
+
+
+def _hidden(op: str, random: np.random.Generator) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    for dtype in (torch.float32, torch.float16):
+        for tokens, pages, size, width in ((1, 1, 1, 3), (7, 5, 4, 64), (90, 30, 16, 131)):
+            normal = lambda *shape: torch.from_numpy(random.standard_normal(shape)).to(dtype)  # noqa: B023, E731
+            places = random.permutation(pages * size)[:tokens]
+            kv_slot = torch.from_numpy(np.resize(places, tokens).astype(np.int32))
+            x, hidden = normal(tokens, width), normal(pages, size, width)
+            yield f"{tokens}x{width}-{dtype}", {"x": x, "kv_slot": kv_slot, "hidden": hidden}
+
+
+def hidden_write(op: str) -> Iterator[Case]:
+    for label, made in _hidden(op, np.random.default_rng(0)):
+        yield Case(op, label, made)
+
+
+def hidden_read(op: str) -> Iterator[Case]:
+    for label, made in _hidden(op, np.random.default_rng(1)):
+        yield Case(op, label, {n: made[n] for n in ("kv_slot", "hidden")})
+
+
+def spread_logits(op: str) -> Iterator[Case]:
+    random = np.random.default_rng(0)
+    for rows, drafted, vocabulary in ((1, 1, 1), (3, 40, 96), (2, 1500, 5000)):
+        tokens = np.sort(random.permutation(vocabulary)[:drafted]) - np.arange(drafted)
+        logits = torch.from_numpy(random.standard_normal((rows, drafted)).astype(np.float32))
+        operands = {"logits": logits, "d2t": torch.from_numpy(tokens)}
+        yield Case(op, f"{rows}x{drafted}", operands, {"vocabulary": vocabulary})
+        beyond = torch.from_numpy(tokens + np.where(np.arange(drafted) % 3 == 0, vocabulary, 0))
+        yield Case(op, f"{rows}x{drafted}-beyond", operands | {"d2t": beyond}, {"vocabulary": vocabulary})
+
+
 LOCATE = ("token_ids", "row_slot", "row_start", "query_start", "query_len", "length", "history")
 FIND_PAGES = ("positions", "row_slot", "query_start", "query_len", "context_len")
 FIND_PAGES += ("grow_at", "grow_page", "pages")

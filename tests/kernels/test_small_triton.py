@@ -50,8 +50,14 @@ if INTERPRETED or aot:
         "sample.logprobs",
         "step.locate",
         "step.draft",
+        "step.draft_chain",
+        "step.hidden",
     ):
         importlib.import_module(f"makeready.kernels.{module}_triton")
+
+
+STEPS = ("locate", "find_pages", "draft_ngram", "accept_drafts", "count_drafts", "next_draft", "pack_drafts")
+STEPS += ("place_before", "hidden_write", "hidden_read", "spread_logits")
 
 
 def _name(dtype):
@@ -106,7 +112,7 @@ def check_interpreted(name, operands, multiprocessors=132, **attrs):
     attrs = {**contract.attrs, **attrs}
     copies = {k: v.clone() for k, v in operands.items()}
     want = contract.reference(**copies, **attrs)
-    want = (want,) if len(contract.outputs) == 1 else want
+    want = (want,) if len(contract.outputs) == 1 else want or ()
     call = op_call(name, operands, attrs, multiprocessors=multiprocessors)
     for kernel in registry.cuda_kernels(name):
         for candidate in kernel.candidates(call):
@@ -176,6 +182,8 @@ def test_pointwise(tokens, width):
     x, y = columns_of(random(tokens, width)), random(tokens, width, seed=1)
     check_interpreted("add", {"x": x, "y": y}, multiprocessors=1)
     check_interpreted("multiply", {"x": y, "y": x})
+    check_interpreted("concatenate", {"x": x, "y": y}, multiprocessors=1)
+    check_interpreted("concatenate", {"x": y, "y": columns_of(random(tokens, 2 * width))})
     check_interpreted("silu", {"x": x})
     gate_up = columns_of(random(tokens, 2 * width, dtype=torch.float16))
     check_interpreted("silu_mul", {"gate_up": gate_up}, multiprocessors=1)
@@ -204,7 +212,7 @@ def test_gathers():
 
 
 @interpreted
-@pytest.mark.parametrize("op", ["locate", "find_pages", "draft_ngram", "accept_drafts"])
+@pytest.mark.parametrize("op", STEPS)
 def test_steps_find_their_places(op):
     for case in BUILDERS[op](op):
         check_interpreted(op, case.operands, **case.attrs)
@@ -440,7 +448,7 @@ def test_cross_compiles_sampling():
     }
     list(_compile("token_logprobs", {"logits": operands["logits"], **slots}, {"max_top": 20}))
     ints = torch.zeros(9, dtype=torch.int32)
-    for op in ("locate", "find_pages", "draft_ngram", "accept_drafts"):
+    for op in STEPS:
         case = next(iter(BUILDERS[op](op)))
         list(_compile(op, case.operands, case.attrs))
     scaling = {"rotary_dim": 128, "theta": 1e4, "factor": 4.0, "original_context": 4096}

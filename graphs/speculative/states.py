@@ -1,0 +1,33 @@
+"""Hidden states of the model that drafters go on from: each lies in the page of its token.
+
+T tokens, C features
+"""
+
+from __future__ import annotations
+
+import torch
+
+from makeready.graphs.layers.inputs import Inputs
+from makeready.graphs.plan.spec import KVPart
+from makeready.kernels.step import hidden
+
+NAME = "hidden"
+
+
+def states(page_size: int, width: int, dtype: str) -> KVPart:
+    """The cache tensor that they are kept in."""
+    return KVPart(NAME, (page_size, width), dtype)
+
+
+def leave(state_TC: torch.Tensor, inputs: Inputs) -> Inputs:
+    """Keep the states of tokens that were run, and give inputs that are at the places before them."""
+    hidden.hidden_write(state_TC, inputs.kv_slot, inputs.kv(NAME))
+    prior, kv_slot = hidden.place_before(
+        inputs.positions, inputs.token_slot, inputs.pages, page_size=inputs.cache.page_size
+    )
+    return inputs.adding(positions=prior, kv_slot=kv_slot)
+
+
+def found(inputs: Inputs) -> torch.Tensor:
+    """The states ``[T, C]`` that lie where the inputs are."""
+    return hidden.hidden_read(inputs.kv_slot, inputs.kv(NAME))
