@@ -17,6 +17,7 @@ from makeready.engine.sequence import TokenSequence
 from makeready.engine.virtual import VirtualExecutable
 from makeready.graphs.executable.cuda.memory import kv_memory
 from makeready.graphs.executable.load import kv_pages
+from makeready.graphs.inspect.split import beside_pages
 from makeready.graphs.inspect.step_time import StepTimes
 from makeready.graphs.plan.buckets import BucketTable
 from makeready.graphs.plan.plan import Plan
@@ -115,8 +116,7 @@ class Forecast:
     def memory(self) -> dict[str, Any]:
         """Bytes of the plan's regions and of the cache, and tokens that it holds."""
         plan = self.plan
-        bounded = plan.kv.bounded_bytes(plan.limits)
-        kv = self.pages * plan.kv.page_bytes + bounded
+        kv = plan.kv.nbytes(self.pages, plan.limits)
         return {
             "device": target_of(plan).device.name,
             "device_bytes": target_of(plan).device.memory,
@@ -125,6 +125,7 @@ class Forecast:
             "other": plan.memory.fixed - plan.memory.weights - plan.memory.arena,
             "reserved": self._reserved,
             "kv": kv,
+            "kv_beside_pages": beside_pages(plan, self.pages),
             "kv_tokens": (self.pages - 1) * plan.limits.page_size,
             "total": plan.memory.fixed + self._reserved + kv,
         }

@@ -40,6 +40,8 @@ def bisect_job(job: BisectJob) -> None:
         if not all(0 <= i < vocabulary for i in ids):
             raise PlanError(f"token_ids={ids} leave the vocabulary, which ends at {vocabulary - 1}")
         pages = pages_needed(plan, len(ids), job.tokens, job.rows)
+        if plan.kv.states:
+            pages = max(pages, plan.kv.pages_of_rows(job.rows, plan.limits))
 
         def loaded(done: int, total: int) -> None:
             stages.note(f"{done} of {total} weights")

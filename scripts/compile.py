@@ -14,7 +14,8 @@ from makeready.engine.entrypoints.golden import write_golden
 from makeready.engine.entrypoints.options import CompileJob
 from makeready.engine.entrypoints.status import Stages
 from makeready.graphs.executable.cuda.memory import kv_memory
-from makeready.graphs.executable.load import kv_pages
+from makeready.graphs.executable.load import asked_pages, kv_pages
+from makeready.graphs.inspect.split import beside_pages
 from makeready.graphs.inspect.units import nbytes
 from makeready.graphs.plan import artifact
 from makeready.graphs.plan.plan import Plan, PlanError
@@ -62,7 +63,7 @@ def kv_line(plan: Plan, kv_bytes: int | None) -> str:
     if not target.is_cuda:
         pages = kv_pages(plan, kv_bytes)
     elif kv_bytes is not None:
-        pages = kv_bytes // page
+        pages = asked_pages(plan, kv_bytes)
     else:
         try:
             pages = kv_memory(plan, target.device.memory, None).pages
@@ -70,9 +71,10 @@ def kv_line(plan: Plan, kv_bytes: int | None) -> str:
             return f"{nbytes(page)} a page; on {target.device.name} {error}"
         room = f" of an empty {target.device.name}"
     tokens = (pages - 1) * plan.limits.page_size
+    beside = beside_pages(plan, pages)
     return (
         f"{nbytes(page)} a page of {plan.limits.page_size} tokens ({plan.options.kv_dtype}); "
-        f"{nbytes(pages * page)}{room} hold {tokens:,} tokens"
+        f"{nbytes(pages * page)}{room} hold {tokens:,} tokens{f'; {beside}' if beside else ''}"
     )
 
 

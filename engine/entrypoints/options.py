@@ -56,6 +56,8 @@ OF_THEIR_OWN = (
     "device",
     "quant",
     "kv_dtype",
+    "kv_state_dtype",
+    "kv_state_snapshots",
     "speculative",
 )  # fields of Request that are no plan.* options
 
@@ -136,10 +138,15 @@ class KVOptions:
         dtype: float32, bfloat16, float16 or fp8_e4m3. null: the activations'.
         memory_gib: memory for KV pages. null: on a GPU all that is free when the plan is loaded, less the plan's
             own memory and a reserve for the driver; on the CPU every row its full context, up to 4 GiB.
+        state_dtype: float32, or bfloat16 for half the bytes: how recurrent states are kept, of models that have them.
+        state_snapshots: recurrent states that are kept behind cached prefixes, beside those of rows. null: one for
+            each plan.traffic.context tokens of pages that plan.max_rows rows do not take.
     """
 
     dtype: str | None = MISSING
     memory_gib: float | None = MISSING
+    state_dtype: str = MISSING
+    state_snapshots: int | None = MISSING
 
 
 def _fields(kind: Any) -> tuple[dataclasses.Field[Any], ...]:
@@ -217,6 +224,8 @@ class Job:
             "device": self.device,
             "quant": self.quant,
             "kv_dtype": self.kv.dtype,
+            "kv_state_dtype": self.kv.state_dtype,
+            "kv_state_snapshots": self.kv.state_snapshots,
             "speculative": self.speculative.fields(),
         }
 
@@ -257,6 +266,8 @@ SETTLED = (
     "device.",
     "quant.",
     "kv.dtype.",
+    "kv.state_dtype.",
+    "kv.state_snapshots.",
     "speculative.",
 )  # options that a compiled plan has answered
 

@@ -12,10 +12,11 @@ def memory_lines(memory: Mapping[str, Any]) -> list[str]:
     """Of :meth:`makeready.engine.forecast.Forecast.memory`."""
     others = memory["other"] + memory["reserved"]
     of = f" of {nbytes(memory['device_bytes'])}" if memory["device_bytes"] else ""
+    beside = f", {memory['kv_beside_pages']}" if memory["kv_beside_pages"] else ""
     return [
         f"memory: {nbytes(memory['total'])}{of}: weights {nbytes(memory['weights'])}, arena "
         f"{nbytes(memory['arena'])}, others {nbytes(others)}, KV {nbytes(memory['kv'])} for "
-        f"{memory['kv_tokens']:,} tokens"
+        f"{memory['kv_tokens']:,} tokens of pages{beside}"
     ]
 
 

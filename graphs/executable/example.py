@@ -71,4 +71,9 @@ def typical_step(executable: Executable, bucket: Bucket, context: int = 1024) ->
         executable.write_slot(row, held)
         ids = np.random.default_rng(row).integers(0, plan.config["vocab_size"], count)
         made.append(Row(row, ids.tolist(), last - count))
-    return example_step(plan, bucket, made)
+    step = example_step(plan, bucket, made)
+    for group in plan.kv.states:  # of which there may be fewer than rows, too
+        for field in ("state_in", "state_out"):
+            state = step[plan.kv.field(group.name, field)]
+            state[state > 0] = 1 + (state[state > 0] - 1) % (blocks[group.name] - 1)
+    return step

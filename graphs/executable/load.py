@@ -6,7 +6,10 @@ from collections.abc import Callable
 
 from makeready.graphs.checkpoint.base import Checkpoint
 from makeready.graphs.executable.base import Executable
+from makeready.graphs.inspect import units
+from makeready.graphs.inspect.split import beside_pages
 from makeready.graphs.plan.plan import Plan, PlanError
+from makeready.graphs.plan.spec import LEAST_PAGES
 
 # On the CPU memory that is not touched costs nothing, so the default is what a full house needs up to this.
 DEFAULT_KV_BYTES = 4 * 2**30
@@ -41,20 +44,34 @@ def load_executable(
 
     from makeready.graphs.executable.cpu.executable import CpuExecutable
 
-    return CpuExecutable(plan, checkpoint, pages=kv_pages(plan, kv_bytes), progress=progress)
+    pages = kv_pages(plan, kv_bytes)
+    if plan.kv.bounded:
+        report(
+            f"weights {units.nbytes(plan.memory.weights)}; KV cache: {beside_pages(plan, pages)}, "
+            f"{units.nbytes(pages * plan.kv.page_bytes)} for {pages - 1:,} pages of {plan.limits.page_size} tokens, "
+            f"{(pages - 1) * plan.limits.page_size:,} tokens"
+        )
+    return CpuExecutable(plan, checkpoint, pages=pages, progress=progress)
 
 
 def kv_pages(plan: Plan, kv_bytes: int | None) -> int:
     """Pages that ``kv_bytes`` hold, the null page included."""
     everything = plan.limits.max_rows * plan.limits.pages_per_row + 1
-    others = plan.kv.bounded_bytes(plan.limits)
     if kv_bytes is None:
-        return max(2, min(everything, (DEFAULT_KV_BYTES - others) // plan.kv.page_bytes))
-    pages = max(0, kv_bytes - others) // plan.kv.page_bytes
-    if pages < 2:
-        beside = f" beside {others} bytes of windows and states" if others else ""
+        return max(LEAST_PAGES, min(everything, plan.kv.pages_in(DEFAULT_KV_BYTES, plan.limits)))
+    return min(asked_pages(plan, kv_bytes), everything)
+
+
+def asked_pages(plan: Plan, kv_bytes: int) -> int:
+    """Pages that ``kv_bytes`` hold beside the windows and states that go with them.
+
+    Raises:
+        PlanError: not even two.
+    """
+    pages = plan.kv.pages_in(kv_bytes, plan.limits)
+    if not pages:
         raise PlanError(
-            f"{kv_bytes} bytes of KV memory{beside} hold {pages} pages of {plan.kv.page_bytes} bytes, "
-            "two are the least; raise kv.memory_gib"
+            f"kv.memory_gib={kv_bytes / 2**30:.3g} ({kv_bytes} bytes) is too little: {plan.least_cache()}; "
+            "raise kv.memory_gib"
         )
-    return min(pages, everything)
+    return pages

@@ -16,7 +16,7 @@ from makeready.graphs.plan.plan import Plan, PlanError, Weight
 from makeready.graphs.plan.program import Launch
 from makeready.graphs.plan.reads import reads
 from makeready.graphs.plan.recipe import Box
-from makeready.graphs.plan.spec import Bucket
+from makeready.graphs.plan.spec import Bucket, Split
 from makeready.graphs.plan.targets import Target, target_of
 from makeready.kernels.spec import TensorSpec
 
@@ -208,15 +208,24 @@ def memory_analysis(plan: Plan) -> dict[str, Any]:
         ``arena_by_phase``: bytes of the arena that a phase's buffers reach to, at its largest bucket.
         ``kv``: ``dtypes`` (bytes of a page by dtype), ``page_size`` (tokens), ``page_bytes``,
         ``token_bytes``, and what ``max_rows`` rows of full context need: ``full_pages`` (the null page
-        included) and ``full_bytes``. ``bounded``: cache groups (windows, states) whose number of blocks does not
-        depend on memory, by name: ``blocks``, ``block_bytes`` and ``bytes``, which ``full_bytes`` includes.
+        included) and ``full_bytes``. ``bounded``: cache groups of windows and states beside ``full_pages``, by
+        name: ``blocks``, ``block_bytes`` and ``bytes``, which ``full_bytes`` includes.
         ``capacity``: by GiB of memory, the ``pages`` and ``tokens`` of KV (the null page left out) beside
-        the fixed regions, and how many ``rows`` of full context they hold.
+        the fixed regions, how many ``rows`` of full context they hold, and where there are windows and states for how
+        many rows ``in_flight`` and how many ``snapshots``.
     """
     regions = {name: size for name, size in asdict(plan.memory).items() if name != "side_scratch"}
     parameters, again = _distinct(plan.weights)
     full_pages = plan.limits.max_rows * plan.limits.pages_per_row + 1
-    bounded = _bounded(plan, full_pages)
+    blocks = plan.kv.blocks(full_pages, plan.limits)
+    bounded = {
+        group.name: {
+            "blocks": blocks[group.name],
+            "block_bytes": group.block_bytes,
+            "bytes": blocks[group.name] * group.block_bytes,
+        }
+        for group in plan.kv.bounded
+    }
     paged = [part for group in plan.kv.groups if group.name not in bounded for part in group.parts]
     return {
         "regions": regions,
@@ -232,24 +241,10 @@ def memory_analysis(plan: Plan) -> dict[str, Any]:
             "page_bytes": plan.kv.page_bytes,
             "token_bytes": plan.kv.token_bytes,
             "full_pages": full_pages,
-            "full_bytes": full_pages * plan.kv.page_bytes + sum(some["bytes"] for some in bounded.values()),
+            "full_bytes": plan.kv.nbytes(full_pages, plan.limits),
             "bounded": bounded,
         },
         "capacity": {gib: _capacity(plan, gib * 2**30) for gib in CAPACITY_GIB},
-    }
-
-
-def _bounded(plan: Plan, pages: int) -> dict[str, dict[str, int]]:
-    """Groups that have as many blocks where memory holds more pages."""
-    less, more = (plan.kv.blocks(n, plan.limits) for n in (pages, pages + 1))
-    return {
-        group.name: {
-            "blocks": less[group.name],
-            "block_bytes": group.block_bytes,
-            "bytes": less[group.name] * group.block_bytes,
-        }
-        for group in plan.kv.groups
-        if less[group.name] == more[group.name]
     }
 
 
@@ -290,8 +285,12 @@ def _capacity(plan: Plan, nbytes: int) -> Mapping[str, int]:
         pages = plan.pages_in(nbytes) - 1
     except PlanError:
         pages = 0
-    return {
+    held = {
         "pages": pages,
         "tokens": pages * plan.kv.page_size,
         "rows": pages // plan.limits.pages_per_row,
     }
+    if not plan.kv.bounded:
+        return held
+    split = plan.kv.split(pages + 1, plan.limits) if pages else Split(0, 0)
+    return {**held, "in_flight": split.rows, "snapshots": split.snapshots}

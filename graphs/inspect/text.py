@@ -18,6 +18,7 @@ from makeready.graphs.inspect.experts import Mixture, kernels_of, mixtures, spre
 from makeready.graphs.inspect.facts import facts, passes
 from makeready.graphs.inspect.padding import padding
 from makeready.graphs.inspect.segments import SegmentGroup, groups, local, value_spec
+from makeready.graphs.inspect.split import beside_pages
 from makeready.graphs.plan.plan import Plan
 from makeready.kernels.spec import TensorSpec
 
@@ -78,16 +79,13 @@ def _capacity(plan: Plan, memory: Mapping[str, Any]) -> Iterator[str]:
         f"  {plan.limits.max_rows} rows of {plan.limits.context_len:,} tokens: "
         f"{units.nbytes(kv['full_bytes'])} in {kv['full_pages']:,} pages, the null page included"
     )
-    for name, some in kv["bounded"].items():
-        yield (
-            f"  {name}: {some['blocks']:,} blocks of {units.nbytes(some['block_bytes'])}, "
-            f"{units.nbytes(some['bytes'])}, whatever memory there is"
-        )
-    rows = [
-        (f"{gib} GiB", f"{c['pages']:,}", f"{c['tokens']:,}", f"{c['rows']:,}")
-        for gib, c in memory["capacity"].items()
-    ]
-    yield from table(("memory in all", "pages", "tokens", "rows of full context"), rows, ">>>>")
+    if kv["bounded"]:
+        yield f"  beside them {beside_pages(plan, kv['full_pages'])}"
+    names = {"pages": "pages", "tokens": "tokens", "rows": "rows of full context"}
+    if kv["bounded"]:
+        names |= {"in_flight": "rows in flight", "snapshots": "snapshots"}
+    rows = [(f"{gib} GiB", *(f"{c[name]:,}" for name in names)) for gib, c in memory["capacity"].items()]
+    yield from table(("memory in all", *names.values()), rows, ">" * (1 + len(names)))
 
 
 def _buckets(plan: Plan, context: int) -> Iterator[str]:

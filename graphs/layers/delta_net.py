@@ -70,11 +70,11 @@ class GatedDeltaNet(nn.Module):
         self.out = Linear(f"{source}.out_proj", hidden, values, bias=False, shard=BY_INPUTS)
 
     def kv_parts(self, page_size: int, dtype: str) -> tuple[KVPart, KVPart]:
-        """The last inputs of the convolution, and the states of the heads in fp32, whatever pages are in."""
+        """The last inputs of the convolution, and the states of the heads, which ``dtype`` is of."""
         c = self.config
         return (
             KVPart(f"{self.name}.conv", (c.taps - 1, self.width), self.activation),
-            KVPart(f"{self.name}.state", (c.value_heads, c.key_dim, c.value_dim), "float32"),
+            KVPart(f"{self.name}.state", (c.value_heads, c.key_dim, c.value_dim), dtype),
         )
 
     def forward(self, x_TC: torch.Tensor, turns: object, inputs: Inputs) -> torch.Tensor:

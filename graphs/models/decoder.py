@@ -160,12 +160,13 @@ class Decoder(nn.Module):
         source = embedding if config.tied_embeddings else head
         self.head = parameter(shape, source, shard=BY_OUTPUTS, quantizable=True)
 
-    def cache_groups(self, page_size: int, dtype: str) -> tuple[CacheGroup, ...]:
+    def cache_groups(self, page_size: int, dtype: str, state_dtype: str) -> tuple[CacheGroup, ...]:
         """Keys and values of all layers in one group, which keeps everything; states of others in one behind it."""
         parts: dict[str, list[KVPart]] = {"kv": [], STATE: []}
         for layer in self.layers:
             attention: Any = layer.attention
-            parts[getattr(attention, "group", "") or "kv"] += attention.kv_parts(page_size, dtype)
+            group = getattr(attention, "group", "") or "kv"
+            parts[group] += attention.kv_parts(page_size, state_dtype if group == STATE else dtype)
         units = {"kv": page_size, STATE: None}
         return tuple(CacheGroup(name, tuple(some), units[name]) for name, some in parts.items() if some)
 

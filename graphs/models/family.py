@@ -42,8 +42,11 @@ class Model(Protocol):
         """The same without names."""
         ...
 
-    def cache_groups(self, page_size: int, dtype: str) -> tuple[CacheGroup, ...]:
-        """Cache tensors of all layers, in the order of the layers, by what is kept of a sequence."""
+    def cache_groups(self, page_size: int, dtype: str, state_dtype: str) -> tuple[CacheGroup, ...]:
+        """Cache tensors of all layers, in the order of the layers, by what is kept of a sequence.
+
+        ``dtype`` is that of keys and values, ``state_dtype`` that of recurrent states.
+        """
         ...
 
     def __call__(self, ids_T: Any, inputs: Inputs) -> Any:

@@ -24,7 +24,7 @@ from typing import Any
 
 from makeready.graphs.plan.program import Binary, Loading, LoweredProgram
 from makeready.graphs.plan.recipe import Param
-from makeready.graphs.plan.spec import LATE, Bucket, CacheSpec, Field, Limits, StepSpec
+from makeready.graphs.plan.spec import LATE, LEAST_PAGES, Bucket, CacheSpec, Field, Limits, StepSpec
 from makeready.graphs.plan.speculative import Speculative
 from makeready.kernels.spec import TensorSpec
 
@@ -88,6 +88,7 @@ class Options:
         lanes: whether independent branches of a layer run beside each other on a GPU.
         traffic: expected batches; see graphs/plan/buckets.py.
         speculative: how tokens are guessed before they are sampled.
+        kv_state_dtype: dtype of recurrent states, where the model has some.
     """
 
     weight_dtype: str
@@ -102,6 +103,7 @@ class Options:
     lanes: bool = False
     traffic: Mapping[str, Any] = field(default_factory=dict)
     speculative: Speculative = field(default_factory=Speculative)
+    kv_state_dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -212,16 +214,32 @@ class Plan:
     def pages_in(self, nbytes: int) -> int:
         """KV pages, the null page included, that ``nbytes`` of memory leave room for.
 
-        Blocks of cache groups whose number does not depend on memory are counted off first.
+        Windows and states that go with so many pages have room beside them.
 
         Raises:
-            PlanError: not even one page that a request could use fits.
+            PlanError: not even one page that a request could use fits, or not what a row has beside it.
         """
-        fixed = self.memory.fixed + self.kv.bounded_bytes(self.limits)
-        pages = (nbytes - fixed) // self.kv.page_bytes
-        if pages < 2:
+        fixed = self.memory.fixed
+        pages = self.kv.pages_in(nbytes - fixed, self.limits)
+        if not pages:
             raise PlanError(
                 f"{nbytes / 2**30:.2f} GiB of memory are too little: the plan's fixed memory takes "
-                f"{fixed / 2**30:.2f} GiB and two KV pages {2 * self.kv.page_bytes / 2**30:.3f} GiB"
+                f"{fixed / 2**30:.2f} GiB and {self.least_cache()}"
             )
         return pages
+
+    def least_cache(self) -> str:
+        """What the smallest cache takes, and what makes it smaller."""
+        from makeready.graphs.inspect.units import nbytes
+
+        two = f"two KV pages {nbytes(LEAST_PAGES * self.kv.page_bytes)}"
+        if not self.kv.bounded:
+            return two
+        beside = nbytes(self.kv.bounded_bytes(LEAST_PAGES, self.limits))
+        kept = self.kv.split(LEAST_PAGES, self.limits).snapshots
+        remedies = [f"lower kv.state_snapshots={kept}"] * bool(kept)
+        wide = any(part.dtype == "float32" for group in self.kv.states for part in group.parts)
+        remedies += ["compile with kv.state_dtype=bfloat16"] * wide
+        remedy = f"; {' or '.join(remedies)}" if remedies else ""
+        snapshots = f" and of {kept} snapshots" * bool(kept)
+        return f"{two}, beside windows and states of one row{snapshots} {beside}{remedy}"

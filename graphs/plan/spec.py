@@ -13,6 +13,8 @@ from makeready.kernels.spec import DTYPE_BYTES, PAGES, ROWS, TOKENS, Dim, Tensor
 
 # Kinds of step that the engine knows.
 DECODE, EXTEND, INPUT_LOGPROBS, VERIFY = "decode", "extend", "input_logprobs", "verify"
+LEAST_PAGES = 2  # the null page and one to use
+STATES_PER_ROW = 2  # one that is read, one that is written where the first is left to others
 HOST, DEVICE, LATE = "host", "device", "late"  # who keeps a slot field up to date, and when
 
 
@@ -201,12 +203,19 @@ class CacheSpec:
 
     Block 0 of every group belongs to nobody. That of a state group is the state before the first token, zeros.
 
+    Attributes:
+        context: tokens that a sequence is expected to have, by which memory is split between pages and the rest.
+        snapshots: states, and tails of windows, that are kept behind cached prefixes beside those of rows; None: one
+            for each ``context`` tokens of pages that rows do not take.
+
     Raises:
         ValueError: there is no group, two have one name, or one has pages of another size or a windowed state.
     """
 
     page_size: int
     groups: tuple[CacheGroup, ...]
+    context: int = 1024
+    snapshots: int | None = None
 
     def __post_init__(self) -> None:
         names = [group.name for group in self.groups]
@@ -250,37 +259,79 @@ class CacheSpec:
         """Bytes of one token in such a page."""
         return self.page_bytes / self.page_size
 
-    def blocks(self, pages: int, limits: Limits) -> dict[str, int]:
-        """Blocks of each group, the null block included, where memory holds ``pages``.
+    def split(self, pages: int, limits: Limits) -> Split:
+        """Whose windows and states are kept where memory holds ``pages``, the null page included.
 
-        Groups with windows and states get what all rows need at once, and as many again for what is cached.
+        A row takes its blocks and pages for ``context`` tokens, a snapshot goes with as many tokens of pages that are
+        cached. So memory is all rows' first, or that of as many rows as get both, then that of snapshots.
         """
+        each = -(-min(self.context, limits.context_len) // self.page_size)
+        rows = max(1, min(limits.max_rows, (pages - 1) // each))
+        cached = max(0, pages - 1 - limits.max_rows * each) // each
+        return Split(rows, cached if self.snapshots is None else self.snapshots)
+
+    def blocks(self, pages: int, limits: Limits) -> dict[str, int]:
+        """Blocks of each group, the null block included, where memory holds ``pages``."""
         return {
-            group.name: pages if group in self._scaling else self._bounded(group, limits)
+            group.name: pages if group in self._scaling else self._bounded(group, pages, limits)
             for group in self.groups
         }
 
-    def bounded_bytes(self, limits: Limits) -> int:
-        """Bytes of the groups whose blocks :meth:`blocks` does not count by memory."""
-        return sum(
-            group.block_bytes * self._bounded(group, limits)
-            for group in self.groups
-            if group not in self._scaling
-        )
+    def bounded_bytes(self, pages: int, limits: Limits) -> int:
+        """Bytes of windows and states where memory holds ``pages`` beside them."""
+        return sum(group.block_bytes * self._bounded(group, pages, limits) for group in self.bounded)
 
     def nbytes(self, pages: int, limits: Limits) -> int:
         """Bytes of all groups where memory holds ``pages``, the null page included."""
-        return pages * self.page_bytes + self.bounded_bytes(limits)
+        return pages * self.page_bytes + self.bounded_bytes(pages, limits)
+
+    def pages_in(self, nbytes: int, limits: Limits) -> int:
+        """The most pages, the null page included, that ``nbytes`` hold beside the windows and states that go with
+        them; 0 where not even two fit."""
+        if nbytes < self.nbytes(LEAST_PAGES, limits):
+            return 0
+        if not self.bounded:
+            return nbytes // self.page_bytes
+        # Pages and what goes with them never become fewer bytes as there are more.
+        fits, beyond = LEAST_PAGES, nbytes // self.page_bytes + 1
+        while beyond - fits > 1:
+            middle = (fits + beyond) // 2
+            fits, beyond = (middle, beyond) if self.nbytes(middle, limits) <= nbytes else (fits, middle)
+        return fits
+
+    def pages_of_rows(self, rows: int, limits: Limits) -> int:
+        """The fewest pages, the null page included, beside which ``rows`` rows have windows and states."""
+        return rows * -(-min(self.context, limits.context_len) // self.page_size) + 1
+
+    @property
+    def bounded(self) -> tuple[CacheGroup, ...]:
+        """Windows and states beside groups of which there are as many pages as memory holds."""
+        return tuple(group for group in self.groups if group not in self._scaling)
 
     @property
     def _scaling(self) -> tuple[CacheGroup, ...]:
         everything = tuple(group for group in self.paged if not group.window)
         return everything or self.groups[:1]
 
-    def _bounded(self, group: CacheGroup, limits: Limits) -> int:
+    def _bounded(self, group: CacheGroup, pages: int, limits: Limits) -> int:
+        split = self.split(pages, limits)
         if group.unit is None:
-            return 4 * limits.max_rows + 1  # a row holds two where it leaves a state behind
+            return STATES_PER_ROW * split.rows + split.snapshots + 1
         # As kv/rows.py of the engine counts them: what a step adds before the one before it is read.
         ahead = max(0, (2 * limits.max_gain - 3) // group.unit)
         row = min(limits.pages_per_row, group.tail + 2 + ahead)
-        return 2 * limits.max_rows * row + -(-limits.max_tokens // group.unit) + 1
+        chunk = -(-limits.max_tokens // group.unit)
+        return split.rows * row + split.snapshots * group.tail + chunk + 1
+
+
+@dataclass(frozen=True)
+class Split:
+    """For how many sequences there are blocks of windows and states.
+
+    Attributes:
+        rows: that run at once.
+        snapshots: behind cached prefixes, beside what rows have.
+    """
+
+    rows: int
+    snapshots: int

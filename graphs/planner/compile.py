@@ -38,6 +38,7 @@ from makeready.graphs.planner.plan_cache import cache_folder
 from makeready.graphs.planner.request import (
     Request,
     activation_dtype,
+    cache_of,
     kv_dtype,
     limits_of,
     quantization,
@@ -267,7 +268,7 @@ def trace_checkpoint(checkpoint: Checkpoint | str | Path, request: Request) -> T
     own = request.quant is not None or stored_scheme(checkpoint.config) is None
     model = guessing(model, Setting(checkpoint, request, limits, activation, quantizable=own))
     weights = weight_dtype(request, target, checkpoint, sources(model))
-    kv = CacheSpec(limits.page_size, model.cache_groups(limits.page_size, cache))
+    kv = cache_of(request, model, limits.page_size, cache)
     steps, slots = declare(limits, request, kv)
     kinds = step_kinds()
     programs: dict[str, Program] = {}

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from makeready.graphs.checkpoint.base import NUMPY_DTYPES, Checkpoint
 from makeready.graphs.plan.buckets import Traffic
 from makeready.graphs.plan.plan import PlanError
-from makeready.graphs.plan.spec import Limits
+from makeready.graphs.plan.spec import CacheSpec, Limits
 from makeready.graphs.plan.speculative import Speculative
 from makeready.graphs.plan.targets import Target
 from makeready.graphs.quant.scheme import ON_LOAD, Quantization
 from makeready.kernels.attention.formats import ALIASES, PER_TOKEN_HEAD
 
+if TYPE_CHECKING:
+    from makeready.graphs.models.family import Model
+
 WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
 AS_BLOCKS = "stored"  # what quant= calls GGUF's blocks as the file has them
 CUDA_ACTIVATION_DTYPES = ("bfloat16", "float16")  # what attention kernels multiply
+STATE_DTYPES = ("float32", "bfloat16")
 FP8_CACHE = {"float8_e4m3fn": "float8_e4m3fn", "float8_e4m3": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn"}
 
 
@@ -52,6 +57,11 @@ class Request:
             floats as they are, which saturate at 448; ``int8_per_token_head`` (or ``int8``), ``fp8_per_token_head``
             and ``int4_per_token_head`` (or ``int4``) with a scale for each token and head. None takes the
             activations'.
+        kv_state_dtype: how recurrent states are kept, of models that have them: float32, or bfloat16, half the bytes:
+            states are rounded whenever a step leaves them, so that an answer may depend on where its prompt was cut,
+            but for deterministic plans, which round behind every token.
+        kv_state_snapshots: recurrent states that are kept behind cached prefixes for later requests, beside those of
+            rows. null: one for each ``plan.traffic.context`` tokens of pages that ``plan.max_rows`` rows do not take.
         deterministic: a token's numbers depend on its request alone, to the last bit: not on the batch, on
             how its prompt was cut, nor on what was cached; slower.
         disabled_passes: rewrites of the program to leave out, by name.
@@ -76,6 +86,8 @@ class Request:
     activation_dtype: str | None = None
     quant: str | None = None
     kv_dtype: str | None = None
+    kv_state_dtype: str = "float32"
+    kv_state_snapshots: int | None = None
     deterministic: bool = False
     disabled_passes: tuple[str, ...] = ()
     max_decode_buckets: int = 16
@@ -174,6 +186,27 @@ def kv_dtype(request: Request, target: Target) -> str:
     if "float8_e4m3fn" in (name, PER_TOKEN_HEAD[name].dtype if name in PER_TOKEN_HEAD else ""):
         _needs_fp8(target, f"kv.dtype={asked}")
     return name
+
+
+def cache_of(request: Request, model: Model, page_size: int, dtype: str) -> CacheSpec:
+    """The model's cache, whose keys and values are in ``dtype``.
+
+    Raises:
+        PlanError: states are asked for otherwise than is known, or of a model without any; or no context is expected.
+    """
+    states, snapshots, context = request.kv_state_dtype, request.kv_state_snapshots, request.traffic.context
+    _known("kv.state_dtype", states, STATE_DTYPES)
+    if snapshots is not None and (type(snapshots) is not int or snapshots < 0):
+        raise PlanError(f"kv.state_snapshots={snapshots} must be a whole number of at least 0, or null")
+    if type(context) is not int or context < 1:
+        raise PlanError(f"plan.traffic.context={context} must be a whole number of at least 1")
+    cache = CacheSpec(page_size, model.cache_groups(page_size, dtype, states), context, snapshots)
+    for name, asked, usual in (("dtype", states, STATE_DTYPES[0]), ("snapshots", snapshots, None)):
+        if asked != usual and not cache.states:
+            raise PlanError(
+                f"kv.state_{name}={asked} is for models with recurrent states, and this one has none; leave it out"
+            )
+    return cache
 
 
 def quantization(request: Request, target: Target, checkpoint: Checkpoint) -> Quantization | None:

@@ -77,10 +77,11 @@ typedef struct {
     const float *ba;
     int64_t ba_stride;
     const float *a_log, *dt_bias;
-    float *state; /* [blocks, value_heads, key_dim, value_dim] */
+    void *state; /* [blocks, value_heads, key_dim, value_dim] of fp32 or bf16, as `dtype` says */
     const int32_t *state_in, *state_out, *query_start, *query_len;
     float *y;
     int64_t y_stride, tokens, rows, key_heads, key_dim, value_heads, value_dim;
+    int64_t dtype, each; /* each: bf16 states are rounded behind every token */
     double eps;
     int64_t threads;
 } DeltaRule;
@@ -129,6 +130,24 @@ INLINE void correct(
         y[j] = sum[j];
 }
 
+/* A slice of a state from where it is kept, rows of `value_dim` numbers. */
+INLINE void load_state(const DeltaRule *a, int64_t at, int64_t width, Wide s[][PARTS]) {
+    float space[WIDTH];
+    for (int64_t i = 0; i < a->key_dim; i++)
+        memcpy(s[i], load(a->state, at + i * a->value_dim, width, a->dtype, space), (size_t)width * sizeof(float));
+}
+
+INLINE void store_state(const DeltaRule *a, int64_t at, int64_t width, Wide s[][PARTS]) {
+    for (int64_t i = 0; i < a->key_dim; i++)
+        store(a->state, at + i * a->value_dim, (const float *)s[i], width, a->dtype);
+}
+
+INLINE void round_state(Wide s[][PARTS], int64_t keys) {
+    float *x = (float *)s;
+    for (int64_t i = 0; i < keys * WIDTH; i++)
+        x[i] = from_bfloat16(to_bfloat16(x[i]));
+}
+
 /* Items are slices of the values of a row's heads: a slice of the state stays in the first cache meanwhile. */
 DISPATCHED static void delta_items(const void *job, int64_t first, int64_t stop) {
     const DeltaRule *a = job;
@@ -142,11 +161,8 @@ DISPATCHED static void delta_items(const void *job, int64_t first, int64_t stop)
         const int64_t key_head = h * a->key_heads / a->value_heads, count = a->query_len[r];
         if (count == 0)
             continue;
-        const float *old = a->state + (a->state_in[r] * a->value_heads + h) * keys * values + from;
-        float *left = a->state + (a->state_out[r] * a->value_heads + h) * keys * values + from;
         memset(s, 0, (size_t)keys * sizeof(s[0])); /* what is beyond the values stays zero */
-        for (int64_t i = 0; i < keys; i++)
-            memcpy(s[i], old + i * values, (size_t)width * sizeof(float));
+        load_state(a, (a->state_in[r] * a->value_heads + h) * keys * values + from, width, s);
         const float rate = -exponential(a->a_log[h]);
         for (int64_t t = a->query_start[r]; t < a->query_start[r] + count; t++) {
             const float *x = a->qkv + t * a->qkv_stride + key_head * keys, *ba = a->ba + t * a->ba_stride;
@@ -161,9 +177,10 @@ DISPATCHED static void delta_items(const void *job, int64_t first, int64_t stop)
                 known[j] = (value[j] - decay * known[j]) * beta;
             correct(s, decay, k, correction, q, keys, out);
             memcpy(a->y + t * a->y_stride + h * values + from, out, (size_t)width * sizeof(float));
+            if (a->dtype == BFLOAT16 && a->each)
+                round_state(s, keys);
         }
-        for (int64_t i = 0; i < keys; i++)
-            memcpy(left + i * values, s[i], (size_t)width * sizeof(float));
+        store_state(a, (a->state_out[r] * a->value_heads + h) * keys * values + from, width, s);
     }
 }
 

@@ -85,6 +85,7 @@ def within_chunks(
     query_start,
     query_len,
     inverse,
+    rest,
     product,
     factors,
     rows,
@@ -102,7 +103,8 @@ def within_chunks(
     PDL: tl.constexpr,
 ):
     """The grid is chunks x value heads; ``inverse`` and ``product`` are ``[chunk, head, N, N]`` in the dtype of
-    ``qkv``, ``factors`` ``[chunk, head, 3, N]`` fp32. ROWS is rows or more, a power of two.
+    ``qkv``, and so is ``rest``, what is rounded off the former; ``factors`` is ``[chunk, head, 3, N]`` fp32. ROWS is
+    rows or more, a power of two.
     """
     item, h = tl.program_id(0), tl.program_id(1)
     rate, bias = tl.load(a_log + h), tl.load(dt_bias + h)
@@ -137,7 +139,10 @@ def within_chunks(
         place = (item * VALUE_HEADS + h).to(tl.int64)
         at = place * (N * N) + i[:, None] * N + i[None, :]
         tl.store(product + at, p_NN.to(product.dtype.element_ty))
-        tl.store(inverse + at, _inverse(l_NN, N, B).to(inverse.dtype.element_ty))
+        inverse_NN = _inverse(l_NN, N, B)
+        high_NN = inverse_NN.to(inverse.dtype.element_ty)
+        tl.store(inverse + at, high_NN)
+        tl.store(rest + at, (inverse_NN - high_NN.to(tl.float32)).to(rest.dtype.element_ty))
         at = place * (3 * N) + i
         tl.store(factors + at, g_N)
         tl.store(factors + at + N, of_q_N)
@@ -155,6 +160,7 @@ def along_rows(
     query_len,
     y,
     inverse,
+    rest,
     product,
     factors,
     rows,
@@ -185,6 +191,7 @@ def along_rows(
         inside = in_k[:, None] & in_v[None, :]
         SIZE: tl.constexpr = VALUE_HEADS * KEY_DIM * VALUE_DIM
         s_KV = tl.load(state + tl.load(state_in + r).to(tl.int64) * SIZE + held, mask=inside, other=0.0)
+        s_KV = s_KV.to(tl.float32)
         every = tl.arange(0, ROWS)
         before = tl.load(query_len + every, mask=every < tl.minimum(r, rows), other=0)
         item = tl.sum(tl.cdiv(before, N), 0)
@@ -203,7 +210,7 @@ def along_rows(
             beta_N = tl.sigmoid(tl.load(ba + token * BA_STRIDE + h, mask=there, other=0.0))
             place = ((item + first // N) * VALUE_HEADS + h).to(tl.int64)
             at = place * (N * N) + i[:, None] * N + i[None, :]
-            inverse_NN, p_NN = tl.load(inverse + at), tl.load(product + at)
+            inverse_NN, rest_NN, p_NN = tl.load(inverse + at), tl.load(rest + at), tl.load(product + at)
             at = place * (3 * N) + i
             g_N, of_q_N, of_k_N = (
                 tl.load(factors + at),
@@ -213,18 +220,25 @@ def along_rows(
             decay_N = tl.exp(g_N)
             all_of_it = tl.sum(tl.where(i == N - 1, g_N, 0.0), 0)
 
-            # The state as two numbers of 16 bits, whose sum has nearly all of its digits.
+            # The state as two numbers of 16 bits, whose sum has nearly all of its digits. So are the inverse and the
+            # corrections: where keys are nearly equal, neighbours cancel in all products with them.
             high_KV = s_KV.to(q_NK.dtype)
             low_KV = (s_KV - high_KV.to(tl.float32)).to(q_NK.dtype)
             known_NV = tl.dot(k_NK, high_KV, tl.dot(k_NK, low_KV)) * (of_k_N * decay_N)[:, None]
             read_NV = tl.dot(q_NK, high_KV, tl.dot(q_NK, low_KV)) * (of_q_N * decay_N)[:, None]
             wanted_NV = (v_NV - known_NV) * tl.where(there, beta_N, 0.0)[:, None]
-            u_NV = tl.dot(inverse_NN, wanted_NV.to(q_NK.dtype))
-            made_NV = tl.dot(p_NN, u_NV.to(q_NK.dtype), read_NV)
+            wanted_NV = wanted_NV.to(q_NK.dtype)
+            u_NV = tl.dot(inverse_NN, wanted_NV, tl.dot(rest_NN, wanted_NV))
+            high_NV = u_NV.to(q_NK.dtype)
+            low_NV = (u_NV - high_NV.to(tl.float32)).to(q_NK.dtype)
+            made_NV = tl.dot(p_NN, high_NV, tl.dot(p_NN, low_NV, read_NV))
             tl.store(out + token[:, None] * Y_STRIDE, made_NV.to(y.dtype.element_ty), mask=of_values)
             left_NV = u_NV * (of_k_N * tl.exp(all_of_it - g_N))[:, None]
-            s_KV = tl.dot(k_NK.T, left_NV.to(q_NK.dtype), s_KV * tl.exp(all_of_it))
-        tl.store(state + tl.load(state_out + r).to(tl.int64) * SIZE + held, s_KV, mask=inside)
+            high_NV = left_NV.to(q_NK.dtype)
+            low_NV = (left_NV - high_NV.to(tl.float32)).to(q_NK.dtype)
+            s_KV = tl.dot(k_NK.T, high_NV, tl.dot(k_NK.T, low_NV, s_KV * tl.exp(all_of_it)))
+        to = state + tl.load(state_out + r).to(tl.int64) * SIZE + held
+        tl.store(to, s_KV.to(state.dtype.element_ty), mask=inside)
 
 
 @cuda_kernel(chunk_delta_rule, "chunks")
@@ -237,8 +251,9 @@ def chunk_delta_rule_launches(call: OpCall) -> Sequence[Candidate]:
     dtype = call.tensors["qkv"].dtype
     scratch = {
         "inverse": Scratch(0, dtype),
-        "product": Scratch(matrices, dtype),
-        "factors": Scratch(2 * matrices, "float32"),
+        "rest": Scratch(matrices, dtype),
+        "product": Scratch(2 * matrices, dtype),
+        "factors": Scratch(3 * matrices, "float32"),
     }
     shared = {
         "KEY_HEADS": call.attrs["key_heads"],
@@ -271,7 +286,7 @@ def chunk_delta_rule_launches(call: OpCall) -> Sequence[Candidate]:
     width = max(16, min(32, power_of_two(values)))
     grid = (-(-values // width), heads, call.rows)
     few = grid[0] * heads * call.rows < 2 * call.multiprocessors
-    total = 2 * matrices + chunks * heads * _FACTORS * CHUNK * 4
+    total = 3 * matrices + chunks * heads * _FACTORS * CHUNK * 4
     for stages in (2, 1) if few else (1, 2):
         second = DeviceLaunch(
             function="makeready.kernels.delta.chunk_triton:along_rows",

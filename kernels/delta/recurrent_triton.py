@@ -72,6 +72,7 @@ def by_tokens(
         inside = in_k[:, None] & in_v[None, :]
         SIZE: tl.constexpr = VALUE_HEADS * KEY_DIM * VALUE_DIM
         s_KV = tl.load(state + tl.load(state_in + r).to(tl.int64) * SIZE + place, mask=inside, other=0.0)
+        s_KV = s_KV.to(tl.float32)
         q = (h * KEY_HEADS // VALUE_HEADS) * KEY_DIM + k
         value = 2 * KEY_HEADS * KEY_DIM + h * VALUE_DIM + v
         for t in range(count):
@@ -90,7 +91,11 @@ def by_tokens(
             out_V = tl.sum(s_KV * q_K[:, None], 0)
             to = y + (start + t) * Y_STRIDE + h * VALUE_DIM + v
             tl.store(to, out_V.to(y.dtype.element_ty), mask=in_v)
-        tl.store(state + tl.load(state_out + r).to(tl.int64) * SIZE + place, s_KV, mask=inside)
+            s_KV = s_KV.to(state.dtype.element_ty).to(
+                tl.float32
+            )  # as it is stored, wherever the sequence is cut
+        to = state + tl.load(state_out + r).to(tl.int64) * SIZE + place
+        tl.store(to, s_KV.to(state.dtype.element_ty), mask=inside)
 
 
 @cuda_kernel(recurrent_delta_rule, "tokens", invariant=True)

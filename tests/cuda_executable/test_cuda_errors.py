@@ -84,7 +84,8 @@ def test_too_little_memory_is_refused_with_the_numbers():
         bindings=FakeBindings(memory=2**30 // 10),
     )
     page = tiny().kv.page_bytes
-    refused(rf"{page} bytes of KV memory hold 1 pages of {page} bytes, two are the least", kv_bytes=page)
+    two = f"two KV pages {2 * page / 1024:.2f} KiB"
+    refused(rf"\({page} bytes\) is too little: {two}; raise kv.memory_gib", kv_bytes=page)
 
 
 def test_pages_come_from_what_is_asked_for_or_what_is_there():

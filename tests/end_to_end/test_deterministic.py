@@ -61,6 +61,7 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "int8": (CONFIG, {"quant": "int8"}),
     "latent": (LATENT, {}),
     "hybrid": (HYBRID, {}),
+    "hybrid_bfloat16": (HYBRID, {"kv_state_dtype": "bfloat16"}),
 }
 
 

@@ -146,6 +146,9 @@ def test_groups_that_do_not_go_together_are_refused(groups: tuple[CacheGroup, ..
 
 
 def test_plans_give_windows_and_states_what_all_rows_need() -> None:
-    """By hand: a row of window 6 in pages of 4 holds 2 pages and takes 2 more; states go in twos."""
+    """By hand: a row of window 6 in pages of 4 holds 2 pages and takes 2 more; states go in twos.
+
+    Four rows of 64 tokens take 64 pages; those behind make two snapshots, each with a state and a tail of 2 pages.
+    """
     blocks = CacheSpec(4, (FULL, NEAR, STATE)).blocks(100, LIMITS)
-    assert blocks == {"kv": 100, "near": 1 + 8 + 2 * 4 * 4, "state": 1 + 2 * 4 * 2}
+    assert blocks == {"kv": 100, "near": 1 + 8 + 4 * 4 + 2 * 2, "state": 1 + 2 * 4 + 2}

@@ -45,7 +45,7 @@ PLAN: dict[str, Any] = {"max_rows": 4, "max_tokens": 24, "context_len": 96, "pag
 class Grouped(decoder.Decoder):
     """Layers with a window keep their pages in the group ``near``, others in ``kv``."""
 
-    def cache_groups(self, page_size: int, dtype: str) -> tuple[CacheGroup, ...]:
+    def cache_groups(self, page_size: int, dtype: str, state_dtype: str) -> tuple[CacheGroup, ...]:
         parts: dict[str, list[Any]] = {"": [], "near": []}
         for layer, window in zip(self.layers, self.config.windows, strict=True):
             attention: Any = layer.attention

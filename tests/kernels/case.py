@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ class Case:
     label: str
     operands: dict[str, torch.Tensor]
     attrs: dict[str, Any] = field(default_factory=dict)
+    rounded: frozenset[str] = frozenset()  # operands whose dtype says what the op rounds to between its sums
 
     @property
     def contract(self) -> Contract:
@@ -33,7 +34,17 @@ class Case:
 
     def mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Case:
         """The case with every operand changed."""
-        return Case(self.op, self.label, {k: change(x) for k, x in self.operands.items()}, self.attrs)
+        return replace(self, operands={k: change(x) for k, x in self.operands.items()})
+
+    def widened(self) -> Case:
+        """The case in float64, but for operands that it says are rounded."""
+        return replace(
+            self,
+            operands={
+                k: x.double() if x.is_floating_point() and k not in self.rounded else x
+                for k, x in self.operands.items()
+            },
+        )
 
     def run(self, function: Callable[..., Any] | None = None) -> dict[str, torch.Tensor]:
         """Results and written operands of one call on copies of the operands, by name.

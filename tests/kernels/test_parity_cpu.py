@@ -8,6 +8,7 @@ The references of attention are themselves held to PyTorch's attention with expl
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def applicable(kernel: Kernel) -> Iterator[tuple[Case, Case]]:
     for case in cases(kernel.op):
         if kernel.applies(case.specs(), case.attrs):
             stored = {k: LAYOUTS[kernel.layouts.get(k, "rows")](x) for k, x in case.operands.items()}
-            yield case, Case(case.op, case.label, stored, case.attrs)
+            yield case, replace(case, operands=stored)
 
 
 def compare(made: torch.Tensor, wanted: torch.Tensor, tolerance: Tolerance, label: str) -> None:
@@ -118,7 +119,7 @@ def test_implementation_agrees_with_the_reference_in_float64(kernel, run):
     for case, stored in applicable(kernel):
         made = run(kernel, stored)
         tolerance = case.contract.tolerance
-        wanted = (case if tolerance.exact else case.mapped(wide)).run()
+        wanted = (case if tolerance.exact else case.widened()).run()
         inferred = case.contract.infer(case.specs(), case.attrs)
         for name, result in made.items():
             dtype = inferred[name].dtype if name in inferred else case.specs()[name].dtype

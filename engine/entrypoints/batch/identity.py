@@ -33,6 +33,7 @@ EXEMPT = frozenset(
         "scheduler",
         "speculative",
         "kv.memory_gib",
+        "kv.state_snapshots",
         "plan.path",  # by what the plan says of numbers
         "plan.max_rows",
         "plan.max_tokens",

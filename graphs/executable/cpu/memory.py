@@ -45,8 +45,8 @@ def room_for(plan: Plan, pages: int) -> Iterator[None]:
             raise
     else:
         return
-    kv = pages * plan.kv.page_bytes
-    raise _too_little(plan, f"with {_gib(kv)} for KV pages the system does not give so much")
+    kv = plan.kv.nbytes(pages, plan.limits)
+    raise _too_little(plan, f"with {_gib(kv)} for the cache the system does not give so much")
 
 
 def free_bytes() -> int | None:

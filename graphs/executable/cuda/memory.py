@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 
 from makeready.graphs.executable.cuda.driver import Device, Driver
+from makeready.graphs.executable.load import asked_pages
+from makeready.graphs.inspect.split import beside_pages
 from makeready.graphs.plan import memory
 from makeready.graphs.plan.plan import Plan, PlanError
-from makeready.graphs.plan.spec import Bucket, KVPart
+from makeready.graphs.plan.spec import LEAST_PAGES, Bucket, KVPart
 from makeready.kernels.spec import DTYPE_BYTES, PAGES
 
 # What the driver takes beside our allocations, a bound over what was seen on an H100 with driver 580:
@@ -67,13 +69,14 @@ class KVMemory:
     def sentence(self, plan: Plan) -> str:
         """The figure and the arithmetic that leads to it."""
         left = self.free - self.fixed - self.reserve
-        tokens, row = plan.limits.page_size, plan.limits.pages_per_row
+        size, row = plan.limits.page_size, plan.limits.pages_per_row
+        pages = self.pages - 1
         asked = "" if self.asked is None else f", of which kv.memory_gib takes {_gib(self.asked)}"
         return (
             f"KV cache: {_gib(self.free)} GiB free - {_gib(self.fixed)} for weights and buffers - "
-            f"{_gib(self.reserve)} reserve for the driver = {_gib(left)} GiB{asked}: {self.pages - 1:,} pages of "
-            f"{tokens} tokens, {(self.pages - 1) * tokens:,} tokens or {(self.pages - 1) / row:.1f} rows of full "
-            "context"
+            f"{_gib(self.reserve)} reserve for the driver = {_gib(left)} GiB{asked}: "
+            f"{_states(plan, self.pages)}{pages:,} pages of {size} tokens, {pages * size:,} tokens or "
+            f"{pages / row:.1f} rows of full context"
         )
 
 
@@ -90,20 +93,15 @@ def kv_memory(plan: Plan, free: int, kv_bytes: int | None) -> KVMemory:
     """
     # Each part of the cache begins at an aligned address.
     reserved = RESERVED + RESERVED_PER_GRAPH * len(plan.buckets) + memory.ALIGNMENT * len(plan.kv.parts)
-    page, others = plan.kv.page_bytes, plan.kv.bounded_bytes(plan.limits)
-    fixed = plan.memory.fixed + others
-    wanted = 2 if kv_bytes is None else max(0, kv_bytes - others) // page
-    if wanted < 2:
+    page, fixed = plan.kv.page_bytes, plan.memory.fixed
+    wanted = LEAST_PAGES if kv_bytes is None else asked_pages(plan, kv_bytes)
+    needed = fixed + reserved + plan.kv.nbytes(wanted, plan.limits)
+    if free < needed:
+        least = f" ({plan.least_cache()})" if kv_bytes is None else ""
         raise PlanError(
-            f"{kv_bytes} bytes of KV memory hold {wanted} pages of {page} bytes, two are the least; "
-            "raise kv.memory_gib"
-        )
-    if free < fixed + reserved + wanted * page:
-        raise PlanError(
-            f"the GPU has {_gib(free)} GiB free, and {_gib(fixed + reserved + wanted * page)} GiB are needed: "
-            f"{_gib(plan.memory.fixed)} for weights and buffers, {_gib(reserved)} for the driver, "
-            f"{_states(others)}and {_gib(wanted * page)} for KV pages; free memory, lower kv.memory_gib or compile "
-            f"with fewer {'rows, fewer ' if others else ''}tokens or smaller weights"
+            f"the GPU has {_gib(free)} GiB free, and {_gib(needed)} GiB are needed: {_gib(fixed)} for weights and "
+            f"buffers, {_gib(reserved)} for the driver, {_states(plan, wanted)}and {_gib(wanted * page)} for KV "
+            f"pages{least}; free memory, lower kv.memory_gib or compile with fewer tokens or smaller weights"
         )
     pages = wanted if kv_bytes is not None else plan.pages_in(free - reserved)
     return KVMemory(pages, free, fixed, reserved, page, kv_bytes)
@@ -178,8 +176,9 @@ def bucket_addresses(
     return named | {name: regions.arena + buffer.offset for name, buffer in buffers.items()}
 
 
-def _states(nbytes: int) -> str:
-    return f"{_gib(nbytes)} for windows and states of all rows, " if nbytes else ""
+def _states(plan: Plan, pages: int) -> str:
+    beside = beside_pages(plan, pages)
+    return f"{beside}, " if beside else ""
 
 
 def _gib(nbytes: int) -> str:
