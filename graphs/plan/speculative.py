@@ -23,6 +23,8 @@ class Speculative:
         ngram_max: of ``ngram``: last tokens that are looked for; the place where most of them are found counts.
         max_rows: batches of more rows generate token by token. All logits of a step exist at once, for
             ``max_rows * (1 + num_draft_tokens)`` tokens.
+        forced_acceptance: for measurements alone: each draft counts as right with this probability, whatever it is,
+            so that answers are of no use. null: as it is.
     """
 
     method: str | None = None
@@ -30,3 +32,4 @@ class Speculative:
     ngram_min: int = 1
     ngram_max: int = 4
     max_rows: int = 32
+    forced_acceptance: float | None = None

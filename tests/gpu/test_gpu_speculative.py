@@ -58,7 +58,15 @@ LATENT = {
     "first_k_dense_replace": 1,
 }
 LIMITS: dict[str, Any] = {"max_rows": 16, "max_tokens": 256, "context_len": 256, "page_size": 64}
-OPS = ("count_drafts", "next_draft", "pack_drafts", "place_before", "hidden_write", "hidden_read")
+OPS = (
+    "count_drafts",
+    "next_draft",
+    "pack_drafts",
+    "place_before",
+    "hidden_write",
+    "hidden_read",
+    "force_drafts",
+)
 
 
 @pytest.mark.parametrize("op", [*OPS, "spread_logits", "concatenate"])
