@@ -96,6 +96,10 @@ class LLM:
             options = {**options, "deterministic": True}
         self.plan = plan_of(self.checkpoint, plan, options, report)
         scheduler.check(self.plan)  # before anything large is loaded
+        if self.plan.options.speculative.forced_acceptance is not None:
+            self.warn(
+                "drafts count as right by chance (speculative.forced_acceptance): answers are of no use"
+            )
         vocabulary = self.plan.config["vocab_size"]
         self.front = Front(
             self.checkpoint,

@@ -15,12 +15,16 @@ class Speculative:
     Attributes:
         method: ``ngram`` guesses that what followed the last tokens where they came before, in the prompt or the
             output, follows them again: it needs no second model and pays where answers repeat what they were given.
-            ``draft``: a small model of the same vocabulary, ``speculative.checkpoint``, is asked. null: no guesses.
+            ``draft``: a small model of the same vocabulary, ``speculative.checkpoint``, is asked. ``eagle3``: a head
+            that was trained for the model, from there, too. ``mtp``: the model's own further layer (DeepSeek-V3).
+            null: no guesses.
         num_draft_tokens: tokens that are guessed for a row in a step, at most.
-        ngram_min: last tokens that have to be found again; without them nothing is guessed.
-        ngram_max: last tokens that are looked for; the place where most of them are found counts.
+        ngram_min: of ``ngram``: last tokens that have to be found again; without them nothing is guessed.
+        ngram_max: of ``ngram``: last tokens that are looked for; the place where most of them are found counts.
         max_rows: batches of more rows generate token by token. All logits of a step exist at once, for
             ``max_rows * (1 + num_draft_tokens)`` tokens.
+        forced_acceptance: for measurements alone: each draft counts as right with this probability, whatever it is,
+            so that answers are of no use. null: as it is.
     """
 
     method: str | None = None
@@ -28,3 +32,4 @@ class Speculative:
     ngram_min: int = 1
     ngram_max: int = 4
     max_rows: int = 32
+    forced_acceptance: float | None = None

@@ -45,7 +45,7 @@ from makeready.graphs.planner.request import (
     weight_dtype,
 )
 from makeready.graphs.planner.trace import trace
-from makeready.graphs.planner.verify import verify, verify_alike
+from makeready.graphs.planner.verify import drafting, verify, verify_alike
 from makeready.graphs.quant.loading import loading_of
 from makeready.graphs.quant.scheme import FP8
 from makeready.graphs.quant.stored import stored_scheme
@@ -152,7 +152,10 @@ class Lowered:
             device=t.target.device.name,
             loading=loading,
         )
-        return compared(_with_kernels(plan, t.target, context, progress) if t.target.is_cuda else plan)
+        if t.target.is_cuda:
+            second = {phase: drafting(program) for phase, program in self.programs.items()}
+            plan = _with_kernels(plan, t.target, context, second, progress)
+        return compared(plan)
 
     def _buckets(self, context: int) -> tuple[Bucket, ...]:
         t, kinds = self.traced, step_kinds()
@@ -169,8 +172,10 @@ class Lowered:
         return tuple(sorted(itertools.chain(*chosen)))
 
 
-def _with_kernels(plan: Plan, target: Target, context: int, progress: Progress) -> Plan:
-    """``plan`` with what its launches run on a GPU."""
+def _with_kernels(
+    plan: Plan, target: Target, context: int, guessing: Mapping[str, Collection[str]], progress: Progress
+) -> Plan:
+    """``plan`` with what its launches run on a GPU; ``guessing`` are values of a second model, by phase."""
     from makeready.graphs.planner.cuda.emit import emit  # imports triton
 
     loads = plan.loading.programs if plan.loading is not None else ()
@@ -185,6 +190,7 @@ def _with_kernels(plan: Plan, target: Target, context: int, progress: Progress) 
         cache=cache_folder() / "kernels",
         deterministic=plan.options.deterministic,
         reports=_special_results(plan.steps),
+        guessing=guessing,
         loads={load.program.phase for load in loads},
         progress=lambda done, total: progress(f"compile kernels {done}/{total}"),
     )

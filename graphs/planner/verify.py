@@ -62,6 +62,13 @@ def _calls_of_a_token(
         yield call.op, params, dict(call.attrs)
 
 
+def drafting(program: Program) -> set[str]:
+    """Values that the program makes for nobody but a second model that drafts."""
+    kept = live(_without_drafting(program), set(program.results.values()))
+    made = {value for call in kept for value in call.results.values()}
+    return {value for call in program.calls for value in call.results.values()} - made
+
+
 def _without_drafting(program: Program) -> list[Call]:
     """The calls that are no model's that drafts: those read its parameters, its cache, or numbers of one another.
 

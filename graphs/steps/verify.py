@@ -30,7 +30,7 @@ from makeready.graphs.steps.generate import (
     token_results,
 )
 from makeready.kernels.spec import ROWS, TOKENS
-from makeready.kernels.step import draft
+from makeready.kernels.step import draft, draft_forced
 
 if TYPE_CHECKING:
     from makeready.graphs.models.family import Model
@@ -77,6 +77,8 @@ class Verify:
         logits, i = run(model, i.adding(token_ids=ids, query_start=start, query_len=count), limits)
         reach = i.context_len
         made = sample(logits, i.adding(sample_slot=slots, context_len=context), limits)
+        if asked.forced_acceptance is not None:
+            ids = draft_forced.force_drafts(made["tokens"], slots, context, share=asked.forced_acceptance)
         drafted, accepted = draft.accept_drafts(
             ids, made["tokens"], i.row_slot, start, count, reach, i.length
         )
@@ -93,7 +95,8 @@ def _check(asked: Speculative, limits: Limits, cache: CacheSpec) -> None:
     found = None if asked.method is None else known(asked.method)
     of_use = () if found is None else (*_ALL, *found.own)
     changed = [f.name for f in fields_of(asked) if getattr(asked, f.name) != f.default]
-    idle = [name for name in changed if name not in (*of_use, "method")]
+    forced = "forced_acceptance"
+    idle = [name for name in changed if name not in (*of_use, "method", *((forced,) if found else ()))]
     if idle:
         what = f"to {found.name}; leave it out" if found else "without a method; add speculative.method=ngram"
         raise PlanError(f"speculative.{idle[0]}={getattr(asked, idle[0])} is of no use {what}")
@@ -103,6 +106,9 @@ def _check(asked: Speculative, limits: Limits, cache: CacheSpec) -> None:
         value = getattr(asked, name)
         if type(value) is not int or value < 1:
             raise PlanError(f"speculative.{name}={value} must be a whole number of at least 1")
+    share = asked.forced_acceptance
+    if share is not None and not (isinstance(share, int | float) and 0 <= share <= 1):
+        raise PlanError(f"speculative.forced_acceptance={share} must be a number from 0 to 1")
     found.check(asked)
     if 1 + asked.num_draft_tokens > limits.max_tokens:
         raise PlanError(

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 from poisoned import Sequences, answers, assert_same, poison_memory, poisoned_cases
 
+from makeready.graphs.checkpoint.base import Checkpoint
 from makeready.graphs.checkpoint.dummy import DummyCheckpoint
+from makeready.graphs.checkpoint.paired import PairedCheckpoint
 from makeready.graphs.executable.cpu.executable import CpuExecutable
 from makeready.graphs.plan.spec import INPUT_LOGPROBS
 from makeready.graphs.planner.compile import compile_plan
@@ -53,6 +55,21 @@ LATENT = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 24,
     "first_k_dense_replace": 1,
+}
+LATENT_V3 = {
+    **LATENT,
+    "model_type": "deepseek_v3",
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "n_routed_experts": 6,
+    "n_group": 1,
+    "topk_group": 1,
+}
+EAGLE3 = {
+    **{k: v for k, v in LLAMA.items() if k != "tie_word_embeddings"},
+    "architectures": ["LlamaForCausalLMEagle3"],
+    "num_hidden_layers": 1,
+    "draft_vocab_size": 50,
+    "eagle_aux_hidden_state_layer_ids": [0, 1, 2],
 }
 HYBRID = {
     **QWEN3,
@@ -99,6 +116,15 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "deterministic_fp8": (QWEN2, {"deterministic": True, "quant": "fp8", "kv_dtype": "float8_e4m3fn"}),
     "deterministic_int4": (WINDOWED, {"deterministic": True, "kv_dtype": "int4_per_token_head"}),
     "drafts": (QWEN3, {"speculative": {"method": "ngram", "num_draft_tokens": 3}}),
+    "drafts_of_a_model": (
+        QWEN3,
+        {"speculative": {"method": "draft", "num_draft_tokens": 3}, "beside": QWEN2},
+    ),
+    "drafts_of_a_head": (
+        QWEN3,
+        {"speculative": {"method": "eagle3", "num_draft_tokens": 2}, "beside": EAGLE3},
+    ),
+    "drafts_of_a_layer": (LATENT_V3, {"speculative": {"method": "mtp", "num_draft_tokens": 2}}),
     "plain": (QWEN3, {"disabled_passes": ("merge_linears", "fuse_add_norm", "fuse_qkv", "hoist_gather")}),
 }
 
@@ -113,8 +139,11 @@ def large_weights() -> Iterator[None]:
 
 def load(name: str) -> CpuExecutable:
     config, fields = MODELS[name]
-    checkpoint = DummyCheckpoint(dict(config))
-    plan = compile_plan(checkpoint, **LIMITS, **fields)
+    checkpoint: Checkpoint = DummyCheckpoint(dict(config))
+    if "beside" in fields:
+        checkpoint = PairedCheckpoint(checkpoint, DummyCheckpoint(dict(fields["beside"])))
+    asked = {field: value for field, value in fields.items() if field != "beside"}
+    plan = compile_plan(checkpoint, **LIMITS, **asked)
     return CpuExecutable(plan, checkpoint, pages=Sequences(plan).needed)
 
 
@@ -171,4 +200,4 @@ def test_what_belongs_to_nobody_changes_no_bit(name: str) -> None:
             assert (clean["target_logprob"] < 0).all(), "nobody asked for log-probabilities"
     assert seen == set(executable.plan.buckets)
     assert kinds == set(executable.plan.steps)
-    assert len(kinds) == 3 + (name == "drafts")
+    assert len(kinds) == 3 + name.startswith("drafts")

@@ -15,7 +15,7 @@ import pytest
 from small_configs import LATENT, QWEN3, VOCABULARY, WINDOWED
 from speculative_requests import CONTEXT, LIMITS, assert_alike, requests, together
 
-from makeready.engine.llm import LLM, Output, SamplingParams
+from makeready.engine.llm import LLM, Output, SamplingParams, SchedulerOptions
 from makeready.graphs.checkpoint.base import CheckpointError, Ranges
 from makeready.graphs.checkpoint.dummy import DummyCheckpoint
 from makeready.graphs.checkpoint.paired import PairedCheckpoint
@@ -148,11 +148,35 @@ def test_steps_that_decode_leave_nothing_out() -> None:
     assert made.token_ids == expected.token_ids
 
 
+@pytest.mark.parametrize("share", [0.0, 0.7, 1.0])
+def test_acceptance_can_be_forced_for_measurements(share: float) -> None:
+    """Of a drafter that is always right, and of a step in which nothing is."""
+    checkpoint = PairedCheckpoint(DummyCheckpoint(dict(QWEN3)), DummyCheckpoint(dict(QWEN3)))
+    asked = {"method": "draft", "num_draft_tokens": 3, "forced_acceptance": share}
+    llm = LLM(
+        checkpoint,
+        compile_plan(checkpoint, **LIMITS, speculative=asked),
+        scheduler=SchedulerOptions(speculation="always"),
+    )
+    params = SamplingParams(temperature=1.0, max_new_tokens=90, ignore_eos=True)
+    made = llm.generate(token_ids=[[i] for i in range(24)], sampling=params)
+    steps = sum(output.meta_info["spec_verify_ct"] for output in made)
+    length = 1 + sum(output.meta_info["spec_accept_token_num"] for output in made) / steps
+    assert all(len(output.token_ids) == 90 for output in made)
+    assert length == pytest.approx(1 + share + share**2 + share**3, rel=0.06)
+
+
 REFUSED: list[tuple[dict[str, Any] | None, dict[str, Any], str]] = [
     (None, {"method": "draft"}, r"guesses with a second model; add speculative\.checkpoint=PATH"),
     (QWEN3, {}, r"speculative\.checkpoint is of no use without a method; add speculative\.method=draft"),
     (QWEN3, {"method": "ngram"}, r"speculative\.checkpoint is of no use to ngram; leave it out"),
     (QWEN3, {"method": "draft", "ngram_min": 2}, r"ngram_min=2 is of no use to draft; leave it out"),
+    (
+        QWEN3,
+        {"method": "draft", "forced_acceptance": 1.5},
+        r"forced_acceptance=1\.5 must be a number from 0 to 1",
+    ),
+    (None, {"forced_acceptance": 0.5}, r"forced_acceptance=0\.5 is of no use without a method"),
     ({**QWEN3, "vocab_size": 99}, {"method": "draft"}, r"same vocabulary: it has 99 tokens, the model 96"),
     (
         {**QWEN3, "max_position_embeddings": 64},
@@ -208,6 +232,8 @@ def test_a_plan_belongs_to_both_checkpoints(tmp_path: Path) -> None:
     keys = [plan_key(checkpoint, asked) for checkpoint in both]
     assert len(set(keys)) == 2, "another config is another plan, other weights are not"
     plan = compile_plan(both[0], **LIMITS, speculative={"method": "draft"})
+    behind = [launch.op for launch in plan.programs[VERIFY].launches[plan.cut(VERIFY) :]]
+    assert behind == ["sample", "token_logprobs", "accept_drafts"], "drafts wait for masks"
     with pytest.raises(
         PlanError, match=r"drafts with a second checkpoint \(speculative\.method=draft\); add"
     ):

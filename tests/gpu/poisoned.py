@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from bucket_steps import Case, cases
 
+from makeready.graphs.checkpoint.paired import DRAFT
 from makeready.graphs.executable.unowned import Held
 from makeready.graphs.plan.plan import Plan
 from makeready.graphs.plan.spec import INPUT_LOGPROBS
@@ -106,9 +107,16 @@ def answers(
                 if group.unit is None:
                     cached = bits[row.slot + 1]
                 else:
-                    cached = bits[one.pages].reshape(-1, *bits.shape[2:])[: row.start + len(row.ids)]
+                    end = row.start + len(row.ids) - entries_behind(plan, part.name)
+                    cached = bits[one.pages].reshape(-1, *bits.shape[2:])[:end]
                 made[f"{part.name}.{row.slot}"] = cached
     return {name: array.copy() for name, array in made.items()}
+
+
+def entries_behind(plan: Plan, part: str) -> int:
+    """By how many of a row's last tokens its entries are behind: drafters are given a state with the next token."""
+    trained = plan.options.speculative.method in ("eagle3", "mtp")
+    return int(trained and part.startswith(DRAFT) and part != f"{DRAFT}hidden")
 
 
 def live(plan: Plan, case: Case, name: str, rows: int, tokens: int) -> int:

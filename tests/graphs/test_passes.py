@@ -119,6 +119,22 @@ def test_shared_parameters_are_not_merged():
     unchanged(merge_linears, handmade(elsewhere, step=step, params=square("a", "b"), results=["p", "q", "s"]))
 
 
+def test_parameters_that_are_always_read_together_are_merged_wherever_they_are_read():
+    """As by a model that drafts, whose layers run several times in a step."""
+    step, params = {"x": WIDE, "z": WIDE}, square("a", "b", "c")
+    whole = [linear("x", "a", "p"), linear("x", "b", "q"), linear("x", "c", "r")]
+    part = [linear("z", "b", "s"), linear("z", "c", "t")]
+    results = ["p", "q", "r", "s", "t"]
+    after = verify(
+        merge_linears(handmade([*whole, *part], step=step, params=params, results=results)),
+        after="merge_linears",
+    )
+    assert ops(after).count("linear") == 2
+    assert {name: param.spec.shape[0] for name, param in after.params.items()} == {"a+b+c": 24, "b+c": 16}
+    alone = [*whole, linear("z", "b", "s")]
+    unchanged(merge_linears, handmade(alone, step=step, params=params, results=results[:4]))
+
+
 def test_unlike_linears_are_not_merged():
     step = {"x": WIDE, "z": WIDE}
     params = square("a", "b") | {"bias": TensorSpec((8,), "float32")}

@@ -203,6 +203,15 @@ def pack_drafts(op: str) -> Iterator[Case]:
         yield Case(op, label, {n: made[n] for n in PACK_DRAFTS})
 
 
+def force_drafts(op: str) -> Iterator[Case]:
+    random = np.random.default_rng(0)
+    for tokens in (1, 5, 300):
+        made = {name: random.integers(-1, 2000, tokens) for name in ("tokens", "draft_slot", "draft_context")}
+        operands = {name: torch.from_numpy(np.maximum(x, 0).astype(np.int32)) for name, x in made.items()}
+        for share in (0.0, 0.7, 1.0):
+            yield Case(op, f"{tokens}-{share}", operands, {"share": share})
+
+
 def place_before(op: str) -> Iterator[Case]:
     for seed, (label, counts, sizes) in enumerate(BATCHES):
         made = batch(seed, counts, **sizes)

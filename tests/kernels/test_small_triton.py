@@ -51,13 +51,14 @@ if INTERPRETED or aot:
         "step.locate",
         "step.draft",
         "step.draft_chain",
+        "step.draft_forced",
         "step.hidden",
     ):
         importlib.import_module(f"makeready.kernels.{module}_triton")
 
 
 STEPS = ("locate", "find_pages", "draft_ngram", "accept_drafts", "count_drafts", "next_draft", "pack_drafts")
-STEPS += ("place_before", "hidden_write", "hidden_read", "spread_logits")
+STEPS += ("force_drafts", "place_before", "hidden_write", "hidden_read", "spread_logits")
 
 
 def _name(dtype):

@@ -14,12 +14,15 @@ import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeAlias
 
+from makeready.graphs.checkpoint.paired import DRAFT
 from makeready.graphs.plan.memory import align
 from makeready.graphs.plan.plan import PlanError
 from makeready.graphs.plan.program import (
     Binary,
+    Launch,
     LoweredProgram,
     OpClass,
 )
@@ -68,6 +71,7 @@ def emit(
     cache: Path,
     deterministic: bool = False,
     reports: Collection[str] = (),
+    guessing: Mapping[str, Collection[str]] = MappingProxyType({}),
     loads: Collection[str] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Emitted:
@@ -82,6 +86,7 @@ def emit(
         deterministic: every call runs the same kernels in all buckets and phases, of those that compute a row
             from that row alone.
         reports: results that only some kinds of step have; what makes them need not run in all.
+        guessing: by program, values of a second model: how it guesses need not be the same in all.
         loads: which of ``programs`` make parameters: each has a place of the arena to itself, and none computes
             tokens.
         progress: told how many of how many kernels are compiled.
@@ -96,7 +101,7 @@ def emit(
         classified[phase], classes[phase] = classify(program, specs[phase], spare=phase not in loads)
     if deterministic:
         steps = {phase: program for phase, program in classified.items() if phase not in loads}
-        _check_alike(steps, classes, reports)
+        _check_alike(steps, classes, reports, guessing)
     same = set(programs) - set(loads) if deterministic else set()
     calls, alike = _calls(classes, buckets, context, target, alike=same)
     chained = {
@@ -184,6 +189,7 @@ def _check_alike(
     programs: Mapping[str, LoweredProgram],
     classes: Mapping[str, Sequence[CallClass]],
     reports: Collection[str],
+    guessing: Mapping[str, Collection[str]],
 ) -> None:
     """Check that a token's results come from the same classes of calls in all phases, in the same order.
 
@@ -197,6 +203,7 @@ def _check_alike(
             if CONTRACTS[launch.op].selects_rows is None
             and not classes[phase][launch.op_class].says_what_runs
             and not set(reports) & set(launch.results.values())
+            and not _guesses(launch, guessing.get(phase, ()))
         ]
         for phase, program in programs.items()
     }
@@ -208,6 +215,12 @@ def _check_alike(
                     f"{launch.op} is laid out differently in {first} and {phase} steps, "
                     "so their kernels may differ; compile without plan.deterministic"
                 )
+
+
+def _guesses(launch: Launch, values: Collection[str]) -> bool:
+    """Whether a launch is a second model's, whose ``values`` these are."""
+    named = (*launch.operands.values(), *launch.results.values())
+    return any(value in values or value.startswith(DRAFT) for value in named)
 
 
 def _reach(program: LoweredProgram) -> int:

@@ -1,0 +1,113 @@
+"""Second models that draft, on the GPU: tokens stay as they are, and a drafter that is the model is always right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+
+from benchmarks.gpu.launcher import check
+from inputs import BUILDERS
+from test_gpu_deterministic import target
+
+from makeready.engine.llm import LLM, Output, SamplingParams, SchedulerOptions
+from makeready.graphs.checkpoint.dummy import DummyCheckpoint
+from makeready.graphs.checkpoint.paired import PairedCheckpoint
+from makeready.kernels import registry
+from makeready.kernels.contract import CONTRACTS
+
+MODEL: dict[str, Any] = {
+    "model_type": "qwen3",
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": 1024,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 512,
+    "torch_dtype": "bfloat16",
+}
+HEAD = {
+    **MODEL,
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLMEagle3"],
+    "num_hidden_layers": 1,
+    "draft_vocab_size": 500,
+}
+LATENT = {
+    **{k: v for k, v in MODEL.items() if k not in ("head_dim", "num_key_value_heads")},
+    "model_type": "deepseek_v3",
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "num_hidden_layers": 2,
+    "q_lora_rank": 128,
+    "kv_lora_rank": 128,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 64,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 128,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+LIMITS: dict[str, Any] = {"max_rows": 16, "max_tokens": 256, "context_len": 256, "page_size": 64}
+OPS = (
+    "count_drafts",
+    "next_draft",
+    "pack_drafts",
+    "place_before",
+    "hidden_write",
+    "hidden_read",
+    "force_drafts",
+)
+
+
+@pytest.mark.parametrize("op", [*OPS, "spread_logits", "concatenate"])
+def test_ops(op: str) -> None:
+    registry.discover(target())
+    for case in BUILDERS[op](op):
+        on_gpu = {name: x.cuda() for name, x in case.operands.items() if x is not None}
+        for kernel in registry.cuda_kernels(op):
+            check(CONTRACTS[op], kernel.candidates, on_gpu, case.attrs)
+
+
+def answers(llm: LLM) -> list[Output]:
+    random = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(1024, (n,), generator=random).tolist() for n in (1, 5, 64, 65, 130, 150, 17)]
+    sampling = [
+        SamplingParams(
+            temperature=float(i % 2), max_new_tokens=60, sampling_seed=i, ignore_eos=True, return_logprob=True
+        )
+        for i in range(len(prompts))
+    ]
+    return llm.generate(token_ids=prompts * 2, sampling=sampling * 2)
+
+
+@pytest.mark.parametrize(
+    ("method", "model", "second"),
+    [("draft", MODEL, MODEL), ("eagle3", MODEL, HEAD), ("mtp", LATENT, None), ("draft", LATENT, MODEL)],
+    ids=["itself", "eagle3", "mtp", "beside-latents"],
+)
+def test_tokens_are_those_without_drafts(method: str, model: Any, second: Any) -> None:
+    checkpoint: Any = DummyCheckpoint(dict(model))
+    options = {"target": target(), "deterministic": True, "kv_memory_gib": 1.0, **LIMITS}
+    with LLM(checkpoint, **options) as llm:
+        plain = answers(llm)
+    if second is not None:
+        checkpoint = PairedCheckpoint(checkpoint, DummyCheckpoint(dict(second)))
+    asked = {"method": method, "num_draft_tokens": 3}
+    always = SchedulerOptions(speculation="always")
+    with LLM(checkpoint, speculative=asked, scheduler=always, **options) as llm:
+        made = answers(llm)
+    assert [o.token_ids for o in made] == [o.token_ids for o in plain]
+    assert [o.logprobs for o in made] == [o.logprobs for o in plain]
+    assert any("spec_verify_ct" in o.meta_info for o in made)
+    if second is model:
+        assert all(o.meta_info.get("spec_accept_rate", 1.0) == 1.0 for o in made)
