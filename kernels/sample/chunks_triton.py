@@ -93,6 +93,7 @@ def look_at_chunks(
         bias_ids, masked, B, B_WIDTH,
     ):  # fmt: skip
         WORDS: tl.constexpr = (V + 31) // 32
+        masks = tl.maximum(W // WORDS, 1)  # where no row is masked there need be none
         own = adjusted + row.to(tl.int64) * (CHUNK * chunks)
         adjust_chunk(
             z_row, own, counts + row.to(tl.int64) * (CHUNK * chunks), start,
@@ -100,7 +101,7 @@ def look_at_chunks(
             tl.load(presence_penalty + slot), tl.load(frequency_penalty + slot),
             tl.load(repetition_penalty + slot), is_muted(slot, length, prompt_len, min_new_tokens),
             stop_ids + slot * E, bias_ids + slot * B, bias_values + slot * B,
-            tl.load(masked + slot) != 0, allowed + slot * W + length % (W // WORDS) * WORDS,
+            tl.load(masked + slot) != 0, allowed + slot * W + length % masks * WORDS,
             E, B, V, CHUNK, PART, E_WIDTH, B_WIDTH,
         )  # fmt: skip
         z_row = own

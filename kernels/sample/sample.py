@@ -102,7 +102,7 @@ def sample(
     1. the logits are adjusted by bias, minimum length, penalties and, where ``masked[s]`` is not 0, by a mask of
        ``cdiv(V, 32)`` words (bit i % 32 of word i // 32 is token i's): see :func:`~.filters.adjust`. ``allowed[s]``
        has as many as it holds, for places in turn: that of place ``context_len[r]`` is number ``context_len[r]``
-       modulo their number;
+       modulo their number. Where nothing is masked it need hold none;
     2. ``temperature[s] <= 0`` is greedy: the largest adjusted logit, the lowest id among equals. Else
        ``gap = (logit - largest logit) / temperature``, 0 for the largest;
     3. ``top_k``, ``top_p``, ``min_p`` choose the survivors: see :func:`~.filters.survivors`;

@@ -91,6 +91,12 @@ class DraftingExecutable(FakeExecutable):
         self.steps.append((bucket, rows, tokens))
         return Step(results, kind.early)
 
+    def agrees(self, slot: int, start: int) -> bool:
+        """The host takes drafts back that came true behind a token which is followed by others now."""
+        taken_back = int(self._length[slot]) - start
+        forced = self._slots[slot]["masked"] and 0 < taken_back < self.plan.limits.max_gain
+        return forced or super().agrees(slot, start)
+
     def right(self, slot: int, place: int, sampled: int) -> int:
         """The draft for a place that is surely right, where ``sampled`` comes there if all may."""
         return sampled

@@ -168,6 +168,10 @@ class FakeExecutable:
             self._allowed[slot, : len(words)] = words
         draw()
 
+    def agrees(self, slot: int, start: int) -> bool:
+        """Whether the host may say that a sequence has this length."""
+        return self._length[slot] in (-1, start)
+
     def mask(self, slot: int, place: int) -> np.ndarray:
         """Of the masks that a slot has, that of the token in this place of its sequence."""
         masks = self._allowed[slot].reshape(-1, self.plan.limits.mask_words)
@@ -217,7 +221,7 @@ class FakeExecutable:
         if start < 0:
             start = int(self._length[slot])
             assert start >= 0, "a length is taken from the device that has none"
-        assert self._length[slot] in (-1, start), "host and device differ in the length of a sequence"
+        assert self.agrees(slot, start), "host and device differ in the length of a sequence"
         at = np.arange(start, start + count)
         given = step["token_ids"][first : first + count]
         tokens = np.where(given >= 0, given, self._history[slot, at])
