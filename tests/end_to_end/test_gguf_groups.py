@@ -25,6 +25,7 @@ from makeready.engine import llm as offline
 from makeready.engine.llm import LLM
 from makeready.graphs.executable.cpu.executable import CpuExecutable
 from makeready.graphs.executable.load import kv_pages
+from makeready.graphs.planner import compile as compiler
 from makeready.graphs.quant import gguf as stored
 
 Types = gguf.GGMLQuantizationType
@@ -47,13 +48,15 @@ def packed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Options of a plan for a GPU, which is interpreted in the place of being run."""
+def interpreted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Options of a plan for a GPU, which is interpreted in the place of being run, and has no kernels."""
 
     def load(plan: Any, checkpoint: Any, **_: Any) -> CpuExecutable:
         return CpuExecutable(plan, checkpoint, pages=kv_pages(plan, None), interpret=True)
 
     monkeypatch.setattr(offline, "load_executable", load)
+    monkeypatch.setenv("MAKEREADY_CACHE", str(tmp_path / "plans"))  # not among whole ones
+    monkeypatch.setattr(compiler, "_with_kernels", lambda plan, *rest: plan)
     return {"target": "sm_90a", "page_size": 64, "activation_dtype": "float16", "max_decode_buckets": 1}
 
 
@@ -185,7 +188,6 @@ def test_latent_attention(split: bool, tmp_path: Path) -> None:
     assert ops(llm)["linear_int"] >= 2 * 3
 
 
-@pytest.mark.slow
 def test_a_gpus_plan_interpreted(interpreted: dict[str, Any], tmp_path: Path) -> None:
     model, path = llama(tmp_path / "m.gguf", MIXED)
     llm = LLM(path, **{**PLAN, **interpreted})
