@@ -226,6 +226,13 @@ linear_few_int_zeros(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap w_ma
   run(Form{&x_map, &w_map, weight_scale, weight_zero},
       Call{nullptr, nullptr, BIAS ? bias : nullptr, y, tokens, outputs, inputs, y_stride});
 }
+#elif WIDE
+extern "C" __global__ void __launch_bounds__(288, BLOCKS) __cluster_dims__(SPLIT, 1, 1)
+linear_few_int_wide(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap w_map, const uint16_t* weight_scale,
+                    const uint16_t* bias, float* y, int tokens, int outputs, int inputs, int y_stride) {
+  run(Form{&x_map, &w_map, weight_scale, nullptr},
+      Call{nullptr, nullptr, BIAS ? bias : nullptr, y, tokens, outputs, inputs, y_stride});
+}
 #else
 extern "C" __global__ void __launch_bounds__(288, BLOCKS) __cluster_dims__(SPLIT, 1, 1)
 linear_few_int(GRID_CONSTANT TensorMap x_map, GRID_CONSTANT TensorMap w_map, const uint16_t* weight_scale,

@@ -52,19 +52,19 @@ _OPTIONAL = ("weight_zero", "weight_global_scale")
 def applies(call: OpCall) -> bool:
     """Whether it has few tokens, and groups that are whole spans of 128 inputs or lie in them.
 
-    Of the latter there are no zero points, and of the former no offsets.
+    Of the latter there are no zero points, and of the former no offsets; results in fp32 are of symmetric integers.
     """
     x, weight, y = (call.tensors[name] for name in ("x", "weight", "y"))
     inputs = int(x.shape[1])
     _, group, floats = form_of(call)
-    points = zero_bytes(call) == 1
+    points, symmetric = zero_bytes(call) == 1, not floats and not zero_bytes(call)
     return (
         not call.invariant
         and int(x.shape[0]) <= _MOST
         and (floats or (not offsets(call) if group % 128 == 0 else group in (16, 32, 64) and not points))
         and x.dtype in _WIDE
         and inputs % 64 == 0
-        and y.dtype in (x.dtype, "float32")
+        and (y.dtype == x.dtype or (y.dtype == "float32" and symmetric))
         and ("bias" not in call.tensors or call.tensors["bias"].dtype == x.dtype)
         and int(weight.shape[0]) % 4 == 0
         and _steps(call) >= 2
@@ -118,7 +118,7 @@ def candidate(call: OpCall, way: Way, *, give_up: int = 0) -> Candidate:
     """
     x, weight, y = (call.tensors[name] for name in ("x", "weight", "y"))
     zeros, (bits, group, floats) = "weight_zero" in call.tensors, form_of(call)
-    added = offsets(call)
+    added, wide = offsets(call), y.dtype == "float32"
     paired = "weight_global_scale" in call.tensors
     inputs = int(x.shape[1])
     constants = {
@@ -130,13 +130,13 @@ def candidate(call: OpCall, way: Way, *, give_up: int = 0) -> Candidate:
         **({"FLOATS": 1 + paired} if floats else {}),
         **({"BITS": bits} if bits != 4 else {}),
         "BIAS": "bias" in call.tensors,
-        "WIDE": y.dtype == "float32",
+        "WIDE": wide,
         "FP16": x.dtype == "float16",
     }
     outputs, words = (int(n) for n in weight.shape)
     rows = way.tokens if x.spare else int(x.shape[0])
     fixed = _fixed(call)
-    integers = "int_offsets" if added else "int_zeros" if zeros else "int"
+    integers = "int_offsets" if added else "int_zeros" if zeros else "int_wide" if wide else "int"
     entry = ("nvfp4" if paired else "mxfp4") if floats else integers
     arguments: dict[str, Argument] = {
         "x_map": Descriptor(
