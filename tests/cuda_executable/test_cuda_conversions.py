@@ -8,7 +8,10 @@ import pytest
 import torch
 from checkpoint_files import LLAMA, add_tensors, finish_gguf, start_gguf, state_dict
 from fake_driver import FakeBindings, real
+from gguf import GGMLQuantizationType
+from moe_models import gguf_file
 from plans import CONFIG, Loader, make_plan
+from reference import make_model
 from stored_gguf import MIXED, Writer
 from test_cuda_weights import check_loaded, write_folder
 
@@ -111,6 +114,17 @@ def test_blocks_of_gguf_are_made_integers(small, tmp_path):
     assert sum(len(conversion.runs) for conversion in plan.loading.conversions) > 40
     (operand, *_) = plan.loading.programs[0].program.buffers.values()
     assert operand.spec.dtype == "uint8"
+
+
+def test_blocks_of_experts_are_made_integers(small, tmp_path):
+    """Gates and ups of an expert lie one below the other, and the file has all experts' gates together."""
+    sizes = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
+    make_model(tmp_path, "qwen3_moe", **sizes)
+    path = gguf_file(tmp_path, "qwen3moe", GGMLQuantizationType.Q4_1)
+    loader = Loader()
+    plan = check_loaded(open_checkpoint(path), FakeBindings(on_kernel=loader), quant="stored")
+    assert sum(len(conversion.runs) for conversion in plan.loading.conversions) > 2 * 2 * 6
+    assert sum("zero" in weight.param.name for weight in plan.weights) == 2 * 2
 
 
 def test_addresses_are_multiples_of_what_kernels_were_compiled_for(small):

@@ -223,6 +223,19 @@ def test_experts_cross_compile_without_spilling(kind):
         assert made.waits
 
 
+@pytest.mark.slow
+@compiled
+@pytest.mark.parametrize("kind", ["q4_k", "q6_k"])
+def test_ampere_has_them_too(kind):
+    for T in (16, 200):
+        call = stored_call(
+            kind, T, 4096, 4096, features=frozenset(), shared_bytes=166912, multiprocessors=108
+        )
+        made = aot.compile_launch(linear_int_triton.candidates(call)[0].launches[0], call, 80)
+        assert made.spill_bytes == 0
+        assert "mma.sync" in made.ptx
+
+
 @compiled
 def test_groups_of_whole_spans_have_no_offsets():
     call = product_call(16, 256, 512, zeros="float16")
