@@ -219,7 +219,6 @@ def quantization(request: Request, target: Target, checkpoint: Checkpoint) -> Qu
     # Import torch: command lines do without.
     from makeready.graphs.quant.gguf import stored_blocks
     from makeready.graphs.quant.stored import discover, stored_scheme
-    from makeready.kernels.gguf import KINDS
 
     discover()
     stored = stored_scheme(checkpoint.config)
@@ -232,8 +231,8 @@ def quantization(request: Request, target: Target, checkpoint: Checkpoint) -> Qu
         blocks = stored_blocks(checkpoint, packed=target.is_cuda)
         if blocks is None:
             raise PlanError(
-                f"quant={AS_BLOCKS} multiplies GGUF's blocks as they are, and {checkpoint.path} has none of "
-                f"{', '.join(KINDS)}; leave it out"
+                f"quant={AS_BLOCKS} multiplies GGUF's blocks as they are, and {checkpoint.path} has none that "
+                "there are products for; leave it out"
             )
         return blocks
     if stored is not None:

@@ -16,6 +16,7 @@ from makeready.graphs.plan.recipe import Param, Piece
 from makeready.graphs.planner.ir import Call, Program
 from makeready.graphs.quant.gguf_groups import StoredGroups
 from makeready.kernels.gguf import KINDS, row_bytes, rows_text
+from makeready.kernels.gguf_groups import GROUPS
 from makeready.kernels.spec import TensorSpec
 
 
@@ -26,15 +27,16 @@ def stored_blocks(checkpoint: Checkpoint, *, packed: bool) -> StoredBlocks | Sto
         packed: they become integers with scales by groups, for a GPU; else they stay as they are.
     """
     kinds = {name: info.dtype for name, info in checkpoint.tensors.items() if info.kind == BLOCKS}
-    others = sorted(set(kinds.values()) - set(KINDS))
+    known = tuple(GROUPS) if packed else KINDS
+    others = sorted(set(kinds.values()) - {*known})
     if others:
         warnings.warn(
             f"{checkpoint.path}: blocks of {', '.join(others)} are widened when they are loaded; only "
-            f"{', '.join(KINDS)} are multiplied as they are stored",
+            f"{', '.join(known)} are multiplied as they are stored",
             CheckpointWarning,
             stacklevel=1,
         )
-    found = {name: kind for name, kind in kinds.items() if kind in KINDS}
+    found = {name: kind for name, kind in kinds.items() if kind in known}
     if not found:
         return None
     return StoredGroups(found) if packed else StoredBlocks(found)

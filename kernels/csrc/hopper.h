@@ -286,6 +286,11 @@ __device__ __forceinline__ uint32_t times2(uint32_t a, uint32_t b) {
   asm("mul.rn." ELEMENT "x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
   return r;
 }
+__device__ __forceinline__ uint32_t times_plus2(uint32_t a, uint32_t b, uint32_t c) {  // a * b + c, rounded once
+  uint32_t r;
+  asm("fma.rn." ELEMENT "x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
 __device__ __forceinline__ float half_as_float(uint16_t x) {  // of a float16
   float r;
   asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(x));

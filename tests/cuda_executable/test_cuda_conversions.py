@@ -6,10 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_files import LLAMA, add_tensors, finish_gguf, start_gguf, state_dict
 from fake_driver import FakeBindings, real
+from gguf import GGMLQuantizationType
+from moe_models import gguf_file
 from plans import CONFIG, Loader, make_plan
+from reference import make_model
+from stored_gguf import MIXED, Writer
 from test_cuda_weights import check_loaded, write_folder
 
+from makeready.graphs.checkpoint.base import open_checkpoint
 from makeready.graphs.checkpoint.dummy import DummyCheckpoint
 from makeready.graphs.executable.cuda import weights as cuda_weights
 from makeready.graphs.executable.cuda.driver import Driver, DriverError
@@ -93,6 +99,32 @@ def test_stored_scales_are_repeated_and_compared_on_the_way(small, said):
     plan = check_loaded(dummy(CONFIG | {"quantization_config": said}), bindings)
     assert plan.loading is None
     assert "cuLaunchKernel" not in bindings.calls
+
+
+def test_blocks_of_gguf_are_made_integers(small, tmp_path):
+    """Types that differ within a layer, rows that the file has in another order, tiles that end early."""
+    config = LLAMA | {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8}
+    config |= {"vocab_size": 131, "tie_word_embeddings": False}
+    writer = Writer(start_gguf(tmp_path / "m.gguf", "llama", config), MIXED)
+    add_tensors(writer, "llama", config, state_dict(config))
+    loader = Loader()
+    path = finish_gguf(writer.writer)
+    plan = check_loaded(open_checkpoint(path), FakeBindings(on_kernel=loader), quant="stored")
+    assert {name.split("-")[1] for name in loader.launched} == {"repack_gguf", "scales_gguf", "offsets_gguf"}
+    assert sum(len(conversion.runs) for conversion in plan.loading.conversions) > 40
+    (operand, *_) = plan.loading.programs[0].program.buffers.values()
+    assert operand.spec.dtype == "uint8"
+
+
+def test_blocks_of_experts_are_made_integers(small, tmp_path):
+    """Gates and ups of an expert lie one below the other, and the file has all experts' gates together."""
+    sizes = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
+    make_model(tmp_path, "qwen3_moe", **sizes)
+    path = gguf_file(tmp_path, "qwen3moe", GGMLQuantizationType.Q4_1)
+    loader = Loader()
+    plan = check_loaded(open_checkpoint(path), FakeBindings(on_kernel=loader), quant="stored")
+    assert sum(len(conversion.runs) for conversion in plan.loading.conversions) > 2 * 2 * 6
+    assert sum("zero" in weight.param.name for weight in plan.weights) == 2 * 2
 
 
 def test_addresses_are_multiples_of_what_kernels_were_compiled_for(small):

@@ -571,6 +571,9 @@ inline uint32_t half2_of_bf16(uint32_t x) {
 }
 inline uint32_t minus2(uint32_t a, uint32_t b) { return pack2(low2(a) - low2(b), high2(a) - high2(b)); }
 inline uint32_t times2(uint32_t a, uint32_t b) { return pack2(low2(a) * low2(b), high2(a) * high2(b)); }
+inline uint32_t times_plus2(uint32_t a, uint32_t b, uint32_t c) {
+  return pack2(low2(a) * low2(b) + low2(c), high2(a) * high2(b) + high2(c));
+}
 inline int __float_as_int(float x) { int r; memcpy(&r, &x, sizeof r); return r; }
 inline float __int_as_float(int x) { float r; memcpy(&r, &x, sizeof r); return r; }
 inline float half_as_float(uint16_t h) {

@@ -16,17 +16,17 @@ import pytest
 import torch
 import transformers
 from checkpoint_files import LLAMA, add_tensors, finish_gguf, start_gguf, state_dict
-from gguf_inputs import random_blocks
 from latent_gguf import latent_gguf
 from moe_models import gguf_file
 from reference import Recorder, compare, expected, make_model, poison_every_step, prompt_of
+from stored_gguf import MIXED, Writer
 
 from makeready.engine import llm as offline
 from makeready.engine.llm import LLM
 from makeready.graphs.executable.cpu.executable import CpuExecutable
 from makeready.graphs.executable.load import kv_pages
+from makeready.graphs.planner import compile as compiler
 from makeready.graphs.quant import gguf as stored
-from makeready.kernels.gguf_dequantize import BLOCK_TYPES
 
 Types = gguf.GGMLQuantizationType
 PLAN: dict[str, Any] = {"max_rows": 4, "max_tokens": 24, "page_size": 8, "quant": "stored"}
@@ -36,20 +36,6 @@ CONFIG = LLAMA | {
     "num_attention_heads": 8,
     "vocab_size": 131,
     "tie_word_embeddings": False,
-}
-# As Q4_K_M: some layers have Q6_K where others have Q4_K.
-MIXED = {
-    "blk.1.attn_v": Types.Q6_K,
-    "blk.1.ffn_down": Types.Q6_K,
-    "attn_q": Types.Q4_K,
-    "attn_k": Types.Q4_K,
-    "attn_v": Types.Q4_K,
-    "attn_output": Types.Q5_K,
-    "ffn_gate": Types.Q4_0,
-    "ffn_up": Types.Q4_1,
-    "ffn_down": Types.Q5_1,
-    "token_embd": Types.Q4_K,
-    "output": Types.Q6_K,
 }
 ROUNDED = 2e-3  # of logits: fp16 scales and offsets
 
@@ -62,44 +48,16 @@ def packed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Options of a plan for a GPU, which is interpreted in the place of being run."""
+def interpreted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Options of a plan for a GPU, which is interpreted in the place of being run, and has no kernels."""
 
     def load(plan: Any, checkpoint: Any, **_: Any) -> CpuExecutable:
         return CpuExecutable(plan, checkpoint, pages=kv_pages(plan, None), interpret=True)
 
     monkeypatch.setattr(offline, "load_executable", load)
+    monkeypatch.setenv("MAKEREADY_CACHE", str(tmp_path / "plans"))  # not among whole ones
+    monkeypatch.setattr(compiler, "_with_kernels", lambda plan, *rest: plan)
     return {"target": "sm_90a", "page_size": 64, "activation_dtype": "float16", "max_decode_buckets": 1}
-
-
-class Writer:
-    """A writer that stores weights in blocks, by the ends of their names; ``read`` holds what they stand for.
-
-    The gguf library does not make blocks of K types: theirs are random bytes, whose scales give numbers a usual size.
-    """
-
-    def __init__(self, writer: gguf.GGUFWriter, kinds: dict[str, Types]) -> None:
-        self.writer, self.kinds = writer, kinds
-        self.read: dict[str, np.ndarray] = {}
-
-    def add_tensor(self, name: str, values: np.ndarray) -> None:
-        kind = next((k for end, k in self.kinds.items() if name.endswith(f"{end}.weight")), None)
-        if kind is None:
-            self.writer.add_tensor(name, values)
-            return
-        blocks = gguf.quants.quantize(values, kind) if "K" not in kind.name else self._random(values, kind)
-        self.read[name] = gguf.quants.dequantize(blocks, kind)
-        self.writer.add_tensor(name, blocks, raw_dtype=kind)
-
-    def _random(self, values: np.ndarray, kind: Types) -> np.ndarray:
-        raw = random_blocks(kind.name.lower(), *values.shape, seed=len(self.read))
-        size = values.std() / gguf.quants.dequantize(raw, kind).std()
-        records = raw.reshape(-1, BLOCK_TYPES[kind.name.lower()].sizes[1]).view(
-            BLOCK_TYPES[kind.name.lower()].layout
-        )
-        for field in {"d", "dmin"} & {*(records.dtype.names or ())}:
-            records[field] = (records[field] * size).astype(np.float16)
-        return raw
 
 
 def llama(path: Path, kinds: dict[str, Types], **config: Any) -> tuple[Any, Path]:
@@ -230,7 +188,6 @@ def test_latent_attention(split: bool, tmp_path: Path) -> None:
     assert ops(llm)["linear_int"] >= 2 * 3
 
 
-@pytest.mark.slow
 def test_a_gpus_plan_interpreted(interpreted: dict[str, Any], tmp_path: Path) -> None:
     model, path = llama(tmp_path / "m.gguf", MIXED)
     llm = LLM(path, **{**PLAN, **interpreted})

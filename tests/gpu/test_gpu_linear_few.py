@@ -17,6 +17,7 @@ if torch.cuda.get_device_capability()[0] != 9:
 from benchmarks.gpu import gemm_int4, launcher
 from benchmarks.gpu.shapes import SPARE
 from case import Random
+from int_inputs import int_weights, offsets
 from mx_inputs import WEIGHTS
 
 from makeready.kernels.contract import CONTRACTS
@@ -147,6 +148,33 @@ def test_four_bits(T: int, N: int, K: int, zeros: bool) -> None:
             )
             error = float((y.double() - want).norm() / want.norm())
             assert error <= ERROR[torch.bfloat16], f"{way.name} of {call.dims} is off by {error:.1e}"
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "zeros"),
+    [(8, 128, "uint8"), (8, 0, ""), (4, 32, "float16"), (8, 16, ""), (8, 32, "float16")],
+)
+@pytest.mark.parametrize(
+    ("T", "N", "K"), [(1, 64, 512), (7, 200, 1152), (16, 4096, 4096), (31, 6148, 12288), (64, 6144, 4096)]
+)
+def test_eight_bits_and_groups_in_spans(T: int, N: int, K: int, bits: int, group: int, zeros: str) -> None:
+    random, group = Random(T + N), group or K
+    made = int_weights(random, N, K, bits, group, zeros=zeros == "uint8")
+    made |= {"weight_zero": offsets(random, N, K, group)} if zeros == "float16" else {}
+    tensors = {"x": gemm_int4.activations(T, K), **{name: tensor.cuda() for name, tensor in made.items()}}
+    attrs = {"bits": bits, "group": group, "out_dtype": ""}
+    call = launcher.op_call(CONTRACTS["linear_int"], tensors, attrs, spare=True)
+    assert linear_few_int_cuda.applies(call)
+    wide = {name: tensor.cpu() for name, tensor in tensors.items()}
+    wide["x"] = wide["x"].double()
+    want = CONTRACTS["linear_int"].reference(**wide, **{**attrs, "out_dtype": "float64"}).cuda()
+    for way in linear_few_int_cuda.ways(call):
+        for give_up in (GIVE_UP, 0):
+            candidate = linear_few_int_cuda.candidate(call, way, give_up=give_up)
+            y, again = (launcher.run(candidate, call, tensors)["y"] for _ in range(2))
+            assert torch.equal(y.view(torch.uint8), again.view(torch.uint8)), way.name
+            error = float((y.double() - want).norm() / want.norm())
+            assert error <= 1.7 * ERROR[torch.bfloat16], f"{way.name} of {call.dims} is off by {error:.1e}"
 
 
 @pytest.mark.parametrize("form", WEIGHTS)

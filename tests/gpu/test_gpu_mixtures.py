@@ -14,10 +14,12 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
+from gguf import GGMLQuantizationType as Types
+from moe_models import gguf_file
 from scripted_steps import SMALL, play, write_checkpoint
 from test_gpu_quantized import REQUEST, check_weights, same, target
 
-from makeready.graphs.checkpoint.base import Checkpoint
+from makeready.graphs.checkpoint.base import Checkpoint, open_checkpoint
 from makeready.graphs.executable.cpu.executable import CpuExecutable
 from makeready.graphs.executable.cuda.executable import CudaExecutable
 from makeready.graphs.executable.load import load_executable
@@ -90,6 +92,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "qwen3-int4": (QWEN3, {"quant": "int4"}),
     "qwen3-mxfp4": (QWEN3, {"quant": "mxfp4"}),
     "qwen3-nvfp4": (QWEN3, {"quant": "nvfp4"}),
+    "qwen3-gguf": (QWEN3, {"quant": "stored"}),
     "qwen3-fp8-block": (QWEN3, {"quant": "fp8_block"}),
     "qwen3-deterministic": (QWEN3, {"deterministic": True}),
     "qwen2": (QWEN2, {}),
@@ -111,7 +114,10 @@ TOLERANCE, MOST_BEYOND = {16: 0.03, 8: 0.12}, 0.2
 @pytest.fixture(scope="module", params=CASES)
 def case(request, tmp_path_factory) -> tuple[str, Plan, Checkpoint]:
     config, asked = CASES[request.param]
-    checkpoint = write_checkpoint(tmp_path_factory.mktemp(request.param), config)
+    folder = tmp_path_factory.mktemp(request.param)
+    checkpoint = write_checkpoint(folder, config)
+    if asked.get("quant") == "stored":  # experts in blocks, all else wide
+        checkpoint = open_checkpoint(gguf_file(folder, "qwen3moe", Types.Q4_1))
     return request.param, compile_plan(checkpoint, target=target(), **REQUEST, **asked), checkpoint
 
 

@@ -15,10 +15,13 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
+from checkpoint_files import add_tensors, finish_gguf, start_gguf
+from safetensors.torch import load_file
 from scripted_steps import SMALL, Played, play, write_checkpoint
 from smoothed import Smoothed
+from stored_gguf import MIXED, Writer
 
-from makeready.graphs.checkpoint.base import Checkpoint
+from makeready.graphs.checkpoint.base import Checkpoint, open_checkpoint
 from makeready.graphs.checkpoint.dummy import DummyCheckpoint
 from makeready.graphs.executable.cpu.executable import CpuExecutable
 from makeready.graphs.executable.cpu.weights import load_weights
@@ -89,6 +92,17 @@ MXFP4 = {
     },
 }
 NVFP4 = {"quant_method": "modelopt", "quant_algo": "W4A16_NVFP4", "ignore": ["lm_head"]}
+SEVERAL = {
+    "quant_method": "modelopt",
+    "quant_algo": "MIXED_PRECISION",
+    "quantized_layers": {
+        "model.layers.0.self_attn": {"quant_algo": "FP8"},
+        "model.layers.1.self_attn": {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"},
+        **{
+            f"model.layers.{layer}.mlp": {"quant_algo": "W4A16_NVFP4", "group_size": 16} for layer in range(3)
+        },
+    },
+}
 STATIC = {"quant_method": "fp8", "activation_scheme": "static"}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "fp8": ({}, {"quant": "fp8"}),
@@ -114,6 +128,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "awq-beyond": ({"quantization_config": {**AWQ, "group_size": 32}, "intermediate_size": 480}, {}),
     "gptq-8": ({"quantization_config": GPTQ}, {}),
     "packed": ({"quantization_config": PACKED}, {}),
+    "stored-gguf": ({}, {"quant": "stored"}),
+    "stored-gguf-fp16": ({}, {"quant": "stored", "activation_dtype": "float16"}),
+    "stored-gguf-one-layer": ({"num_hidden_layers": 1}, {"quant": "stored"}),
+    "several-of-modelopt": ({"quantization_config": SEVERAL}, {}),
 }
 
 
@@ -125,17 +143,26 @@ def target() -> str:
     return found.name
 
 
-def checkpoint_of(config: dict[str, Any], folder: Path) -> Checkpoint:
+def checkpoint_of(config: dict[str, Any], asked: dict[str, Any], folder: Path) -> Checkpoint:
     """Files where loading quantizes, a dummy of what a checkpoint stores quantized."""
     if "quantization_config" in config:
         return DummyCheckpoint(SMALL | config, None, 0)
-    return write_checkpoint(folder, SMALL | config)
+    written = write_checkpoint(folder, SMALL | config)
+    return in_blocks(folder, SMALL | config) if asked.get("quant") == "stored" else written
+
+
+def in_blocks(folder: Path, config: dict[str, Any]) -> Checkpoint:
+    """The checkpoint in ``folder`` as a GGUF file of several block types."""
+    writer = Writer(start_gguf(folder / "m.gguf", "qwen3", config), MIXED)
+    writer.writer.add_rope_freq_base(config["rope_theta"])
+    add_tensors(writer, "qwen3", config, load_file(folder / "model.safetensors"))  # pyright: ignore[reportArgumentType]
+    return open_checkpoint(finish_gguf(writer.writer))
 
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request, tmp_path_factory) -> tuple[Plan, Checkpoint]:
     config, asked = CASES[request.param]
-    checkpoint = checkpoint_of(config, tmp_path_factory.mktemp(request.param))
+    checkpoint = checkpoint_of(config, asked, tmp_path_factory.mktemp(request.param))
     return compile_plan(checkpoint, target=target(), **REQUEST, **asked), checkpoint
 
 

@@ -25,7 +25,7 @@ from test_small_triton import INTERPRETED, aot, check_interpreted, op_call
 
 from makeready.kernels import embedding_int_triton, gguf_groups_triton, registry
 from makeready.kernels.contract import CONTRACTS
-from makeready.kernels.gemm import linear_int_triton
+from makeready.kernels.gemm import linear_few_int_cuda, linear_int_triton
 from makeready.kernels.gemm.linear_int_tiling import tilings
 from makeready.kernels.gguf import row_bytes
 from makeready.kernels.gguf_groups import GROUPS
@@ -190,6 +190,27 @@ def test_products_cross_compile_without_spilling(kind):
 
 @pytest.mark.slow
 @compiled
+@pytest.mark.parametrize("kind", ["q4_0", "q4_k", "q5_k", "q6_k"])
+def test_products_of_few_tokens_compile_without_spilling(kind):
+    """In CUDA C++: every way of one shape, and one whose results are fp32 as a head's."""
+    for T in (1, 16, 24, 64):
+        call = stored_call(kind, T, *MATRICES["down"])
+        assert linear_few_int_cuda.applies(call)
+        calls = [(call, way) for way in linear_few_int_cuda.ways(call)]
+        head = stored_call(kind, T, *MATRICES["qkv"], out_dtype="float32")
+        assert linear_few_int_cuda.applies(head) == (not GROUPS[kind].offsets)
+        calls += [(head, linear_few_int_cuda.ways(head)[0])] if not GROUPS[kind].offsets else []
+        for call, way in calls:
+            (node,) = linear_few_int_cuda.candidate(call, way).launches
+            made = aot.compile_launch(node, call)
+            assert made.spill_bytes == 0, (way.name, made.spill_bytes)
+            together = 2 if made.shared < 114 * 1024 else 1
+            assert together * (made.shared + 1024) <= 233472, way.name
+            assert together * 288 * -(-made.registers // 8) * 8 <= 65536, (way.name, made.registers)
+
+
+@pytest.mark.slow
+@compiled
 @pytest.mark.parametrize("kind", ["q4_k", "q6_k"])
 def test_experts_cross_compile_without_spilling(kind):
     form = GROUPS[kind]
@@ -200,6 +221,19 @@ def test_experts_cross_compile_without_spilling(kind):
         made = aot.compile_launch(experts_int_triton.emit(call, way).launches[0], call)
         assert made.spill_bytes == 0, (way.name, made.spill_bytes)
         assert made.waits
+
+
+@pytest.mark.slow
+@compiled
+@pytest.mark.parametrize("kind", ["q4_k", "q6_k"])
+def test_ampere_has_them_too(kind):
+    for T in (16, 200):
+        call = stored_call(
+            kind, T, 4096, 4096, features=frozenset(), shared_bytes=166912, multiprocessors=108
+        )
+        made = aot.compile_launch(linear_int_triton.candidates(call)[0].launches[0], call, 80)
+        assert made.spill_bytes == 0
+        assert "mma.sync" in made.ptx
 
 
 @compiled

@@ -127,7 +127,17 @@ def test_products(T, N, K, bits, group, zeros, bias):
 
 
 def product_call(
-    T, N, K, bits=4, group=128, zeros=None, bias=False, features=HOPPER, dtype="bfloat16", **options
+    T,
+    N,
+    K,
+    bits=4,
+    group=128,
+    zeros=None,
+    bias=False,
+    features=HOPPER,
+    dtype="bfloat16",
+    out_dtype="",
+    **options,
 ):
     """A call as the planner makes it, without operands; ``zeros`` is their dtype."""
     groups, dtypes = -(-K // group), {"weight": "int16", "weight_scale": "float16", "weight_zero": zeros}
@@ -135,7 +145,7 @@ def product_call(
     shapes |= {"weight_zero": shapes["weight_scale"]} if zeros else {}
     shapes |= {"bias": (N,)} if bias else {}
     specs = {name: TensorSpec(shape, dtypes.get(name, dtype)) for name, shape in shapes.items()}
-    attrs = {"bits": bits, "group": group, "out_dtype": ""}
+    attrs = {"bits": bits, "group": group, "out_dtype": out_dtype}
     contract = CONTRACTS["linear_int"]
     specs |= contract.infer(specs, attrs)
     tensors = {

@@ -1,8 +1,8 @@
 """Projections of few tokens on the present GPU: every way of csrc/few.h beside the floor and Triton's choice.
 
-Matrices of Qwen3-8B, Qwen3-30B-A3B and DeepSeek-V2-Lite, 16 bits, 8 with both kinds of scales, and 4. Weights rotate
-over enough copies that none is left in L2 when its turn comes again, and every launch may start before the one ahead
-has ended.
+Matrices of Qwen3-8B, Qwen3-30B-A3B and DeepSeek-V2-Lite, 16 bits, 8 with both kinds of scales, and weights alone of
+4 and 8 bits, as GGUF's blocks, too. Weights rotate over enough copies that none is left in L2 when its turn comes
+again, and every launch may start before the one ahead has ended.
 """
 
 from __future__ import annotations
@@ -33,29 +33,34 @@ WRONG = 6e-3  # relative error from which a result is no rounding
 QWEN3_8B = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (24576, 4096), "down": (4096, 12288)}
 QWEN3_30B = {"qkv30": (5120, 2048), "o30": (2048, 4096)}
 V2_LITE = {"q_kv_a": (3648, 2048), "o_lite": (2048, 2048), "shared": (5632, 2048), "down_lite": (2048, 2816)}
+# Of weights alone: bits, inputs of a group, whether there are offsets.
+INTEGERS = {"int4": (4, 128, False), "w8a16": (8, 128, False), "q4_k": (4, 32, True), "q6_k": (8, 16, False)}
 KINDS: Mapping[str, Mapping[str, tuple[int, int]]] = {
     "bf16": QWEN3_8B | V2_LITE,
     "rows": QWEN3_8B,
     "groups": QWEN3_30B,
-    "int4": QWEN3_8B,
+    **dict.fromkeys(INTEGERS, QWEN3_8B),
 }
 _TRITON = {
     "bf16": linear_cuda,
     "rows": linear_fp8_cuda,
     "groups": linear_fp8_block_cuda,
-    "int4": linear_int_cuda,
+    **dict.fromkeys(INTEGERS, linear_int_cuda),
 }
 _CONTRACTS = {
     "bf16": linear,
     "rows": gemm_fp8.contract_of("rows"),
     "groups": gemm_fp8.contract_of("groups"),
-    "int4": linear_int,
+    **dict.fromkeys(INTEGERS, linear_int),
 }
 _BYTES = {
     "bf16": (2.0, 2.0),
     "rows": (1.0, 1.0),
     "groups": (1.0, 1.0),
-    "int4": (0.5 + 2 / 128, 2.0),
+    **{
+        kind: (bits / 8 + (4 if offsets else 2) / group, 2.0)
+        for kind, (bits, group, offsets) in INTEGERS.items()
+    },
 }  # weights, tokens
 
 Tensors = dict[str, torch.Tensor]
@@ -63,8 +68,8 @@ Tensors = dict[str, torch.Tensor]
 
 def operands(kind: str, T: int, N: int, K: int, *, seed: int = 0, device: str = "cuda") -> Tensors:
     """Random operands whose activations are followed by rows that maps may reach; without memory on device meta."""
-    if kind == "int4":
-        return {"x": gemm_int4.activations(T, K, device), **gemm_int4.operands(N, K, False, device, seed)}
+    if kind in INTEGERS:
+        return {"x": gemm_int4.activations(T, K, device), **_integers(kind, N, K, device, seed)}
     if kind != "bf16":
         if device == "meta":
             return gemm_fp8.shapes(T, N, K, kind)
@@ -73,9 +78,29 @@ def operands(kind: str, T: int, N: int, K: int, *, seed: int = 0, device: str = 
     return {"x": x, "weight": torch.randn(N, K, device=device, dtype=torch.bfloat16) * 0.02}
 
 
+def _integers(kind: str, N: int, K: int, device: str, seed: int) -> Tensors:
+    bits, group, offsets = INTEGERS[kind]
+    generator = torch.Generator(device).manual_seed(seed) if device != "meta" else None
+    tiled = (-(-N // 64), -(-K // group), 64)
+    made = {
+        "weight": torch.empty(N, -(-K // 128) * 8 * bits, dtype=torch.int16, device=device),
+        "weight_scale": torch.empty(tiled, dtype=torch.float16, device=device),
+    }
+    if offsets:
+        made["weight_zero"] = torch.empty(tiled, dtype=torch.float16, device=device)
+    if generator is not None:
+        made["weight"].random_(-(2**15), 2**15, generator=generator)
+        made["weight_scale"].uniform_(0.032 / 2**bits, 0.096 / 2**bits, generator=generator)
+        if offsets:
+            made["weight_zero"].normal_(0, 0.005, generator=generator)
+    return made
+
+
 def call_of(kind: str, tensors: Tensors) -> OpCall:
     """The call, as a plan has it."""
-    attrs: dict[str, Any] = gemm_int4.ATTRS if kind == "int4" else {"out_dtype": "bfloat16"}
+    attrs: dict[str, Any] = {"out_dtype": "bfloat16"}
+    if kind in INTEGERS:
+        attrs = {"bits": INTEGERS[kind][0], "group": INTEGERS[kind][1]}
     if kind == "groups":
         attrs = {**attrs, "block": 128}
     return launcher.op_call(_CONTRACTS[kind], tensors, attrs, spare=True)
@@ -91,7 +116,7 @@ def cases() -> Iterator[tuple[str, str, int, int, int]]:
 
 def ways_of(kind: str, call: OpCall) -> list[Candidate]:
     """Triton's first, then all of the kernel's own, the cheapest first by its model."""
-    kernel = linear_few_int_cuda if kind == "int4" else linear_few_cuda
+    kernel = linear_few_int_cuda if kind in INTEGERS else linear_few_cuda
     own = [kernel.candidate(call, way) for way in kernel.ways(call)] if kernel.applies(call) else []
     return [_TRITON[kind](call)[0], *own]
 
@@ -136,7 +161,7 @@ def measure(note: Callable[[str], None]) -> list[dict[str, Any]]:
 
 
 def _time(kind: str, call: OpCall, sets: Sequence[Tensors]) -> dict[str, dict[str, float]]:
-    wide = {k: v if kind == "int4" and k != "x" else v.float() for k, v in sets[0].items()}
+    wide = {k: v if kind in INTEGERS and k != "x" else v.float() for k, v in sets[0].items()}
     want = _CONTRACTS[kind].reference(**wide, **{**call.attrs, "out_dtype": "float32"})
     made = {}
     for way in ways_of(kind, call):

@@ -1,0 +1,55 @@
+"""GGUF files in blocks of every type, and the numbers that they stand for."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+from gguf_inputs import random_blocks
+
+from makeready.kernels.gguf_dequantize import BLOCK_TYPES
+
+Types = gguf.GGMLQuantizationType
+# As Q4_K_M: some layers have Q6_K where others have Q4_K.
+MIXED = {
+    "blk.1.attn_v": Types.Q6_K,
+    "blk.1.ffn_down": Types.Q6_K,
+    "attn_q": Types.Q4_K,
+    "attn_k": Types.Q4_K,
+    "attn_v": Types.Q4_K,
+    "attn_output": Types.Q5_K,
+    "ffn_gate": Types.Q4_0,
+    "ffn_up": Types.Q4_1,
+    "ffn_down": Types.Q5_1,
+    "token_embd": Types.Q4_K,
+    "output": Types.Q6_K,
+}
+
+
+class Writer:
+    """A writer that stores weights in blocks, by the ends of their names; ``read`` holds what they stand for.
+
+    The gguf library does not make blocks of K types: theirs are random bytes, whose scales give numbers a usual size.
+    """
+
+    def __init__(self, writer: gguf.GGUFWriter, kinds: dict[str, Types]) -> None:
+        self.writer, self.kinds = writer, kinds
+        self.read: dict[str, np.ndarray] = {}
+
+    def add_tensor(self, name: str, values: np.ndarray) -> None:
+        kind = next((k for end, k in self.kinds.items() if name.endswith(f"{end}.weight")), None)
+        if kind is None:
+            self.writer.add_tensor(name, values)
+            return
+        blocks = gguf.quants.quantize(values, kind) if "K" not in kind.name else self._random(values, kind)
+        self.read[name] = gguf.quants.dequantize(blocks, kind)
+        self.writer.add_tensor(name, blocks, raw_dtype=kind)
+
+    def _random(self, values: np.ndarray, kind: Types) -> np.ndarray:
+        raw = random_blocks(kind.name.lower(), *values.shape, seed=len(self.read))
+        size = values.std() / gguf.quants.dequantize(raw, kind).std()
+        records = raw.reshape(-1, BLOCK_TYPES[kind.name.lower()].sizes[1]).view(
+            BLOCK_TYPES[kind.name.lower()].layout
+        )
+        for field in {"d", "dmin"} & {*(records.dtype.names or ())}:
+            records[field] = (records[field] * size).astype(np.float16)
+        return raw
