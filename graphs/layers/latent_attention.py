@@ -16,7 +16,7 @@ from makeready.graphs.layers.parameter import Parameter, parameter
 from makeready.graphs.models.family import UnsupportedModelError
 from makeready.graphs.plan.recipe import Each, Piece
 from makeready.graphs.plan.spec import KVPart
-from makeready.kernels.attention import mla
+from makeready.kernels.attention import mla, mla_scaled
 from makeready.kernels.attention.formats import PER_TOKEN_HEAD
 from makeready.kernels.attention.mla_attention import mla_attention
 
@@ -59,7 +59,7 @@ class LatentAttention(nn.Module):
 
     Args:
         source: checkpoint prefix, ``model.layers.3.self_attn``.
-        name: prefix of its cache tensor, ``layers.3``.
+        name: prefix of its cache tensors, ``layers.3``.
         activation: the plan's dtype of activations, which ``kv_b`` is kept in: attention multiplies by it in
             more than one way, so no quantization applies.
     """
@@ -67,7 +67,7 @@ class LatentAttention(nn.Module):
     def __init__(self, source: str, name: str, config: LatentConfig, *, activation: str) -> None:
         super().__init__()
         self.config = c = config
-        self.name = f"{name}.latent"
+        self.name, self.activation = name, activation
         queries = c.heads * (c.nope + c.rope)
         if c.q_rank:
             self.q_a = Linear(f"{source}.q_a_proj", c.q_rank, c.hidden, bias=c.bias, shard=WHOLE)
@@ -81,30 +81,41 @@ class LatentAttention(nn.Module):
         self.kv_b = _kv_b(source, c, activation)
         self.o = Linear(f"{source}.o_proj", c.hidden, c.heads * c.value, bias=c.bias, shard=BY_INPUTS)
 
-    def kv_parts(self, page_size: int, dtype: str) -> tuple[KVPart]:
-        """The layer's cache tensor: latents, without heads.
+    def kv_parts(self, page_size: int, dtype: str) -> tuple[KVPart, ...]:
+        """The layer's cache: latents, without heads; in 8 bits with a scale for each token, rotated features apart.
 
         Raises:
-            UnsupportedModelError: a scale for each token and head was asked for.
+            UnsupportedModelError: 4 bits were asked for.
         """
-        if dtype in PER_TOKEN_HEAD:
+        rank, rope, found = self.config.rank, self.config.rope, PER_TOKEN_HEAD.get(dtype)
+        if found is None:
+            return (KVPart(f"{self.name}.latent", (page_size, rank + rope), dtype),)
+        if found.bits != 8:
             raise UnsupportedModelError(
-                f"kv.dtype={dtype} is for keys and values of heads, and this model caches latents; "
-                "choose kv.dtype=float8_e4m3fn, which keeps them in 8 bits without scales"
+                f"kv.dtype={dtype} is for keys and values of heads, and this model caches latents; choose "
+                "kv.dtype=int8_per_token_head or fp8_per_token_head, which keep them in 8 bits"
             )
-        return (KVPart(self.name, (page_size, self.config.rank + self.config.rope), dtype),)
+        return (
+            KVPart(f"{self.name}.latent", (page_size, rank), found.dtype),
+            KVPart(f"{self.name}.rope", (page_size, rope), self.activation),
+            KVPart(f"{self.name}.scales", (page_size, 1), "float32"),
+        )
 
     def forward(self, x_TC: torch.Tensor, rows_TQ: torch.Tensor, inputs: Inputs) -> torch.Tensor:
-        c, cache = self.config, inputs.kv(self.name)
+        c, cache = self.config, [inputs.kv(f"{self.name}.latent")]
+        write, attention = mla.mla_write, mla_attention
+        if any(part.name == f"{self.name}.scales" for part in inputs.cache.parts):
+            cache += [inputs.kv(f"{self.name}.{part}") for part in ("rope", "scales")]
+            write, attention = mla_scaled.mla_write_scaled, mla_scaled.mla_attention_scaled
         # Queries first: their rows are whole 8-bit blocks, behind which those of latents merge.
         q = self.q(self.q_norm(self.q_a(x_TC)) if c.q_rank else x_TC)
         kv = self.kv_a(x_TC)
-        latent = mla.mla_write(
-            kv, rows_TQ, self.kv_norm, inputs.kv_slot, cache,
+        latent = write(
+            kv, rows_TQ, self.kv_norm, inputs.kv_slot, *cache,
             rank=c.rank, rope=c.rope, eps=c.norm_eps, interleaved=c.interleaved,
         )  # fmt: skip
-        y = mla_attention(
-            q, latent, self.kv_b, rows_TQ, cache,
+        y = attention(
+            q, latent, self.kv_b, rows_TQ, *cache,
             inputs.page_table, inputs.query_start, inputs.query_len, inputs.context_len,
             heads=c.heads, nope=c.nope, rope=c.rope, value=c.value, rank=c.rank,
             scale=c.scale, interleaved=c.interleaved,

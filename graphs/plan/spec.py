@@ -263,11 +263,12 @@ class CacheSpec:
         """Whose windows and states are kept where memory holds ``pages``, the null page included.
 
         A row takes its blocks and pages for ``context`` tokens, a snapshot goes with as many tokens of pages that are
-        cached. So memory is all rows' first, or that of as many rows as get both, then that of snapshots.
+        cached. So memory is all rows' first, or that of as many rows as get both; then that of pages until a row of
+        full context has its own; then that of snapshots.
         """
         each = -(-min(self.context, limits.context_len) // self.page_size)
         rows = max(1, min(limits.max_rows, (pages - 1) // each))
-        cached = max(0, pages - 1 - limits.max_rows * each) // each
+        cached = max(0, pages - 1 - max(limits.max_rows * each, limits.pages_per_row)) // each
         return Split(rows, cached if self.snapshots is None else self.snapshots)
 
     def blocks(self, pages: int, limits: Limits) -> dict[str, int]:

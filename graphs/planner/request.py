@@ -55,8 +55,8 @@ class Request:
             GGUF's.
         kv_dtype: how keys and values are kept: float32, bfloat16, float16; ``float8_e4m3fn`` (or ``fp8_e4m3``), 8-bit
             floats as they are, which saturate at 448; ``int8_per_token_head`` (or ``int8``), ``fp8_per_token_head``
-            and ``int4_per_token_head`` (or ``int4``) with a scale for each token and head. None takes the
-            activations'.
+            and ``int4_per_token_head`` (or ``int4``) with a scale for each token and head, the first two also of
+            latents, for each token. None takes the activations'.
         kv_state_dtype: how recurrent states are kept, of models that have them: float32, or bfloat16, half the bytes:
             states are rounded whenever a step leaves them, so that an answer may depend on where its prompt was cut,
             but for deterministic plans, which round behind every token.

@@ -50,11 +50,13 @@ class _Calls:
         return self.call.result if value == "y" else f"{self.call.result}.{value}"
 
 
-def _absorbed(attention: str) -> Any:
+def absorbed(attention: str) -> Any:
+    """What latent attention becomes where ``attention`` has all keys."""
+
     def calls(program: Any, call: Any) -> list[Any]:
         made = _Calls(call)
         made.add("mla_absorb", {"y": "absorbed"}, {})
-        logarithms = {"log_sum": "log_sum"} if attention == "mla_extend_attention" else {}
+        logarithms = {"log_sum": "log_sum"} if attention.startswith("mla_extend") else {}
         made.add(attention, {"y": "latents", **logarithms}, {"q": "absorbed"}, own=True)
         made.add("mla_values", {"y": "y"}, {"x": "latents"})
         return made.made
@@ -62,19 +64,24 @@ def _absorbed(attention: str) -> Any:
     return calls
 
 
-def _merged(program: Any, call: Any) -> list[Any]:
-    made, rank = _Calls(call), call.attrs["rank"]
-    made.add("columns", {"y": "normed"}, {"x": "latent"}, start=0, stop=rank)
-    made.add("linear", {"y": "kv"}, {"x": "normed", "weight": "kv_b"})
-    made.add("mla_rope", {"y": "turned"}, {})
-    made.add("mla_own_attention", {"y": "own", "log_sum": "own_sum"}, {"q": "turned", "kv": "kv"})
-    made.add("mla_absorb", {"y": "absorbed"}, {})
-    latents = {"y": "latents", "log_sum": "before_sum"}
-    made.add("mla_extend_attention", latents, {"q": "absorbed"}, own=False)
-    made.add("mla_values", {"y": "before"}, {"x": "latents"})
-    parts = {"x": "own", "x_log_sum": "own_sum", "y": "before", "y_log_sum": "before_sum"}
-    made.add("merge_attention", {"z": "y"}, parts)
-    return made.made
+def merged(attention: str) -> Any:
+    """What it becomes where ``attention`` has the keys before the step alone."""
+
+    def calls(program: Any, call: Any) -> list[Any]:
+        made, rank = _Calls(call), call.attrs["rank"]
+        made.add("columns", {"y": "normed"}, {"x": "latent"}, start=0, stop=rank)
+        made.add("linear", {"y": "kv"}, {"x": "normed", "weight": "kv_b"})
+        made.add("mla_rope", {"y": "turned"}, {})
+        made.add("mla_own_attention", {"y": "own", "log_sum": "own_sum"}, {"q": "turned", "kv": "kv"})
+        made.add("mla_absorb", {"y": "absorbed"}, {})
+        latents = {"y": "latents", "log_sum": "before_sum"}
+        made.add(attention, latents, {"q": "absorbed"}, own=False)
+        made.add("mla_values", {"y": "before"}, {"x": "latents"})
+        parts = {"x": "own", "x_log_sum": "own_sum", "y": "before", "y_log_sum": "before_sum"}
+        made.add("merge_attention", {"z": "y"}, parts)
+        return made.made
+
+    return calls
 
 
 @contract(
@@ -86,10 +93,10 @@ def _merged(program: Any, call: Any) -> list[Any]:
     rate="q",
     traffic={"cache": "R*context*(rank+rope)"},
     expands={
-        "decode": _absorbed("mla_decode_attention"),
-        "verify": _absorbed("mla_extend_attention"),
-        INVARIANT: _absorbed("mla_extend_attention"),
-        ANY: _merged,
+        "decode": absorbed("mla_decode_attention"),
+        "verify": absorbed("mla_extend_attention"),
+        INVARIANT: absorbed("mla_extend_attention"),
+        ANY: merged("mla_extend_attention"),
     },
 )
 def mla_attention(
@@ -116,9 +123,9 @@ def mla_attention(
     ``q`` is not rotated yet. ``latent`` is what the step's tokens put into the cache, before its dtype rounded it.
     """
     by: dict[str, Any] = {"heads": heads, "nope": nope, "value": value, "rank": rank}
-    absorbed = mla.mla_absorb.reference(q, rows, kv_b, rope=rope, interleaved=interleaved, **by)
+    queries = mla.mla_absorb.reference(q, rows, kv_b, rope=rope, interleaved=interleaved, **by)
     latents, _ = mla.mla_extend_attention.reference(
-        absorbed, cache, page_table, query_start, query_len, context_len,
+        queries, cache, page_table, query_start, query_len, context_len,
         heads=heads, rank=rank, rope=rope, scale=scale, own=True,
     )  # fmt: skip
     return mla.mla_values.reference(latents, kv_b, **by)

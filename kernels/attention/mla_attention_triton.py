@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from makeready.kernels.attention.mla import mla_decode_attention, mla_extend_attention
 from makeready.kernels.attention.mla_latents_tiling import LEAST, Tiling, padded, tilings
+from makeready.kernels.attention.mla_scaled import mla_decode_attention_scaled, mla_extend_attention_scaled
 from makeready.kernels.device import Argument, Candidate, DeviceLaunch, OpCall, Pointer, Scalar, Scratch
 from makeready.kernels.registry import cuda_kernel
 from makeready.kernels.row_tiles import power_of_two
@@ -21,12 +22,14 @@ def _sixteen_bits(call: OpCall) -> bool:
 
 
 @cuda_kernel(mla_decode_attention, "latents", applies=_sixteen_bits)
+@cuda_kernel(mla_decode_attention_scaled, "latents", applies=_sixteen_bits)
 def mla_decode_attention_cuda(call: OpCall) -> Sequence[Candidate]:
     """Whole items and items that are cut, best first by the model of mla_latents_tiling.py."""
     return [candidate(call, tiling) for tiling in tilings(call)]
 
 
 @cuda_kernel(mla_extend_attention, "latents", applies=_sixteen_bits, invariant=True)
+@cuda_kernel(mla_extend_attention_scaled, "latents", applies=_sixteen_bits, invariant=True)
 def mla_extend_attention_cuda(call: OpCall) -> Sequence[Candidate]:
     """As :func:`mla_decode_attention_cuda`; where rows must not depend on each other, nothing is cut."""
     return [candidate(call, tiling) for tiling in tilings(call)]
@@ -36,10 +39,12 @@ def candidate(call: OpCall, tiling: Tiling) -> Candidate:
     """The launches of ``tiling``: attention, and where items are cut what adds their parts."""
     heads, rank, rope = (call.attrs[name] for name in ("heads", "rank", "rope"))
     rows, tokens = int(call.tensors["page_table"].shape[0]), int(call.tensors["q"].shape[0])
-    extend = "query_len" in call.tensors
+    extend, scales = "query_len" in call.tensors, ("rope_cache", "scales")
+    scaled = "scales" in call.tensors
     D, Q = padded(call)
     blocks, dependent = tiling.blocks(call), "pdl" in call.features
     element = DTYPE_BYTES[call.tensors["cache"].dtype]
+    brought = rank * element if scaled else (rank + rope) * element  # of a token, before the kernel begins
     stats = -(-2 * blocks * 2 * tiling.n * 4 // 256) * 256
     fields = ("query_start", "query_len", "context_len") if extend else ("context_len",)
     constants = {
@@ -71,12 +76,13 @@ def candidate(call: OpCall, tiling: Tiling) -> Candidate:
             "SPLIT": tiling.split,
             "LEAST": LEAST,
             # Bulk prefetch takes multiples of 16 bytes.
-            "AHEAD": (rank + rope) * element % 16 == 0 and "tma" in call.features,
+            "AHEAD": brought % 16 == 0 and "tma" in call.features,
+            **({} if scaled else dict.fromkeys(scales)),
             **({} if tiling.split else {"sums": None, "stats": None}),
         },
         arguments={
             **arguments,
-            **{name: Pointer(name) for name in ("q", "cache", "page_table")},
+            **{name: Pointer(name) for name in ("q", "cache", *(scales if scaled else ()), "page_table")},
             **(parts if tiling.split else {}),
             "tokens": Scalar(tokens, "int32", specialize=False),
             "table_stride": Scalar(call.tensors["page_table"].row_stride, "int32", specialize=False),

@@ -48,7 +48,9 @@ class Tiling:
         """Bytes of shared memory: queries, weights, and latents that are on their way or widened."""
         width, element = sum(padded(call)), DTYPE_BYTES[call.tensors["cache"].dtype]
         widened = self.keys * width * 2 if element == 1 else 0
-        return (self.n * width + self.keys * self.n) * 2 + self.stages * self.keys * width * element + widened
+        rank, rope = padded(call)
+        tile = self.keys * (rank + 2 * rope if "scales" in call.tensors else width * element)
+        return (self.n * width + self.keys * self.n) * 2 + self.stages * tile + widened
 
     def blocks(self, call: OpCall) -> int:
         """Blocks of the launch: all that run at once, or as many as there can be something to do for."""
@@ -80,7 +82,7 @@ class Tiling:
             items, keys, distinct = -(-tokens * heads // self.n), max(call.context - tokens, _FEW), 1
         tiles, blocks = -(-keys // self.keys), self.blocks(call)
         at_once = max(blocks, call.multiprocessors)
-        read = self.keys * (rank + rope) * DTYPE_BYTES[call.tensors["cache"].dtype]
+        read = self.keys * token_bytes(call)
         work = 2 * self.n * self.keys * (2 * rank + rope)
         a_tile = max(
             _TILE,
@@ -95,6 +97,12 @@ class Tiling:
         else:
             took = -(-items // blocks) * (tiles * a_tile + _ITEM)
         return _LONGER * (_LAUNCH + max(took, distinct * tiles * read / call.bandwidth))
+
+
+def token_bytes(call: OpCall) -> int:
+    """Bytes of a token in the cache, those of its scale included."""
+    element, (rank, rope) = DTYPE_BYTES[call.tensors["cache"].dtype], (call.attrs["rank"], call.attrs["rope"])
+    return (rank + rope) * element if "scales" not in call.tensors else rank * element + 2 * rope + 4
 
 
 def padded(call: OpCall) -> tuple[int, int]:

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from makeready.kernels.attention.mla_items_triton import first_token, item_at, line, row_of, share_of
 from makeready.kernels.attention.pages_triton import as_queries, pages_of, slots_of
 from makeready.kernels.attention.parts_triton import gather_parts, leave_part
 from makeready.kernels.prefetch_triton import prefetch
@@ -35,6 +36,8 @@ _LN2 = tl.constexpr(0.6931471805599453)
 def latent_attention_tiles(
     q,
     cache,
+    rope_cache,
+    scales,
     page_table,
     query_start,
     query_len,
@@ -68,6 +71,7 @@ def latent_attention_tiles(
     """See the module. Any number of blocks works.
 
     Args:
+        rope_cache, scales: of a cache with scales (mla_scaled.py), else None.
         query_start, query_len: None where every row with context has one query.
         log_sum: fp32, or None.
         sums: fp32 scratch ``[2 * blocks, N, RANK]`` where ``SPLIT``, else None.
@@ -101,8 +105,8 @@ def latent_attention_tiles(
             pages = page_table + row.to(tl.int64) * table_stride
             token_K = tl.minimum(first * K + tl.arange(0, K), keys - 1)
             slot_K = tl.load(pages + token_K // PAGE).to(tl.int64) * PAGE + token_K % PAGE
-            width = (RANK + ROPE) * cache.dtype.element_ty.primitive_bitwidth // 8
-            prefetch(cache + slot_K * (RANK + ROPE), width)
+            WIDTH: tl.constexpr = RANK + ROPE if scales is None else RANK
+            prefetch(cache + slot_K * WIDTH, WIDTH * cache.dtype.element_ty.primitive_bitwidth // 8)
         gdc_wait()
 
     n = tl.arange(0, N)
@@ -130,7 +134,8 @@ def latent_attention_tiles(
             q + at_N[:, None] + RANK + j[None, :], mask=own_N[:, None] & (j < ROPE)[None, :], other=0.0
         )  # fmt: skip
         max_N, sum_N, acc_DN = _attend(
-            as_queries(q_ND, cache), as_queries(q_NQ, cache), cache, page_table + row.to(tl.int64) * table_stride,
+            as_queries(q_ND, cache), as_queries(q_NQ, cache) if scales is None else q_NQ, cache, rope_cache, scales,
+            page_table + row.to(tl.int64) * table_stride,
             before + vector_N // HEADS, scale, first, last, high, RANK, ROPE, PAGE,
             OWN and query_len is not None, N, D, Q, K,
         )  # fmt: skip
@@ -220,79 +225,12 @@ def add_latent_parts(
 
 
 @triton.jit
-def line(
-    query_len, context_len, row_R, rows, HEADS: tl.constexpr, OWN: tl.constexpr, N: tl.constexpr,
-    K: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
-    """Where every row's work ends in the line of all, how much of it is the row's, and all of it."""
-    length_R = tl.load(context_len + row_R, mask=row_R < rows, other=0)
-    if query_len is None:
-        count_R = (length_R > 0).to(tl.int32)
-    else:
-        count_R = tl.load(query_len + row_R, mask=row_R < rows, other=0)
-    keys_R = length_R if OWN else length_R - count_R
-    work_R = tl.where(keys_R > 0, tl.cdiv(count_R * HEADS, N), 0)
-    if SPLIT:
-        work_R *= tl.cdiv(keys_R, K)
-    end_R = tl.cumsum(work_R, 0)
-    return end_R, work_R, tl.max(end_R, 0)
-
-
-@triton.jit
-def share_of(total, blocks, LEAST: tl.constexpr):
-    """Key tiles of a block."""
-    return tl.maximum(tl.cdiv(total, blocks), LEAST)
-
-
-@triton.jit
-def row_of(row, query_len, context_len, OWN: tl.constexpr):
-    """Queries of a row that has work, tokens before them, and keys of the last query."""
-    length = tl.load(context_len + row)
-    count = length * 0 + 1
-    if query_len is not None:
-        count = tl.load(query_len + row)
-    keys = length if OWN else length - count
-    return count, length - count, keys
-
-
-@triton.jit
-def first_token(row, query_start):
-    """Token of the row's first query."""
-    start = row
-    if query_start is not None:
-        start = tl.load(query_start + row)
-    return start
-
-
-@triton.jit
-def item_at(
-    at, end_R, work_R, row_R, query_len, context_len, rows, OWN: tl.constexpr, K: tl.constexpr,
-    SPLIT: tl.constexpr,
-):  # fmt: skip
-    """Row and number of the item at place ``at``, where it begins in the line, and its length there.
-
-    Behind the end of the line it is some item. A row's last items see most keys: whole ones go from the last to the
-    first, so that the short ones fill the gaps at the end.
-    """
-    row = tl.minimum(tl.sum((end_R <= at).to(tl.int32), 0), rows - 1)
-    work = tl.sum(tl.where(row_R == row, work_R, 0), 0)
-    before = tl.sum(tl.where(row_R == row, end_R, 0), 0) - work
-    item = before + work - 1 - at
-    begin = at
-    tiles = 1
-    if SPLIT:
-        _, _, keys = row_of(row, query_len, context_len, OWN)
-        tiles = tl.maximum(tl.cdiv(keys, K), 1)
-        item = (at - before) // tiles
-        begin = before + item * tiles
-    return row, item, begin, tiles
-
-
-@triton.jit
 def _attend(
     q_ND,
     q_NQ,
     cache,
+    rope_cache,
+    scales,
     pages,
     position_N,
     scale,
@@ -310,6 +248,9 @@ def _attend(
 ):
     """Maxima, denominators and unscaled sums of query vectors over key tiles ``first : last`` before key ``high``,
     of which they see those up to their position where ``CAUSAL``.
+
+    Of a cache with scales, products are taken of its numbers: a token's scale multiplies scores and weights, the
+    latter 64 times, as by itself it would leave them among fp16's subnormal numbers.
     """
     k = tl.arange(0, K)
     d = tl.arange(0, D)
@@ -322,7 +263,7 @@ def _attend(
     page = pages_of(pages, first * K, high, PAGE, K)
     for i in range(first, last):
         key = i * K
-        at_K = slots_of(page, key, PAGE, K) * (RANK + ROPE)
+        at_K = slots_of(page, key, PAGE, K)
         # Slots that hold no token may hold NaN: they are not read.
         there = (key + k < high)[:, None]
         is_c, is_r = there, there
@@ -330,10 +271,21 @@ def _attend(
             is_c &= (d < RANK)[None, :]
         if Q != ROPE:
             is_r &= (j < ROPE)[None, :]
+        if scales is None:
+            at_K *= RANK + ROPE
+            of_r_K = at_K + RANK
+            turned = cache
+        else:
+            scale_K = tl.load(scales + at_K, mask=key + k < high, other=0.0)
+            of_r_K = at_K * ROPE
+            at_K *= RANK
+            turned = rope_cache
         c_KD = tl.load(cache + at_K[:, None] + d[None, :], mask=is_c, other=0.0).to(q_ND.dtype)
-        r_KQ = tl.load(cache + at_K[:, None] + RANK + j[None, :], mask=is_r, other=0.0).to(q_ND.dtype)
+        r_KQ = tl.load(turned + of_r_K[:, None] + j[None, :], mask=is_r, other=0.0).to(q_NQ.dtype)
         page = pages_of(pages, key + K, high, PAGE, K)
         score_KN = tl.dot(c_KD, q_ND.T)
+        if scales is not None:
+            score_KN *= scale_K[:, None]
         score_KN = tl.dot(r_KQ, q_NQ.T, score_KN)
         seen = there
         if CAUSAL:
@@ -343,8 +295,12 @@ def _attend(
         p_KN = tl.exp2(score_KN - higher_N[None, :])
         shrink_N = tl.exp2(max_N - higher_N)
         sum_KN = sum_KN * shrink_N[None, :] + p_KN
+        if scales is not None:
+            p_KN *= (scale_K * 64)[:, None]
         acc_DN = tl.dot(c_KD.T, p_KN.to(q_ND.dtype), acc_DN * shrink_N[None, :])
         max_N = higher_N
+    if scales is not None:
+        acc_DN *= 1 / 64
     return max_N, tl.sum(sum_KN, 0), acc_DN
 
 

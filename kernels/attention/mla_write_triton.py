@@ -12,13 +12,16 @@ and stored as two tiles.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from makeready.kernels.attention.mla import merge_attention, mla_rope, mla_write
+from makeready.kernels.attention.mla_scaled import mla_write_scaled
 from makeready.kernels.attention.pages_triton import as_cached
+from makeready.kernels.attention.write_scaled_triton import finite, whole
 from makeready.kernels.device import Candidate, DeviceLaunch, OpCall, Pointer, Scalar
 from makeready.kernels.registry import cuda_kernel
 from makeready.kernels.row_tiles import power_of_two, row_tiles
@@ -43,6 +46,8 @@ def write_latents(
     weight,
     kv_slot,
     cache,
+    rope_cache,
+    scales,
     latent,
     tokens,
     kv_stride,
@@ -57,7 +62,11 @@ def write_latents(
     HALF: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """``ROWS`` tokens a block; WIDTH and HALF are RANK and ROPE / 2 in powers of two."""
+    """``ROWS`` tokens a block; WIDTH and HALF are RANK and ROPE / 2 in powers of two.
+
+    Args:
+        rope_cache, scales: of a cache with scales, else None.
+    """
     c = tl.arange(0, WIDTH)[None, :]
     i = tl.arange(0, HALF)[None, :]
     w = tl.load(weight + c, mask=c < RANK, other=0.0).to(tl.float32)
@@ -68,8 +77,7 @@ def write_latents(
     inside = token < tokens
     slot = tl.load(kv_slot + token, mask=inside, other=0).to(tl.int64)
     token = token.to(tl.int64)
-    from_, held = kv + token * kv_stride, cache + slot * (RANK + ROPE)
-    to = latent + token * latent_stride
+    from_, to = kv + token * kv_stride, latent + token * latent_stride
 
     plain = inside & (c < RANK)
     x = tl.load(from_ + c, mask=plain, other=0.0).to(tl.float32)
@@ -77,15 +85,45 @@ def write_latents(
     # The cache rounds what is given on, which is rounded already.
     y = (x * scale * w).to(latent.dtype.element_ty)
     tl.store(to + c, y, mask=plain)
-    tl.store(held + c, as_cached(y, cache), mask=plain)
+    if scales is None:
+        held = cache + slot * (RANK + ROPE)
+        tl.store(held + c, as_cached(y, cache), mask=plain)
+        turned_to = held + RANK
+        kept = cache
+    else:
+        _store_scaled(cache + slot * RANK + c, scales + slot, y.to(tl.float32), inside, plain)
+        turned_to = rope_cache + slot * ROPE
+        kept = rope_cache
 
     turned = inside & (i < ROPE // 2)
     first, second = turned_halves(from_ + RANK, rows + token * rows_stride, i, turned, ROPE, INTERLEAVED)
     first, second = first.to(latent.dtype.element_ty), second.to(latent.dtype.element_ty)
     tl.store(to + RANK + i, first, mask=turned)
     tl.store(to + RANK + ROPE // 2 + i, second, mask=turned)
-    tl.store(held + RANK + i, as_cached(first, cache), mask=turned)
-    tl.store(held + RANK + ROPE // 2 + i, as_cached(second, cache), mask=turned)
+    tl.store(turned_to + i, as_cached(first, kept), mask=turned)
+    tl.store(turned_to + ROPE // 2 + i, as_cached(second, kept), mask=turned)
+
+
+@triton.jit
+def _store_scaled(to, scales, x, inside, plain):
+    """Store rows ``x`` of fp32 as 8-bit numbers with a scale each; see :func:`~.mla_scaled.quantize_latents`.
+
+    ``inside`` are rows that there are, ``plain`` their numbers.
+    """
+    kind = to.dtype.element_ty
+    largest = 448.0 if kind.is_fp8() else 127.0
+    # A maximum passes over NaN; a sum of zeros times what is not finite does not.
+    none = tl.sum(x * 0.0, 1, keep_dims=True)
+    scale = tl.div_rn(tl.max(tl.abs(x), 1, keep_dims=True), largest) + none
+    good = finite(scale)
+    tl.store(scales, tl.where(good, scale, float("nan")), mask=inside)
+    good &= scale > 0
+    steps = tl.where(good, tl.div_rn(x, tl.where(good, scale, 1.0)), 0.0)
+    if kind.is_fp8():
+        numbers = tl.clamp(steps, -448.0, 448.0).to(kind)
+    else:
+        numbers = tl.clamp(whole(steps), -127.0, 127.0).to(tl.int8)
+    tl.store(to, numbers, mask=plain)
 
 
 @triton.jit
@@ -168,11 +206,14 @@ def merge_parts(
 
 
 @cuda_kernel(mla_write, "tokens", invariant=True)
+@cuda_kernel(mla_write_scaled, "tokens", invariant=True)
 def mla_write_cuda(call: OpCall) -> Sequence[Candidate]:
     """See :func:`write_latents`."""
-    rank, rope = call.attrs["rank"], call.attrs["rope"]
-    names = ("kv", "rows", "weight", "kv_slot", "cache", "latent")
-    constants = {"RANK": rank, "ROPE": rope, "INTERLEAVED": call.attrs["interleaved"]}
+    rank, rope, further = call.attrs["rank"], call.attrs["rope"], ("rope_cache", "scales")
+    scaled = "scales" in call.tensors
+    names = ("kv", "rows", "weight", "kv_slot", "cache", *(further if scaled else ()), "latent")
+    constants: dict[str, Any] = {"RANK": rank, "ROPE": rope, "INTERLEAVED": call.attrs["interleaved"]}
+    constants |= {} if scaled else dict.fromkeys(further)
     arguments = {
         **_strides(call, kv_stride="kv", rows_stride="rows", latent_stride="latent"),
         "eps": Scalar(call.attrs["eps"], "float32"),
@@ -212,7 +253,7 @@ def _by_rows(
     call: OpCall,
     function: str,
     names: Sequence[str],
-    constants: dict[str, int],
+    constants: dict[str, Any],
     arguments: dict[str, Scalar],
     counted: str,
     count: int,

@@ -48,9 +48,9 @@ def store_heads(
             most_M = tl.maximum(most_M, most_3)
         scale_M = (tl.div_rn(most_M - least_M, 15.0) + none_M).to(tl.float16)
         offset_M = (least_M + 8.0 * scale_M.to(tl.float32)).to(tl.float16)
-        good_M = _finite(scale_M) & _finite(offset_M)
-        tl.store(scales + head_M * 4 + VALUE * 2, _or_nan(scale_M, good_M), mask=valid_M)
-        tl.store(scales + head_M * 4 + VALUE * 2 + 1, _or_nan(offset_M, good_M), mask=valid_M)
+        good_M = finite(scale_M) & finite(offset_M)
+        tl.store(scales + head_M * 4 + VALUE * 2, or_nan(scale_M, good_M), mask=valid_M)
+        tl.store(scales + head_M * 4 + VALUE * 2 + 1, or_nan(offset_M, good_M), mask=valid_M)
         good_M &= scale_M.to(tl.float32) > 0
         offset_M = offset_M.to(tl.float32)
     else:
@@ -59,8 +59,8 @@ def store_heads(
             most_M = tl.maximum(most_M, tl.max(tl.abs(x_3), 1))
         largest = 448.0 if cache.dtype.element_ty.is_fp8() else 127.0
         scale_M = (tl.div_rn(most_M, largest) + none_M).to(tl.float16)
-        good_M = _finite(scale_M)
-        tl.store(scales + head_M * 2 + VALUE, _or_nan(scale_M, good_M), mask=valid_M)
+        good_M = finite(scale_M)
+        tl.store(scales + head_M * 2 + VALUE, or_nan(scale_M, good_M), mask=valid_M)
         good_M &= scale_M.to(tl.float32) > 0
         offset_M = none_M * 0.0
     scale_M = tl.where(good_M, scale_M.to(tl.float32), 1.0)
@@ -72,13 +72,13 @@ def store_heads(
 
 
 @triton.jit
-def _finite(x):
+def finite(x):
     x = x.to(tl.float32)
     return x - x == 0.0
 
 
 @triton.jit
-def _or_nan(x, good):
+def or_nan(x, good):
     return tl.where(good, x.to(tl.float32), float("nan")).to(tl.float16)
 
 
@@ -99,7 +99,7 @@ def _store_part(
     M: tl.constexpr = x.shape[0]
     steps = tl.where(good_M[:, None], tl.div_rn(x - offset_M[:, None], scale_M[:, None]), 0.0)
     if BITS == 4:
-        codes = tl.clamp(_whole(steps) + 8.0, 0.0, 15.0).to(tl.uint8)
+        codes = tl.clamp(whole(steps) + 8.0, 0.0, 15.0).to(tl.uint8)
         low, high = tl.split(codes.reshape(M, WIDTH // 2, 2))
         b = tl.arange(0, WIDTH // 2)
         there = valid_M[:, None] & (b < COUNT // 2)[None, :]
@@ -111,12 +111,12 @@ def _store_part(
         if kind.is_fp8():
             numbers = tl.clamp(steps, -448.0, 448.0).to(kind)
         else:
-            numbers = tl.clamp(_whole(steps), -127.0, 127.0).to(tl.int8)
+            numbers = tl.clamp(whole(steps), -127.0, 127.0).to(tl.int8)
         tl.store(to + FIRST + i[None, :], numbers, mask=there)
 
 
 @triton.jit
-def _whole(x):
+def whole(x):
     """To nearest, ties to even, of magnitudes below 2^22."""
     return (x + 12582912.0) - 12582912.0
 

@@ -60,6 +60,7 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "int4_cache": (WINDOWED, {"kv_dtype": "int4_per_token_head"}),
     "int8": (CONFIG, {"quant": "int8"}),
     "latent": (LATENT, {}),
+    "latent_int8": (LATENT, {"kv_dtype": "int8_per_token_head"}),
     "hybrid": (HYBRID, {}),
     "hybrid_bfloat16": (HYBRID, {"kv_state_dtype": "bfloat16"}),
 }

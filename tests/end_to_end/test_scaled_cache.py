@@ -106,6 +106,77 @@ def test_logits_are_those_of_a_rounded_cache(model: tuple[Any, Path], kind: str)
     assert far > 2 * NEAR[kind]
 
 
+LATENT: dict[str, Any] = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 20,
+    "kv_lora_rank": 24,
+    "q_lora_rank": 28,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 2,
+    "n_group": 1,
+    "topk_group": 1,
+}
+
+
+def rounded_latent(x: torch.Tensor, kind: str) -> torch.Tensor:
+    """As :func:`rounded`, with a scale in fp32."""
+    largest = 127 if kind == "int8_per_token_head" else 448
+    step = (x.abs().amax(-1, keepdim=True) / largest).double()
+    z = x.double() / step
+    if kind == "int8_per_token_head":
+        return (z.round() * step).to(x.dtype)
+    ulp = 2.0 ** (torch.floor(torch.log2(z.abs().clamp_min(2.0**-6))) - 3)
+    return ((z / ulp).round() * ulp * step).to(x.dtype)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("kind", FORMATS[:2])
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
+def test_latents_are_rounded_but_for_what_turns(
+    family: str, kind: str, deterministic: bool, tmp_path: Path
+) -> None:
+    """transformers with rounded latents, which deterministic plans equal. Others have a step's own tokens as they are
+    before they are rounded: what comes behind a prompt of one step is as if nothing were."""
+    model = make_model(tmp_path, family, **LATENT)
+    llm = LLM(tmp_path, **PLAN, max_extend_buckets=1, kv_dtype=kind, deterministic=deterministic)
+    poison_every_step(llm)
+    made, logits = Recorder(llm).generate(PROMPTS, 6), {}
+    for name in ("", kind):
+        hooks = [
+            layer.self_attn.kv_a_layernorm.register_forward_hook(
+                lambda module, inputs, output, name=name: rounded_latent(output, name) if name else output
+            )
+            for layer in model.model.layers
+        ]
+        with torch.inference_mode():
+            logits[name] = [
+                model(torch.tensor([p + ours.tokens])).logits[0, len(p) - 1 : -1].numpy()
+                for p, ours in zip(PROMPTS, made, strict=True)
+            ]
+        for hook in hooks:
+            hook.remove()
+
+    def off(name: str) -> float:
+        return max(
+            float(np.abs(np.stack(ours.logits) - theirs).max() / np.abs(theirs).max())
+            for ours, theirs in zip(made, logits[name], strict=True)
+        )
+
+    near, far = off(kind), off("")
+    if deterministic:
+        assert near <= NEAR[kind]
+        assert far > 2 * near
+        return
+    for ours, theirs in zip(made[:2], logits[""][:2], strict=True):  # prompts of one step
+        assert np.abs(ours.logits[0] - theirs[0]).max() <= 1e-4 * np.abs(theirs).max()
+    assert 1e-4 < far < (5e-2 if kind == "int8_per_token_head" else 0.3)
+
+
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_wrong_scale_is_found(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is a twentieth too large, of every other head."""

@@ -15,6 +15,7 @@ from makeready.engine.sequence import TokenSequence
 from makeready.graphs.plan.spec import DECODE, EXTEND, Bucket, CacheGroup, CacheSpec, KVPart, Limits, Split
 
 PAGE, TOKEN, STATE = 16, 20, 5000  # tokens of a page, bytes of a token and of a state
+CONTEXT = 4096
 
 
 def cache(context: int, snapshots: int | None = None, state: int = STATE) -> CacheSpec:
@@ -23,22 +24,23 @@ def cache(context: int, snapshots: int | None = None, state: int = STATE) -> Cac
     return CacheSpec(PAGE, (pages, states), context, snapshots)
 
 
-def limits(rows: int, context_len: int = 4096) -> Limits:
+def limits(rows: int, context_len: int = CONTEXT) -> Limits:
     return Limits(max_rows=rows, max_tokens=256, context_len=context_len, page_size=PAGE)
 
 
 def bought(nbytes: int, rows: int, context: int, snapshots: int | None) -> tuple[int, int, int]:
     """Pages (the null page too), rows and snapshots that memory buys, page after page.
 
-    Sequences get the pages of their context one after the other: the rows first, then what is cached. The first
-    row's states are there from the start, those of another sequence come with its last page.
+    Sequences get the pages of their context one after the other: the rows first, then what is cached, which begins
+    where a row of full context has its pages. The first row's states are there from the start, those of another
+    sequence come with its last page.
     """
     kept = snapshots or 0
     left = nbytes - PAGE * TOKEN - STATE * (1 + 2 + kept)
     pages, served, sequence, its = 1, 1, 1, 0
     while left >= 0:
-        its += 1
-        whole = its * PAGE >= context
+        its += sequence <= rows or (pages - 1) * PAGE >= CONTEXT
+        whole = its > 0 and its * PAGE >= context
         states = 0
         if whole and 1 < sequence <= rows:
             states = 2

@@ -34,6 +34,20 @@ LLAMA = {**SMALL, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 WINDOWED = {**LLAMA, "model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 50}
 DYNAMIC = {**SMALL, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}}
 QWEN2 = {**SMALL, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+LATENT = {
+    **{k: v for k, v in SMALL.items() if k not in ("head_dim", "num_key_value_heads", "tie_word_embeddings")},
+    "model_type": "deepseek_v2",
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "q_lora_rank": None,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "first_k_dense_replace": 99,
+}
 HYBRID = {
     **SMALL,
     "model_type": "qwen3_next",
@@ -59,7 +73,11 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "int8_cache": (WINDOWED, {"kv_dtype": "int8_per_token_head"}),
     "int4_cache": (SMALL, {"kv_dtype": "int4_per_token_head"}),
     "deterministic_int4": (WINDOWED, {"deterministic": True, "kv_dtype": "int4_per_token_head"}),
+    "latent_int8": (LATENT, {"kv_dtype": "int8_per_token_head"}),
+    "latent_fp8": (LATENT, {"kv_dtype": "fp8_per_token_head"}),
+    "deterministic_latent_fp8": (LATENT, {"deterministic": True, "kv_dtype": "fp8_per_token_head"}),
     "hybrid": (HYBRID, {}),
+    "hybrid_bfloat16": (HYBRID, {"kv_state_dtype": "bfloat16"}),
     "deterministic_hybrid": (HYBRID, {"deterministic": True}),
     "deterministic": (SMALL, {"deterministic": True}),
     "deterministic_fp8": (SMALL, {"deterministic": True, "quant": "fp8", "kv_dtype": "float8_e4m3fn"}),

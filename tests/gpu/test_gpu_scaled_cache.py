@@ -5,6 +5,7 @@ The cases are those of the interpreter (tests/kernels/test_scaled_triton.py) in 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -15,6 +16,17 @@ if not torch.cuda.is_available():
 
 from benchmarks.gpu import launcher
 from case import Case, Random
+from mla_operands import (
+    V2_LITE,
+    V3,
+    Sizes,
+    attrs_of,
+    of_tokens,
+    paged_latents,
+    scaled_latents,
+    step_rows,
+    write_operands,
+)
 from prepared import prepare
 from scaled_inputs import FORMATS, empty_caches
 from test_attention_triton import verify_step
@@ -24,6 +36,11 @@ from test_scaled_triton import DECODE, EXTEND, VERIFY, extend_step, paged
 from makeready.kernels.attention.decode_triton import decode_attention_cuda
 from makeready.kernels.attention.extend_triton import extend_attention_cuda
 from makeready.kernels.attention.formats import CacheFormat
+from makeready.kernels.attention.mla_attention_triton import (
+    mla_decode_attention_cuda,
+    mla_extend_attention_cuda,
+)
+from makeready.kernels.attention.mla_write_triton import mla_write_cuda
 from makeready.kernels.attention.qkv_triton import norm_rope_kv_write_cuda
 from makeready.kernels.attention.scaled import (
     decode_attention_scaled,
@@ -34,7 +51,7 @@ from makeready.kernels.attention.scaled import (
     widen_heads,
 )
 from makeready.kernels.attention.write_scaled_triton import kv_write_scaled_cuda
-from makeready.kernels.contract import Contract
+from makeready.kernels.contract import CONTRACTS, Contract
 from makeready.kernels.registry import Emit
 
 assert isinstance(decode_attention_scaled, Contract)
@@ -125,6 +142,53 @@ def kernels() -> None:
         call = launcher.op_call(contract, tensors, attrs)
         work.append((call, _first(emit)(call)))
     prepare(work)
+
+
+def _latents(op: str, sizes: Sizes, rows: Sequence[tuple[int, int]], dtype: str) -> Call:
+    """Of a cache of latents; ``rows`` are (queries, context), of which decoding takes the context."""
+    heads, _, rope, _, rank = sizes
+    contract = CONTRACTS[f"mla_{op}_scaled"]
+    if op == "write":
+        made = write_operands(sizes, rows[0][0], 64, "bfloat16", "bfloat16")
+        attrs = attrs_of(sizes, "rank", "rope", eps=1e-6, interleaved=True)
+        made |= scaled_latents(made["cache"], rank, dtype)
+        return contract, mla_write_cuda, {k: x.cuda() for k, x in made.items()}, attrs
+    lengths = [context for _, context in rows]
+    made = paged_latents(lengths, 64, rank + rope, "bfloat16")
+    made |= scaled_latents(made["cache"], rank, dtype)
+    attrs = attrs_of(sizes, "heads", "rank", "rope", "scale")
+    if op == "decode_attention":
+        q = of_tokens([(len(rows), 0)], heads * (rank + rope), "bfloat16", before=0)[: len(rows)]
+        made |= {"q": q, "context_len": torch.tensor(lengths, dtype=torch.int32)}
+        return contract, mla_decode_attention_cuda, {k: x.cuda() for k, x in made.items()}, attrs
+    made |= step_rows(rows) | {"q": of_tokens(rows, heads * (rank + rope), "bfloat16")}
+    emit = mla_extend_attention_cuda
+    return contract, emit, {k: x.cuda() for k, x in made.items()}, attrs | {"own": False}
+
+
+LATENTS = {
+    f"{op}-{sizes}-{rows}-{dtype}": (op, sizes, rows, dtype)
+    for op in ("write", "decode_attention", "extend_attention")
+    for sizes in ((3, 24, 16, 20, 48), V2_LITE, V3)
+    for rows in (((1, 1), (3, 90), (1, 64)), ((300, 3000), (1, 7), (33, 1500)))
+    for dtype in ("int8", "float8_e4m3fn")
+}
+
+
+@pytest.mark.parametrize("name", LATENTS)
+def test_latents(name: str) -> None:
+    """Attention within its tolerance; written scales within a rounding of what they are of, numbers a step."""
+    contract, emit, tensors, attrs = _latents(*LATENTS[name])
+    if "write" not in contract.name:
+        launcher.check(contract, _first(emit), tensors, attrs)
+        return
+    (way,) = _first(emit)(call := launcher.op_call(contract, tensors, attrs))
+    want = Case(contract.name, name, {k: x.cpu() for k, x in tensors.items()}, attrs).run()
+    got = {k: x.cpu() for k, x in launcher.run(way, call, tensors).items()}
+    x, y = (o["cache"].float() * o["scales"] for o in (got, want))
+    assert torch.equal(x.isnan(), y.isnan())
+    for mine, other in ((x, y), *((got[n].float(), want[n].float()) for n in ("rope_cache", "latent"))):
+        assert (mine - other).nan_to_num(0.0).norm() <= 3e-2 * other.nan_to_num(0.0).norm()
 
 
 @pytest.mark.parametrize("name", CASES)

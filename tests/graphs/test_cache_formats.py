@@ -89,10 +89,20 @@ def test_costs_count_bytes_of_scales(name: str) -> None:
 
 
 def test_latents_have_no_heads() -> None:
+    """In 8 bits a token has its numbers, what turns in the activations' dtype, and one scale."""
+    plan = compile_plan(dummy(LATENT), **LIMITS, kv_dtype="int8")
+    rank, rope = LATENT["kv_lora_rank"], LATENT["qk_rope_head_dim"]
+    (group,) = plan.kv.groups
+    assert [(p.name, p.dtype, p.page_shape[1:]) for p in group.parts[:3]] == [
+        ("layers.0.latent", "int8", (rank,)),
+        ("layers.0.rope", "float32", (rope,)),
+        ("layers.0.scales", "float32", (1,)),
+    ]
+    assert plan.kv.token_bytes == len(group.parts) / 3 * (rank + 4 * rope + 4)
     with pytest.raises(
-        UnsupportedModelError, match=r"this model caches latents; choose kv\.dtype=float8_e4m3fn"
+        UnsupportedModelError, match=r"this model caches latents; choose kv\.dtype=int8_per_token"
     ):
-        compile_plan(dummy(LATENT), **LIMITS, kv_dtype="int8")
+        compile_plan(dummy(LATENT), **LIMITS, kv_dtype="int4")
 
 
 def test_a_target_without_8_bit_floats_has_integers(monkeypatch: pytest.MonkeyPatch) -> None:

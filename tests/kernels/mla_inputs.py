@@ -6,13 +6,16 @@ letters as in :mod:`makeready.kernels.attention.mla`; W = L + Q, features of a l
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from attention_inputs import ACT_AND_CACHE
 from case import FLOATS, NAN, Case, Random, in_columns, int32
+from mla_operands import scaled_latents
+
+EIGHT_BITS = ("int8", "float8_e4m3fn")
 
 
 @dataclass(frozen=True)
@@ -229,3 +232,36 @@ def mla_attention(op: str) -> Iterator[Case]:
         attrs = form.attrs("heads", "nope", "rope", "value", "rank")
         attrs |= {"scale": (form.nope + form.rope) ** -0.5, "interleaved": len(label) % 2 == 0}
         yield Case(op, label, given, attrs)
+
+
+def with_scales(case: Case, dtype: str) -> Case:
+    """A case of the op that keeps latents as they are, as one of the op with scales."""
+    apart = scaled_latents(case.operands["cache"], case.attrs["rank"], dtype)
+    label = case.label.rpartition("-")[0] if "own=" not in case.label else case.label
+    return Case(f"{case.op}_scaled", f"{label}-{dtype}", case.operands | apart, case.attrs)
+
+
+def _scaled(base: Callable[[str], Iterator[Case]]) -> Callable[[str], Iterator[Case]]:
+    """Cases of an op over a cache in the activations' dtype, as those of the op with scales."""
+
+    def cases(op: str) -> Iterator[Case]:
+        for case in base(op.removesuffix("_scaled")):
+            if case.operands["cache"].dtype == next(iter(case.operands.values())).dtype:
+                yield from (with_scales(case, dtype) for dtype in EIGHT_BITS)
+
+    return cases
+
+
+def mla_write_scaled(op: str) -> Iterator[Case]:
+    """A token of zeros and two that are not finite among them."""
+    yield from _scaled(mla_write)(op)
+    case = next(iter(mla_write("mla_write")))
+    kv = case.operands["kv"].clone()
+    kv[0], kv[1, 2], kv[2, 0] = 0, NAN, float("inf")
+    case = replace(case, operands=case.operands | {"kv": kv})
+    yield from (replace(with_scales(case, dtype), label=f"awkward-{dtype}") for dtype in EIGHT_BITS)
+
+
+mla_extend_attention_scaled = _scaled(mla_extend_attention)
+mla_decode_attention_scaled = _scaled(mla_decode_attention)
+mla_attention_scaled = _scaled(mla_attention)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from case import NAN, Random, in_columns, int32
 
+from makeready.kernels.attention.mla_scaled import quantize_latents
+
 Tensors = dict[str, torch.Tensor]
 Sizes = tuple[int, int, int, int, int]  # heads, nope, rope, value, rank
 
@@ -37,6 +39,18 @@ def paged_latents(lengths: Sequence[int], page: int, width: int, dtype: str, see
         latents[:length] = random.normal(length, width, dtype=dtype)
         cache[torch.tensor(mine, dtype=torch.int64)] = latents.view(count, page, width)
     return {"cache": cache, "page_table": table}
+
+
+def scaled_latents(cache: torch.Tensor, rank: int, dtype: str) -> Tensors:
+    """A cache as one with scales; what was NaN has NaN for scale and rotated features, and the worst numbers."""
+    numbers, scales = quantize_latents(cache[..., :rank].flatten(0, 1), getattr(torch, dtype))
+    numbers.view(torch.uint8)[scales.isnan().squeeze(-1)] = 0x7F if numbers.dtype.is_floating_point else 0x80
+    shape = cache.shape[:2]
+    return {
+        "cache": numbers.view(*shape, rank),
+        "rope_cache": cache[..., rank:].contiguous(),
+        "scales": scales.view(*shape, 1),
+    }
 
 
 def step_rows(rows: Sequence[tuple[int, int]], *, before: int = 2) -> Tensors:

@@ -149,7 +149,9 @@ NEXT = {"key_heads": 16, "key_dim": 128, "value_heads": 32, "value_dim": 128}  #
 OPS = ("causal_conv_silu", "recurrent_delta_rule", "chunk_delta_rule", "gated_head_rms_norm", "sigmoid_mul")
 
 
-def real_call(op: str, rows: int, tokens: int, *, invariant: bool = False) -> OpCall:
+def real_call(
+    op: str, rows: int, tokens: int, *, invariant: bool = False, state: torch.dtype = torch.float32
+) -> OpCall:
     """A call of ``op`` as in a plan for Qwen3-Next, without memory."""
     values = NEXT["value_heads"] * NEXT["value_dim"]
     shapes = {
@@ -164,11 +166,11 @@ def real_call(op: str, rows: int, tokens: int, *, invariant: bool = False) -> Op
         "state": (9, 32, 128, 128),
     }
     contract, attrs = CONTRACTS[op], {**NEXT, "eps": 1e-6, "heads": 32, "head_dim": 128}
-    kinds = {"int32": torch.int32, "float32": torch.float32}
+    kinds = {"int32": torch.int32, "float32": torch.float32, "W": torch.float32, "C": state}
     operands = {
         o.name: torch.empty(
             shapes.get(o.name, (rows,)),
-            dtype=torch.float32 if o.dtype == "W" else kinds.get(o.dtype, torch.bfloat16),
+            dtype=kinds.get(o.dtype, torch.bfloat16),
             device="meta",
         )
         for o in contract.inputs
@@ -178,12 +180,16 @@ def real_call(op: str, rows: int, tokens: int, *, invariant: bool = False) -> Op
 
 
 @compiled
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    ("op", "state"),
+    [*((op, torch.float32) for op in OPS), *((op, torch.bfloat16) for op in OPS[1:3])],
+    ids=str,
+)
 @pytest.mark.parametrize(("rows", "tokens"), [(64, 64), (2, 4096)])
-def test_machine_code(op: str, rows: int, tokens: int) -> None:
+def test_machine_code(op: str, state: torch.dtype, rows: int, tokens: int) -> None:
     """The best way: no spills, shared memory of a block, products on tensor cores, the wait."""
     aot = pytest.importorskip("makeready.graphs.planner.cuda.aot")
-    call = real_call(op, rows, tokens)
+    call = real_call(op, rows, tokens, state=state)
     for launch in next(iter(ways(call).values())).launches:
         made = aot.compile_launch(launch, call)
         assert made.spill_bytes == 0

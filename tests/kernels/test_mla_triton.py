@@ -26,6 +26,7 @@ from mla_operands import (
     of_tokens,
     paged_latents,
     query_operands,
+    scaled_latents,
     step_rows,
     up_projection,
     write_operands,
@@ -81,7 +82,8 @@ def hold(
         got = _interpret(way, call, {k: v.clone() if k in contract.writes else v for k, v in tensors.items()})
         for name, want in wanted.items():
             where = f"{op}/{way.name}: {name}"
-            have, number = got[name].double(), want.isfinite()
+            have, want = got[name].double(), want.double()
+            number = want.isfinite()
             assert torch.equal(have.isfinite(), number), f"{where} has NaN or infinity"
             assert torch.equal(have[want.isinf()], want[want.isinf()]), f"{where} lacks an infinity"
             error = (have - want)[number].norm() / want[number].norm().clamp_min(1e-30)
@@ -171,6 +173,49 @@ def test_extend(case: Any, own: bool) -> None:
     hold("mla_extend_attention", tensors, attrs, invariant=not split, among=among, most=1)
 
 
+SCALED = (  # sizes, page, rows of (queries, context), whether items are cut
+    (SMALL[0], 64, ((1, 1), (17, 17), (3, 90), (0, 0), (1, 64)), False),
+    (SMALL[1], 7, ((5, 40), (1, 203), (20, 20)), False),
+    (SMALL[2], 64, ((3, 129), (1, 300), (0, 0), (1, 1)), True),
+    (SMALL[0], 64, ((0, 0), (0, 0)), True),
+)
+
+
+@interpreted
+@pytest.mark.parametrize("cache", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("case", SCALED, ids=str)
+def test_with_scales(case: Any, cache: str) -> None:
+    """Decode, what was cached before a step, and of whole items the step's own tokens, too."""
+    sizes, page, rows, split = case
+    heads, _, rope, _, rank = sizes
+    lengths = [context for _, context in rows]
+    held = paged_latents(lengths, page, rank + rope, "float16")
+    held |= scaled_latents(held["cache"], rank, cache)
+    q = of_tokens([(len(rows), 0)], heads * (rank + rope), "float16", before=0)[: len(rows)]
+    q[[n == 0 for n in lengths]] = float("nan")
+    attrs, among = attrs_of(sizes, "heads", "rank", "rope", "scale"), of_kind(split, 32)
+    one = held | {"q": in_columns(q, 8, 8), "context_len": int32(lengths)}
+    hold("mla_decode_attention_scaled", one, attrs, among=among, most=1)
+    many = held | step_rows(rows) | {"q": of_tokens(rows, heads * (rank + rope), "float16")}
+    for own in (False,) if split else (False, True):
+        further = attrs | {"own": own}
+        hold("mla_extend_attention_scaled", many, further, invariant=not split, among=among, most=1)
+
+
+@interpreted
+@pytest.mark.parametrize("sizes", SMALL, ids=str)
+def test_write_with_scales(sizes: Sizes) -> None:
+    """Integers; how the interpreter rounds to e4m3 is wrong."""
+    rank = sizes[-1]
+    attrs = attrs_of(sizes, "rank", "rope", eps=1e-6, interleaved=True)
+    for tokens, page, dtype in ((1, 7, "float16"), (9, 1, "float32"), (33, 64, "float16")):
+        made = write_operands(sizes, tokens, page, dtype, dtype)
+        made |= scaled_latents(made["cache"], rank, "int8")
+        if tokens > 3:
+            made["kv"][0, :rank], made["kv"][1, 3], made["kv"][2, 0] = 0, float("nan"), float("inf")
+        hold("mla_write_scaled", made, attrs)
+
+
 @interpreted
 @pytest.mark.parametrize(
     ("sizes", "rows"),
@@ -196,6 +241,7 @@ def test_own(sizes: Sizes, rows: tuple[tuple[int, int], ...]) -> None:
 
 OPS = ("mla_write", "mla_rope", "mla_absorb", "mla_values", "mla_decode_attention", "mla_extend_attention")
 OPS = (*OPS, "mla_own_attention", "merge_attention")
+SCALED_OPS = ("mla_write_scaled", "mla_decode_attention_scaled", "mla_extend_attention_scaled")
 
 
 def real_call(
@@ -206,7 +252,7 @@ def real_call(
     contract = CONTRACTS[op]
     attrs = attrs_of(sizes, "heads", "nope", "rope", "value", "rank", "scale")
     attrs |= {"eps": 1e-6, "interleaved": True, "own": invariant}
-    of_kv = rank + rope if op == "mla_write" else heads * (nope + value)
+    of_kv = rank + rope if op.startswith("mla_write") else heads * (nope + value)
     of_q = rank + rope if "cache" in (o.name for o in contract.inputs) else nope + rope
     of_x = value if op == "merge_attention" else rank
     shapes = {
@@ -221,7 +267,9 @@ def real_call(
         shape = {
             "weight": (rank,),
             "kv_b": (heads * (nope + value), rank),
-            "cache": (9, 64, rank + rope),
+            "cache": (9, 64, rank if op.endswith("_scaled") else rank + rope),
+            "rope_cache": (9, 64, rope),
+            "scales": (9, 64, 1),
         }.get(operand.name, shape)
         kind = getattr(torch, cache) if operand.name == "cache" else kind
         made[operand.name] = torch.empty(shape, dtype=kind, device="meta")
@@ -244,6 +292,24 @@ def test_machine_code(op: str, sizes: Sizes, tokens: int) -> None:
         assert launch.dependent
         assert made.waits
         products = op not in ("mla_write", "mla_rope", "merge_attention") and "add" not in launch.function
+        assert ("wgmma.mma_async" in made.ptx or "mma.sync" in made.ptx) == products
+
+
+@compiled
+@pytest.mark.parametrize("cache", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("op", SCALED_OPS)
+@pytest.mark.parametrize(("sizes", "tokens"), [(V2_LITE, 64), (V3, 8)], ids=["v2_lite", "v3"])
+@pytest.mark.slow
+def test_machine_code_with_scales(op: str, sizes: Sizes, tokens: int, cache: str) -> None:
+    """The best way: no spills but those announced, shared memory of a block, matrix instructions, the wait."""
+    aot = pytest.importorskip("makeready.graphs.planner.cuda.aot")
+    call = real_call(op, sizes, tokens, cache=cache)
+    for launch in ways(call)[0].launches:
+        made = aot.compile_launch(launch, call)
+        assert made.spill_bytes <= launch.local_bytes
+        assert made.shared <= call.shared_bytes
+        assert made.waits
+        products = "write" not in op and "add" not in launch.function
         assert ("wgmma.mma_async" in made.ptx or "mma.sync" in made.ptx) == products
 
 
@@ -278,7 +344,10 @@ def test_8_bit_latents() -> None:
 @compiled
 def test_deterministic_plans_have_one_way_for_all_steps() -> None:
     """The same constants and options in every bucket; only grids differ."""
-    for op in ("mla_write", "mla_absorb", "mla_extend_attention", "mla_values"):
+    for op in (
+        *("mla_write", "mla_absorb", "mla_extend_attention", "mla_values"),
+        *("mla_write_scaled", "mla_extend_attention_scaled"),
+    ):
         found = []
         for tokens in (1, 64, 2048):
             call = replace(real_call(op, V2_LITE, tokens, invariant=True), most_rows=64)
