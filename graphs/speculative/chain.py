@@ -82,8 +82,8 @@ class Followed:
     def parameters(self) -> Iterator[Any]:
         return (tensor for _, tensor in self.named_parameters())
 
-    def cache_groups(self, page_size: int, dtype: str) -> tuple[CacheGroup, ...]:
-        groups = self.target.cache_groups(page_size, dtype)
+    def cache_groups(self, page_size: int, dtype: str, state_dtype: str) -> tuple[CacheGroup, ...]:
+        groups = self.target.cache_groups(page_size, dtype, state_dtype)
         self.group = next((g.name for g in groups if g.unit is not None and not g.window), "")
         if not self.group:
             raise PlanError(

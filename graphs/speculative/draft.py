@@ -36,7 +36,7 @@ class SmallModel:
         return self.model.named_parameters()
 
     def parts(self, page_size: int, dtype: str) -> tuple[KVPart, ...]:
-        groups = self.model.cache_groups(page_size, dtype)
+        groups = self.model.cache_groups(page_size, dtype, "float32")  # no states, see below
         if any(group.unit is None or group.window for group in groups) or len(groups) != 1:
             kept = ", ".join(group.name for group in groups)
             raise PlanError(
