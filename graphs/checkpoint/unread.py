@@ -80,7 +80,7 @@ def _check_unread(checkpoint: Checkpoint, read: Collection[str]) -> None:
         unread = [
             name for name in unread if not (_predicts_further(checkpoint, name) and name.endswith(_SHARED))
         ]
-    _tell(checkpoint, ahead, "they predict further tokens, which is not done here")
+    _tell(checkpoint, ahead, "they predict further tokens, as only speculative=mtp of DeepSeek-V3 does")
     cache = [name for name in unread if _CACHE.search(name) and name not in ahead]
     _tell(checkpoint, cache, "they scale a quantized cache; kv.dtype says what the cache is here")
     family = family_of_type(checkpoint.config["model_type"])

@@ -306,7 +306,7 @@ def test_the_text_model_of_one_that_sees(name: str, tmp_path: Path) -> None:
         recorder = Recorder(LLM(folder, **PLAN))
     said = {str(w.message) for w in told if issubclass(w.category, CheckpointWarning)}
     assert any("see images and videos, which is not done here" in one for one in said)
-    assert any("predict further tokens, which is not done here" in one for one in said)
+    assert any("predict further tokens" in one for one in said)
     assert len(said) == 2
     for length in (1, 24, 90):
         prompt = prompt_of(length, 131)

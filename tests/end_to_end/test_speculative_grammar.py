@@ -102,6 +102,20 @@ def test_texts_are_those_without_drafts(llm: LLM, temperature: float, overlap: b
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_model_drafts_within_grammars(temperature: float) -> None:
+    """The model itself, which is right wherever the grammar lets it say what it would."""
+    asked = {"method": "draft", "checkpoint": smollm2(), "num_draft_tokens": 3}
+    with LLM(smollm2(), **LIMITS, speculative=asked, scheduler=SchedulerOptions(speculation="always")) as llm:
+        outputs = llm.generate(PROMPTS, sampling(temperature))
+        llm.engine.pools.check()
+    assert [(o.error, o.text) for o in outputs] == [(None, o.text) for o in plain(temperature)]
+    assert_valid(outputs)
+    for output in outputs[:4]:
+        assert output.meta_info["spec_accept_token_num"] > 0
+
+
+@pytest.mark.slow
 def test_a_grammar_alone_takes_fewer_steps(llm: LLM) -> None:
     executable: Any = llm.engine.executable
     executable.asynchronous = True
