@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -128,3 +128,17 @@ class Followed:
             query_start=query_start, query_len=query_len, context_len=context_len,
         )  # fmt: skip
         return ids, paged(at, limits), slots, place
+
+
+@dataclass(frozen=True)
+class Chained:
+    """What methods have in common whose ``model`` is a :class:`Followed`."""
+
+    own: tuple[str, ...] = ()
+
+    def check(self, asked: Speculative) -> None: ...
+
+    def guess(self, model: Model, inputs: Inputs, limits: Limits, asked: Speculative) -> Guesses:
+        """See :class:`~makeready.graphs.speculative.base.Method`."""
+        assert isinstance(model, Followed)
+        return model.guess(inputs, limits, asked)

@@ -14,10 +14,9 @@ from makeready.graphs.layers.parameter import Parameter, moved
 from makeready.graphs.models import family
 from makeready.graphs.models.family import Model
 from makeready.graphs.plan.plan import PlanError
-from makeready.graphs.plan.spec import KVPart, Limits
-from makeready.graphs.plan.speculative import Speculative
-from makeready.graphs.speculative.base import Guesses, Setting, method
-from makeready.graphs.speculative.chain import Followed
+from makeready.graphs.plan.spec import KVPart
+from makeready.graphs.speculative.base import Setting, method
+from makeready.graphs.speculative.chain import Chained, Followed
 from makeready.graphs.speculative.second import check_second
 
 
@@ -58,14 +57,11 @@ class SmallModel:
 
 
 @dataclass(frozen=True)
-class Draft:
+class Draft(Chained):
     """A second checkpoint, run token by token ahead of the model."""
 
     name: str = "draft"
-    own: tuple[str, ...] = ()
     second: bool = True
-
-    def check(self, asked: Speculative) -> None: ...
 
     def model(self, target: Model, setting: Setting) -> Model:
         config, limits = setting.checkpoint.config[FIELD], setting.limits
@@ -78,10 +74,6 @@ class Draft:
             )
         small = described.build(config, context_len=limits.context_len, activation=setting.activation)
         return Followed(target, SmallModel(small, quantizable=setting.quantizable), limits)
-
-    def guess(self, model: Model, inputs: Inputs, limits: Limits, asked: Speculative) -> Guesses:
-        assert isinstance(model, Followed)
-        return model.guess(inputs, limits, asked)
 
 
 method(Draft())

@@ -27,10 +27,9 @@ from makeready.graphs.layers.rope import RotaryRows
 from makeready.graphs.models.decoder import dense
 from makeready.graphs.models.family import Model
 from makeready.graphs.plan.plan import PlanError
-from makeready.graphs.plan.spec import KVPart, Limits
-from makeready.graphs.plan.speculative import Speculative
-from makeready.graphs.speculative.base import Guesses, Setting, method
-from makeready.graphs.speculative.chain import Followed
+from makeready.graphs.plan.spec import KVPart
+from makeready.graphs.speculative.base import Setting, method
+from makeready.graphs.speculative.chain import Chained, Followed
 from makeready.graphs.speculative.second import check_second
 from makeready.graphs.speculative.states import found, leave, states
 from makeready.graphs.speculative.taps import Taps, decoder_of
@@ -139,14 +138,11 @@ def layers_before(config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Eagle3Method:
+class Eagle3Method(Chained):
     """A trained head of one layer, in a chain."""
 
     name: str = "eagle3"
-    own: tuple[str, ...] = ()
     second: bool = True
-
-    def check(self, asked: Speculative) -> None: ...
 
     def model(self, target: Model, setting: Setting) -> Model:
         config = setting.checkpoint.config[FIELD]
@@ -165,10 +161,6 @@ class Eagle3Method:
                 f"says {field}={config[field]}; choose another head"
             )
         return Followed(target, Eagle3(target, setting), setting.limits)
-
-    def guess(self, model: Model, inputs: Inputs, limits: Limits, asked: Speculative) -> Guesses:
-        assert isinstance(model, Followed)
-        return model.guess(inputs, limits, asked)
 
 
 method(Eagle3Method())

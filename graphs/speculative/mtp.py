@@ -18,10 +18,9 @@ from makeready.graphs.layers.inputs import Inputs
 from makeready.graphs.models import family
 from makeready.graphs.models.family import Model
 from makeready.graphs.plan.plan import PlanError
-from makeready.graphs.plan.spec import KVPart, Limits
-from makeready.graphs.plan.speculative import Speculative
-from makeready.graphs.speculative.base import Guesses, Setting, method
-from makeready.graphs.speculative.chain import Followed
+from makeready.graphs.plan.spec import KVPart
+from makeready.graphs.speculative.base import Setting, method
+from makeready.graphs.speculative.chain import Chained, Followed
 from makeready.graphs.speculative.states import found, leave, states
 from makeready.graphs.speculative.taps import NORMED, Taps, decoder_of
 from makeready.kernels import elementwise
@@ -87,14 +86,11 @@ class NextToken(nn.Module):
 
 
 @dataclass(frozen=True)
-class MTP:
+class MTP(Chained):
     """The model's own further layer."""
 
     name: str = "mtp"
-    own: tuple[str, ...] = ()
     second: bool = False
-
-    def check(self, asked: Speculative) -> None: ...
 
     def model(self, target: Model, setting: Setting) -> Model:
         config = setting.checkpoint.config
@@ -105,10 +101,6 @@ class MTP:
                 f"{named} with {config.get('num_nextn_predict_layers') or 'none'}; use ngram or draft"
             )
         return Followed(target, NextToken(target, setting), setting.limits)
-
-    def guess(self, model: Model, inputs: Inputs, limits: Limits, asked: Speculative) -> Guesses:
-        assert isinstance(model, Followed)
-        return model.guess(inputs, limits, asked)
 
 
 method(MTP())

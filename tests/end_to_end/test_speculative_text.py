@@ -93,3 +93,21 @@ def test_what_is_streamed_adds_up(plain: list[Output], llm: LLM) -> None:
         pieces = list(llm.stream(PROMPTS[at], SAMPLING[at]))
         assert len(pieces) > 1
         assert "".join(pieces) == plain[at].text
+
+
+@pytest.mark.slow
+def test_the_model_drafts_for_itself(plain: list[Output]) -> None:
+    """Of real text, greedy and drawn: all drafts are right but for near ties, and grammars are followed."""
+    made = LLM(
+        smollm2(),
+        **LIMITS,
+        scheduler=SchedulerOptions(speculation="always"),
+        speculative={"method": "draft", "checkpoint": smollm2(), "num_draft_tokens": 4},
+    )
+    outputs = made.generate(PROMPTS, SAMPLING)
+    assert [(o.token_ids, o.text) for o in outputs] == [(o.token_ids, o.text) for o in plain]
+    guessed = sum(o.meta_info.get("spec_draft_token_num", 0) for o in outputs)
+    right = sum(o.meta_info.get("spec_accept_token_num", 0) for o in outputs)
+    # Tokens behind a stop are dropped, and what is guessed behind them counts for none.
+    assert guessed > 100
+    assert right >= 0.97 * guessed

@@ -160,6 +160,15 @@ def test_sweeps_keep_their_commas():
     assert arranged(arguments, frozenset({"prompt"}), frozenset(), {"default"}) == arguments
 
 
+def test_what_drafts_is_named_as_the_model_is(capsys):
+    asked = ("speculative=draft", "speculative.checkpoint=dummy", "speculative.model=qwen3_0_6b")
+    assert script("compile")("--cfg", "job", *asked) == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["model"] is None
+    assert config["speculative"]["method"] == "draft"
+    assert config["speculative"]["model"]["hidden_size"] == 1024
+
+
 def test_defaults_are_those_of_the_python_interface(capsys):
     """conf/ states every default once more, where users look; the two may not drift apart."""
     assert script("generate")("--cfg", "job") == 0
