@@ -77,10 +77,11 @@ class Verify:
         logits, i = run(model, i.adding(token_ids=ids, query_start=start, query_len=count), limits)
         reach = i.context_len
         made = sample(logits, i.adding(sample_slot=slots, context_len=context), limits)
+        checked = ids
         if asked.forced_acceptance is not None:
-            ids = draft_forced.force_drafts(made["tokens"], slots, context, share=asked.forced_acceptance)
+            checked = draft_forced.force_drafts(made["tokens"], slots, context, share=asked.forced_acceptance)
         drafted, accepted = draft.accept_drafts(
-            ids, made["tokens"], i.row_slot, start, count, reach, i.length
+            checked, made["tokens"], i.row_slot, start, count, reach, i.length
         )
         return made | {"drafted": drafted, "accepted": accepted, "draft_ids": ids, "draft_len": count}
 
