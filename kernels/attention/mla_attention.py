@@ -1,8 +1,8 @@
 """Latent attention as models call it, and what it becomes in each kind of step.
 
-Steps that decode or verify drafts, and deterministic plans, run the absorbed form, whose arithmetic does not depend
-on which tokens are the step's own. Other steps attend over their own tokens with keys and values of every head, over
-what was cached before in the absorbed form, and merge the two: no buffer is as long as the context.
+Decode steps and deterministic plans run the absorbed form, whose arithmetic does not depend on which tokens are the
+step's own. Other steps attend over their own tokens with keys and values of every head, over what was cached before
+in the absorbed form, and merge the two: no buffer is as long as the context.
 
     letters as in :mod:`~makeready.kernels.attention.mla`
 """
@@ -94,7 +94,6 @@ def merged(attention: str) -> Any:
     traffic={"cache": "R*context*(rank+rope)"},
     expands={
         "decode": absorbed("mla_decode_attention"),
-        "verify": absorbed("mla_extend_attention"),
         INVARIANT: absorbed("mla_extend_attention"),
         ANY: merged("mla_extend_attention"),
     },

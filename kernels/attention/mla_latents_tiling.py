@@ -76,8 +76,6 @@ class Tiling:
         heads, rank, rope = (call.attrs[name] for name in ("heads", "rank", "rope"))
         if "query_len" not in call.tensors or call.rows == tokens:
             items, keys, distinct = tokens * -(-heads // self.n), call.context, rows
-        elif call.attrs["own"] and not call.invariant:  # rows that verify drafts
-            items, keys, distinct = rows * -(-tokens // rows * heads // self.n), call.context, rows
         else:
             items, keys, distinct = -(-tokens * heads // self.n), max(call.context - tokens, _FEW), 1
         tiles, blocks = -(-keys // self.keys), self.blocks(call)

@@ -166,7 +166,6 @@ def mla_decode_attention_scaled(
     traffic=_READ,
     expands={
         "decode": absorbed("mla_decode_attention_scaled"),
-        "verify": absorbed("mla_extend_attention_scaled"),
         INVARIANT: absorbed("mla_extend_attention_scaled"),
         ANY: merged("mla_extend_attention_scaled"),
     },

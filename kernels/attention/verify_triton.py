@@ -208,7 +208,8 @@ def _sixteen_bits(call: OpCall) -> bool:
 def verify_attention_cuda(call: OpCall) -> Sequence[Candidate]:
     """Blocks of different sizes and numbers, best first; none where a row's vectors do not fit into registers."""
     _, N, D = _sides(call)
-    if N * D > 2 * _SUMS:
+    most = _SUMS if "scales" in call.tensors else 2 * _SUMS  # scales take registers, too
+    if most < N * D:
         return []
     tile, element = min(128, max(16, _SUMS // D)), DTYPE_BYTES[call.tensors["k_cache"].dtype]
     half = max(16, tile // 2)

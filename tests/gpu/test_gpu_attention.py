@@ -148,8 +148,9 @@ def _verify_case(
 
 
 def fitting(call: OpCall) -> list[Candidate]:
-    """Ways that a plan may take: of the widest batches some spill."""
-    return [way for way in verify_attention_cuda(call) if launcher.fits(way, call)]
+    """Ways that a plan may take: of the widest batches some spill, or all, and extend's stand in."""
+    made = [way for way in verify_attention_cuda(call) if launcher.fits(way, call)]
+    return made or list(extend_attention_cuda(call))[:1]
 
 
 def _guarded(call: OpCall) -> list[Candidate]:
