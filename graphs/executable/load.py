@@ -71,7 +71,7 @@ def asked_pages(plan: Plan, kv_bytes: int) -> int:
     pages = plan.kv.pages_in(kv_bytes, plan.limits)
     if not pages:
         raise PlanError(
-            f"kv.memory_gib={kv_bytes / 2**30:.3g} ({kv_bytes} bytes) is too little: {plan.least_cache()}; "
-            "raise kv.memory_gib"
+            f"kv.memory_gib={kv_bytes / 2**30:.3g} ({kv_bytes} bytes) is too little: "
+            f"{plan.least_cache('raise kv.memory_gib')}"
         )
     return pages

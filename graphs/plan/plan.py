@@ -224,22 +224,21 @@ class Plan:
         if not pages:
             raise PlanError(
                 f"{nbytes / 2**30:.2f} GiB of memory are too little: the plan's fixed memory takes "
-                f"{fixed / 2**30:.2f} GiB and {self.least_cache()}"
+                f"{fixed / 2**30:.2f} GiB and {self.least_cache('free some')}"
             )
         return pages
 
-    def least_cache(self) -> str:
-        """What the smallest cache takes, and what makes it smaller."""
+    def least_cache(self, remedy: str) -> str:
+        """What the smallest cache takes, and how to do with it: ``remedy``, or what makes it smaller."""
         from makeready.graphs.inspect.units import nbytes
 
         two = f"two KV pages {nbytes(LEAST_PAGES * self.kv.page_bytes)}"
         if not self.kv.bounded:
-            return two
+            return f"{two}; {remedy}"
         beside = nbytes(self.kv.bounded_bytes(LEAST_PAGES, self.limits))
         kept = self.kv.split(LEAST_PAGES, self.limits).snapshots
-        remedies = [f"lower kv.state_snapshots={kept}"] * bool(kept)
-        wide = any(part.dtype == "float32" for group in self.kv.states for part in group.parts)
+        remedies = [remedy, *[f"lower kv.state_snapshots={kept}"] * bool(kept)]
+        wide = bool(self.kv.states) and self.options.kv_state_dtype == "float32"
         remedies += ["compile with kv.state_dtype=bfloat16"] * wide
-        remedy = f"; {' or '.join(remedies)}" if remedies else ""
         snapshots = f" and of {kept} snapshots" * bool(kept)
-        return f"{two}, beside windows and states of one row{snapshots} {beside}{remedy}"
+        return f"{two}, beside windows and states of one row{snapshots} {beside}; {' or '.join(remedies)}"

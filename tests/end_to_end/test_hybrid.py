@@ -417,11 +417,15 @@ def test_a_plan_says_what_states_take(tiny: tuple[Path, Any], tmp_path: Path) ->
     assert plan.kv.split(plan.pages_in(more), plan.limits) == Split(4, 3)
     least = plan.memory.fixed + 2 * plan.kv.page_bytes + 3 * state.block_bytes
     assert plan.pages_in(least) == 2
-    with pytest.raises(PlanError, match=r"states of one row .*; compile with kv\.state_dtype=bfloat16"):
+    with pytest.raises(
+        PlanError, match=r"states of one row .*; free some or compile with kv\.state_dtype=bfloat16"
+    ):
         plan.pages_in(least - 1)
     kept = LLM(tiny[0], **PLAN, kv_state_snapshots=7).plan
     assert kept.kv.split(1 + 4 * 32, plan.limits) == Split(4, 7)
-    with pytest.raises(PlanError, match=r"and of 7 snapshots .*; lower kv\.state_snapshots=7 or"):
+    with pytest.raises(
+        PlanError, match=r"and of 7 snapshots .*; free some or lower kv\.state_snapshots=7 or"
+    ):
         kept.pages_in(least)
 
 

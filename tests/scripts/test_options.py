@@ -188,7 +188,8 @@ def test_defaults_are_those_of_the_python_interface(capsys):
         "device": config["device"],
         "quant": config["quant"],
     }
-    stated |= {"kv_dtype": config["kv"]["dtype"], "speculative": config["speculative"]}
+    stated |= {f"kv_{name}": config["kv"][name] for name in ("dtype", "state_dtype", "state_snapshots")}
+    stated |= {"speculative": config["speculative"]}
     assert {k: tuple(v) if isinstance(v, list) else v for k, v in stated.items()} == request
 
 

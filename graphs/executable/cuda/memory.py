@@ -97,11 +97,10 @@ def kv_memory(plan: Plan, free: int, kv_bytes: int | None) -> KVMemory:
     wanted = LEAST_PAGES if kv_bytes is None else asked_pages(plan, kv_bytes)
     needed = fixed + reserved + plan.kv.nbytes(wanted, plan.limits)
     if free < needed:
-        least = f" ({plan.least_cache()})" if kv_bytes is None else ""
         raise PlanError(
             f"the GPU has {_gib(free)} GiB free, and {_gib(needed)} GiB are needed: {_gib(fixed)} for weights and "
             f"buffers, {_gib(reserved)} for the driver, {_states(plan, wanted)}and {_gib(wanted * page)} for KV "
-            f"pages{least}; free memory, lower kv.memory_gib or compile with fewer tokens or smaller weights"
+            "pages; free memory, lower kv.memory_gib or compile with fewer tokens or smaller weights"
         )
     pages = wanted if kv_bytes is not None else plan.pages_in(free - reserved)
     return KVMemory(pages, free, fixed, reserved, page, kv_bytes)
