@@ -45,8 +45,8 @@ def whole() -> Iterator[None]:
 def ending() -> Iterator[None]:
     """Let SIGTERM end a job as Ctrl-C does, with what it has to say; only the main thread may.
 
-    A second signal would cut that short, so none follows within a second of the first, be it while the
-    process ends.
+    A second signal would cut that short, so signals within a second of the first are ignored, even while
+    the process ends.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
