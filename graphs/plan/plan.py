@@ -214,7 +214,7 @@ class Plan:
     def pages_in(self, nbytes: int) -> int:
         """KV pages, the null page included, that ``nbytes`` of memory leave room for.
 
-        Windows and states that go with so many pages have room beside them.
+        Room for the windows and states of that many pages is left beside them.
 
         Raises:
             PlanError: not even one page that a request could use fits, or not what a row has beside it.
