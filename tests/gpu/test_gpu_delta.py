@@ -73,11 +73,16 @@ CASES += [
 ]
 
 
-def ways(call: OpCall) -> list[Candidate]:
-    """All ways that find the resources which they need, of deterministic plans too."""
+def every(call: OpCall) -> list[Candidate]:
+    """All ways, of deterministic plans too."""
     calls = (call, replace(call, invariant=True, most_rows=call.rows))
     found = [way for c in calls for kernel in registry.cuda_kernels(call.op) for way in kernel.candidates(c)]
-    return [way for way in {str(way.launches): way for way in found}.values() if launcher.fits(way, call)]
+    return list({str(way.launches): way for way in found}.values())
+
+
+def ways(call: OpCall) -> list[Candidate]:
+    """All that find the resources which they need."""
+    return [way for way in every(call) if launcher.fits(way, call)]
 
 
 def operands(case: Case) -> dict[str, torch.Tensor]:
@@ -91,12 +96,14 @@ def operands(case: Case) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def kernels() -> None:
     """Everything compiled on all cores, which takes minutes one after the other."""
-    work = []
-    for name in CASES:
-        case = case_of(name)
-        call = launcher.op_call(CONTRACTS[case.op], operands(case), case.attrs)
-        work.append((call, ways(call)))
-    prepare(work)
+
+    def work() -> Iterator[tuple[OpCall, list[Candidate]]]:
+        for name in CASES:
+            case = case_of(name)
+            call = launcher.op_call(CONTRACTS[case.op], operands(case), case.attrs)
+            yield call, every(call)
+
+    prepare(work())
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -180,7 +180,8 @@ def test_latents(name: str) -> None:
     """Attention within its tolerance; written scales within a rounding of what they are of, numbers a step."""
     contract, emit, tensors, attrs = _latents(*LATENTS[name])
     if "write" not in contract.name:
-        launcher.check(contract, _first(emit), tensors, attrs)
+        # Sums of scores that come from 16 bits, as those of latents without scales.
+        launcher.check(contract, _first(emit), tensors, attrs, allowed={"log_sum": contract.tolerance.bfloat16})
         return
     (way,) = _first(emit)(call := launcher.op_call(contract, tensors, attrs))
     want = Case(contract.name, name, {k: x.cpu() for k, x in tensors.items()}, attrs).run()
@@ -210,6 +211,7 @@ def test_writes(name: str) -> None:
     ).run()
     got = {k: x.cpu() for k, x in launcher.run(way, call, tensors).items()}
     half = want["scales"].shape[-1] // 2
+    allowed = 3e-2 if attrs["bits"] == 8 else 0.15  # a step of 4 bits is about a third of a deviation
     if "q" not in want:
         for cache in contract.writes:
             assert torch.equal(got[cache].view(torch.uint8), want[cache].view(torch.uint8)), cache
@@ -217,4 +219,4 @@ def test_writes(name: str) -> None:
         mine = slice(at * half, (at + 1) * half)
         x, y = (widen_heads(o[cache], o["scales"][..., mine], torch.float32) for o in (got, want))
         assert torch.equal(x.isnan(), y.isnan()), cache
-        assert (x - y).nan_to_num(0.0).norm() <= 3e-2 * y.nan_to_num(0.0).norm(), cache
+        assert (x - y).nan_to_num(0.0).norm() <= allowed * y.nan_to_num(0.0).norm(), cache
