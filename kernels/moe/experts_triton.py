@@ -112,7 +112,8 @@ def candidates(call: OpCall, scales: str | None) -> list[Candidate]:
     """
     x, weight = call.tensors["x"], call.tensors["weight"]
     narrow = x.dtype == weight.dtype and DTYPE_BYTES[x.dtype] <= 2
-    return [emit(call, way, scales) for way in tilings(call, narrow=narrow, block=scales == "block")]
+    apart = scales == "block" or weight.dtype == "float8_e4m3fn"
+    return [emit(call, way, scales) for way in tilings(call, narrow=narrow, apart=apart)]
 
 
 def gate_constants(call: OpCall) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from makeready.kernels.spec import DTYPE_BYTES
 # reach. They put it behind the kernels of grouped_cuda.py, whose figures are measured.
 _MEMORY, _MATRIX = 0.6, 0.4
 _LAUNCH = 3e-6
-_SUMS, _SUMS_SCALED = 128, 48  # that a thread has registers for
+_SUMS, _SUMS_APART = 128, 48  # that a thread has registers for
 _TILE = 1.5e-6  # until a tile's copies are under way, and writing it
 
 
@@ -121,19 +121,19 @@ class Tiling:
         return f"{self.t}x{self.n}x{self.k}_w{self.warps}_s{self.stages}"
 
 
-def tilings(call: OpCall, *, narrow: bool, block: bool) -> list[Tiling]:
+def tilings(call: OpCall, *, narrow: bool, apart: bool) -> list[Tiling]:
     """Every way, the cheapest first by a model that is reasoned.
 
     Args:
         narrow: both operands are of one dtype of 16 or 8 bits, which matrix units multiply.
-        block: sums of 128 inputs are scaled on their own, so that a thread has them beside all others.
+        apart: sums of 128 inputs are made on their own, so that a thread has them beside all others.
     """
     grouped = describe(call)
     if not narrow:
         return [Tiling(16, 32, 32, 4, 2), Tiling(32, 64, 32, 4, 2)][:: 1 if grouped.entries < 1024 else -1]
     ways = [
         w
-        for w in _ways(grouped, _SUMS_SCALED if block else _SUMS)
+        for w in _ways(grouped, _SUMS_APART if apart else _SUMS)
         if call.invariant or not mismatched(w.t, grouped)
     ]
     fitting = (

@@ -109,7 +109,7 @@ def test_a_request_gets_the_same_bits_in_every_batch(llm: LLM) -> None:
         "together": generate(llm),
         "chunks of 33": generate(llm, chunked_prefill_size=33),
         "chunks of 200, few pages": generate(
-            llm, pages=40, chunked_prefill_size=200, preemption_threshold=1, **tight
+            llm, pages=12, chunked_prefill_size=200, preemption_threshold=1, **tight
         ),
         "nothing shared": generate(llm, prefix_cache=False, decode_interval=3),
     }

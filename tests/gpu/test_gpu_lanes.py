@@ -95,7 +95,7 @@ def test_two_lanes_give_the_bits_of_one(case: tuple[Plan, Checkpoint]) -> None:
 def test_a_plan_without_lanes_gives_the_same_bits(case: tuple[Plan, Checkpoint]) -> None:
     plan, checkpoint = case
     asked = {"deterministic": plan.options.deterministic, "quant": plan.options.quant}
-    plain = compile_plan(checkpoint, target=plan.target, **REQUEST, **asked)
+    plain = compile_plan(checkpoint, target=plan.target, lanes=False, **REQUEST, **asked)
     assert not any(program.lanes for program in plain.programs.values())
     with loaded(plain, checkpoint) as executable:
         wanted = play(executable, poison=True)

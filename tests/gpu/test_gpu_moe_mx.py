@@ -41,7 +41,7 @@ def hold(
     attrs = {"top_k": 0 if gathered else shape[2], "out_dtype": "bfloat16", **GATES.get(op, {})}
     call = launcher.op_call(CONTRACTS[op], tensors, attrs)
     assert applies(call)
-    wide = {name: x.double() if x.is_floating_point() else x for name, x in tensors.items()}
+    wide = {name: x.double() if x.is_floating_point() else x for name, x in made.items()}
     want = CONTRACTS[op].reference(**{"weight_global_scale": None} | wide, **attrs | {"out_dtype": "float64"})
     entries = int(made["start"][-1])
     every = [candidate(call, tile, give_up=give_up) for tile in TILES]
@@ -50,7 +50,7 @@ def hold(
         first, *others = (launcher.run(way, call, tensors)["y"] for _ in range(times))
         assert all(torch.equal(first, other) for other in others), f"{op}/{way.name} differs between runs"
         assert not first[entries:].any(), f"{op}/{way.name}: rows of nobody are not zeros"
-        error = float((first.double() - want).norm() / want.norm().clamp_min(1e-300))
+        error = float((first.cpu().double() - want).norm() / want.norm().clamp_min(1e-300))
         assert error <= ALLOWED[op], f"{op}/{way.name} at {call.dims} is off by {error:.1e}"
 
 
