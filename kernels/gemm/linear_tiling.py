@@ -34,6 +34,10 @@ _PERSISTENT_SIDES = (  # t, n, warps
 # Sums that a thread keeps in registers at most. Beside 192 there is no room for operands; and for sm_100a
 # Triton 3.6 makes an empty kernel of a tile of 256 x 192, without a word.
 _SUMS_WGMMA, _SUMS = 192, 128
+# Of a streamed tile whose result is stored element by element: as many addresses want registers as well. For 6,144
+# rows of 513 fp32 outputs, tiles with 128 sums spilled 536 to 824 bytes on sm_90a and 168 to 1,056 on sm_100a, those
+# with 96 and a bias 544; those with 64 none.
+_SUMS_SINGLY = 64
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Product:
     Attributes:
         tma: operands are aligned for tensor maps and the target has them.
         tma_out: so is the result.
+        wide_stores: rows of the result begin at multiples of 16 elements, so that threads store several at once.
         tensor_cores: both operands are of the same 16-bit dtype.
         bandwidth: bytes/s from memory.
         rate: operations/s of all multiprocessors at 16 bits.
@@ -63,6 +68,7 @@ class Product:
     bandwidth: float = H100_BANDWIDTH
     rate: float = H100_FLOPS["bfloat16"]
     invariant: bool = False
+    wide_stores: bool = True
 
     @property
     def moved(self) -> int:
@@ -134,11 +140,12 @@ def _second(n: int) -> int:
 
 
 def _streams(product: Product) -> Iterator[Tiling]:
+    sums = _sums(product) if product.wide_stores else _SUMS_SINGLY
     for t, (n, k, warps) in product_of((16, 32, 64, 128, 256), _STREAM_SIDES):
         if not product.invariant and _mismatched(t, product.T):
             continue
         second = _second(n)
-        if t * n > _sums(product) * 32 * warps or (second and not product.tma):
+        if t * n > sums * 32 * warps or (second and not product.tma):
             continue
         if n > 128 and t < 128:  # lost 3 to 8 % beside tiles of 64 outputs
             continue

@@ -79,6 +79,7 @@ def describe(call: OpCall) -> Product:
         out_bytes=DTYPE_BYTES[y.dtype],
         tma=tma and tensor_cores and addressable(x) and addressable(weight),
         tma_out=tma and addressable(y),
+        wide_stores=y.row_stride % 16 == 0,  # what the compiler is told of a stride
         tensor_cores=tensor_cores,
         wgmma="wgmma" in call.features,
         invariant=call.invariant,

@@ -263,6 +263,25 @@ def test_cross_compiled_kernels_use_the_units_they_should(call: OpCall, arch: in
         assert made.waits
 
 
+@pytest.mark.parametrize("out", ["float32", "bfloat16"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_first_choices_store_rows_of_odd_widths_without_spilling(out: str, bias: bool):
+    """A router beside the gate of a shared expert has 513 outputs, which are stored one by one."""
+    pytest.importorskip("triton")
+    from makeready.graphs.planner.cuda.aot import compile_launch
+
+    call = _call(6144, 513, 2048, out=out, bias=bias, spare=True)
+    (launch,) = linear_cuda(call)[0].launches
+    assert compile_launch(launch, call).spill_bytes == 0
+
+
+def test_tiles_whose_results_are_stored_one_by_one_leave_registers_for_addresses():
+    for T, N in ((t, n) for t in (16, 256, 2048, 4096, 6144, 8192) for n in (129, 257, 513, 520)):
+        ways = tilings(describe(_call(T, N, 2048, out="float32")))
+        assert ways
+        assert all(way.kind == PERSISTENT or way.t * way.n <= 64 * 32 * way.warps for way in ways)
+
+
 @pytest.mark.parametrize(
     "call",
     [_call(16, 4096, 4096), _call(256, 24576, 4096), _call(1024, 6144, 4096)],
