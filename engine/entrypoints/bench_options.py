@@ -13,7 +13,7 @@ from makeready.engine.entrypoints.scheduler_options import SchedulerSettings, sc
 
 # The options that each suite reads, beside checkpoint, suite and output. A name ends with a dot where it
 # stands for a group.
-_LLM = ("model.", "target", "device", "quant", "plan.", "kv.", "scheduler.", "threads")
+_LLM = ("model.", "target", "device", "quant", "plan.", "kv.", "speculative.", "scheduler.", "threads")
 SUITES: dict[str, tuple[str, ...]] = {
     "decode": ("rows", "tokens", "repeats", "weight_dtype", "threads"),
     "startup": ("repeats", "weight_dtype", "threads"),
@@ -318,4 +318,5 @@ def shares_model(suite: str) -> bool:
 
 def _is(name: str, option: str) -> bool:
     """Whether ``name``, as given on the command line, is the option or one of the group."""
+    name = name.rpartition("@")[2]  # a preset, chosen for another place than its own
     return name == option or (option.endswith(".") and (name + ".").startswith(option))

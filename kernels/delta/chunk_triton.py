@@ -282,12 +282,11 @@ def chunk_delta_rule_launches(call: OpCall) -> Sequence[Candidate]:
     )
     names = ("qkv", "ba", "state", "state_in", "state_out", "query_start", "query_len", "y")
     made = []
-    # Tiles of 64 spill. Where blocks are fewer than multiprocessors each should load ahead; else two share one.
+    # Tiles of 64 spill. Not one stage: what the assembler makes of that reads outside of shared memory on an H200.
     width = max(16, min(32, power_of_two(values)))
     grid = (-(-values // width), heads, call.rows)
-    few = grid[0] * heads * call.rows < 2 * call.multiprocessors
     total = 3 * matrices + chunks * heads * _FACTORS * CHUNK * 4
-    for stages in (2, 1) if few else (1, 2):
+    for stages in (2, 3):
         second = DeviceLaunch(
             function="makeready.kernels.delta.chunk_triton:along_rows",
             constants={**shared, "VALUE_DIM": values, "Y_STRIDE": call.tensors["y"].row_stride, "V": width},
