@@ -41,7 +41,8 @@ def locate(
     passes through the host.
 
     Rows of the null slot are padding: they have no token, and ``context_len`` 0. Tokens of no row get id 0,
-    position 0 and the null slot. No two other rows share a slot.
+    position 0 and the null slot; they and padding rows may lie anywhere, between others too. No two other rows share
+    a slot.
     """
     null = len(length) - 1
     tokens, rows = len(token_ids), row_slot.long()
@@ -85,8 +86,8 @@ def find_pages(
 
     ``grow_page[r, g]``, unless it is 0, becomes entry ``grow_at[r] + g`` of the slot's page list. Then token t
     at position p of row r lies at ``kv_slot[t] = page * page_size + p % page_size``, in the page at
-    ``p // page_size`` of the list; tokens of no row at 0, in the page that belongs to nobody. ``page_table[r]``
-    are the pages of the row's ``context_len[r]`` tokens, 0 beyond.
+    ``p // page_size`` of the list; tokens of no row, wherever they are (see :func:`locate`), at 0, in the page that
+    belongs to nobody. ``page_table[r]`` are the pages of the row's ``context_len[r]`` tokens, 0 beyond.
     """
     null, width = len(pages) - 1, pages.shape[1]
     for r, slot in enumerate(row_slot.tolist()):

@@ -1,9 +1,12 @@
-"""Where a step stands in its sequences, on GPUs: a block a row, and one for tokens of no row.
+"""Where a step stands in its sequences, on GPUs: a block a row, which also fills in the tokens of no row behind it.
+
+Rows are packed in most steps, but not in chains of drafts, where rows that have no draft lie between others
+(:func:`~.draft_chain.next_draft`). One more block has what is before all rows.
 
 # L tokens of context, B pages of a row at most, G pages that a row may gain
 """
 # pyright: reportIndexIssue=false, reportArgumentType=false, reportOperatorIssue=false
-# pyright: reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
@@ -24,15 +27,26 @@ _FEW, _EITHER, _MANY = 128, 256, 1024
 
 
 @triton.jit
-def used_tokens(row_slot, query_start, query_len, rows, NULL: tl.constexpr, BLOCK: tl.constexpr):
-    """Where the last row's tokens end: those behind it belong to no row."""
-    used = 0
+def own_tokens(row, row_slot, query_start, query_len, rows, tokens, NULL: tl.constexpr, BLOCK: tl.constexpr):
+    """A row's slot, its first token and how many it has, and from where to where the tokens behind are of no row.
+
+    Behind rows without tokens are none. ``row == rows`` stands before all of them, in the null slot.
+    """
+    inside = row < rows
+    slot = tl.load(row_slot + row, mask=inside, other=NULL)
+    begin = tl.load(query_start + row, mask=inside, other=0)
+    count = tl.load(query_len + row, mask=inside, other=0)
+    count = tl.where(slot == NULL, 0, count)
+    end = tl.where(inside, tl.where(count > 0, begin + count, tokens), 0)
+    until = tokens
     for first in range(0, rows, BLOCK):
         r = first + tl.arange(0, BLOCK)
-        slot = tl.load(row_slot + r, mask=r < rows, other=NULL)
-        start = tl.load(query_start + r, mask=slot != NULL, other=0)
-        used = tl.maximum(used, tl.max(start + tl.load(query_len + r, mask=slot != NULL, other=0), axis=0))
-    return used
+        other = tl.load(row_slot + r, mask=r < rows, other=NULL)
+        start = tl.load(query_start + r, mask=r < rows, other=0)
+        length = tl.load(query_len + r, mask=r < rows, other=0)
+        behind = (other != NULL) & (length > 0) & (start >= end)
+        until = tl.minimum(until, tl.min(tl.where(behind, start, tokens), 0))
+    return slot, begin, count, end, until
 
 
 @triton.jit
@@ -55,44 +69,40 @@ def locate_rows(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """See :func:`~.locate.locate`. The block behind those of the rows fills in tokens of no row."""
+    """See :func:`~.locate.locate`."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     row = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
-    if row == rows:
-        used = used_tokens(row_slot, query_start, query_len, rows, NULL, BLOCK)
-        for first in range(0, tokens, BLOCK):
-            t = first + lane
-            spare = (t >= used) & (t < tokens)
-            tl.store(ids + t, 0, mask=spare)
-            tl.store(positions + t, 0, mask=spare)
-            tl.store(token_slot + t, NULL, mask=spare)
+    slot, begin, count, end, until = own_tokens(
+        row, row_slot, query_start, query_len, rows, tokens, NULL, BLOCK
+    )  # fmt: skip
+    for first in range(end, until, BLOCK):
+        t = first + lane
+        tl.store(ids + t, 0, mask=t < until)
+        tl.store(positions + t, 0, mask=t < until)
+        tl.store(token_slot + t, NULL, mask=t < until)
+    if slot == NULL:
+        tl.store(context_len + row, 0, mask=row < rows)
     else:
-        slot = tl.load(row_slot + row)
-        if slot == NULL:
-            tl.store(context_len + row, 0)
-        else:
-            start = tl.load(row_start + row)
-            if start < 0:
-                start = tl.load(length + slot)
-            count = tl.load(query_len + row)
-            begin = tl.load(query_start + row)
-            tl.store(context_len + row, start + count)
-            past = history + slot.to(tl.int64) * L + start
-            for first in range(0, count, BLOCK):
-                i = first + lane
-                inside = i < count
-                staged = tl.load(token_ids + begin + i, mask=inside, other=0)
-                sampled = tl.load(past + i, mask=inside & (staged < 0), other=0)
-                token = tl.where(staged < 0, sampled, staged)
-                tl.store(past + i, token, mask=inside & (staged >= 0))
-                tl.store(ids + begin + i, token, mask=inside)
-                tl.store(positions + begin + i, start + i, mask=inside)
-                tl.store(token_slot + begin + i, slot, mask=inside)
-            tl.debug_barrier()  # all have read the length before it changes
-            tl.store(length + slot, start + count)
+        start = tl.load(row_start + row)
+        if start < 0:
+            start = tl.load(length + slot)
+        tl.store(context_len + row, start + count)
+        past = history + slot.to(tl.int64) * L + start
+        for first in range(0, count, BLOCK):
+            i = first + lane
+            inside = i < count
+            staged = tl.load(token_ids + begin + i, mask=inside, other=0)
+            sampled = tl.load(past + i, mask=inside & (staged < 0), other=0)
+            token = tl.where(staged < 0, sampled, staged)
+            tl.store(past + i, token, mask=inside & (staged >= 0))
+            tl.store(ids + begin + i, token, mask=inside)
+            tl.store(positions + begin + i, start + i, mask=inside)
+            tl.store(token_slot + begin + i, slot, mask=inside)
+        tl.debug_barrier()  # all have read the length before it changes
+        tl.store(length + slot, start + count)
 
 
 @cuda_kernel(locate, "rows", invariant=True)
@@ -123,19 +133,19 @@ def find_page_rows(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """See :func:`~.locate.find_pages`. The block behind those of the rows fills in tokens of no row."""
+    """See :func:`~.locate.find_pages`."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     row = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
-    if row == rows:
-        used = used_tokens(row_slot, query_start, query_len, rows, NULL, BLOCK)
-        for first in range(0, tokens, BLOCK):
-            t = first + lane
-            tl.store(kv_slot + t, 0, mask=(t >= used) & (t < tokens))
-    else:
-        slot = tl.load(row_slot + row)
+    slot, begin, count, end, until = own_tokens(
+        row, row_slot, query_start, query_len, rows, tokens, NULL, BLOCK
+    )  # fmt: skip
+    for first in range(end, until, BLOCK):
+        t = first + lane
+        tl.store(kv_slot + t, 0, mask=t < until)
+    if row < rows:
         held = (tl.load(context_len + row) + SIZE - 1) // SIZE
         own = pages + slot.to(tl.int64) * B
         if slot != NULL:
@@ -144,8 +154,6 @@ def find_page_rows(
                 new = tl.load(grow_page + row * G + g)
                 tl.store(own + at + g, new, mask=new != 0)
             tl.debug_barrier()  # all see the new pages
-            count = tl.load(query_len + row)
-            begin = tl.load(query_start + row)
             for first in range(0, count, BLOCK):
                 i = first + lane
                 inside = i < count

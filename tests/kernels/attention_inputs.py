@@ -209,6 +209,7 @@ def extend_attention(op: str) -> Iterator[Case]:
             window, spare = ((0, 3), (4, 3), (0, 0), (4, 0))[(at + seed) % 4]
             tokens = max(1, sum(n for n, _ in batch)) + spare
             yield _queries(op, Random(seed), heads, (act, cache), batch, tokens, window, at + seed // 4)
+        yield _chained(op, Random(seed), heads, (act, cache), seed)
 
 
 def verify_attention(op: str) -> Iterator[Case]:
@@ -225,6 +226,18 @@ def verify_attention(op: str) -> Iterator[Case]:
         for at, (each, batch) in enumerate(batches):
             window, tokens = (0, 4, 0, 3)[(at + seed) % 4], each * len(batch)
             yield _queries(op, Random(seed), heads, (act, cache), batch, tokens, window, at + seed // 4)
+        yield _chained(op, Random(seed), heads, (act, cache), seed)
+
+
+def _chained(op: str, random: Random, heads: Heads, dtypes: tuple[str, str], number: int) -> Case:
+    """A token a row, as in chains of drafts: rows that have none, and so tokens of no row, between the others."""
+    batch = [(0, 0), (1, heads.page), (0, 0), (0, 0), (1, 1), (1, heads.page + 2), (0, 0)]
+    case = _queries(op, random, heads, dtypes, batch, len(batch), 0, number)
+    live = [n > 0 for n, _ in batch]
+    q = torch.full_like(case.operands["q"], NAN)
+    q[live] = case.operands["q"][: sum(live)]
+    given = {"q": q, "query_start": int32(list(range(len(batch))))}
+    return Case(op, f"chain-{case.label}", case.operands | given, case.attrs)
 
 
 def _queries(

@@ -59,6 +59,8 @@ BATCHES = (  # (new tokens, tokens of context with them) of every row; in units 
     ((0, 0), (2, 7)),
     ((0, 0),),
 )
+# A token a row, as in chains of drafts: rows that have none, and so tokens of no row, between the others.
+CHAIN = ((0, 0), (1, 8), (0, 0), (0, 0), (1, 1), (1, 10), (0, 0))
 
 
 def mla_write(op: str) -> Iterator[Case]:
@@ -154,18 +156,20 @@ def filled_latents(
 
 
 def _batches(form: Latents, act: str, cache: str, seed: int) -> Iterator[tuple[str, Random, dict[str, Any]]]:
-    """Operands of rows, pages and the step's own latents, tokens of no row behind them."""
-    for at, batch in enumerate(BATCHES):
+    """Operands of rows, pages and the step's own latents, tokens of no row behind them or between them."""
+    for at, batch in enumerate((*BATCHES, CHAIN)):
         scaled = [(n if n < 4 else n - 8 + form.page, length) for n, length in batch]
         counts = [n for n, _ in scaled]
         lengths = [max(n, length if length < 4 else length - 8 + form.page) for n, length in scaled]
         random = Random(seed)
         paged, table, held = filled_latents(random, form, lengths, cache)
-        spare = 3 * (at % 2)
-        own = [x[len(x) - n :].to(getattr(torch, act)) for x, n in zip(held, counts, strict=True)]
-        latent = torch.full((max(1, sum(counts)) + spare, form.width), NAN, dtype=getattr(torch, act))
-        latent[: sum(counts)] = torch.cat(own)
+        tokens = len(batch) if batch is CHAIN else max(1, sum(counts)) + 3 * (at % 2)
+        latent = torch.full((tokens, form.width), NAN, dtype=getattr(torch, act))
         starts = [sum(counts[:r]) if n else 0 for r, n in enumerate(counts)]
+        if batch is CHAIN:
+            starts = list(range(len(batch)))
+        for x, start, n in zip(held, starts, counts, strict=True):
+            latent[start : start + n] = x[len(x) - n :]
         yield (
             f"{form.label}-{scaled}-{act}-{cache}".replace(" ", ""),
             random,
@@ -187,7 +191,10 @@ def _all_batches() -> Iterator[tuple[Latents, str, str, Random, dict[str, Any]]]
 
 
 def _of_nobody(x: torch.Tensor, operands: dict[str, Any]) -> torch.Tensor:
-    x[int(operands["query_len"].sum()) :] = NAN
+    nobodys = torch.ones(len(x), dtype=torch.bool)
+    for start, count in zip(operands["query_start"].tolist(), operands["query_len"].tolist(), strict=True):
+        nobodys[start : start + count] = False
+    x[nobodys] = NAN
     return x
 
 

@@ -60,6 +60,24 @@ def batch(
     return {name: torch.from_numpy(np.asarray(array, np.int32)) for name, array in made.items()}
 
 
+def apart(seed: int, made: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The batch as chains of drafts have theirs: rows in another order, padding rows among them, and tokens of no row
+    before, between and behind theirs. ``starts`` has all rows.
+    """
+    random = np.random.default_rng(seed)
+    rows, tokens = len(made["row_slot"]), len(made["token_ids"])
+    made["starts"] = torch.cat((made["starts"], torch.zeros(rows - len(made["starts"]), dtype=torch.int32)))
+    order = torch.from_numpy(random.permutation(rows))
+    named = ("row_slot", "row_start", "query_start", "query_len", "grow_at", "grow_page", "starts")
+    moved = {**made, **{name: made[name][order] for name in named}}
+    count, ids = moved["query_len"], torch.zeros_like(made["token_ids"])
+    spare = np.sort(random.integers(0, tokens - int(count.sum()) + 1, rows))
+    start = (count.cumsum(0) - count + torch.from_numpy(spare)).int()
+    for old, new, n in zip(moved["query_start"].tolist(), start.tolist(), count.tolist(), strict=True):
+        ids[new : new + n] = made["token_ids"][old : old + n]
+    return {**moved, "query_start": start, "token_ids": ids}
+
+
 def positions_of(made: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """``positions`` and ``context_len`` of a batch, token by token."""
     positions = torch.zeros_like(made["token_ids"])
@@ -80,6 +98,7 @@ BATCHES = (
     ("long", [2500], {"tokens": 2600, "rows": 3, "page_size": 1, "context": 2501}),
     ("padding", [], {"tokens": 5, "rows": 2, "page_size": 4, "context": 9}),
     ("several-pages", [1, 4, 2], {"tokens": 9, "rows": 3, "page_size": 1, "context": 30, "gain": 4}),
+    ("few-of-many", [1] * 90, {"tokens": 300, "rows": 300, "page_size": 4, "context": 40}),
 )
 DRAFTS = (  # label, tokens of each row (negative: staged), most n-gram, sizes
     ("one", [1], (1, 1), {"tokens": 1, "rows": 1, "context": 1}),
@@ -260,14 +279,18 @@ FIND_PAGES = ("positions", "row_slot", "query_start", "query_len", "context_len"
 FIND_PAGES += ("grow_at", "grow_page", "pages")
 
 
-def locate(op: str) -> Iterator[Case]:
+def _batches() -> Iterator[tuple[str, dict[str, torch.Tensor], int]]:
     for seed, (label, counts, sizes) in enumerate(BATCHES):
-        made = batch(seed, counts, **sizes)
+        yield label, batch(seed, counts, **sizes), sizes["page_size"]
+        yield f"{label}-apart", apart(seed, batch(seed, counts, **sizes)), sizes["page_size"]
+
+
+def locate(op: str) -> Iterator[Case]:
+    for label, made, _ in _batches():
         yield Case(op, label, {name: made[name] for name in LOCATE})
 
 
 def find_pages(op: str) -> Iterator[Case]:
-    for seed, (label, counts, sizes) in enumerate(BATCHES):
-        made = batch(seed, counts, **sizes)
+    for label, made, page_size in _batches():
         made["positions"], made["context_len"] = positions_of(made)
-        yield Case(op, label, {n: made[n] for n in FIND_PAGES}, {"page_size": sizes["page_size"]})
+        yield Case(op, label, {n: made[n] for n in FIND_PAGES}, {"page_size": page_size})

@@ -269,6 +269,22 @@ def test_verify(geometry: Geometry, dtype: torch.dtype, each: int, rows: tuple[t
     _check(verify_attention, tensors, _attrs(geometry))
 
 
+@interpreted
+@pytest.mark.parametrize("geometry", [(8, 2, 128, 64, 0), (3, 1, 64, 24, 9)], ids=str)
+def test_rows_of_a_chain(geometry: Geometry) -> None:
+    """A token a row; rows that have none, and so tokens of no row, between the others."""
+    heads, kv_heads, head_dim, page, _ = geometry
+    lengths = (0, 70, 0, 0, 1, 200, 0)
+    tensors = _paged(lengths, page=page, kv_heads=kv_heads, head_dim=head_dim)
+    live = tensors["context_len"] > 0
+    q = torch.full((len(lengths), heads * head_dim), float("nan"), dtype=torch.float16)
+    q[live] = torch.randn(int(live.sum()), heads * head_dim).half()
+    start = torch.arange(len(lengths), dtype=torch.int32)
+    tensors |= {"q": q, "query_start": start, "query_len": live.int()}
+    _check(extend_attention, tensors, _attrs(geometry))
+    _check(verify_attention, tensors, _attrs(geometry))
+
+
 @compiled
 def test_rows_with_too_many_vectors_are_left_to_tiles() -> None:
     tensors = {"q": torch.empty(3 * 17, 16 * 128, dtype=torch.bfloat16, device="meta")}

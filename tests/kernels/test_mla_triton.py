@@ -173,6 +173,37 @@ def test_extend(case: Any, own: bool) -> None:
     hold("mla_extend_attention", tensors, attrs, invariant=not split, among=among, most=1)
 
 
+@interpreted
+@pytest.mark.parametrize("split", [False, True])
+def test_rows_of_a_chain(split: bool) -> None:
+    """A token a row; rows that have none, and so tokens of no row, between the others."""
+    heads, nope, rope, value, rank = SMALL[2]
+    lengths = (0, 70, 0, 0, 1, 300, 0)
+    count = int32([min(length, 1) for length in lengths])
+    at = {"query_start": int32(range(len(lengths))), "query_len": count}
+    normal = lambda width: of_tokens([(len(lengths), 0)], width, "float16", before=0)[: len(lengths)]  # noqa: E731
+    tensors = {
+        **paged_latents(lengths, 64, rank + rope, "float16"),
+        **at,
+        "context_len": int32(lengths),
+        "q": normal(heads * (rank + rope)),
+    }
+    tensors["q"][count == 0] = float("nan")
+    attrs, among = attrs_of(SMALL[2], "heads", "rank", "rope", "scale"), of_kind(split, 64 if split else 32)
+    for own in (True, False):
+        hold("mla_extend_attention", tensors, attrs | {"own": own}, invariant=not split, among=among, most=1)
+    own_tensors = {
+        "q": normal(heads * (nope + rope)),
+        "kv": normal(heads * (nope + value)),
+        "latent": normal(rank + rope),
+        **at,
+    }
+    for name in ("q", "kv", "latent"):
+        own_tensors[name][count == 0] = float("nan")
+    attrs = attrs_of(SMALL[2], "heads", "nope", "rope", "value", "rank", "scale")
+    hold("mla_own_attention", own_tensors, attrs, most=1)
+
+
 SCALED = (  # sizes, page, rows of (queries, context), whether items are cut
     (SMALL[0], 64, ((1, 1), (17, 17), (3, 90), (0, 0), (1, 64)), False),
     (SMALL[1], 7, ((5, 40), (1, 203), (20, 20)), False),
