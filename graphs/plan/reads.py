@@ -95,7 +95,7 @@ def reads(operand: Operand, rows: tuple[int, int] | None = None) -> Iterator[Rea
         rows: start and stop on axis 0, if not all of it is wanted; places are counted from the start.
     """
     for piece in operand.pieces:
-        for read in unrolled(piece):
+        for read in unrolled(piece, rows):
             if rows is None:
                 yield read
             elif (part := read.within(0, *rows)) is not None:
@@ -103,12 +103,19 @@ def reads(operand: Operand, rows: tuple[int, int] | None = None) -> Iterator[Rea
                 yield replace(part, place=((start - rows[0], stop - rows[0]), *others))
 
 
-def unrolled(piece: Piece) -> Iterator[Read]:
-    """The boxes that a piece stands for."""
+def unrolled(piece: Piece, rows: tuple[int, int] | None = None) -> Iterator[Read]:
+    """The boxes that a piece stands for; of those that have nothing of ``rows`` (on axis 0) some may be left out."""
     axes = () if piece.fills else piece.axes or tuple(range(len(piece.box)))
     lengths = piece.fills or tuple(piece.box[a][1] - piece.box[a][0] for a in axes)
     shape = (1,) * (len(piece.at) - len(lengths)) + lengths
-    for index in itertools.product(*(range(each.count) for each in piece.each)):
+    counts = [range(each.count) for each in piece.each]
+    moving = [number for number, each in enumerate(piece.each) if each.place and each.place[0]]
+    if rows is not None and len(moving) == 1:  # else experts, each by itself, would cost the square of their number
+        (number,) = moving
+        step, begin, end = piece.each[number].place[0], piece.at[0], piece.at[0] + shape[0]
+        first, stop = (rows[0] - end) // step + 1, -(-(rows[1] - begin) // step)
+        counts[number] = counts[number][max(first, 0) : max(stop, 0)]
+    for index in itertools.product(*counts):
         source, box, at = piece.source, piece.box, piece.at
         for each, i in zip(piece.each, index, strict=True):
             source = source.replace(f"{{{each.name}}}", str(i))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from makeready.graphs.executable.cpu.weights import assemble
 from makeready.graphs.executable.cuda.convert import runs
 from makeready.graphs.plan.codec import canonical, from_json, to_json
 from makeready.graphs.plan.plan import Weight
-from makeready.graphs.plan.reads import needs, reads
+from makeready.graphs.plan.reads import needs, reads, unrolled
 from makeready.graphs.plan.recipe import (
     Derivation,
     Derived,
@@ -34,7 +35,10 @@ from makeready.graphs.plan.recipe import (
 from makeready.graphs.plan.spec import DECODE
 from makeready.graphs.planner.derivation import complaints, infer
 from makeready.graphs.planner.lower import place_weights
+from makeready.kernels import registry
 from makeready.kernels.spec import TensorSpec
+
+registry.discover()
 
 
 class Arrays(Checkpoint):
@@ -306,6 +310,29 @@ def test_a_model_of_many_experts_has_a_small_recipe():
     assert len(wanted) == 48 * 128 * 3
     assert wanted["model.layers.47.mlp.experts.127.down_proj.weight"].shape == (2048, 768)
     assert [complaint for param in params for complaint in complaints(param)] == []
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_some_rows_are_read_as_all_of_them_are(name):
+    """Pieces that stand for many are asked only for those that have something of the rows; none is missed."""
+    operand, _, wanted = CASES[name]
+    for first, stop in itertools.combinations(range(len(wanted) + 1), 2):
+        whole_of = [
+            replace(part, place=((begin - first, end - first), *others))
+            for read in reads(operand)
+            if (part := read.within(0, first, stop)) is not None
+            for (begin, end), *others in [part.place]
+        ]
+        assert list(reads(operand, (first, stop))) == whole_of
+
+
+def test_reading_expert_by_expert_costs_as_much_as_reading_them_all():
+    """512 experts, each made by a run of its own: no more boxes are looked at than there are, twice."""
+    (up, _) = expert_params(0, 512, 16, 16)
+    operand, looked = Operand(up.spec, up.pieces), 0
+    for expert in range(512):
+        looked += sum(1 for piece in operand.pieces for _ in unrolled(piece, (expert, expert + 1)))
+    assert looked == 2 * 512
 
 
 def test_needs_are_those_of_all_parameters_together():
