@@ -1,7 +1,8 @@
 """Products of tokens with their experts' weights in MXFP4 on Hopper in CUDA C++ (csrc/grouped_few_mx.cu).
 
-For few entries an expert, as the first of grouped_cuda.py; weights are widened in registers. Emulated and compiled,
-not run on a GPU: its costs are reasoned, and only tuning takes it.
+For few entries an expert, as the first of grouped_cuda.py; weights are widened in registers. Right on an H200
+(tests/gpu/test_gpu_moe_mx.py) and not timed there: its costs are reasoned. Plans take it all the same, since Triton's
+kernel takes several times its floor (experts_int_triton.py).
 
 # M entries, E experts, N outputs of an expert, K inputs
 """
@@ -56,7 +57,6 @@ def _register(op: object) -> None:
         features=("tma", "wgmma"),
         applies=applies,
         invariant=True,
-        tuned_only=True,
     )
     def launches(call: OpCall) -> Sequence[Candidate]:
         return sorted((candidate(call, tile) for tile in tiles(call)), key=lambda way: way.seconds)

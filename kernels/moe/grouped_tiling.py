@@ -162,14 +162,19 @@ def seconds(call: OpCall, way: Tiling) -> float:
     return predicted(call, describe(call), way, call.flops[call.tensors["weight"].dtype])
 
 
-def predicted(call: OpCall, grouped: Grouped, way: Tiling, rate: float = 0.0) -> float:
-    """The same of what a call is described as; ``rate`` of products is that of x by default. A guess: see the figures
-    above.
+def predicted(
+    call: OpCall, grouped: Grouped, way: Tiling, rate: float = 0.0, *, memory_share: float = _MEMORY
+) -> float:
+    """The same of what a call is described as. A guess: see the figures above.
+
+    Args:
+        rate: of products; that of x by default.
+        memory_share: of the bandwidth.
     """
     rate = rate or call.flops[call.tensors["x"].dtype]
     tiles = grouped.tiles(way.t) * -(-grouped.columns // way.n)
     worked = 2.0 * tiles * way.t * way.n * grouped.inputs * grouped.outputs / grouped.columns
     matrix = worked / (_MATRIX * rate)
-    memory = grouped.moved / (_MEMORY * call.bandwidth)
+    memory = grouped.moved / (memory_share * call.bandwidth)
     turns = -(-tiles // (2 * call.multiprocessors))
     return _LAUNCH + max(matrix, memory) + turns * _TILE
