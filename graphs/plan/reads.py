@@ -110,7 +110,8 @@ def unrolled(piece: Piece, rows: tuple[int, int] | None = None) -> Iterator[Read
     shape = (1,) * (len(piece.at) - len(lengths)) + lengths
     counts = [range(each.count) for each in piece.each]
     moving = [number for number, each in enumerate(piece.each) if each.place and each.place[0]]
-    if rows is not None and len(moving) == 1:  # else experts, each by itself, would cost the square of their number
+    # Else experts, each by itself, would cost the square of their number.
+    if rows is not None and len(moving) == 1:
         (number,) = moving
         step, begin, end = piece.each[number].place[0], piece.at[0], piece.at[0] + shape[0]
         first, stop = (rows[0] - end) // step + 1, -(-(rows[1] - begin) // step)

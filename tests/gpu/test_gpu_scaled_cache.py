@@ -181,7 +181,9 @@ def test_latents(name: str) -> None:
     contract, emit, tensors, attrs = _latents(*LATENTS[name])
     if "write" not in contract.name:
         # Sums of scores that come from 16 bits, as those of latents without scales.
-        launcher.check(contract, _first(emit), tensors, attrs, allowed={"log_sum": contract.tolerance.bfloat16})
+        launcher.check(
+            contract, _first(emit), tensors, attrs, allowed={"log_sum": contract.tolerance.bfloat16}
+        )
         return
     (way,) = _first(emit)(call := launcher.op_call(contract, tensors, attrs))
     want = Case(contract.name, name, {k: x.cpu() for k, x in tensors.items()}, attrs).run()

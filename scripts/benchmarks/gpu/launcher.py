@@ -263,13 +263,13 @@ def _compare(
     if contract.tolerance.exact or not got.dtype.is_floating_point:
         assert torch.equal(got_cpu.double(), want.double()), f"{where} is not equal"
         return
-    if allowed is None:
-        allowed = getattr(contract.tolerance, dtype_name(got.dtype), 8e-2)  # fp8 keeps 3 bits of mantissa
+    of_dtype: float = getattr(contract.tolerance, dtype_name(got.dtype), 8e-2)  # fp8 keeps 3 bits of mantissa
+    limit = of_dtype if allowed is None else allowed
     infinite = want.double().isinf()
     assert torch.equal(got_cpu.double()[infinite], want.double()[infinite]), f"{where}: infinities elsewhere"
     mine, other = (x.double()[~infinite] for x in (got_cpu, want))
     error = (mine - other).norm() / other.norm().clamp_min(1e-30)
-    assert error.item() <= allowed, f"{where} is off by {error.item():.2e}, allowed are {allowed:.0e}"
+    assert error.item() <= limit, f"{where} is off by {error.item():.2e}, allowed are {limit:.0e}"
 
 
 def new_scratch(candidate: Candidate) -> torch.Tensor:
