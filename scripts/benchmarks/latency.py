@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.gpu.clocks import Clocks, words
+from benchmarks.gpu.step_times import StepTimes
+from benchmarks.gpu.step_times import words as words_of_steps
 from benchmarks.record import summary
 from makeready.engine.llm import LLM, SamplingParams
 from makeready.graphs.inspect.analysis import launch_costs
@@ -32,6 +34,7 @@ def latency(
     repeats: int,
     target: Target | None = None,
     clocks: Clocks | None = None,
+    stamps: StepTimes | None = None,
 ) -> dict[str, Any]:
     """Measure ``llm``, greedy, on random token ids.
 
@@ -43,6 +46,7 @@ def latency(
         repeats: measurements of each.
         target: whose figures floors are computed from; None takes those that the plan was chosen by.
         clocks: of the GPU, while it is measured.
+        stamps: of the graphs that it launches.
     """
     generator = np.random.default_rng(0)
     vocabulary = llm.plan.config["vocab_size"]
@@ -59,7 +63,15 @@ def latency(
             once, all_ = (generate(llm, ids(count, context), n) for n in (1, tokens + 1))
             seconds.append((all_ - once) / tokens)
         bound = floor(llm, DECODE, count, count, context + tokens // 2, target)
-        between.append({"rows": count, **_measured(seconds, bound), **_clocks_since(begin, clocks)})
+        steps = None if stamps is None else stamps.take(tokens)
+        between.append(
+            {
+                "rows": count,
+                **_measured(seconds, bound),
+                **_clocks_since(begin, clocks),
+                **({} if steps is None else {"steps": steps}),
+            }
+        )
     first = []
     for length in prompts:
         begin = time.perf_counter()
@@ -119,6 +131,7 @@ def table(result: dict[str, Any]) -> list[str]:
     for row in result["time_between_tokens"]:
         lines.append(
             f"{row['rows']:4d} rows of {result['context']}: {_figures(row)} a token{words(row.get('clocks'))}"
+            f"{words_of_steps(row.get('steps'))}"
         )
     for row in result["time_to_first_token"]:
         lines.append(

@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks.bench import Bench, Measured
 from benchmarks.gpu.clocks import Clocks
+from benchmarks.gpu.step_times import StepTimes
 from benchmarks.gpu.suites import GPU_SUITES
 from makeready.engine.entrypoints.scheduler_options import scheduler_options
 
@@ -57,7 +58,11 @@ def latency(bench: Bench) -> Measured:
     from benchmarks import latency
 
     job, llm = bench.job, bench.llm
-    with nullcontext() if llm.plan.target == "cpu" else Clocks() as clocks:
+    driver = getattr(llm.engine.executable, "driver", None)  # a GPU's
+    with (
+        nullcontext() if driver is None else Clocks() as clocks,
+        nullcontext() if driver is None else StepTimes(driver) as stamps,
+    ):
         found = latency.latency(
             llm,
             rows=job.rows,
@@ -67,6 +72,7 @@ def latency(bench: Bench) -> Measured:
             repeats=job.repeats,
             target=bench.floors_by(llm.plan),
             clocks=clocks,
+            stamps=stamps,
         )
     measured = bench.rates
     if measured is None:

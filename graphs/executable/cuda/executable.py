@@ -147,6 +147,11 @@ class CudaExecutable:
             self._keep(flight.close)
         self._slots = SlotTable(driver, plan, self._regions.slot, stream)
 
+    @property
+    def driver(self) -> Driver:
+        """The driver that everything is launched by, for who measures."""
+        return self._driver
+
     @cached_property
     def graph_bytes(self) -> int:
         """Device memory that the driver took for graphs and for what passes between host and GPU.
