@@ -116,16 +116,24 @@ def unrolled(piece: Piece, rows: tuple[int, int] | None = None) -> Iterator[Read
         step, begin, end = piece.each[number].place[0], piece.at[0], piece.at[0] + shape[0]
         first, stop = (rows[0] - end) // step + 1, -(-(rows[1] - begin) // step)
         counts[number] = counts[number][max(first, 0) : max(stop, 0)]
-    for index in itertools.product(*counts):
-        source, box, at = piece.source, piece.box, piece.at
+    for index, source, box in _boxes(piece, counts):
+        at = piece.at
         for each, i in zip(piece.each, index, strict=True):
-            source = source.replace(f"{{{each.name}}}", str(i))
-            if each.source:
-                box = tuple((a + i * m, b + i * m) for (a, b), m in zip(box, each.source, strict=True))
             if each.place:
                 at = tuple(a + i * m for a, m in zip(at, each.place, strict=True))
         place = tuple((a, a + n) for a, n in zip(at, shape, strict=True))
         yield Read(source, box, place, axes, number=bool(piece.fills))
+
+
+def _boxes(piece: Piece, counts: Sequence[range] | None = None) -> Iterator[tuple[tuple[int, ...], str, Box]]:
+    """Indices, tensors and boxes that a piece stands for, all or those of ``counts``, its own where none moves."""
+    for index in itertools.product(*(counts or [range(each.count) for each in piece.each])):
+        source, box = piece.source, piece.box
+        for each, i in zip(piece.each, index, strict=True):
+            source = source.replace(f"{{{each.name}}}", str(i))
+            if each.source:
+                box = tuple((a + i * m, b + i * m) for (a, b), m in zip(box, each.source, strict=True))
+        yield index, source, box
 
 
 def fetch(checkpoint: Checkpoint, read: Read) -> np.ndarray:
@@ -184,22 +192,30 @@ def _counting(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def needs(params: Iterable[Param]) -> dict[str, Need]:
-    """What all of ``params`` together want of the checkpoint, by tensor."""
+    """What all of ``params`` together want of the checkpoint, by tensor.
+
+    Tensors that one piece stands for, such as those of experts, share one object where they are of one shape.
+    """
     found: dict[str, Need] = {}
     for param in params:
         for operand in param.operands:
-            for read in reads(operand):
-                shape = (1,) if read.number else tuple(stop for _, stop in read.box)
-                dtype = operand.spec.dtype
-                one = found.get(read.source)
-                if one is None:
-                    found[read.source] = Need(shape, (dtype,), read.number)
-                    continue
-                most = max if len(shape) == len(one.shape) else None
-                least = tuple(map(most, one.shape, shape)) if most else max(one.shape, shape, key=len)
-                dtypes = one.dtypes if dtype in one.dtypes else (*one.dtypes, dtype)
-                found[read.source] = Need(least, dtypes, one.number and read.number)
+            for piece in operand.pieces:
+                last, fresh = None, Need((), ())
+                for _, source, box in _boxes(piece):
+                    if box is not last:
+                        shape = (1,) if piece.fills else tuple(stop for _, stop in box)
+                        last, fresh = box, Need(shape, (operand.spec.dtype,), bool(piece.fills))
+                    one = found.setdefault(source, fresh)
+                    if one is not fresh:
+                        found[source] = _both(one, fresh)
     return found
+
+
+def _both(one: Need, other: Need) -> Need:
+    most = max if len(other.shape) == len(one.shape) else None
+    least = tuple(map(most, one.shape, other.shape)) if most else max(one.shape, other.shape, key=len)
+    dtypes = (*one.dtypes, *(dtype for dtype in other.dtypes if dtype not in one.dtypes))
+    return Need(least, dtypes, one.number and other.number)
 
 
 def declare_needs(checkpoint: Checkpoint, wanted: Mapping[str, Need]) -> None:
