@@ -15,6 +15,7 @@ from makeready.graphs.checkpoint.base import (
     by_part,
     tensor_of,
 )
+from makeready.graphs.checkpoint.paired import DRAFT
 from makeready.graphs.models.family import family_of_type
 
 NAMED = 5  # tensors that a warning names
@@ -25,6 +26,8 @@ _HARMLESS = re.compile(r"(^|\.)(t2d|rotary_emb\.(inv_freq|cos_cached|sin_cached)
 # Further parts of models that are published whole: modules that predict further tokens, and those that see.
 _FURTHER, _SEES = re.compile(r"(model\.)?mtp\."), re.compile(r"(model\.)?visual\.")
 _SHARED = (".embed_tokens.weight", ".shared_head.head.weight")
+# Of a head that drafts with those of the model: copies, which training left as they were.
+_COPIED = re.compile(r"(model\.)?(embed_tokens|lm_head)\.weight")
 _LAYER = re.compile(r"(?:model\.layers|transformer\.h)\.(\d+)\.")
 _SCALES = ("weight_scale", "weight_scale_inv", "weight_scale_2", "scale")
 _SHIFTS = ("bias", "weight_zero_point", "zero_point")
@@ -54,17 +57,20 @@ def check_unread(checkpoint: Checkpoint, read: Collection[str]) -> None:
         CheckpointError: one of them is sure to change the result: a layer beyond the config's, a layer's
             weight of which the model knows nothing, or a bias or scale of a weight that is read.
     """
-    for part, names in by_part(checkpoint, read).values():
-        _check_unread(part, names)
+    for prefix, (part, names) in by_part(checkpoint, read).items():
+        _check_unread(part, names, copied=prefix == DRAFT)
 
 
-def _check_unread(checkpoint: Checkpoint, read: Collection[str]) -> None:
+def _check_unread(checkpoint: Checkpoint, read: Collection[str], *, copied: bool) -> None:
     read = {tensor_of(name) for name in read}
     tied = bool(checkpoint.config.get("tie_word_embeddings"))  # an equal copy, or it would not be tied
     unread = [
         name
         for name in checkpoint.tensors
-        if name not in read and not _HARMLESS.search(name) and not (tied and name == "lm_head.weight")
+        if name not in read
+        and not _HARMLESS.search(name)
+        and not (tied and name == "lm_head.weight")
+        and not (copied and _COPIED.fullmatch(name))
     ]
     if checkpoint.format == "dummy" or not unread:
         return

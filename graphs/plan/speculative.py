@@ -15,9 +15,9 @@ class Speculative:
     Attributes:
         method: ``ngram`` guesses that what followed the last tokens where they came before, in the prompt or the
             output, follows them again: it needs no second model and pays where answers repeat what they were given.
-            ``draft``: a small model of the same vocabulary, ``speculative.checkpoint``, is asked. ``eagle3``: a head
-            that was trained for the model, from there, too. ``mtp``: the model's own further layer (DeepSeek-V3).
-            null: no guesses.
+            ``draft``: a small model of the same vocabulary, ``speculative.checkpoint``, is asked. ``eagle`` (EAGLE-1
+            and 2) and ``eagle3``: a head that was trained for the model, from there, too. ``mtp``: the model's own
+            further layer (DeepSeek-V3). null: no guesses.
         num_draft_tokens: tokens that are guessed for a row in a step, at most.
         ngram_min: of ``ngram``: last tokens that have to be found again; without them nothing is guessed.
         ngram_max: of ``ngram``: last tokens that are looked for; the place where most of them are found counts.

@@ -34,6 +34,10 @@ HEAD = {
     "draft_vocab_size": 500,
     "eagle_aux_hidden_state_layer_ids": [1, 2, 5],
 }
+EAGLE = {
+    **{k: v for k, v in HEAD.items() if k not in ("draft_vocab_size", "eagle_aux_hidden_state_layer_ids")},
+    "architectures": ["LlamaForCausalLMEagle"],
+}
 LATENT = {
     **{k: v for k, v in MODEL.items() if k not in ("head_dim", "num_key_value_heads")},
     "model_type": "deepseek_v3",
@@ -55,6 +59,7 @@ LIMITS: dict[str, Any] = {"max_rows": 4, "max_tokens": 64, "context_len": 256, "
 LIMITS |= {"max_decode_buckets": 1, "max_extend_buckets": 1}
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None, dict[str, Any]]] = {
     "eagle3": ("eagle3", MODEL, HEAD, {"deterministic": True, "quant": "fp8"}),
+    "eagle": ("eagle", MODEL, EAGLE, {}),
     "draft": ("draft", MODEL, MODEL, {"kv_dtype": "float8_e4m3fn"}),
     "mtp": ("mtp", LATENT, None, {"deterministic": True}),
     "beside-latents": ("draft", LATENT, MODEL, {}),

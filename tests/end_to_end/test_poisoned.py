@@ -71,6 +71,10 @@ EAGLE3 = {
     "draft_vocab_size": 50,
     "eagle_aux_hidden_state_layer_ids": [0, 1, 2],
 }
+EAGLE = {
+    **{k: v for k, v in EAGLE3.items() if k not in ("draft_vocab_size", "eagle_aux_hidden_state_layer_ids")},
+    "architectures": ["LlamaForCausalLMEagle"],
+}
 HYBRID = {
     **QWEN3,
     "model_type": "qwen3_next",
@@ -126,6 +130,10 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "drafts_of_a_head": (
         QWEN3,
         {"speculative": {"method": "eagle3", "num_draft_tokens": 2}, "beside": EAGLE3},
+    ),
+    "drafts_of_a_head_of_eagle_1": (
+        QWEN3,
+        {"speculative": {"method": "eagle", "num_draft_tokens": 2}, "beside": EAGLE},
     ),
     "drafts_of_a_layer": (LATENT_V3, {"speculative": {"method": "mtp", "num_draft_tokens": 2}}),
     "plain": (QWEN3, {"disabled_passes": ("merge_linears", "fuse_add_norm", "fuse_qkv", "hoist_gather")}),

@@ -115,7 +115,7 @@ def answers(
 
 def entries_behind(plan: Plan, part: str) -> int:
     """By how many of a row's last tokens its entries are behind: drafters are given a state with the next token."""
-    trained = plan.options.speculative.method in ("eagle3", "mtp")
+    trained = plan.options.speculative.method in ("eagle", "eagle3", "mtp")
     return int(trained and part.startswith(DRAFT) and part != f"{DRAFT}hidden")
 
 

@@ -40,6 +40,10 @@ HEAD = {
     "num_hidden_layers": 1,
     "draft_vocab_size": 500,
 }
+EAGLE = {
+    **{k: v for k, v in HEAD.items() if k != "draft_vocab_size"},
+    "architectures": ["LlamaForCausalLMEagle"],
+}
 LATENT = {
     **{k: v for k, v in MODEL.items() if k not in ("head_dim", "num_key_value_heads")},
     "model_type": "deepseek_v3",
@@ -92,8 +96,14 @@ def answers(llm: LLM) -> list[Output]:
 
 @pytest.mark.parametrize(
     ("method", "model", "second"),
-    [("draft", MODEL, MODEL), ("eagle3", MODEL, HEAD), ("mtp", LATENT, None), ("draft", LATENT, MODEL)],
-    ids=["itself", "eagle3", "mtp", "beside-latents"],
+    [
+        ("draft", MODEL, MODEL),
+        ("eagle", MODEL, EAGLE),
+        ("eagle3", MODEL, HEAD),
+        ("mtp", LATENT, None),
+        ("draft", LATENT, MODEL),
+    ],
+    ids=["itself", "eagle", "eagle3", "mtp", "beside-latents"],
 )
 def test_tokens_are_those_without_drafts(method: str, model: Any, second: Any) -> None:
     checkpoint: Any = DummyCheckpoint(dict(model))
