@@ -1,13 +1,18 @@
-"""Drafts as a plan's steps packed them, beside the sequence that they were guessed for."""
+"""Drafts as a plan's steps packed them, beside the sequence that they were guessed for; heads beside a model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
+from makeready.graphs.checkpoint.base import open_checkpoint
+from makeready.graphs.checkpoint.paired import Beside, PairedCheckpoint
 from makeready.kernels.step import draft_chain
 
 Packed = list[tuple[int, list[int]]]  # place of a row's own token, and its drafts
@@ -63,3 +68,16 @@ def gated(x: torch.Tensor, w: Any) -> torch.Tensor:
 def known(sequence: Sequence[int], place: int) -> list[int]:
     """The tokens up to the one at ``place``, which drafts follow."""
     return list(sequence[: place + 1])
+
+
+def write_head(folder: Path, config: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def paired(target: Path, head: Path) -> PairedCheckpoint:
+    made = Beside(str(head)).open(open_checkpoint(target))
+    assert isinstance(made, PairedCheckpoint)
+    return made

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -12,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from drafted import gated, known, norm, packed
-from safetensors.torch import load_file, save_file
+from drafted import gated, known, norm, packed, paired, write_head
+from safetensors.torch import load_file
 from small_configs import QWEN3, VOCABULARY
 from speculative_requests import LIMITS, assert_alike, requests, together
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -21,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from makeready.engine.llm import LLM, SamplingParams, SchedulerOptions
 from makeready.graphs.checkpoint.base import CheckpointWarning, open_checkpoint
 from makeready.graphs.checkpoint.dummy import DummyCheckpoint
-from makeready.graphs.checkpoint.paired import Beside, PairedCheckpoint
+from makeready.graphs.checkpoint.paired import PairedCheckpoint
 from makeready.graphs.plan.plan import PlanError
 from makeready.graphs.planner.compile import compile_plan
 from makeready.kernels.sample import sample as sampling
@@ -76,13 +75,6 @@ def head_tensors(
     return made | {"embed_tokens.weight": model.get_input_embeddings().weight.detach().clone()}
 
 
-def write(folder: Path, config: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> Path:
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(tensors, folder / "model.safetensors")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Model:
     torch.manual_seed(1)
@@ -90,12 +82,6 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Model:
     folder = tmp_path_factory.mktemp("target")
     model.save_pretrained(folder)
     return folder, model
-
-
-def paired(target: Path, head: Path) -> PairedCheckpoint:
-    made = Beside(str(head)).open(open_checkpoint(target))
-    assert isinstance(made, PairedCheckpoint)
-    return made
 
 
 def attention(x_TC: torch.Tensor, positions: torch.Tensor, w: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -179,7 +165,7 @@ def test_drafts_are_those_of_the_head_over_the_whole_sequence(
     folder, model = target
     weights = head_tensors(model, **stored)
     written = {prefix + name: tensor for name, tensor in weights.items()}
-    head = write(
+    head = write_head(
         tmp_path / "head", HEAD | said, written | {"lm_head.weight": model.lm_head.weight.detach().clone()}
     )
     assert load_file(head / "model.safetensors").keys() > written.keys()
@@ -208,7 +194,7 @@ def test_drafts_are_those_of_the_head_over_the_whole_sequence(
 def test_logits_of_drafts_are_those_of_the_head(target: Model, tmp_path: Path) -> None:
     folder, model = target
     weights = head_tensors(model, qkv_bias=True)
-    both = paired(folder, write(tmp_path / "head", HEAD, weights))
+    both = paired(folder, write_head(tmp_path / "head", HEAD, weights))
     plan = compile_plan(both, **LIMITS, page_size=4, speculative=ASKED)
     prompt = [(i * i) % VOCABULARY for i in range(29)]
     with packed() as seen, drawn() as logits:
@@ -234,7 +220,7 @@ def test_tokens_are_those_without_drafts(target: Model, tmp_path: Path, options:
     folder, model = target
     alone = LLM(open_checkpoint(folder), compile_plan(folder, **LIMITS, page_size=4, **options))
     expected = [alone.generate(token_ids=[p], sampling=s)[0] for p, s in requests()]
-    both = paired(folder, write(tmp_path / "head", HEAD, head_tensors(model)))
+    both = paired(folder, write_head(tmp_path / "head", HEAD, head_tensors(model)))
     llm = LLM(both, compile_plan(both, **LIMITS, page_size=4, speculative=ASKED, **options))
     found = Counter[tuple[int, int]]()
     for pages in (None, 49):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from drafted import causal, gated, known, norm, packed
-from safetensors.torch import load_file, save_file
+from drafted import causal, gated, known, norm, packed, paired, write_head
+from safetensors.torch import load_file
 from small_configs import QWEN3, VOCABULARY
 from speculative_requests import LIMITS, assert_alike, requests, together
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -19,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from makeready.engine.llm import LLM, SamplingParams, SchedulerOptions
 from makeready.graphs.checkpoint.base import open_checkpoint
 from makeready.graphs.checkpoint.dummy import DummyCheckpoint
-from makeready.graphs.checkpoint.paired import Beside, PairedCheckpoint
+from makeready.graphs.checkpoint.paired import PairedCheckpoint
 from makeready.graphs.plan.plan import PlanError
 from makeready.graphs.planner.compile import compile_plan
 
@@ -74,13 +73,6 @@ def head_tensors(config: Mapping[str, Any], *, embedding: bool = False) -> dict[
     return made
 
 
-def write(folder: Path, config: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> Path:
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(tensors, folder / "model.safetensors")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LlamaForCausalLM]:
     torch.manual_seed(1)
@@ -88,12 +80,6 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LlamaForCaus
     folder = tmp_path_factory.mktemp("target")
     model.save_pretrained(folder)
     return folder, model
-
-
-def paired(target: Path, head: Path) -> PairedCheckpoint:
-    made = Beside(str(head)).open(open_checkpoint(target))
-    assert isinstance(made, PairedCheckpoint)
-    return made
 
 
 @torch.no_grad()
@@ -131,7 +117,7 @@ def test_drafts_are_those_of_the_head_over_the_whole_sequence(
     target: tuple[Path, LlamaForCausalLM], tmp_path: Path, said: Any, places: list[int], embedding: bool
 ) -> None:
     folder, model = target
-    head = write(tmp_path / "head", HEAD | said, head_tensors(HEAD, embedding=embedding))
+    head = write_head(tmp_path / "head", HEAD | said, head_tensors(HEAD, embedding=embedding))
     both, weights = paired(folder, head), load_file(head / "model.safetensors")
     plan = compile_plan(both, **LIMITS, page_size=4, speculative={"method": "eagle3", "num_draft_tokens": 3})
     options = SchedulerOptions(speculation="always", chunked_prefill_size=7)
@@ -158,7 +144,7 @@ def test_tokens_are_those_without_drafts(
     target: tuple[Path, LlamaForCausalLM], tmp_path: Path, options: dict[str, Any]
 ) -> None:
     folder, _ = target
-    head = write(tmp_path / "head", HEAD, head_tensors(HEAD))
+    head = write_head(tmp_path / "head", HEAD, head_tensors(HEAD))
     alone = LLM(open_checkpoint(folder), compile_plan(folder, **LIMITS, page_size=4, **options))
     expected = [alone.generate(token_ids=[p], sampling=s)[0] for p, s in requests()]
     both = paired(folder, head)
