@@ -13,7 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from makeready.graphs.checkpoint.paired import DRAFT, FIELD
 from makeready.graphs.layers.attention import Attention
@@ -24,11 +23,10 @@ from makeready.graphs.layers.rope import RotaryRows
 from makeready.graphs.models.decoder import dense
 from makeready.graphs.models.family import Model
 from makeready.graphs.plan.plan import PlanError
-from makeready.graphs.plan.spec import KVPart
 from makeready.graphs.speculative.base import Setting, method
 from makeready.graphs.speculative.chain import Chained, Followed
 from makeready.graphs.speculative.second import check_second
-from makeready.graphs.speculative.states import found, leave, states
+from makeready.graphs.speculative.states import OnStates, leave
 from makeready.graphs.speculative.taps import NORMED, Taps, decoder_of
 from makeready.kernels import elementwise
 from makeready.kernels import embedding as embeddings
@@ -39,10 +37,8 @@ PLAIN = "LlamaForCausalLM"  # published heads say so, and have fc, which whole m
 MLP_NORM = "layers.0.post_attention_layernorm"
 
 
-class Eagle(nn.Module):
+class Eagle(OnStates):
     """The head, as a drafter of :mod:`~makeready.graphs.speculative.chain`."""
-
-    behind = 1
 
     def __init__(self, target: Model, setting: Setting) -> None:
         super().__init__()
@@ -84,15 +80,9 @@ class Eagle(nn.Module):
         # The model's: no parameters of its own. Files have copies, which were not trained.
         self._shared = (model.embedding, model.head)
 
-    def parts(self, page_size: int, dtype: str) -> tuple[KVPart, ...]:
-        return (*self.attention.kv_parts(page_size, dtype), states(page_size, self.width, self.activation))
-
     def follow(self, ids_T: torch.Tensor, inputs: Inputs) -> None:
         at = leave(self.taps.heard()[0], inputs)
         self._layer(ids_T, self.begin(at), at)
-
-    def begin(self, inputs: Inputs) -> torch.Tensor:
-        return found(inputs)
 
     def step(
         self, ids_R: torch.Tensor, before_RC: torch.Tensor | None, inputs: Inputs

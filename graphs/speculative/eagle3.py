@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from makeready.graphs.checkpoint.paired import DRAFT, FIELD
 from makeready.graphs.layers.attention import Attention
@@ -27,11 +26,10 @@ from makeready.graphs.layers.rope import RotaryRows
 from makeready.graphs.models.decoder import dense
 from makeready.graphs.models.family import Model
 from makeready.graphs.plan.plan import PlanError
-from makeready.graphs.plan.spec import KVPart
 from makeready.graphs.speculative.base import Setting, method
 from makeready.graphs.speculative.chain import Chained, Followed
 from makeready.graphs.speculative.second import check_second
-from makeready.graphs.speculative.states import found, leave, states
+from makeready.graphs.speculative.states import OnStates, leave
 from makeready.graphs.speculative.taps import Taps, decoder_of
 from makeready.kernels import elementwise
 from makeready.kernels import embedding as embeddings
@@ -43,10 +41,8 @@ ARCHITECTURE = "LlamaForCausalLMEagle3"
 _OTHERWISE = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "tie_word_embeddings")
 
 
-class Eagle3(nn.Module):
+class Eagle3(OnStates):
     """The head, as a drafter of :mod:`~makeready.graphs.speculative.chain`."""
-
-    behind = 1
 
     def __init__(self, target: Model, setting: Setting) -> None:
         super().__init__()
@@ -96,16 +92,10 @@ class Eagle3(nn.Module):
                 f"model are {self._embeddings[0].shape[1]} wide; choose one that was made for the model"
             )
 
-    def parts(self, page_size: int, dtype: str) -> tuple[KVPart, ...]:
-        return (*self.attention.kv_parts(page_size, dtype), states(page_size, self.width, self.activation))
-
     def follow(self, ids_T: torch.Tensor, inputs: Inputs) -> None:
         state = self.fc(functools.reduce(elementwise.concatenate, self.taps.heard()))
         at = leave(state, inputs)
         self._layer(ids_T, self.begin(at), at)
-
-    def begin(self, inputs: Inputs) -> torch.Tensor:
-        return found(inputs)
 
     def step(
         self, ids_R: torch.Tensor, before_RC: torch.Tensor | None, inputs: Inputs

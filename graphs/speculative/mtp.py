@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from makeready.graphs.layers.dense import BY_OUTPUTS, Linear, RMSNorm
 from makeready.graphs.layers.inputs import Inputs
@@ -21,7 +20,7 @@ from makeready.graphs.plan.plan import PlanError
 from makeready.graphs.plan.spec import KVPart
 from makeready.graphs.speculative.base import Setting, method
 from makeready.graphs.speculative.chain import Chained, Followed
-from makeready.graphs.speculative.states import found, leave, states
+from makeready.graphs.speculative.states import OnStates, leave, states
 from makeready.graphs.speculative.taps import NORMED, Taps, decoder_of
 from makeready.kernels import elementwise
 from makeready.kernels import embedding as embeddings
@@ -30,10 +29,8 @@ from makeready.kernels.gemm import linear as gemm
 ARCHITECTURE = "DeepseekV3ForCausalLM"
 
 
-class NextToken(nn.Module):
+class NextToken(OnStates):
     """The layer behind the model's last, as a drafter of :mod:`~makeready.graphs.speculative.chain`."""
-
-    behind = 1
 
     def __init__(self, target: Model, setting: Setting) -> None:
         super().__init__()
@@ -67,9 +64,6 @@ class NextToken(nn.Module):
     def follow(self, ids_T: torch.Tensor, inputs: Inputs) -> None:
         at = leave(self.taps.heard()[0], inputs)
         self._run(ids_T, self.begin(at), at)
-
-    def begin(self, inputs: Inputs) -> torch.Tensor:
-        return found(inputs)
 
     def step(
         self, ids_R: torch.Tensor, before_RC: torch.Tensor | None, inputs: Inputs

@@ -6,7 +6,9 @@ T tokens, C features
 from __future__ import annotations
 
 import torch
+from torch import nn
 
+from makeready.graphs.layers.attention import Attention
 from makeready.graphs.layers.inputs import Inputs
 from makeready.graphs.plan.spec import KVPart
 from makeready.kernels.step import hidden
@@ -31,3 +33,18 @@ def leave(state_TC: torch.Tensor, inputs: Inputs) -> Inputs:
 def found(inputs: Inputs) -> torch.Tensor:
     """The states ``[T, C]`` that lie where the inputs are."""
     return hidden.hidden_read(inputs.kv_slot, inputs.kv(NAME))
+
+
+class OnStates(nn.Module):
+    """What layers that draft from such states share; ``width`` and ``activation`` are those of a state."""
+
+    behind = 1
+    attention: Attention
+    width: int
+    activation: str
+
+    def parts(self, page_size: int, dtype: str) -> tuple[KVPart, ...]:
+        return (*self.attention.kv_parts(page_size, dtype), states(page_size, self.width, self.activation))
+
+    def begin(self, inputs: Inputs) -> torch.Tensor:
+        return found(inputs)
