@@ -90,7 +90,12 @@ decode_one(const uint16_t* qkv, const float* rows, const uint16_t* q_norm, const
   int length = context_len[0], low = WINDOW > 0 ? max(length - WINDOW, 0) : 0, start = low / NB * NB;
   int share = max(ceil_div(ceil_div(length - start, RUN), SPLITS), 1) * RUN, parts = max(ceil_div(length - start, share), 1);
   int begin = start + split * share, stop = min(begin + share, length), own = length - 1;
-  if (split >= parts) return;  // the first block of a head waits for the kernels ahead, whatever the length
+  // Blocks without a share stay, too, until the kernels ahead have ended. If they leave at once, two blocks of the next
+  // product find room on their multiprocessor and others stay empty: all products behind it took a tenth longer.
+  if (split >= parts) {
+    dependence_wait();
+    return;
+  }
 
   int position = begin + sub * NB;
   Int4 k[NB], v[NB];
