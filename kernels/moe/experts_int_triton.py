@@ -28,8 +28,8 @@ assert isinstance(grouped_silu_mul_int, Contract)
 _OPTIONAL = ("weight_zero", "weight_global_scale", "bias")
 _A_MULTIPROCESSOR = 2  # blocks
 # Of the bandwidth, where few tokens stream the weights: widening them holds blocks up. With gpt-oss-20b's MXFP4 on an
-# H200 (bench/results/h200_gpt_oss_20b.json) steps of 1, 16 and 64 rows took as if experts were 3.6, 2.6 and 2.6 times
-# as slow as at a share of 0.6.
+# H200 steps of 1, 16 and 64 rows took as if experts were 3.6, 2.6 and 2.6 times as slow as at a share of 0.6; with
+# one row there are not tiles for all blocks.
 _MEMORY = 0.23
 # Tokens, outputs and warps of a tile, and whether it may hold a gate as well: from cross-compiled kernels.
 _SIDES = (
@@ -99,7 +99,9 @@ def tilings(call: OpCall) -> list[Tiling]:
 
 
 def _seconds(call: OpCall, product: Grouped, way: Tiling) -> float:
-    return predicted(call, product, way, memory_share=_MEMORY)
+    tiles = product.tiles(way.t) * -(-product.outputs // way.n)
+    busy = min(1.0, tiles / (_A_MULTIPROCESSOR * call.multiprocessors))
+    return predicted(call, product, way, memory_share=_MEMORY * busy)
 
 
 def _ways(call: OpCall, product: Grouped) -> Iterator[Tiling]:

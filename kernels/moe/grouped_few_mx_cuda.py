@@ -1,14 +1,14 @@
 """Products of tokens with their experts' weights in MXFP4 on Hopper in CUDA C++ (csrc/grouped_few_mx.cu).
 
-For few entries an expert, as the first of grouped_cuda.py; weights are widened in registers. Right on an H200
-(tests/gpu/test_gpu_moe_mx.py) and not timed there: its costs are reasoned. Plans take it all the same, since Triton's
-kernel takes several times its floor (experts_int_triton.py).
+For few entries an expert, as the first of grouped_cuda.py; weights are widened in registers. Costs are fitted to
+gpt-oss-20b's products at 1, 16 and 64 tokens on one H200 (bench/results/h200_gpt_oss_20b.json), to a tenth.
 
 # M entries, E experts, N outputs of an expert, K inputs
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from makeready.kernels.device import Argument, Candidate, Descriptor, DeviceLaunch, OpCall, Pointer, Scalar
@@ -28,9 +28,10 @@ _DEPTH, _BOX = 256, 64  # inputs of a step, of 128 bytes
 _PAIRED = 16  # entries of a tile with which two blocks share a multiprocessor
 _MOST_EXPERTS = 512  # a lane of a warp keeps 16
 _GATES = {"grouped_linear_mx": 0, "grouped_silu_mul_mx": 1, "grouped_clamped_swiglu_mx": 2}
-# Reasoned: microseconds of a launch until blocks stream, and the share of the bandwidth at which they do; bytes/s of
-# all blocks from L2; packed bytes/s that a multiprocessor widens (5 instructions for 64 weights, 4 a cycle).
-_LAUNCH_US, _STREAMED, _L2, _WIDENED = 4.0, 0.9, 8.0e12, 4.0e10
+# Microseconds of a launch until blocks stream, of a step of a tile, and on top for each column of its products. The
+# share of the bandwidth at which weights stream at best, and bytes/s of all blocks from L2, are reasoned.
+_LAUNCH_US, _STEP_US, _COLUMN_US = 4.0, 1.2, 0.04
+_STREAMED, _L2 = 0.9, 8.0e12
 
 
 def applies(call: OpCall) -> bool:
@@ -96,12 +97,11 @@ def candidate(call: OpCall, tile: int, *, give_up: int = 0) -> Candidate:
         **({"GIVE_UP": give_up} if give_up else {}),
     }
     most = grouped.most_tiles(tile) * -(-grouped.outputs // _WIDE)
-    blocks = call.multiprocessors * (2 if tile <= _PAIRED else 1)
     launch = DeviceLaunch(
         function="csrc/grouped_few_mx.cu:grouped_few_mx",
         constants=constants,
         arguments=_arguments(call, tile),
-        grid=(max(1, min(most, blocks)), 1, 1),
+        grid=(max(1, min(most, _blocks(call, tile))), 1, 1),
         dependent=dependent,
     )
     return Candidate(f"few_{tile}", (launch,), seconds=1e-6 * microseconds(call, tile, grouped))
@@ -145,8 +145,14 @@ def microseconds(call: OpCall, tile: int, grouped: Grouped) -> float:
     packed = (4 + 8 / BLOCK) / 8  # bytes of a weight and its share of a scale
     rest = grouped.rows_read * grouped.inputs * 2 + grouped.entries * grouped.columns * 2
     many = grouped.tiles(tile) * -(-grouped.outputs // _WIDE)
+    turns = math.ceil(many / _blocks(call, tile))
     weights = many * _WIDE * grouped.inputs * packed
     memory = (grouped.hit * grouped.outputs * grouped.inputs * packed + rest) / (_STREAMED * call.bandwidth)
     from_l2 = (weights + 2 * many * tile * grouped.inputs) / _L2
-    widened = weights / (_WIDENED * call.multiprocessors)
-    return _LAUNCH_US + 1e6 * max(memory, from_l2, widened)
+    steps = turns * -(-grouped.inputs // _DEPTH) * (_STEP_US + _COLUMN_US * tile)
+    return _LAUNCH_US + max(1e6 * memory, 1e6 * from_l2, steps)
+
+
+def _blocks(call: OpCall, tile: int) -> int:
+    """Blocks that are on the device at once."""
+    return call.multiprocessors * (2 if tile <= _PAIRED else 1)

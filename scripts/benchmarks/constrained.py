@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.latency import check_room
 from makeready.engine.entrypoints.options import UsageError
 from makeready.engine.llm import LLM, SamplingParams
 from makeready.graphs.checkpoint.base import Checkpoint
@@ -88,10 +89,11 @@ def constrained(
         By batch: ``milliseconds`` a token and ``steps`` of all tokens, ``plain`` and as ``json``.
 
     Raises:
-        UsageError: the model has no tokenizer.
+        UsageError: the model has no tokenizer, or the cache no room for that many rows at once.
     """
     if llm.tokenizer is None:
         raise UsageError("suite constrained needs a tokenizer; give constrained.tokenizer=FOLDER")
+    check_room(llm, max(rows), context + tokens + 1)
     generator = np.random.default_rng(0)
     kinds: dict[str, dict[str, Any]] = {"plain": {}, "json": {"json_schema": SCHEMA}}
     found = []

@@ -18,6 +18,7 @@ from benchmarks.gpu.clocks import Clocks, words
 from benchmarks.gpu.step_times import StepTimes
 from benchmarks.gpu.step_times import words as words_of_steps
 from benchmarks.record import summary
+from makeready.engine.entrypoints.options import UsageError
 from makeready.engine.llm import LLM, SamplingParams
 from makeready.graphs.inspect.analysis import launch_costs
 from makeready.graphs.plan.spec import DECODE, EXTEND
@@ -47,7 +48,11 @@ def latency(
         target: whose figures floors are computed from; None takes those that the plan was chosen by.
         clocks: of the GPU, while it is measured.
         stamps: of the graphs that it launches.
+
+    Raises:
+        UsageError: the cache has no room for that many rows at once.
     """
+    check_room(llm, max(rows), context + tokens + 1)
     generator = np.random.default_rng(0)
     vocabulary = llm.plan.config["vocab_size"]
 
@@ -84,6 +89,21 @@ def latency(
         "time_between_tokens": between,
         "time_to_first_token": first,
     }
+
+
+def check_room(llm: LLM, rows: int, tokens: int) -> None:
+    """Whether ``rows`` sequences of ``tokens`` tokens run at once, as a time between tokens by batch means.
+
+    Raises:
+        UsageError: they do not.
+    """
+    need, have = rows * -(-tokens // llm.plan.limits.page_size), llm.engine.executable.pages - 1
+    if need > have:
+        raise UsageError(
+            f"{rows} rows of {tokens:,} tokens need {need:,} pages and the cache has {have:,}, so they would not run "
+            "at once; raise kv.memory_gib or leave out the largest of rows (models with states: compile the plan "
+            "with plan.traffic.context as long as these rows)"
+        )
 
 
 def _measured(seconds: Sequence[float], bound: float) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from scripts_in_process import ROOT, TINY, script
 sys.path.append(str(ROOT / "tests" / "engine"))
 
 from step_records import make_record, overlapped
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from makeready.engine.entrypoints import bench_options
 from makeready.engine.entrypoints.options import UsageError
@@ -158,6 +159,33 @@ def test_every_suite_can_be_named():
 def bench(*options: str) -> dict:
     assert script("bench")(*options, "output=result.json") == 0
     return json.loads(Path("result.json").read_text())
+
+
+def test_rows_that_do_not_run_at_once_are_no_batch(capsys):
+    sizes = ("rows=[4]", "tokens=20", "latency.context=30", "kv.memory_gib=1e-5")
+    assert script("bench")(*SMALL, "suite=[latency]", *sizes) == 2
+    assert "4 rows of 51 tokens need 52 pages" in capsys.readouterr().err
+
+
+def test_json_beside_plain_text(capsys):
+    letters = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    made = Tokenizer(models.BPE(letters | {"<end>": len(letters)}, []))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.add_special_tokens(["<end>"])
+    made.save("tokenizer.json")
+    Path("tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
+    sizes = ("rows=[1,3]", "tokens=30", "repeats=1", "constrained.context=8", "constrained.tokenizer=.")
+    found = bench(*SMALL, "model.vocab_size=257", "model.eos_token_id=256", "suite=[constrained]", *sizes)
+    for batch, rows in zip(found["constrained"]["batches"], (1, 3), strict=True):
+        assert batch["rows"] == rows
+        assert 0 < batch["json"]["steps"] <= batch["plain"]["steps"] <= 32
+        assert min(batch[kind]["milliseconds"] for kind in ("plain", "json")) > 0
+    assert "1 rows: plain" in capsys.readouterr().out
+
+
+def test_json_needs_a_tokenizer(capsys):
+    assert script("bench")(*SMALL, "suite=[constrained]", "rows=[1]") == 2
+    assert "give constrained.tokenizer=FOLDER" in capsys.readouterr().err
 
 
 def test_throughput_of_a_tiny_model(capsys):
