@@ -205,12 +205,12 @@ def _q6_k(records: np.ndarray) -> Unpacked:
 
 # The 16 values of IQ4 types (ggml-common.h, kvalues_iq4nl) and of MXFP4 (twice the OCP FP4 E2M1 numbers; the
 # scale is halved for it).
-_IQ4_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
+IQ4_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
 _FP4_VALUES = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
 
 
 def _iq4_nl(records: np.ndarray) -> Unpacked:
-    return _IQ4_VALUES[_nibbles(records)], _f32(records["d"]), None
+    return IQ4_VALUES[_nibbles(records)], _f32(records["d"]), None
 
 
 def _iq4_xs(records: np.ndarray) -> Unpacked:
@@ -225,7 +225,7 @@ def _iq4_xs(records: np.ndarray) -> Unpacked:
         source, target = records["qs"][:, 2 * part : 2 * part + 2], q[:, 4 * part : 4 * part + 4]
         _spread(source, target[:, :2], 4, 0)
         _spread(source, target[:, 2:], 4, 4)
-    return _IQ4_VALUES[q.view(np.uint8)], _f32(records["d"]) * scales.astype(np.float32), None
+    return IQ4_VALUES[q.view(np.uint8)], _f32(records["d"]) * scales.astype(np.float32), None
 
 
 def _mxfp4(records: np.ndarray) -> Unpacked:

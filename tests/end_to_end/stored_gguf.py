@@ -28,7 +28,8 @@ MIXED = {
 class Writer:
     """A writer that stores weights in blocks, by the ends of their names; ``read`` holds what they stand for.
 
-    The gguf library does not make blocks of K types: theirs are random bytes, whose scales give numbers a usual size.
+    The gguf library does not make blocks of K and IQ types: theirs are random bytes, whose scales give
+    numbers a usual size.
     """
 
     def __init__(self, writer: gguf.GGUFWriter, kinds: dict[str, Types]) -> None:
@@ -40,7 +41,8 @@ class Writer:
         if kind is None:
             self.writer.add_tensor(name, values)
             return
-        blocks = gguf.quants.quantize(values, kind) if "K" not in kind.name else self._random(values, kind)
+        made = kind.name.startswith("IQ") or "K" in kind.name
+        blocks = self._random(values, kind) if made else gguf.quants.quantize(values, kind)
         self.read[name] = gguf.quants.dequantize(blocks, kind)
         self.writer.add_tensor(name, blocks, raw_dtype=kind)
 
