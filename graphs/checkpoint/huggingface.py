@@ -61,8 +61,8 @@ class HuggingFaceCheckpoint(Checkpoint):
         if not config_path.is_file():
             raise CheckpointError(_without_config(path))
         raw = read_json(config_path)
-        if not raw.get("quantization_config") and (path / QUANTIZATION).is_file():
-            raw["quantization_config"] = {**read_json(path / QUANTIZATION), "quant_method": "modelopt"}
+        if (path / QUANTIZATION).is_file():
+            raw["quantization_config"] = _quantization(raw.get("quantization_config"), path / QUANTIZATION)
         self._sources = open_weights(path)
         self.format = next((file.format for file in self._sources.values()), SafetensorsFile.format)
         self._tensors = {name: file.infos[name] for name, file in sorted(self._sources.items())}
@@ -167,6 +167,17 @@ class HuggingFaceCheckpoint(Checkpoint):
             if not np.array_equal(first, second):
                 return False
         return True
+
+
+def _quantization(said: Any, beside: Path) -> Any:
+    """What config.json says, or modelopt's own file where it says nothing; of groups' size, where it says no more."""
+    if not said:
+        return {**read_json(beside), "quant_method": "modelopt"}
+    size = read_json(beside).get("quantization")
+    size = size.get("group_size") if isinstance(size, dict) else None
+    if size is None or not isinstance(said, dict) or said.get("config_groups"):
+        return said
+    return {"group_size": size, **said}
 
 
 def _without_config(path: Path) -> str:

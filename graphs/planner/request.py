@@ -218,14 +218,17 @@ def quantization(request: Request, target: Target, checkpoint: Checkpoint) -> Qu
     """
     # Import torch: command lines do without.
     from makeready.graphs.quant.gguf import stored_blocks
+    from makeready.graphs.quant.smoothed import smoothed
     from makeready.graphs.quant.stored import discover, stored_scheme
 
     discover()
     stored = stored_scheme(checkpoint.config)
     if request.quant is None:
-        if stored is not None and "fp8" in stored.features:
+        if stored is None:
+            return None
+        if "fp8" in stored.features:
             _needs_fp8(target, "this quantized checkpoint")
-        return stored
+        return smoothed(stored, checkpoint.tensors)
     _known("quant", request.quant, sorted((*ON_LOAD, AS_BLOCKS)))
     if request.quant == AS_BLOCKS:
         blocks = stored_blocks(checkpoint, packed=target.is_cuda)

@@ -103,6 +103,7 @@ SEVERAL = {
         },
     },
 }
+OF_MODELOPT = {"quant_method": "modelopt", "ignore": ["lm_head"], "group_size": 32}
 STATIC = {"quant_method": "fp8", "activation_scheme": "static"}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "fp8": ({}, {"quant": "fp8"}),
@@ -132,6 +133,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "stored-gguf-fp16": ({}, {"quant": "stored", "activation_dtype": "float16"}),
     "stored-gguf-one-layer": ({"num_hidden_layers": 1}, {"quant": "stored"}),
     "several-of-modelopt": ({"quantization_config": SEVERAL}, {}),
+    "awq-of-modelopt": ({"quantization_config": OF_MODELOPT | {"quant_algo": "W4A16_AWQ"}}, {}),
+    "smoothquant": ({"quantization_config": OF_MODELOPT | {"quant_algo": "W8A8_SQ_PER_CHANNEL"}}, {}),
 }
 
 
