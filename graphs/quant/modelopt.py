@@ -36,7 +36,7 @@ from makeready.graphs.quant.stored import STORED
 from makeready.graphs.quant.weight_only import NV, Form, WeightOnly, groups_of, stored_rows
 from makeready.kernels.nvfp4 import BLOCK
 
-_NVFP4, _WEIGHTS_ALONE = "NVFP4", "W4A16_NVFP4"
+_NARROW, _WEIGHTS_ALONE = ("NVFP4", "NVFP4_AWQ"), "W4A16_NVFP4"  # activations of the first have 4 bits, too
 _LAYOUT = Halves("weight", "weight_scale", "weight_scale_2", divides=False)
 _EIGHT_BITS = {
     "FP8": Scheme(TENSOR, static=True, stored=True),
@@ -183,7 +183,7 @@ def _of_some(scheme: Scheme | WeightOnly, names: frozenset[str]) -> Scheme | Wei
 def _algorithm(said: Mapping[str, Any], place: str, more: tuple[str, ...] = ()) -> str:
     given = said.get("quant_algo")
     algorithm = given.upper() if isinstance(given, str) else given
-    known = (_NVFP4, _WEIGHTS_ALONE, _AWQ, *_EIGHT_BITS, *more)
+    known = (*_NARROW, _WEIGHTS_ALONE, _AWQ, *_EIGHT_BITS, *more)
     refused_unless(
         algorithm in known,
         f"quant_algo {given!r:.80}{place} of modelopt is not supported; use a checkpoint with {' or '.join(known)}",
@@ -206,7 +206,7 @@ def _few_bits(said: Mapping[str, Any], place: str, algorithm: str, ignored: tupl
         size == BLOCK,
         f"NVFP4 in groups of {size}{place} is not supported; use a checkpoint with groups of {BLOCK}",
     )
-    if algorithm == _NVFP4:
+    if algorithm in _NARROW:
         tell_wide_activations()
     return WeightOnly(_LAYOUT, FORM, ignored=ignored, kind=NV)
 

@@ -190,7 +190,7 @@ def test_what_is_not_done_is_told(said: dict[str, Any], message: str) -> None:
         ),
         (compressed(group={"output_activations": NARROW}), "output_activations beside nvfp4"),
         (modelopt(None), "quant_algo None of modelopt is not supported; use a checkpoint with NVFP4 or"),
-        (modelopt("NVFP4_AWQ"), "quant_algo 'NVFP4_AWQ' of modelopt is not supported"),
+        (modelopt("NVFP4_SVD"), "quant_algo 'NVFP4_SVD' of modelopt is not supported"),
         (modelopt("MIXED_PRECISION"), "quantized_layers of modelopt's MIXED_PRECISION must be an object"),
         (mixed({UP: "FP8"}), "must be an object of objects by module"),
         (
