@@ -19,6 +19,7 @@ SUITES: dict[str, tuple[str, ...]] = {
     "startup": ("repeats", "weight_dtype", "threads"),
     "llama_cpp": ("tokens", "repeats", "threads"),
     "latency": (*_LLM, "rows", "tokens", "repeats", "latency."),
+    "constrained": (*_LLM, "rows", "tokens", "repeats", "constrained."),
     "throughput": (*_LLM, "throughput.", "trace"),
     "replay": (*_LLM, "replay.", "trace"),
     "prefix": (*_LLM, "replay.", "prefix.", "trace"),
@@ -41,7 +42,7 @@ SUITES: dict[str, tuple[str, ...]] = {
     "moe": (),
 }
 _SHARING = {name for name, options in SUITES.items() if set(_LLM) <= set(options)}
-_MODEL = {"decode", "startup", "llama_cpp", "latency", "throughput", "replay", "prefix", "buckets", "load"}
+_MODEL = {"decode", "startup", "llama_cpp", "load"} | _SHARING
 FP8_SCALES = ("rows", "groups", "integers")
 FP8_MATRICES = ("qkv", "o", "gate_up", "down")
 ATTENTION_PARTS = ("decode", "extend", "write", "latent")
@@ -157,6 +158,19 @@ class BucketsOptions:
 
 
 @dataclass
+class ConstrainedOptions:
+    """Outputs that follow a grammar, beside others.
+
+    Attributes:
+        context: prompt tokens a row.
+        tokenizer: folder of a tokenizer.json for checkpoint=dummy. null: the checkpoint's own.
+    """
+
+    context: int = MISSING
+    tokenizer: str | None = literal()
+
+
+@dataclass
 class LoadStepsOptions:
     """What loading consists of.
 
@@ -202,7 +216,7 @@ class BenchJob(Job):
         checkpoint: a Hugging Face folder, a .gguf file, or dummy: random weights of the model= preset; not
             for suites of no model: host, load_steps and those of kernels alone.
         suite: what to measure, one or several; --help says what each is.
-        rows: batch sizes of the decode and latency suites.
+        rows: batch sizes of the decode, latency and constrained suites.
         tokens: decode steps of one measurement there.
         repeats: measurements of each kind; the median is what counts.
         weight_dtype: float32, bfloat16 or float16, in both engines of the decode suite.
@@ -220,6 +234,7 @@ class BenchJob(Job):
     weight_dtype: str = MISSING
     threads: int | None = MISSING
     latency: LatencyOptions = field(default_factory=LatencyOptions)
+    constrained: ConstrainedOptions = field(default_factory=ConstrainedOptions)
     throughput: ThroughputOptions = field(default_factory=ThroughputOptions)
     replay: ReplayOptions = field(default_factory=ReplayOptions)
     prefix: PrefixOptions = field(default_factory=PrefixOptions)
@@ -291,6 +306,7 @@ class BenchJob(Job):
             "threads": [self.threads or 1],
             "latency.context": [self.latency.context],
             "latency.prompts": self.latency.prompts,
+            "constrained.context": [self.constrained.context],
             "replay.requests": [1 if self.replay.requests is None else self.replay.requests],
             "replay.block": [self.replay.block],
             "host.waiting": [1 + least for least in self.host.waiting],

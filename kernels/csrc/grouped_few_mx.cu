@@ -7,6 +7,7 @@
 //
 // Columns of a product that no entry has may hold anything: nobody stores them, and they touch no other column.
 #include "experts.h"
+#include "mxfp4.h"
 
 // TOKENS: columns of a product. GATE: of the first half of the outputs, for the other half; 1: silu, 2: clamped SwiGLU.
 static_assert(!EIGHT && !FP16, "bfloat16 has the range of the scales");
@@ -85,63 +86,49 @@ __device__ __forceinline__ void gather(uint8_t* smem, Bars& bars, const Call& ca
   }
 }
 
-// What a block's scale is to its numbers, as two bfloat16 each: put into a bfloat16's exponent and mantissa, e2m1 is 2^-126
-// too small. A scale above 2 would be beyond bfloat16 with that, and is a second factor, of 2^(s - 128).
-struct Factor {
-  uint32_t first[2], second[2];
-  bool twice;
-
-  // scales: of a thread's two rows.
-  __device__ __forceinline__ Factor(uint32_t low, uint32_t high) {
-    uint32_t s[2] = {low, high};
-    UNROLL for (int r = 0; r < 2; ++r) {
-      first[r] = (s[r] == 255 ? 0x7fc0u : (min((int)s[r], 128) + 126) << 7) * 0x10001u;
-      second[r] = (uint32_t)(max((int)s[r], 128) - 1 << 7) * 0x10001u;
-    }
-    twice = __ballot_sync(~0u, low > 128 || high > 128) != 0;
-  }
-};
-
-// Two neighbouring numbers of a block: field `pair` of two words.
-__device__ __forceinline__ uint32_t two_of(uint32_t words, int pair, const Factor& factor, int r) {
-  uint32_t sign = words << (12 - 4 * pair), rest = pair < 2 ? words << (6 - 4 * pair) : words >> (4 * pair - 6);
-  uint32_t two = times2((sign & 0x80008000u) | (rest & 0x01c001c0u), factor.first[r]);
-  return factor.twice ? times2(two, factor.second[r]) : two;
-}
-
 // A warpgroup's sums of its half of a tile. A thread has rows 16 * warp + lane / 4 (and that + 8) of the weights for entries
-// 8 * (j / 4) + 2 * (lane % 4) + (j & 1).
+// 8 * (j / 4) + 2 * (lane % 4) + (j & 1). What a lane adds to a step's address is kept in registers.
 __device__ __forceinline__ void sum_up(float (&acc)[PER], uint8_t* smem, Bars& bars, const Call& call, bool present, int& step) {
-  int lane = threadIdx.x % 32, half = threadIdx.x / 128 - 1, row = threadIdx.x % 128 / 32 * 16 + lane / 4;
-  int steps = ceil_div(call.inputs, DEPTH), blocks = call.inputs / 32;
+  int lane = from_here(threadIdx.x % 32), half = threadIdx.x / 128 - 1, first = threadIdx.x % 128 / 32 * 16;
+  int steps = ceil_div(call.inputs, DEPTH), left = present ? call.inputs / 32 : 0;
+  int at = lane % 8 * 128 + (lane / 8 ^ lane % 8) * 16;  // row lane % 8, chunk lane / 8, swizzled
+  int words_at = from_here(half * W_HALF + first * 128 + at), even_at = from_here(OFF_X + at), odd_at = from_here(OFF_X + (at ^ 64));
+  int scales_at = from_here(OFF_SCALES + half * SCALE_HALF + first + lane / 4);
   float sums[CHAINS][PER] = {};
-  for (int i = 0; i < steps; ++i, ++step) {
-    int s = step % STAGES;
+  int s = step % STAGES, turn = step / STAGES;
+  step += steps;
+  for (int i = 0; i < steps; ++i, left -= DEPTH / 32) {
     const uint8_t* here = smem + s * STAGE;
-    mbar_wait(&bars.full[s], (step / STAGES) & 1, "multiply: full");
+    mbar_wait(&bars.full[s], turn & 1, "multiply: full");
     UNROLL for (int span = 0; span < 2; ++span) {
       uint32_t words[2][4];
-      UNROLL for (int high = 0; high < 2; ++high) {
-        int r = row + 8 * high;
-        UNROLL for (int m = 0; m < 4; ++m) words[high][m] = *(const uint32_t*)(here + half * W_HALF + r * 128 + ((4 * span + m ^ r & 7) * 16) + lane % 4 * 4);
-      }
-      const uint8_t* x = here + OFF_X + 2 * span * X_BOX + lane % 8 * 128;
-      const uint8_t* scales = here + OFF_SCALES + half * SCALE_HALF + 4 * span * ROWS + row;
-      UNROLL for (int pair = 0; pair < 4; ++pair) {  // a block of 32 inputs: two chunks of 16
-        if (!present || i * 8 + span * 4 + pair >= blocks) continue;  // rows of x are anything there
-        Factor factor(scales[pair * ROWS], scales[pair * ROWS + 8]);
+      UNROLL for (int high = 0; high < 2; ++high) load_blocks(words[high], here + high * 1024 + (words_at ^ span * 64));
+      const uint8_t* scales = here + scales_at + 4 * span * ROWS;
+      auto multiply = [&](int pair, auto two) {  // a block of 32 inputs: two chunks of 16
         uint32_t a[2][4], b[4];
-        UNROLL for (int j = 0; j < 8; ++j) a[j >> 2][j & 3] = two_of(words[j & 1][j >> 1], pair, factor, j & 1);
+        UNROLL for (int j = 0; j < 8; ++j) a[j >> 2][j & 3] = two(words[j & 1][j >> 1], j & 1);
         UNROLL for (int token = 0; token < TOKENS; token += 8) {
-          load_blocks(b, x + pair / 2 * X_BOX + token * 128 + (pair % 2 * 4 + lane / 8 ^ lane & 7) * 16);
+          load_blocks(b, here + (2 * span + pair / 2) * X_BOX + token * 128 + (pair % 2 ? odd_at : even_at));
           mma_16x8x16(&sums[0][token / 2], a[0], b[0], b[1]);
           mma_16x8x16(&sums[CHAINS - 1][token / 2], a[1], b[2], b[3]);
+        }
+      };
+      Factors factors([&](int block, int r) { return (uint32_t)scales[block * ROWS + 8 * r]; });
+      if (factors.plain && 4 * span + 4 <= left) {
+        UNROLL for (int pair = 0; pair < 4; ++pair)
+          multiply(pair, [&](uint32_t two, int r) { return times2(bits_of(two, pair), factors.of[pair][r]); });
+      } else {
+        UNROLL for (int pair = 0; pair < 4; ++pair) {
+          if (4 * span + pair >= left) continue;  // rows of x are anything there
+          Factor factor(scales[pair * ROWS], scales[pair * ROWS + 8]);
+          multiply(pair, [&](uint32_t two, int r) { return two_of(two, pair, factor, r); });
         }
       }
     }
     fence_async_proxy();  // reads of this stage come before the copies that fill it again
     __syncwarp();
     if (lane == 0) mbar_arrive(&bars.free[s]);
+    if (++s == STAGES) s = 0, ++turn;
   }
   UNROLL for (int j = 0; j < PER; ++j) acc[j] = CHAINS > 1 ? sums[0][j] + sums[CHAINS - 1][j] : sums[0][j];
 }

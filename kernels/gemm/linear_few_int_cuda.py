@@ -31,21 +31,25 @@ from makeready.kernels.registry import cuda_kernel
 from makeready.kernels.spec import DTYPE_BYTES
 
 _MOST = 64  # tokens
+_MOST_OF_FOUR = 16  # columns of a product of blocks of four warpgroups
 _ALONE = {4: 64, 8: 32}  # columns of a product with which a block has a multiprocessor to itself, by bits
-_DEPTH = 256  # inputs of a step: two spans
+_SPAN = 128  # inputs of a step for each warpgroup
 _WIDE = ("bfloat16", "float16")
+# Fitted to one H200 with the projections of Qwen3-8B at 2 and 16 tokens (``scripts/bench.py suite=[gemm_few]``): by
+# warpgroups of a block, and where scales are multiplied into weights. Steps of 8 bits copy twice the words.
 _COSTS = Costs(
     start=1.05,
-    tile=0.6,
-    exchange=0.83,
-    block=0.13,
-    step=0.30,
-    column=0.004,
+    tile=0.7,
+    exchange=1.0,
+    block=0.4,
+    step=0.42,
+    column=0.0125,
     memory=1.1,
     from_l2=6.8e12,
 )
-# By analogy: a number takes twice as many instructions, or a step has twice as many words; nobody timed it.
-_COSTS_UNTIMED = replace(_COSTS, step=0.45)
+# Microseconds of a step on top, by warpgroups: where groups lie in spans, and of 8 bits.
+_PARTS = {2: 0.08, 4: 0.24}
+_EIGHT = {2: 0.15, 4: 0.3}
 _OPTIONAL = ("weight_zero", "weight_global_scale")
 
 
@@ -67,7 +71,7 @@ def applies(call: OpCall) -> bool:
         and (y.dtype == x.dtype or (y.dtype == "float32" and symmetric))
         and ("bias" not in call.tensors or call.tensors["bias"].dtype == x.dtype)
         and int(weight.shape[0]) % 4 == 0
-        and _steps(call) >= 2
+        and _steps(call, 2) >= 2
         and addressable(x)
         and addressable(weight)
         and y.alignment % (16 if y.dtype == "float32" else 8) == 0
@@ -76,38 +80,36 @@ def applies(call: OpCall) -> bool:
     )
 
 
-def _timed(call: OpCall) -> bool:
-    bits, group, floats = form_of(call)
-    alike = call.tensors["y"].dtype == call.tensors["x"].dtype
-    return applies(call) and bits == 4 and not floats and group % 128 == 0 and alike
-
-
-def _untimed(call: OpCall) -> bool:
-    return applies(call) and not _timed(call)
-
-
 def _fixed(call: OpCall) -> tuple[str, ...]:
     """What comes with the words."""
     return ("weight_scale", *(name for name in _OPTIONAL if name in call.tensors))
 
 
-def _steps(call: OpCall) -> int:
-    return -(-int(call.tensors["x"].shape[1]) // _DEPTH)
+def _spans(call: OpCall, way: Way) -> int:
+    """Warpgroups of a block: sixteen warps share a multiprocessor, two blocks' where it has two."""
+    return 4 if way.blocks <= call.multiprocessors and way.tokens <= _MOST_OF_FOUR else 2
+
+
+def _steps(call: OpCall, spans: int) -> int:
+    return -(-int(call.tensors["x"].shape[1]) // (_SPAN * spans))
 
 
 def ways(call: OpCall) -> list[Way]:
     """Every way to run ``call``, the cheapest first."""
-    found, (bits, *_) = few.ways(call, _steps(call)), form_of(call)
+    found, (bits, *_) = few.ways(call, _steps(call, 2)), form_of(call)
     room = [way for way in found if way.tokens < _ALONE[bits] or way.blocks <= call.multiprocessors]
     return sorted(room, key=lambda way: (_microseconds(call, way), way.name))
 
 
 def _microseconds(call: OpCall, way: Way) -> float:
-    bits, group, _ = form_of(call)
+    (bits, group, _), spans = form_of(call), _spans(call, way)
+    depth = _SPAN * spans
     shared = DTYPE_BYTES[call.tensors["weight_scale"].dtype] + zero_bytes(call)
-    scales = _DEPTH // min(group, 128) * shared
-    weights, costs = few.OUTPUTS * (_DEPTH * bits // 8 + scales), _COSTS if _timed(call) else _COSTS_UNTIMED
-    return few.microseconds(call, way, _steps(call), costs, weights=weights, tokens=2 * _DEPTH)
+    scales = depth // min(group, _SPAN) * shared
+    weights = few.OUTPUTS * (depth * bits // 8 + scales)
+    step = _COSTS.step + (_PARTS[spans] if group < _SPAN else 0.0) + (_EIGHT[spans] if bits == 8 else 0.0)
+    costs = replace(_COSTS, step=step)
+    return few.microseconds(call, way, _steps(call, spans), costs, weights=weights, tokens=2 * depth)
 
 
 def candidate(call: OpCall, way: Way, *, give_up: int = 0) -> Candidate:
@@ -120,10 +122,12 @@ def candidate(call: OpCall, way: Way, *, give_up: int = 0) -> Candidate:
     zeros, (bits, group, floats) = "weight_zero" in call.tensors, form_of(call)
     added, wide = offsets(call), y.dtype == "float32"
     paired = "weight_global_scale" in call.tensors
-    inputs = int(x.shape[1])
+    inputs, spans = int(x.shape[1]), _spans(call, way)
+    boxes = _SPAN * spans // 64
     constants = {
         "TOKENS": way.tokens,
         "SPLIT": way.split,
+        **({"SPANS": spans} if spans != 2 else {}),
         "SCALES": 3 if paired else 0,
         "GROUP": group,
         "ZEROS": 2 if added else zeros,
@@ -140,7 +144,7 @@ def candidate(call: OpCall, way: Way, *, give_up: int = 0) -> Candidate:
     entry = ("nvfp4" if paired else "mxfp4") if floats else integers
     arguments: dict[str, Argument] = {
         "x_map": Descriptor(
-            "x", (inputs // 64, rows, 64), (64, x.row_stride, 1), (_DEPTH // 64, way.tokens, 64), swizzle=128
+            "x", (inputs // 64, rows, 64), (64, x.row_stride, 1), (boxes, way.tokens, 64), swizzle=128
         ),
         "w_map": Descriptor(
             "weight", (outputs, words), (weight.row_stride, 1), (few.OUTPUTS, 64), swizzle=128
@@ -168,19 +172,10 @@ assert isinstance(linear_int, Contract)
 assert isinstance(linear_mx, Contract)
 
 
-@cuda_kernel(linear_int, "few", features=("tma", "wgmma", "pdl"), applies=_timed)
-def linear_few_int(call: OpCall) -> Sequence[Candidate]:
+def _few(call: OpCall) -> Sequence[Candidate]:
     """The best few, the cheapest first."""
     return [candidate(call, way) for way in best_of_each(ways(call), lambda way: way)]
 
 
-@cuda_kernel(linear_int, "few_untimed", features=("tma", "wgmma", "pdl"), applies=_untimed, tuned_only=True)
-def linear_few_parts(call: OpCall) -> Sequence[Candidate]:
-    """The same with 8 bits, groups that lie in spans, or results in fp32, which was never timed."""
-    return [candidate(call, way) for way in best_of_each(ways(call), lambda way: way)]
-
-
-@cuda_kernel(linear_mx, "few", features=("tma", "wgmma", "pdl"), applies=applies, tuned_only=True)
-def linear_few_mx(call: OpCall) -> Sequence[Candidate]:
-    """The same with 4-bit floats, which was never timed."""
-    return [candidate(call, way) for way in best_of_each(ways(call), lambda way: way)]
+for _op in (linear_int, linear_mx):
+    cuda_kernel(_op, "few", features=("tma", "wgmma", "pdl"), applies=applies)(_few)

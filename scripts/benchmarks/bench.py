@@ -55,8 +55,13 @@ class Bench:
             raise UsageError(f"threads={job.threads} is for PyTorch, which target {target} does without")
         elif "latency" in job.suite or "buckets" in job.suite:
             self._measure()  # while there is memory: the cache takes what is free
+        checkpoint = job.open()
+        if job.constrained.tokenizer is not None:
+            from benchmarks.constrained import speak
+
+            speak(checkpoint, Path(job.constrained.tokenizer).expanduser())
         return LLM(
-            job.open(),
+            checkpoint,
             plan,
             kv_memory_gib=job.kv.memory_gib,
             scheduler=scheduler_options(job.scheduler),

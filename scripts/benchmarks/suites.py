@@ -80,6 +80,20 @@ def latency(bench: Bench) -> Measured:
     return {"rates": measured.record(), "latency": found}, [measured.line(), *latency.table(found)]
 
 
+def constrained(bench: Bench) -> Measured:
+    """See :mod:`benchmarks.constrained`."""
+    from benchmarks import constrained
+
+    job, options = bench.job, asdict(bench.job.constrained)
+    found = constrained.constrained(
+        bench.llm, rows=job.rows, context=job.constrained.context, tokens=job.tokens, repeats=job.repeats
+    )
+    return (
+        {"constrained": options | {"tokens": job.tokens, "batches": found}},
+        constrained.table(found, job.tokens),
+    )
+
+
 def throughput(bench: Bench) -> Measured:
     """Random prompts, all there from the start; see :mod:`benchmarks.serve`."""
     from benchmarks import serve, steps, workloads
@@ -133,6 +147,7 @@ SUITES: dict[str, Callable[[Bench], Measured]] = {
     "startup": startup,
     "llama_cpp": llama_cpp,
     "latency": latency,
+    "constrained": constrained,
     "throughput": throughput,
     "replay": replay,
     "prefix": prefix,
