@@ -24,6 +24,19 @@ MIXED = {
     "output": Types.Q6_K,
 }
 
+# Numbers out of a table.
+IQ4 = {
+    "attn_q": Types.IQ4_XS,
+    "attn_k": Types.IQ4_XS,
+    "attn_v": Types.IQ4_NL,
+    "attn_output": Types.IQ4_NL,
+    "ffn_gate": Types.IQ4_XS,
+    "ffn_up": Types.IQ4_XS,
+    "ffn_down": Types.IQ4_XS,
+    "token_embd": Types.IQ4_NL,
+    "output": Types.Q6_K,
+}
+
 
 class Writer:
     """A writer that stores weights in blocks, by the ends of their names; ``read`` holds what they stand for.

@@ -20,7 +20,7 @@ from checkpoint_files import LLAMA, add_tensors, finish_gguf, start_gguf, state_
 from latent_gguf import latent_gguf
 from moe_models import gguf_file
 from reference import Recorder, compare, expected, make_model, poison_every_step, prompt_of
-from stored_gguf import MIXED, Writer
+from stored_gguf import IQ4, MIXED, Writer
 from test_gguf_stored import rounding
 
 from makeready.engine import llm as offline
@@ -129,19 +129,6 @@ def test_types_whose_scales_are_the_files(tmp_path: Path) -> None:
     agree(llm, model, 2e-4)
     names = [w.param.name for w in llm.plan.weights if w.param.spec.shape[0] == 131]
     assert len(names) == 1
-
-
-IQ4 = {
-    "attn_q": Types.IQ4_XS,
-    "attn_k": Types.IQ4_XS,
-    "attn_v": Types.IQ4_NL,
-    "attn_output": Types.IQ4_NL,
-    "ffn_gate": Types.IQ4_XS,
-    "ffn_up": Types.IQ4_XS,
-    "ffn_down": Types.IQ4_XS,
-    "token_embd": Types.IQ4_NL,
-    "output": Types.Q6_K,
-}
 
 
 @pytest.mark.usefixtures("packed")
