@@ -44,6 +44,12 @@ def scale(x: torch.Tensor, *, by: float) -> torch.Tensor:
     return (widen(x) * by).to(x.dtype)
 
 
+@contract("x[T,C]:A scale[C]:float32 -> y[T,C]:A", rowwise="T", flops="T*C")
+def scale_columns(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """``x * scale``: a number for each column."""
+    return (widen(x) * widen(scale)).to(x.dtype)
+
+
 @contract("x[T,C]:A gate[T,1]:float32 -> y[T,C]:A", rowwise="T", flops="T*C")
 def sigmoid_gate(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     """``x * sigmoid(gate)``: a number for each token."""

@@ -24,6 +24,7 @@ from makeready.kernels.elementwise import (
     multiply,
     pad_columns,
     scale,
+    scale_columns,
     sigmoid_gate,
     sigmoid_mul,
     silu,
@@ -69,7 +70,8 @@ def pointwise(
 ):
     """``out = OP(x, y)``; ``y`` is None for activations, and for gates, whose other factor stands C behind x.
 
-    For pad_columns ``x`` has but ``X_COLUMNS``, and zeros follow; for concatenate ``y`` does.
+    For scale_columns ``y`` is one row. For pad_columns ``x`` has but ``X_COLUMNS``, and zeros follow; for concatenate
+    ``y`` does.
     """
     if PDL:
         gdc_launch_dependents()
@@ -125,7 +127,7 @@ def _launch(call: OpCall, x: str, y: str | None, out: str) -> Sequence[Candidate
         "C": width,
         "X_COLUMNS": call.tensors[x].shape[1],
         "X_STRIDE": call.tensors[x].row_stride,
-        "Y_STRIDE": call.tensors[y].row_stride if y else 0,
+        "Y_STRIDE": call.tensors[y].row_stride if y and len(call.tensors[y].shape) > 1 else 0,
         "OUT_STRIDE": result.row_stride,
         "ROWS": tiles.rows,
         "WIDTH": tiles.width,
@@ -200,6 +202,12 @@ def clamped_swiglu_launches(call: OpCall) -> Sequence[Candidate]:
 def scale_launches(call: OpCall) -> Sequence[Candidate]:
     """See :func:`pointwise`."""
     return _launch(call, "x", None, "y")
+
+
+@cuda_kernel(scale_columns, "tiles", invariant=True)
+def scale_columns_launches(call: OpCall) -> Sequence[Candidate]:
+    """See :func:`pointwise`."""
+    return _launch(call, "x", "scale", "y")
 
 
 @cuda_kernel(sigmoid_gate, "tiles", invariant=True)

@@ -14,7 +14,7 @@ import torch
 
 from makeready.kernels.gguf_dequantize import BLOCK_TYPES, dequantize
 
-KINDS = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k")
+KINDS = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs")
 """Block types that there are products for; the numbers of csrc/gguf.h are their places."""
 
 GROUP = 32  # activations that share a scale; also elements of the shortest block

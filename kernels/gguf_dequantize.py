@@ -3,7 +3,7 @@
 Layouts: ggml-common.h and ggml-quants.c of ggml-org/ggml. A block of 32 (or 256, the K types) elements
 holds integers of 2 to 8 bits, spread over its bytes, and one or two float16 scales; K types scale their
 sub-blocks of 16 or 32 elements once more. A value is `scale * q` or `scale * q - offset`; IQ4 types and MXFP4
-look q up in a table.
+look q up in a table. Types of fewer bits than K types have: gguf_iq.py.
 
 Unpacking moves eight bytes at a time: eight elements of a block lie side by side in equal bit positions,
 so one shift and one mask on a 64-bit word give eight unpacked bytes. That and working in pieces that stay
@@ -17,6 +17,8 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 
 import numpy as np
+
+from makeready.kernels import gguf_iq
 
 PLAIN_TYPES = {"f32": np.dtype("<f4"), "f16": np.dtype("<f2"), "bf16": np.dtype("<u2")}
 
@@ -205,12 +207,12 @@ def _q6_k(records: np.ndarray) -> Unpacked:
 
 # The 16 values of IQ4 types (ggml-common.h, kvalues_iq4nl) and of MXFP4 (twice the OCP FP4 E2M1 numbers; the
 # scale is halved for it).
-_IQ4_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
+IQ4_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
 _FP4_VALUES = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
 
 
 def _iq4_nl(records: np.ndarray) -> Unpacked:
-    return _IQ4_VALUES[_nibbles(records)], _f32(records["d"]), None
+    return IQ4_VALUES[_nibbles(records)], _f32(records["d"]), None
 
 
 def _iq4_xs(records: np.ndarray) -> Unpacked:
@@ -225,7 +227,7 @@ def _iq4_xs(records: np.ndarray) -> Unpacked:
         source, target = records["qs"][:, 2 * part : 2 * part + 2], q[:, 4 * part : 4 * part + 4]
         _spread(source, target[:, :2], 4, 0)
         _spread(source, target[:, 2:], 4, 4)
-    return _IQ4_VALUES[q.view(np.uint8)], _f32(records["d"]) * scales.astype(np.float32), None
+    return IQ4_VALUES[q.view(np.uint8)], _f32(records["d"]) * scales.astype(np.float32), None
 
 
 def _mxfp4(records: np.ndarray) -> Unpacked:
@@ -237,7 +239,8 @@ def _mxfp4(records: np.ndarray) -> Unpacked:
 
 _D, _M, _DMIN, _QH = ("d", "<f2"), ("m", "<f2"), ("dmin", "<f2"), ("qh", "u1", 4)
 _QS16, _QS64, _QS128 = ("qs", "<u8", 2), ("qs", "<u8", 8), ("qs", "<u8", 16)
-_SCALES12, _SCALES16 = ("scales", "u1", 12), ("scales", "u1", 16)
+_SCALES8, _SCALES12, _SCALES16 = (("scales", "u1", count) for count in (8, 12, 16))
+_BYTES32, _BYTES64, _SIGNS32 = ("qs", "u1", 32), ("qs", "u1", 64), ("signs", "u1", 32)
 
 # Fields in file order; bytes that `_spread` reads are declared as 64-bit words.
 BLOCK_TYPES = {
@@ -254,4 +257,15 @@ BLOCK_TYPES = {
     "iq4_nl": BlockType(32, np.dtype([_D, _QS16]), _iq4_nl),
     "iq4_xs": BlockType(256, np.dtype([_D, ("scales_h", "<u2"), ("scales_l", "u1", 4), _QS128]), _iq4_xs),
     "mxfp4": BlockType(32, np.dtype([("e", "u1"), _QS16]), _mxfp4),
+    "iq1_s": BlockType(256, np.dtype([_D, _BYTES32, ("qh", "<u2", 8)]), gguf_iq.iq1_s),
+    "iq1_m": BlockType(256, np.dtype([_BYTES32, ("qh", "u1", 16), ("scales", "<u2", 4)]), gguf_iq.iq1_m),
+    "iq2_xxs": BlockType(256, np.dtype([_D, ("qs", "<u4", 16)]), gguf_iq.iq2_xxs),
+    "iq2_xs": BlockType(256, np.dtype([_D, ("qs", "<u2", 32), _SCALES8]), gguf_iq.iq2_xs),
+    "iq2_s": BlockType(256, np.dtype([_D, _BYTES32, _SIGNS32, ("qh", "u1", 8), _SCALES8]), gguf_iq.iq2_s),
+    "iq3_xxs": BlockType(256, np.dtype([_D, _BYTES64, ("scales", "<u4", 8)]), gguf_iq.iq3_xxs),
+    "iq3_s": BlockType(
+        256, np.dtype([_D, _BYTES64, ("qh", "u1", 8), _SIGNS32, ("scales", "u1", 4)]), gguf_iq.iq3_s
+    ),
+    "tq1_0": BlockType(256, np.dtype([("qs", "u1", 52), _D]), gguf_iq.tq1_0),
+    "tq2_0": BlockType(256, np.dtype([_BYTES64, _D]), gguf_iq.tq2_0),
 }

@@ -2,10 +2,11 @@
 
 A weight of every type here is ``(q - middle) * scale + offset`` with ``middle = 2 ** (bits - 1)``, for groups of 32
 inputs, of 16 for Q6_K. Types of 5 and 6 bits are held in 8, lifted so that their own middle is 128: what is added
-behind the scale stays small, and 16-bit arithmetic loses little.
+behind the scale stays small, and 16-bit arithmetic loses little. The 16 numbers of IQ4 types are held as what they
+are, in 8 bits.
 
-Scales are fp16. Those of Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 are the file's; those of K types are a block's times a
-sub-block's, to the nearest fp16. Offsets, of the types that have a minimum, are the middle's number,
+Scales are fp16. Those of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 and IQ4_NL are the file's; those of K types and IQ4_XS are a
+block's times a sub-block's, to the nearest fp16. Offsets, of the types that have a minimum, are the middle's number,
 ``scale * middle - minimum``, to the nearest fp16: computed in fp32 from the scale before it is rounded.
 
 N outputs, K inputs, Z bytes
@@ -31,7 +32,7 @@ class Groups:
 
     Attributes:
         bits: of a word's field.
-        own: bits of a number in the file.
+        own: bits of a number in the file; of what it stands for, where it is a place in a table.
         group: inputs that share a scale.
         offsets: whether groups have an offset; else numbers are symmetric.
     """
@@ -56,6 +57,8 @@ GROUPS = {
     "q4_k": Groups(4, 4, offsets=True),
     "q5_k": Groups(8, 5, offsets=True),
     "q6_k": Groups(8, 6, group=16),
+    "iq4_nl": Groups(8, 8),
+    "iq4_xs": Groups(8, 8),
 }
 
 

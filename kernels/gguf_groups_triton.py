@@ -19,13 +19,20 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from makeready.kernels.device import Candidate, DeviceLaunch, OpCall, Pointer, Scalar
-from makeready.kernels.gguf_dequantize import BLOCK_TYPES
+from makeready.kernels.gguf_dequantize import BLOCK_TYPES, IQ4_VALUES
 from makeready.kernels.gguf_groups import GROUPS, offsets_gguf, repack_gguf, scales_gguf
 from makeready.kernels.integers import SPAN, TILE
 from makeready.kernels.registry import cuda_kernel
 
 _TILE = tl.constexpr(TILE)
 _GROUPS = 16  # of a block of threads
+
+# Numbers 0 to 7 and 8 to 15 of IQ4's table, each 128 more, in a word's bytes.
+_TABLE = tuple(
+    int.from_bytes((IQ4_VALUES.view("u1") ^ 128)[at : at + 8].tobytes(), "little", signed=True)
+    for at in (0, 8)
+)
+_FIRST, _SECOND = map(tl.constexpr, _TABLE)
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,7 @@ class Places:
         high: first byte of further bits; -1: there are none.
         count: further bits of a number.
         cycle: inputs whose further bits share 32 bytes; 0: they lie one after the other.
+        table: whether numbers are places in IQ4's table.
     """
 
     low: int
@@ -46,6 +54,7 @@ class Places:
     high: int = -1
     count: int = 0
     cycle: int = 0
+    table: bool = False
 
 
 _PLACES = {
@@ -57,6 +66,8 @@ _PLACES = {
     "q4_k": Places(16, run=32),
     "q5_k": Places(48, run=32, high=16, count=1, cycle=256),
     "q6_k": Places(0, run=64, high=128, count=2, cycle=128),
+    "iq4_nl": Places(2, table=True),
+    "iq4_xs": Places(8, table=True),
 }
 
 
@@ -64,7 +75,7 @@ _PLACES = {
 def repack_blocks(
     blocks, weight, N, K: tl.constexpr, BITS: tl.constexpr, LIFT: tl.constexpr, ELEMENTS: tl.constexpr,
     NBYTES: tl.constexpr, LOW: tl.constexpr, RUN: tl.constexpr, HIGH: tl.constexpr, COUNT: tl.constexpr,
-    CYCLE: tl.constexpr, PDL: tl.constexpr,
+    CYCLE: tl.constexpr, TABLE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Words of one span; ``LIFT`` is added to numbers. For the others see :class:`Places`."""
     if PDL:
@@ -94,6 +105,8 @@ def repack_blocks(
                 more = tl.load(block + HIGH + i // CYCLE * 32 + i % 32, mask=inside, other=0).to(tl.int32)
                 more = more >> (i % CYCLE // 32 * COUNT)
             q |= (more & (2**COUNT - 1)) << 4
+        if TABLE:
+            q = (tl.where(q < 8, _FIRST, _SECOND) >> (q % 8 * 8).to(tl.int64)).to(tl.int32)
         q = (q + LIFT) & (2**BITS - 1)
         made |= tl.where(k < K, q, 0) << (BITS * field)
     tl.store(weight + n * (spans * WORDS) + span * WORDS + j, made.to(tl.int16), mask=n < N)
@@ -110,13 +123,16 @@ def _half(place, mask):
 @triton.jit
 def tile_groups(
     blocks, made, N, K: tl.constexpr, GROUP: tl.constexpr, ELEMENTS: tl.constexpr, NBYTES: tl.constexpr,
-    SIX: tl.constexpr, EIGHT: tl.constexpr, MIDDLE: tl.constexpr, GROUPS: tl.constexpr, PDL: tl.constexpr,
+    SIX: tl.constexpr, EIGHT: tl.constexpr, PAIRS: tl.constexpr, MIDDLE: tl.constexpr, GROUPS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Scales of 64 outputs and some groups; their offsets where ``MIDDLE``.
 
     Args:
         SIX: a block has scales and minima of 6 bits in the 12 bytes behind its two numbers.
         EIGHT: it has scales of 8 bits behind its 192nd byte, and its number behind those.
+        PAIRS: it has scales of 6 bits less 32, the upper two in the two bytes behind its number, the others in
+            nibbles behind those.
         MIDDLE: of numbers in the file, or 0.
     """
     if PDL:
@@ -137,6 +153,10 @@ def tile_groups(
         scale = _half(block + 208, inside) * own
     else:
         scale = _half(block, inside)
+    if PAIRS:
+        low = tl.load(block + 4 + part // 2, mask=inside, other=0).to(tl.int32) >> (part % 2 * 4)
+        high = tl.load(block + 2 + part // 4, mask=inside, other=0).to(tl.int32) >> (part % 4 * 2)
+        scale *= (((low & 15) | (high & 3) << 4) - 32).to(tl.float32)
     if SIX:
         at = block + 4 + part
         behind = part >= 4
@@ -189,6 +209,7 @@ def repack_gguf_launches(call: OpCall) -> Sequence[Candidate]:
 def _tile_groups(call: OpCall, result: str, middle: int) -> Sequence[Candidate]:
     kind, inputs, group = (call.attrs[name] for name in ("kind", "inputs", "group"))
     constants = {"GROUP": group, "SIX": kind in ("q4_k", "q5_k"), "EIGHT": kind == "q6_k"}
+    constants["PAIRS"] = kind == "iq4_xs"
     columns = -(-inputs // (group * _GROUPS))
     return _launch(call, "tile_groups", columns, result, **constants, MIDDLE=middle, GROUPS=_GROUPS)
 

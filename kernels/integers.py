@@ -113,6 +113,12 @@ def repack_awq(q: torch.Tensor) -> torch.Tensor:
     return pack_words(_awq_outputs(q), 4)
 
 
+@contract("q[J,K]:uint8 -> weight[J*2,cdiv(K,128)*32]:int16", tolerance=_EXACT)
+def repack_pairs(q: torch.Tensor) -> torch.Tensor:
+    """Words of modelopt's form: 2 outputs of an input in 8 bits, the first in the lower ones, as signed numbers."""
+    return pack_words(fields(q, 4).transpose(1, 2).flatten(0, 1) ^ 8, 4)
+
+
 def _awq_outputs(q: torch.Tensor) -> torch.Tensor:
     """``q[J, K]`` in AWQ's form as int32 ``[J * 8, K]``."""
     found = torch.empty(len(q), 8, q.shape[1], dtype=torch.int32)

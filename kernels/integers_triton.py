@@ -26,6 +26,7 @@ from makeready.kernels.integers import (
     order_of_groups,
     quantize_int,
     repack_awq,
+    repack_pairs,
     repack_rows,
     tile_scales,
     unpack_zeros,
@@ -68,8 +69,20 @@ def repack_words(
 
 
 @triton.jit
-def repack_words_awq(q, weight, J, K: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr):
-    """Words of one span of 8 ``ROWS`` outputs from 8 outputs in 32 bits."""
+def repack_outputs(
+    q,
+    weight,
+    J,
+    K: tl.constexpr,
+    PER: tl.constexpr,
+    LIFT: tl.constexpr,
+    ROWS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Words of one span of ``PER * ROWS`` outputs from ``PER`` outputs in a number, 8 in AWQ's order or 2.
+
+    ``LIFT`` is added to each, modulo 16.
+    """
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -77,14 +90,15 @@ def repack_words_awq(q, weight, J, K: tl.constexpr, ROWS: tl.constexpr, PDL: tl.
     j = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     i = tl.arange(0, 32)[None, :]
     words: tl.constexpr = (K + _SPAN - 1) // _SPAN * 32
-    for part in tl.static_range(8):
+    for part in tl.static_range(PER):
         made = tl.zeros((ROWS, 32), tl.int32)
         for field in tl.static_range(4):
             k = span * _SPAN + field * 32 + i
-            found = tl.load(q + j * K + k, mask=(j < J) & (k < K), other=0)
-            made |= ((found >> (4 * part)) & 15) << (4 * field)
-        output = part % 4 * 2 + part // 4  # 0 2 4 6 1 3 5 7
-        tl.store(weight + (8 * j + output) * words + span * 32 + i, made.to(tl.int16), mask=j < J)
+            found = tl.load(q + j * K + k, mask=(j < J) & (k < K), other=0).to(tl.int32)
+            number = ((found >> (4 * part)) + LIFT) & 15
+            made |= tl.where(k < K, number, 0) << (4 * field)
+        output = part % 4 * 2 + part // 4 if PER == 8 else part  # 0 2 4 6 1 3 5 7
+        tl.store(weight + (PER * j + output) * words + span * 32 + i, made.to(tl.int16), mask=j < J)
 
 
 @triton.jit
@@ -278,10 +292,20 @@ def _repack(call: OpCall, bits: int, per: int) -> Sequence[Candidate]:
 
 @cuda_kernel(repack_awq, "spans", invariant=True)
 def repack_awq_launches(call: OpCall) -> Sequence[Candidate]:
-    """See :func:`repack_words_awq`."""
-    inputs, count = call.dims["K"], call.dims["J"]
-    constants = {"K": inputs, "ROWS": 8}
-    return _launch(call, "repack_words_awq", _spans(inputs, count, 8), ("q", "weight"), constants, J=count)
+    """See :func:`repack_outputs`."""
+    return _repack_outputs(call, 8, 0)
+
+
+@cuda_kernel(repack_pairs, "spans", invariant=True)
+def repack_pairs_launches(call: OpCall) -> Sequence[Candidate]:
+    """See :func:`repack_outputs`."""
+    return _repack_outputs(call, 2, 8)
+
+
+def _repack_outputs(call: OpCall, per: int, lift: int) -> Sequence[Candidate]:
+    inputs, count, rows = call.dims["K"], call.dims["J"], _ROWS // per
+    constants = {"K": inputs, "PER": per, "LIFT": lift, "ROWS": rows}
+    return _launch(call, "repack_outputs", _spans(inputs, count, rows), ("q", "weight"), constants, J=count)
 
 
 @cuda_kernel(unpack_zeros, "tiles", invariant=True)

@@ -106,7 +106,7 @@ class Checkpoint(ABC):
 
     Attributes:
         path: the folder or file it was opened from (`dummy` for dummy weights).
-        format: `safetensors`, `gguf` or `dummy`.
+        format: `safetensors`, `pytorch`, `gguf` or `dummy`.
         config: Hugging Face `config.json` in the normal form of `config.normalise_config`.
         generation_config: `generation_config.json` (ids of end tokens, sampling defaults); `{}` if none.
     """
@@ -286,7 +286,8 @@ def open_checkpoint(path: str | Path, *, config: dict[str, Any] | None = None, s
     """Open a checkpoint for reading; weights are mapped, not read.
 
     Args:
-        path: a folder with `config.json` and safetensors files, a GGUF file, or the word `dummy`.
+        path: a folder with `config.json` and weights (safetensors, or files of `torch.save`), a GGUF file, or the
+            word `dummy`.
         config: a Hugging Face config, for `dummy` only.
         seed: seed of the weights, for `dummy` only.
 
@@ -313,7 +314,7 @@ def open_checkpoint(path: str | Path, *, config: dict[str, Any] | None = None, s
     if not os.path.exists(path):  # False, too, for names that no file can have
         raise CheckpointError(
             f"{path} does not exist; "
-            "pass a folder with config.json and safetensors files, a .gguf file, or the word dummy"
+            "pass a folder with config.json and weights, a .gguf file, or the word dummy"
         )
     opened = HuggingFaceCheckpoint(path) if path.is_dir() else GGUFCheckpoint(path)
     return opened

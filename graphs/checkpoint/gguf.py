@@ -262,8 +262,7 @@ def _read_preamble(reader: _Reader) -> tuple[int, int]:
     """Check magic and version; return (tensor count, metadata count)."""
     if reader.data[:4].tobytes() != b"GGUF":
         raise CheckpointError(
-            f"{reader.path} is not a GGUF file; "
-            "pass a .gguf file or a folder with config.json and safetensors files"
+            f"{reader.path} is not a GGUF file; pass a .gguf file or a folder with config.json and weights"
         )
     reader.position = 4
     version = reader.take("<I", "the version")

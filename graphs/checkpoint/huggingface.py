@@ -1,9 +1,8 @@
-"""A Hugging Face folder: config.json, safetensors weights (sharded or not), tokenizer files."""
+"""A Hugging Face folder: config.json, weights (one file or shards), tokenizer files."""
 
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -26,10 +25,9 @@ from makeready.graphs.checkpoint.config import DTYPES, LANGUAGE, normalise_confi
 from makeready.graphs.checkpoint.generation_config import check_generation_config
 from makeready.graphs.checkpoint.safetensors_file import SafetensorsFile
 from makeready.graphs.checkpoint.stacked import Part, split_experts
+from makeready.graphs.checkpoint.weight_files import open_weights
 from makeready.graphs.models.family import family_of_type
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 QUANTIZATION = "hf_quant_config.json"  # modelopt's, beside config.json's part or in its place
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 COMPARED = 2**20  # elements of two tensors that are compared at once
@@ -57,17 +55,16 @@ class HuggingFaceCheckpoint(Checkpoint):
         CheckpointError: a file is missing, truncated or contradicts another one.
     """
 
-    format = "safetensors"
-
     def __init__(self, path: Path) -> None:
         self.path = path
         config_path = path / "config.json"
         if not config_path.is_file():
             raise CheckpointError(_without_config(path))
         raw = read_json(config_path)
-        if not raw.get("quantization_config") and (path / QUANTIZATION).is_file():
-            raw["quantization_config"] = {**read_json(path / QUANTIZATION), "quant_method": "modelopt"}
-        self._sources = _open_weights(path)
+        if (path / QUANTIZATION).is_file():
+            raw["quantization_config"] = _quantization(raw.get("quantization_config"), path / QUANTIZATION)
+        self._sources = open_weights(path)
+        self.format = next((file.format for file in self._sources.values()), SafetensorsFile.format)
         self._tensors = {name: file.infos[name] for name, file in sorted(self._sources.items())}
         self._stored_names: dict[str, str] = {}  # where a tensor is another one
         self.config = normalise_config(
@@ -105,7 +102,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         return {name: self.path / name for name in names if (self.path / name).is_file()}
 
     def weight_files(self) -> dict[str, tuple[Path, int]]:
-        """The safetensors files that a tensor is read from."""
+        """The files that a tensor is read from."""
         files = {file.path: file for file in self._sources.values()}
         return {path.name: (path, files[path].data_start) for path in sorted(files)}
 
@@ -172,65 +169,22 @@ class HuggingFaceCheckpoint(Checkpoint):
         return True
 
 
+def _quantization(said: Any, beside: Path) -> Any:
+    """What config.json says, or modelopt's own file where it says nothing; of groups' size, where it says no more."""
+    if not said:
+        return {**read_json(beside), "quant_method": "modelopt"}
+    size = read_json(beside).get("quantization")
+    size = size.get("group_size") if isinstance(size, dict) else None
+    if size is None or not isinstance(said, dict) or said.get("config_groups"):
+        return said
+    return {"group_size": size, **said}
+
+
 def _without_config(path: Path) -> str:
     ggufs = sorted(path.glob("*.gguf"))
     if ggufs:
         return f"{path} has no config.json but GGUF files; pass the file itself, e.g. {ggufs[0]}"
     return f"{path} has no config.json; pass the folder that save_pretrained wrote or a .gguf file"
-
-
-def _open_weights(path: Path) -> dict[str, SafetensorsFile]:
-    """Find which file holds which tensor: one file, the shards of an index, or any safetensors files."""
-    if (path / WEIGHTS).is_file():
-        return _merge([SafetensorsFile(path / WEIGHTS)])
-    if (path / INDEX).is_file():
-        return _open_shards(path)
-    files = sorted(path.glob("*.safetensors"))
-    if files:
-        return _merge([SafetensorsFile(file) for file in files])
-    if any(path.glob("*.bin")) or any(path.glob("*.pth")) or any(path.glob("*.pt")):
-        raise CheckpointError(
-            f"{path} has pickled weights only, which are not read because unpickling runs code; "
-            "convert them with save_pretrained(..., safe_serialization=True)"
-        )
-    raise CheckpointError(f"{path} has no weights; download {WEIGHTS} or {INDEX} with its shards")
-
-
-def _merge(files: list[SafetensorsFile]) -> dict[str, SafetensorsFile]:
-    sources: dict[str, SafetensorsFile] = {}
-    for file in files:
-        for name in file.infos:
-            if name in sources:
-                raise CheckpointError(
-                    f"tensor {name!r} is in both {sources[name].path} and {file.path}; "
-                    f"remove one of them or add {INDEX}"
-                )
-            sources[name] = file
-    return sources
-
-
-def _open_shards(path: Path) -> dict[str, SafetensorsFile]:
-    index = path / INDEX
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index} has no weight_map; download it again")
-    shards: dict[str, SafetensorsFile] = {}
-    for name, shard in weight_map.items():
-        if not isinstance(shard, str) or not shard or Path(shard).name != shard:
-            raise CheckpointError(
-                f"{index} maps tensor {name!r} to {shard!r}, which is not a file name; download it again"
-            )
-        if shard not in shards:
-            if not os.path.isfile(path / shard):  # False, too, for names that no file can have
-                raise CheckpointError(
-                    f"{path / shard} is missing, though {INDEX} names it; download this shard"
-                )
-            shards[shard] = SafetensorsFile(path / shard)
-        if name not in shards[shard].infos:
-            raise CheckpointError(
-                f"{path / shard} lacks tensor {name!r}, which {INDEX} places there; download both again"
-            )
-    return {name: shards[shard] for name, shard in weight_map.items()}
 
 
 def _stored_dtype(tensors: Mapping[str, TensorInfo]) -> str:

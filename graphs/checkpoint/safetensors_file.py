@@ -51,12 +51,15 @@ class SafetensorsFile:
         path: the file.
 
     Attributes:
+        format: what such files are called.
         infos: tensor table by name.
         data_start: bytes before the first tensor's.
 
     Raises:
         CheckpointError: not a safetensors file, truncated, or a header that contradicts the data.
     """
+
+    format = "safetensors"
 
     def __init__(self, path: Path) -> None:
         self.path = path

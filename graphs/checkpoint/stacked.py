@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from makeready.graphs.checkpoint.base import CheckpointError, TensorInfo
-from makeready.graphs.checkpoint.safetensors_file import SafetensorsFile
+from makeready.graphs.checkpoint.weight_files import WeightFile
 from makeready.graphs.models.family import ExpertNames
 
 # transformers 5 holds ``gate_up_proj[E, 2I, C]`` and ``down_proj[E, C, I]``; scales of 8-bit floats are beside them.
@@ -41,7 +41,7 @@ class Part:
     step: int = 1
     transposed: bool = False
 
-    def read(self, file: SafetensorsFile, box: Sequence[tuple[int, int]]) -> np.ndarray:
+    def read(self, file: WeightFile, box: Sequence[tuple[int, int]]) -> np.ndarray:
         """A box of the part, of which further axes are one."""
         (first, stop), *others = box
         rows = slice(self.start + first * self.step, min(self.start + stop * self.step, self.stop))

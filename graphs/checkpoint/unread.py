@@ -29,7 +29,7 @@ _SHARED = (".embed_tokens.weight", ".shared_head.head.weight")
 # Of a head that drafts with those of the model: copies, which training left as they were.
 _COPIED = re.compile(r"(model\.)?(embed_tokens|lm_head)\.weight")
 _LAYER = re.compile(r"(?:model\.layers|transformer\.h)\.(\d+)\.")
-_SCALES = ("weight_scale", "weight_scale_inv", "weight_scale_2", "scale")
+_SCALES = ("weight_scale", "weight_scale_inv", "weight_scale_2", "scale", "pre_quant_scale")
 _SHIFTS = ("bias", "weight_zero_point", "zero_point")
 # Of activations beside 4-bit floats a quantization's reader says that they are not used.
 _CACHE = re.compile(r"\.(k_proj\.(k|output)_scale|v_proj\.(v|output)_scale|self_attn\.(attn\.)?[kv]_scale)$")

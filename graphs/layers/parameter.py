@@ -78,18 +78,14 @@ def constant(
     return _declare(shape, Declaration(Generated(function, dict(arguments)), (), False, dtype))
 
 
-def moved(said: Declaration, prefix: str, *, quantizable: bool) -> Declaration:
-    """What ``said`` says of a parameter of a model whose checkpoint's tensors have ``prefix`` before their names.
-
-    Args:
-        quantizable: whether quantizations may apply to it, if they would.
-    """
+def moved(said: Declaration, prefix: str) -> Declaration:
+    """What ``said`` says of a parameter of a model whose checkpoint's tensors have ``prefix`` before their names."""
     source = said.source
     if isinstance(source, tuple):
         source = _moved(source, prefix)
     elif not isinstance(source, Generated):
         source = partial(_derived, source, prefix)
-    return replace(said, source=source, quantizable=said.quantizable and quantizable)
+    return replace(said, source=source)
 
 
 def _moved(pieces: tuple[Piece, ...], prefix: str) -> tuple[Piece, ...]:

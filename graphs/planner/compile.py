@@ -48,7 +48,6 @@ from makeready.graphs.planner.trace import trace
 from makeready.graphs.planner.verify import drafting, verify, verify_alike
 from makeready.graphs.quant.loading import loading_of
 from makeready.graphs.quant.scheme import FP8
-from makeready.graphs.quant.stored import stored_scheme
 from makeready.graphs.speculative.base import Setting, guessing
 from makeready.graphs.steps.base import Sizing, declare, step_kinds
 from makeready.kernels import registry
@@ -270,9 +269,7 @@ def trace_checkpoint(checkpoint: Checkpoint | str | Path, request: Request) -> T
     cache = kv_dtype(request, target)
     scheme = quantization(request, target, checkpoint)
     model = described.build(checkpoint.config, context_len=limits.context_len, activation=activation)
-    # A checkpoint that is stored quantized says nothing of a second one's weights; blocks go by the names of tensors.
-    own = request.quant is not None or stored_scheme(checkpoint.config) is None
-    model = guessing(model, Setting(checkpoint, request, limits, activation, quantizable=own))
+    model = guessing(model, Setting(checkpoint, request, limits, activation))
     weights = weight_dtype(request, target, checkpoint, sources(model))
     kv = cache_of(request, model, limits.page_size, cache)
     steps, slots = declare(limits, request, kv)

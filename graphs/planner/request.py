@@ -212,37 +212,46 @@ def cache_of(request: Request, model: Model, page_size: int, dtype: str) -> Cach
 def quantization(request: Request, target: Target, checkpoint: Checkpoint) -> Quantization | None:
     """How linears are quantized, in the checkpoint or when it is loaded; None where they are not.
 
+    A second checkpoint is quantized as it is stored, or else as is asked for.
+
     Raises:
         PlanError: an unknown scheme, a target without 8-bit floats, or both a stored one and one asked for.
         UnsupportedModelError: the checkpoint stores something else.
     """
     # Import torch: command lines do without.
+    from makeready.graphs.quant.by_part import by_part
     from makeready.graphs.quant.gguf import stored_blocks
+    from makeready.graphs.quant.smoothed import smoothed
     from makeready.graphs.quant.stored import discover, stored_scheme
 
     discover()
-    stored = stored_scheme(checkpoint.config)
-    if request.quant is None:
-        if stored is not None and "fp8" in stored.features:
-            _needs_fp8(target, "this quantized checkpoint")
-        return stored
-    _known("quant", request.quant, sorted((*ON_LOAD, AS_BLOCKS)))
-    if request.quant == AS_BLOCKS:
-        blocks = stored_blocks(checkpoint, packed=target.is_cuda)
-        if blocks is None:
+    asked = request.quant
+    if asked is not None:
+        _known("quant", asked, sorted((*ON_LOAD, AS_BLOCKS)))
+    found: dict[str, Quantization | None] = {}
+    blocks: list[Quantization | None] = []
+    for prefix, part in checkpoint.parts.items():
+        stored = stored_scheme(part.config)
+        if stored is not None and asked is not None and not prefix:
             raise PlanError(
-                f"quant={AS_BLOCKS} multiplies GGUF's blocks as they are, and {checkpoint.path} has none that "
-                "there are products for; leave it out"
+                f"quant={asked} was asked for, but {part.path} is quantized already; "
+                "leave quant out to run it as it is"
             )
-        return blocks
-    if stored is not None:
+        if stored is not None:
+            found[prefix] = smoothed(stored, part.tensors)
+        elif asked == AS_BLOCKS:
+            found[prefix] = stored_blocks(part, packed=target.is_cuda)
+            blocks.append(found[prefix])
+        else:
+            found[prefix] = None if asked is None else ON_LOAD[asked]
+    if asked == AS_BLOCKS and not any(blocks):
         raise PlanError(
-            f"quant={request.quant} was asked for, but {checkpoint.path} is quantized already; "
-            "leave quant out to run it as it is"
+            f"quant={AS_BLOCKS} multiplies GGUF's blocks as they are, and {checkpoint.path} has none that "
+            "there are products for; leave it out"
         )
-    scheme = ON_LOAD[request.quant]
-    if "fp8" in scheme.features:
-        _needs_fp8(target, f"quant={request.quant}")
+    scheme = by_part(found)
+    if scheme is not None and "fp8" in scheme.features:
+        _needs_fp8(target, "this quantized checkpoint" if asked is None else f"quant={asked}")
     return scheme
 
 

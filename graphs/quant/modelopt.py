@@ -1,25 +1,29 @@
 """Checkpoints of NVIDIA's Model Optimizer (``modelopt``).
 
-What they hold is said by ``quantization_config`` of config.json, or by ``quantization`` in
-hf_quant_config.json, which the reader of folders puts in its place: ``quant_algo`` and the modules that stay
-wide, in whose names ``*`` may stand for anything. NVFP4 is in nvfp4.py; of FP8 a module has ``weight`` and one
-``weight_scale``, or one an output, and ``input_scale`` where activations have a stored one. With ``MIXED_PRECISION``
-the object ``quantized_layers`` has a ``quant_algo``, and a ``group_size`` for NVFP4, for every module that is
-quantized; modules that are in a named one are as that is.
+What they hold is said by ``quantization_config`` of config.json, or by ``quantization`` in hf_quant_config.json,
+which the reader of folders puts in its place: ``quant_algo`` and the modules that stay wide, in whose names ``*`` may
+stand for anything. NVFP4 is in nvfp4.py; of FP8 and INT8 a module has ``weight`` and one ``weight_scale``, or one an
+output, and ``input_scale`` where activations have a stored one. Of ``W4A16_AWQ`` it has ``weight[N / 2, K]``, bytes
+of two neighbouring outputs, the first in the lower bits, each from -8 to 7, and ``weight_scale[N, K / group_size]``,
+which multiplies. Numbers that activations are scaled by: smoothed.py. With ``MIXED_PRECISION`` the object
+``quantized_layers`` has a ``quant_algo``, and a ``group_size`` for 4 bits, for every module that is quantized;
+modules that are in a named one are as that is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from makeready.graphs.plan.plan import PlanError
 from makeready.graphs.plan.reads import unrolled
+from makeready.graphs.plan.recipe import Derivation, LoadCall, Operand
 from makeready.graphs.planner.ir import Program
 from makeready.graphs.quant.linears import module_of
 from makeready.graphs.quant.nvfp4 import FORM, Halves
 from makeready.graphs.quant.reading import (
+    flag,
     integer,
     names_of,
     patterns,
@@ -27,25 +31,48 @@ from makeready.graphs.quant.reading import (
     tell_cache,
     tell_wide_activations,
 )
-from makeready.graphs.quant.scheme import CHANNEL, TENSOR, Quantization, Scheme
+from makeready.graphs.quant.scheme import CHANNEL, INT8, TENSOR, Quantization, Scheme
 from makeready.graphs.quant.stored import STORED
-from makeready.graphs.quant.weight_only import NV, Form, WeightOnly
+from makeready.graphs.quant.weight_only import NV, Form, WeightOnly, groups_of, stored_rows
 from makeready.kernels.nvfp4 import BLOCK
 
-_NVFP4, _WEIGHTS_ALONE = "NVFP4", "W4A16_NVFP4"
+_NARROW, _WEIGHTS_ALONE = ("NVFP4", "NVFP4_AWQ"), "W4A16_NVFP4"  # activations of the first have 4 bits, too
 _LAYOUT = Halves("weight", "weight_scale", "weight_scale_2", divides=False)
-_FP8 = {
-    "FP8": (TENSOR, True),
-    "FP8_PER_CHANNEL_PER_TOKEN": (CHANNEL, False),
-}  # what shares a scale, and whether activations have a stored one
-
-
-_MIXED = "MIXED_PRECISION"
+_EIGHT_BITS = {
+    "FP8": Scheme(TENSOR, static=True, stored=True),
+    "FP8_PER_CHANNEL_PER_TOKEN": Scheme(CHANNEL, stored=True),
+    "W8A8_SQ_PER_CHANNEL": Scheme(CHANNEL, static=True, stored=True, dtype=INT8),
+}
+_AWQ, _MIXED = "W4A16_AWQ", "MIXED_PRECISION"
 
 
 @dataclass(frozen=True)
-class _Floats8(Scheme):
-    """FP8 of some modules.
+class Pairs:
+    """Weights of ``W4A16_AWQ``; see the module's docstring."""
+
+    stored = True
+
+    def derivation(self, matrix: Operand, form: Form) -> Derivation:
+        """See :class:`~makeready.graphs.quant.weight_only.Layout`."""
+        width = int(matrix.spec.shape[1])
+        operands = {
+            "q": stored_rows(matrix, "weight", width, "uint8", per=2),
+            "s": stored_rows(matrix, "weight_scale", groups_of(width, form), "float16"),
+        }
+        calls = (
+            LoadCall("repack_pairs", {"q": "q"}, {"weight": "weight"}),
+            LoadCall("tile_scales", {"scale": "s"}, {"tiled": "scale"}),
+        )
+        return Derivation(operands, calls)
+
+    def order(self, matrix: Operand) -> Operand:
+        """Inputs are never ordered."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class _EightBits(Scheme):
+    """FP8 or INT8 of some modules.
 
     Attributes:
         names: of those, and of what they are in.
@@ -59,8 +86,8 @@ class _Floats8(Scheme):
 
 
 @dataclass(frozen=True)
-class _Floats4(WeightOnly):
-    """NVFP4 of some modules, named as in :class:`_Floats8`."""
+class _FourBits(WeightOnly):
+    """NVFP4 or INT4 of some modules, named as in :class:`_EightBits`."""
 
     names: frozenset[str] = frozenset()
 
@@ -120,11 +147,9 @@ def _modelopt(said: Mapping[str, Any]) -> Quantization:
         tell_cache()
     if algorithm == _MIXED:
         return _mixed(inner, ignored)
-    if algorithm in _FP8:
-        weights, static = _FP8[algorithm]
-        return Scheme(weights, static=static, stored=True, ignored=ignored)
-    _check_block(inner, "", algorithm)
-    return WeightOnly(_LAYOUT, FORM, ignored=ignored, kind=NV)
+    if algorithm in _EIGHT_BITS:
+        return replace(_EIGHT_BITS[algorithm], ignored=ignored)
+    return _few_bits(inner, "", algorithm, ignored)
 
 
 def _mixed(said: Mapping[str, Any], ignored: tuple[str, ...]) -> Mixed:
@@ -136,26 +161,29 @@ def _mixed(said: Mapping[str, Any], ignored: tuple[str, ...]) -> Mixed:
         f"quantized_layers of modelopt's {_MIXED} must be an object of objects by module; correct the config",
     )
     assert isinstance(layers, Mapping)
-    found: dict[str, str] = {}
+    algorithms: dict[str, str] = {}
+    found: dict[Scheme | WeightOnly, list[str]] = {}
     for name, own in layers.items():
-        found[name] = _algorithm(own, f" of {name}")
-        if found[name] not in _FP8:
-            _check_block(own, f" of {name}", found[name])
-    parts: list[Scheme | WeightOnly] = []
-    for algorithm, (weights, static) in _FP8.items():
-        names = frozenset(name for name, its in found.items() if its == algorithm)
-        if names:
-            parts.append(_Floats8(weights, static=static, stored=True, ignored=ignored, names=names))
-    names = frozenset(name for name, its in found.items() if its not in _FP8)
-    if names:
-        parts.append(_Floats4(_LAYOUT, FORM, ignored=ignored, kind=NV, names=names))
-    return Mixed(tuple(parts), found)
+        algorithms[name] = algorithm = _algorithm(own, f" of {name}")
+        if algorithm in _EIGHT_BITS:
+            scheme = replace(_EIGHT_BITS[algorithm], ignored=ignored)
+        else:
+            scheme = _few_bits(own, f" of {name}", algorithm, ignored)
+        found.setdefault(scheme, []).append(name)
+    parts = [_of_some(scheme, frozenset(names)) for scheme, names in found.items()]
+    parts.sort(key=lambda part: isinstance(part, WeightOnly))
+    return Mixed(tuple(parts), algorithms)
+
+
+def _of_some(scheme: Scheme | WeightOnly, names: frozenset[str]) -> Scheme | WeightOnly:
+    own = {field.name: getattr(scheme, field.name) for field in fields(scheme)}
+    return (_EightBits if isinstance(scheme, Scheme) else _FourBits)(**own, names=names)
 
 
 def _algorithm(said: Mapping[str, Any], place: str, more: tuple[str, ...] = ()) -> str:
     given = said.get("quant_algo")
     algorithm = given.upper() if isinstance(given, str) else given
-    known = (_NVFP4, _WEIGHTS_ALONE, *_FP8, *more)
+    known = (*_NARROW, _WEIGHTS_ALONE, _AWQ, *_EIGHT_BITS, *more)
     refused_unless(
         algorithm in known,
         f"quant_algo {given!r:.80}{place} of modelopt is not supported; use a checkpoint with {' or '.join(known)}",
@@ -164,14 +192,30 @@ def _algorithm(said: Mapping[str, Any], place: str, more: tuple[str, ...] = ()) 
     return algorithm
 
 
-def _check_block(said: Mapping[str, Any], place: str, algorithm: str) -> None:
+def _few_bits(said: Mapping[str, Any], place: str, algorithm: str, ignored: tuple[str, ...]) -> WeightOnly:
+    if algorithm == _AWQ:
+        form = Form(bits=4, group=_group(said))
+        refused_unless(not form.refusal(), form.refusal())
+        refused_unless(
+            not flag(said, "has_zero_point", False),
+            f"{_AWQ}{place} with zero points is not supported; use a checkpoint with symmetric weights",
+        )
+        return WeightOnly(Pairs(), form, ignored=ignored)
     size = integer(said, "group_size", usual=BLOCK)
     refused_unless(
         size == BLOCK,
         f"NVFP4 in groups of {size}{place} is not supported; use a checkpoint with groups of {BLOCK}",
     )
-    if algorithm == _NVFP4:
+    if algorithm in _NARROW:
         tell_wide_activations()
+    return WeightOnly(_LAYOUT, FORM, ignored=ignored, kind=NV)
+
+
+def _group(said: Mapping[str, Any]) -> int:
+    """Inputs that share a scale, which newer files say of their weights."""
+    groups = (said.get("config_groups") or {}).values()
+    own = next((group["weights"] for group in groups if isinstance(group.get("weights"), Mapping)), {})
+    return integer({**own, **said}, "group_size")
 
 
 STORED["modelopt"] = _modelopt

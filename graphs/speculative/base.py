@@ -42,14 +42,12 @@ class Setting:
 
     Attributes:
         activation: dtype of everything between the embedding and the logits.
-        quantizable: whether what quantizes the model's linears may quantize those of a second checkpoint, too.
     """
 
     checkpoint: Checkpoint
     request: Request
     limits: Limits
     activation: str
-    quantizable: bool
 
 
 class Method(Protocol):

@@ -25,11 +25,11 @@ class SmallModel:
 
     behind = 0
 
-    def __init__(self, model: Model, *, quantizable: bool) -> None:
+    def __init__(self, model: Model) -> None:
         self.model = model
         for tensor in model.parameters():
             assert isinstance(tensor, Parameter)
-            tensor.declaration = moved(tensor.declaration, DRAFT, quantizable=quantizable)
+            tensor.declaration = moved(tensor.declaration, DRAFT)
 
     def named_parameters(self) -> Iterator[tuple[str, Any]]:
         return self.model.named_parameters()
@@ -73,7 +73,7 @@ class Draft(Chained):
                 f"{limits.context_len}; lower that, or choose another"
             )
         small = described.build(config, context_len=limits.context_len, activation=setting.activation)
-        return Followed(target, SmallModel(small, quantizable=setting.quantizable), limits)
+        return Followed(target, SmallModel(small), limits)
 
 
 method(Draft())

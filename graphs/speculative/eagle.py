@@ -76,7 +76,7 @@ class Eagle(OnStates):
         )
         for tensor in self.parameters():
             assert isinstance(tensor, Parameter)
-            tensor.declaration = moved(tensor.declaration, DRAFT, quantizable=setting.quantizable)
+            tensor.declaration = moved(tensor.declaration, DRAFT)
         # The model's: no parameters of its own. Files have copies, which were not trained.
         self._shared = (model.embedding, model.head)
 

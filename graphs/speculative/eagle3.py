@@ -83,7 +83,7 @@ class Eagle3(OnStates):
             self.embedding = parameter((read.vocabulary, read.hidden), own, shard=BY_OUTPUTS)
         for tensor in self.parameters():
             assert isinstance(tensor, Parameter)
-            tensor.declaration = moved(tensor.declaration, DRAFT, quantizable=setting.quantizable)
+            tensor.declaration = moved(tensor.declaration, DRAFT)
         # Not a parameter of its own: the model's, where the checkpoint has none.
         self._embeddings = (getattr(self, "embedding", model.embedding),)
         if self._embeddings[0].shape[1] != read.hidden:

@@ -10,7 +10,7 @@
 
 #include "numbers.h"
 
-enum { Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K }; /* numbers of gguf.KINDS */
+enum { Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS }; /* numbers of gguf.KINDS */
 
 #define UNIT 32     /* outputs that are computed at a time */
 #define MOST 256    /* elements of the longest block */
@@ -24,7 +24,11 @@ typedef struct {
 static const Format FORMATS[] = {
     [Q4_0] = {32, 18, 8},   [Q4_1] = {32, 20, 0},    [Q5_0] = {32, 22, 16},   [Q5_1] = {32, 24, 0},
     [Q8_0] = {32, 34, 128}, [Q4_K] = {256, 144, 0}, [Q5_K] = {256, 176, 0}, [Q6_K] = {256, 210, 32},
+    [IQ4_NL] = {32, 18, 128}, [IQ4_XS] = {256, 136, 128},
 };
+
+/* What the 4 bits of IQ4 types stand for (ggml-common.h). */
+static const int8_t IQ4_VALUES[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
 typedef struct {
     const int8_t *q;
@@ -71,6 +75,13 @@ INLINE void k_scales(const uint8_t *packed, uint32_t scales[2], uint32_t minima[
     scales[1] = (third & 0x0f0f0f0f) | ((first >> 6 & 0x03030303) << 4);
     minima[0] = second & 0x3f3f3f3f;
     minima[1] = (third >> 4 & 0x0f0f0f0f) | ((second >> 6 & 0x03030303) << 4);
+}
+
+/* The 8 scales of an IQ4_XS block: nibbles behind its first four bytes, and pairs of bits in the two before. */
+INLINE void iq4_scales(const uint8_t *block, int8_t scales[8]) {
+    const uint32_t high = half_at(block + 2), low = word_at(block + 4);
+    for (int part = 0; part < 8; part++)
+        scales[part] = (int8_t)((int)((low >> 4 * part & 15) | (high >> 2 * part & 3) << 4) - 32);
 }
 
 void multiply_scalar(const Outputs *o, const Tokens *a, void *space);

@@ -1,7 +1,7 @@
 /* GGUF's blocks with AVX2: 32 weights of an output at a time, as they lie in the file.
  *
- * Products of unsigned weights are added in pairs of 16 bits, which 63 * 127 * 2 fits. Q8_0's do not: there the
- * activations take the weights' signs. A token's sum is made alike, however many tokens there are. */
+ * Products of unsigned weights are added in pairs of 16 bits, which 63 * 127 * 2 fits. Those of 8 bits do not: there
+ * the activations take the weights' signs. A token's sum is made alike, however many tokens there are. */
 
 #include "gguf.h"
 
@@ -29,26 +29,41 @@ INNER __m256i sixteens(uint32_t bits) {
     return _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(spread, one), one), _mm256_set1_epi8(16));
 }
 
+/* Whether weights have signs here. */
+INNER int is_signed(int64_t kind) { return kind == Q8_0 || kind == IQ4_NL || kind == IQ4_XS; }
+
+/* 16 bytes: the low nibbles, then the high ones. */
+INNER __m256i nibbles(const uint8_t *from) {
+    const __m128i packed = _mm_loadu_si128((const __m128i *)from);
+    return _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(packed, 4), packed), _mm256_set1_epi8(15));
+}
+
+INNER __m256i iq4_integers(const uint8_t *from) {
+    const __m256i values = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)IQ4_VALUES));
+    return _mm256_shuffle_epi8(values, nibbles(from));
+}
+
 INNER __m256i integers(const uint8_t *block, int64_t kind) {
     const uint8_t *from = block + FORMATS[kind].bytes - (kind == Q8_0 ? 32 : 16);
     if (kind == Q8_0)
         return _mm256_loadu_si256((const __m256i *)from);
-    const __m128i packed = _mm_loadu_si128((const __m128i *)from);
-    const __m256i both = _mm256_set_m128i(_mm_srli_epi16(packed, 4), packed);
-    const __m256i q = _mm256_and_si256(both, _mm256_set1_epi8(15));
+    if (kind == IQ4_NL)
+        return iq4_integers(from);
+    const __m256i q = nibbles(from);
     return kind == Q5_0 || kind == Q5_1 ? _mm256_or_si256(q, sixteens(word_at(from - 4))) : q;
 }
 
 INNER __m256 times(__m256i weights, const int8_t *q, float scale, __m256 sum, int64_t kind) {
     const __m256i x = _mm256_loadu_si256((const __m256i *)q);
-    const __m256i pairs = kind == Q8_0 ? _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(x, weights))
-                                       : _mm256_maddubs_epi16(weights, x);
+    const __m256i pairs = is_signed(kind)
+                              ? _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(x, weights))
+                              : _mm256_maddubs_epi16(weights, x);
     return _mm256_fmadd_ps(_mm256_cvtepi32_ps(added(pairs)), _mm256_set1_ps(scale), sum);
 }
 
 INNER void rows_32(const uint8_t *row, const Outputs *o, const Tokens *a, int64_t t, int count, int64_t kind, float *y) {
     const int64_t blocks = o->inputs / 32;
-    const int shifted = kind != Q8_0;
+    const int shifted = !is_signed(kind);
     __m256 sum[AT_ONCE];
     float shifts[AT_ONCE];
     for (int i = 0; i < count; i++) {
@@ -150,6 +165,27 @@ INNER void rows_q6(const uint8_t *row, const Outputs *o, const Tokens *a, int64_
         y[i] = __builtin_fmaf(-32, total(shifts[i]), total(sum[i]));
 }
 
+INNER void rows_iq4(const uint8_t *row, const Outputs *o, const Tokens *a, int64_t t, int count, int64_t kind, float *y) {
+    __m256 sum[AT_ONCE];
+    for (int i = 0; i < count; i++)
+        sum[i] = _mm256_setzero_ps();
+    for (int64_t at = 0; at < o->inputs; at += 256, row += FORMATS[kind].bytes) {
+        const float d = _cvtsh_ss(half_at(row));
+        int8_t scales[8];
+        iq4_scales(row, scales);
+        for (int part = 0; part < 8; part++) {
+            const __m256i weights = iq4_integers(row + 8 + 16 * part);
+            const float scale = d * (float)scales[part];
+            for (int i = 0; i < count; i++) {
+                const float step = scale * scales_of(a, t + i)[at / 16 + 2 * part];
+                sum[i] = times(weights, q_of(a, t + i) + at + 32 * part, step, sum[i], kind);
+            }
+        }
+    }
+    for (int i = 0; i < count; i++)
+        y[i] = total(sum[i]);
+}
+
 INNER void some(const Outputs *o, const Tokens *a, int64_t n, int64_t t, int count, int64_t kind) {
     const uint8_t *row = o->blocks + n * o->row;
     float made[AT_ONCE];
@@ -157,6 +193,8 @@ INNER void some(const Outputs *o, const Tokens *a, int64_t n, int64_t t, int cou
         rows_q6(row, o, a, t, count, kind, made);
     else if (kind == Q4_K || kind == Q5_K)
         rows_k(row, o, a, t, count, kind, made);
+    else if (kind == IQ4_XS)
+        rows_iq4(row, o, a, t, count, kind, made);
     else
         rows_32(row, o, a, t, count, kind, made);
     for (int i = 0; i < count; i++)
@@ -183,7 +221,9 @@ ENTRY void multiply_avx2(const Outputs *o, const Tokens *a, void *space) {
     case Q8_0: all(o, a, Q8_0); break;
     case Q4_K: all(o, a, Q4_K); break;
     case Q5_K: all(o, a, Q5_K); break;
-    default: all(o, a, Q6_K);
+    case Q6_K: all(o, a, Q6_K); break;
+    case IQ4_NL: all(o, a, IQ4_NL); break;
+    default: all(o, a, IQ4_XS);
     }
 }
 

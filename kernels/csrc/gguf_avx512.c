@@ -46,7 +46,7 @@ INNER void rows_k(const uint8_t *row, const Outputs *o, const Tokens *a, int64_t
         sum[i] = shifts[i] = _mm512_setzero_ps();
     const __m512i first = _mm512_set_epi32(2, 2, 2, 2, 2, 2, 2, 2, 0, 0, 0, 0, 0, 0, 0, 0);
     for (int64_t at = 0; at < o->inputs; at += 256, row += FORMATS[kind].bytes) {
-        const __m512 both = k_factors(row);
+        const __m512 both = k_factors(row, kind);
         __m512i weights[4];
         for (int j = 0; j < 4; j++)
             weights[j] = k_integers(row, j, kind);
@@ -94,7 +94,7 @@ INNER void some(const Outputs *o, const Tokens *a, int64_t n, int64_t t, int cou
     float made[AT_ONCE];
     if (kind == Q6_K)
         rows_q6(row, o, a, t, count, kind, made);
-    else if (kind == Q4_K || kind == Q5_K)
+    else if (kind == Q4_K || kind == Q5_K || kind == IQ4_XS)
         rows_k(row, o, a, t, count, kind, made);
     else
         rows_32(row, o, a, t, count, kind, made);
@@ -124,7 +124,9 @@ ENTRY void multiply_avx512(const Outputs *o, const Tokens *a, void *space) {
     case Q8_0: all(o, a, Q8_0); break;
     case Q4_K: all(o, a, Q4_K); break;
     case Q5_K: all(o, a, Q5_K); break;
-    default: all(o, a, Q6_K);
+    case Q6_K: all(o, a, Q6_K); break;
+    case IQ4_NL: all(o, a, IQ4_NL); break;
+    default: all(o, a, IQ4_XS);
     }
 }
 

@@ -23,6 +23,12 @@ INNER __m512i nibbles(const uint8_t *one, const uint8_t *other) {
     return _mm512_and_si512(_mm512_srlv_epi16(pair, shift), _mm512_set1_epi8(15));
 }
 
+/* What IQ4's nibbles stand for, and 128 more. */
+INNER __m512i iq4_integers(__m512i nibbles) {
+    const __m512i values = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)IQ4_VALUES));
+    return _mm512_xor_si512(_mm512_shuffle_epi8(values, nibbles), _mm512_set1_epi8((char)0x80));
+}
+
 /* The 64 integers of two blocks of 32. */
 INNER __m512i integers(const uint8_t *one, const uint8_t *other, int64_t kind) {
     if (kind == Q8_0) {
@@ -33,6 +39,8 @@ INNER __m512i integers(const uint8_t *one, const uint8_t *other, int64_t kind) {
     }
     const int at = FORMATS[kind].bytes - 16;
     const __m512i q = nibbles(one + at, other + at);
+    if (kind == IQ4_NL)
+        return iq4_integers(q);
     if (kind == Q4_0 || kind == Q4_1)
         return q;
     const __mmask64 fifth = (uint64_t)word_at(other + at - 4) << 32 | word_at(one + at - 4);
@@ -56,8 +64,16 @@ INNER __m512i both_nibbles(const uint8_t *from) {
     return _mm512_and_si512(_mm512_srlv_epi16(twice, shift), _mm512_set1_epi8(15));
 }
 
-/* [scale, shift] of the eight parts of a K block. */
-INNER __m512 k_factors(const uint8_t *block) {
+/* [scale, shift] of the eight parts of a block of 256. */
+INNER __m512 k_factors(const uint8_t *block, int64_t kind) {
+    if (kind == IQ4_XS) {
+        int8_t of[8];
+        iq4_scales(block, of);
+        const __m128i packed = _mm_loadl_epi64((const __m128i *)of);
+        const __m512 twice = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_unpacklo_epi8(packed, packed)));
+        const __m512 d = _mm512_set1_ps(float_at(block)), off = _mm512_set1_ps((float)-FORMATS[kind].offset);
+        return _mm512_mul_ps(twice, _mm512_mask_mul_ps(d, 0xaaaa, d, off));
+    }
     uint32_t scales[2], minima[2];
     k_scales(block + 4, scales, minima);
     const __m128i low = _mm_set_epi32(0, 0, (int)scales[1], (int)scales[0]);
@@ -68,6 +84,8 @@ INNER __m512 k_factors(const uint8_t *block) {
 }
 
 INNER __m512i k_integers(const uint8_t *block, int j, int64_t kind) {
+    if (kind == IQ4_XS)
+        return iq4_integers(nibbles(block + 8 + 32 * j, block + 24 + 32 * j));
     const __m512i q = both_nibbles(block + (kind == Q5_K ? 48 : 16) + 32 * j);
     if (kind == Q4_K)
         return q;

@@ -49,11 +49,12 @@ INNER void transpose(__m512i x[16]) {
     }
 }
 
-INNER int is_k(int64_t kind) { return kind == Q4_K || kind == Q5_K || kind == Q6_K; }
+/* Whether blocks have 256 elements. */
+INNER int is_long(int64_t kind) { return FORMATS[kind].elements == MOST; }
 
 /* 64 integers of a row from `at` on; zeros behind its end. */
 INNER __m512i integers_at(const uint8_t *row, int64_t at, int64_t inputs, int64_t kind) {
-    if (is_k(kind)) {
+    if (is_long(kind)) {
         const uint8_t *block = row + at / 256 * FORMATS[kind].bytes;
         const int j = (int)(at % 256 / 64);
         return kind == Q6_K ? q6_integers(block, j) : k_integers(block, j, kind);
@@ -76,10 +77,10 @@ INNER void scales_at(const uint8_t *row, int64_t inputs, int64_t kind, int r, co
         }
         return;
     }
-    const int step = is_k(kind) ? 8 : 2;
-    for (int64_t b = 0; b < (inputs + 32) / 64 * 2; b += step, row += is_k(kind) ? bytes : 2 * bytes) {
-        if (is_k(kind))
-            _mm512_storeu_ps(made, k_factors(row));
+    const int step = is_long(kind) ? 8 : 2;
+    for (int64_t b = 0; b < (inputs + 32) / 64 * 2; b += step, row += is_long(kind) ? bytes : 2 * bytes) {
+        if (is_long(kind))
+            _mm512_storeu_ps(made, k_factors(row, kind));
         else
             _mm_storeu_ps(made, factors(row, 32 * b + 32 < inputs ? row + bytes : row, kind));
         for (int g = 0; g < step; g++) {
@@ -178,7 +179,9 @@ ENTRY void multiply_panel_avx512(const Outputs *o, const Tokens *a, void *space)
     case Q8_0: fill(o, a->width, Q8_0, &p); break;
     case Q4_K: fill(o, a->width, Q4_K, &p); break;
     case Q5_K: fill(o, a->width, Q5_K, &p); break;
-    default: fill(o, a->width, Q6_K, &p);
+    case Q6_K: fill(o, a->width, Q6_K, &p); break;
+    case IQ4_NL: fill(o, a->width, IQ4_NL, &p); break;
+    default: fill(o, a->width, IQ4_XS, &p);
     }
     if (o->kind == Q6_K)
         all(o, a, &p, 1);

@@ -67,11 +67,30 @@ INLINE void unpack_q6(const uint8_t *block, Unpacked *u) {
     }
 }
 
+/* Each 16 bytes hold 16 elements in their low nibbles, then 16 in the high ones. */
+INLINE void unpack_iq4(const uint8_t *block, int64_t kind, Unpacked *u) {
+    const int elements = FORMATS[kind].elements;
+    const uint8_t *from = block + FORMATS[kind].bytes - elements / 2;
+    const float d = float_at(block);
+    int8_t scales[8] = {1};
+    if (kind == IQ4_XS)
+        iq4_scales(block, scales);
+    for (int part = 0; part < elements / 32; part++) {
+        nibbles(from + 16 * part, 16, u->q + 32 * part);
+        u->scale[2 * part] = u->scale[2 * part + 1] = d * (float)scales[part];
+        u->shift[2 * part] = u->shift[2 * part + 1] = 0;
+    }
+    for (int i = 0; i < elements; i++)
+        u->q[i] = (uint8_t)(IQ4_VALUES[u->q[i]] + FORMATS[kind].offset);
+}
+
 INLINE void unpack(const uint8_t *block, int64_t kind, Unpacked *u) {
     if (kind == Q6_K)
         unpack_q6(block, u);
     else if (kind == Q4_K || kind == Q5_K)
         unpack_k(block, kind, u);
+    else if (kind == IQ4_NL || kind == IQ4_XS)
+        unpack_iq4(block, kind, u);
     else
         unpack_32(block, kind, u);
 }

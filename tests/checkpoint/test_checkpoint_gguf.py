@@ -246,9 +246,9 @@ def test_unsupported_files_name_what_is_supported(tmp_path):
     ):
         open_checkpoint(finish_gguf(start_gguf(tmp_path / "a.gguf", "gemma2", LLAMA)))
     writer = start_gguf(tmp_path / "b.gguf", "llama", LLAMA)
-    raw = np.zeros((4, 66), np.uint8)
-    writer.add_tensor("token_embd.weight", raw, raw_dtype=gguf.GGMLQuantizationType.IQ2_XXS)
-    with pytest.raises(CheckpointError, match=r"type iq2_xxs; use one of f32.*q4_k"):
+    raw = np.zeros((4, 292), np.uint8)
+    writer.add_tensor("token_embd.weight", raw, raw_dtype=gguf.GGMLQuantizationType.Q8_K)
+    with pytest.raises(CheckpointError, match=r"type q8_k; use one of f32.*q4_k"):
         open_checkpoint(finish_gguf(writer))
     writer = start_gguf(tmp_path / "c.gguf", "llama", LLAMA)
     writer.add_tensor("blk.0.ffn_gate_inp.weight", np.zeros((4, 4), np.float32))

@@ -191,3 +191,17 @@ def test_models_in_nvfp4_are_loaded(said: dict | None, small: None) -> None:  # 
         DummyCheckpoint(config, None, 0), FakeBindings(on_kernel=loader), quant=None if said else "nvfp4"
     )
     assert {w.param.spec.dtype for w in plan.weights if "mlp." in w.param.name} == {"int16", "float32"}
+
+
+@pytest.mark.parametrize("algorithm", ["W4A16_AWQ", "W8A8_SQ_PER_CHANNEL"])
+def test_models_in_integers_of_modelopt_are_loaded(algorithm: str, small: None) -> None:  # noqa: F811
+    said = {"quant_method": "modelopt", "quant_algo": algorithm, "group_size": 32}
+    config = CONFIG | {
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "head_dim": 32,
+        "quantization_config": said,
+    }
+    plan = check_loaded(DummyCheckpoint(config, None, 0), FakeBindings(on_kernel=Loader()))
+    found = {w.param.spec.dtype for w in plan.weights if "mlp." in w.param.name}
+    assert found == ({"int16", "float16"} if algorithm == "W4A16_AWQ" else {"int8", "float32"})

@@ -70,10 +70,15 @@ def known(sequence: Sequence[int], place: int) -> list[int]:
     return list(sequence[: place + 1])
 
 
-def write_head(folder: Path, config: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> Path:
+def write_head(
+    folder: Path, config: Mapping[str, Any], tensors: dict[str, torch.Tensor], *, pickled: bool = False
+) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    save_file(tensors, folder / "model.safetensors")
+    if pickled:
+        torch.save(tensors, folder / "pytorch_model.bin")
+    else:
+        save_file(tensors, folder / "model.safetensors")
     return folder
 
 

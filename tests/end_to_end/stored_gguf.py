@@ -24,11 +24,25 @@ MIXED = {
     "output": Types.Q6_K,
 }
 
+# Numbers out of a table.
+IQ4 = {
+    "attn_q": Types.IQ4_XS,
+    "attn_k": Types.IQ4_XS,
+    "attn_v": Types.IQ4_NL,
+    "attn_output": Types.IQ4_NL,
+    "ffn_gate": Types.IQ4_XS,
+    "ffn_up": Types.IQ4_XS,
+    "ffn_down": Types.IQ4_XS,
+    "token_embd": Types.IQ4_NL,
+    "output": Types.Q6_K,
+}
+
 
 class Writer:
     """A writer that stores weights in blocks, by the ends of their names; ``read`` holds what they stand for.
 
-    The gguf library does not make blocks of K types: theirs are random bytes, whose scales give numbers a usual size.
+    The gguf library does not make blocks of K and IQ types: theirs are random bytes, whose scales give
+    numbers a usual size.
     """
 
     def __init__(self, writer: gguf.GGUFWriter, kinds: dict[str, Types]) -> None:
@@ -40,7 +54,8 @@ class Writer:
         if kind is None:
             self.writer.add_tensor(name, values)
             return
-        blocks = gguf.quants.quantize(values, kind) if "K" not in kind.name else self._random(values, kind)
+        made = kind.name.startswith("IQ") or "K" in kind.name
+        blocks = self._random(values, kind) if made else gguf.quants.quantize(values, kind)
         self.read[name] = gguf.quants.dequantize(blocks, kind)
         self.writer.add_tensor(name, blocks, raw_dtype=kind)
 

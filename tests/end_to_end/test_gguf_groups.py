@@ -7,6 +7,7 @@ fp16 between its launches.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from checkpoint_files import LLAMA, add_tensors, finish_gguf, start_gguf, state_
 from latent_gguf import latent_gguf
 from moe_models import gguf_file
 from reference import Recorder, compare, expected, make_model, poison_every_step, prompt_of
-from stored_gguf import MIXED, Writer
+from stored_gguf import IQ4, MIXED, Writer
+from test_gguf_stored import rounding
 
 from makeready.engine import llm as offline
 from makeready.engine.llm import LLM
@@ -94,10 +96,10 @@ def ops(llm: LLM) -> Counter[str]:
     return Counter(launch.op for launch in llm.plan.programs["decode"].launches)
 
 
-def agree(llm: LLM, model: Any, tolerance: float) -> None:
+def agree(llm: LLM, model: Any, tolerance: float, lengths: Sequence[int] = (30, 1, 9)) -> None:
     """Prompts alone, in chunks and beside others, with NaN in all that a step has not written itself."""
     poison_every_step(llm)
-    prompts = [prompt_of(length, 131) for length in (30, 1, 9)]
+    prompts = [prompt_of(length, 131) for length in lengths]
     for prompt, ours in zip(prompts, Recorder(llm).generate(prompts, 4), strict=True):
         compare(ours, expected(model, prompt, 4), tolerance)
 
@@ -127,6 +129,25 @@ def test_types_whose_scales_are_the_files(tmp_path: Path) -> None:
     agree(llm, model, 2e-4)
     names = [w.param.name for w in llm.plan.weights if w.param.spec.shape[0] == 131]
     assert len(names) == 1
+
+
+@pytest.mark.usefixtures("packed")
+def test_numbers_out_of_a_table(tmp_path: Path) -> None:
+    model, path = llama(tmp_path / "m.gguf", IQ4)
+    llm = LLM(path, **PLAN)
+    agree(llm, model, 5e-3)
+    assert (ops(llm)["linear_int"], ops(llm)["linear"], ops(llm)["embedding_int"]) == (2 * 5 + 1, 0, 1)
+
+
+def test_numbers_out_of_a_table_on_the_cpu(tmp_path: Path) -> None:
+    """As they are stored, activations rounded to 8 bits; of long prompts some are rounded the other way."""
+    model, path = llama(tmp_path / "m.gguf", dict.fromkeys(IQ4, Types.IQ4_NL) | {"attn_v": Types.IQ4_XS})
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(rounding)
+    llm = LLM(path, **PLAN)
+    agree(llm, model, 1e-2, (1, 3, 2))
+    assert (ops(llm)["linear_gguf"], ops(llm)["linear"], ops(llm)["embedding_gguf"]) == (2 * 4 + 1, 0, 1)
 
 
 @pytest.mark.usefixtures("packed")

@@ -78,12 +78,20 @@ def blocks_of(wide: np.ndarray, whole: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return nearest(wide / steps), scales
 
 
-def save_modelopt(folder: Path, model: Any) -> None:
-    """The checkpoint as modelopt lays it out, activations of 4 bits and an 8-bit cache included."""
+def save_modelopt(folder: Path, model: Any, scaled: tuple[str, ...] = ()) -> None:
+    """The checkpoint as modelopt lays it out, activations of 4 bits and an 8-bit cache included.
+
+    Args:
+        scaled: ends of names of modules whose activations are scaled before, as AWQ does.
+    """
     made: Made = {}
 
     def quantized(name: str, weight: torch.Tensor) -> torch.Tensor:
-        wide = weight.double().numpy()
+        by = np.ones(weight.shape[1])
+        if name.endswith(scaled):
+            by = np.linspace(0.25, 3, weight.shape[1], dtype=np.float32).astype(np.float64)
+            made[f"{name}.pre_quant_scale"] = torch.from_numpy(by).float()
+        wide = weight.double().numpy() / by
         whole = np.float32(np.abs(wide).max() / (6 * 448)).reshape(1, 1).astype(np.float64)
         codes, scales = blocks_of(wide, whole)
         made[f"{name}.weight"] = packed(wide, codes)
@@ -92,13 +100,14 @@ def save_modelopt(folder: Path, model: Any) -> None:
         made[f"{name}.input_scale"] = torch.tensor(0.01)
         if name.endswith("k_proj"):
             made[f"{name}.k_scale"] = torch.tensor(0.5)
-        return torch.from_numpy(np.copysign(E2M1[codes] * (E4M3[scales] * whole).repeat(16, 1), wide)).float()
+        stands = np.copysign(E2M1[codes] * (E4M3[scales] * whole).repeat(16, 1), wide)
+        return torch.from_numpy(stands * by).float()
 
     made |= change(model, quantized) | made
     rewrite(folder, made, {})
     excluded = ["lm_head", "*.mlp.gate"]
     said = {
-        "quant_algo": "NVFP4",
+        "quant_algo": "NVFP4_AWQ" if scaled else "NVFP4",
         "kv_cache_quant_algo": "FP8",
         "group_size": 16,
         "exclude_modules": excluded,
@@ -181,6 +190,16 @@ def test_files_of_modelopt(name: str, tmp_path: Path) -> None:
     wanted += [] if name == "latent" else ["they scale a quantized cache"]
     assert len(said) == len(wanted)
     assert all(any(part in sentence for sentence in said) for part in wanted)
+
+
+@pytest.mark.filterwarnings("ignore::makeready.graphs.checkpoint.base.CheckpointWarning")
+def test_files_of_modelopt_whose_activations_are_scaled(tmp_path: Path) -> None:
+    model = make_model(tmp_path, "llama", **SMALL)
+    save_modelopt(tmp_path, model, ("o_proj", "down_proj"))
+    llm = check(tmp_path, model)
+    found = Counter(launch.op for launch in llm.plan.programs["decode"].launches)
+    # Of a layer: q, k and v, what attention gives, gate, up (160 outputs are no whole tiles), down.
+    assert (found["linear_mx"], found["scale_columns"]) == (2 * 5, 2 * 2)
 
 
 @pytest.mark.parametrize(("family", "config"), [("llama", SMALL), ("qwen3_moe", MIXTURE)])

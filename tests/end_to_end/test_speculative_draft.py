@@ -183,11 +183,6 @@ REFUSED: list[tuple[dict[str, Any] | None, dict[str, Any], str]] = [
         {"method": "draft"},
         r"made for 64 tokens, fewer than plan\.context_len=96",
     ),
-    (
-        {**QWEN3, "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
-        {"method": "draft"},
-        r"speculative\.checkpoint is quantized; choose it as it was before",
-    ),
 ]
 
 

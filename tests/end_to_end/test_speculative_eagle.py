@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -209,6 +210,26 @@ def test_logits_of_drafts_are_those_of_the_head(target: Model, tmp_path: Path) -
         runs = (torch.stack(logits[i : i + 3]) for i in range(len(logits) - 2))
         off = [float((run - wanted).abs().max() / wanted.abs().max()) for run in runs]
         assert sum(error < 1e-4 for error in off) == 1  # of one step
+
+
+def test_files_of_torch_save_answer_as_safetensors(target: Model, tmp_path: Path) -> None:
+    """Model and head as most heads are published: one plan, the same drafts, the same tokens."""
+    folder, model = target
+    weights = head_tensors(model, qkv_bias=True)
+    head = write_head(tmp_path / "head", HEAD, weights, pickled=True)
+    config = json.loads((folder / "config.json").read_text())
+    pickled = write_head(tmp_path / "model", config, dict(model.state_dict()), pickled=True)
+    stored = paired(folder, write_head(tmp_path / "stored", HEAD, weights))
+    plan = compile_plan(stored, **LIMITS, page_size=4, speculative=ASKED)
+    prompt, made = [(i * i) % VOCABULARY for i in range(29)], []
+    for both in (stored, paired(pickled, head)):
+        with packed() as seen:
+            llm = LLM(both, plan, scheduler=SchedulerOptions(speculation="always"))
+            params = SamplingParams(temperature=0, max_new_tokens=24, ignore_eos=True)
+            (output,) = llm.generate(token_ids=[prompt], sampling=params)
+        made.append((output.token_ids, list(seen)))
+    assert made[0] == made[1]
+    assert len(made[0][1]) > 5
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,8 @@ from makeready.kernels.moe import experts_int_triton
 assert integers_triton
 
 EXACT = (
-    "repack_rows", "repack_awq", "unpack_zeros", "tile_scales", "order_of_groups", "quantize_int", "gather_columns",
+    "repack_rows", "repack_awq", "repack_pairs", "unpack_zeros", "tile_scales", "order_of_groups", "quantize_int",
+    "gather_columns",
 )  # fmt: skip
 EXPERTS = ("grouped_linear_int", "grouped_silu_mul_int")
 FORMS = ((4, 128, False), (4, 128, True), (4, 32, True), (4, 64, False), (8, 128, False), (8, 32, True))

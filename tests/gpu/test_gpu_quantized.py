@@ -19,7 +19,7 @@ from checkpoint_files import add_tensors, finish_gguf, start_gguf
 from safetensors.torch import load_file
 from scripted_steps import SMALL, Played, play, write_checkpoint
 from smoothed import Smoothed
-from stored_gguf import MIXED, Writer
+from stored_gguf import IQ4, MIXED, Types, Writer
 
 from makeready.graphs.checkpoint.base import Checkpoint, open_checkpoint
 from makeready.graphs.checkpoint.dummy import DummyCheckpoint
@@ -103,6 +103,7 @@ SEVERAL = {
         },
     },
 }
+OF_MODELOPT = {"quant_method": "modelopt", "ignore": ["lm_head"], "group_size": 32}
 STATIC = {"quant_method": "fp8", "activation_scheme": "static"}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "fp8": ({}, {"quant": "fp8"}),
@@ -130,8 +131,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "packed": ({"quantization_config": PACKED}, {}),
     "stored-gguf": ({}, {"quant": "stored"}),
     "stored-gguf-fp16": ({}, {"quant": "stored", "activation_dtype": "float16"}),
+    "stored-gguf-iq4": ({}, {"quant": "stored"}),
     "stored-gguf-one-layer": ({"num_hidden_layers": 1}, {"quant": "stored"}),
     "several-of-modelopt": ({"quantization_config": SEVERAL}, {}),
+    "awq-of-modelopt": ({"quantization_config": OF_MODELOPT | {"quant_algo": "W4A16_AWQ"}}, {}),
+    "smoothquant": ({"quantization_config": OF_MODELOPT | {"quant_algo": "W8A8_SQ_PER_CHANNEL"}}, {}),
 }
 
 
@@ -143,17 +147,20 @@ def target() -> str:
     return found.name
 
 
-def checkpoint_of(config: dict[str, Any], asked: dict[str, Any], folder: Path) -> Checkpoint:
+def checkpoint_of(name: str, folder: Path) -> Checkpoint:
     """Files where loading quantizes, a dummy of what a checkpoint stores quantized."""
+    config, asked = CASES[name]
     if "quantization_config" in config:
         return DummyCheckpoint(SMALL | config, None, 0)
     written = write_checkpoint(folder, SMALL | config)
-    return in_blocks(folder, SMALL | config) if asked.get("quant") == "stored" else written
+    if asked.get("quant") != "stored":
+        return written
+    return in_blocks(folder, SMALL | config, IQ4 if name.endswith("iq4") else MIXED)
 
 
-def in_blocks(folder: Path, config: dict[str, Any]) -> Checkpoint:
+def in_blocks(folder: Path, config: dict[str, Any], kinds: dict[str, Types]) -> Checkpoint:
     """The checkpoint in ``folder`` as a GGUF file of several block types."""
-    writer = Writer(start_gguf(folder / "m.gguf", "qwen3", config), MIXED)
+    writer = Writer(start_gguf(folder / "m.gguf", "qwen3", config), kinds)
     writer.writer.add_rope_freq_base(config["rope_theta"])
     add_tensors(writer, "qwen3", config, load_file(folder / "model.safetensors"))  # pyright: ignore[reportArgumentType]
     return open_checkpoint(finish_gguf(writer.writer))
@@ -161,9 +168,8 @@ def in_blocks(folder: Path, config: dict[str, Any]) -> Checkpoint:
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request, tmp_path_factory) -> tuple[Plan, Checkpoint]:
-    config, asked = CASES[request.param]
-    checkpoint = checkpoint_of(config, asked, tmp_path_factory.mktemp(request.param))
-    return compile_plan(checkpoint, target=target(), **REQUEST, **asked), checkpoint
+    checkpoint = checkpoint_of(request.param, tmp_path_factory.mktemp(request.param))
+    return compile_plan(checkpoint, target=target(), **REQUEST, **CASES[request.param][1]), checkpoint
 
 
 @pytest.fixture

@@ -83,6 +83,7 @@ def test_pointwise(tokens, width, dtype):
         elementwise.gelu_tanh_mul, {"gate_up": columns_of(random(tokens, 2 * width, dtype=dtype, scale=4))}
     )
     check_all(elementwise.scale, {"x": x}, {"by": 25.25})
+    check_all(elementwise.scale_columns, {"x": x, "scale": random(width)})
     check_all(elementwise.sigmoid_gate, {"x": x, "gate": columns_of(random(tokens, 1))})
     check_all(elementwise.silu_mul, {"gate_up": columns_of(random(tokens, 2 * width, dtype=dtype, scale=4))})
 

@@ -125,6 +125,8 @@ def test_experts_of_several_formats_are_refused() -> None:
         (modelopt(ignore=["*.mlp.gate"]), UP, Form(4, 16)),
         (modelopt(ignore=["model.layers.3.mlp"]), f"{EXPERT}.up_proj", None),
         (modelopt("w4a16_nvfp4"), UP, Form(4, 16)),
+        (modelopt("W4A16_AWQ", group_size=128), UP, Form(4, 128)),
+        (modelopt("W4A16_AWQ", config_groups={"0": {"weights": {"group_size": 64}}}), UP, Form(4, 64)),
         ({"quant_method": "modelopt", **in_a_file(exclude_modules=["*self_attn*"])}, Q, None),
         ({"quant_method": "modelopt", **in_a_file(exclude_modules=["*self_attn*"])}, UP, Form(4, 16)),
     ],
@@ -142,6 +144,7 @@ def test_configs_are_read(said: dict[str, Any], module: str, form: Form | None) 
     [
         (modelopt("FP8"), Scheme("tensor", static=True, stored=True)),
         (modelopt("FP8_PER_CHANNEL_PER_TOKEN"), Scheme("channel", stored=True)),
+        (modelopt("W8A8_SQ_PER_CHANNEL"), Scheme("channel", static=True, stored=True, dtype="int8")),
     ],
 )
 def test_modelopt_has_8_bits_too(said: dict[str, Any], scheme: Scheme) -> None:
@@ -187,17 +190,17 @@ def test_what_is_not_done_is_told(said: dict[str, Any], message: str) -> None:
         ),
         (compressed(group={"output_activations": NARROW}), "output_activations beside nvfp4"),
         (modelopt(None), "quant_algo None of modelopt is not supported; use a checkpoint with NVFP4 or"),
-        (modelopt("NVFP4_AWQ"), "quant_algo 'NVFP4_AWQ' of modelopt is not supported"),
+        (modelopt("NVFP4_SVD"), "quant_algo 'NVFP4_SVD' of modelopt is not supported"),
         (modelopt("MIXED_PRECISION"), "quantized_layers of modelopt's MIXED_PRECISION must be an object"),
         (mixed({UP: "FP8"}), "must be an object of objects by module"),
         (
-            mixed({UP: {"quant_algo": "W4A16_AWQ", "group_size": 128, "pre_quant_scale": True}}),
-            "quant_algo 'W4A16_AWQ' of model.layers.3.mlp.up_proj of modelopt is not supported",
+            mixed({UP: {"quant_algo": "W4A8_AWQ", "group_size": 128, "pre_quant_scale": True}}),
+            "quant_algo 'W4A8_AWQ' of model.layers.3.mlp.up_proj of modelopt is not supported",
         ),
-        (
-            mixed({UP: {"quant_algo": "W8A8_SQ_PER_CHANNEL"}}),
-            "'W8A8_SQ_PER_CHANNEL' of model.layers.3.mlp.up_proj",
-        ),
+        (mixed({UP: {"quant_algo": "W8A16"}}), "'W8A16' of model.layers.3.mlp.up_proj"),
+        (modelopt("W4A16_AWQ"), "group_size must be a whole number, not None; correct config.json"),
+        (modelopt("W4A16_AWQ", group_size=48), "groups of 48 inputs are not supported"),
+        (modelopt("W4A16_AWQ", group_size=64, has_zero_point=True), "W4A16_AWQ with zero points is not"),
         (
             mixed({Q: {"quant_algo": "MIXED_PRECISION"}}),
             "'MIXED_PRECISION' of model.layers.3.self_attn.q_proj",

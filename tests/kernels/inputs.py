@@ -112,6 +112,12 @@ def sigmoid_gate(op: str) -> Iterator[Case]:
         yield Case(op, case.label, case.operands | {"gate": in_columns(gate) if seed % 2 else gate})
 
 
+def scale_columns(op: str) -> Iterator[Case]:
+    for seed, case in enumerate(_pointwise(op, "x")):
+        by = Random(seed).uniform(case.operands["x"].shape[1])
+        yield Case(op, case.label, case.operands | {"scale": by})
+
+
 def linear(op: str) -> Iterator[Case]:
     shapes = [(3, 10, 7), (1, 1, 1), (1, 576, 192), (5, 64, 131), (17, 96, 33), (33, 130, 1), (129, 64, 64)]
     dtypes = [("float32", "float32"), ("float32", "bfloat16"), ("float32", "float16")]
@@ -271,6 +277,7 @@ def rope(op: str) -> Iterator[Case]:
 BUILDERS: Mapping[str, Callable[[str], Iterator[Case]]] = {
     "add": lambda op: _pointwise(op, "x", "y"),
     "multiply": lambda op: _pointwise(op, "x", "y"),
+    "scale_columns": scale_columns,
     "silu": lambda op: _pointwise(op, "x"),
     "gelu_tanh": lambda op: _pointwise(op, "x"),
     "gelu_tanh_mul": lambda op: _pointwise(op, "gate_up", even=True),
@@ -407,6 +414,7 @@ BUILDERS: Mapping[str, Callable[[str], Iterator[Case]]] = {
     "quantize_int": int_inputs.quantize_int,
     "dequantize_int": int_inputs.dequantize_int,
     "gather_columns": int_inputs.gather_columns,
+    "repack_pairs": int_inputs.repack_pairs,
     "grouped_silu_mul_int": int_inputs.grouped_linear_int,
     "sigmoid_mul": lambda op: _pointwise(op, "x", "gate"),
     "gated_head_rms_norm": delta_inputs.gated_head_rms_norm,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from case import NAN, Case, Random, in_columns
 from moe_inputs import entries, used
@@ -129,6 +130,12 @@ def repack_rows(op: str) -> Iterator[Case]:
 def repack_awq(op: str) -> Iterator[Case]:
     for outputs, inputs in ((8, 32), (64, 128), (200, 320), (72, 1000)):
         yield Case(op, f"{outputs}x{inputs}", {"q": Random(inputs).words(outputs // 8, inputs)})
+
+
+def repack_pairs(op: str) -> Iterator[Case]:
+    for outputs, inputs in ((2, 32), (64, 128), (130, 320), (66, 1000)):
+        q = torch.from_numpy(np.random.default_rng(inputs).integers(0, 256, (outputs // 2, inputs), np.uint8))
+        yield Case(op, f"{outputs}x{inputs}", {"q": q})
 
 
 def unpack_zeros(op: str) -> Iterator[Case]:

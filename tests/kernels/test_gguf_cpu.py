@@ -14,6 +14,7 @@ from gguf_inputs import random_blocks
 from makeready.kernels import native
 from makeready.kernels.gemm.linear_gguf_cpu import VARIANTS, Mapped, has, product
 from makeready.kernels.gguf import KINDS, nbytes_of, rows_of, to_8_bits, widened
+from makeready.kernels.gguf_dequantize import BLOCK_TYPES
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the library was not compiled")
 # Tokens, inputs, outputs: one of each, odd ones, half a pair of blocks, several panels of 32 outputs and 6 tokens.
@@ -48,7 +49,9 @@ def multiplied(x: torch.Tensor, places: list[np.ndarray], rows: str, bias=None, 
 def test_a_product_is_that_of_the_numbers_that_blocks_stand_for(kind, variant):
     if not has(variant):
         pytest.skip(f"this processor has no {variant}")
-    for seed, (tokens, width, outputs) in enumerate(SHAPES + ([] if kind.endswith("k") else SHORT)):
+    for seed, (tokens, width, outputs) in enumerate(
+        SHAPES + (SHORT if BLOCK_TYPES[kind].elements == 32 else [])
+    ):
         blocks = random_blocks(kind, outputs, width, seed)
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(tokens, width, generator=generator) * torch.rand(tokens, 1, generator=generator) * 9

@@ -40,7 +40,7 @@ compiled = pytest.mark.skipif(INTERPRETED, reason="needs Triton's compiler")
 
 LOADS = ("repack_gguf", "scales_gguf", "offsets_gguf")
 # Of weights, by the norm: what fp16 scales and offsets round. None where they are the file's.
-ROUNDED = {"q4_1": 3e-4, "q5_1": 3e-4, "q4_k": 3e-4, "q5_k": 3e-4, "q6_k": 3e-4}
+ROUNDED = {"q4_1": 3e-4, "q5_1": 3e-4, "q4_k": 3e-4, "q5_k": 3e-4, "q6_k": 3e-4, "iq4_xs": 3e-4}
 
 
 def numbers(kind: str, blocks: np.ndarray) -> torch.Tensor:

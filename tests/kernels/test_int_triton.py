@@ -36,6 +36,7 @@ compiled = pytest.mark.skipif(INTERPRETED, reason="needs Triton's compiler")
 LOADS = (
     "repack_rows",
     "repack_awq",
+    "repack_pairs",
     "unpack_zeros",
     "tile_scales",
     "order_of_groups",

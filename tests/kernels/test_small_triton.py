@@ -191,6 +191,7 @@ def test_pointwise(tokens, width):
     check_interpreted("gelu_tanh", {"x": x})
     check_interpreted("gelu_tanh_mul", {"gate_up": gate_up}, multiprocessors=1)
     check_interpreted("scale", {"x": x}, by=25.25)
+    check_interpreted("scale_columns", {"x": x, "scale": random(width, seed=3)}, multiprocessors=1)
     for gate in (random(tokens, 1, seed=2), columns_of(random(tokens, 1, seed=2))):
         check_interpreted("sigmoid_gate", {"x": x, "gate": gate}, multiprocessors=1)
     for whole in (width, width + 1, -(-width // 128) * 128, width + 300):
@@ -405,6 +406,7 @@ def _qwen3_calls(tokens):
     yield "gelu_tanh_mul", {"gate_up": _empty(tokens, 24576)}, {}
     yield "gelu_tanh", {"x": x}, {}
     yield "scale", {"x": x}, {"by": 25.25}
+    yield "scale_columns", {"x": x, "scale": _empty(4096, dtype=torch.float32)}, {}
     yield "sigmoid_gate", {"x": x, "gate": _empty(tokens, 1, dtype=torch.float32)}, {}
     yield "rms_norm", {"x": x, "weight": weight}, {"eps": 1e-6, "offset": 1.0}
     yield "embedding", {"ids": _empty(tokens, **ints), "weight": _empty(1000, 4096)}, {}
