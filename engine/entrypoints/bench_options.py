@@ -33,7 +33,7 @@ SUITES: dict[str, tuple[str, ...]] = {
     "gemm_fp8_sweep": ("gemm_fp8.",),
     "gemm_int4": (),
     "gemm_int4_sweep": (),
-    "gemm_few": (),
+    "gemm_few": ("gemm_few.",),
     "attention": ("attention.",),
     "attention_sweep": ("attention.",),
     "small_ops": (),
@@ -45,6 +45,8 @@ _SHARING = {name for name, options in SUITES.items() if set(_LLM) <= set(options
 _MODEL = {"decode", "startup", "llama_cpp", "load"} | _SHARING
 FP8_SCALES = ("rows", "groups", "integers")
 FP8_MATRICES = ("qkv", "o", "gate_up", "down")
+FEW_KINDS = ("bf16", "rows", "groups", "int4", "w8a16", "q4_k", "q6_k")
+FEW_MOST = 64
 ATTENTION_PARTS = ("decode", "extend", "write", "latent")
 
 
@@ -197,6 +199,20 @@ class GemmFp8Options:
 
 
 @dataclass
+class GemmFewOptions:
+    """Which projections of few tokens.
+
+    Attributes:
+        kinds: some of bf16, rows and groups (8-bit floats with scales of rows or of squares), and of weights alone
+            int4, w8a16 (8 bits), q4_k and q6_k (GGUF's blocks).
+        tokens: numbers of tokens, at most 64.
+    """
+
+    kinds: list[str] = MISSING
+    tokens: list[int] = MISSING
+
+
+@dataclass
 class AttentionOptions:
     """Which attention.
 
@@ -242,6 +258,7 @@ class BenchJob(Job):
     buckets: BucketsOptions = field(default_factory=BucketsOptions)
     load_steps: LoadStepsOptions = field(default_factory=LoadStepsOptions)
     gemm_fp8: GemmFp8Options = field(default_factory=GemmFp8Options)
+    gemm_few: GemmFewOptions = field(default_factory=GemmFewOptions)
     attention: AttentionOptions = field(default_factory=AttentionOptions)
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)  # type: ignore[valid-type]
     trace: str | None = literal()
@@ -288,6 +305,7 @@ class BenchJob(Job):
         for name, given, known in (
             ("gemm_fp8.scales", self.gemm_fp8.scales, FP8_SCALES),
             ("gemm_fp8.matrices", self.gemm_fp8.matrices, FP8_MATRICES),
+            ("gemm_few.kinds", self.gemm_few.kinds, FEW_KINDS),
             ("attention.parts", self.attention.parts, ATTENTION_PARTS),
         ):
             if not given or not set(given) <= set(known):
@@ -307,6 +325,7 @@ class BenchJob(Job):
             "latency.context": [self.latency.context],
             "latency.prompts": self.latency.prompts,
             "constrained.context": [self.constrained.context],
+            "gemm_few.tokens": self.gemm_few.tokens,
             "replay.requests": [1 if self.replay.requests is None else self.replay.requests],
             "replay.block": [self.replay.block],
             "host.waiting": [1 + least for least in self.host.waiting],
@@ -319,6 +338,8 @@ class BenchJob(Job):
         for name, values in counts.items():
             if min(values, default=0) < 1:
                 raise UsageError(f"{name} must be at least {int(name != 'host.waiting')}")
+        if max(self.gemm_few.tokens) > FEW_MOST:
+            raise UsageError(f"gemm_few.tokens={self.gemm_few.tokens} must be at most {FEW_MOST}")
         if not 0 <= self.throughput.ratio <= 1:
             raise UsageError(f"throughput.ratio={self.throughput.ratio:g} must be from 0 to 1")
         if not 0 < self.replay.speed < float("inf"):

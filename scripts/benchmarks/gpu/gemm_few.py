@@ -27,7 +27,6 @@ assert isinstance(linear, Contract)
 assert isinstance(linear_int, Contract)
 
 ROTATED = 300e6  # bytes of weights that calls rotate over
-ROWS = (2, 8, 16, 32, 64)
 WRONG = 6e-3  # relative error from which a result is no rounding
 # Outputs and inputs.
 QWEN3_8B = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (24576, 4096), "down": (4096, 12288)}
@@ -106,11 +105,11 @@ def call_of(kind: str, tensors: Tensors) -> OpCall:
     return launcher.op_call(_CONTRACTS[kind], tensors, attrs, spare=True)
 
 
-def cases() -> Iterator[tuple[str, str, int, int, int]]:
+def cases(kinds: Sequence[str], tokens: Sequence[int]) -> Iterator[tuple[str, str, int, int, int]]:
     """Kind, matrix, its outputs and inputs, tokens."""
-    for kind, matrices in KINDS.items():
-        for name, (N, K) in matrices.items():
-            for T in ROWS:
+    for kind in kinds:
+        for name, (N, K) in KINDS[kind].items():
+            for T in tokens:
                 yield kind, name, N, K, T
 
 
@@ -121,12 +120,12 @@ def ways_of(kind: str, call: OpCall) -> list[Candidate]:
     return [_TRITON[kind](call)[0], *own]
 
 
-def measure(note: Callable[[str], None]) -> list[dict[str, Any]]:
+def measure(note: Callable[[str], None], kinds: Sequence[str], tokens: Sequence[int]) -> list[dict[str, Any]]:
     """Of each product: floor, and of the ways tried seconds, seconds predicted and relative error."""
     torch.backends.cuda.matmul.allow_tf32 = False
 
     def work() -> Iterator[tuple[OpCall, Sequence[Candidate]]]:
-        for kind, _, N, K, T in cases():
+        for kind, _, N, K, T in cases(kinds, tokens):
             call = call_of(kind, operands(kind, T, N, K, device="meta"))
             yield call, ways_of(kind, call)
 
@@ -134,12 +133,12 @@ def measure(note: Callable[[str], None]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     held: list[Tensors] = []
     last = ""
-    for kind, name, N, K, T in cases():
+    for kind, name, N, K, T in cases(kinds, tokens):
         if last != kind + name:
             note(f"{kind} {name}")
             held.clear()
             size = N * K * _BYTES[kind][0]
-            held += [operands(kind, max(ROWS), N, K, seed=i) for i in range(copies(size, over=ROTATED))]
+            held += [operands(kind, max(tokens), N, K, seed=i) for i in range(copies(size, over=ROTATED))]
             last = kind + name
         own = operands(kind, T, N, K)
         moving = {key: own[key] for key in ("x", "x_scale") if key in own}

@@ -120,7 +120,8 @@ def gemm_few(bench: Bench) -> Measured:
     _need_gpu("gemm_few")
     from benchmarks.gpu import gemm_few
 
-    found = gemm_few.measure(bench.stages.note)
+    options = bench.job.gemm_few
+    found = gemm_few.measure(bench.stages.note, options.kinds, options.tokens)
     return _with_rates({"gemm_few": found}, gemm_few.table(found))
 
 
