@@ -35,21 +35,19 @@ _MOST_OF_FOUR = 16  # columns of a product of blocks of four warpgroups
 _ALONE = {4: 64, 8: 32}  # columns of a product with which a block has a multiprocessor to itself, by bits
 _SPAN = 128  # inputs of a step for each warpgroup
 _WIDE = ("bfloat16", "float16")
-# Fitted to one H200 with the projections of Qwen3-8B at 2 and 16 tokens (``scripts/bench.py suite=[gemm_few]``): by
-# warpgroups of a block, and where scales are multiplied into weights. Steps of 8 bits copy twice the words.
-_COSTS = Costs(
-    start=1.05,
-    tile=0.7,
-    exchange=1.0,
-    block=0.4,
-    step=0.42,
-    column=0.0125,
-    memory=1.1,
-    from_l2=6.8e12,
-)
+# By warpgroups of a block. Fitted to one H200 with the projections of Qwen3-8B at 2 and 16 tokens
+# (bench/results/h200_gemm_few_int.json); 32 and 64 tokens, of two warpgroups, to the kernel before this one.
+_COSTS = {
+    2: Costs(
+        start=1.05, tile=0.7, exchange=1.0, block=0.4, step=0.45, column=0.006, memory=1.1, from_l2=6.8e12
+    ),
+    4: Costs(
+        start=1.05, tile=0.7, exchange=1.0, block=0.4, step=0.42, column=0.0125, memory=1.1, from_l2=6.8e12
+    ),
+}
 # Microseconds of a step on top, by warpgroups: where groups lie in spans, and of 8 bits.
-_PARTS = {2: 0.08, 4: 0.24}
-_EIGHT = {2: 0.15, 4: 0.3}
+_PARTS = {2: 0.13, 4: 0.24}
+_EIGHT = {2: 0.22, 4: 0.3}
 _OPTIONAL = ("weight_zero", "weight_global_scale")
 
 
@@ -107,8 +105,9 @@ def _microseconds(call: OpCall, way: Way) -> float:
     shared = DTYPE_BYTES[call.tensors["weight_scale"].dtype] + zero_bytes(call)
     scales = depth // min(group, _SPAN) * shared
     weights = few.OUTPUTS * (depth * bits // 8 + scales)
-    step = _COSTS.step + (_PARTS[spans] if group < _SPAN else 0.0) + (_EIGHT[spans] if bits == 8 else 0.0)
-    costs = replace(_COSTS, step=step)
+    costs = _COSTS[spans]
+    step = costs.step + (_PARTS[spans] if group < _SPAN else 0.0) + (_EIGHT[spans] if bits == 8 else 0.0)
+    costs = replace(costs, step=step)
     return few.microseconds(call, way, _steps(call, spans), costs, weights=weights, tokens=2 * depth)
 
 
