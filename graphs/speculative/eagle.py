@@ -132,7 +132,7 @@ class EagleMethod(Chained):
                 f"speculative.method=eagle has heads with {MLP_NORM} alone, as published, and speculative.checkpoint "
                 f"has {further[0]}; choose another head"
             )
-        return Followed(target, Eagle(target, setting), setting.limits)
+        return Followed(target, Eagle(target, setting), setting)
 
 
 method(EagleMethod())
