@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from makeready.graphs.checkpoint.base import CheckpointError
 from makeready.graphs.checkpoint.config import normalise_config
@@ -18,13 +19,14 @@ from makeready.graphs.plan import memory
 from makeready.graphs.plan.buckets import prove_coverage
 from makeready.graphs.plan.check_cuda import check_chains, check_kernels, check_nodes
 from makeready.graphs.plan.check_lanes import check_lanes
-from makeready.graphs.plan.constants import GENERATORS, zeros
+from makeready.graphs.plan.constants import GENERATORS, numbers, zeros
 from makeready.graphs.plan.plan import Plan, PlanError, Weight
 from makeready.graphs.plan.program import Buffer, LoweredProgram
 from makeready.graphs.plan.reads import complaint
 from makeready.graphs.plan.recipe import Derived, Param
 from makeready.graphs.plan.rules import MOST, ContradictionError, inside, need
 from makeready.graphs.plan.spec import DEVICE, HOST, LATE, Field
+from makeready.graphs.plan.speculative import MOST_NODES
 from makeready.graphs.plan.targets import TARGETS
 from makeready.kernels.spec import DTYPE_BYTES, PAGES, ROWS, TOKENS
 
@@ -43,10 +45,14 @@ INDICES = {
     "query_start": ("draft_start",),
     "query_len": ("draft_len",),
     "context_len": ("draft_context", "draw_context"),
-    "positions": ("prior",),
+    "positions": ("prior", "places", "after"),
     "token_slot": ("chain_slot",),
     "d2t": ("draft.d2t",),
+    "tree": ("grown",),
+    "drawn": ("tokens",),
+    "tree_start": ("start",),
 }
+_OF_TREES = ("parent", "depth", "ancestors", "children", "level", "below")  # numbers of nodes, and sets of them
 
 
 def check_plan(plan: Plan) -> Plan:
@@ -261,6 +267,23 @@ def _derived(param: Param, derived: Derived) -> None:
     )
 
 
+def _numbers(param: Param, said: Mapping[str, Any]) -> None:
+    """Tables of a tree of drafts: numbers of nodes, -1 for none, or sets of them."""
+    try:
+        table = numbers(**said)
+    except (TypeError, ValueError, OverflowError):
+        raise ContradictionError(f"weight {param.name} is made of {said}, which are no numbers") from None
+    need(
+        (table.shape, table.dtype.name) == (param.spec.shape, param.spec.dtype),
+        f"weight {param.name}, {param.spec}, is made as {table.dtype.name} of {table.shape}",
+    )
+    least, most = (-1, MOST_NODES - 1) if table.dtype.name == "int32" else (-(2**63), 2**63 - 1)
+    need(
+        table.size > 0 and least <= table.min() and table.max() <= most,
+        f"weight {param.name} has numbers that no node has",
+    )
+
+
 def _generated(param: Param) -> None:
     """Tables are made of a size that the recipe's arguments say; a first row shows whether it can be made."""
     assert param.generated is not None
@@ -275,6 +298,9 @@ def _generated(param: Param) -> None:
             said == {"shape": list(shape)} and dtype == "int32",
             f"weight {param.name}, {param.spec}, is made as {said.get('shape')} zeros of int32",
         )
+        return
+    if made is numbers:
+        _numbers(param, said)
         return
     need(
         [said.get("context_len"), said.get("rotary_dim")] == list(shape)
@@ -325,6 +351,7 @@ def _order(plan: Plan, program: LoweredProgram, names: set[str]) -> None:
     views = {name for name, buffer in program.buffers.items() if buffer.row_stride is not None}
     constants = {w.param.name: w.param.generated for w in plan.weights}
     nothing = {name for name, made_by in constants.items() if made_by and made_by.function == "zeros"}
+    tables = {name for name, made_by in constants.items() if made_by and made_by.function == "numbers"}
     for launch in program.launches:
         named = set(launch.operands.values())
         of_groups = [g.name for g in plan.kv.groups if any(part.name in named for part in g.parts)]
@@ -341,7 +368,8 @@ def _order(plan: Plan, program: LoweredProgram, names: set[str]) -> None:
                 fields = {plan.kv.field(group, name) for group in groups for name in index}
                 own = fields if operand in _OF_GROUPS else fields | index
                 unmasked = operand in ("masked", "allowed") and value in nothing
-                need(value in own or made.get(value) in index or unmasked, f"{where} as {operand}")
+                of_tree = operand in _OF_TREES and value in tables
+                need(value in own or made.get(value) in index or unmasked or of_tree, f"{where} as {operand}")
         for result, value in launch.results.items():
             need(
                 (value in results or value in program.buffers) and value not in made,

@@ -6,7 +6,7 @@ places behind the root, and is at position ``depth[i]`` behind it. Where a row h
 nodes alone.
 
     T tokens, R rows, S slots (the last is the null slot of padding rows), L tokens of context, M nodes of a tree,
-    K children of a node at most, W nodes of a level, V of the next one, C features, X tokens of the vocabulary,
+    K children of a node at most, W nodes of a level (N of all rows), V of the next one, C features, X tokens of the vocabulary,
     ``deep`` levels behind the root
 """
 
@@ -40,7 +40,7 @@ def plant_tree(
     "path[R*W,deep]:int32 path_len[R*W]:int32 query_start[R]:int32 query_len[R]:int32 context_len[R]:int32 "
     "tree_start[R]:int32",
     tolerance=_EXACT,
-    traffic={"length": "0"},
+    traffic={"length": "1"},
 )
 def place_level(
     row_slot: torch.Tensor,
@@ -96,13 +96,13 @@ def place_level(
 
 
 @contract(
-    "tree[R,M]:int32 drawn[R*W]:int32 level[W]:int32 children[M,K]:int32 -> grown[R,M]:int32",
+    "tree[R,M]:int32 drawn[N]:int32 level[W]:int32 children[M,K]:int32 -> grown[R,M]:int32",
     tolerance=_EXACT,
 )
 def grow_tree(
     tree: torch.Tensor, drawn: torch.Tensor, level: torch.Tensor, children: torch.Tensor, *, rank: int
 ) -> torch.Tensor:
-    """The trees with child ``rank`` of each node of a level, where it has so many; -1 in ``children`` is none.
+    """The trees with child ``rank``, one of N that are ``drawn``, of each node of a level, where it has so many; -1 in ``children`` is none.
 
     What is drawn where logits are no numbers, which is negative, becomes token 0.
     """
@@ -121,14 +121,14 @@ def exclude(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 
 @contract(
-    "tree[R,M]:int32 x[R*W,C]:A level[W]:int32 below[V]:int32 parent[M]:int32 -> y[R*V,C]:A",
+    "tree[R,M]:int32 x[N,C]:A level[W]:int32 below[V]:int32 parent[M]:int32 -> y[R*V,C]:A",
     tolerance=_EXACT,
-    traffic={"tree": "0"},
+    traffic={"tree": "1"},
 )
 def take_parents(
     tree: torch.Tensor, x: torch.Tensor, level: torch.Tensor, below: torch.Tensor, parent: torch.Tensor
 ) -> torch.Tensor:
-    """Of every node of the level ``below``, the features that its parent has among those of ``level``."""
+    """Of every node of the level ``below``, the features that its parent has among the N of ``level``."""
     at = (parent[below.long()][:, None] == level).int().argmax(1)
     return x.unflatten(0, (len(tree), len(level)))[:, at].flatten(0, 1)
 
@@ -138,9 +138,9 @@ def take_parents(
     "start[R]:int32 drafts[R]:int32 tree[R,M]:int32 parent[M]:int32 depth[M]:int32 ancestors[M]:int64 "
     "length[S]:int32 -> ids[T]:int32 positions[T]:int32 places[T]:int32 after[T]:int32 token_slot[T]:int32 "
     "visible[T]:int64 draw_slot[T]:int32 draw_context[T]:int32 path[T,deep]:int32 path_len[T]:int32 "
-    "tree_start[R]:int32 tree_len[R]:int32 context_len[R]:int32",
+    "draft_start[R]:int32 draft_len[R]:int32 context_len[R]:int32",
     tolerance=_EXACT,
-    traffic={"length": "0"},
+    traffic={"length": "1"},
 )
 def pack_tree(
     token_ids: torch.Tensor,
@@ -158,7 +158,7 @@ def pack_tree(
     *,
     deep: int,
 ) -> tuple[torch.Tensor, ...]:
-    """Every row's root and the ``drafts[r]`` nodes behind it, packed: ``tree_len[r]`` from ``tree_start[r]`` on.
+    """Every row's root and the ``drafts[r]`` nodes behind it, packed: ``draft_len[r]`` from ``draft_start[r]`` on.
 
     What is said of a node is as in :func:`place_level` with ``behind`` 0; ``after`` is the place behind its parent,
     of the root its own. Where the last of the ``query_len[r]`` tokens that are staged from ``query_start[r]`` on is
@@ -196,7 +196,7 @@ def pack_tree(
 
 
 @contract(
-    "ids[T]:int32 tokens[T]:int32 row_slot[R]:int32 start[R]:int32 tree_start[R]:int32 tree_len[R]:int32 "
+    "ids[T]:int32 tokens[T]:int32 row_slot[R]:int32 start[R]:int32 query_start[R]:int32 query_len[R]:int32 "
     "parent[M]:int32 length![S]:int32 history![S,L]:int32 -> drafted[R]:int32 accepted[R]:int32 line[R,deep]:int32 "
     "order[T]:int32",
     tolerance=_EXACT,
@@ -207,8 +207,8 @@ def accept_tree(
     tokens: torch.Tensor,
     row_slot: torch.Tensor,
     start: torch.Tensor,
-    tree_start: torch.Tensor,
-    tree_len: torch.Tensor,
+    query_start: torch.Tensor,
+    query_len: torch.Tensor,
     parent: torch.Tensor,
     length: torch.Tensor,
     history: torch.Tensor,
@@ -217,7 +217,7 @@ def accept_tree(
 ) -> tuple[torch.Tensor, ...]:
     """Down each row's tree as far as what is sampled behind a node is one of its children, the first one of these.
 
-    Row r ran ``tree_len[r]`` nodes from ``tree_start[r]`` on: its root, at place ``start[r]`` of the sequence, and
+    Row r ran ``query_len[r]`` nodes from ``query_start[r]`` on: its root, at place ``start[r]`` of the sequence, and
     ``drafted[r]`` drafts. Behind each ``tokens`` were sampled. ``accepted[r]`` nodes of ``line[r]`` were right, one a
     level; beyond them it is 0. The slot's ``length`` ends behind them, and what was sampled behind the root and
     behind each of them follows the root in the ``history`` (0 where it is negative), as far as that goes. ``order``
@@ -228,7 +228,7 @@ def accept_tree(
     line = torch.zeros(len(row_slot), deep, dtype=torch.int32)
     order = torch.arange(len(ids), dtype=torch.int32)
     for r, slot in enumerate(row_slot.tolist()):
-        count, first, node = int(tree_len[r]), int(tree_start[r]), 0
+        count, first, node = int(query_len[r]), int(query_start[r]), 0
         if slot == null or count == 0:
             continue
         nodes = [0]
