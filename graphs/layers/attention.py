@@ -98,8 +98,8 @@ class PagedCache:
     ) -> torch.Tensor:
         if 0 < self.window <= inputs.deep:
             raise PlanError(
-                f"speculative.tree is {inputs.deep} levels deep, and {self.name} has a window of {self.window} tokens; "
-                "make it less deep"
+                f"speculative.tree is {inputs.deep} levels deep, and {self.name} has a window of {self.window} "
+                "tokens; make it less deep"
             )
         return tree.tree_attention(
             q,

@@ -57,7 +57,9 @@ class Inputs:
         )
         behind = self.cache.field(group, "")
         plain = {n.removesuffix(behind): x for n, x in self._fields.items() if behind and n.endswith(behind)}
-        return Inputs({**self._fields, **plain}, {p.name: self._kv[n] for n, p in own.items()}, cache, "", self.deep)
+        return Inputs(
+            {**self._fields, **plain}, {p.name: self._kv[n] for n, p in own.items()}, cache, "", self.deep
+        )
 
     def adding(self, **derived: torch.Tensor) -> Inputs:
         """These inputs and what was derived from them, for the cache group that they are of."""
@@ -67,7 +69,7 @@ class Inputs:
     def branching(self, deep: int) -> Inputs:
         """These inputs, of tokens that are nodes of trees so many levels ``deep``: 0 where tokens follow each other.
 
-        Tokens of trees have ``visible`` and ``tree_start``, see :func:`makeready.kernels.attention.tree.tree_attention`.
+        Such tokens have ``visible`` and ``tree_start``, see :func:`makeready.kernels.attention.tree.tree_attention`.
         """
         return Inputs(self._fields, self._kv, self.cache, self._group, deep)
 

@@ -52,7 +52,14 @@ INDICES = {
     "drawn": ("tokens",),
     "tree_start": ("start",),
 }
-_OF_TREES = ("parent", "depth", "ancestors", "children", "level", "below")  # numbers of nodes, and sets of them
+_OF_TREES = (
+    "parent",
+    "depth",
+    "ancestors",
+    "children",
+    "level",
+    "below",
+)  # numbers of nodes, and sets of them
 
 
 def check_plan(plan: Plan) -> Plan:

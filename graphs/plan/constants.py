@@ -88,4 +88,8 @@ def numbers(*, values: Sequence[Any], dtype: str) -> np.ndarray:
     return np.array(values, dtype)
 
 
-GENERATORS: Mapping[str, Callable[..., np.ndarray]] = {"rope_table": rope_table, "zeros": zeros, "numbers": numbers}
+GENERATORS: Mapping[str, Callable[..., np.ndarray]] = {
+    "rope_table": rope_table,
+    "zeros": zeros,
+    "numbers": numbers,
+}

@@ -47,21 +47,20 @@ class Shape:
         """The nodes of every depth, ascending."""
         return [[n for n, depth in enumerate(self.depth) if depth == d] for d in range(self.deep + 1)]
 
+    def wide(self, level: int) -> int:
+        """Children that a node of a level has, at most."""
+        return max(sum(child >= 0 for child in self.children[node]) for node in self.levels[level])
+
 
 def shape_of(paths: Paths) -> Shape:
-    """The tree of ``paths`` as :class:`~makeready.graphs.plan.speculative.Speculative` has them."""
-    numbers = {(): 0} | {path: number for number, path in enumerate(paths, 1)}
-    parent = tuple(numbers[path[:-1]] for path in numbers)
-    ancestors = tuple(sum(1 << numbers[path[:d]] for d in range(len(path) + 1)) for path in numbers)
-    wide = max(path[-1] for path in paths) + 1
-    children = tuple(tuple(numbers.get((*path, rank), -1) for rank in range(wide)) for path in numbers)
-    return Shape(parent, tuple(map(len, numbers)), ancestors, children)
+    """The tree of ``paths`` as :class:`~makeready.graphs.plan.speculative.Speculative` has them.
 
-
-def check_tree(paths: Any, limits: Limits, cache: CacheSpec, *, deterministic: bool) -> None:
-    """Raise :class:`PlanError` for trees that cannot be."""
+    Raises:
+        PlanError: they are no tree.
+    """
     whole = isinstance(paths, tuple) and all(
-        isinstance(path, tuple) and path and all(type(rank) is int and rank >= 0 for rank in path) for path in paths
+        isinstance(path, tuple) and path and all(type(rank) is int and rank >= 0 for rank in path)
+        for path in paths
     )
     if not whole:
         raise PlanError(
@@ -78,11 +77,23 @@ def check_tree(paths: Any, limits: Limits, cache: CacheSpec, *, deterministic: b
             )
         known.add(path)
     if len(known) > MOST_NODES:
-        raise PlanError(f"speculative.tree has {len(paths)} nodes, and steps check {MOST_NODES - 1} at most; leave some out")
+        raise PlanError(
+            f"speculative.tree has {len(paths)} nodes, and steps check {MOST_NODES - 1} at most; leave some out"
+        )
+    numbers = {(): 0} | {path: number for number, path in enumerate(paths, 1)}
+    parent = tuple(numbers[path[:-1]] for path in numbers)
+    ancestors = tuple(sum(1 << numbers[path[:d]] for d in range(len(path) + 1)) for path in numbers)
+    wide = max(path[-1] for path in paths) + 1
+    children = tuple(tuple(numbers.get((*path, rank), -1) for rank in range(wide)) for path in numbers)
+    return Shape(parent, tuple(map(len, numbers)), ancestors, children)
+
+
+def check_tree(paths: Paths, limits: Limits, cache: CacheSpec, *, deterministic: bool) -> None:
+    """Raise :class:`PlanError` for trees that cannot be."""
     if deterministic:
         raise PlanError(
-            "speculative.tree attends by kernels of its own, and in a plan.deterministic plan all steps run the same; "
-            "leave one of them out, or use speculative.num_draft_tokens for a chain"
+            "speculative.tree attends by kernels of its own, and in a plan.deterministic plan all steps run the "
+            "same; leave one of them out, or use speculative.num_draft_tokens for a chain"
         )
     deep = max(map(len, paths))
     other = next((part.name for part in cache.parts if not part.name.endswith((".k", ".v", STATES))), None)
@@ -94,13 +105,14 @@ def check_tree(paths: Any, limits: Limits, cache: CacheSpec, *, deterministic: b
     narrow = next((g.window for g in cache.paged if g.window and g.window <= deep), None)
     if narrow is not None:
         raise PlanError(
-            f"speculative.tree is {deep} levels deep, and the model has windows of {narrow} tokens; make it less deep"
+            f"speculative.tree is {deep} levels deep, and the model has a window of {narrow} tokens; make it less "
+            "deep"
         )
-    assert limits.vocabulary
     wide = max(path[-1] for path in paths) + 1
     if wide > limits.vocabulary:
         raise PlanError(
-            f"speculative.tree gives a node {wide} children, and the vocabulary has {limits.vocabulary} tokens; lower it"
+            f"speculative.tree gives a node {wide} children, and the vocabulary has {limits.vocabulary} tokens; "
+            "leave some out"
         )
 
 
@@ -137,7 +149,9 @@ class Tree:
         drafter, group, unmasked: of :class:`~.chain.Followed`, whose drafter it asks.
     """
 
-    def __init__(self, tables: Tables, drafter: Any, group: str, unmasked: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self, tables: Tables, drafter: Any, group: str, unmasked: Mapping[str, torch.Tensor]
+    ) -> None:
         self.tables, self.drafter, self.group, self.unmasked = tables, drafter, group, unmasked
 
     def draw(self, i: Inputs, limits: Limits) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -147,7 +161,7 @@ class Tree:
             i.token_ids, i.row_slot, i.row_start, i.query_start, i.query_len, i.limit, i.length
         )
         tree = draft_tree.plant_tree(i.row_slot, start, i.history, t.parent)
-        before = None
+        before = elder = None
         for number, level in enumerate(t.levels):
             ids, at, drawn = self._placed(i, limits, start, drafts, tree, level)
             if number == 0:
@@ -155,15 +169,21 @@ class Tree:
             elif before is not None:
                 before = draft_tree.take_parents(tree, before, t.levels[number - 1], level, t.parent)
             logits, before = self.drafter.step(ids, before, at)
-            of_level = [t.shape.children[node] for node in t.shape.levels[number]]
-            for rank in range(max(sum(child >= 0 for child in children) for children in of_level)):
-                logits = draft_tree.exclude(logits, tokens) if rank else logits  # noqa: F821 of the rank before
-                tokens = draw(logits, drawn)
-                tree = draft_tree.grow_tree(tree, tokens, level, t.children, rank=rank)
+            for rank in range(t.shape.wide(number)):
+                if elder is not None and rank:
+                    logits = draft_tree.exclude(logits, elder)
+                elder = draw(logits, drawn)
+                tree = draft_tree.grow_tree(tree, elder, level, t.children, rank=rank)
         return start, drafts, tree
 
     def _placed(
-        self, i: Inputs, limits: Limits, start: torch.Tensor, drafts: torch.Tensor, tree: torch.Tensor, level: torch.Tensor
+        self,
+        i: Inputs,
+        limits: Limits,
+        start: torch.Tensor,
+        drafts: torch.Tensor,
+        tree: torch.Tensor,
+        level: torch.Tensor,
     ) -> tuple[torch.Tensor, Inputs, Inputs]:
         """Ids of the nodes of a level, inputs to run them, and inputs to draw their children."""
         t = self.tables
@@ -219,7 +239,8 @@ def _move(inputs: Inputs, start: torch.Tensor, line: torch.Tensor, behind: int, 
     for group in inputs.cache.paged:
         i = inputs.of(group.name)
         own, drafts = (
-            [part.name for part in group.parts if part.name.startswith(DRAFT) == second] for second in (False, True)
+            [part.name for part in group.parts if part.name.startswith(DRAFT) == second]
+            for second in (False, True)
         )
         states = [name for name in drafts if name == DRAFT + STATES]
         entries = [name for name in drafts if name not in states]

@@ -121,7 +121,11 @@ def _check(asked: Speculative, limits: Limits, cache: CacheSpec, request: Reques
         if share is not None:
             raise PlanError("speculative.forced_acceptance is of chains; leave speculative.tree out")
         tree.check_tree(asked.tree, limits, cache, deterministic=request.deterministic)
-    said = f"the {asked.drafts} nodes of speculative.tree" if asked.tree else f"speculative.num_draft_tokens={asked.drafts}"
+    said = (
+        f"the {asked.drafts} nodes of speculative.tree"
+        if asked.tree
+        else f"speculative.num_draft_tokens={asked.drafts}"
+    )
     if 1 + asked.drafts > limits.max_tokens:
         raise PlanError(
             f"{said} and the token before them do not fit into steps "

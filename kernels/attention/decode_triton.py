@@ -125,8 +125,8 @@ def decode_attention_tiles(
         q_ND = tl.load(q + row.to(tl.int64) * q_stride + head_ND, mask=is_q, other=0.0)
         pages = page_table + row.to(tl.int64) * table_stride
         max_N, sum_N, acc_ND = attend_tiles(
-            as_queries(q_ND, k_cache), k_cache, v_cache, scales, pages, head, length, length - WINDOW, None, 0, None, scale,
-            first + at - begin, first + upto - begin, KV_HEADS, HEAD_DIM, BITS, PAGE, WINDOW, N, D, L,
+            as_queries(q_ND, k_cache), k_cache, v_cache, scales, pages, head, length, length - WINDOW, None, 0, None,
+            scale, first + at - begin, first + upto - begin, KV_HEADS, HEAD_DIM, BITS, PAGE, WINDOW, N, D, L,
         )  # fmt: skip
 
         out = y + row.to(tl.int64) * y_stride
@@ -234,7 +234,7 @@ def attend_tiles(
     Args:
         oldest: first token that one of them sees, where there is a ``WINDOW``.
         position_N: of each query in its row, or None where all see what is before ``length``.
-        root, visible_N: where a tree begins, and what each query sees of it, a bit a place; None where there is none.
+        root, visible_N: where a tree begins, and what each query sees of it, a bit a place; None without a tree.
     """
     l = tl.arange(0, L)  # noqa: E741
     max_N = tl.full((N,), float("-inf"), tl.float32)

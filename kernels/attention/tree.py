@@ -1,6 +1,6 @@
 """Attention of trees of drafts: a token sees its row's context, and of the tree behind it its own ancestors.
 
-    T tokens, R rows, H query heads, G KV heads, D head size, B pages of a row at most
+T tokens, R rows, H query heads, G KV heads, D head size, B pages of a row at most
 """
 
 from __future__ import annotations

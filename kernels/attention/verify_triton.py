@@ -209,8 +209,9 @@ def _item(
     at, end_R, row_R, context_len, query_len, tree_start, rows, KV_HEADS: tl.constexpr, WINDOW: tl.constexpr,
     L: tl.constexpr,
 ):  # fmt: skip
-    """The item of tile ``at``: row, its length, its queries, the place of the first or of a tree's root, its first tile that is seen, its tiles from there, head,
-    and where they begin in the line of all. Behind the end of the line it is some item.
+    """The item of tile ``at``: row, its length, its queries, the place of the first or of a tree's root, its first
+    tile that is seen, its tiles from there, head, and where they begin in the line of all. Behind the end of the line
+    it is some item.
     """
     row = tl.minimum(tl.sum((end_R <= at).to(tl.int32), 0), rows - 1)
     length = tl.load(context_len + row)
@@ -314,7 +315,12 @@ def candidate(call: OpCall, L: int, warps: int, stages: int, a_multiprocessor: i
         num_warps=warps,
         num_stages=stages,
         dependent=dependent,
-        early=("context_len", "query_len", "page_table", *(("tree_start",) if "tree_start" in optional else ())),
+        early=(
+            "context_len",
+            "query_len",
+            "page_table",
+            *(("tree_start",) if "tree_start" in optional else ()),
+        ),
         local_bytes=16,  # at half tiles
     )
     scratch = counters + stats + 2 * blocks * each * group * head_dim * 4

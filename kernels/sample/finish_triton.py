@@ -199,7 +199,10 @@ def draw_tokens(
     BRANCHES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The row's token, to ``tokens`` and, but for BRANCHES, to its history. See chunks_triton.py for what the scratch holds."""
+    """The row's token, to ``tokens`` and, but for BRANCHES, to its history.
+
+    See chunks_triton.py for what the scratch holds.
+    """
     if PDL:
         gdc_launch_dependents()
         gdc_wait()

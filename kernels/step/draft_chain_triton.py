@@ -140,9 +140,7 @@ def pack_rows(
     begin = 0
     for first in range(0, row, BLOCK):
         before = first + lane
-        counts, _ = tokens_of(
-            before, before < row, token_ids, row_slot, query_start, query_len, drafts, NULL
-        )
+        counts, _ = tokens_of(before, before < row, token_ids, row_slot, query_start, query_len, drafts, NULL)
         begin += tl.sum(counts, 0)
     if row == rows:
         for first in range(begin, tokens, BLOCK):

@@ -1,13 +1,13 @@
 """Trees of drafts: nodes level by level while they are drawn, and all packed for the step that checks them.
 
 A tree is the same for all rows. Node 0 is its root, the sequence's own last token; every other node comes behind its
-``parent`` in the order of nodes, so that the first nodes of a tree are a tree. Node i of a row lies in the cache ``i``
+``parent`` in the order of nodes, so that the first nodes of a tree are a tree. Node i of a row lies in the cache i
 places behind the root, and is at position ``depth[i]`` behind it. Where a row has few places left, it has the first
 nodes alone.
 
     T tokens, R rows, S slots (the last is the null slot of padding rows), L tokens of context, M nodes of a tree,
-    K children of a node at most, W nodes of a level (N of all rows), V of the next one, C features, X tokens of the vocabulary,
-    ``deep`` levels behind the root
+    K children of a node at most, W nodes of a level (N of all rows), V of the next one, C features, X tokens of the
+    vocabulary, ``deep`` levels behind the root
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def plant_tree(
     "row_slot[R]:int32 sample_slot[R]:int32 start[R]:int32 drafts[R]:int32 tree[R,M]:int32 parent[M]:int32 "
     "depth[M]:int32 ancestors[M]:int64 level[W]:int32 length[S]:int32 -> ids[R*W]:int32 positions[R*W]:int32 "
     "places[R*W]:int32 token_slot[R*W]:int32 visible[R*W]:int64 draw_slot[R*W]:int32 draw_context[R*W]:int32 "
-    "path[R*W,deep]:int32 path_len[R*W]:int32 query_start[R]:int32 query_len[R]:int32 context_len[R]:int32 "
+    "path[R*W,deep+1]:int32 path_len[R*W]:int32 query_start[R]:int32 query_len[R]:int32 context_len[R]:int32 "
     "tree_start[R]:int32",
     tolerance=_EXACT,
     traffic={"length": "1"},
@@ -63,7 +63,7 @@ def place_level(
     ``start[r] + i`` and is at the position ``behind`` before ``start[r] + depth[i]``. It sees what is before
     ``tree_start[r]``, the place of the root, and of the places from there on those of ``visible``, a bit each. Its
     children are drawn for ``draw_slot`` and come at place ``draw_context`` of a sequence that ends in the first
-    ``path_len`` tokens of ``path``, the nodes behind the root that lead to it.
+    ``path_len`` tokens of ``path``, the nodes from the root on that lead to it.
 
     A row has the nodes up to ``drafts[r]``; the last of the level that it has is the last of its ``context_len``
     places. Other nodes, and all where ``drafts[r]`` is 0, are padding: the null slot, and 0 of all else.
@@ -74,7 +74,7 @@ def place_level(
     ids, positions, places, token_slot, visible, draw_slot, draw_context, path_len, _ = flat
     token_slot.fill_(null)
     draw_slot.fill_(null)
-    path = torch.zeros(rows * wide, deep, dtype=torch.int32)
+    path = torch.zeros(rows * wide, deep + 1, dtype=torch.int32)
     query_len, context_len, tree_start = (torch.zeros(rows, dtype=torch.int32) for _ in range(3))
     for r, most in enumerate(drafts.tolist()):
         first = int(start[r]) - behind
@@ -84,8 +84,8 @@ def place_level(
             t, far = r * wide + w, int(depth[node])
             ids[t], positions[t], places[t] = tree[r, node], first + far, first + node
             token_slot[t], draw_slot[t], visible[t] = row_slot[r], sample_slot[r], ancestors[node]
-            draw_context[t], path_len[t] = int(start[r]) + far + 1, far
-            for d in range(far - 1, -1, -1):
+            draw_context[t], path_len[t] = int(start[r]) + far + 1, far + 1
+            for d in range(far, -1, -1):
                 path[t, d] = tree[r, node]
                 node = int(parent[node])
             query_len[r] += 1
@@ -102,9 +102,10 @@ def place_level(
 def grow_tree(
     tree: torch.Tensor, drawn: torch.Tensor, level: torch.Tensor, children: torch.Tensor, *, rank: int
 ) -> torch.Tensor:
-    """The trees with child ``rank``, one of N that are ``drawn``, of each node of a level, where it has so many; -1 in ``children`` is none.
+    """The trees with child ``rank`` of each node of a level, where it has so many; -1 in ``children`` is none.
 
-    What is drawn where logits are no numbers, which is negative, becomes token 0.
+    Those of all rows' nodes are ``drawn``, node by node. What is drawn where logits are no numbers, a negative one,
+    becomes token 0.
     """
     grown, drawn_RW = tree.clone(), drawn.view(len(tree), -1)
     for w, node in enumerate(level.tolist()):
@@ -137,7 +138,7 @@ def take_parents(
     "token_ids[T]:int32 row_slot[R]:int32 query_start[R]:int32 query_len[R]:int32 sample_slot[R]:int32 "
     "start[R]:int32 drafts[R]:int32 tree[R,M]:int32 parent[M]:int32 depth[M]:int32 ancestors[M]:int64 "
     "length[S]:int32 -> ids[T]:int32 positions[T]:int32 places[T]:int32 after[T]:int32 token_slot[T]:int32 "
-    "visible[T]:int64 draw_slot[T]:int32 draw_context[T]:int32 path[T,deep]:int32 path_len[T]:int32 "
+    "visible[T]:int64 draw_slot[T]:int32 draw_context[T]:int32 path[T,deep+1]:int32 path_len[T]:int32 "
     "draft_start[R]:int32 draft_len[R]:int32 context_len[R]:int32",
     tolerance=_EXACT,
     traffic={"length": "1"},
@@ -170,7 +171,7 @@ def pack_tree(
     ids, positions, places, after, token_slot, visible, draw_slot, draw_context, path_len = flat
     token_slot.fill_(null)
     draw_slot.fill_(null)
-    path = torch.zeros(tokens, deep, dtype=torch.int32)
+    path = torch.zeros(tokens, deep + 1, dtype=torch.int32)
     begin, count, context_len = (torch.zeros_like(row_slot) for _ in range(3))
     t = 0
     for r, slot in enumerate(row_slot.tolist()):
@@ -186,8 +187,8 @@ def pack_tree(
             ids[t], positions[t], places[t] = row[node], root + far, root + node
             after[t] = root + int(parent[node]) + 1 if node else root
             token_slot[t], draw_slot[t], visible[t] = slot, sample_slot[r], ancestors[node]
-            draw_context[t], path_len[t] = root + far + 1, far
-            for d in range(far - 1, -1, -1):
+            draw_context[t], path_len[t] = root + far + 1, far + 1
+            for d in range(far, -1, -1):
                 path[t, d], up = row[up], int(parent[up])
             t += 1
     made = (x.int() for x in (ids, positions, places, after, token_slot))
@@ -243,6 +244,7 @@ def accept_tree(
         order[first : first + len(nodes)] = first + torch.tensor(nodes, dtype=torch.int32)
         root = int(start[r])
         length[slot] = root + len(nodes)
+        history[slot, root] = ids[first]
         for place, node in enumerate(nodes, root + 1):
             if place < history.shape[1]:
                 history[slot, place] = tokens[first + node].clamp_min(0)

@@ -48,19 +48,19 @@ def plant_rows(row_slot, start, history, tree, M: tl.constexpr, L: tl.constexpr,
 
 @triton.jit
 def _token(node, drawn, given, staged, live):
-    """Tokens of nodes of a row, of which they are ``given`` where it is ``staged``, else those that were ``drawn``."""
+    """Tokens of nodes of a row: those that are ``given`` where it is ``staged``, else those that were ``drawn``."""
     own = tl.load(given + node, mask=live & staged, other=0)
     return tl.where(staged, own, tl.load(drawn + node, mask=live & (staged == 0), other=0))
 
 
 @triton.jit
 def _lead(path, t, node, far, drawn, given, staged, parent, live, inside, DEEP: tl.constexpr):
-    """Store the tokens of the nodes behind the root that lead to ``node``, ``far`` of them; see :func:`_token`."""
-    for i in tl.static_range(DEEP):
-        d = DEEP - 1 - i
-        on = live & (d < far)
+    """Store the tokens of the nodes from the root on that lead to ``node``, ``far`` of them; see :func:`_token`."""
+    for i in tl.static_range(DEEP + 1):
+        d = DEEP - i
+        on = live & (d <= far)
         token = _token(node, drawn, given, staged, on)
-        tl.store(path + t * DEEP + d, token, mask=inside)
+        tl.store(path + t * (DEEP + 1) + d, token, mask=inside)
         node = tl.where(on, tl.load(parent + node, mask=on, other=0), node)
 
 
@@ -117,7 +117,7 @@ def place_nodes(
     tl.store(visible + t, tl.load(ancestors + node, mask=live, other=0), mask=inside)
     tl.store(draw_slot + t, tl.where(live, tl.load(sample_slot + row), NULL), mask=inside)
     tl.store(draw_context + t, tl.where(live, root + far + 1, 0), mask=inside)
-    tl.store(path_len + t, far, mask=inside)
+    tl.store(path_len + t, tl.where(live, far + 1, 0), mask=inside)
     _lead(path, t, node, far, tree + row * M, tree, False, parent, live, inside, DEEP)
     count = tl.sum(live.to(tl.int32), 0)
     tl.store(query_start + row, row * W)
@@ -239,7 +239,7 @@ def pack_nodes(
         tl.store(visible + t, tl.load(ancestors + node, mask=live, other=0), mask=inside)
         tl.store(draw_slot + t, tl.where(live, sampled, NULL), mask=inside)
         tl.store(draw_context + t, tl.where(live, root + far + 1, 0), mask=inside)
-        tl.store(path_len + t, far, mask=inside)
+        tl.store(path_len + t, tl.where(live, far + 1, 0), mask=inside)
         _lead(path, t, node, far, drawn, given, staged, parent, live, inside, DEEP)
     if own:
         tl.store(draft_start + row, begin)
@@ -298,6 +298,7 @@ def walk_rows(
         order_N = n
         node = 0
         right = 0
+        tl.store(known + root, tl.load(ids + begin, mask=alive, other=0), mask=alive)
         for d in tl.static_range(DEEP):
             token = tl.sum(tl.where(n == node, token_N, 0), 0)
             tl.store(known + root + 1 + d, tl.maximum(token, 0), mask=alive & (root + 1 + d < L))
@@ -389,7 +390,11 @@ def plant_launches(call: OpCall) -> Sequence[Candidate]:
 def level_launches(call: OpCall) -> Sequence[Candidate]:
     """See :func:`place_nodes`."""
     constants = {"M": _size(call, "parent"), "W": _size(call, "level"), "NODES": _nodes(call, "level")}
-    constants |= {"BEHIND": call.attrs["behind"], "DEEP": call.attrs["deep"], "NULL": _size(call, "length") - 1}
+    constants |= {
+        "BEHIND": call.attrs["behind"],
+        "DEEP": call.attrs["deep"],
+        "NULL": _size(call, "length") - 1,
+    }
     return _launch(call, "place_nodes", (_size(call, "row_slot"),), constants, without=("length",))
 
 
@@ -414,7 +419,12 @@ def exclude_launches(call: OpCall) -> Sequence[Candidate]:
 def parent_launches(call: OpCall) -> Sequence[Candidate]:
     """See :func:`copy_parents`."""
     rows, wide = _size(call, "y"), _size(call, "y", 1)
-    constants = {"W": _size(call, "level"), "V": _size(call, "below"), "NODES": _nodes(call, "level"), "BLOCK": _WIDE}
+    constants = {
+        "W": _size(call, "level"),
+        "V": _size(call, "below"),
+        "NODES": _nodes(call, "level"),
+        "BLOCK": _WIDE,
+    }
     sizes = {"stride": call.tensors["x"].row_stride, "C": wide}
     return _launch(call, "copy_parents", (rows, -(-wide // _WIDE)), constants, sizes, without=("tree",))
 
@@ -435,7 +445,9 @@ def accept_launches(call: OpCall) -> Sequence[Candidate]:
     rows, history = _size(call, "row_slot"), call.tensors["history"]
     constants = {"L": history.row_stride, "NODES": _nodes(call), "DEEP": call.attrs["deep"]}
     constants |= {"NULL": int(history.shape[0]) - 1, "BLOCK": _LANES}
-    return _launch(call, "walk_rows", (rows + 1,), constants, {"rows": rows, "all_tokens": _size(call, "ids")})
+    return _launch(
+        call, "walk_rows", (rows + 1,), constants, {"rows": rows, "all_tokens": _size(call, "ids")}
+    )
 
 
 @cuda_kernel(order_results, "rows", invariant=True)

@@ -1,6 +1,6 @@
 """Entries of the cache that come to other places: those of the nodes of a tree of drafts that were right.
 
-    R rows, S slots, B pages of a row at most, P pages, N tokens of a page, G heads, E numbers of a head, C features
+R rows, S slots, B pages of a row at most, P pages, N tokens of a page, G heads, E numbers of a head, C features
 """
 
 from __future__ import annotations

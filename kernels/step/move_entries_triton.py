@@ -1,4 +1,4 @@
-"""Moves of cache entries on GPUs: a block has some numbers of all entries of a row in registers before it stores them.
+"""Moves of cache entries on GPUs: a block holds some numbers of all entries of a row before it stores them.
 
 # D moves of a row, padded to a power of two; C numbers of an entry at a time
 """
@@ -72,6 +72,7 @@ def move_rows(source, target, first, second, WIDE: tl.constexpr, DEEP: tl.conste
     from_DC = came.to(tl.int64)[:, None] * WIDE + c[None, :]
     to_DC = goes.to(tl.int64)[:, None] * WIDE + c[None, :]
     x_DC = tl.load(first + from_DC, mask=moved_DC)
+    y_DC = x_DC
     if second is not None:
         y_DC = tl.load(second + from_DC, mask=moved_DC)
     tl.debug_barrier()  # a place that one entry comes to may be that of another
@@ -107,16 +108,24 @@ def place_launches(call: OpCall) -> Sequence[Candidate]:
 @cuda_kernel(move_entries, "rows", invariant=True)
 def move_launches(call: OpCall) -> Sequence[Candidate]:
     """See :func:`move_rows`."""
-    first, *second = (name for name in call.tensors if name not in ("source", "target"))
+    first, *others = (name for name in call.tensors if name not in ("source", "target"))
+    second = others[0] if others else None
     deep, pdl = call.attrs["deep"], "pdl" in call.features
     wide = math.prod(int(d) for d in call.tensors[first].shape[2:])
     D = power_of_two(deep)
     C = min(power_of_two(wide), max(16, _NUMBERS // D))
     arguments: dict[str, Argument] = {name: Pointer(name) for name in ("source", "target")}
-    arguments |= {"first": Pointer(first), **{"second": Pointer(name) for name in second}}
+    arguments |= {"first": Pointer(first)} | ({"second": Pointer(second)} if second else {})
     launch = DeviceLaunch(
         function=f"{__name__}:move_rows",
-        constants={"WIDE": wide, "DEEP": deep, "D": D, "C": C, "PDL": pdl, **({} if second else {"second": None})},
+        constants={
+            "WIDE": wide,
+            "DEEP": deep,
+            "D": D,
+            "C": C,
+            "PDL": pdl,
+            **({} if second else {"second": None}),
+        },
         arguments=arguments,
         grid=(int(call.tensors["source"].shape[0]) // deep, -(-wide // C), 1),
         dependent=pdl,

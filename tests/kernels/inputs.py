@@ -296,7 +296,15 @@ BUILDERS: Mapping[str, Callable[[str], Iterator[Case]]] = {
     **{
         op: getattr(tree_inputs, op)
         for op in (
-            *("plant_tree", "place_level", "grow_tree", "exclude", "take_parents", "pack_tree", "accept_tree"),
+            *(
+                "plant_tree",
+                "place_level",
+                "grow_tree",
+                "exclude",
+                "take_parents",
+                "pack_tree",
+                "accept_tree",
+            ),
             *("order_results", "place_moves", "move_entries", "move_states", "tree_attention"),
         )
     },

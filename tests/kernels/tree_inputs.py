@@ -1,7 +1,8 @@
-"""Random valid inputs of the ops on trees of drafts: any trees, rows that have all or some of one, padding anywhere."""
+"""Random valid inputs of the ops on trees of drafts: any trees, rows that have some of one, padding anywhere."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -73,7 +74,10 @@ def batch(seed: int, nodes: int, drafts: list[int], rows: int, more: int, contex
     given = {"token_ids": staged, "row_slot": slot, "start": start, "drafts": guesses, "query_start": first}
     given |= {"query_len": count, "history": history, "sample_slot": sample_slot, "pages": pages}
     made |= {name: ints(value) for name, value in given.items()}
-    return made | {"length": torch.zeros(slots, dtype=torch.int32), "tree": ints(random.integers(0, 999, (rows, nodes)))}
+    return made | {
+        "length": torch.zeros(slots, dtype=torch.int32),
+        "tree": ints(random.integers(0, 999, (rows, nodes))),
+    }
 
 
 def _batches() -> Iterator[tuple[str, Table, np.random.Generator]]:
@@ -120,10 +124,18 @@ def exclude(op: str) -> Iterator[Case]:
 def take_parents(op: str) -> Iterator[Case]:
     for label, made, _ in _batches():
         levels, random = levels_of(made), Random(3)
-        for number, (level, below) in enumerate(zip(levels, levels[1:], strict=False)):
+        for number, (level, below) in enumerate(itertools.pairwise(levels)):
             wide = (3, 64, 1100)[number % 3]
-            x = random.normal(len(made["row_slot"]) * len(level), wide, dtype=("float32", "float16")[number % 2])
-            operands = {"tree": made["tree"], "x": x, "level": level, "below": below, "parent": made["parent"]}
+            x = random.normal(
+                len(made["row_slot"]) * len(level), wide, dtype=("float32", "float16")[number % 2]
+            )
+            operands = {
+                "tree": made["tree"],
+                "x": x,
+                "level": level,
+                "below": below,
+                "parent": made["parent"],
+            }
             yield Case(op, f"{label}-{number}", operands)
 
 
@@ -205,17 +217,27 @@ def move_entries(op: str) -> Iterator[Case]:
         shape = (1 + rows * places, 1, heads, size)
         for dtype in ("float32", "bfloat16"):
             caches = {n: random.normal(*shape, dtype=dtype) for n in ("k_cache", "v_cache")}
-            yield Case(op, f"{rows}x{deep}-{dtype}", _moves(seed, rows, deep, places) | caches, {"deep": deep})
+            yield Case(
+                op, f"{rows}x{deep}-{dtype}", _moves(seed, rows, deep, places) | caches, {"deep": deep}
+            )
 
 
 def move_states(op: str) -> Iterator[Case]:
     for seed, (rows, deep, wide) in enumerate(((1, 1, 3), (4, 5, 4096))):
         hidden = Random(seed).normal(-(-(1 + rows * (3 * deep + 2)) // 4), 4, wide, dtype="float32")
-        yield Case(op, f"{rows}x{deep}", _moves(seed, rows, deep, 3 * deep + 2) | {"hidden": hidden}, {"deep": deep})
+        yield Case(
+            op, f"{rows}x{deep}", _moves(seed, rows, deep, 3 * deep + 2) | {"hidden": hidden}, {"deep": deep}
+        )
 
 
 def nodes_of_rows(
-    seed: int, heads: Heads, rows: Sequence[tuple[int, int]], most: int, dtype: str, cache: str, window: int = 0
+    seed: int,
+    heads: Heads,
+    rows: Sequence[tuple[int, int]],
+    most: int,
+    dtype: str,
+    cache: str,
+    window: int = 0,
 ) -> Table:
     """Operands of ``tree_attention`` for rows of (nodes, places before them); what no token sees is NaN.
 
@@ -271,7 +293,9 @@ TREE_ROWS = (
 def tree_attention(op: str) -> Iterator[Case]:
     for seed, heads in enumerate(GEOMETRIES):
         for number, (rows, most, window) in enumerate(TREE_ROWS):
-            dtype, cache = (("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16"))[number % 3]
+            dtype, cache = (("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16"))[
+                number % 3
+            ]
             operands = nodes_of_rows(seed, heads, rows, most, dtype, cache, window)
             attrs = {"heads": heads.heads, "kv_heads": heads.kv_heads, "head_dim": heads.size}
             attrs |= {"scale": heads.size**-0.5, "window": window}
