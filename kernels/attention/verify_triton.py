@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import triton
 import triton.language as tl
@@ -66,6 +67,7 @@ def verify_attention_tiles(
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     EACH: tl.constexpr,
+    FIRST: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BITS: tl.constexpr,
     PAGE: tl.constexpr,
@@ -88,7 +90,7 @@ def verify_attention_tiles(
         stats: fp32 scratch ``[2 * blocks, 2, EACH * GROUP]``: maxima of the scaled scores, denominators.
         arrived: int32 zeros ``[rows * KV_HEADS]``, zeros again at the end.
         scale: of scores, times log2(e).
-        EACH: tokens of a row, at most.
+        EACH, FIRST: tokens of a row that it has, at most, from which of them on; not 0 only of trees.
         R: ``rows`` or more, a power of two.
         N, D: ``EACH * GROUP``, ``HEAD_DIM`` or more, powers of two; N at least 16.
         AHEAD: bring a block's first tile to L2 while the kernels before still run.
@@ -105,6 +107,7 @@ def verify_attention_tiles(
     count_R = tl.load(query_len + row_R, mask=row_R < rows, other=0)
     root_R = length_R - count_R
     if visible is not None:
+        count_R = _some_of(count_R, FIRST, EACH)
         root_R = tl.load(tree_start + row_R, mask=row_R < rows, other=0)
     _, tiles_R = _span(length_R, count_R, root_R, WINDOW, L)
     end_R = tl.cumsum(tiles_R, 0) * KV_HEADS
@@ -114,7 +117,7 @@ def verify_attention_tiles(
     at = mine
     stop = tl.minimum(mine + share, total)
     row, length, count, root, first, tiles, head, begin = _item(
-        at, end_R, row_R, context_len, query_len, tree_start, rows, KV_HEADS, WINDOW, L
+        at, end_R, row_R, context_len, query_len, tree_start, rows, KV_HEADS, EACH, FIRST, WINDOW, L
     )  # fmt: skip
     if PDL:
         if AHEAD and at < stop:
@@ -127,7 +130,7 @@ def verify_attention_tiles(
     while at < stop:
         end = begin + tiles
         upto = tl.minimum(end, stop)
-        token = tl.load(query_start + row)
+        token = tl.load(query_start + row) + FIRST
         token_N = (token + n // GROUP).to(tl.int64)
         head_ND = (head * GROUP + n % GROUP)[:, None] * HEAD_DIM + d[None, :]
         is_q = (n < count * GROUP)[:, None] & (d < HEAD_DIM)[None, :]
@@ -174,10 +177,12 @@ def verify_attention_tiles(
                 tl.store(y + at_VD, y_VD.to(y.dtype.element_ty), mask=is_y)
         at = upto
         row, length, count, root, first, tiles, head, begin = _item(
-            at, end_R, row_R, context_len, query_len, tree_start, rows, KV_HEADS, WINDOW, L
+            at, end_R, row_R, context_len, query_len, tree_start, rows, KV_HEADS, EACH, FIRST, WINDOW, L
         )  # fmt: skip
 
-    if tl.sum(count_R, 0) < tokens:
+    if visible is not None:
+        count_R = tl.load(query_len + row_R, mask=row_R < rows, other=0)
+    if (FIRST == 0) & (tl.sum(count_R, 0) < tokens):
         start_R = tl.load(query_start + row_R, mask=row_R < rows, other=0)
         idle = block
         while idle < tokens:
@@ -189,6 +194,12 @@ def verify_attention_tiles(
                     zero_GD = tl.zeros(at_GD.shape, y.dtype.element_ty)
                     tl.store(y + idle.to(tl.int64) * y_stride + at_GD, zero_GD, mask=is_y)
             idle += tl.num_programs(0)
+
+
+@triton.jit
+def _some_of(count, FIRST: tl.constexpr, EACH: tl.constexpr):
+    """Of ``count`` queries of a row, how many are among EACH from FIRST on."""
+    return tl.minimum(tl.maximum(count - FIRST, 0), EACH)
 
 
 @triton.jit
@@ -206,8 +217,8 @@ def _span(length, count, root, WINDOW: tl.constexpr, L: tl.constexpr):
 
 @triton.jit
 def _item(
-    at, end_R, row_R, context_len, query_len, tree_start, rows, KV_HEADS: tl.constexpr, WINDOW: tl.constexpr,
-    L: tl.constexpr,
+    at, end_R, row_R, context_len, query_len, tree_start, rows, KV_HEADS: tl.constexpr, EACH: tl.constexpr,
+    FIRST: tl.constexpr, WINDOW: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """The item of tile ``at``: row, its length, its queries, the place of the first or of a tree's root, its first
     tile that is seen, its tiles from there, head, and where they begin in the line of all. Behind the end of the line
@@ -218,6 +229,7 @@ def _item(
     count = tl.load(query_len + row)
     root = length - count
     if tree_start is not None:
+        count = _some_of(count, FIRST, EACH)
         root = tl.load(tree_start + row)
     first, tiles = _span(length, count, root, WINDOW, L)
     begin = tl.sum(tl.where(row_R == row, end_R, 0), 0) - tiles * KV_HEADS
@@ -233,7 +245,10 @@ def _sixteen_bits(call: OpCall) -> bool:
 @cuda_kernel(verify_attention_scaled, "rows", applies=_sixteen_bits)
 @cuda_kernel(verify_attention, "rows", applies=_sixteen_bits)
 def verify_attention_cuda(call: OpCall) -> Sequence[Candidate]:
-    """Blocks of different sizes and numbers, best first; none where a row's vectors do not fit into registers."""
+    """Blocks of different sizes and numbers, best first; none where a row's vectors do not fit into registers.
+
+    Of trees as many launches as it takes, one behind the other, which read all keys again.
+    """
     _, N, D = _sides(call)
     most = _SUMS if "scales" in call.tensors else 2 * _SUMS  # scales take registers, too
     if most < N * D:
@@ -257,10 +272,17 @@ def verify_attention_cuda(call: OpCall) -> Sequence[Candidate]:
 
 
 def _sides(call: OpCall) -> tuple[int, int, int]:
-    """Tokens of a row at most, query vectors of an item and head size, the latter two as the kernel pads them."""
-    each = -(-int(call.tensors["q"].shape[0]) // int(call.tensors["page_table"].shape[0]))
+    """Tokens of a row in a launch at most, query vectors of an item and head size, these two as the kernel pads them."""
+    each, D = _tokens(call), power_of_two(max(call.attrs["head_dim"], 16))
     group = call.attrs["heads"] // call.attrs["kv_heads"]
-    return each, max(16, power_of_two(each * group)), power_of_two(max(call.attrs["head_dim"], 16))
+    if "visible" in call.tensors:
+        each = max(1, min(each, 2 * _SUMS // D // group))
+    return each, max(16, power_of_two(each * group)), D
+
+
+def _tokens(call: OpCall) -> int:
+    """Tokens of a row, at most."""
+    return -(-int(call.tensors["q"].shape[0]) // int(call.tensors["page_table"].shape[0]))
 
 
 def candidate(call: OpCall, L: int, warps: int, stages: int, a_multiprocessor: int) -> Candidate:
@@ -282,6 +304,7 @@ def candidate(call: OpCall, L: int, warps: int, stages: int, a_multiprocessor: i
             "KV_HEADS": kv_heads,
             "GROUP": group,
             "EACH": each,
+            "FIRST": 0,
             "HEAD_DIM": head_dim,
             "BITS": bits,
             "PAGE": page,
@@ -323,10 +346,14 @@ def candidate(call: OpCall, L: int, warps: int, stages: int, a_multiprocessor: i
         ),
         local_bytes=16,  # at half tiles
     )
+    launches = tuple(
+        replace(launch, constants={**launch.constants, "FIRST": first})
+        for first in range(0, _tokens(call), each)
+    )
     scratch = counters + stats + 2 * blocks * each * group * head_dim * 4
-    seconds = 1e-6 * microseconds(call, L, blocks)
+    seconds = 1e-6 * len(launches) * microseconds(call, L, blocks)
     return Candidate(
-        f"tiles_{L}_w{warps}_s{stages}_b{a_multiprocessor}", (launch,), scratch, counters, seconds
+        f"tiles_{L}_w{warps}_s{stages}_b{a_multiprocessor}", launches, scratch, counters, seconds
     )
 
 

@@ -281,6 +281,7 @@ TREES: list[tuple[Geometry, torch.dtype, int, tuple[tuple[int, int], ...]]] = [
     ((2, 1, 64, 64, 0), F16, 64, ((64, 30), (40, 127))),
     ((2, 2, 64, 7, 66), F16, 33, ((33, 230),)),
     ((8, 1, 80, 16, 0), F8, 5, ((5, 5), (3, 129))),
+    ((8, 1, 128, 16, 0), F16, 40, ((40, 90), (17, 3), (0, 0))),  # three launches
 ]
 
 
@@ -425,6 +426,36 @@ def test_machine_code(geometry: Geometry, rows: int, dtype: torch.dtype, wanted:
         assert made.waits
         assert instruction in made.ptx
         assert copies in made.ptx
+
+
+@compiled
+@pytest.mark.parametrize("nodes", [1, 4, 16, 26, 33])
+@pytest.mark.parametrize("geometry", [(32, 8, 128, 64, 0), (32, 4, 128, 16, 100)], ids=str)
+@pytest.mark.slow
+def test_trees_fit_into_registers(geometry: Geometry, nodes: int) -> None:
+    aot = pytest.importorskip("makeready.graphs.planner.cuda.aot")
+    heads, kv_heads, head_dim, page, _ = geometry
+    half, integer = torch.bfloat16, torch.int32
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "q": ((3 * nodes, heads * head_dim), half),
+        "k_cache": ((9, page, kv_heads, head_dim), half),
+        "v_cache": ((9, page, kv_heads, head_dim), half),
+        "page_table": ((3, 64), integer),
+        **dict.fromkeys(("query_start", "query_len", "context_len", "tree_start"), ((3,), integer)),
+        "positions": ((3 * nodes,), integer),
+        "visible": ((3 * nodes,), torch.int64),
+    }
+    tensors = {
+        name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes.items()
+    }
+    call = _call(tree_attention, tensors, _attrs(geometry), "tma wgmma pdl fp8")
+    fitting = 0
+    for candidate in _emit(tree_attention, call):
+        assert len(candidate.launches) == -(-nodes * heads // kv_heads // 128)
+        made = aot.compile_launch(candidate.launches[0], call)
+        assert made.waits
+        fitting += made.spill_bytes <= candidate.launches[0].local_bytes and made.shared <= call.shared_bytes
+    assert fitting
 
 
 @compiled
