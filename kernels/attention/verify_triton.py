@@ -272,7 +272,7 @@ def verify_attention_cuda(call: OpCall) -> Sequence[Candidate]:
 
 
 def _sides(call: OpCall) -> tuple[int, int, int]:
-    """Tokens of a row in a launch at most, query vectors of an item and head size, these two as the kernel pads them."""
+    """Tokens of a row in a launch at most, query vectors of an item and head size, these as the kernel pads them."""
     each, D = _tokens(call), power_of_two(max(call.attrs["head_dim"], 16))
     group = call.attrs["heads"] // call.attrs["kv_heads"]
     if "visible" in call.tensors:
