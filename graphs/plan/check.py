@@ -11,28 +11,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 from makeready.graphs.checkpoint.base import CheckpointError
 from makeready.graphs.checkpoint.config import normalise_config
 from makeready.graphs.plan import memory
 from makeready.graphs.plan.buckets import prove_coverage
 from makeready.graphs.plan.check_cuda import check_chains, check_kernels, check_nodes
+from makeready.graphs.plan.check_generated import check_generated
 from makeready.graphs.plan.check_lanes import check_lanes
-from makeready.graphs.plan.constants import GENERATORS, numbers, zeros
 from makeready.graphs.plan.plan import Plan, PlanError, Weight
 from makeready.graphs.plan.program import Buffer, LoweredProgram
 from makeready.graphs.plan.reads import complaint
 from makeready.graphs.plan.recipe import Derived, Param
 from makeready.graphs.plan.rules import MOST, ContradictionError, inside, need
 from makeready.graphs.plan.spec import DEVICE, HOST, LATE, Field
-from makeready.graphs.plan.speculative import MOST_NODES
 from makeready.graphs.plan.targets import TARGETS
 from makeready.kernels.spec import DTYPE_BYTES, PAGES, ROWS, TOKENS
 
 MOST_BUCKETS = 10_000  # a plan has some dozens
 MOST_READS = 2**16  # boxes that make up an operand: some hundreds of experts
-MOST_ROTARY = 2**16  # columns of a generated table, far above any head
 
 
 # Integers say where memory is read and written, so an operand takes the field of its own name, what the
@@ -243,7 +240,7 @@ def _recipe(weight: Weight) -> None:
     ways = [bool(param.pieces), param.generated is not None, param.derived is not None]
     need(sum(ways) == 1, f"weight {param.name} has no recipe, or two")
     if param.generated is not None:
-        _generated(param)
+        check_generated(param)
     if param.derived is not None:
         _derived(param, param.derived)
     for operand in param.operands:
@@ -272,55 +269,6 @@ def _derived(param: Param, derived: Derived) -> None:
         derived.result in known,
         f"weight {param.name} is {derived.result!r} of its derivation, which is nothing",
     )
-
-
-def _numbers(param: Param, said: Mapping[str, Any]) -> None:
-    """Tables of a tree of drafts: numbers of nodes, -1 for none, or sets of them."""
-    try:
-        table = numbers(**said)
-    except (TypeError, ValueError, OverflowError):
-        raise ContradictionError(f"weight {param.name} is made of {said}, which are no numbers") from None
-    need(
-        (table.shape, table.dtype.name) == (param.spec.shape, param.spec.dtype),
-        f"weight {param.name}, {param.spec}, is made as {table.dtype.name} of {table.shape}",
-    )
-    least, most = (-1, MOST_NODES - 1) if table.dtype.name == "int32" else (-(2**63), 2**63 - 1)
-    need(
-        table.size > 0 and least <= table.min() and table.max() <= most,
-        f"weight {param.name} has numbers that no node has",
-    )
-
-
-def _generated(param: Param) -> None:
-    """Tables are made of a size that the recipe's arguments say; a first row shows whether it can be made."""
-    assert param.generated is not None
-    made, said = GENERATORS.get(param.generated.function), dict(param.generated.arguments)
-    need(
-        made is not None, f"weight {param.name} is made by {param.generated.function!r}, which is no function"
-    )
-    assert made is not None
-    shape, dtype = param.spec.shape, param.spec.dtype
-    if made is zeros:
-        need(
-            said == {"shape": list(shape)} and dtype == "int32",
-            f"weight {param.name}, {param.spec}, is made as {said.get('shape')} zeros of int32",
-        )
-        return
-    if made is numbers:
-        _numbers(param, said)
-        return
-    need(
-        [said.get("context_len"), said.get("rotary_dim")] == list(shape)
-        and 0 < int(shape[-1]) <= MOST_ROTARY,
-        f"weight {param.name}, {param.spec}, is made as {said.get('context_len')} x {said.get('rotary_dim')}",
-    )
-    try:
-        row = made(**(said | {"context_len": 1}))
-    except Exception as error:  # whatever arguments of any type lead to
-        raise ContradictionError(
-            f"weight {param.name} cannot be made ({type(error).__name__}: {error})"
-        ) from None
-    need(row.shape == (1, shape[1]) and dtype == "float32", f"weight {param.name} is made as {row.shape}")
 
 
 def _programs(plan: Plan) -> None:

@@ -19,10 +19,8 @@ from makeready.kernels.registry import cuda_kernel
 from makeready.kernels.row_tiles import power_of_two
 from makeready.kernels.step.draft_chain_triton import tokens_of
 from makeready.kernels.step.draft_tree import (
-    accept_tree,
     exclude,
     grow_tree,
-    order_results,
     pack_tree,
     place_level,
     plant_tree,
@@ -247,118 +245,21 @@ def pack_nodes(
         tl.store(context_len + row, tl.where(count > 0, root + count, 0))
 
 
-@triton.jit
-def walk_rows(
-    ids,
-    tokens,
-    row_slot,
-    start,
-    query_start,
-    query_len,
-    parent,
-    length,
-    history,
-    drafted,
-    accepted,
-    line,
-    order,
-    rows,
-    all_tokens,
-    L: tl.constexpr,
-    NODES: tl.constexpr,
-    DEEP: tl.constexpr,
-    NULL: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """See :func:`~.draft_tree.accept_tree`; the block behind the last row's has the tokens of no row."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    row = tl.program_id(0)
-    lane = tl.arange(0, BLOCK)
-    if row == rows:
-        end = 0
-        for first in range(0, rows, BLOCK):
-            end += tl.sum(tl.load(query_len + first + lane, mask=first + lane < rows, other=0), 0)
-        for first in range(end, all_tokens, BLOCK):
-            tl.store(order + first + lane, first + lane, mask=first + lane < all_tokens)
-    else:
-        slot = tl.load(row_slot + row)
-        count = tl.load(query_len + row)
-        alive = (slot != NULL) & (count > 0)
-        begin = tl.load(query_start + row)
-        root = tl.load(start + row)
-        known = history + slot.to(tl.int64) * L
-        n = tl.arange(0, NODES)
-        inside = n < count
-        id_N = tl.load(ids + begin + n, mask=inside, other=-1)
-        token_N = tl.load(tokens + begin + n, mask=inside, other=-1)
-        parent_N = tl.load(parent + n, mask=inside, other=-1)
-        order_N = n
-        node = 0
-        right = 0
-        tl.store(known + root, tl.load(ids + begin, mask=alive, other=0), mask=alive)
-        for d in tl.static_range(DEEP):
-            token = tl.sum(tl.where(n == node, token_N, 0), 0)
-            tl.store(known + root + 1 + d, tl.maximum(token, 0), mask=alive & (root + 1 + d < L))
-            found = inside & (n > 0) & (parent_N == node) & (id_N == token)
-            child = tl.min(tl.where(found, n, NODES), 0)
-            alive = alive & (child < NODES)
-            order_N = tl.where((n == d + 1) & alive, child, order_N)
-            tl.store(line + row * DEEP + d, tl.where(alive, child, 0))
-            node = tl.where(alive, child, node)
-            right += alive.to(tl.int32)
-        token = tl.sum(tl.where(n == node, token_N, 0), 0)
-        tl.store(known + root + 1 + DEEP, tl.maximum(token, 0), mask=alive & (root + 1 + DEEP < L))
-        tl.store(order + begin + n, begin + order_N, mask=inside)
-        tl.store(drafted + row, tl.maximum(count - 1, 0))
-        tl.store(accepted + row, right)
-        if (slot != NULL) & (count > 0):
-            tl.store(length + slot, root + 1 + right)
-
-
-@triton.jit
-def order_tokens(
-    order,
-    tokens,
-    logprob,
-    top_ids,
-    top_values,
-    gained,
-    gained_logprob,
-    gained_ids,
-    gained_values,
-    Q: tl.constexpr,
-    WIDE: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """See :func:`~.draft_tree.order_results`."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    t = tl.program_id(0)
-    q = tl.arange(0, WIDE)
-    at = tl.load(order + t)
-    tl.store(gained + t, tl.load(tokens + at))
-    tl.store(gained_logprob + t, tl.load(logprob + at))
-    tl.store(gained_ids + t * Q + q, tl.load(top_ids + at * Q + q, mask=q < Q), mask=q < Q)
-    tl.store(gained_values + t * Q + q, tl.load(top_values + at * Q + q, mask=q < Q), mask=q < Q)
-
-
-def _launch(
+def row_launch(
     call: OpCall,
+    module: str,
     function: str,
     grid: tuple[int, ...],
     constants: Mapping[str, Any],
     scalars: Mapping[str, int] | None = None,
     without: Sequence[str] = (),
 ) -> Sequence[Candidate]:
+    """The one launch of an op on trees, whose operands have the names of the function's; not those ``without``."""
     pdl = "pdl" in call.features
     arguments: dict[str, Argument] = {name: Pointer(name) for name in call.tensors if name not in without}
     arguments |= {name: Scalar(value, "int32", specialize=False) for name, value in (scalars or {}).items()}
     launch = DeviceLaunch(
-        function=f"{__name__}:{function}",
+        function=f"{module}:{function}",
         constants={**constants, "PDL": pdl},
         arguments=arguments,
         grid=(*grid, 1, 1)[:3],
@@ -368,43 +269,48 @@ def _launch(
     return (Candidate("rows", (launch,)),)
 
 
-def _size(call: OpCall, name: str, axis: int = 0) -> int:
+def size_of(call: OpCall, name: str, axis: int = 0) -> int:
+    """Of an axis of an operand or result."""
     return int(call.tensors[name].shape[axis])
 
 
-def _nodes(call: OpCall, name: str = "parent") -> int:
+def lanes_of(call: OpCall, name: str = "parent") -> int:
     """Lanes for the nodes of a tree, or of a level."""
-    return max(16, power_of_two(_size(call, name)))
+    return max(16, power_of_two(size_of(call, name)))
 
 
 @cuda_kernel(plant_tree, "rows", invariant=True)
 def plant_launches(call: OpCall) -> Sequence[Candidate]:
     """See :func:`plant_rows`."""
     history = call.tensors["history"]
-    constants = {"M": _size(call, "parent"), "NODES": _nodes(call)}
+    constants = {"M": size_of(call, "parent"), "NODES": lanes_of(call)}
     constants |= {"L": history.row_stride, "NULL": int(history.shape[0]) - 1}
-    return _launch(call, "plant_rows", (_size(call, "row_slot"),), constants, without=("parent",))
+    return row_launch(
+        call, __name__, "plant_rows", (size_of(call, "row_slot"),), constants, without=("parent",)
+    )
 
 
 @cuda_kernel(place_level, "rows", invariant=True)
 def level_launches(call: OpCall) -> Sequence[Candidate]:
     """See :func:`place_nodes`."""
-    constants = {"M": _size(call, "parent"), "W": _size(call, "level"), "NODES": _nodes(call, "level")}
+    constants = {"M": size_of(call, "parent"), "W": size_of(call, "level"), "NODES": lanes_of(call, "level")}
     constants |= {
         "BEHIND": call.attrs["behind"],
         "DEEP": call.attrs["deep"],
-        "NULL": _size(call, "length") - 1,
+        "NULL": size_of(call, "length") - 1,
     }
-    return _launch(call, "place_nodes", (_size(call, "row_slot"),), constants, without=("length",))
+    return row_launch(
+        call, __name__, "place_nodes", (size_of(call, "row_slot"),), constants, without=("length",)
+    )
 
 
 @cuda_kernel(grow_tree, "rows", invariant=True)
 def grow_launches(call: OpCall) -> Sequence[Candidate]:
     """See :func:`grow_rows`."""
     rows, nodes = (int(d) for d in call.tensors["tree"].shape)
-    constants = {"M": nodes, "W": _size(call, "level"), "K": _size(call, "children", 1)}
+    constants = {"M": nodes, "W": size_of(call, "level"), "K": size_of(call, "children", 1)}
     constants |= {"RANK": call.attrs["rank"], "NODES": max(16, power_of_two(nodes))}
-    return _launch(call, "grow_rows", (rows,), constants)
+    return row_launch(call, __name__, "grow_rows", (rows,), constants)
 
 
 @cuda_kernel(exclude, "rows", invariant=True)
@@ -412,46 +318,30 @@ def exclude_launches(call: OpCall) -> Sequence[Candidate]:
     """See :func:`exclude_tokens`."""
     rows, wide = (int(d) for d in call.tensors["logits"].shape)
     sizes = {"stride": call.tensors["logits"].row_stride, "X": wide}
-    return _launch(call, "exclude_tokens", (rows, -(-wide // _WIDE)), {"BLOCK": _WIDE}, sizes)
+    return row_launch(call, __name__, "exclude_tokens", (rows, -(-wide // _WIDE)), {"BLOCK": _WIDE}, sizes)
 
 
 @cuda_kernel(take_parents, "rows", invariant=True)
 def parent_launches(call: OpCall) -> Sequence[Candidate]:
     """See :func:`copy_parents`."""
-    rows, wide = _size(call, "y"), _size(call, "y", 1)
+    rows, wide = size_of(call, "y"), size_of(call, "y", 1)
     constants = {
-        "W": _size(call, "level"),
-        "V": _size(call, "below"),
-        "NODES": _nodes(call, "level"),
+        "W": size_of(call, "level"),
+        "V": size_of(call, "below"),
+        "NODES": lanes_of(call, "level"),
         "BLOCK": _WIDE,
     }
     sizes = {"stride": call.tensors["x"].row_stride, "C": wide}
-    return _launch(call, "copy_parents", (rows, -(-wide // _WIDE)), constants, sizes, without=("tree",))
+    return row_launch(
+        call, __name__, "copy_parents", (rows, -(-wide // _WIDE)), constants, sizes, without=("tree",)
+    )
 
 
 @cuda_kernel(pack_tree, "rows", invariant=True)
 def pack_launches(call: OpCall) -> Sequence[Candidate]:
     """See :func:`pack_nodes`."""
-    rows = _size(call, "row_slot")
-    constants = {"M": _size(call, "parent"), "NODES": _nodes(call), "DEEP": call.attrs["deep"]}
-    constants |= {"NULL": _size(call, "length") - 1, "BLOCK": _LANES}
-    sizes = {"rows": rows, "tokens": _size(call, "token_ids")}
-    return _launch(call, "pack_nodes", (rows + 1,), constants, sizes, without=("length",))
-
-
-@cuda_kernel(accept_tree, "rows", invariant=True)
-def accept_launches(call: OpCall) -> Sequence[Candidate]:
-    """See :func:`walk_rows`."""
-    rows, history = _size(call, "row_slot"), call.tensors["history"]
-    constants = {"L": history.row_stride, "NODES": _nodes(call), "DEEP": call.attrs["deep"]}
-    constants |= {"NULL": int(history.shape[0]) - 1, "BLOCK": _LANES}
-    return _launch(
-        call, "walk_rows", (rows + 1,), constants, {"rows": rows, "all_tokens": _size(call, "ids")}
-    )
-
-
-@cuda_kernel(order_results, "rows", invariant=True)
-def order_launches(call: OpCall) -> Sequence[Candidate]:
-    """See :func:`order_tokens`."""
-    wide = _size(call, "top_ids", 1)
-    return _launch(call, "order_tokens", (_size(call, "order"),), {"Q": wide, "WIDE": power_of_two(wide)})
+    rows = size_of(call, "row_slot")
+    constants = {"M": size_of(call, "parent"), "NODES": lanes_of(call), "DEEP": call.attrs["deep"]}
+    constants |= {"NULL": size_of(call, "length") - 1, "BLOCK": _LANES}
+    sizes = {"rows": rows, "tokens": size_of(call, "token_ids")}
+    return row_launch(call, __name__, "pack_nodes", (rows + 1,), constants, sizes, without=("length",))

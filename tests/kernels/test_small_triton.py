@@ -54,6 +54,7 @@ if INTERPRETED or aot:
         "step.draft_forced",
         "step.hidden",
         "step.draft_tree",
+        "step.accept_tree",
         "step.move_entries",
     ):
         importlib.import_module(f"makeready.kernels.{module}_triton")
