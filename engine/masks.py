@@ -19,7 +19,7 @@ class Masks:
     """What slots have on the device: masks of as many places as a step may fill, for places in turn."""
 
     def __init__(self, limits: Limits) -> None:
-        shape = limits.slots, limits.max_gain, limits.mask_words
+        shape = limits.slots, limits.mask_places, limits.mask_words
         self._held = np.zeros(shape, np.int32)
         self._rows = np.zeros(shape[::2], np.int32)
 

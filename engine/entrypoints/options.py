@@ -78,7 +78,7 @@ PlanOptions: Any = _plan_options()
 
 def _speculative_fields() -> Any:
     """A structured config of the fields of Speculative; conf/ states the defaults."""
-    hints = typing.get_type_hints(Speculative)
+    hints = typing.get_type_hints(Speculative) | {"tree": list[typing.Any]}
     names = [(f.name, hints[f.name], field(default=MISSING)) for f in dataclasses.fields(Speculative)]
     made = dataclasses.make_dataclass("SpeculativeFields", names)
     made.__doc__ = Speculative.__doc__

@@ -41,8 +41,10 @@ class Verify:
     """A step that samples behind each token of its rows, and tells how many drafts were right.
 
     Attributes:
-        most, each: tokens that a row gains, and runs, at most.
+        most, each: tokens that a row gains, and runs, at most. Nodes of a tree take as many places, so that the host
+            counts each as gained until it learns.
         rows: of the largest such step.
+        masked: whether places behind drafts have masks, so that rows that follow a grammar may have drafts.
         always: whether it is taken where it does not pay.
         ratios: see :class:`~makeready.graphs.plan.spec.StepSpec`.
         usual: tokens that a row's step brought, on average.
@@ -56,6 +58,7 @@ class Verify:
     reads_history: bool = True
     forces: bool = True
     rows: int = 0
+    masked: bool = True
     always: bool = False
     ratios: Mapping[int, float] = field(default_factory=dict)
     usual: float = 0.0
@@ -64,10 +67,11 @@ class Verify:
     def of(self, step: StepSpec, *, always: bool = False) -> Verify:
         assert step.each is not None
         # Half of the first drafts are taken to be right.
-        usual = 1 + (step.each - 1) / 2
+        usual = 1 + ((step.gain or step.each) - 1) / 2
         return Verify(
-            most=step.each, each=step.each, rows=step.rows, always=always, ratios=step.ratios, usual=usual
-        )
+            most=step.each, each=step.each, rows=step.rows, masked=bool(step.early), always=always,
+            ratios=step.ratios, usual=usual,
+        )  # fmt: skip
 
     def claims(self, sequence: TokenSequence) -> int | None:
         return None
@@ -77,6 +81,8 @@ class Verify:
     def takes(self, decoding: list[TokenSequence], chunks: list[Chunk]) -> bool:
         if chunks or not 0 < len(decoding) <= self.rows:
             return False
+        if not self.masked and any(sequence.constraint is not None for sequence in decoding):
+            return False  # places of a tree have no masks
         if not self.always and not self._pays(decoding) and self._passed < RETRY:
             self._passed += 1
             return False

@@ -8,9 +8,10 @@ from torch import nn
 from makeready.graphs.layers.dense import BY_INPUTS, BY_OUTPUTS, Linear, Rows
 from makeready.graphs.layers.inputs import Inputs
 from makeready.graphs.layers.parameter import parameter
+from makeready.graphs.plan.plan import PlanError
 from makeready.graphs.plan.spec import KVPart
 from makeready.kernels import elementwise, norm, rope
-from makeready.kernels.attention import paged, scaled
+from makeready.kernels.attention import paged, scaled, tree
 from makeready.kernels.attention.formats import PER_TOKEN_HEAD
 
 
@@ -76,6 +77,8 @@ class PagedCache:
             sizes["bits"] = 16 // scales.page_shape[-1]
             write, attention = scaled.kv_write_scaled, scaled.paged_attention_scaled
         write(k, v, inputs.kv_slot, *caches, **sizes)
+        if inputs.deep:
+            return self._attend_trees(q, caches, inputs, sinks)
         return attention(
             q,
             *caches,
@@ -88,6 +91,32 @@ class PagedCache:
             scale=self.scale,
             window=self.window,
             **sizes,
+        )
+
+    def _attend_trees(
+        self, q: torch.Tensor, caches: list[torch.Tensor], inputs: Inputs, sinks: torch.Tensor | None
+    ) -> torch.Tensor:
+        if 0 < self.window <= inputs.deep:
+            raise PlanError(
+                f"speculative.tree is {inputs.deep} levels deep, and {self.name} has a window of {self.window} "
+                "tokens; make it less deep"
+            )
+        return tree.tree_attention(
+            q,
+            *caches,
+            inputs.page_table,
+            inputs.query_start,
+            inputs.query_len,
+            inputs.context_len,
+            inputs.positions,
+            inputs.tree_start,
+            inputs.visible,
+            sinks,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            scale=self.scale,
+            window=self.window,
         )
 
 

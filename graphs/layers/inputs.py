@@ -24,11 +24,13 @@ class Inputs:
         kv: Mapping[str, torch.Tensor],
         cache: CacheSpec,
         group: str = "",
+        deep: int = 0,
     ) -> None:
         self._fields = fields
         self._kv = kv
         self.cache = cache
         self._group = group or cache.groups[0].name
+        self.deep = deep
 
     def __getattr__(self, name: str) -> torch.Tensor:
         own = self.cache.field(self._group, name)
@@ -41,7 +43,7 @@ class Inputs:
 
     def of(self, group: str) -> Inputs:
         """These inputs as the cache group of that name sees them."""
-        return Inputs(self._fields, self._kv, self.cache, group)
+        return Inputs(self._fields, self._kv, self.cache, group, self.deep)
 
     def beside(self, group: str, prefix: str) -> Inputs:
         """These inputs as a second model sees them, whose cache is the tensors whose names begin with ``prefix``.
@@ -55,12 +57,21 @@ class Inputs:
         )
         behind = self.cache.field(group, "")
         plain = {n.removesuffix(behind): x for n, x in self._fields.items() if behind and n.endswith(behind)}
-        return Inputs({**self._fields, **plain}, {p.name: self._kv[n] for n, p in own.items()}, cache)
+        return Inputs(
+            {**self._fields, **plain}, {p.name: self._kv[n] for n, p in own.items()}, cache, "", self.deep
+        )
 
     def adding(self, **derived: torch.Tensor) -> Inputs:
         """These inputs and what was derived from them, for the cache group that they are of."""
         named = {self.cache.field(self._group, name): value for name, value in derived.items()}
-        return Inputs({**self._fields, **named}, self._kv, self.cache, self._group)
+        return Inputs({**self._fields, **named}, self._kv, self.cache, self._group, self.deep)
+
+    def branching(self, deep: int) -> Inputs:
+        """These inputs, of tokens that are nodes of trees so many levels ``deep``: 0 where tokens follow each other.
+
+        Such tokens have ``visible`` and ``tree_start``, see :func:`makeready.kernels.attention.tree.tree_attention`.
+        """
+        return Inputs(self._fields, self._kv, self.cache, self._group, deep)
 
     def kv(self, name: str) -> torch.Tensor:
         """The cache tensor called ``name``."""

@@ -17,8 +17,8 @@ from makeready.graphs.checkpoint.config import normalise_config
 from makeready.graphs.plan import memory
 from makeready.graphs.plan.buckets import prove_coverage
 from makeready.graphs.plan.check_cuda import check_chains, check_kernels, check_nodes
+from makeready.graphs.plan.check_generated import check_generated
 from makeready.graphs.plan.check_lanes import check_lanes
-from makeready.graphs.plan.constants import GENERATORS, zeros
 from makeready.graphs.plan.plan import Plan, PlanError, Weight
 from makeready.graphs.plan.program import Buffer, LoweredProgram
 from makeready.graphs.plan.reads import complaint
@@ -30,7 +30,6 @@ from makeready.kernels.spec import DTYPE_BYTES, PAGES, ROWS, TOKENS
 
 MOST_BUCKETS = 10_000  # a plan has some dozens
 MOST_READS = 2**16  # boxes that make up an operand: some hundreds of experts
-MOST_ROTARY = 2**16  # columns of a generated table, far above any head
 
 
 # Integers say where memory is read and written, so an operand takes the field of its own name, what the
@@ -43,10 +42,21 @@ INDICES = {
     "query_start": ("draft_start",),
     "query_len": ("draft_len",),
     "context_len": ("draft_context", "draw_context"),
-    "positions": ("prior",),
+    "positions": ("prior", "places", "after"),
     "token_slot": ("chain_slot",),
     "d2t": ("draft.d2t",),
+    "tree": ("grown",),
+    "drawn": ("tokens",),
+    "tree_start": ("start",),
 }
+_OF_TREES = (
+    "parent",
+    "depth",
+    "ancestors",
+    "children",
+    "level",
+    "below",
+)  # numbers of nodes, and sets of them
 
 
 def check_plan(plan: Plan) -> Plan:
@@ -230,7 +240,7 @@ def _recipe(weight: Weight) -> None:
     ways = [bool(param.pieces), param.generated is not None, param.derived is not None]
     need(sum(ways) == 1, f"weight {param.name} has no recipe, or two")
     if param.generated is not None:
-        _generated(param)
+        check_generated(param)
     if param.derived is not None:
         _derived(param, param.derived)
     for operand in param.operands:
@@ -259,35 +269,6 @@ def _derived(param: Param, derived: Derived) -> None:
         derived.result in known,
         f"weight {param.name} is {derived.result!r} of its derivation, which is nothing",
     )
-
-
-def _generated(param: Param) -> None:
-    """Tables are made of a size that the recipe's arguments say; a first row shows whether it can be made."""
-    assert param.generated is not None
-    made, said = GENERATORS.get(param.generated.function), dict(param.generated.arguments)
-    need(
-        made is not None, f"weight {param.name} is made by {param.generated.function!r}, which is no function"
-    )
-    assert made is not None
-    shape, dtype = param.spec.shape, param.spec.dtype
-    if made is zeros:
-        need(
-            said == {"shape": list(shape)} and dtype == "int32",
-            f"weight {param.name}, {param.spec}, is made as {said.get('shape')} zeros of int32",
-        )
-        return
-    need(
-        [said.get("context_len"), said.get("rotary_dim")] == list(shape)
-        and 0 < int(shape[-1]) <= MOST_ROTARY,
-        f"weight {param.name}, {param.spec}, is made as {said.get('context_len')} x {said.get('rotary_dim')}",
-    )
-    try:
-        row = made(**(said | {"context_len": 1}))
-    except Exception as error:  # whatever arguments of any type lead to
-        raise ContradictionError(
-            f"weight {param.name} cannot be made ({type(error).__name__}: {error})"
-        ) from None
-    need(row.shape == (1, shape[1]) and dtype == "float32", f"weight {param.name} is made as {row.shape}")
 
 
 def _programs(plan: Plan) -> None:
@@ -325,6 +306,7 @@ def _order(plan: Plan, program: LoweredProgram, names: set[str]) -> None:
     views = {name for name, buffer in program.buffers.items() if buffer.row_stride is not None}
     constants = {w.param.name: w.param.generated for w in plan.weights}
     nothing = {name for name, made_by in constants.items() if made_by and made_by.function == "zeros"}
+    tables = {name for name, made_by in constants.items() if made_by and made_by.function == "numbers"}
     for launch in program.launches:
         named = set(launch.operands.values())
         of_groups = [g.name for g in plan.kv.groups if any(part.name in named for part in g.parts)]
@@ -341,7 +323,8 @@ def _order(plan: Plan, program: LoweredProgram, names: set[str]) -> None:
                 fields = {plan.kv.field(group, name) for group in groups for name in index}
                 own = fields if operand in _OF_GROUPS else fields | index
                 unmasked = operand in ("masked", "allowed") and value in nothing
-                need(value in own or made.get(value) in index or unmasked, f"{where} as {operand}")
+                of_tree = operand in _OF_TREES and value in tables
+                need(value in own or made.get(value) in index or unmasked or of_tree, f"{where} as {operand}")
         for result, value in launch.results.items():
             need(
                 (value in results or value in program.buffers) and value not in made,

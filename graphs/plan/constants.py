@@ -83,4 +83,13 @@ def zeros(*, shape: Sequence[int]) -> np.ndarray:
     return np.zeros(shape, np.int32)
 
 
-GENERATORS: Mapping[str, Callable[..., np.ndarray]] = {"rope_table": rope_table, "zeros": zeros}
+def numbers(*, values: Sequence[Any], dtype: str) -> np.ndarray:
+    """Integers as they are given."""
+    return np.array(values, dtype)
+
+
+GENERATORS: Mapping[str, Callable[..., np.ndarray]] = {
+    "rope_table": rope_table,
+    "zeros": zeros,
+    "numbers": numbers,
+}

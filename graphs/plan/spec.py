@@ -56,7 +56,8 @@ class Limits:
         max_logit_bias: entries of a request's logit bias.
         max_top_logprobs: alternatives reported a token.
         vocabulary: tokens that have a logit.
-        max_gain: tokens that a generating row gains in a step, at most.
+        max_gain: tokens that a generating row gains in a step, at most, or that a step puts behind it.
+        branches: whether drafts are trees.
     """
 
     max_rows: int
@@ -68,6 +69,12 @@ class Limits:
     max_top_logprobs: int = 20
     vocabulary: int = 0
     max_gain: int = 1
+    branches: bool = False
+
+    @property
+    def mask_places(self) -> int:
+        """Places of a row that have a mask in a step: rows that follow a grammar run no trees."""
+        return 1 if self.branches else self.max_gain
 
     @property
     def mask_words(self) -> int:
@@ -128,6 +135,7 @@ class StepSpec:
         staged: what the host writes for every step; defaults are what padding rows and tokens hold.
         results: what every step leaves for the host to read.
         early: results that the host may read at a step's cut: they do not wait for all launches before it.
+        gain: tokens that a generating row gains at most, where that is less than it runs: of trees of drafts.
         ratios: of steps that verify drafts, by the rows of their buckets: by how much longer than a decode step of as
             many rows they are predicted to take.
     """
@@ -138,6 +146,7 @@ class StepSpec:
     staged: tuple[Field, ...]
     results: tuple[Field, ...]
     early: tuple[str, ...] = ()
+    gain: int | None = None
     ratios: Mapping[int, float] = field(default_factory=dict)
 
     def legal(self, rows: int, tokens: int) -> bool:

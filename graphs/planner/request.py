@@ -133,7 +133,7 @@ def limits_of(request: Request, target: Target, longest: int, vocabulary: int) -
             f"lower it to {longest}"
         )
     guesses = request.speculative
-    drafts = guesses.num_draft_tokens if guesses.method is not None else 0
+    drafts = guesses.drafts if guesses.method is not None else 0
     return Limits(
         max_rows=request.max_rows,
         max_tokens=request.max_tokens or max(target.max_tokens, request.max_rows),
@@ -141,6 +141,7 @@ def limits_of(request: Request, target: Target, longest: int, vocabulary: int) -
         page_size=request.page_size or target.page_size,
         vocabulary=vocabulary,
         max_gain=1 + drafts if type(drafts) is int else 1,  # what is wrong with it is said where it acts
+        branches=bool(guesses.tree),
     )
 
 

@@ -22,7 +22,8 @@ from makeready.graphs.models.family import Model
 from makeready.graphs.plan.plan import PlanError
 from makeready.graphs.plan.spec import CacheGroup, KVPart, Limits
 from makeready.graphs.plan.speculative import Speculative
-from makeready.graphs.speculative.base import Guesses
+from makeready.graphs.speculative.base import Guesses, Setting
+from makeready.graphs.speculative.tree import Tables, Tree
 from makeready.graphs.steps.generate import draw, paged
 from makeready.kernels.step import draft_chain
 
@@ -66,9 +67,10 @@ class Followed:
     The drafter's tensors are parts of the cache group that keeps everything, so that pages hold both models' tokens.
     """
 
-    def __init__(self, target: Model, drafter: Drafter, limits: Limits) -> None:
+    def __init__(self, target: Model, drafter: Drafter, setting: Setting) -> None:
         self.target, self.drafter = target, drafter
-        slots = limits.slots
+        slots, asked = setting.limits.slots, setting.request.speculative
+        self.tables = Tables(asked.tree) if asked.tree else None
         # Drafts are drawn without masks: what those say may come while a step runs.
         self.unmasked = constant((slots,), "zeros", {"shape": [slots]}, dtype="int32")
         self.no_mask = constant((slots, 1), "zeros", {"shape": [slots, 1]}, dtype="int32")
@@ -76,7 +78,8 @@ class Followed:
     def named_parameters(self) -> Iterator[tuple[str, Any]]:
         own = (("unmasked", self.unmasked), ("no_mask", self.no_mask))
         yield from self.target.named_parameters()
-        for name, tensor in itertools.chain(self.drafter.named_parameters(), own):
+        tables = self.tables.named_parameters() if self.tables else ()
+        for name, tensor in itertools.chain(self.drafter.named_parameters(), own, tables):
             yield DRAFT + name, tensor
 
     def parameters(self) -> Iterator[Any]:
@@ -109,12 +112,21 @@ class Followed:
             ids, at, slots, place = self._placed(i, start, drafts, limits, step)
             before = drafter.begin(at) if step == 0 else before
             logits, before = drafter.step(ids, before, at)
-            unmasked = {"masked": self.unmasked, "allowed": self.no_mask}
-            draw(logits, i.adding(sample_slot=slots, context_len=place, **unmasked))
+            draw(logits, i.adding(sample_slot=slots, context_len=place, **self._unmasked))
         made = draft_chain.pack_drafts(
             i.token_ids, i.row_slot, i.query_start, i.query_len, i.sample_slot, start, drafts, i.history
         )
         return Guesses(*made)
+
+    @property
+    def tree(self) -> Tree:
+        """Its drafts as trees, where it was asked for these."""
+        assert self.tables is not None
+        return Tree(self.tables, self.drafter, self.group, self._unmasked)
+
+    @property
+    def _unmasked(self) -> dict[str, torch.Tensor]:
+        return {"masked": self.unmasked, "allowed": self.no_mask}
 
     def _placed(
         self, i: Inputs, start: torch.Tensor, drafts: torch.Tensor, limits: Limits, step: int
@@ -134,7 +146,7 @@ class Followed:
 class Chained:
     """What methods have in common whose ``model`` is a :class:`Followed`."""
 
-    own: tuple[str, ...] = ()
+    own: tuple[str, ...] = ("tree",)
 
     def check(self, asked: Speculative) -> None: ...
 

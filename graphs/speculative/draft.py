@@ -73,7 +73,7 @@ class Draft(Chained):
                 f"{limits.context_len}; lower that, or choose another"
             )
         small = described.build(config, context_len=limits.context_len, activation=setting.activation)
-        return Followed(target, SmallModel(small), limits)
+        return Followed(target, SmallModel(small), setting)
 
 
 method(Draft())

@@ -3,7 +3,8 @@
 Its entry of a token is made of the token's embedding and of the hidden state before the token, which ``fc`` brings to
 one width: the model's behind its last norm, or in a chain what the layer gave itself. Embedding and head are the
 model's, and no norm is between. Checkpoints are those published for EAGLE-1 and EAGLE-2 (arXiv:2406.16858), which
-differ in the trees that are made of drafts: here they are a chain. Configs often say ``LlamaForCausalLM``.
+differ in the trees that are made of drafts: here these are a chain, or a tree of one shape. Configs often say
+``LlamaForCausalLM``.
 
     T tokens, C features
 """
@@ -132,7 +133,7 @@ class EagleMethod(Chained):
                 f"speculative.method=eagle has heads with {MLP_NORM} alone, as published, and speculative.checkpoint "
                 f"has {further[0]}; choose another head"
             )
-        return Followed(target, Eagle(target, setting), setting.limits)
+        return Followed(target, Eagle(target, setting), setting)
 
 
 method(EagleMethod())

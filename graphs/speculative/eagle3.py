@@ -150,7 +150,7 @@ class Eagle3Method(Chained):
                 f"speculative.method=eagle3 has heads of one layer as the paper has it, and speculative.checkpoint "
                 f"says {field}={config[field]}; choose another head"
             )
-        return Followed(target, Eagle3(target, setting), setting.limits)
+        return Followed(target, Eagle3(target, setting), setting)
 
 
 method(Eagle3Method())

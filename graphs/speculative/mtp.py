@@ -94,7 +94,7 @@ class MTP(Chained):
                 f"speculative.method=mtp is for {ARCHITECTURE} with num_nextn_predict_layers, and the model is "
                 f"{named} with {config.get('num_nextn_predict_layers') or 'none'}; use ngram or draft"
             )
-        return Followed(target, NextToken(target, setting), setting.limits)
+        return Followed(target, NextToken(target, setting), setting)
 
 
 method(MTP())

@@ -88,7 +88,7 @@ def sampling_slot(limits: Limits) -> tuple[Field, ...]:
         ("bias_values", (slots, limits.max_logit_bias), "float32", 0.0),
         ("top_logprobs", (slots,), "int32", -1),
         ("masked", (slots,), "int32", 0),  # whether only tokens that are allowed are drawn
-    ) + fields(("allowed", (slots, limits.max_gain * limits.mask_words), "int32", 0), keeper=LATE)
+    ) + fields(("allowed", (slots, limits.mask_places * limits.mask_words), "int32", 0), keeper=LATE)
 
 
 def token_results(limits: Limits, axis: str = ROWS) -> tuple[Field, ...]:
@@ -117,22 +117,27 @@ def run(model: Model, i: Inputs, limits: Limits) -> tuple[torch.Tensor, Inputs]:
     return model(ids, i), i
 
 
-def paged(i: Inputs, limits: Limits) -> Inputs:
-    """The inputs, of a cache group with pages, and where the tokens lie that they have located."""
+def paged(i: Inputs, limits: Limits, places: torch.Tensor | None = None) -> Inputs:
+    """The inputs, of a cache group with pages, and where the tokens lie that they have located.
+
+    Args:
+        places: of tokens in their row's pages, where these are not their positions.
+    """
     kv_slot, page_table = locate.find_pages(
-        i.positions, i.row_slot, i.query_start, i.query_len, i.context_len,
+        i.positions if places is None else places, i.row_slot, i.query_start, i.query_len, i.context_len,
         i.grow_at, i.grow_page, i.pages, page_size=limits.page_size,
     )  # fmt: skip
     return i.adding(kv_slot=kv_slot, page_table=page_table)
 
 
 def draw(logits_RV: torch.Tensor, i: Inputs) -> torch.Tensor:
-    """The next token of every row of logits, which is left in the history of ``i.sample_slot``, too."""
+    """The next token of every row of logits, which is left in the history of ``i.sample_slot``, too, but of trees."""
     return sampling.sample(
         logits_RV, i.sample_slot, i.context_len, i.history, i.prompt_len,
         i.temperature, i.top_k, i.top_p, i.min_p,
         i.presence_penalty, i.frequency_penalty, i.repetition_penalty,
         i.seed, i.min_new_tokens, i.stop_ids, i.bias_ids, i.bias_values, i.masked, i.allowed,
+        *((i.path, i.path_len) if i.deep else ()),
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from makeready.graphs.plan.buckets import Shapes
 from makeready.graphs.plan.plan import PlanError
 from makeready.graphs.plan.spec import VERIFY, CacheSpec, Field, Limits, StepSpec, fields
 from makeready.graphs.plan.speculative import Speculative
+from makeready.graphs.speculative import tree
 from makeready.graphs.speculative.base import known
 from makeready.graphs.steps.base import Sizing, step_kind
 from makeready.graphs.steps.generate import (
@@ -47,10 +48,10 @@ class Verify:
 
     def spec(self, limits: Limits, request: Request, cache: CacheSpec) -> StepSpec | None:
         asked = request.speculative
-        _check(asked, limits, cache)
+        _check(asked, limits, cache, request)
         if asked.method is None:
             return None
-        each = 1 + asked.num_draft_tokens
+        each = 1 + asked.drafts
         rows = min(limits.max_rows, asked.max_rows, limits.max_tokens // each)
         staged = sequence_fields(limits, cache) + fields(
             ("limit", (ROWS,), "int32", 0),  # tokens that the sequence may come to
@@ -59,6 +60,9 @@ class Verify:
             ("drafted", (ROWS,), "int32", 0),  # drafts that were run
             ("accepted", (ROWS,), "int32", 0),  # of these, the first ones that were right
         )
+        if asked.tree:
+            results, gain = token_results(limits, TOKENS) + counted, 1 + max(map(len, asked.tree))
+            return StepSpec(rows, rows * each, each, staged, results, gain=gain)
         # Where rows follow a grammar, the host says what may come behind each draft.
         guessed = fields(("draft_ids", (TOKENS,), "int32", 0), ("draft_len", (ROWS,), "int32", 0))
         results = token_results(limits, TOKENS) + counted + guessed
@@ -73,6 +77,8 @@ class Verify:
     ) -> Mapping[str, torch.Tensor]:
         i, asked = inputs, request.speculative
         assert asked.method is not None
+        if asked.tree:
+            return tree.check(model, inputs, limits)
         ids, start, count, slots, context = known(asked.method).guess(model, i, limits, asked)
         logits, i = run(model, i.adding(token_ids=ids, query_start=start, query_len=count), limits)
         reach = i.context_len
@@ -91,7 +97,7 @@ class Verify:
         return Shapes(rows=expected, count=sizing.max_decode_buckets)
 
 
-def _check(asked: Speculative, limits: Limits, cache: CacheSpec) -> None:
+def _check(asked: Speculative, limits: Limits, cache: CacheSpec, request: Request) -> None:
     """Raise :class:`PlanError` for what cannot be."""
     found = None if asked.method is None else known(asked.method)
     of_use = () if found is None else (*_ALL, *found.own)
@@ -103,7 +109,7 @@ def _check(asked: Speculative, limits: Limits, cache: CacheSpec) -> None:
         raise PlanError(f"speculative.{idle[0]}={getattr(asked, idle[0])} is of no use {what}")
     if found is None:
         return
-    for name in of_use:
+    for name in (name for name in of_use if name != "tree"):
         value = getattr(asked, name)
         if type(value) is not int or value < 1:
             raise PlanError(f"speculative.{name}={value} must be a whole number of at least 1")
@@ -111,9 +117,18 @@ def _check(asked: Speculative, limits: Limits, cache: CacheSpec) -> None:
     if share is not None and not (isinstance(share, int | float) and 0 <= share <= 1):
         raise PlanError(f"speculative.forced_acceptance={share} must be a number from 0 to 1")
     found.check(asked)
-    if 1 + asked.num_draft_tokens > limits.max_tokens:
+    if asked.tree:
+        if share is not None:
+            raise PlanError("speculative.forced_acceptance is of chains; leave speculative.tree out")
+        tree.check_tree(asked.tree, limits, cache, deterministic=request.deterministic)
+    said = (
+        f"the {asked.drafts} nodes of speculative.tree"
+        if asked.tree
+        else f"speculative.num_draft_tokens={asked.drafts}"
+    )
+    if 1 + asked.drafts > limits.max_tokens:
         raise PlanError(
-            f"speculative.num_draft_tokens={asked.num_draft_tokens} and the token before them do not fit into steps "
+            f"{said} and the token before them do not fit into steps "
             f"of plan.max_tokens={limits.max_tokens}; lower the one or raise the other"
         )
     if cache.states:
@@ -121,11 +136,9 @@ def _check(asked: Speculative, limits: Limits, cache: CacheSpec) -> None:
             f"speculative.method={asked.method} takes wrong drafts back, and the model's state "
             f"{cache.states[0].name} cannot be taken back; leave speculative.method out"
         )
-    if 1 + asked.num_draft_tokens > limits.context_len:
-        raise PlanError(
-            f"speculative.num_draft_tokens={asked.num_draft_tokens} is beyond plan.context_len="
-            f"{limits.context_len}; lower it"
-        )
+    if 1 + asked.drafts > limits.context_len:
+        verb = "are" if asked.tree else "is"
+        raise PlanError(f"{said} {verb} beyond plan.context_len={limits.context_len}; lower it")
 
 
 step_kind(Verify())

@@ -125,8 +125,8 @@ def decode_attention_tiles(
         q_ND = tl.load(q + row.to(tl.int64) * q_stride + head_ND, mask=is_q, other=0.0)
         pages = page_table + row.to(tl.int64) * table_stride
         max_N, sum_N, acc_ND = attend_tiles(
-            as_queries(q_ND, k_cache), k_cache, v_cache, scales, pages, head, length, length - WINDOW, None, scale,
-            first + at - begin, first + upto - begin, KV_HEADS, HEAD_DIM, BITS, PAGE, WINDOW, N, D, L,
+            as_queries(q_ND, k_cache), k_cache, v_cache, scales, pages, head, length, length - WINDOW, None, 0, None,
+            scale, first + at - begin, first + upto - begin, KV_HEADS, HEAD_DIM, BITS, PAGE, WINDOW, N, D, L,
         )  # fmt: skip
 
         out = y + row.to(tl.int64) * y_stride
@@ -200,6 +200,11 @@ def prefetch_tile(
 
 
 @triton.jit
+def _either(one, other):
+    return one | other
+
+
+@triton.jit
 def attend_tiles(
     q_ND,
     k_cache,
@@ -210,6 +215,8 @@ def attend_tiles(
     length,
     oldest,
     position_N,
+    root,
+    visible_N,
     scale,
     tile,
     last,
@@ -227,6 +234,7 @@ def attend_tiles(
     Args:
         oldest: first token that one of them sees, where there is a ``WINDOW``.
         position_N: of each query in its row, or None where all see what is before ``length``.
+        root, visible_N: where a tree begins, and what each query sees of it, a bit a place; None without a tree.
     """
     l = tl.arange(0, L)  # noqa: E741
     max_N = tl.full((N,), float("-inf"), tl.float32)
@@ -237,12 +245,17 @@ def attend_tiles(
         offset_NL = tl.zeros((N, L), tl.float32)
     # Page numbers are read one tile ahead, or each tile would wait for two memory latencies in a row.
     page = pages_of(pages, tile * L, length, PAGE, L)
+    if visible_N is not None:
+        some = tl.reduce(visible_N, 0, _either)
     for i in range(tile, last):
         start = i * L
         slot_L = slots_of(page, start, PAGE, L)
         seen_L = start + l < length
         if WINDOW > 0:
             seen_L &= start + l >= oldest
+        if visible_N is not None:
+            bit_L = tl.minimum(tl.maximum(start + l - root, 0), 63)
+            seen_L &= (start + l < root) | ((some >> bit_L) & 1 != 0)
         # Slots that hold no token may hold NaN: they are not read.
         head_L = slot_L * KV_HEADS + head
         k_LD = load_numbers(k_cache, head_L, seen_L, HEAD_DIM, D, L, BITS)
@@ -256,9 +269,15 @@ def attend_tiles(
         if position_N is None:
             score_NL = tl.where(seen_L[None, :], score_NL * scale, float("-inf"))
         else:
-            seen_NL = (start + l)[None, :] <= position_N[:, None]
+            if visible_N is None:
+                seen_NL = (start + l)[None, :] <= position_N[:, None]
+            else:
+                seen_NL = (start + l < root)[None, :] & (position_N >= 0)[:, None]
             if WINDOW > 0:
                 seen_NL &= (start + l)[None, :] > position_N[:, None] - WINDOW
+            if visible_N is not None:
+                own_NL = (visible_N[:, None] >> bit_L[None, :]) & 1 != 0
+                seen_NL = (seen_NL | ((start + l >= root)[None, :] & own_NL)) & seen_L[None, :]
             # Finite, as in extend_steps_triton.py: a query may see nothing of a tile.
             score_NL = tl.where(seen_NL, score_NL * scale, -1e30)
         higher_N = tl.maximum(max_N, tl.max(score_NL, 1))

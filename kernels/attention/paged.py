@@ -24,7 +24,8 @@ from makeready.kernels.quantize import FP8_MAX
 from makeready.kernels.rope import rotate
 
 _CACHE = "k_cache{mark}[P,S,kv_heads,head_dim]:C v_cache{mark}[P,S,kv_heads,head_dim]:C"
-_READ = {"k_cache": "R*context*kv_heads*head_dim", "v_cache": "R*context*kv_heads*head_dim"}
+READ = {"k_cache": "R*context*kv_heads*head_dim", "v_cache": "R*context*kv_heads*head_dim"}
+EXTEND_FLOPS = "4*T*context*heads*head_dim"
 _EXTEND = (
     f"q[T,heads*head_dim]:A {_CACHE.format(mark='')} page_table[R,B]:int32 "
     "query_start[R]:int32 query_len[R]:int32 context_len[R]:int32 sinks?[heads]:float32 -> y[T,heads*head_dim]:A"
@@ -95,39 +96,41 @@ def norm_rope_kv_write(
     return rotate(q, rows).flatten(1)
 
 
-def _attend(
+def attend(
     q_NHD: torch.Tensor,
     k_LGD: torch.Tensor,
     v_LGD: torch.Tensor,
     sinks_H: torch.Tensor | None,
+    visible_NL: torch.Tensor,
     *,
     scale: float,
-    window: int,
 ) -> torch.Tensor:
-    """Causal attention of the last N of L tokens, grouped-query, in fp32 or wider."""
-    queries, length, group = len(q_NHD), len(k_LGD), q_NHD.shape[1] // k_LGD.shape[1]
+    """Attention of N queries over those of L tokens that each sees, grouped-query, in fp32 or wider."""
+    group = q_NHD.shape[1] // k_LGD.shape[1]
     wide = widen(q_NHD)
     k_LHD, v_LHD = (x.to(wide.dtype).repeat_interleave(group, dim=1) for x in (k_LGD, v_LGD))
     score_HNL = torch.einsum("nhd,lhd->hnl", wide, k_LHD) * scale
-    at, key = torch.arange(length - queries, length).unsqueeze(-1), torch.arange(length)
-    visible = key <= at
-    if window:
-        visible &= key > at - window
-    score_HNL = score_HNL.masked_fill(~visible, float("-inf"))
+    score_HNL = score_HNL.masked_fill(~visible_NL, float("-inf"))
     if sinks_H is not None:
-        sink_HN1 = sinks_H.to(wide.dtype)[:, None, None].expand(-1, queries, 1)
+        sink_HN1 = sinks_H.to(wide.dtype)[:, None, None].expand(-1, len(q_NHD), 1)
         weight_HNL = torch.cat((score_HNL, sink_HN1), -1).softmax(-1)[..., :-1]
     else:
         weight_HNL = score_HNL.softmax(-1)
     return torch.einsum("hnl,lhd->nhd", weight_HNL, v_LHD).to(q_NHD.dtype)
 
 
+def _causal(queries: int, length: int, window: int) -> torch.Tensor:
+    """Which of ``length`` tokens the last ``queries`` see: ``[queries, length]`` bool."""
+    at, key = torch.arange(length - queries, length).unsqueeze(-1), torch.arange(length)
+    return (key <= at) & (key > at - window) if window else key <= at
+
+
 @contract(
     _EXTEND,
     tolerance=Tolerance(bfloat16=1.5e-2),
-    flops="4*T*context*heads*head_dim",
+    flops=EXTEND_FLOPS,
     rate="q",
-    traffic=_READ,
+    traffic=READ,
 )
 def extend_attention(
     q: torch.Tensor,
@@ -164,7 +167,8 @@ def extend_attention(
         k_LGD, v_LGD = (c[pages].flatten(0, 1)[first:length] for c in (k_cache, v_cache))
         rows = slice(start, start + count)
         q_NHD = q[rows].unflatten(-1, (heads, head_dim))
-        y[rows] = _attend(q_NHD, k_LGD, v_LGD, sinks, scale=scale, window=window).flatten(1)
+        visible = _causal(count, len(k_LGD), window)
+        y[rows] = attend(q_NHD, k_LGD, v_LGD, sinks, visible, scale=scale).flatten(1)
     return y
 
 
@@ -174,7 +178,7 @@ def extend_attention(
     tolerance=Tolerance(bfloat16=1.5e-2),
     flops="4*R*context*heads*head_dim",
     rate="q",
-    traffic=_READ,
+    traffic=READ,
 )
 def decode_attention(
     q: torch.Tensor,
@@ -202,9 +206,9 @@ def decode_attention(
 @contract(
     _EXTEND,
     tolerance=Tolerance(bfloat16=1.5e-2),
-    flops="4*T*context*heads*head_dim",
+    flops=EXTEND_FLOPS,
     rate="q",
-    traffic=_READ,
+    traffic=READ,
 )
 def verify_attention(
     q: torch.Tensor,
@@ -245,9 +249,9 @@ def _decode(program: Any, call: Any) -> list[Any]:
 @contract(
     _EXTEND,
     tolerance=Tolerance(bfloat16=1.5e-2),
-    flops="4*T*context*heads*head_dim",
+    flops=EXTEND_FLOPS,
     rate="q",
-    traffic=_READ,
+    traffic=READ,
     expands={"decode": _decode, "verify": _verify, ANY: _extend},
 )
 def paged_attention(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import triton
 import triton.language as tl
@@ -24,12 +25,14 @@ from makeready.kernels.attention.paged import verify_attention
 from makeready.kernels.attention.pages_triton import as_queries
 from makeready.kernels.attention.parts_triton import add_parts, is_last, leave_part, with_sinks
 from makeready.kernels.attention.scaled import verify_attention_scaled
+from makeready.kernels.attention.tree import tree_attention
 from makeready.kernels.device import Candidate, DeviceLaunch, OpCall, Pointer, Scalar, Scratch
 from makeready.kernels.registry import cuda_kernel
 from makeready.kernels.row_tiles import power_of_two
 from makeready.kernels.spec import DTYPE_BYTES
 
 _AT_ONCE = 8192  # sums that the last block of an item reads at once: 64 registers of a thread
+_OPTIONAL = {"scales", "sinks", "positions", "tree_start", "visible"}
 _SUMS = 8192  # of an item that 4 warps hold; 8 hold twice as many
 # Microseconds to start and end, and the share of the bandwidth or of the matrix rate that is reached: of decode
 # attention on one H200 (docs/predict.md). What the last block of an item reads of others' parts, it reads at 64 bytes
@@ -47,6 +50,9 @@ def verify_attention_tiles(
     query_start,
     query_len,
     context_len,
+    positions,
+    tree_start,
+    visible,
     sinks,
     y,
     sums,
@@ -61,6 +67,7 @@ def verify_attention_tiles(
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     EACH: tl.constexpr,
+    FIRST: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BITS: tl.constexpr,
     PAGE: tl.constexpr,
@@ -77,12 +84,13 @@ def verify_attention_tiles(
 
     Args:
         scales: fp16, see :mod:`~.scaled`, and BITS of a number; None and 0 where numbers have none.
+        positions, tree_start, visible: see :mod:`~.tree`; None where tokens of a row follow each other.
         sinks: fp32 logits of heads that join denominators, or None.
         sums: fp32 scratch ``[2 * blocks, EACH * GROUP, HEAD_DIM]``.
         stats: fp32 scratch ``[2 * blocks, 2, EACH * GROUP]``: maxima of the scaled scores, denominators.
         arrived: int32 zeros ``[rows * KV_HEADS]``, zeros again at the end.
         scale: of scores, times log2(e).
-        EACH: tokens of a row, at most.
+        EACH, FIRST: tokens of a row that it has, at most, from which of them on; not 0 only of trees.
         R: ``rows`` or more, a power of two.
         N, D: ``EACH * GROUP``, ``HEAD_DIM`` or more, powers of two; N at least 16.
         AHEAD: bring a block's first tile to L2 while the kernels before still run.
@@ -97,15 +105,19 @@ def verify_attention_tiles(
     # Lengths and pages are there before the kernel starts: they are among what it reads early.
     length_R = tl.load(context_len + row_R, mask=row_R < rows, other=0)
     count_R = tl.load(query_len + row_R, mask=row_R < rows, other=0)
-    _, tiles_R = _span(length_R, count_R, WINDOW, L)
+    root_R = length_R - count_R
+    if visible is not None:
+        count_R = _some_of(count_R, FIRST, EACH)
+        root_R = tl.load(tree_start + row_R, mask=row_R < rows, other=0)
+    _, tiles_R = _span(length_R, count_R, root_R, WINDOW, L)
     end_R = tl.cumsum(tiles_R, 0) * KV_HEADS
     total = tl.max(end_R, 0)
     share = tl.maximum(tl.cdiv(total, tl.num_programs(0)), 1)
     mine = block * share
     at = mine
     stop = tl.minimum(mine + share, total)
-    row, length, count, first, tiles, head, begin = _item(
-        at, end_R, row_R, context_len, query_len, rows, KV_HEADS, WINDOW, L
+    row, length, count, root, first, tiles, head, begin = _item(
+        at, end_R, row_R, context_len, query_len, tree_start, rows, KV_HEADS, EACH, FIRST, WINDOW, L
     )  # fmt: skip
     if PDL:
         if AHEAD and at < stop:
@@ -118,16 +130,24 @@ def verify_attention_tiles(
     while at < stop:
         end = begin + tiles
         upto = tl.minimum(end, stop)
-        token = tl.load(query_start + row)
+        token = tl.load(query_start + row) + FIRST
         token_N = (token + n // GROUP).to(tl.int64)
         head_ND = (head * GROUP + n % GROUP)[:, None] * HEAD_DIM + d[None, :]
         is_q = (n < count * GROUP)[:, None] & (d < HEAD_DIM)[None, :]
         q_ND = tl.load(q + token_N[:, None] * q_stride + head_ND, mask=is_q, other=0.0)
         pages = page_table + row.to(tl.int64) * table_stride
-        position_N = length - count + tl.minimum(n // GROUP, count - 1)
+        if visible is None:
+            position_N = length - count + tl.minimum(n // GROUP, count - 1)
+            visible_N = None
+            oldest = root + 1 - WINDOW
+        else:
+            # Those of padding are above all others: they widen no window.
+            position_N = tl.load(positions + token_N, mask=n < count * GROUP, other=root + 64)
+            visible_N = tl.load(visible + token_N, mask=n < count * GROUP, other=0)
+            oldest = tl.min(position_N, 0) + 1 - WINDOW
         max_N, sum_N, acc_ND = attend_tiles(
-            as_queries(q_ND, k_cache), k_cache, v_cache, scales, pages, head, length, length - count + 1 - WINDOW,
-            position_N, scale, first + at - begin, first + upto - begin,
+            as_queries(q_ND, k_cache), k_cache, v_cache, scales, pages, head, length, oldest,
+            position_N, root, visible_N, scale, first + at - begin, first + upto - begin,
             KV_HEADS, HEAD_DIM, BITS, PAGE, WINDOW, N, D, L,
         )  # fmt: skip
 
@@ -156,11 +176,13 @@ def verify_attention_tiles(
                 is_y = (v < count * GROUP)[:, None] & (d < HEAD_DIM)[None, :]
                 tl.store(y + at_VD, y_VD.to(y.dtype.element_ty), mask=is_y)
         at = upto
-        row, length, count, first, tiles, head, begin = _item(
-            at, end_R, row_R, context_len, query_len, rows, KV_HEADS, WINDOW, L
+        row, length, count, root, first, tiles, head, begin = _item(
+            at, end_R, row_R, context_len, query_len, tree_start, rows, KV_HEADS, EACH, FIRST, WINDOW, L
         )  # fmt: skip
 
-    if tl.sum(count_R, 0) < tokens:
+    if visible is not None:
+        count_R = tl.load(query_len + row_R, mask=row_R < rows, other=0)
+    if (FIRST == 0) & (tl.sum(count_R, 0) < tokens):
         start_R = tl.load(query_start + row_R, mask=row_R < rows, other=0)
         idle = block
         while idle < tokens:
@@ -175,38 +197,58 @@ def verify_attention_tiles(
 
 
 @triton.jit
-def _span(length, count, WINDOW: tl.constexpr, L: tl.constexpr):
-    """The first tile that a query of a row sees, and how many tiles from there; none where it has no queries."""
+def _some_of(count, FIRST: tl.constexpr, EACH: tl.constexpr):
+    """Of ``count`` queries of a row, how many are among EACH from FIRST on."""
+    return tl.minimum(tl.maximum(count - FIRST, 0), EACH)
+
+
+@triton.jit
+def _span(length, count, root, WINDOW: tl.constexpr, L: tl.constexpr):
+    """The first tile that a query of a row sees, and how many tiles from there; none where it has no queries.
+
+    Args:
+        root: position of the row's first query, or of one before.
+    """
     first = length * 0
     if WINDOW > 0:
-        first = tl.maximum(length - count + 1 - WINDOW, 0) // L
+        first = tl.maximum(root + 1 - WINDOW, 0) // L
     return first, tl.where(count > 0, tl.cdiv(length, L) - first, 0)
 
 
 @triton.jit
 def _item(
-    at, end_R, row_R, context_len, query_len, rows, KV_HEADS: tl.constexpr, WINDOW: tl.constexpr, L: tl.constexpr
+    at, end_R, row_R, context_len, query_len, tree_start, rows, KV_HEADS: tl.constexpr, EACH: tl.constexpr,
+    FIRST: tl.constexpr, WINDOW: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """The item of tile ``at``: row, its length, its queries, its first tile that is seen, its tiles from there, head,
-    and where they begin in the line of all. Behind the end of the line it is some item.
+    """The item of tile ``at``: row, its length, its queries, the place of the first or of a tree's root, its first
+    tile that is seen, its tiles from there, head, and where they begin in the line of all. Behind the end of the line
+    it is some item.
     """
     row = tl.minimum(tl.sum((end_R <= at).to(tl.int32), 0), rows - 1)
     length = tl.load(context_len + row)
     count = tl.load(query_len + row)
-    first, tiles = _span(length, count, WINDOW, L)
+    root = length - count
+    if tree_start is not None:
+        count = _some_of(count, FIRST, EACH)
+        root = tl.load(tree_start + row)
+    first, tiles = _span(length, count, root, WINDOW, L)
     begin = tl.sum(tl.where(row_R == row, end_R, 0), 0) - tiles * KV_HEADS
     head = (at - begin) // tl.maximum(tiles, 1)
-    return row, length, count, first, tiles, head, begin + head * tiles
+    return row, length, count, root, first, tiles, head, begin + head * tiles
 
 
 def _sixteen_bits(call: OpCall) -> bool:
     return DTYPE_BYTES[call.tensors["q"].dtype] == 2
 
 
+@cuda_kernel(tree_attention, "rows", applies=_sixteen_bits)
 @cuda_kernel(verify_attention_scaled, "rows", applies=_sixteen_bits)
 @cuda_kernel(verify_attention, "rows", applies=_sixteen_bits)
 def verify_attention_cuda(call: OpCall) -> Sequence[Candidate]:
-    """Blocks of different sizes and numbers, best first; none where a row's vectors do not fit into registers."""
+    """Blocks of different sizes and numbers, best first; none where a row's vectors do not fit into registers.
+
+    Of trees as many launches as it takes, one behind the other, which read all keys again.
+    """
     _, N, D = _sides(call)
     most = _SUMS if "scales" in call.tensors else 2 * _SUMS  # scales take registers, too
     if most < N * D:
@@ -230,10 +272,17 @@ def verify_attention_cuda(call: OpCall) -> Sequence[Candidate]:
 
 
 def _sides(call: OpCall) -> tuple[int, int, int]:
-    """Tokens of a row at most, query vectors of an item and head size, the latter two as the kernel pads them."""
-    each = -(-int(call.tensors["q"].shape[0]) // int(call.tensors["page_table"].shape[0]))
+    """Tokens of a row in a launch at most, query vectors of an item and head size, these as the kernel pads them."""
+    each, D = _tokens(call), power_of_two(max(call.attrs["head_dim"], 16))
     group = call.attrs["heads"] // call.attrs["kv_heads"]
-    return each, max(16, power_of_two(each * group)), power_of_two(max(call.attrs["head_dim"], 16))
+    if "visible" in call.tensors:
+        each = max(1, min(each, 2 * _SUMS // D // group))
+    return each, max(16, power_of_two(each * group)), D
+
+
+def _tokens(call: OpCall) -> int:
+    """Tokens of a row, at most."""
+    return -(-int(call.tensors["q"].shape[0]) // int(call.tensors["page_table"].shape[0]))
 
 
 def candidate(call: OpCall, L: int, warps: int, stages: int, a_multiprocessor: int) -> Candidate:
@@ -247,7 +296,7 @@ def candidate(call: OpCall, L: int, warps: int, stages: int, a_multiprocessor: i
     counters = -(-4 * rows * kv_heads // 256) * 256
     stats = -(-2 * blocks * 2 * each * group * 4 // 256) * 256
     head_bytes = int(call.tensors["k_cache"].shape[3]) * DTYPE_BYTES[call.tensors["k_cache"].dtype]
-    optional = {name for name in ("scales", "sinks") if name in call.tensors}
+    optional = {name for name in _OPTIONAL if name in call.tensors}
     dependent = "pdl" in call.features
     launch = DeviceLaunch(
         function=f"{__name__}:verify_attention_tiles",
@@ -255,6 +304,7 @@ def candidate(call: OpCall, L: int, warps: int, stages: int, a_multiprocessor: i
             "KV_HEADS": kv_heads,
             "GROUP": group,
             "EACH": each,
+            "FIRST": 0,
             "HEAD_DIM": head_dim,
             "BITS": bits,
             "PAGE": page,
@@ -268,7 +318,7 @@ def candidate(call: OpCall, L: int, warps: int, stages: int, a_multiprocessor: i
             # Bulk prefetch takes multiples of 16 bytes.
             "AHEAD": head_bytes % 16 == 0 and "tma" in call.features,
             "PDL": dependent,
-            **dict.fromkeys(sorted({"scales", "sinks"} - optional)),
+            **dict.fromkeys(sorted(_OPTIONAL - optional)),
         },
         arguments={
             **{name: Pointer(name) for name in ("q", "k_cache", "v_cache", "page_table", "y")},
@@ -288,13 +338,22 @@ def candidate(call: OpCall, L: int, warps: int, stages: int, a_multiprocessor: i
         num_warps=warps,
         num_stages=stages,
         dependent=dependent,
-        early=("context_len", "query_len", "page_table"),
+        early=(
+            "context_len",
+            "query_len",
+            "page_table",
+            *(("tree_start",) if "tree_start" in optional else ()),
+        ),
         local_bytes=16,  # at half tiles
     )
+    launches = tuple(
+        replace(launch, constants={**launch.constants, "FIRST": first})
+        for first in range(0, _tokens(call), each)
+    )
     scratch = counters + stats + 2 * blocks * each * group * head_dim * 4
-    seconds = 1e-6 * microseconds(call, L, blocks)
+    seconds = 1e-6 * len(launches) * microseconds(call, L, blocks)
     return Candidate(
-        f"tiles_{L}_w{warps}_s{stages}_b{a_multiprocessor}", (launch,), scratch, counters, seconds
+        f"tiles_{L}_w{warps}_s{stages}_b{a_multiprocessor}", launches, scratch, counters, seconds
     )
 
 

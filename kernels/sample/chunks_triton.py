@@ -53,6 +53,8 @@ def look_at_chunks(
     masked,
     allowed,
     bias_values,
+    path,
+    path_len,
     best,
     drawn,
     mass,
@@ -72,6 +74,8 @@ def look_at_chunks(
     CHUNK: tl.constexpr,
     PART: tl.constexpr,
     GROUP: tl.constexpr,
+    DEEP: tl.constexpr,
+    D_WIDTH: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """See the module's docstring; ``adjusted`` and ``counts`` are the same memory."""
@@ -95,6 +99,11 @@ def look_at_chunks(
         WORDS: tl.constexpr = (V + 31) // 32
         masks = tl.maximum(W // WORDS, 1)  # where no row is masked there need be none
         own = adjusted + row.to(tl.int64) * (CHUNK * chunks)
+        branch = path
+        behind = 0
+        if DEEP > 0:
+            branch = path + row * DEEP
+            behind = tl.load(path_len + row)
         adjust_chunk(
             z_row, own, counts + row.to(tl.int64) * (CHUNK * chunks), start,
             history + slot.to(tl.int64) * L, tl.load(prompt_len + slot), length,
@@ -102,7 +111,7 @@ def look_at_chunks(
             tl.load(repetition_penalty + slot), is_muted(slot, length, prompt_len, min_new_tokens),
             stop_ids + slot * E, bias_ids + slot * B, bias_values + slot * B,
             tl.load(masked + slot) != 0, allowed + slot * W + length % masks * WORDS,
-            E, B, V, CHUNK, PART, E_WIDTH, B_WIDTH,
+            branch, behind, E, B, V, CHUNK, PART, E_WIDTH, B_WIDTH, D_WIDTH,
         )  # fmt: skip
         z_row = own
         z = tl.load(z_row + ids, mask=ids < V, other=float("-inf"), cache_modifier=".cg")

@@ -196,9 +196,13 @@ def draw_tokens(
     GROUPS_WIDTH: tl.constexpr,
     TILE: tl.constexpr,
     KEPT: tl.constexpr,
+    BRANCHES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The row's token, to ``tokens`` and to its history. See chunks_triton.py for what the scratch holds."""
+    """The row's token, to ``tokens`` and, but for BRANCHES, to its history.
+
+    See chunks_triton.py for what the scratch holds.
+    """
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -241,5 +245,5 @@ def draw_tokens(
                 )  # fmt: skip
     token = packed_id(winner)
     tl.store(tokens + row, tl.where(finite, token, _NOT_FINITE))
-    if length < L:
+    if (length < L) & (BRANCHES == 0):
         tl.store(history + slot.to(tl.int64) * L + length, tl.where(finite, token, 0))

@@ -79,6 +79,8 @@ def adjust_chunk(
     bias_values,
     masked,
     allowed,
+    path,
+    path_len,
     E,
     B,
     V: tl.constexpr,
@@ -86,6 +88,7 @@ def adjust_chunk(
     PART: tl.constexpr,
     E_WIDTH: tl.constexpr,
     B_WIDTH: tl.constexpr,
+    DEEP: tl.constexpr,
 ):
     """Adjusted logits of the chunk from ``start``; see :func:`~.filters.adjust`.
 
@@ -94,6 +97,7 @@ def adjust_chunk(
 
     Args:
         logits, tokens, stop_ids, bias_ids, bias_values, allowed: of the row.
+        path, path_len: the last of its tokens, which are not among ``tokens``; DEEP is 0 where there are none.
         adjusted, counts: scratch of the row, the same memory.
         muted: whether stop ids are still held back.
         masked: whether only ``allowed`` tokens may be drawn.
@@ -104,9 +108,18 @@ def adjust_chunk(
     tl.debug_barrier()
     if is_penalised(presence, frequency, repetition):
         first = tl.where(repetition != 1.0, 0, prompt_len)  # only this penalty looks at the prompt
-        for at in range(first, length, PART):
+        known = length
+        if DEEP > 0:
+            known = length - path_len
+            d = tl.arange(0, DEEP)
+            behind = tl.load(path + d, mask=d < path_len, other=-1)
+            counted = (behind >= start) & (behind < end)
+            output = known + d >= prompt_len
+            tl.atomic_or(counts + behind, _PROMPT, mask=counted & (output == 0), sem="relaxed")
+            tl.atomic_add(counts + behind, 1, mask=counted & output, sem="relaxed")
+        for at in range(first, known, PART):
             place = at + tl.arange(0, PART)
-            token = tl.load(tokens + place, mask=place < length, other=-1)
+            token = tl.load(tokens + place, mask=place < known, other=-1)
             here = (token >= start) & (token < end)
             tl.atomic_or(counts + token, _PROMPT, mask=here & (place < prompt_len), sem="relaxed")
             tl.atomic_add(counts + token, 1, mask=here & (place >= prompt_len), sem="relaxed")

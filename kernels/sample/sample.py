@@ -62,7 +62,7 @@ def _draw(z_V: torch.Tensor, row: _Knobs) -> int:
     "temperature[S]:float32 top_k[S]:int32 top_p[S]:float32 min_p[S]:float32 "
     "presence_penalty[S]:float32 frequency_penalty[S]:float32 repetition_penalty[S]:float32 "
     "seed[S]:int64 min_new_tokens[S]:int32 stop_ids[S,E]:int32 bias_ids[S,B]:int32 bias_values[S,B]:float32 "
-    "masked[S]:int32 allowed[S,W]:int32 -> tokens[R]:int32",
+    "masked[S]:int32 allowed[S,W]:int32 path?[R,D]:int32 path_len?[R]:int32 -> tokens[R]:int32",
     tolerance=Tolerance(exact=True),
     flops="8*R*V",
     traffic={"history": "R*context", "allowed": "R"},
@@ -87,6 +87,8 @@ def sample(
     bias_values: torch.Tensor,
     masked: torch.Tensor,
     allowed: torch.Tensor,
+    path: torch.Tensor | None = None,
+    path_len: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sample one token a row and append it to the row's history.
 
@@ -96,6 +98,10 @@ def sample(
     as they are. Rows that share a slot have different ``context_len``, and all of them see the history as it was
     before. The last slot is the null slot of padding rows: their token is 0, nothing of them is read, nothing is
     written for them.
+
+    With ``path`` rows are ends of branches: the last ``path_len[r]`` of the row's tokens so far are the first ones of
+    ``path[r]``, those before them are in the history. Rows that share a slot may then have the same ``context_len``,
+    and nothing is written to the history.
 
     In this order:
 
@@ -134,6 +140,8 @@ def sample(
             z = logits[r]
             if row.adjusts:
                 so_far = history[row.slot, : row.context_len]
+                if path is not None and path_len is not None and (count := int(path_len[r])):
+                    so_far = torch.cat((so_far[:-count], path[r, :count]))
                 z = adjust(
                     z,
                     prompt=so_far[: row.prompt_len],
@@ -154,6 +162,8 @@ def sample(
             else:
                 tokens[r] = int(z.argmax()) if row.temperature <= 0 else _draw(z, row)
 
+    if path is not None:
+        return tokens.masked_fill_(row_slot == null, 0)
     writes = [r for r, row in enumerate(rows) if row.slot != null and row.context_len < history.shape[1]]
     history[row_slot[writes], context_len[writes]] = tokens[writes].clamp_min(0)
     return tokens.masked_fill_(row_slot == null, 0)

@@ -47,6 +47,8 @@ def sample_launches(call: OpCall) -> Sequence[Candidate]:
     )
     stride = tensors["logits"].row_stride
     pdl = "pdl" in call.features
+    deep = _sizes(tensors["path"].shape)[1] if "path" in tensors else 0
+    branch: dict[str, Argument] = {name: Pointer(name) for name in ("path", "path_len") if deep}
     constants = {
         "B_WIDTH": power_of_two(biases),
         "CHUNK": CHUNK,
@@ -69,11 +71,15 @@ def sample_launches(call: OpCall) -> Sequence[Candidate]:
             "LOGITS_STRIDE": stride,
             "PART": _PART,
             "E_WIDTH": power_of_two(stops),
+            "DEEP": deep,
+            "D_WIDTH": power_of_two(deep) if deep else 0,
+            **({} if deep else {"path": None, "path_len": None}),
         },
         arguments={
             **operands,
             **left,
             **sizes,
+            **branch,
             "E": Scalar(stops, "int32"),
             "stop_ids": Pointer("stop_ids"),
             "bias_values": Pointer("bias_values"),
@@ -94,6 +100,7 @@ def sample_launches(call: OpCall) -> Sequence[Candidate]:
             "GROUPS_WIDTH": power_of_two(groups),
             "TILE": _SWEEP // group,
             "KEPT": _SWEEP,
+            "BRANCHES": deep > 0,
         },
         arguments={
             **operands,

@@ -99,7 +99,7 @@ def place_rows(
 
 
 @triton.jit
-def _tokens_of(row, inside, token_ids, row_slot, query_start, query_len, drafts, NULL: tl.constexpr):
+def tokens_of(row, inside, token_ids, row_slot, query_start, query_len, drafts, NULL: tl.constexpr):
     """How many tokens rows run, and whether they are staged."""
     slot = tl.load(row_slot + row, mask=inside, other=NULL)
     count = tl.load(query_len + row, mask=inside, other=0)
@@ -140,9 +140,7 @@ def pack_rows(
     begin = 0
     for first in range(0, row, BLOCK):
         before = first + lane
-        counts, _ = _tokens_of(
-            before, before < row, token_ids, row_slot, query_start, query_len, drafts, NULL
-        )
+        counts, _ = tokens_of(before, before < row, token_ids, row_slot, query_start, query_len, drafts, NULL)
         begin += tl.sum(counts, 0)
     if row == rows:
         for first in range(begin, tokens, BLOCK):
@@ -151,7 +149,7 @@ def pack_rows(
             tl.store(draft_slot + t, NULL, mask=t < tokens)
             tl.store(draft_context + t, 0, mask=t < tokens)
     else:
-        count, staged = _tokens_of(row, row < rows, token_ids, row_slot, query_start, query_len, drafts, NULL)
+        count, staged = tokens_of(row, row < rows, token_ids, row_slot, query_start, query_len, drafts, NULL)
         tl.store(draft_start + row, begin)
         tl.store(draft_len + row, count)
         if count > 0:

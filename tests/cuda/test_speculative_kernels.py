@@ -81,3 +81,20 @@ def test_steps_of_two_models_compile(case: str, tmp_path: Any) -> None:
     assert ops.count("sample") == 3
     assert ops[-2:] == ["force_drafts", "accept_drafts"]
     assert artifact.load(plan.save(tmp_path / "plan")).digest == plan.digest
+
+
+@pytest.mark.parametrize(
+    "method", ["eagle3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("eagle", "draft"))]
+)
+def test_steps_of_trees_compile(method: str, tmp_path: Any) -> None:
+    _, model, second, _ = CASES[method]
+    checkpoint = PairedCheckpoint(DummyCheckpoint(dict(model)), DummyCheckpoint(dict(second or {})))
+    plan = compile_plan(
+        checkpoint, target="sm_90a", speculative={"method": method, "tree": [3, 2, 1]}, **LIMITS
+    )
+    ops = [launch.op for launch in plan.programs[VERIFY].launches]
+    assert ops.count("place_level") == 3
+    assert ops.count("sample") == 3 + 2 + 1 + 1
+    assert ops.count("tree_attention") == 5 + 3 * (5 if method == "draft" else 1) + 4 * (method == "draft")
+    assert ops.count("move_entries") == 5 + (5 if method == "draft" else 1)
+    assert artifact.load(plan.save(tmp_path / "plan")).digest == plan.digest

@@ -131,6 +131,11 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         QWEN3,
         {"speculative": {"method": "eagle3", "num_draft_tokens": 2}, "beside": EAGLE3},
     ),
+    "drafts_in_trees": (WINDOWED, {"speculative": {"method": "draft", "tree": [2, 1]}, "beside": QWEN2}),
+    "drafts_of_a_head_in_trees": (
+        QWEN3,
+        {"speculative": {"method": "eagle3", "tree": [[0], [0, 0], [1], [0, 0, 0]]}, "beside": EAGLE3},
+    ),
     "drafts_of_a_head_of_eagle_1": (
         QWEN3,
         {"speculative": {"method": "eagle", "num_draft_tokens": 2}, "beside": EAGLE},

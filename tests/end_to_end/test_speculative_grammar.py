@@ -116,6 +116,21 @@ def test_a_model_drafts_within_grammars(temperature: float) -> None:
 
 
 @pytest.mark.slow
+def test_rows_that_follow_a_grammar_run_no_trees() -> None:
+    """Nodes of a tree have no masks: such rows, and those beside them, generate token by token."""
+    asked = {"method": "draft", "checkpoint": smollm2(), "tree": [2, 1]}
+    with LLM(smollm2(), **LIMITS, speculative=asked, scheduler=SchedulerOptions(speculation="always")) as llm:
+        outputs = llm.generate(PROMPTS, sampling(0.8))
+        llm.engine.pools.check()
+        (free,) = llm.generate(PROMPTS[-1:], sampling(0.8)[-1])
+    assert [(o.error, o.text) for o in outputs] == [(None, o.text) for o in plain(0.8)]
+    assert_valid(outputs)
+    assert not any(output.meta_info.get("spec_verify_ct") for output in outputs[:5])
+    assert free.text == plain(0.8)[-1].text
+    assert free.meta_info["spec_accept_token_num"] > 0
+
+
+@pytest.mark.slow
 def test_a_grammar_alone_takes_fewer_steps(llm: LLM) -> None:
     executable: Any = llm.engine.executable
     executable.asynchronous = True

@@ -106,7 +106,7 @@ class FakeExecutable:
         self._history = np.full((limits.slots, limits.context_len), -1)
         self._length = np.full(limits.slots, -1)
         self._slots: dict[int, dict[str, Any]] = {}
-        self._allowed = np.zeros((limits.slots, limits.max_gain * limits.mask_words), np.int32)
+        self._allowed = np.zeros((limits.slots, limits.mask_places * limits.mask_words), np.int32)
         self._at_cut: Callable[[], None] | None = None
         self.paged = {g.name: FakePages(kv, g, self.blocks[g.name], limits) for g in kv.paged}
         self.states = {g.name: FakeStates(kv, g, self.blocks[g.name]) for g in kv.states}

@@ -56,6 +56,8 @@ def _case(plan: Plan, bucket: Bucket, fill: str, rows: int, tokens: int, least_i
     random = np.random.default_rng([bucket.rows, bucket.tokens, fill == "full", bucket.phase == DECODE])
     limits, vocabulary = plan.limits, plan.config["vocab_size"]
     lengths = _lengths(random, rows, tokens, limits.context_len)
+    if plan.steps[bucket.phase].gain is not None:  # trees are of one size
+        lengths = [tokens // rows] * rows
     contexts = [int(random.integers(bucket.phase == DECODE, limits.context_len - n + 1)) for n in lengths]
     ids = [
         random.integers(least_id, vocabulary, c + n).tolist() for c, n in zip(contexts, lengths, strict=True)

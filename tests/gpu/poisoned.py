@@ -94,11 +94,12 @@ def answers(
         results = run_poisoned(executable, case)
     count, tokens = len(rows), sum(len(row.ids) for row in rows)
     made = {name: array[: live(plan, case, name, count, tokens)] for name, array in results.items()}
-    made["logits"] = executable.operand(bucket, "sample", "logits")[:count]
+    made["logits"] = executable.operand(bucket, "token_logprobs", "logits")[:count]
     for name in ("length", "history"):
         bits = executable.peek(bucket, name)
-        for row in rows:
-            end = row.start + len(row.ids)
+        for number, row in enumerate(rows):
+            tree = plan.steps[bucket.phase].gain is not None  # of which one branch is kept
+            end = row.start + (1 + int(results["accepted"][number]) if tree else len(row.ids))
             made[f"{name}.{row.slot}"] = bits[row.slot] if name == "length" else bits[row.slot, : end + 1]
     for group in plan.kv.groups:
         for part in group.parts:

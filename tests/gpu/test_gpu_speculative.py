@@ -10,9 +10,11 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
+from attention_inputs import Heads
 from benchmarks.gpu.launcher import check
 from inputs import BUILDERS
 from test_gpu_deterministic import target
+from tree_inputs import nodes_of_rows
 
 from makeready.engine.llm import LLM, Output, SamplingParams, SchedulerOptions
 from makeready.graphs.checkpoint.dummy import DummyCheckpoint
@@ -70,6 +72,17 @@ OPS = (
     "hidden_write",
     "hidden_read",
     "force_drafts",
+    "plant_tree",
+    "place_level",
+    "grow_tree",
+    "exclude",
+    "take_parents",
+    "pack_tree",
+    "accept_tree",
+    "order_results",
+    "place_moves",
+    "move_entries",
+    "move_states",
 )
 
 
@@ -121,3 +134,54 @@ def test_tokens_are_those_without_drafts(method: str, model: Any, second: Any) -
     assert any("spec_verify_ct" in o.meta_info for o in made)
     if second is model:
         assert all(o.meta_info.get("spec_accept_rate", 1.0) == 1.0 for o in made)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("heads", "most", "rows", "window"),
+    [
+        (Heads(32, 8, 128, 64), 13, ((13, 1000), (1, 64), (0, 0), (7, 3)), 0),
+        (Heads(32, 8, 128, 16), 26, ((26, 3000),), 0),
+        (Heads(64, 8, 64, 64), 20, ((20, 70), (3, 500)), 40),
+        (Heads(8, 1, 128, 7), 40, ((40, 90), (17, 3)), 0),  # three launches
+    ],
+)
+def test_attention_of_trees(
+    heads: Heads, most: int, rows: tuple[tuple[int, int], ...], window: int, dtype: torch.dtype
+) -> None:
+    registry.discover(target())
+    name = str(dtype).removeprefix("torch.")
+    made = nodes_of_rows(0, heads, rows, most, name, name, window)
+    attrs = {"heads": heads.heads, "kv_heads": heads.kv_heads, "head_dim": heads.size}
+    attrs |= {"scale": heads.size**-0.5, "window": window}
+    on_gpu = {key: x.cuda() for key, x in made.items()}
+    for kernel in registry.cuda_kernels("tree_attention"):
+        check(CONTRACTS["tree_attention"], kernel.candidates, on_gpu, attrs)
+
+
+def agree(made: list[Output], plain: list[Output]) -> int:
+    """How many answers are alike, of rows whose numbers may differ in their last bits: drafts come within others."""
+    return sum(one.token_ids == other.token_ids for one, other in zip(made, plain, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("method", "second"),
+    [("draft", MODEL), ("eagle", EAGLE), ("eagle3", HEAD)],
+    ids=["itself", "eagle", "eagle3"],
+)
+def test_trees(method: str, second: Any) -> None:
+    """Steps of many tokens round otherwise than those of one, so that near ties of random weights may part."""
+    options = {"target": target(), "kv_memory_gib": 1.0, **LIMITS}
+    with LLM(DummyCheckpoint(dict(MODEL)), **options) as llm:
+        plain = answers(llm)
+    checkpoint: Any = PairedCheckpoint(DummyCheckpoint(dict(MODEL)), DummyCheckpoint(dict(second)))
+    asked = {"method": method, "tree": [3, 2, 1]}
+    with LLM(
+        checkpoint, speculative=asked, scheduler=SchedulerOptions(speculation="always"), **options
+    ) as llm:
+        made = answers(llm)
+        llm.engine.pools.check()
+    assert all(o.error is None for o in made)
+    assert agree(made, plain) >= len(made) * 3 // 4
+    if second is MODEL:
+        assert sum(o.meta_info["spec_accept_length"] for o in made) > 3.5 * len(made)

@@ -21,6 +21,7 @@ import mx_inputs
 import nvfp4_inputs
 import scaled_inputs
 import torch
+import tree_inputs
 from attention_inputs import (
     decode_attention,
     extend_attention,
@@ -299,6 +300,21 @@ BUILDERS: Mapping[str, Callable[[str], Iterator[Case]]] = {
     "hidden_read": hidden_read,
     "place_before": place_before,
     "spread_logits": spread_logits,
+    **{
+        op: getattr(tree_inputs, op)
+        for op in (
+            *(
+                "plant_tree",
+                "place_level",
+                "grow_tree",
+                "exclude",
+                "take_parents",
+                "pack_tree",
+                "accept_tree",
+            ),
+            *("order_results", "place_moves", "move_entries", "move_states", "tree_attention"),
+        )
+    },
     "concatenate": concatenate,
     "embedding": embedding,
     "linear": linear,

@@ -40,6 +40,9 @@ def sample(op: str) -> Iterator[Case]:
             if rows > 2:
                 operands["row_slot"][-1] = slots - 1  # a padding row
             yield Case(op, f"{rows}x{vocabulary}-{sampled}", operands)
+            branches = {"path": random.integers(vocabulary, rows, 5)}
+            branches["path_len"] = torch.minimum(random.integers(6, rows), operands["context_len"] - 1)
+            yield Case(op, f"{rows}x{vocabulary}-{sampled}-branches", operands | branches)
 
 
 def token_logprobs(op: str) -> Iterator[Case]:

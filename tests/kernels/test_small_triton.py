@@ -53,12 +53,17 @@ if INTERPRETED or aot:
         "step.draft_chain",
         "step.draft_forced",
         "step.hidden",
+        "step.draft_tree",
+        "step.accept_tree",
+        "step.move_entries",
     ):
         importlib.import_module(f"makeready.kernels.{module}_triton")
 
 
 STEPS = ("locate", "find_pages", "draft_ngram", "accept_drafts", "count_drafts", "next_draft", "pack_drafts")
 STEPS += ("force_drafts", "place_before", "hidden_write", "hidden_read", "spread_logits")
+STEPS += ("plant_tree", "place_level", "grow_tree", "exclude", "take_parents", "pack_tree", "accept_tree")
+STEPS += ("order_results", "place_moves", "move_entries", "move_states")
 
 
 def _name(dtype):
@@ -275,6 +280,31 @@ def test_sample(rows, vocabulary, spread):
             assert (got["tokens"][rows:] == 0).all()
             slots = operands["row_slot"][clear].long()
             assert got["history"][slots].equal(want_history[slots])
+
+
+@interpreted
+@pytest.mark.parametrize("vocabulary", [131, 2100])
+def test_branches_are_sampled_as_what_they_are_of(vocabulary):
+    """The last tokens of each row come by its branch, those of the history behind it are others' of the slot."""
+    rows, deep = 20, 5
+    operands = requests(rows, vocabulary)
+    want = CONTRACTS["sample"].reference(**{**operands, "history": operands["history"].clone()})
+    history, count = operands["history"].clone(), len(operands["row_slot"])
+    path, path_len = torch.full((count, deep), 7, dtype=torch.int32), torch.zeros(count, dtype=torch.int32)
+    for r in range(rows):
+        slot, length = int(operands["row_slot"][r]), int(operands["context_len"][r])
+        path_len[r] = own = min(r % (deep + 1), length - 1)
+        path[r, :own] = history[slot, length - own : length]
+        history[slot, length - own :] = 1
+    branches = operands | {"history": history, "path": path, "path_len": path_len}
+    call, clear = op_call("sample", branches, {}), [r for r in range(rows) if margin(operands, r) > MARGIN]
+    assert CONTRACTS["sample"].reference(**{**branches, "history": history.clone()}).equal(want)
+    for kernel in registry.cuda_kernels("sample"):
+        for candidate in kernel.candidates(call):
+            own = {**branches, "history": history.clone()}
+            got = launch_interpreted(candidate, call, own)
+            assert got["tokens"][clear].equal(want[clear])
+            assert own["history"].equal(history)
 
 
 @interpreted

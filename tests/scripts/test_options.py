@@ -169,6 +169,12 @@ def test_what_drafts_is_named_as_the_model_is(capsys):
     assert config["speculative"]["model"]["hidden_size"] == 1024
 
 
+@pytest.mark.parametrize(("said", "nodes"), [("[2,1]", [2, 1]), ("[[0],[0,0]]", [[0], [0, 0]])])
+def test_trees_of_drafts_are_lists(capsys, said, nodes):
+    assert script("compile")("--cfg", "job", "speculative=eagle3", f"speculative.tree={said}") == 0
+    assert yaml.safe_load(capsys.readouterr().out)["speculative"]["tree"] == nodes
+
+
 def test_defaults_are_those_of_the_python_interface(capsys):
     """conf/ states every default once more, where users look; the two may not drift apart."""
     assert script("generate")("--cfg", "job") == 0
@@ -189,7 +195,7 @@ def test_defaults_are_those_of_the_python_interface(capsys):
         "quant": config["quant"],
     }
     stated |= {f"kv_{name}": config["kv"][name] for name in ("dtype", "state_dtype", "state_snapshots")}
-    stated |= {"speculative": config["speculative"]}
+    stated |= {"speculative": config["speculative"] | {"tree": tuple(config["speculative"]["tree"])}}
     assert {k: tuple(v) if isinstance(v, list) else v for k, v in stated.items()} == request
 
 
