@@ -57,8 +57,15 @@ def _pretend() -> None:
         "current_stream": None,
     }.items():
         setattr(torch.cuda, name, lambda *_args, _answer=answer, **_given: _answer)
-    generator = torch.Generator
-    torch.Generator = lambda device="cpu": generator("cpu")  # type: ignore[assignment,misc]
+    made = torch.Generator
+
+    class Generator:
+        """A class, since type annotations of libraries name it."""
+
+        def __new__(cls, device: object = "cpu") -> torch.Generator:  # type: ignore[misc]
+            return made("cpu")
+
+    torch.Generator = Generator  # type: ignore[assignment,misc]
     OnTheHost().__enter__()
 
 
