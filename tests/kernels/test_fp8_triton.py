@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_small_triton import INTERPRETED, aot, columns_of, op_call, random
+from interpreted import INTERPRETED, aot, columns_of, op_call, random
 
 from makeready.kernels import (  # noqa: F401
     dequantize_triton,

@@ -19,9 +19,9 @@ import torch
 from case import Random
 from gguf_inputs import random_blocks
 from inputs import cases
+from interpreted import INTERPRETED, aot, check_interpreted, op_call
 from test_fp8_triton import launch
 from test_int_triton import HOPPER, MATRICES, experts_call, product_call
-from test_small_triton import INTERPRETED, aot, check_interpreted, op_call
 
 from makeready.kernels import embedding_int_triton, gguf_groups_triton, registry
 from makeready.kernels.contract import CONTRACTS

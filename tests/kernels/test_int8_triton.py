@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from interpreted import aot, columns_of, op_call, random
 from moe_inputs import grouped_linear_fp8
 from test_fp8_triton import check, compiled, interpreted, launch
-from test_small_triton import aot, columns_of, op_call, random
 
 from makeready.kernels import norm_quantize_triton, registry  # noqa: F401
 from makeready.kernels.contract import CONTRACTS

@@ -17,8 +17,8 @@ import pytest
 from case import Random
 from inputs import cases
 from int_inputs import int_weights
+from interpreted import INTERPRETED, aot, check_interpreted, op_call
 from test_fp8_triton import launch
-from test_small_triton import INTERPRETED, aot, check_interpreted, op_call
 
 from makeready.kernels import integers_triton, registry
 from makeready.kernels.contract import CONTRACTS

@@ -13,9 +13,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from interpreted import INTERPRETED, aot, launch_interpreted, op_call
 from moe_operands import expert_weights, random, routing
 from test_fp8_triton import launch as _patched  # noqa: F401  # importing it mends the interpreter's 8-bit conversion
-from test_small_triton import INTERPRETED, aot, launch_interpreted, op_call
 
 from makeready.kernels import registry
 from makeready.kernels.contract import CONTRACTS

@@ -20,9 +20,9 @@ from compressed_tensors.compressors.mxfp4 import MXFP4PackedCompressor
 from compressed_tensors.compressors.nvfp4.helpers import quantize_and_pack_fp4
 from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
 from inputs import cases
+from interpreted import INTERPRETED, aot, launch_interpreted, op_call
 from mx_inputs import WEIGHTS, awkward
 from test_fp8_triton import launch
-from test_small_triton import INTERPRETED, aot, launch_interpreted, op_call
 
 from makeready.kernels import integers_triton, mx, mx_triton, registry
 from makeready.kernels.contract import CONTRACTS

@@ -15,9 +15,9 @@ from compressed_tensors.compressors.nvfp4 import NVFP4PackedCompressor
 from compressed_tensors.compressors.nvfp4.helpers import quantize_and_pack_fp4
 from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
 from inputs import cases
+from interpreted import INTERPRETED, aot, launch_interpreted, op_call
 from mx_inputs import nv_weights
 from nvfp4_inputs import awkward
-from test_small_triton import INTERPRETED, aot, launch_interpreted, op_call
 
 from makeready.kernels import mx, nvfp4_triton, registry
 from makeready.kernels.contract import CONTRACTS
