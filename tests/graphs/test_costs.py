@@ -113,7 +113,7 @@ def test_a_dtype_without_a_rate_is_an_error(toys, name):
 def test_every_product_names_what_decides_its_rate():
     registry.discover()
     for name, op in CONTRACTS.items():
-        products = ("linear", "paged_", "extend_", "verify_", "decode_", "grouped_", "chunk_")
+        products = ("linear", "paged_", "extend_", "verify_", "decode_", "tree_", "grouped_", "chunk_")
         products += ("mla_absorb", "mla_values", "mla_own_", "mla_extend_", "mla_decode_", "mla_attention")
         chains = op.chains and any(CONTRACTS[part].rate is not None for part in op.chains)
         assert (op.rate is not None) == (name.startswith(products) or bool(chains)), name

@@ -116,9 +116,11 @@ def test_a_row_has_the_same_bits_in_every_batch_and_place(kernel, library):
 def test_every_op_of_a_decoder_has_an_invariant_kernel():
     elsewhere = {op for op in INVARIANT if CONTRACTS[op].expands or CONTRACTS[op].chains}
     without = {op for op, found in INVARIANT.items() if not found} - elsewhere
-    # All steps of a deterministic plan run extend attention, which has all keys of latents in the cache;
-    # weights are quantized and made wide when they are loaded.
-    steps = {f"{kind}_attention{scaled}" for kind in ("decode", "verify") for scaled in ("", "_scaled")}
+    # All steps of a deterministic plan run extend attention, which has all keys of latents in the cache; it has no
+    # trees of drafts. Weights are quantized and made wide when they are loaded.
+    steps = {f"{kind}_attention{scaled}" for kind in ("decode", "verify") for scaled in ("", "_scaled")} | {
+        "tree_attention"
+    }
     latent = {"mla_decode_attention", "mla_decode_attention_scaled", "mla_own_attention"}
     loading = {"quantize_fp8_block", "dequantize_fp8", "dequantize_fp8_block", "dequantize_int"}
     loading |= {"dequantize_int8", "dequantize_mx"}
