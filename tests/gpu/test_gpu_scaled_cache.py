@@ -14,6 +14,7 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
+from attention_interpreted import verify_step
 from benchmarks.gpu import launcher
 from case import Case, Random
 from mla_operands import (
@@ -29,7 +30,6 @@ from mla_operands import (
 )
 from prepared import prepare
 from scaled_inputs import FORMATS, empty_caches
-from test_attention_triton import verify_step
 from test_gpu_attention import fitting
 from test_scaled_triton import DECODE, EXTEND, VERIFY, extend_step, paged
 

@@ -17,17 +17,17 @@ import torch
 
 pytest.importorskip("triton")
 import delta_inputs
+from attention_interpreted import compiled, interpret, interpreted, numpy_2_4, op_call
 from case import Case
 from delta_rounding import CASES, awkward, chunked, off, operands
 from inputs import cases
-from test_attention_triton import _call, _interpret, _numpy_2_4, compiled, interpreted
 
 from makeready.kernels import registry
 from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.device import Candidate, OpCall
 
 registry.discover("cuda")
-assert _numpy_2_4  # a fixture for all tests here
+assert numpy_2_4  # a fixture for all tests here
 
 
 @compiled
@@ -40,7 +40,7 @@ def test_interpreted() -> None:
 
 
 def call_of(case: Case, **changes: Any) -> OpCall:
-    call = _call(case.contract, case.operands, case.attrs, "")
+    call = op_call(case.contract, case.operands, case.attrs, "")
     blocks = {
         name: replace(tensor, shape=("P", *tensor.shape[1:]))
         for name, tensor in call.tensors.items()
@@ -63,7 +63,7 @@ def hold(case: Case, **changes: Any) -> None:
     assert found
     for way in found.values():
         written = {k: v.clone() if k in case.contract.writes else v for k, v in case.operands.items()}
-        got = _interpret(way, call, written)
+        got = interpret(way, call, written)
         for name, want in wanted.items():
             where = f"{case.op}/{way.name} of {case.label}: {name}"
             have, want = got[name].double(), want.double()
@@ -138,7 +138,7 @@ def test_awkward_keys_are_rounded_as_the_model_rounds(at: int) -> None:
     y, s = chunked(*(part[:1] for part in x), torch.float16, exact=True)
     wanted = case.widened().run()
     for way in ways(call).values():
-        got = _interpret(way, call, {k: v.clone() for k, v in case.operands.items()})
+        got = interpret(way, call, {k: v.clone() for k, v in case.operands.items()})
         assert off(got["y"], y[0].half().double()) < 5e-4
         assert off(got["state"][1, 0], s[0].double()) < 5e-4
         assert off(got["y"], wanted["y"]) < case.contract.tolerance.float16
@@ -175,7 +175,7 @@ def real_call(
         )
         for o in contract.inputs
     }
-    call = _call(contract, operands, {name: attrs[name] for name in contract.attrs}, "tma wgmma pdl fp8")
+    call = op_call(contract, operands, {name: attrs[name] for name in contract.attrs}, "tma wgmma pdl fp8")
     return replace(call, rows=rows, tokens=tokens, invariant=invariant, most_rows=64)
 
 

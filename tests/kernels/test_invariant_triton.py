@@ -15,8 +15,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from attention_interpreted import compiled, emit, interpret, interpreted, numpy_2_4, op_call
 from case import int32
-from test_attention_triton import _call, _emit, _interpret, _numpy_2_4, compiled, interpreted
 
 from makeready.kernels import registry
 from makeready.kernels.attention.mla import mla_extend_attention
@@ -25,7 +25,7 @@ from makeready.kernels.contract import Contract
 
 assert isinstance(extend_attention, Contract)
 assert isinstance(mla_extend_attention, Contract)
-assert _numpy_2_4  # a fixture for all tests here
+assert numpy_2_4  # a fixture for all tests here
 
 
 @compiled
@@ -73,9 +73,9 @@ def attend(invariant: bool, window: int, chunks: tuple[tuple[int, int], ...]) ->
         "context_len": int32([end for _, end in chunks]),
     }
     attrs = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "scale": 0.2, "window": window}
-    call = replace(_call(extend_attention, tensors, attrs, ""), invariant=invariant, most_rows=4)
-    ways = _emit(extend_attention, call)
-    made = [_interpret(candidate, call, tensors)["y"] for candidate in (ways[1:3] if invariant else ways[:1])]
+    call = replace(op_call(extend_attention, tensors, attrs, ""), invariant=invariant, most_rows=4)
+    ways = emit(extend_attention, call)
+    made = [interpret(candidate, call, tensors)["y"] for candidate in (ways[1:3] if invariant else ways[:1])]
     assert made
     return [list(y.split(counts)) for y in made]
 
@@ -116,10 +116,10 @@ def attend_to_latents(chunks: tuple[tuple[int, int], ...]) -> list[list[torch.Te
         "context_len": int32([end for _, end in chunks]),
     }
     attrs = {"heads": heads, "rank": rank, "rope": rope, "scale": 0.2, "own": True}
-    call = replace(_call(mla_extend_attention, tensors, attrs, ""), invariant=True, most_rows=4)
+    call = replace(op_call(mla_extend_attention, tensors, attrs, ""), invariant=True, most_rows=4)
     (kernel,) = (k for k in registry.cuda_kernels("mla_extend_attention") if k.name == "latents")
     made = [
-        _interpret(way, call, tensors) for way in sorted(kernel.candidates(call), key=lambda way: way.name)
+        interpret(way, call, tensors) for way in sorted(kernel.candidates(call), key=lambda way: way.name)
     ]
     return [list(torch.cat((x["y"].float(), x["log_sum"]), dim=1).split(counts)) for x in made]
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from attention_interpreted import compiled, interpret, interpreted, numpy_2_4, op_call
 from case import in_columns, int32
 from mla_operands import (
     V2_LITE,
@@ -31,14 +32,13 @@ from mla_operands import (
     up_projection,
     write_operands,
 )
-from test_attention_triton import _call, _interpret, _numpy_2_4, compiled, interpreted
 
 from makeready.kernels import registry
 from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.device import Candidate, OpCall
 
 registry.discover("cuda")
-assert _numpy_2_4  # a fixture for all tests here
+assert numpy_2_4  # a fixture for all tests here
 
 SMALL: Sequence[Sizes] = ((1, 16, 8, 16, 32), (3, 24, 16, 20, 48), (16, 16, 8, 32, 64))
 
@@ -69,7 +69,7 @@ def hold(
 ) -> None:
     """Hold every different way to the reference in float64, NaN to NaN and infinity to infinity."""
     contract = CONTRACTS[op]
-    call = replace(_call(contract, tensors, attrs, "wgmma"), invariant=invariant)
+    call = replace(op_call(contract, tensors, attrs, "wgmma"), invariant=invariant)
     wide = {k: v.double() if v.is_floating_point() else v.clone() for k, v in tensors.items()}
     made = contract.reference(*(wide.get(o.name) for o in contract.inputs), **call.attrs)
     made = made if isinstance(made, tuple) else (made,)
@@ -79,7 +79,7 @@ def hold(
     found = {str([launch.constants for launch in way.launches]): way for way in filter(among, ways(call))}
     assert found
     for way in list(found.values())[:most]:
-        got = _interpret(way, call, {k: v.clone() if k in contract.writes else v for k, v in tensors.items()})
+        got = interpret(way, call, {k: v.clone() if k in contract.writes else v for k, v in tensors.items()})
         for name, want in wanted.items():
             where = f"{op}/{way.name}: {name}"
             have, want = got[name].double(), want.double()
@@ -304,7 +304,7 @@ def real_call(
         }.get(operand.name, shape)
         kind = getattr(torch, cache) if operand.name == "cache" else kind
         made[operand.name] = torch.empty(shape, dtype=kind, device="meta")
-    call = _call(contract, made, {name: attrs[name] for name in contract.attrs}, "tma wgmma pdl fp8")
+    call = op_call(contract, made, {name: attrs[name] for name in contract.attrs}, "tma wgmma pdl fp8")
     return replace(call, invariant=invariant, most_rows=tokens)
 
 

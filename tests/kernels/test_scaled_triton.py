@@ -15,22 +15,22 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from case import Case, Random, in_columns, int32
-from scaled_inputs import FORMATS, empty_caches, random_caches
-from test_attention_triton import (
+from attention_interpreted import (
     Geometry,
-    _attrs,
-    _call,
-    _check,
-    _emit,
-    _interpret,
-    _numpy_2_4,
-    _paged,
+    attrs_of,
+    check,
     compiled,
+    emit,
+    interpret,
     interpreted,
+    numpy_2_4,
+    op_call,
     own_ways,
+    paged_caches,
     verify_step,
 )
+from case import Case, Random, in_columns, int32
+from scaled_inputs import FORMATS, empty_caches, random_caches
 from test_invariant_triton import places_of_a_product_are_alike
 
 from makeready.kernels.attention.formats import CacheFormat
@@ -49,7 +49,7 @@ assert isinstance(extend_attention_scaled, Contract)
 assert isinstance(kv_write_scaled, Contract)
 assert isinstance(norm_rope_kv_write_scaled, Contract)
 assert isinstance(verify_attention_scaled, Contract)
-assert _numpy_2_4  # fixtures for all tests here
+assert numpy_2_4  # fixtures for all tests here
 assert places_of_a_product_are_alike
 
 formats = pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.dtype)
@@ -67,7 +67,7 @@ def test_interpreted() -> None:
 def paged(lengths: tuple[int, ...], geometry: Geometry, kind: CacheFormat) -> dict[str, torch.Tensor]:
     """Caches whose slots without a token are NaN, shuffled pages, and their table."""
     _, kv_heads, head_dim, page, _ = geometry
-    made = _paged(lengths, page=page, kv_heads=kv_heads, head_dim=head_dim)
+    made = paged_caches(lengths, page=page, kv_heads=kv_heads, head_dim=head_dim)
     return made | random_caches(Random(0), made["k_cache"], kind)
 
 
@@ -93,7 +93,7 @@ def test_decode(geometry: Geometry, lengths: tuple[int, ...], kind: CacheFormat)
     tensors["q"][[n == 0 for n in lengths]] = float("nan")
     if heads % 4 == 0:
         tensors["sinks"] = torch.arange(heads) - 2.0
-    _check(decode_attention_scaled, tensors, _attrs(geometry) | {"bits": kind.bits})
+    check(decode_attention_scaled, tensors, attrs_of(geometry) | {"bits": kind.bits})
 
 
 EXTEND = [
@@ -129,7 +129,7 @@ def test_extend(geometry: Geometry, rows: tuple[tuple[int, int], ...], kind: Cac
     tensors = extend_step(geometry, rows, kind)
     if geometry[0] % 4 == 0:
         tensors["sinks"] = torch.arange(geometry[0]) - 2.0
-    _check(extend_attention_scaled, tensors, _attrs(geometry) | {"bits": kind.bits})
+    check(extend_attention_scaled, tensors, attrs_of(geometry) | {"bits": kind.bits})
 
 
 VERIFY = [
@@ -149,7 +149,7 @@ def test_verify(geometry: Geometry, each: int, rows: tuple[tuple[int, int], ...]
     tensors = verify_step(tensors, heads, head_dim, each, rows)
     if heads % 4 == 0:
         tensors["sinks"] = torch.arange(heads) - 2.0
-    _check(verify_attention_scaled, tensors, _attrs(geometry) | {"bits": kind.bits})
+    check(verify_attention_scaled, tensors, attrs_of(geometry) | {"bits": kind.bits})
 
 
 @interpreted
@@ -162,11 +162,11 @@ def test_pages_before_a_window_may_be_anything(page: int, kind: CacheFormat) -> 
     tensors = extend_step(geometry, rows, kind)
     for row, (queries, length) in enumerate(rows):
         tensors["page_table"][row, : (length - queries - geometry[4] + 1) // page] = 0
-    attrs = _attrs(geometry) | {"bits": kind.bits}
-    _check(extend_attention_scaled, tensors, attrs)
+    attrs = attrs_of(geometry) | {"bits": kind.bits}
+    check(extend_attention_scaled, tensors, attrs)
     decode = {k: v for k, v in tensors.items() if not k.startswith("query")}
     decode["q"] = torch.randn(2, 4 * 64).half()
-    _check(decode_attention_scaled, decode, attrs)
+    check(decode_attention_scaled, decode, attrs)
 
 
 CHUNKS = ((0, 110), (0, 1), (0, 40), (33, 34), (63, 66), (70, 109), (109, 110))
@@ -190,10 +190,10 @@ def test_a_token_gets_the_same_bits_in_every_step(window: int, kind: CacheFormat
             "query_len": int32(counts),
             "context_len": int32([end for _, end in chunks]),
         }
-        call = _call(extend_attention_scaled, tensors, _attrs(geometry) | {"bits": kind.bits}, "")
+        call = op_call(extend_attention_scaled, tensors, attrs_of(geometry) | {"bits": kind.bits}, "")
         call = replace(call, invariant=True, most_rows=4)
-        way = _emit(extend_attention_scaled, call)[1]
-        return list(_interpret(way, call, tensors)["y"].split(counts))
+        way = emit(extend_attention_scaled, call)[1]
+        return list(interpret(way, call, tensors)["y"].split(counts))
 
     (whole,) = attend(CHUNKS[:1])
     for chunks in (CHUNKS[1:4], CHUNKS[4:]):
@@ -206,15 +206,15 @@ def written(contract: Contract, tensors: dict[str, torch.Tensor], attrs: dict[st
 
     What is not finite stays so, and slots of nobody stay untouched.
     """
-    call = _call(contract, tensors, attrs, "")
+    call = op_call(contract, tensors, attrs, "")
     given = {o.name: tensors[o.name] for o in contract.inputs if o.name in tensors}
     want = Case(contract.name, "", given, {**contract.attrs, **attrs}).run()
     half = want["scales"].shape[-1] // 2
-    ways = {str(way.launches[0].constants): way for way in _emit(contract, call)}
+    ways = {str(way.launches[0].constants): way for way in emit(contract, call)}
     assert ways
     for way in ways.values():
         copies = {k: v.clone() if k in contract.writes else v for k, v in tensors.items()}
-        got = _interpret(way, call, copies)
+        got = interpret(way, call, copies)
         if "q" in want:
             torch.testing.assert_close(got["q"], want["q"], rtol=5e-3, atol=5e-3, equal_nan=True)
         # The reference rounds keys to fp16 behind norm and rotation.
@@ -306,7 +306,7 @@ def test_machine_code(geometry: Geometry, rows: int, kind: CacheFormat) -> None:
         "kv_slot": empty(rows),
     }
     sizes = {"kv_heads": kv_heads, "head_dim": head_dim, "bits": kind.bits}
-    attend = _attrs(geometry) | {"bits": kind.bits}
+    attend = attrs_of(geometry) | {"bits": kind.bits}
     for contract, operands, attrs, found in (
         (decode_attention_scaled, q | caches | step, attend, ("mma.sync", "cp.async.c")),
         (extend_attention_scaled, q | caches | step | queries, attend, ("wgmma.mma_async", "cp.async.")),
@@ -314,8 +314,8 @@ def test_machine_code(geometry: Geometry, rows: int, kind: CacheFormat) -> None:
         (kv_write_scaled, keys | caches, sizes, ()),
         (norm_rope_kv_write_scaled, made | caches, sizes | {"heads": heads, "eps": 1e-6}, ()),
     ):
-        call = _call(contract, operands, attrs, "tma wgmma pdl fp8")
-        (launch,) = (own_ways(contract, call) or _emit(contract, call))[0].launches
+        call = op_call(contract, operands, attrs, "tma wgmma pdl fp8")
+        (launch,) = (own_ways(contract, call) or emit(contract, call))[0].launches
         code = aot.compile_launch(launch, call)
         assert code.spill_bytes <= launch.local_bytes
         assert code.shared <= call.shared_bytes
