@@ -286,6 +286,8 @@ class BenchJob(Job):
             if "scheduler.prefix_cache" in given:
                 raise UsageError("suite prefix runs with scheduler.prefix_cache both ways; leave it out")
             scheduler_options(self.scheduler, prefix_cache=False)
+        if self.constrained.tokenizer is not None and self.checkpoint != "dummy":
+            raise UsageError("constrained.tokenizer= is for checkpoint=dummy; a checkpoint has its own")
         if "replay" in self.suite and self.replay.trace is None:
             raise UsageError("suite replay needs replay.trace=FILE, a recorded load as CSV or JSON lines")
         if self.replay.trace is not None and not Path(self.replay.trace).expanduser().is_file():

@@ -19,7 +19,7 @@ from makeready.graphs.checkpoint.base import Checkpoint, open_checkpoint
 from makeready.graphs.checkpoint.paired import Beside
 from makeready.graphs.plan.buckets import Traffic
 from makeready.graphs.plan.plan import PlanError
-from makeready.graphs.plan.speculative import Speculative
+from makeready.graphs.plan.speculative import CHAIN, Speculative
 from makeready.graphs.plan.targets import TARGETS, find_target
 from makeready.graphs.planner.request import Request
 
@@ -115,7 +115,8 @@ class SpeculativeOptions(BesideOptions, SpeculativeFields):  # pyright: ignore[r
 
     def fields(self) -> dict[str, Any]:
         """Fields of :class:`Speculative`."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(Speculative)}
+        read = (f.name for f in dataclasses.fields(Speculative) if not (self.tree and f.name == CHAIN))
+        return {name: getattr(self, name) for name in read}
 
 
 @dataclass
@@ -204,6 +205,10 @@ class Job:
             raise UsageError(
                 f"plan.candidates={self.plan.candidates} is for GPU targets; target={self.target} has one way to "
                 "run a call"
+            )
+        if self.speculative.tree and f"speculative.{CHAIN}" in given:
+            raise UsageError(
+                f"speculative.{CHAIN}= is of chains, and there is a speculative.tree; leave one out"
             )
         if self.plan.disabled_passes:
             _check_passes(self.plan.disabled_passes)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+CHAIN = "num_draft_tokens"  # the field that trees do not read
 MOST_NODES = 64  # of a tree, its root among them: what a token sees of it is as many bits
 Paths: TypeAlias = tuple[tuple[int, ...], ...]
 
@@ -40,8 +41,8 @@ class Speculative:
             ``draft``: a small model of the same vocabulary, ``speculative.checkpoint``, is asked. ``eagle`` (EAGLE-1
             and 2) and ``eagle3``: a head that was trained for the model, from there, too. ``mtp``: the model's own
             further layer (DeepSeek-V3). null: no guesses.
-        num_draft_tokens: tokens that are guessed for a row in a step, at most, one behind the other. Not read where
-            there is a tree.
+        num_draft_tokens: tokens that are guessed for a row in a step, at most, one behind the other; not beside
+            a tree.
         tree: of methods with a model that drafts: guesses are a tree, of the same shape in every step. Either how
             many children the nodes of each level have, ``[3,2,1]``, or the way to each node, by ranks of children
             from the most likely one (0) on: ``[[0],[0,0],[1]]``. Rows with few places left have the first nodes of

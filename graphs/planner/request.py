@@ -10,7 +10,7 @@ from makeready.graphs.checkpoint.base import NUMPY_DTYPES, Checkpoint
 from makeready.graphs.plan.buckets import Traffic
 from makeready.graphs.plan.plan import PlanError
 from makeready.graphs.plan.spec import CacheSpec, Limits
-from makeready.graphs.plan.speculative import Speculative
+from makeready.graphs.plan.speculative import CHAIN, Speculative
 from makeready.graphs.plan.targets import Target
 from makeready.graphs.quant.scheme import ON_LOAD, Quantization
 from makeready.kernels.attention.formats import ALIASES, PER_TOKEN_HEAD
@@ -99,6 +99,10 @@ class Request:
 
     def __post_init__(self) -> None:
         if isinstance(self.speculative, Mapping):
+            if self.speculative.get("tree") and CHAIN in self.speculative:
+                raise PlanError(
+                    f"speculative.{CHAIN} is of chains, and there is a speculative.tree; leave one out"
+                )
             object.__setattr__(self, "speculative", Speculative(**self.speculative))
 
 

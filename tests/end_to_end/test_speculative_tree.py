@@ -283,6 +283,11 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         {"draft": None},
         r"speculative\.tree=.* is of no use to ngram; leave it out",
     ),
+    (
+        {"tree": [2], "num_draft_tokens": 2},
+        {},
+        r"num_draft_tokens is of chains, and there is a speculative\.tree",
+    ),
     ({"tree": [2], "method": None}, {"draft": None}, r"speculative\.tree=.* is of no use without a method"),
 ]
 

@@ -257,6 +257,19 @@ def test_host_cost_needs_no_checkpoint():
         ),
         (["suite=[prefix]", "checkpoint=x", "scheduler.prefix_cache=true"], "both ways; leave it out"),
         (["suite=[host]", "host.waiting=[-1]"], "host.waiting must be at least 0"),
+        (["suite=[gemm_few]", "gemm_few.tokens=[65]"], "gemm_few.tokens=[65] must be at most 64"),
+        (["suite=[gemm_few]", "gemm_few.kinds=[fp4]"], "gemm_few.kinds=['fp4'] must list some of bf16"),
+        (["suite=[constrained]", "checkpoint=x", "constrained.tokenizer=y"], "a checkpoint has its own"),
+        (
+            [
+                "suite=[latency]",
+                *TINY,
+                "speculative=draft",
+                "speculative.tree=[2]",
+                "speculative.num_draft_tokens=3",
+            ],
+            "speculative.num_draft_tokens= is of chains",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_refused(options, reason, capsys):
