@@ -7,7 +7,7 @@
 //
 // Columns of a product that no entry has may hold anything: nobody stores them, and they touch no other column.
 #include "experts.h"
-#include "mxfp4.h"
+#include "fp4.h"
 
 // TOKENS: columns of a product. GATE: of the first half of the outputs, for the other half; 1: silu, 2: clamped SwiGLU.
 static_assert(!EIGHT && !FP16, "bfloat16 has the range of the scales");

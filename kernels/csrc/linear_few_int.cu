@@ -14,7 +14,7 @@
 // Instructions of a warp (mma), since wgmma with weights in registers takes some 58 cycles however few tokens there are:
 // 28 us for a product of 50 MB, whose reading takes 11 on one H200.
 #include "few.h"
-#include "mxfp4.h"
+#include "fp4.h"
 
 // ZEROS: weights have 1: zeros of their own, 2: offsets, which are added; else the middle is their zero. GROUP: inputs that
 // share a scale. FLOATS: weights are 4-bit floats, whose fields of 32 inputs have scales of 1: e8m0 or 2: a pair of e4m3.

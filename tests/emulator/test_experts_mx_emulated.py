@@ -19,7 +19,7 @@ from makeready.kernels.contract import CONTRACTS
 from makeready.kernels.moe.grouped_few_mx_cuda import TILES, applies, candidate
 
 pytestmark = [needs_compiler, pytest.mark.slow]
-OWN = ("mxfp4.h", "grouped_few_mx.cu")  # where faults are planted
+OWN = ("fp4.h", "grouped_few_mx.cu")  # where faults are planted
 FILES = ("hopper.h", "wgmma.h", "experts.h", *OWN)
 ERROR = {"grouped_linear_mx": 3e-3, "grouped_silu_mul_mx": 1e-2, "grouped_clamped_swiglu_mx": 1e-2}
 SMALL = (9, 5, 2, 128, 320)  # tokens, experts, k, outputs, inputs
